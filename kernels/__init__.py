@@ -1,0 +1,1 @@
+"""Fused step kernels: one generator, two compilers (Triton and Numba), and their audit."""

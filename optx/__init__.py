@@ -1,0 +1,1 @@
+"""optx: training-time methods for PyTorch, one line each."""

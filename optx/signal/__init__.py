@@ -1,0 +1,1 @@
+"""Losses and sample weights: one method per file."""

@@ -1,0 +1,1 @@
+"""What a step does to weights: one method per file."""

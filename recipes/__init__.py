@@ -1,0 +1,1 @@
+"""Training loops to copy. Each file is one loop; run it with ``optx run NAME``."""
