@@ -1,0 +1,281 @@
+"""What a compiled CPU kernel needs beyond Numba: typed loads and stores that vectorise, and threads.
+
+Loads and stores go through raw addresses. Each role (weight, gradient, first moment, ...) has an alias
+scope of its own, so LLVM vectorises a loop over nine arrays without run-time overlap checks, of which it
+would make at most eight comparisons before giving up.
+
+Threads come from torch's own OpenMP runtime, reached through its C entry point: the pool that torch's
+backward pass just used is warm, follows `torch.set_num_threads`, and is safe when two Python threads step
+at once, none of which Numba's default layer is. Work is handed out chunk by chunk from an atomic counter;
+every result has a place of its own, so the split over threads never shows in the numbers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numba.core.types as nt
+import torch
+from llvmlite import ir
+from numba.extending import intrinsic
+
+I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_LLVM = {"float32": ir.FloatType(), "float64": ir.DoubleType(), "float16": ir.HalfType(), "bfloat16": I16}
+ITEMSIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
+_ROLES = 32  # alias scopes made per module
+
+
+# ---- addresses, counters ----------------------------------------------------------------------------
+
+
+def _at(builder: Any, address: Any, index: Any, kind: Any) -> Any:
+    return builder.gep(builder.inttoptr(address, kind.as_pointer()), [index])
+
+
+def _typed(result: Any, *args: Any) -> Callable[[Callable[..., Any]], Any]:
+    """An intrinsic of a fixed signature from a function ``(builder, *llvm values) -> llvm value``."""
+
+    def make(generate: Callable[..., Any]) -> Any:
+        def typer() -> Any:
+            def codegen(context: Any, builder: Any, _signature: Any, values: Any) -> Any:
+                value = generate(builder, *values)
+                return context.get_dummy_value() if result is nt.void else value
+
+            return result(*args), codegen
+
+        return intrinsic(_ARITIES[len(args)](typer))
+
+    return make
+
+
+# Numba reads an intrinsic's arity off its signature.
+_ARITIES: dict[int, Callable[[Callable[[], Any]], Callable[..., Any]]] = {
+    1: lambda typer: lambda _context, a: typer(),
+    2: lambda typer: lambda _context, a, b: typer(),
+    3: lambda typer: lambda _context, a, b, c: typer(),
+    4: lambda typer: lambda _context, a, b, c, d: typer(),
+}
+
+
+@_typed(nt.int64, nt.voidptr)
+def address(builder: Any, pointer: Any) -> Any:
+    """A ``void*`` as an integer."""
+    return builder.ptrtoint(pointer, I64)
+
+
+@_typed(nt.int64, nt.int64, nt.int64)
+def get_i64(builder: Any, base: Any, index: Any) -> Any:
+    """``((int64*)base)[index]``."""
+    return builder.load(_at(builder, base, index, I64))
+
+
+@_typed(nt.float64, nt.int64, nt.int64)
+def get_f64(builder: Any, base: Any, index: Any) -> Any:
+    """``((double*)base)[index]``."""
+    return builder.load(_at(builder, base, index, _LLVM["float64"]))
+
+
+@_typed(nt.void, nt.int64, nt.int64, nt.float64)
+def put_f64(builder: Any, base: Any, index: Any, value: Any) -> None:
+    """``((double*)base)[index] = value``."""
+    builder.store(value, _at(builder, base, index, _LLVM["float64"]))
+
+
+@_typed(nt.float64, nt.int64)
+def get_f32(builder: Any, base: Any) -> Any:
+    """``*(float*)base``, widened."""
+    return builder.fpext(builder.load(builder.inttoptr(base, _LLVM["float32"].as_pointer())), _LLVM["float64"])
+
+
+@_typed(nt.void, nt.int64, nt.float64)
+def put_f32(builder: Any, base: Any, value: Any) -> None:
+    """``*(float*)base = value``."""
+    builder.store(
+        builder.fptrunc(value, _LLVM["float32"]), builder.inttoptr(base, _LLVM["float32"].as_pointer())
+    )
+
+
+@_typed(nt.int64, nt.int64)
+def take(builder: Any, base: Any) -> Any:
+    """Atomically take the next number from the counter at ``base``."""
+    pointer = builder.inttoptr(base, I64.as_pointer())
+    return builder.atomic_rmw("add", pointer, ir.Constant(I64, 1), "monotonic")
+
+
+@_typed(nt.float64, nt.float64, nt.float64)
+def add_any_order(builder: Any, total: Any, value: Any) -> Any:
+    """``total + value`` that LLVM may regroup into lanes; which grouping is fixed at compile time."""
+    return builder.fadd(total, value, flags=("reassoc", "nsz", "contract"))
+
+
+# ---- elements ---------------------------------------------------------------------------------------
+
+
+def _scopes(module: Any) -> list[tuple[Any, Any]]:
+    """Per role, the metadata "is of this scope" and "overlaps none of the other scopes"."""
+    if not hasattr(module, "optx_scopes"):
+        domain = module.add_metadata(["optx"])
+        scopes = [module.add_metadata([f"role{i}", domain]) for i in range(_ROLES)]
+        module.optx_scopes = [
+            (module.add_metadata([s]), module.add_metadata([o for o in scopes if o is not s])) for s in scopes
+        ]
+    return module.optx_scopes
+
+
+def _tag(builder: Any, instruction: Any, role: int) -> Any:
+    scope, others = _scopes(builder.module)[role]
+    instruction.set_metadata("alias.scope", scope)
+    instruction.set_metadata("noalias", others)
+    return instruction
+
+
+@functools.cache
+def load(dtype: str, role: int) -> Any:
+    """An intrinsic ``(address, index) -> float32`` (or float64) that loads one element of a role."""
+    kind = _LLVM[dtype]
+    out = nt.float64 if dtype == "float64" else nt.float32
+
+    @_typed(out, nt.int64, nt.int64)
+    def load_element(builder: Any, base: Any, index: Any) -> Any:
+        value = _tag(builder, builder.load(_at(builder, base, index, kind)), role)
+        value.align = ITEMSIZE[dtype]
+        if dtype == "bfloat16":  # a float32 whose lower half is missing
+            return builder.bitcast(builder.shl(builder.zext(value, I32), I32(16)), _LLVM["float32"])
+        return builder.fpext(value, _LLVM["float32"]) if dtype == "float16" else value
+
+    return load_element
+
+
+@functools.cache
+def store(dtype: str, role: int, stochastic: bool = False) -> Any:
+    """An intrinsic ``(address, index, value, random)`` that rounds and stores one element of a role.
+
+    ``random`` is an int32 whose lower 16 bits decide a stochastic rounding to bfloat16; else unused.
+    """
+    kind = _LLVM[dtype]
+    wide = nt.float64 if dtype == "float64" else nt.float32
+
+    @_typed(nt.void, nt.int64, nt.int64, wide, nt.int32)
+    def store_element(builder: Any, base: Any, index: Any, value: Any, random: Any) -> None:
+        if dtype == "bfloat16":
+            value = _round_bfloat16(builder, value, random if stochastic else None)
+        elif dtype == "float16":
+            value = builder.fptrunc(value, kind)
+        instruction = _tag(builder, builder.store(value, _at(builder, base, index, kind)), role)
+        instruction.align = ITEMSIZE[dtype]
+
+    return store_element
+
+
+def _round_bfloat16(b: Any, value: Any, random: Any) -> Any:
+    """The upper half of a float32 after adding 16 random bits, or half a unit (ties to even)."""
+    bits = b.bitcast(value, I32)
+    if random is None:
+        increment = b.add(I32(0x7FFF), b.and_(b.lshr(bits, I32(16)), I32(1)))
+    else:
+        increment = b.and_(random, I32(0xFFFF))
+    rounded = b.add(bits, increment)
+    # An exponent of all ones is inf or nan: a carry would turn one into the other. A nan whose payload
+    # sits in the lower half only must stay a nan.
+    special = b.icmp_unsigned("==", b.and_(bits, I32(0x7F800000)), I32(0x7F800000))
+    is_nan = b.icmp_unsigned(">", b.and_(bits, I32(0x7FFFFFFF)), I32(0x7F800000))
+    kept = b.select(is_nan, b.or_(bits, I32(0x00400000)), bits)
+    return b.trunc(b.lshr(b.select(special, kept, rounded), I32(16)), I16)
+
+
+@_typed(nt.int32, nt.int64, nt.int64)
+def random_bits(b: Any, index: Any, key: Any) -> Any:
+    """32 bits from an element's index and a key: two rounds of a multiply-xorshift hash.
+
+    Counter-based, so neither the chunk size nor the number of threads shows in the result.
+    """
+    x = b.xor(b.trunc(index, I32), b.trunc(key, I32))
+    x = b.add(x, b.trunc(b.lshr(b.add(index, key), I64(32)), I32))
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 0x9E3779B1)):
+        x = b.mul(b.xor(x, b.lshr(x, I32(shift))), I32(factor))
+    return b.xor(x, b.lshr(x, I32(16)))
+
+
+@_typed(nt.int32, nt.int32)
+def upper_half(b: Any, bits: Any) -> Any:
+    """The other 16 random bits of a draw."""
+    return b.lshr(bits, I32(16))
+
+
+@_typed(nt.int64, nt.int64, nt.int64)
+def mix(b: Any, key: Any, value: Any) -> Any:
+    """A 64-bit key from two numbers (the finaliser of splitmix64)."""
+    x = b.add(key, b.mul(value, I64(0x9E3779B97F4A7C15 - (1 << 64))))
+    x = b.mul(b.xor(x, b.lshr(x, I64(30))), I64(0xBF58476D1CE4E5B9 - (1 << 64)))
+    x = b.mul(b.xor(x, b.lshr(x, I64(27))), I64(0x94D049BB133111EB - (1 << 64)))
+    return b.xor(x, b.lshr(x, I64(31)))
+
+
+# ---- threads ----------------------------------------------------------------------------------------
+
+_forked = False
+
+
+def _after_fork() -> None:
+    # An OpenMP pool does not survive fork(): a child (a DataLoader worker) runs on its own thread only.
+    global _forked
+    _forked = True
+    _python_pool.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+@functools.cache
+def _openmp() -> Any:
+    """The fork entry point of the OpenMP runtime torch has loaded, or None (macOS, Windows)."""
+    torch.get_num_threads()
+    try:
+        function = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):
+        return None
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    function.restype = None
+    return function
+
+
+@functools.cache
+def _python_pool(workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers, thread_name_prefix="optx")
+
+
+def pool_name() -> str:
+    """Which threads run the CPU kernels, in words."""
+    if _forked:
+        return "the calling thread (forked process)"
+    return "torch's OpenMP pool" if _openmp() else "Python threads"
+
+
+def run(kernel: int, args: int, parallel: bool) -> None:
+    """Call a compiled kernel ``void(void*)`` at an address, on all of torch's threads or on this one.
+
+    The kernel takes its work from an atomic counter in ``args`` until none is left, so it may be run by
+    any number of threads. The GIL is released meanwhile.
+    """
+    threads = 1 if _forked or not parallel else torch.get_num_threads()
+    if threads == 1:
+        _prototype(kernel)(args)
+    elif (openmp := _openmp()) is not None:
+        openmp(kernel, args, threads, 0)
+    else:
+        call = _prototype(kernel)
+        others = [_python_pool(threads - 1).submit(call, args) for _ in range(threads - 1)]
+        call(args)
+        for other in others:
+            other.result()
+
+
+@functools.cache
+def _prototype(kernel: int) -> Any:
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(kernel)

@@ -1,0 +1,135 @@
+"""Turns a rule's source into the text of one compiler's dialect, and keeps generated files."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import hashlib
+import importlib.util
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+
+from optx._rules import Rule
+from optx.kernels.program import Ref
+
+
+class _Literals(ast.NodeTransformer):
+    """Rewrites numbers, and names of constants and helper rules, as one compiler wants them."""
+
+    def __init__(self, number: Callable[[float], str], names: dict[str, str]) -> None:
+        self.number, self.names = number, names
+
+    def visit_Constant(self, node: ast.Constant) -> ast.AST:
+        if isinstance(node.value, int | float) and not isinstance(node.value, bool):
+            return ast.parse(self.number(node.value), mode="eval").body
+        return node
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        if isinstance(node.ctx, ast.Load) and node.id in self.names:
+            return ast.parse(self.names[node.id], mode="eval").body
+        return node
+
+
+def rule_text(rules: Iterable[Rule], suffix: str, decorator: str, number: Callable[[float], str]) -> list[str]:
+    """The functions of some rules and their helpers, each once, helpers first.
+
+    Args:
+        rules: what to define.
+        suffix: added to each function's name, so that float32 and float64 versions can stand side by side.
+        decorator: the compiler's.
+        number: how the compiler wants a literal: Numba widens ``float32 * 1.0`` to float64.
+    """
+    done: dict[str, Rule] = {}
+    text: list[str] = []
+
+    def define(rule: Rule) -> str:
+        name = rule_name(rule, suffix)
+        if done.setdefault(name, rule) is rule and any(line.startswith(f"def {name}(") for line in text):
+            return name
+        source = rule.source
+        names = {n: number(v) for n, v in source.constants.items() if not isinstance(v, bool)}
+        names |= {n: str(v) for n, v in source.constants.items() if isinstance(v, bool)}
+        names |= {n: define(helper) for n, helper in source.helpers.items()}
+        definition = copy.deepcopy(source.definition)
+        _Literals(number, names).visit(definition)
+        definition.name = name
+        text.extend(["", "", decorator, *ast.unparse(ast.fix_missing_locations(definition)).split("\n")])
+        return name
+
+    for rule in dict.fromkeys(rules):
+        define(rule)
+    return text
+
+
+def rule_name(rule: Rule, suffix: str) -> str:
+    """A name for a rule that no other rule of another source shares."""
+    digest = hashlib.sha256(ast.unparse(rule.source.definition).encode()).hexdigest()[:6]
+    return f"{rule.name}_{digest}{suffix}"
+
+
+def variable(ref: Ref) -> str:
+    """The local variable that holds a reference's value in generated code."""
+    prefix = {"reg": "", "slot": "s_", "cell": "m_", "col": "c_", "hyper": "h_", "total": "t_"}[ref.kind]
+    return prefix + ref.name.replace(".", "_")
+
+
+def cache_folder() -> Path:
+    """Where generated kernels live: ``OPTX_CACHE_DIR``, else the user's cache folder, else a private one.
+
+    A read-only home is normal in containers and on clusters: then a folder of this process is used.
+    """
+    home = os.environ.get("OPTX_CACHE_DIR")
+    if home:
+        folder = Path(home)
+    elif sys.platform == "darwin":
+        folder = Path.home() / "Library" / "Caches" / "optx"
+    elif sys.platform == "win32":
+        folder = Path(os.environ.get("LOCALAPPDATA", Path.home())) / "optx" / "cache"
+    else:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "optx"
+    try:
+        kernels = folder / "kernels"
+        kernels.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=kernels):
+            return kernels
+    except OSError:
+        return Path(_private_folder())
+
+
+_private: list[str] = []
+
+
+def _private_folder() -> str:
+    if not _private:
+        _private.append(tempfile.mkdtemp(prefix="optx-kernels-"))
+    return _private[0]
+
+
+def load_module(kind: str, text: str) -> ModuleType:
+    """Import generated text as a module from a file named after its content.
+
+    The compilers key their disk caches by file, so equal text must always be the same untouched file.
+    """
+    name = f"{kind}_{hashlib.sha256(text.encode()).hexdigest()[:20]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    path = cache_folder() / f"{name}.py"
+    if not path.exists() or path.read_text() != text:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

@@ -1,0 +1,69 @@
+"""How the tensors of one bucket are stored and numbered: shared by the CPU and the Triton kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from optx.kernels.program import Program
+
+CHUNK = 65536  # elements; five float32 streams of one chunk fit a second-level cache
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one bucket of tensors is stored: what a kernel must be specialised on besides its program.
+
+    Args:
+        dtypes: dtype of each role: w, g, then the program's slots in order.
+        rounding: ``stochastic``, ``kahan`` or ``nearest``, for bfloat16 weights.
+        counted: whether the base keeps a float32 step count per tensor.
+    """
+
+    dtypes: tuple[str, ...]
+    rounding: str
+    counted: bool
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where each number of a program is found in the rows of the tables."""
+
+    roles: tuple[str, ...]
+    cells: tuple[str, ...]
+    cols: tuple[str, ...]
+    hypers: tuple[str, ...]
+    totals: tuple[str, ...]
+
+    @classmethod
+    def of(cls, program: Program, layout: Layout) -> Columns:
+        """Number everything."""
+        roles = ("w", "g", *program.slots, *(("kahan",) if layout.rounding == "kahan" else ()))
+        cells = (*program.cells, *(("step",) if layout.counted else ()))
+        cols = dict.fromkeys(("numel", "step", "fresh"))
+        cols.update(dict.fromkeys(program.named("col")))
+        return cls(roles, cells, tuple(cols), program.named("hyper"), program.named("total"))
+
+    @property
+    def row(self) -> int:
+        """Width of a row of the tensor table: an address per role and cell, and the tensor's number."""
+        return len(self.roles) + len(self.cells) + 1
+
+
+def partials_per_chunk(program: Program) -> int:
+    """How many sums the widest pass of a program takes."""
+    counts = [sum(len(c.writes) for c in level.sums) for level in program.levels]
+    return max([1, *counts, sum(len(c.writes) for c in program.observe)])
+
+
+def split(numels: Sequence[int], chunk: int = CHUNK) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Chunks as rows (tensor, first element, count); each tensor's first chunk, and one past the last."""
+    rows: list[tuple[int, int, int]] = []
+    first = [0]
+    for t, numel in enumerate(numels):
+        rows += [(t, start, min(chunk, numel - start)) for start in range(0, numel, chunk)]
+        first.append(len(rows))
+    return np.array(rows, dtype=np.int64).reshape(-1, 3), np.array(first, dtype=np.int64)

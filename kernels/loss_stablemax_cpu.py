@@ -1,0 +1,117 @@
+"""StableMax cross-entropy on CPU: one pass over the logits in either direction, rows over torch's threads.
+
+The loops are in `optx.kernels.loss_stablemax_loops`; the mathematics, and the two functions exported here,
+are those of `optx.signal._stablemax_rows`. Class numbers are served, with or without class weights or label
+smoothing. Class probabilities, and smoothing over weighted classes, need a logarithm per logit: torch's own
+vectorised one is the faster there, so these go to its operations.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+from enum import IntEnum
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from optx.kernels import cpu
+from optx.kernels.emit import load_module
+from optx.signal import _stablemax_rows as torch_rows
+from optx.signal._stablemax_rows import Options, RowSums, math_dtype
+
+__all__ = ["backward", "forward"]
+
+_CHUNK = 1 << 15  # logits in one piece of work; below, one thread does it all
+_LOOPS = Path(__file__).with_name("loss_stablemax_loops.py")
+
+
+class Args(IntEnum):
+    """Positions in the argument block, in units of 8 bytes; addresses unless said otherwise."""
+
+    NEXT = 0  # atomic counter: the next chunk
+    ROWS = 1  # number
+    STEP = 2  # rows in a chunk
+    CLASSES = 3  # number
+    LOGITS = 4
+    STRIDE = 5  # elements from one row of logits to the next
+    LABELS = 6  # int64
+    IGNORE = 7  # the label that is not counted
+    WEIGHT = 8  # one per class, or 0
+    SMOOTHING = 9  # float64
+    LOSS = 10
+    REST = 11
+    GRAD = 12  # of each row's loss
+    RESULT = 13
+
+
+def forward(logits: Tensor, target: Tensor, options: Options) -> RowSums:
+    """Loss and sums of each row; see `optx.signal._stablemax_rows.forward`.
+
+    Args:
+        logits: shape (R, C), last stride 1.
+        target: labels, int64 (R,), contiguous, in range; or probabilities (R, C).
+        options: class weights, ignored label, smoothing.
+    """
+    if not _serves(target, options):
+        return torch_rows.chunked_forward(logits, target, options)
+    rows = logits.shape[0]
+    loss, rest = (torch.empty(rows, dtype=math_dtype(logits.dtype)) for _ in range(2))
+    _run("forward", logits, target, options, {Args.LOSS: loss, Args.REST: rest})
+    mass = torch.full((1,), options.smoothing, dtype=loss.dtype).expand(rows) if options.smoothing else None
+    return RowSums(loss, rest, mass)
+
+
+def backward(
+    grad: Tensor, logits: Tensor, target: Tensor, rest: Tensor, mass: Tensor | None, options: Options
+) -> Tensor:
+    """Gradient of the logits; see `optx.signal._stablemax_rows.backward`."""
+    if not _serves(target, options):
+        return torch_rows.chunked_backward(grad, logits, target, rest, mass, options)
+    result = torch.empty(logits.shape, dtype=logits.dtype)
+    grad = grad.contiguous()
+    _run("backward", logits, target, options, {Args.GRAD: grad, Args.REST: rest, Args.RESULT: result})
+    return result
+
+
+def _serves(target: Tensor, options: Options) -> bool:
+    return not target.is_floating_point() and (options.weight is None or options.smoothing == 0.0)
+
+
+def _run(
+    direction: str, logits: Tensor, target: Tensor, options: Options, places: dict[Args, Tensor]
+) -> None:
+    rows, classes = logits.shape
+    weight = None if options.weight is None else options.weight.contiguous()
+    block = np.zeros(len(Args), dtype=np.int64)
+    numbers = {
+        Args.ROWS: rows,
+        Args.STEP: max(1, _CHUNK // classes),
+        Args.CLASSES: classes,
+        Args.STRIDE: logits.stride(0),
+        Args.IGNORE: options.ignore_index,
+        Args.WEIGHT: 0 if weight is None else weight.data_ptr(),
+    }
+    for at, number in numbers.items():
+        block[at] = number
+    for at, tensor in {Args.LOGITS: logits, Args.LABELS: target, **places}.items():
+        block[at] = tensor.data_ptr()
+    block.view(np.float64)[Args.SMOOTHING] = options.smoothing
+    kernel: int = getattr(_compiled(str(logits.dtype).removeprefix("torch.")), direction).address
+    cpu.run(kernel, block.ctypes.data, parallel=rows * classes > _CHUNK)
+
+
+@functools.cache
+def _compiled(dtype: str) -> ModuleType:
+    """The loops for one dtype, compiled, from the disk cache where they were compiled before."""
+    default = 'DTYPE = "float32"\n'
+    text = _LOOPS.read_text()
+    assert text.count(default) == 1
+    # The cache is kept by the file's own content, so what it imports has to be part of that.
+    imported = inspect.getsource(cpu) + inspect.getsource(torch_rows.terms)
+    digest = hashlib.sha256(imported.encode()).hexdigest()
+    return load_module("stablemax", f"{text.replace(default, f'DTYPE = {dtype!r}' + chr(10))}# with {digest}\n")

@@ -1,0 +1,126 @@
+"""What one param group's step computes, as data: rules bound to registers, tensors and numbers.
+
+Three readers share it, so that none can disagree with another about what a step means: the interpreter on
+torch tensors (`optx._foreach`), and the emitters of Numba and Triton code (`emit_cpu`, `emit_triton`).
+
+A step runs in this order::
+
+    for each level:  one pass over the elements takes the level's sums      (only where a rule needs sums)
+                     scalars, per tensor, in float64
+                     totals over the whole optimizer, then the finishing scalars
+    one pass:        gradient rules, weight rules, base update, after rules, observed sums
+    commit:          the step count and the observed sums become state
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from optx._rules import Rule
+
+Kind = Literal["reg", "slot", "cell", "col", "hyper", "total"]
+
+
+class Ref(NamedTuple):
+    """Where a rule's argument lives.
+
+    Kinds:
+        reg: ``w``, ``g`` or ``w0`` (the weight when the step began), in registers.
+        slot: a state tensor with one element per weight element.
+        cell: a state tensor with one element per weight tensor.
+        col: a number per tensor, computed in this step.
+        hyper: a number per param group.
+        total: the sum of a col over every tensor of the optimizer.
+    """
+
+    kind: Kind
+    name: str
+
+
+W, G, W0 = Ref("reg", "w"), Ref("reg", "g"), Ref("reg", "w0")
+
+
+@dataclass(frozen=True)
+class Call:
+    """One rule with every argument and result bound."""
+
+    rule: Rule
+    args: tuple[Ref, ...]
+    writes: tuple[Ref, ...]
+
+
+@dataclass(frozen=True)
+class Level:
+    """One round of sums and the scalars that follow from them."""
+
+    prefix: tuple[Call, ...] = ()  # gradient rules already settled, re-applied in registers before summing
+    sums: tuple[Call, ...] = ()  # summands per element; their writes are cols
+    scalars: tuple[Call, ...] = ()
+    totals: tuple[Ref, ...] = ()  # cols to add over the whole optimizer
+    finish: tuple[Call, ...] = ()
+
+
+@dataclass(frozen=True)
+class Program:
+    """The step of one param group. Equal programs share one compiled kernel."""
+
+    levels: tuple[Level, ...]
+    gradient: tuple[Call, ...]
+    weight: tuple[Call, ...]
+    base: tuple[Call, ...]  # empty: the base optimizer is run as it is
+    after: tuple[Call, ...]
+    observe: tuple[Call, ...]  # summands of what was written; their writes are cells
+
+    @property
+    def update(self) -> tuple[Call, ...]:
+        """All calls of the update pass, in order."""
+        return (*self.gradient, *self.weight, *self.base, *self.after)
+
+    def element_calls(self) -> Iterator[Call]:
+        """Every call that runs once per element."""
+        for level in self.levels:
+            yield from level.prefix
+            yield from level.sums
+        yield from self.update
+        yield from self.observe
+
+    def calls(self) -> Iterator[Call]:
+        """Every call."""
+        yield from self.element_calls()
+        for level in self.levels:
+            yield from level.scalars
+            yield from level.finish
+
+    def named(self, kind: Kind) -> tuple[str, ...]:
+        """The names of one kind in order of first use."""
+        refs = (ref for call in self.calls() for ref in (*call.args, *call.writes))
+        found = dict.fromkeys(ref.name for ref in refs if ref.kind == kind)
+        if kind == "total":
+            found.update(dict.fromkeys(ref.name for level in self.levels for ref in level.totals))
+        return tuple(found)
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """State tensors that are read or written element by element."""
+        return self.named("slot")
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """State tensors with one element per weight tensor."""
+        return self.named("cell")
+
+    @property
+    def stored_slots(self) -> frozenset[str]:
+        """Slots that the update pass writes."""
+        return frozenset(r.name for call in self.update for r in call.writes if r.kind == "slot")
+
+    @property
+    def has_totals(self) -> bool:
+        """Whether any scalar waits for a sum over the whole optimizer."""
+        return any(level.totals for level in self.levels)
+
+    def reads(self, calls: tuple[Call, ...]) -> frozenset[Ref]:
+        """What the calls read."""
+        return frozenset(ref for call in calls for ref in call.args)

@@ -1,0 +1,257 @@
+"""Runs a program's Triton kernels over the tensors of one bucket."""
+# Triton's kernels have no types that a checker could follow.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from optx.kernels.emit_triton import CHUNK_ROW, compiled
+from optx.kernels.layout import CHUNK, Columns, Layout, partials_per_chunk, split
+from optx.kernels.program import Program
+
+# Without fusion a * b + c rounds twice, as on the CPU, wherever ptxas might fuse in one copy of an expression
+# and not in another: an element's bits don't depend on whether it falls into a full block or a tail.
+LAUNCH = {"num_stages": 1, "enable_fp_fusion": False}
+CHUNK_WARPS = 4
+TENSOR_WARPS = 1
+ENOUGH_CHUNKS = 1024  # programs that fill the largest devices
+ALIGNMENT = 16  # bytes: the widest access
+
+
+def block_size(wave: int) -> int:
+    """Elements per block: eight per thread, so that bfloat16 too moves 128 bits at a time.
+
+    Args:
+        wave: threads per warp: 32, or 64 on CDNA.
+    """
+    return 8 * CHUNK_WARPS * wave
+
+
+def chunk_size(elements: int) -> int:
+    """Elements per program: fewer in a small bucket, which would leave processors idle."""
+    return max(4096, min(CHUNK, 1 << (elements // ENOUGH_CHUNKS).bit_length()))
+
+
+class TritonStep:
+    """Tables and kernels for a fixed list of tensors; addresses and numbers may change at every step.
+
+    Fill ``tensors``, ``cols`` and ``hypers`` as for `CpuStep`; what changed is copied to the device before the
+    next kernel that reads it. A captured CUDA graph replays with what the device then holds: call `upload`
+    before a replay to change numbers. Random draws go on under replay, see `set_key`.
+
+    Args:
+        program: what to compute.
+        layout: how the tensors are stored.
+        numels: their sizes; 0 is fine.
+        ids: a number per tensor that stays the same whichever others have a gradient, for random draws.
+        device: where the tensors are.
+        chunk: elements per program of a chunk kernel, a multiple of ``block``.
+        block: elements that a program handles at once.
+
+    Attributes:
+        totals: float64 on the device: this bucket's totals, set by `measure`.
+        skip: int64 on the device; while it isn't 0, `update` and `commit` change nothing.
+        uploads: how many tables have been copied to the device.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        layout: Layout,
+        numels: Sequence[int],
+        ids: Sequence[int],
+        device: torch.device | str,
+        *,
+        chunk: int | None = None,
+        block: int | None = None,
+    ) -> None:
+        self.program, self.device = program, torch.device(device)
+        self.columns = c = Columns.of(program, layout)
+        self._module = compiled(program, layout)
+        self._block = block or block_size(64 if torch.version.hip else 32)
+        self._chunks, first = split(numels, chunk or chunk_size(sum(numels)))
+        self.uploads = 0
+        # int64 and float64 alike travel as int64.
+        self._tensors = _Table((len(numels), c.row), self.device)
+        self._cols = _Table((len(numels), len(c.cols)), self.device)
+        self._hypers = _Table((1, len(c.hypers) + len(c.totals)), self.device)
+        self._rows = _Table((len(self._chunks), CHUNK_ROW), self.device)
+        self._random = _Table((1, 2), self.device)  # key, and steps drawn since it was set
+        self.tensors = self._tensors.host
+        self.tensors[:, -1] = ids
+        self.cols = self._cols.host.view(np.float64)
+        self.cols[:, c.cols.index("numel")] = numels
+        self.hypers = self._hypers.host.view(np.float64)[0]
+        self.totals = torch.zeros(max(len(c.totals), 1), dtype=torch.float64, device=self.device)
+        self.skip = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._aligned = -1  # how many chunks, the first ones, belong to aligned tensors
+        self._arguments = self._bind(first, partials_per_chunk(program), len(numels))
+
+    def _bind(self, first: npt.NDArray[np.int64], width: int, count: int) -> dict[str, Any]:
+        """Device memory by the names that generated kernels give it."""
+        partials = torch.zeros((max(len(self._chunks), 1), width), dtype=torch.float64, device=self.device)
+        return {
+            "tensors": self._tensors.device,
+            "cols": self._cols.device.view(torch.float64),
+            "hypers": self._hypers.device.view(torch.float64),
+            "partials": partials,
+            "first": torch.from_numpy(first).to(self.device),
+            "totals": self.totals,
+            "random": self._random.device,
+            "skip": self.skip,
+            "count": count,
+        }
+
+    # ---- tables ------------------------------------------------------------------------------------
+
+    def set_key(self, key: int, drawn: int = 0) -> None:
+        """The key of the random draws from this step on.
+
+        Draws also depend on the number of the step: on the step count where the base keeps one, else on a
+        count on the device (`drawn`). Both go on under replay, so one key can serve a whole run.
+
+        Args:
+            key: any integer of 64 bits. Setting the same key again changes nothing.
+            drawn: for a base without step counts, the steps taken with this key before (on resuming).
+        """
+        self._random.host[0] = key, drawn
+
+    @property
+    def drawn(self) -> Tensor:
+        """On the device: steps taken since the key was set, for bases without step counts."""
+        return self._random.device[0, 1]
+
+    def upload(self) -> None:
+        """Bring the device's tables up to date, where the host's changed."""
+        with self._on_device():
+            if self._tensors.changed():
+                self._order_chunks()
+            for table in (self._tensors, self._cols, self._hypers, self._rows, self._random):
+                self.uploads += table.upload()
+
+    def _order_chunks(self) -> None:
+        """Chunks of aligned tensors first: those take 128-bit accesses, the others a kernel of their own."""
+        addresses = self.tensors[:, : len(self.columns.roles)]
+        aligned = (addresses % ALIGNMENT == 0).all(axis=1)[self._chunks[:, 0]]
+        order = np.argsort(~aligned, kind="stable")
+        self._rows.host[:, :3] = self._chunks[order]
+        self._rows.host[:, 3] = order
+        self._aligned = int(aligned.sum())
+
+    def receive(self, totals: Mapping[str, Tensor | float]) -> None:
+        """Take totals over the whole optimizer, on the device and without waiting for it, for `finish`."""
+        self.upload()
+        for i, name in enumerate(self.columns.totals, start=len(self.columns.hypers)):
+            if name in totals:
+                self._arguments["hypers"][0, i : i + 1].fill_(totals[name])
+
+    # ---- kernels -----------------------------------------------------------------------------------
+
+    def _on_device(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
+
+    def _launch(self, name: str, programs: int, warps: int, **more: Any) -> None:
+        kernel = getattr(self._module, name, None)
+        if kernel is None or programs == 0:
+            return
+        arguments = {
+            n: more.pop(n) if n in more else self._arguments[n] for n in kernel.arg_names if n[0].islower()
+        }
+        with self._on_device():
+            kernel[(programs,)](**arguments, **more, num_warps=warps, **LAUNCH)
+
+    def _each_tensor(self, name: str) -> None:
+        self._launch(name, len(self.tensors), TENSOR_WARPS)
+
+    def _each_chunk(self, name: str) -> None:
+        rows = self._rows.device
+        for chunks, aligned in ((rows[: self._aligned], True), (rows[self._aligned :], False)):
+            self._launch(name, len(chunks), CHUNK_WARPS, chunks=chunks, BLOCK=self._block, ALIGNED=aligned)
+
+    def measure(self, level: int) -> None:
+        """Take a level's sums and scalars, and this bucket's share of its totals."""
+        self.upload()
+        if self.program.levels[level].sums:
+            self._each_chunk(f"reduce_{level}")
+        self._each_tensor(f"scalars_{level}")
+        self._launch(f"totals_{level}", 1, CHUNK_WARPS)
+
+    def finish(self, level: int) -> None:
+        """The scalars that waited for the totals, see `receive`."""
+        self.upload()
+        self._each_tensor(f"finish_{level}")
+
+    def update(self) -> None:
+        """Rewrite weights and state, unless ``skip`` is set."""
+        self.upload()
+        self._each_chunk("update")
+
+    def commit(self) -> None:
+        """Make the step count and observed sums state, unless ``skip`` is set."""
+        self._each_tensor("commit")
+
+    def step(self) -> None:
+        """A whole step, where nothing waits for totals."""
+        for level in range(len(self.program.levels)):
+            self.measure(level)
+        self.update()
+        self.commit()
+
+
+class _Table:
+    """int64 rows on the host, and their copy on the device."""
+
+    RING = 4  # steps that the host may run ahead of the device while it changes numbers in each
+
+    def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
+        self.host: npt.NDArray[np.int64] = np.zeros(shape, dtype=np.int64)
+        self.device = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._sent = self.host.copy()  # zeros, as on the device
+        self._cuda = device.type == "cuda"
+        self._ring: list[tuple[Tensor, Any]] = []
+        self._turn = 0
+
+    def changed(self) -> bool:
+        """Whether the host's rows differ from what was sent."""
+        return not np.array_equal(self.host, self._sent)
+
+    def upload(self) -> bool:
+        """Send the rows if they changed; True if they did.
+
+        Copies are asynchronous, from a ring of pinned buffers: one is written again only after its last copy
+        has happened.
+        """
+        if not self.changed():
+            return False
+        if self._cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "optx: an address or number changed while a CUDA graph was being captured, which would capture "
+                "the copy of a buffer that is reused. Take one step before capture, keep gradients in place "
+                "(zero_grad(set_to_none=False)) and change numbers between replays only."
+            )
+        self._sent[...] = self.host
+        buffer, copied = self._next_buffer()
+        buffer.numpy()[...] = self.host
+        self.device.copy_(buffer, non_blocking=self._cuda)
+        if copied is not None:
+            copied.record()
+        return True
+
+    def _next_buffer(self) -> tuple[Tensor, Any]:
+        self._turn = (self._turn + 1) % self.RING
+        if len(self._ring) < self.RING:
+            buffer = torch.zeros(self.host.shape, dtype=torch.int64, pin_memory=self._cuda)
+            self._ring.append((buffer, torch.cuda.Event() if self._cuda else None))
+            return self._ring[-1]
+        buffer, copied = self._ring[self._turn]
+        if copied is not None:
+            copied.synchronize()
+        return buffer, copied

@@ -1,0 +1,175 @@
+"""What generated Triton kernels are made of: streams, roundings, random bits, sums, and the functions of a rule.
+
+bfloat16 is handled as the upper half of a float32, by integer instructions, on every target: one definition of
+each rounding, which the interpreter (whose own bfloat16 casts truncate) runs too.
+"""
+# Triton's language has no types that a checker could follow.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportUntypedFunctionDecorator=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# ---- streams ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def stream(address, DTYPE: tl.constexpr, start, ALIGNED: tl.constexpr):
+    """A pointer to element ``start`` of the array whose address is stored at ``address``.
+
+    128-bit accesses need this hint (bytes) and the caller's, on ``start`` (elements).
+    """
+    base = tl.load(address).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        base = tl.multiple_of(base, 16)
+    return base + start
+
+
+@triton.jit
+def read(p, mask, MATH: tl.constexpr):
+    """Elements in the dtype of the arithmetic; a uint16 is a bfloat16."""
+    x = tl.load(p, mask)
+    if x.dtype == tl.uint16:
+        x = widen(x)
+    return x.to(MATH)
+
+
+@triton.jit
+def widen(half):
+    """The float32 with the upper half ``half``."""
+    return (half.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def write(p, x, mask):
+    """Store elements, rounded to nearest."""
+    tl.store(p, x.to(p.dtype.element_ty), mask)
+
+
+# ---- bfloat16 ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def upper_half(x, increment):
+    """The upper half of a float32 after adding ``increment`` to its bits."""
+    bits = x.to(tl.uint32, bitcast=True)
+    # An exponent of all ones is inf or nan: a carry would turn one into the other. A nan whose payload sits
+    # in the lower half only must stay a nan.
+    magnitude = bits & 0x7FFFFFFF
+    kept = tl.where(magnitude > 0x7F800000, bits | 0x00400000, bits)
+    rounded = tl.where(magnitude >= 0x7F800000, kept, bits + increment)
+    return (rounded >> 16).to(tl.uint16)
+
+
+@triton.jit
+def nearest(x):
+    """float32 to bfloat16, ties to even."""
+    return upper_half(x, ((x.to(tl.uint32, bitcast=True) >> 16) & 1) + 0x7FFF)
+
+
+@triton.jit
+def dithered(x, random):
+    """float32 to bfloat16: up with a probability equal to the distance from below; ``random`` has 16 bits."""
+    return upper_half(x, random)
+
+
+@triton.jit
+def random_bits(key, start, lane, step, tensor, ROLE: tl.constexpr):
+    """16 random bits for elements ``start + lane``: Philox4x32-10, one call for eight consecutive elements.
+
+    The counter is (element // 8, role, step, tensor): neither the chunking, nor the block size, nor which
+    other tensors have a gradient shows in the result. Lanes of one octet compute the same call; the compiler
+    sees that where they sit in one thread, and keeps one. ``start`` is a multiple of the number of lanes.
+    """
+    octet = start // 8
+    c0 = octet.to(tl.uint32) + (lane // 8).to(tl.uint32)  # never carries: see start
+    zero = c0 * 0
+    c1 = zero + (octet >> 32).to(tl.uint32) + (ROLE << 24)
+    a, b, c, d = tl.philox(key, c0, c1, zero + step.to(tl.uint32), zero + tensor.to(tl.uint32))
+    low = tl.where(lane & 2 != 0, b, a)
+    high = tl.where(lane & 2 != 0, d, c)
+    word = tl.where(lane & 4 != 0, high, low)
+    return tl.where(lane & 1 != 0, word >> 16, word & 0xFFFF)
+
+
+# ---- sums -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def fold(column, STRIDE: tl.constexpr, low, high, LANES: tl.constexpr):
+    """The sum of ``column[low * STRIDE : high * STRIDE : STRIDE]`` in float64, always in the same order."""
+    lanes = tl.arange(0, LANES)
+    total = tl.zeros((LANES,), tl.float64)
+    for first in range(low, high, LANES):
+        at = first + lanes
+        total += tl.load(column + at.to(tl.int64) * STRIDE, at < high, other=0.0)
+    return tl.sum(total, 0)
+
+
+# ---- the functions of optx.ops, and ** ----------------------------------------------------------------
+
+
+@triton.jit
+def sqrt(x):
+    """Square root."""
+    return tl.sqrt(x)
+
+
+@triton.jit
+def exp(x):
+    """Natural exponential."""
+    return tl.exp(x)
+
+
+@triton.jit
+def log(x):
+    """Natural logarithm."""
+    return tl.log(x)
+
+
+@triton.jit
+def abs(x):
+    """Absolute value."""
+    return tl.abs(x)
+
+
+@triton.jit
+def sign(x):
+    """-1, 0 or 1; sign(0) is 0."""
+    return (x > 0).to(x.dtype) - (x < 0).to(x.dtype)
+
+
+@triton.jit
+def where(condition, a, b):
+    """``a`` where ``condition`` holds, else ``b``."""
+    return tl.where(condition, a, b)
+
+
+@triton.jit
+def maximum(a, b):
+    """The larger of two; ``b`` where they don't compare."""
+    return tl.where(a > b, a, b)
+
+
+@triton.jit
+def minimum(a, b):
+    """The smaller of two; ``b`` where they don't compare."""
+    return tl.where(a < b, a, b)
+
+
+@triton.jit
+def power(x, y):
+    """``x ** y`` as C's pow has it, for finite numbers.
+
+    In float64, from exp2 and log2: libdevice's pow is not there in the interpreter. The error grows with the
+    exponent of the result, so that float32 alone would lose digits.
+    """
+    a, b = x.to(tl.float64), y.to(tl.float64)
+    size = tl.exp2(b * tl.log2(tl.abs(a)))
+    whole = tl.floor(b) == b
+    odd = tl.floor(b * 0.5) * 2.0 != b
+    negative = tl.where(whole, tl.where(odd, -size, size), float("nan"))
+    result = tl.where(a < 0.0, negative, size)
+    return tl.where(b == 0.0, 1.0, result).to(x.dtype)

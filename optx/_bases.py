@@ -1,0 +1,178 @@
+"""The base updates that have a fused form: torch's SGD, Adam and AdamW, written as rules.
+
+Scalars are rules of their own and run in float64: ``1 - beta2`` in float32 is off by 5e-5 at 0.999.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optx._rules import Rule, rule
+from optx._transform import Group, Slot
+from optx.ops import maximum, sqrt
+
+
+@rule(writes="g")
+def negate(g: Any) -> Any:
+    """``maximize=True``."""
+    return -g
+
+
+@rule(writes="g")
+def add_l2(g: Any, w: Any, weight_decay: Any) -> Any:
+    """Weight decay coupled with the gradient (SGD, Adam)."""
+    return g + weight_decay * w
+
+
+@rule(writes=("step_size", "correction2", "keep", "gain1", "gain2"))
+def adam_scalars(lr: Any, beta1: Any, beta2: Any, weight_decay: Any, step: Any) -> Any:
+    """Bias corrections (Kingma & Ba 2015, section 3) and the constants of one Adam step."""
+    return (
+        lr / (1.0 - beta1**step),
+        sqrt(1.0 - beta2**step),
+        1.0 - lr * weight_decay,
+        1.0 - beta1,
+        1.0 - beta2,
+    )
+
+
+@rule(writes="w")
+def shrink(w: Any, keep: Any) -> Any:
+    """Weight decay decoupled from the gradient (AdamW)."""
+    return w * keep
+
+
+@rule(writes=("exp_avg", "exp_avg_sq"))
+def adam_moments(g: Any, exp_avg: Any, exp_avg_sq: Any, gain1: Any, beta2: Any, gain2: Any) -> Any:
+    """Moving averages of the gradient and its square."""
+    return exp_avg + gain1 * (g - exp_avg), exp_avg_sq * beta2 + gain2 * g * g
+
+
+@rule(writes="w")
+def adam_update(w: Any, exp_avg: Any, exp_avg_sq: Any, step_size: Any, correction2: Any, eps: Any) -> Any:
+    """Adam's step."""
+    return w - step_size * exp_avg / (sqrt(exp_avg_sq) / correction2 + eps)
+
+
+@rule(writes=("w", "max_exp_avg_sq"))
+def amsgrad_update(
+    w: Any, exp_avg: Any, exp_avg_sq: Any, max_exp_avg_sq: Any, step_size: Any, correction2: Any, eps: Any
+) -> Any:
+    """Adam's step with the largest second moment so far (Reddi et al. 2018)."""
+    largest = maximum(max_exp_avg_sq, exp_avg_sq)
+    return w - step_size * exp_avg / (sqrt(largest) / correction2 + eps), largest
+
+
+@rule(writes="gain")
+def momentum_scalars(dampening: Any, fresh: Any) -> Any:
+    """torch starts the buffer at the first gradient itself, undampened."""
+    return 1.0 - dampening * (1.0 - fresh)
+
+
+@rule(writes="momentum_buffer")
+def momentum_update(momentum_buffer: Any, g: Any, momentum: Any, gain: Any) -> Any:
+    """SGD's momentum buffer."""
+    return momentum * momentum_buffer + gain * g
+
+
+@rule(writes="g")
+def take_buffer(momentum_buffer: Any) -> Any:
+    """Step along the buffer."""
+    return momentum_buffer * 1.0
+
+
+@rule(writes="g")
+def look_ahead(g: Any, momentum_buffer: Any, momentum: Any) -> Any:
+    """Nesterov's step."""
+    return g + momentum * momentum_buffer
+
+
+@rule(writes="w")
+def descend(w: Any, g: Any, lr: Any) -> Any:
+    """SGD's step."""
+    return w - lr * g
+
+
+@dataclass(frozen=True)
+class BaseRules:
+    """One base's update for one param group.
+
+    Attributes:
+        scalars: rules per tensor.
+        update: rules per element, in order.
+        slots: the base's state tensors with one element per weight element.
+        counted: whether the base keeps a ``step`` count per tensor.
+    """
+
+    scalars: tuple[Rule, ...]
+    update: tuple[Rule, ...]
+    slots: Mapping[str, Slot] = field(default_factory=dict[str, Slot])
+    counted: bool = True
+
+
+_WEIGHT = Slot(dtype=None)
+
+
+def _adam(group: Group, decoupled: bool) -> BaseRules:
+    decay = shrink if decoupled or group.get("decoupled_weight_decay", False) else add_l2
+    slots = {"exp_avg": _WEIGHT, "exp_avg_sq": _WEIGHT}
+    if group["amsgrad"]:
+        slots["max_exp_avg_sq"] = _WEIGHT
+    update = (
+        *((negate,) if group["maximize"] else ()),
+        decay,
+        adam_moments,
+        amsgrad_update if group["amsgrad"] else adam_update,
+    )
+    return BaseRules((adam_scalars,), update, slots)
+
+
+def _sgd(group: Group) -> BaseRules:
+    start = (*((negate,) if group["maximize"] else ()), add_l2)
+    if group["momentum"] == 0:
+        return BaseRules((), (*start, descend), counted=False)
+    step = look_ahead if group["nesterov"] else take_buffer
+    update = (*start, momentum_update, step, descend)
+    return BaseRules((momentum_scalars,), update, {"momentum_buffer": _WEIGHT}, counted=False)
+
+
+# By exact type: a subclass may override anything.
+_FUSED: dict[type[torch.optim.Optimizer], Callable[[Group], BaseRules]] = {
+    torch.optim.SGD: _sgd,
+    torch.optim.Adam: lambda group: _adam(group, decoupled=False),
+    torch.optim.AdamW: lambda group: _adam(group, decoupled=True),
+}
+
+
+def base_rules(base: torch.optim.Optimizer, group: Group) -> BaseRules | None:
+    """The fused form of ``base`` for one group, or None where it has none."""
+    make = _FUSED.get(type(base))
+    return make(group) if make else None
+
+
+def base_numbers(group: Group) -> dict[str, float | Tensor]:
+    """What rules may read of a base's param group: every number in it, ``betas`` as beta1, beta2."""
+    numbers: dict[str, float | Tensor] = {}
+    for key, value in group.items():
+        if key == "betas":
+            numbers.update({f"beta{i + 1}": beta for i, beta in enumerate(value)})
+        elif isinstance(value, bool | int | float) or (isinstance(value, Tensor) and value.numel() == 1):
+            numbers[key] = value
+    return numbers
+
+
+def init_base_state(state: dict[str, Any], p: Tensor, rules: BaseRules, group: Group) -> bool:
+    """Give ``p`` the state torch's own first step would; True if there was none."""
+    fresh = any(state.get(name) is None for name in rules.slots)
+    if rules.counted and "step" not in state:
+        on_device = group.get("capturable", False) or group.get("fused", False)
+        state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu")
+    for name, slot in rules.slots.items():
+        if state.get(name) is None:
+            state[name] = slot.zeros(p)
+    return fresh

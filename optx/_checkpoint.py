@@ -1,0 +1,187 @@
+"""State dicts that carry the transforms' state exactly, between wrapped and unwrapped optimizers.
+
+torch's ``load_state_dict`` casts every tensor of a parameter's state to the weight's dtype; ours pass by it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from optx._errors import OptxError
+from optx._state import PENDING, is_ours, saved_slots, without_ours
+
+if TYPE_CHECKING:
+    from optx._wrap import Wrapped
+
+
+def _slot_keys(wrapped: Wrapped) -> dict[str, Any]:
+    """Every slot key of the optimizer's transforms, with its `Slot`."""
+    return {f"optx.{t.name}.{name}": slot for t in wrapped.transforms for name, slot in t.slots.items()}
+
+
+def _numbered(wrapped: Wrapped) -> dict[int, Tensor]:
+    """Parameters by the number torch's state dicts give them."""
+    params = (p for group in wrapped.param_groups for p in group["params"])
+    return dict(enumerate(dict.fromkeys(params)))
+
+
+def pack(wrapped: Wrapped) -> dict[str, Any]:
+    """The base's state dict; slots of parameters that have not stepped yet in an entry of their own."""
+    packed = wrapped.base.state_dict()
+    unsaved = {key for key, slot in _slot_keys(wrapped).items() if not slot.saved}
+    if unsaved:
+        packed["state"] = {
+            n: {k: v for k, v in entry.items() if k not in unsaved} if isinstance(entry, dict) else entry
+            for n, entry in packed["state"].items()
+        }
+    store = wrapped._slots  # pyright: ignore[reportPrivateUsage]
+    pending: dict[int, dict[str, Tensor]] = {}
+    for number, p in _numbered(wrapped).items():
+        slots = {k: v for k, v in store.pending.get(p, {}).items() if k not in unsaved}
+        if slots:
+            pending[number] = slots
+    if pending:
+        packed[PENDING] = pending
+    return packed
+
+
+def unpack(wrapped: Wrapped, state_dict: dict[str, Any]) -> None:
+    """Load into the base, and the slots beside it, exactly as they were saved."""
+    store = wrapped._slots  # pyright: ignore[reportPrivateUsage]
+    known = _slot_keys(wrapped)
+    ours = saved_slots(state_dict)
+    numbered = _numbered(wrapped)
+    before = {p: store.of(p) for p in numbered.values()}
+    numbers = [{k: v for k, v in group.items() if _is_number(wrapped, k)} for group in wrapped.param_groups]
+    _tell_differences(wrapped, state_dict, ours, known)
+    wrapped.base.load_state_dict(state_dict=without_ours(state_dict))
+    for group, kept in zip(wrapped.param_groups, numbers, strict=True):
+        for key, value in kept.items():
+            group.setdefault(key, value)
+    store.pending.clear()
+    for number, p in numbered.items():
+        slots = {k: v for k, v in before[p].items() if k in known and not known[k].derived}
+        loaded = {k: v for k, v in ours.get(number, {}).items() if k in known or k.count(".") == 1}
+        slots.update({k: v.to(p.device, copy=True) for k, v in loaded.items()})
+        if slots:
+            store.pending[p] = slots
+    stepped = [p for p in store.pending if wrapped.base.state.get(p)]
+    # A base without state (plain SGD) shows a step only by what was saved with it.
+    stepped += [p for n, p in numbered.items() if n in state_dict["state"] and p not in stepped]
+    store.settle(stepped)
+
+
+def _is_number(wrapped: Wrapped, key: str) -> bool:
+    names = {k for t in wrapped.transforms for k in t.group_keys()}
+    return key in names or is_ours(key)
+
+
+def _tell_differences(
+    wrapped: Wrapped, state_dict: dict[str, Any], ours: dict[int, dict[str, Tensor]], known: dict[str, Any]
+) -> None:
+    """Warn of what one side has and the other lacks."""
+    saved = {key for slots in ours.values() for key in slots if key.count(".") == 2}
+    foreign = sorted({key.split(".")[1] for key in saved - set(known)})
+    if foreign:
+        warnings.warn(
+            f"optx: the checkpoint has state of {', '.join(foreign)}, which this optimizer does not have; it "
+            "was left out.",
+            stacklevel=4,
+        )
+    wanted = {key for key, slot in known.items() if slot.saved and not slot.derived}
+    lacking = sorted(wanted - saved)
+    if lacking and (state_dict["state"] or saved):
+        warnings.warn(
+            f"optx: the checkpoint has no {', '.join(lacking)}; what was there stays (an anchor: the weights "
+            "at wrap time). It was saved by an optimizer without that transform.",
+            stacklevel=4,
+        )
+
+
+# ---- safetensors ------------------------------------------------------------------------------------
+
+
+def save_optimizer(optimizer: torch.optim.Optimizer, path: str | PathLike[str]) -> None:
+    """Save an optimizer's whole state as a safetensors file: no pickle, and exact.
+
+    Args:
+        optimizer: wrapped or not.
+        path: written beside and renamed, so that a kill leaves the old file whole.
+
+    Raises:
+        OptxError: the state holds something that is neither a tensor nor plain data.
+
+    Example:
+        >>> import torch, optx, tempfile, os
+        >>> w = torch.nn.Parameter(torch.ones(2))
+        >>> opt = optx.wrap(torch.optim.Adam([w]), optx.AdamR())
+        >>> file = os.path.join(tempfile.mkdtemp(), "optimizer.safetensors")
+        >>> optx.save_optimizer(opt, file)
+        >>> optx.load_optimizer(opt, file)
+    """
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+
+    def flatten(value: Any, name: str) -> Any:
+        if isinstance(value, Tensor):
+            # Its own storage: a slot may be a view of another file, and two names may share one tensor.
+            tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)
+            return {"tensor": name}
+        if isinstance(value, dict):
+            pairs: list[Any] = [[k, flatten(v, f"{name}.{k}")] for k, v in value.items()]
+            return {"dict": pairs}
+        if isinstance(value, list | tuple):
+            kind = "tuple" if isinstance(value, tuple) else "list"
+            return {kind: [flatten(v, f"{name}.{i}") for i, v in enumerate(value)]}
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        raise OptxError(f"save_optimizer: {name} is a {type(value).__name__}, which safetensors cannot hold.")
+
+    tree = flatten(optimizer.state_dict(), "optimizer")
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file(tensors, temporary, metadata={"optx": json.dumps(tree)})
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, path: str | PathLike[str]) -> None:
+    """Load what `save_optimizer` saved.
+
+    Raises:
+        OptxError: the file is not one of `save_optimizer`'s; nothing is changed.
+    """
+    from safetensors import safe_open
+
+    with safe_open(os.fspath(path), framework="pt") as file:
+        metadata = file.metadata() or {}
+        if "optx" not in metadata:
+            raise OptxError(f"load_optimizer: {os.fspath(path)!r} was not written by save_optimizer.")
+
+        def restore(node: Any) -> Any:
+            if not isinstance(node, dict):
+                return node
+            (kind, content), *_ = node.items()
+            if kind == "tensor":
+                return file.get_tensor(content)
+            if kind == "dict":
+                return {k: restore(v) for k, v in content}
+            values = [restore(v) for v in content]
+            return tuple(values) if kind == "tuple" else values
+
+        state_dict = restore(json.loads(metadata["optx"]))
+    optimizer.load_state_dict(state_dict)

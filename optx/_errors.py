@@ -1,0 +1,36 @@
+"""Errors a person can act on: what, where, got, wanted, one way out."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class OptxError(ValueError):
+    """Base of every error that optx raises for bad input."""
+
+
+class TransformError(OptxError):
+    """A transform that cannot serve this base, these parameters or these arguments."""
+
+
+class FusedError(OptxError):
+    """``fused=`` asked for a path that cannot be taken; the message says why."""
+
+
+class ShapeError(OptxError):
+    """Two tensors that must have one shape have two; names the parameter."""
+
+
+def near(name: str, names: Iterable[str], count: int = 3) -> str:
+    """A sentence part listing names like ``name``: ``Near: 'a', 'b' (24 in all).``"""
+    everything = list(names)
+    close = difflib.get_close_matches(name, everything, n=count, cutoff=0.4) or everything[:count]
+    return f"Near: {', '.join(map(repr, close))} ({len(everything)} in all)." if everything else "There are none."
+
+
+def check_range(owner: str, argument: str, value: float, low: float, high: float = float("inf")) -> None:
+    """Raise unless ``low <= value <= high``, in one sentence."""
+    if not low <= value <= high:
+        wanted = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
+        raise OptxError(f"{owner}: {argument} is {value!r}; it must be {wanted}.")

@@ -1,0 +1,260 @@
+"""Runs a `Program` on torch tensors: the reference, and the path for every base, device and layout."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optx._names import is_dtensor
+from optx.kernels.program import W0, Call, G, Level, Program, Ref, W
+
+Operand = Any  # a TensorList, a number, or one number or 0-dim tensor per tensor
+
+
+class PerTensor(list[Any]):
+    """One number (or 0-dim tensor) per tensor of a `TensorList`."""
+
+
+class TensorList:
+    """A list of tensors with the arithmetic of one, by torch's ``_foreach`` functions where they exist.
+
+    It is what a rule is called on where launches cost more than memory: one launch per operation serves
+    all tensors of a group.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self.tensors = list(tensors)
+
+    def _map(self, op: Callable[..., Tensor], *others: Operand) -> TensorList:
+        columns = [o.tensors if isinstance(o, TensorList) else o for o in others]
+        columns = [c if isinstance(c, list) else [c] * len(self.tensors) for c in columns]
+        return TensorList(op(*row) for row in zip(self.tensors, *columns, strict=True))
+
+    def _fast(self, name: str, op: Callable[..., Tensor], other: Operand) -> TensorList:
+        operand = other.tensors if isinstance(other, TensorList) else other
+        if isinstance(operand, PerTensor) and operand and isinstance(operand[0], Tensor):
+            return self._map(op, other)
+        return TensorList(getattr(torch, f"_foreach_{name}")(self.tensors, operand))
+
+    def __add__(self, other: Operand) -> TensorList:
+        return self._fast("add", operator.add, other)
+
+    def __sub__(self, other: Operand) -> TensorList:
+        return self._fast("sub", operator.sub, other)
+
+    def __mul__(self, other: Operand) -> TensorList:
+        return self._fast("mul", operator.mul, other)
+
+    def __truediv__(self, other: Operand) -> TensorList:
+        return self._fast("div", operator.truediv, other)
+
+    __radd__ = __add__
+    __rmul__ = __mul__
+
+    def __rsub__(self, other: Operand) -> TensorList:
+        return self._map(lambda a, b: b - a, other)
+
+    def __rtruediv__(self, other: Operand) -> TensorList:
+        return self._map(lambda a, b: b / a, other)
+
+    def __pow__(self, other: Operand) -> TensorList:
+        return self._map(operator.pow, other)
+
+    def __neg__(self) -> TensorList:
+        return TensorList(torch._foreach_neg(self.tensors))
+
+    def __abs__(self) -> TensorList:
+        return TensorList(torch._foreach_abs(self.tensors))
+
+    def __gt__(self, other: Operand) -> TensorList:
+        return self._map(operator.gt, other)
+
+    def __lt__(self, other: Operand) -> TensorList:
+        return self._map(operator.lt, other)
+
+    def __ge__(self, other: Operand) -> TensorList:
+        return self._map(operator.ge, other)
+
+    def __le__(self, other: Operand) -> TensorList:
+        return self._map(operator.le, other)
+
+    def sqrt(self) -> TensorList:
+        """Square roots."""
+        return TensorList(torch._foreach_sqrt(self.tensors))
+
+    def exp(self) -> TensorList:
+        """Exponentials."""
+        return TensorList(torch._foreach_exp(self.tensors))
+
+    def log(self) -> TensorList:
+        """Logarithms."""
+        return TensorList(torch._foreach_log(self.tensors))
+
+    def sign(self) -> TensorList:
+        """Signs."""
+        return TensorList(torch._foreach_sign(self.tensors))
+
+    def where_(self, a: Operand, b: Operand) -> TensorList:
+        """``a`` where this (boolean) list holds, else ``b``."""
+        return self._map(torch.where, a, b)
+
+
+class GroupRun:
+    """One step of one param group: holds the registers, numbers and state a program's calls refer to.
+
+    Args:
+        program: what to compute.
+        weights: the parameters that have a gradient.
+        grads: their gradients.
+        slots: per slot name, one tensor per weight; written in place.
+        cells: per scalar slot name, one tensor per weight; written in place.
+        hypers: numbers of the group.
+        cols: numbers per tensor known from the start: ``numel``, ``step``, ``fresh``.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        weights: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        slots: Mapping[str, Sequence[Tensor]],
+        cells: Mapping[str, Sequence[Tensor]],
+        hypers: Mapping[str, Any],
+        cols: Mapping[str, Tensor],
+    ) -> None:
+        self.program = program
+        self.weights = list(weights)
+        self.slots, self.cells, self.hypers = slots, cells, hypers
+        self.cols = dict(cols)
+        self.totals: dict[str, Tensor] = {}
+        device = weights[0].device
+        self.number_device = torch.device("cpu") if any(map(is_dtensor, weights)) else device
+        self._as_floats = self.number_device.type == "cpu"
+        # Only where a launch costs more than a pass over memory.
+        self._lists = device.type not in ("cpu", "meta") and not any(map(is_dtensor, weights))
+        self._wide = torch.float32 if device.type == "mps" else torch.float64
+        self.registers: dict[Ref, list[Tensor]] = {G: list(grads)}
+
+    # ---- levels ------------------------------------------------------------------------------------
+
+    def measure(self, level: Level) -> dict[str, Tensor]:
+        """Sums and scalars of a level; returns this group's share of its totals."""
+        if level.sums:
+            registers = {W: self.weights, W0: self.weights, G: self.registers[G]}
+            for call in level.prefix:
+                self._elementwise(call, registers)
+            for call in level.sums:
+                self._sum(call, registers)
+        for call in level.scalars:
+            self._scalar(call)
+        return {ref.name: self.cols[ref.name].sum() for ref in level.totals}
+
+    def finish(self, level: Level) -> None:
+        """The scalars that waited for totals, which the caller has put into ``totals``."""
+        for call in level.finish:
+            self._scalar(call)
+
+    def _sum(self, call: Call, registers: Mapping[Ref, list[Tensor]]) -> None:
+        rows: list[list[Tensor]] = []
+        for i in range(len(self.weights)):
+            arguments = [self._element(ref, i, registers, self._wide) for ref in call.args]
+            with torch.no_grad():
+                rows.append([_total(v) for v in call.rule.values(*arguments)])
+        for column, ref in enumerate(call.writes):
+            summed = torch.stack([row[column].to(self.number_device) for row in rows])
+            self.cols[ref.name] = summed
+
+    def _scalar(self, call: Call) -> None:
+        results = call.rule.values(*(self._number(ref) for ref in call.args))
+        for ref, value in zip(call.writes, results, strict=True):
+            filled = torch.as_tensor(value, dtype=self._wide, device=self.number_device)
+            self.cols[ref.name] = filled.expand(len(self.weights))
+
+    def _number(self, ref: Ref) -> Any:
+        if ref.kind == "col":
+            return self.cols[ref.name]
+        if ref.kind == "total":
+            return self.totals[ref.name]
+        if ref.kind == "cell":
+            return torch.stack([c.to(self._wide) for c in self.cells[ref.name]]).to(self.number_device)
+        return self.hypers[ref.name]
+
+    # ---- elements ----------------------------------------------------------------------------------
+
+    def rewrite_gradients(self) -> list[Tensor]:
+        """Run the gradient rules; the new gradients, in the old ones' dtypes."""
+        registers = {W: self.weights, W0: self.weights, G: self.registers[G]}
+        for call in self.program.gradient:
+            self._elementwise(call, registers)
+        old = self.registers[G]
+        return [new.to(g.dtype) for new, g in zip(registers[G], old, strict=True)]
+
+    def edit_weights(self, calls: Sequence[Call], start: list[Tensor] | None = None) -> list[Tensor] | None:
+        """Run rules that write weights; the new weights in full precision, None if no rule writes."""
+        if not calls:
+            return None
+        registers = {W: self.weights, W0: start or self.weights, G: self.registers[G]}
+        for call in calls:
+            self._elementwise(call, registers)
+        return registers[W]
+
+    def observe(self) -> None:
+        """Sum what was written into the scalar slots."""
+        registers = {W: self.weights, W0: self.weights, G: self.registers[G]}
+        for call in self.program.observe:
+            self._sum(call, registers)
+            for ref in call.writes:
+                for cell, value in zip(self.cells[ref.name], self.cols[ref.name].unbind(), strict=True):
+                    cell.copy_(value)
+
+    def _elementwise(self, call: Call, registers: dict[Ref, list[Tensor]]) -> None:
+        count = len(self.weights)
+        if self._lists:
+            arguments = [self._list(ref, registers) for ref in call.args]
+            columns = [v.tensors for v in call.rule.values(*arguments)]
+        else:
+            rows = [
+                call.rule.values(*(self._element(ref, i, registers, None) for ref in call.args))
+                for i in range(count)
+            ]
+            columns = [[row[c] for row in rows] for c in range(len(call.writes))]
+        for ref, values in zip(call.writes, columns, strict=True):
+            if ref.kind == "reg":
+                registers[ref] = values
+            else:
+                for slot, value in zip(self.slots[ref.name], values, strict=True):
+                    slot.copy_(value)
+
+    def _list(self, ref: Ref, registers: Mapping[Ref, list[Tensor]]) -> Any:
+        if ref.kind in ("reg", "slot"):
+            count = range(len(self.weights))
+            return TensorList(self._element(ref, i, registers, None) for i in count)
+        if ref.kind == "col":
+            return PerTensor(self.cols[ref.name].to(torch.float32).unbind())
+        return self._group_number(ref)
+
+    def _element(self, ref: Ref, i: int, registers: Mapping[Ref, list[Tensor]], dtype: Any) -> Any:
+        """Argument ``ref`` for tensor ``i``, in at least float32 (or in ``dtype``)."""
+        if ref.kind in ("reg", "slot"):
+            value = (registers[ref] if ref.kind == "reg" else self.slots[ref.name])[i].detach()
+            low = value.dtype in (torch.bfloat16, torch.float16)
+            wanted = dtype or (torch.float32 if low else value.dtype)
+            return value.to(wanted)
+        if ref.kind == "col":
+            value = self.cols[ref.name][i]
+            return value.item() if self._as_floats else value.to(torch.float32)
+        return self._group_number(ref)
+
+    def _group_number(self, ref: Ref) -> Any:
+        value = self._number(ref)
+        return value.item() if isinstance(value, Tensor) and self._as_floats else value
+
+
+def _total(summand: Tensor) -> Tensor:
+    """A sum completed over the device mesh, if there is one."""
+    total = summand.sum()
+    return total.full_tensor() if is_dtensor(total) else total  # type: ignore[attr-defined]

@@ -1,0 +1,42 @@
+"""Parameter names, for messages and for matching anchors by name."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module | None = None) -> dict[int, str]:
+    """Names of an optimizer's parameters, by ``id``.
+
+    Taken from the model if given (DDP's and compile's prefixes are dropped), else from the optimizer if it
+    was built from ``named_parameters()``, else made up from the position:
+    ``param_groups[0]['params'][3]``.
+    """
+    names: dict[int, str] = {}
+    for g, group in enumerate(optimizer.param_groups):
+        given: list[str] = group.get("param_names", [])
+        for i, p in enumerate(group["params"]):
+            names[id(p)] = given[i] if i < len(given) else f"param_groups[{g}]['params'][{i}]"
+    if model is not None:
+        for name, p in model.named_parameters():
+            if id(p) in names:
+                names[id(p)] = plain_name(name)
+    return names
+
+
+def has_names(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer was built from ``named_parameters()``."""
+    return all("param_names" in group for group in optimizer.param_groups)
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name in the user's model, without what wrappers put before it."""
+    parts = name.split(".")
+    return ".".join(part for part in parts if part not in ("module", "_orig_mod", "_fsdp_wrapped_module"))
+
+
+def is_dtensor(p: Tensor) -> bool:
+    """Whether a tensor is sharded or replicated over a device mesh."""
+    # Looked up by name: importing torch.distributed.tensor costs a second.
+    return any(c.__name__ == "DTensor" for c in type(p).__mro__)

@@ -1,0 +1,40 @@
+"""What `Wrapped.plan` returns: which path each group's step takes, in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """One param group's path.
+
+    Attributes:
+        path: ``fused cpu``, ``fused triton`` or ``foreach``.
+        reason: why it is not fused; None if it is.
+        tensors: how many parameters.
+        numbers: how many elements in all.
+        chain: the transforms and the base, in order.
+        passes: reads of the gradient per step (the update, and one per level of sums).
+    """
+
+    index: int
+    path: str
+    reason: str | None
+    tensors: int
+    numbers: int
+    chain: tuple[str, ...]
+    passes: int
+
+    def __str__(self) -> str:
+        size = f"{self.tensors} tensor{'s' * (self.tensors != 1)}, {self.numbers:,} numbers"
+        passes = "" if self.passes == 1 else f", {self.passes} passes"
+        line = f"group {self.index}: {self.path} ({size}{passes}): {' -> '.join(self.chain)}"
+        return line if self.reason is None else f"{line}\n    not fused: {self.reason}"
+
+
+class Plan(tuple[GroupPlan, ...]):
+    """The plans of all groups; prints one line per group."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self))

@@ -1,0 +1,162 @@
+"""A rule: one elementwise function, written once, read by three compilers.
+
+The function object is called on torch tensors (the reference and the ``foreach`` path). Its *source* is
+pasted, with its helpers, into the generated Triton and Numba kernels (`optx.kernels`): pasting keeps the
+disk caches of both compilers valid from one process to the next, which a closure over compiled functions
+does not.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import linecache
+import textwrap
+from collections.abc import Callable, Sequence
+from typing import Any, overload
+
+from optx import ops
+
+
+class Rule:
+    """An elementwise function and what it writes. Made by `rule`."""
+
+    def __init__(self, function: Callable[..., Any], writes: tuple[str, ...]) -> None:
+        self.function = function
+        self.writes = writes
+        self.name = function.__name__
+        parameters = inspect.signature(function).parameters.values()
+        bad = [p.name for p in parameters if p.kind is not p.POSITIONAL_OR_KEYWORD or p.default is not p.empty]
+        if bad:
+            raise TypeError(
+                f"rule {self.name!r}: argument {bad[0]!r} has a default or is variadic; a rule takes plain "
+                "positional arguments only, so that every compiler reads it alike."
+            )
+        self.reads = tuple(p.name for p in parameters)
+        functools.update_wrapper(self, function)
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the rule on torch tensors (or numbers)."""
+        return self.function(*args)
+
+    def values(self, *args: Any) -> tuple[Any, ...]:
+        """Run the rule and give its results as a tuple, also when there is one."""
+        result = self.function(*args)
+        return result if len(self.writes) > 1 else (result,)
+
+    def __repr__(self) -> str:
+        return f"<rule {self.name}({', '.join(self.reads)}) -> {', '.join(self.writes)}>"
+
+    def __reduce__(self) -> Any:
+        # A rule decorates a module-level name; unpickle it as that name, as functions are.
+        return self.function.__qualname__
+
+    @functools.cached_property
+    def source(self) -> RuleSource:
+        """The rule's source and all it refers to; raises `RuleSourceError` where a compiler can't follow."""
+        return RuleSource.of(self)
+
+
+class RuleSourceError(ValueError):
+    """A rule that only the foreach path can run; the message says why."""
+
+
+class RuleSource:
+    """A rule's function definition (an AST without decorators), its constants and its helper rules."""
+
+    def __init__(
+        self, definition: ast.FunctionDef, constants: dict[str, float | int | bool], helpers: dict[str, Rule]
+    ) -> None:
+        self.definition = definition
+        self.constants = constants
+        self.helpers = helpers
+
+    @classmethod
+    def of(cls, rule: Rule) -> RuleSource:
+        """Read the source of a rule, and check that every name in it has a meaning in all compilers."""
+        definition = _parse(rule)
+        scope = inspect.getclosurevars(rule.function)
+        names = {**scope.globals, **scope.nonlocals}
+        constants: dict[str, float | int | bool] = {}
+        helpers: dict[str, Rule] = {}
+        for name, value in names.items():
+            if isinstance(value, bool | int | float):
+                constants[name] = value
+            elif isinstance(value, Rule):
+                helpers[name] = value
+            elif not (name in ops.__all__ and value is getattr(ops, name)):
+                raise RuleSourceError(
+                    f"rule {rule.name!r} uses {name!r}, which no kernel compiler knows; use numbers, other "
+                    f"rules, or the functions of optx.ops ({', '.join(ops.__all__)})."
+                )
+        unknown = (scope.unbound | set(scope.builtins)) - {"abs"}
+        # `x.sqrt()` shows up as an unbound attribute name: methods belong to torch, not to a rule.
+        if unknown:
+            raise RuleSourceError(
+                f"rule {rule.name!r} uses {sorted(unknown)[0]!r}, which no kernel compiler knows; use the "
+                f"functions of optx.ops ({', '.join(ops.__all__)})."
+            )
+        return cls(definition, constants, helpers)
+
+
+def _parse(rule: Rule) -> ast.FunctionDef:
+    try:
+        linecache.checkcache(rule.function.__code__.co_filename)
+        text = textwrap.dedent(inspect.getsource(rule.function))
+    except (OSError, TypeError) as error:
+        raise RuleSourceError(
+            f"rule {rule.name!r} has no source file to compile (defined in an interactive session?)."
+        ) from error
+    tree = ast.parse(text)
+    definition = next((n for n in tree.body if isinstance(n, ast.FunctionDef)), None)
+    if definition is None:
+        raise RuleSourceError(f"rule {rule.name!r} is a lambda; write it with def.")
+    definition.decorator_list = []
+    definition.returns = None
+    for argument in definition.args.args:
+        argument.annotation = None
+    if definition.body and isinstance(definition.body[0], ast.Expr):
+        first = definition.body[0].value
+        if isinstance(first, ast.Constant) and isinstance(first.value, str):
+            definition.body = definition.body[1:]  # the docstring
+    return definition
+
+
+@overload
+def rule(*, writes: str | Sequence[str]) -> Callable[[Callable[..., Any]], Rule]: ...
+@overload
+def rule(function: Callable[..., Any], *, writes: str | Sequence[str]) -> Rule: ...
+def rule(
+    function: Callable[..., Any] | None = None, *, writes: str | Sequence[str]
+) -> Rule | Callable[[Callable[..., Any]], Rule]:
+    """Mark a plain elementwise function as a rule.
+
+    The names of its arguments say what they are: ``w`` the weight, ``g`` the gradient, ``w0`` the weight as
+    it was when the step began, a slot of the transform (one tensor per weight), or else a number (an option
+    of the param group, or what the transform's ``scalars`` computed). It may use ``+ - * / **``,
+    comparisons, local variables, numbers, other rules and the functions of `optx.ops`; no loops, no
+    ``if``, no tensor methods.
+
+    Args:
+        function: the function; it returns the new value of each name in ``writes``, in that order.
+        writes: what it returns: ``"g"``, ``"w"``, a slot, or, for sums, the names of the sums.
+
+    Returns:
+        A `Rule`, which can still be called on tensors.
+
+    Raises:
+        TypeError: an argument has a default or is variadic.
+
+    Example:
+        >>> import torch, optx
+        >>> @optx.rule(writes="g")
+        ... def clip(g, limit):
+        ...     return optx.ops.maximum(optx.ops.minimum(g, limit), -limit)
+        >>> clip(torch.tensor([-3.0, 0.5]), 1.0)
+        tensor([-1.0000,  0.5000])
+    """
+    names = (writes,) if isinstance(writes, str) else tuple(writes)
+    if function is None:
+        return lambda f: Rule(f, names)
+    return Rule(function, names)

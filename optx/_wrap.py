@@ -1,0 +1,315 @@
+"""`wrap`: an optimizer that is another optimizer plus transforms, and shares its groups and state."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from optx._checks import check_wrap
+from optx._plan import Plan
+from optx._state import SlotStore
+from optx._stepper import Stepper
+from optx._transform import Group, Transform
+
+Fused = bool | Literal["auto", "cpu", "triton"]
+Rounding = Literal["stochastic", "kahan", "nearest"]
+
+
+class Wrapped(Optimizer):
+    """What `wrap` returns: a torch optimizer whose groups, state and defaults are the base's own.
+
+    They are delegated by property: a shared list would go stale at the first ``load_state_dict``, and a
+    ``__getattr__`` forwarder would make GradScaler take us for a fused base.
+
+    Attributes:
+        base: the wrapped optimizer.
+        transforms: in order; each is also an attribute by its name (``opt.adamr``).
+        skipped_steps: how many steps were skipped for a non-finite gradient.
+        totals: sums over the whole optimizer taken in the last step (AdamR's ``adamr.second``).
+    """
+
+    def __init__(
+        self,
+        base: Optimizer,
+        transforms: Sequence[Transform],
+        fused: Fused = "auto",
+        skip_nonfinite: bool = False,
+        rounding: Rounding = "stochastic",
+    ) -> None:
+        # Not Optimizer.__init__: it would make groups and state of its own.
+        self.base = base
+        self.transforms = tuple(transforms)
+        self.fused: Fused = fused
+        self.rounding: Rounding = rounding
+        self.skip_nonfinite = skip_nonfinite
+        self.skipped_steps = 0
+        self.totals: dict[str, Any] = {}
+        self._slots = SlotStore(base)
+        self._hooks()
+        self._warned_capturable_if_run_uncaptured = True
+        self._known: list[list[Tensor]] = []
+        self._patch_step_function()
+        check_wrap(self)
+        self._fill_groups()
+        self._stepper = Stepper(self)
+        self._stepper.plan()  # raises for fused=True that can't be honoured
+        for transform in self.transforms:
+            setattr(self, transform.name, transform)
+        for transform in self.transforms:
+            transform.bind(self)
+
+    def _hooks(self) -> None:
+        for when in ("step_pre", "step_post", "state_dict_pre", "state_dict_post"):
+            setattr(self, f"_optimizer_{when}_hooks", OrderedDict())
+        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+        self._optimizer_load_state_dict_post_hooks = OrderedDict()
+
+    # ---- what is the base's own ---------------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[Group]:  # type: ignore[override]
+        """The base's param groups."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[Group]) -> None:
+        self.base.param_groups = value
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """The base's state, ours within it."""
+        return self.base.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.base.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """The base's defaults."""
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.base.defaults = value
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As the base does it."""
+        self.base.zero_grad(set_to_none=set_to_none)
+
+    # ---- stepping -----------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step: the transforms' gradient rules, the base update, the transforms' weight rules.
+
+        Args:
+            closure: evaluates the model again and returns the loss, as in torch. A base that evaluates it
+                several times (LBFGS, SAM) gets transformed gradients every time.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            OptxError: a gradient is sparse, or a parameter changed in a way no kernel serves.
+        """
+        self._follow_parameters()
+        loss, stepped = self._stepper.step(closure)
+        if stepped:
+            for transform in self.transforms:
+                transform.after_step(self)
+        return loss
+
+    def plan(self) -> Plan:
+        """Which path each param group's step takes, and why; print it.
+
+        Example:
+            >>> import torch, optx
+            >>> opt = optx.wrap(torch.optim.RAdam([torch.nn.Parameter(torch.ones(2))]), optx.PerpGrad())
+            >>> print(opt.plan())
+            group 0: foreach (1 tensor, 2 numbers): PerpGrad(rescale=1.0) -> RAdam
+                not fused: RAdam has no fused form (SGD, Adam and AdamW have)
+        """
+        return self._stepper.plan()
+
+    # ---- groups -------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a param group to the base; its slots are made as at wrap time.
+
+        Raises:
+            OptxError: a transform cannot serve the new parameters; nothing is added.
+        """
+        count = len(self.param_groups)
+        self.base.add_param_group(param_group)
+        try:
+            check_wrap(self, self.param_groups[count:])
+            self._fill_groups()
+            for transform in self.transforms:
+                if transform.name in self.param_groups[count] and self.param_groups[count][transform.name]:
+                    for p in self.param_groups[count]["params"]:
+                        for name in transform.slots:
+                            self.slot(p, transform, name)
+            self._stepper.plan()
+        except Exception:
+            for p in self.base.param_groups.pop()["params"]:
+                self._slots.pending.pop(p, None)
+            raise
+
+    def served(self, transform: Transform) -> list[Tensor]:
+        """The parameters of the groups that a transform is not left out of."""
+        groups = (g for g in self.param_groups if g.get(transform.name, True))
+        return [p for group in groups for p in group["params"]]
+
+    def slot(
+        self, p: Tensor, transform: Transform, name: str, make: Callable[[], Tensor] | None = None
+    ) -> Tensor:
+        """A transform's state tensor for ``p``, made on first use."""
+        make = make or (lambda: transform.init_slot(name, p, self))
+        return self._slots.get(p, f"optx.{transform.name}.{name}", make)
+
+    def drop_base_state(self, p: Tensor) -> None:
+        """Forget the base's state of a parameter; the transforms' slots stay."""
+        self._slots.drop_base_state(p)
+
+    def _fill_groups(self) -> None:
+        """Give every group our keys, where it has none."""
+        for group in self.param_groups:
+            for transform in self.transforms:
+                for key, value in transform.group_keys().items():
+                    group.setdefault(key, value)
+            if any(p.dtype == torch.bfloat16 for p in group["params"]):
+                group.setdefault("optx.seed", 0)
+                group.setdefault("optx.step", 0)
+        self._known = [list(group["params"]) for group in self.param_groups]
+
+    def _follow_parameters(self) -> None:
+        """Accelerate and FSDP2 put other parameter objects into the groups: state goes along."""
+        for known, group in zip(self._known, self.param_groups, strict=False):
+            params: list[Tensor] = group["params"]
+            if len(known) == len(params):
+                for i, (old, new) in enumerate(zip(known, params, strict=True)):
+                    if old is not new:
+                        self._slots.follow(old, new)
+                        known[i] = new
+        if len(self._known) != len(self.param_groups):
+            self._fill_groups()
+
+    # ---- checkpoints --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's state dict, with the transforms' tensors and numbers in it."""
+        from optx._checkpoint import pack
+
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        self._follow_parameters()
+        packed = pack(self)
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            packed = hook(self, packed) or packed
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this optimizer, wrapped alike or otherwise or not at all.
+
+        What a transform needs and the checkpoint lacks stays as it is here, and a warning names it.
+        """
+        from optx._checkpoint import unpack
+
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
+        self._follow_parameters()
+        unpack(self, state_dict)
+        self._stepper = Stepper(self)
+        for transform in self.transforms:
+            transform.after_load(self)
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Kernels and tables hold addresses; a copy makes its own.
+        return {k: v for k, v in self.__dict__.items() if k not in ("_stepper", "step")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._patch_step_function()
+        self._stepper = Stepper(self)
+
+    def remove(self) -> Optimizer:
+        """Take the transforms off and return the base, whose state stays."""
+        for transform in reversed(self.transforms):
+            transform.unwrap(self)
+        for state in self.base.state.values():
+            for key in [k for k in state if isinstance(k, str) and k.startswith("optx.")]:
+                del state[key]
+        ours = {key for t in self.transforms for key in t.group_keys()} | {"optx.seed", "optx.step"}
+        for group in self.base.param_groups:
+            for key in ours:
+                group.pop(key, None)
+        return self.base
+
+    def __repr__(self) -> str:
+        inside = "".join(f", {t!r}" for t in self.transforms)
+        return f"optx.wrap({self.base!r}{inside})"
+
+
+class _WrappedWithModes(Wrapped):
+    """For bases with ``train()`` and ``eval()`` (schedulefree): GradScaler and Accelerate look for them."""
+
+    def train(self) -> Any:
+        """As the base."""
+        return cast(Any, self.base).train()
+
+    def eval(self) -> Any:
+        """As the base."""
+        return cast(Any, self.base).eval()
+
+
+def wrap(
+    optimizer: Optimizer,
+    *transforms: Transform,
+    fused: Fused = "auto",
+    skip_nonfinite: bool = False,
+    rounding: Rounding = "stochastic",
+) -> Wrapped:
+    """Add transforms to an optimizer that a training loop already has.
+
+    The result is a ``torch.optim.Optimizer`` that shares the base's ``param_groups``, ``state`` and
+    ``defaults``; schedulers, GradScaler, checkpoints and Accelerate see one optimizer. Where the base is
+    torch's SGD, Adam or AdamW and every rule is elementwise, the whole step is one fused kernel
+    (`Wrapped.plan` tells).
+
+    Args:
+        optimizer: any torch optimizer, stepped before or not.
+        transforms: applied in this order. All gradient rules run before any weight changes.
+        fused: ``"auto"`` takes a fused path where it can; True demands one and raises with the reason
+            otherwise; ``"cpu"`` and ``"triton"`` demand that one; False runs the base as it is.
+        skip_nonfinite: skip (and count in ``skipped_steps``) a step with an inf or nan gradient, before
+            anything has changed. Leave it False under a GradScaler, which does that itself.
+        rounding: how a bfloat16 weight is written after a float32 update: ``"stochastic"`` (unbiased),
+            ``"kahan"`` (compensated; two more bytes per parameter) or ``"nearest"`` (torch's; loses
+            updates below half a unit in the last place).
+
+    Returns:
+        The wrapped optimizer.
+
+    Raises:
+        TransformError: no trainable parameter, a transform given twice, a base or parameter that a
+            transform can't serve.
+        FusedError: ``fused`` demands a path that can't be taken.
+
+    Example:
+        >>> import torch, optx
+        >>> model = torch.nn.Linear(4, 2)
+        >>> opt = optx.wrap(torch.optim.AdamW(model.parameters(), lr=1e-3), optx.PerpGrad())
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> opt.step()
+    """
+    modes = all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
+    kind = _WrappedWithModes if modes else Wrapped
+    return kind(optimizer, transforms, fused, skip_nonfinite, rounding)

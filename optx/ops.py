@@ -1,0 +1,67 @@
+"""The mathematics a rule may use, besides ``+ - * / **`` and comparisons.
+
+A rule is one plain function that three compilers read. Each name here means the same in all three: on
+torch tensors it is what stands below; in generated Triton and Numba code it is the compiler's own.
+
+    >>> import torch, optx
+    >>> from optx.ops import sign
+    >>> @optx.rule(writes="w")
+    ... def pull_l1(w, anchor, rate):
+    ...     return w - rate * sign(w - anchor)
+    >>> pull_l1(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1.0]), 0.5)
+    tensor([1.0000, 1.5000])
+"""
+
+from __future__ import annotations
+
+import builtins
+import math
+from typing import Any
+
+import torch
+
+__all__ = ["abs", "exp", "log", "maximum", "minimum", "sign", "sqrt", "where"]
+
+
+def sqrt(x: Any) -> Any:
+    """Square root."""
+    return x.sqrt() if hasattr(x, "sqrt") else math.sqrt(x)
+
+
+def exp(x: Any) -> Any:
+    """Natural exponential."""
+    return x.exp() if hasattr(x, "exp") else math.exp(x)
+
+
+def log(x: Any) -> Any:
+    """Natural logarithm."""
+    return x.log() if hasattr(x, "log") else math.log(x)
+
+
+def abs(x: Any) -> Any:
+    """Absolute value."""
+    return builtins.abs(x)
+
+
+def sign(x: Any) -> Any:
+    """-1, 0 or 1; sign(0) is 0."""
+    return x.sign() if hasattr(x, "sign") else (x > 0) - (x < 0)
+
+
+def where(condition: Any, a: Any, b: Any) -> Any:
+    """``a`` where ``condition`` holds, else ``b``; both are evaluated."""
+    if hasattr(condition, "where_"):  # a TensorList
+        return condition.where_(a, b)
+    if isinstance(condition, torch.Tensor):
+        return torch.where(condition, a, b)
+    return a if condition else b
+
+
+def maximum(a: Any, b: Any) -> Any:
+    """The larger of two; NaN handling is the compiler's."""
+    return where(a > b, a, b)
+
+
+def minimum(a: Any, b: Any) -> Any:
+    """The smaller of two; NaN handling is the compiler's."""
+    return where(a < b, a, b)

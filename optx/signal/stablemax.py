@@ -1,0 +1,302 @@
+"""StableMax cross-entropy: a loss whose gradient does not vanish once the training set is learnt.
+
+Source: Prieto, Barsbey, Mediano, Birdal, "Grokking at the Edge of Numerical Stability", ICLR 2025,
+arXiv 2501.04697, section 4.1 (definition 4, proposition 1).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from optx._errors import OptxError, ShapeError, check_range
+from optx.signal import _stablemax_rows as torch_rows
+from optx.signal._stablemax_rows import Options, RowSums, math_dtype
+
+__all__ = ["StableMaxCrossEntropy", "stablemax_cross_entropy"]
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_REDUCTIONS = ("mean", "sum", "none")
+_OWNER = "stablemax_cross_entropy"
+
+
+def stablemax_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Cross-entropy with StableMax in the place of softmax.
+
+    Softmax's exponential makes the other classes' terms vanish beside the true one's (in float32 once the
+    other logits are 16.6 below): the loss and its gradient become exactly 0. StableMax divides
+    s(z) = z + 1 (z >= 0), 1 / (1 - z) (z < 0) by its sum over the classes, so the ratio of two terms grows
+    with the logits, not with their exponential (arXiv 2501.04697, definition 4). The loss of a sample is
+    -log(s(z_y) / sum_k s(z_k)), which equals ``cross_entropy(sign(z) * log1p(|z|), y)`` (proposition 1).
+
+    Unlike softmax it depends on where logits lie, not only on their differences: a constant added to
+    all logits changes the loss. The order of the classes, hence accuracy, is softmax's.
+
+    Arguments, shapes and reductions are those of `torch.nn.functional.cross_entropy`. Mathematics is in
+    float32 (float64 for float64 logits) whatever the logits' dtype, and only the logits and one number per
+    row are kept for the backward pass. On CPU and CUDA/ROCm both passes are one compiled kernel
+    (Numba, Triton); elsewhere, for tensor subclasses and under ``torch.compile`` they are torch operations.
+    A second derivative, and gradients of class probabilities or of ``weight``, are computed by
+    differentiable torch operations, which keep several tensors of the logits' size.
+
+    Args:
+        logits: unnormalised scores, shape (C,), (N, C) or (N, C, d1, ...); float16, bfloat16, float32 or
+            float64.
+        target: class numbers in [0, C), any integer dtype, shape (), (N,) or (N, d1, ...); or class
+            probabilities, floating, in the logits' shape.
+        weight: weight of each class, shape (C,).
+        ignore_index: samples with this class number count for nothing; class numbers only.
+        reduction: ``"mean"`` (over the weights of the samples that count; for probabilities over N d1 ...),
+            ``"sum"`` or ``"none"``.
+        label_smoothing: share of each target that is spread evenly over the classes, in [0, 1].
+
+    Returns:
+        The loss, in nats: a scalar, or the target's shape (without the class dimension) for ``"none"``.
+        Its dtype is the logits', or float32 inside autocast. A mean over no sample is nan, as in torch.
+
+    Raises:
+        ShapeError: target or weight do not fit the logits.
+        OptxError: an option out of range.
+        TypeError: a dtype that can't be used.
+        IndexError: a class number out of range, found on CPU; on a GPU it is a device-side assertion.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.tensor([[2.0, -1.0, 0.0]], requires_grad=True)
+        >>> loss = stablemax_cross_entropy(logits, torch.tensor([0]))
+        >>> loss.backward()
+        >>> loss.item(), logits.grad
+        (0.405465..., tensor([[-0.1111,  0.0556,  0.2222]]))
+    """
+    _check(logits, target, weight, ignore_index, reduction, label_smoothing)
+    if weight is not None:
+        weight = weight.to(math_dtype(logits.dtype))
+    rows, row_target, shape = _as_rows(logits, target)
+    _check_labels(row_target, ignore_index, rows.shape[1])
+    options = Options(weight, ignore_index, float(label_smoothing))
+    loss = _row_losses(rows, row_target, options)
+    if reduction == "none":
+        loss = loss.reshape(shape)
+    elif reduction == "sum":
+        loss = loss.sum()
+    else:
+        loss = loss.sum() / _divisor(row_target, options)
+    return loss if torch.is_autocast_enabled(logits.device.type) else loss.to(logits.dtype)
+
+
+class StableMaxCrossEntropy(nn.Module):
+    """`stablemax_cross_entropy` as a module: takes the place of `torch.nn.CrossEntropyLoss`.
+
+    Args:
+        weight: weight of each class, shape (C,); kept as a buffer.
+        ignore_index: samples with this class number count for nothing.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        label_smoothing: share of each target that is spread evenly over the classes, in [0, 1].
+
+    Raises:
+        OptxError: an option out of range.
+
+    Example:
+        >>> import torch
+        >>> criterion = StableMaxCrossEntropy(label_smoothing=0.1)
+        >>> criterion(torch.zeros(4, 10), torch.arange(4))  # log 10
+        tensor(2.3026)
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        _check_options(reduction, label_smoothing)
+        self.register_buffer("weight", weight)
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The loss; see `stablemax_cross_entropy`."""
+        return stablemax_cross_entropy(
+            logits, target, self.weight, self.ignore_index, self.reduction, self.label_smoothing
+        )
+
+    def extra_repr(self) -> str:
+        """What differs from the defaults."""
+        options = {"ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0}
+        shown = [f"{k}={getattr(self, k)!r}" for k, default in options.items() if getattr(self, k) != default]
+        return ", ".join(["weighted"] * (self.weight is not None) + shown)
+
+
+class _Path(Protocol):
+    """The two functions of `_stablemax_rows`, whoever computes them."""
+
+    forward: Callable[[Tensor, Tensor, Options], RowSums]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Options], Tensor]
+
+
+class _TorchPath:
+    forward = staticmethod(torch_rows.chunked_forward)
+    backward = staticmethod(torch_rows.chunked_backward)
+
+
+@cache
+def _has(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _path(logits: Tensor) -> _Path:
+    """Who computes: a compiled kernel for plain tensors on CPU and CUDA/ROCm, torch operations else."""
+    if torch.compiler.is_compiling() or type(logits) not in (Tensor, nn.Parameter):
+        return _TorchPath
+    if logits.is_cuda and _has("triton"):
+        from optx.kernels import loss_stablemax
+
+        return cast(_Path, loss_stablemax)
+    if logits.device.type == "cpu" and _has("numba"):
+        from optx.kernels import loss_stablemax_cpu
+
+        return cast(_Path, loss_stablemax_cpu)
+    return _TorchPath
+
+
+class _RowLoss(torch.autograd.Function):
+    """Rows of logits to rows of loss, keeping the logits and one or two numbers per row."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, options: Options) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        sums = _path(logits).forward(logits, target, options)
+        ctx.save_for_backward(logits, target, options.weight, sums.rest, sums.mass)
+        ctx.options = options._replace(weight=None)
+        return sums.loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        logits, target, weight, rest, mass = ctx.saved_tensors
+        options: Options = ctx.options._replace(weight=weight)
+        if torch.is_grad_enabled():  # create_graph=True: the result is to be differentiated again
+            loss = torch_rows.forward(logits, target, options).loss
+            (result,) = torch.autograd.grad(loss, logits, grad, create_graph=True)
+        else:
+            result = _path(logits).backward(grad, logits, target, rest, mass, options)
+        return result, None, None
+
+
+def _row_losses(logits: Tensor, target: Tensor, options: Options) -> Tensor:
+    others = (target, options.weight)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in others):
+        return torch_rows.forward(logits, target, options).loss
+    return cast(Tensor, _RowLoss.apply(logits, target, options))  # pyright: ignore[reportUnknownMemberType]
+
+
+def _as_rows(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
+    """Logits as (R, C), targets as (R,) or (R, C), each last stride 1, and the loss's own shape.
+
+    Dimensions behind the class dimension cost a transposed copy, which is then what backward keeps:
+    as much as `cross_entropy` keeps.
+    """
+
+    def matrix(t: Tensor) -> Tensor:
+        t = t.movedim(0 if t.ndim == 1 else 1, -1)
+        flat = t.reshape(-1, t.shape[-1])
+        return flat if flat.stride(1) == 1 else flat.contiguous()
+
+    shape = logits.movedim(0 if logits.ndim == 1 else 1, -1).shape[:-1]
+    if target.is_floating_point():
+        return matrix(logits), matrix(target), shape
+    return matrix(logits), target.reshape(-1).to(torch.int64).contiguous(), shape
+
+
+def _divisor(target: Tensor, options: Options) -> Tensor | int:
+    """What the mean divides by: the number of rows, or the weights of the labels that count."""
+    if target.is_floating_point():
+        return target.shape[0] or float("nan")
+    counts = target != options.ignore_index
+    if options.weight is None:
+        return counts.sum()
+    return torch.where(counts, options.weight[target.where(counts, 0)], 0.0).sum()
+
+
+def _check_options(reduction: str, label_smoothing: float) -> None:
+    if reduction not in _REDUCTIONS:
+        raise OptxError(f"{_OWNER}: reduction is {reduction!r}; it must be 'mean', 'sum' or 'none'.")
+    check_range(_OWNER, "label_smoothing", label_smoothing, 0.0, 1.0)
+
+
+def _check(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+) -> None:
+    _check_options(reduction, label_smoothing)
+    _check_dtypes(logits, target)
+    if logits.ndim == 0:
+        raise ShapeError(f"{_OWNER}: logits is a scalar; it must have shape (C,), (N, C) or (N, C, d1, ...).")
+    class_dim = 0 if logits.ndim == 1 else 1
+    classes = logits.shape[class_dim]
+    if classes == 0:
+        raise ShapeError(f"{_OWNER}: logits of shape {tuple(logits.shape)} have no class (dimension {class_dim}).")
+    soft = target.is_floating_point()
+    wanted = logits.shape if soft else logits.shape[:class_dim] + logits.shape[class_dim + 1 :]
+    if target.shape != wanted:
+        kind = "class probabilities" if soft else "class numbers"
+        raise ShapeError(
+            f"{_OWNER}: target ({kind}) has shape {tuple(target.shape)}; for logits of shape "
+            f"{tuple(logits.shape)} it must be {tuple(wanted)}."
+        )
+    if soft and ignore_index >= 0:
+        raise OptxError(
+            f"{_OWNER}: ignore_index is {ignore_index}, but target holds class probabilities, of which none "
+            "can be ignored; give such a sample probabilities of 0 instead."
+        )
+    if weight is not None and (weight.shape != (classes,) or not weight.is_floating_point()):
+        raise ShapeError(
+            f"{_OWNER}: weight has shape {tuple(weight.shape)} and dtype {weight.dtype}; it must be a floating "
+            f"tensor of shape ({classes},), one number per class."
+        )
+
+
+def _check_dtypes(logits: Tensor, target: Tensor) -> None:
+    if logits.dtype not in _FLOATS:
+        raise TypeError(
+            f"{_OWNER}: logits have dtype {logits.dtype}; use float16, bfloat16, float32 or float64."
+        )
+    if target.dtype == torch.bool or target.is_complex():
+        raise TypeError(
+            f"{_OWNER}: target has dtype {target.dtype}; use an integer dtype for class numbers or a floating "
+            "one for class probabilities."
+        )
+
+
+def _check_labels(target: Tensor, ignore_index: int, classes: int) -> None:
+    """Raise for a class number out of range, where looking at the numbers does not stop a device."""
+    if target.is_floating_point() or target.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if type(target) is not Tensor:  # a fake or wrapped tensor: it may have no numbers to look at
+        return
+    bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise IndexError(
+            f"{_OWNER}: target {int(target[row])} (sample {row} of {len(target)}) is out of range for {classes} "
+            f"classes; it must be in 0..{classes - 1}, or ignore_index={ignore_index}."
+        )

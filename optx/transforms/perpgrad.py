@@ -1,0 +1,74 @@
+"""perpGrad: gradients orthogonal to their own weights.
+
+Source: "Grokking at the Edge of Numerical Stability", arXiv 2501.04697, definition 7, equation 12; the
+rescaling to the old norm is the official code's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from optx._rules import rule
+from optx._transform import Transform
+from optx.ops import sqrt, where
+
+
+@rule(writes=("wg", "ww"))
+def inner_products(w: Any, g: Any) -> Any:
+    """Summed: <w, g> and <w, w>."""
+    return w * g, w * w
+
+
+@rule(writes=("coefficient", "scale", "grad_sq"))
+def projection(wg: Any, ww: Any, grad_sq: Any, numel: Any, rescale: Any) -> Any:
+    """c = <w, g> / <w, w>, the factor ||g|| / ||g - c w||, and the squared norm of the result."""
+    # A single number has no orthogonal direction: the formula would freeze it at rounding noise.
+    c = where(numel > 1.0, wg / (ww + 1e-30), 0.0 * wg)
+    left = grad_sq - c * wg
+    # Nearly parallel: what is left is rounding error, and rescaling would blow it up to the full norm.
+    usable = left > 1e-12 * grad_sq
+    left = where(usable, left, 0.0 * left)
+    ratio = sqrt(grad_sq / where(usable, left, 1.0 + 0.0 * left))
+    scale = where(usable, rescale * ratio + (1.0 - rescale), 1.0 + 0.0 * left)
+    return c, scale, left * scale * scale
+
+
+@rule(writes="g")
+def project_out(w: Any, g: Any, coefficient: Any, scale: Any) -> Any:
+    """Remove the part of g along w."""
+    return (g - coefficient * w) * scale
+
+
+class PerpGrad(Transform):
+    """Remove from every gradient its component along the weight itself (perpGrad).
+
+    Stops "naive loss minimisation", the growth of logits along the weight direction after the training
+    set is fitted. Acts per tensor, on the gradient that the base optimizer sees; decoupled weight decay is
+    untouched. Sums are taken in float64, so that a gradient nearly parallel to its weight is projected as
+    exactly as one that is not. Two departures from the official code: a one-element tensor is left alone,
+    and what is left of a gradient parallel to its weight to 1e-6 is not rescaled.
+
+    Source: "Grokking at the Edge of Numerical Stability", arXiv 2501.04697, eq. 12.
+
+    Args:
+        rescale: give the projected gradient the norm it had before (the official code); False leaves it
+            as projected (the paper's equation).
+
+    Group keys:
+        ``perp_grad=False`` leaves a param group out; ``perp_grad_rescale`` overrides ``rescale``.
+
+    Example:
+        >>> import torch, optx
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> opt = optx.wrap(torch.optim.SGD([w], lr=1.0), optx.PerpGrad(rescale=False))
+        >>> w.grad = torch.tensor([3.0, 1.0])
+        >>> opt.step()
+        >>> w.detach()  # the step was (2, -1), orthogonal to (1, 2)
+        tensor([-1.,  3.])
+    """
+
+    name = "perp_grad"
+    rules = {"sums": inner_products, "scalars": projection, "gradient": project_out}
+
+    def __init__(self, rescale: bool = True) -> None:
+        self.options = {"rescale": float(rescale)}
