@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numba.core.types as nt
@@ -89,7 +91,9 @@ def put_f64(builder: Any, base: Any, index: Any, value: Any) -> None:
 @_typed(nt.float64, nt.int64)
 def get_f32(builder: Any, base: Any) -> Any:
     """``*(float*)base``, widened."""
-    return builder.fpext(builder.load(builder.inttoptr(base, _LLVM["float32"].as_pointer())), _LLVM["float64"])
+    return builder.fpext(
+        builder.load(builder.inttoptr(base, _LLVM["float32"].as_pointer())), _LLVM["float64"]
+    )
 
 
 @_typed(nt.void, nt.int64, nt.float64)
@@ -110,6 +114,12 @@ def take(builder: Any, base: Any) -> Any:
 @_typed(nt.float64, nt.float64, nt.float64)
 def add_any_order(builder: Any, total: Any, value: Any) -> Any:
     """``total + value`` that LLVM may regroup into lanes; which grouping is fixed at compile time."""
+    return builder.fadd(total, value, flags=("reassoc", "nsz", "contract"))
+
+
+@_typed(nt.float32, nt.float32, nt.float32)
+def add_lanes(builder: Any, total: Any, value: Any) -> Any:
+    """`add_any_order` in float32, for short runs."""
     return builder.fadd(total, value, flags=("reassoc", "nsz", "contract"))
 
 
@@ -214,6 +224,12 @@ def mix(b: Any, key: Any, value: Any) -> Any:
     x = b.mul(b.xor(x, b.lshr(x, I64(30))), I64(0xBF58476D1CE4E5B9 - (1 << 64)))
     x = b.mul(b.xor(x, b.lshr(x, I64(27))), I64(0x94D049BB133111EB - (1 << 64)))
     return b.xor(x, b.lshr(x, I64(31)))
+
+
+@functools.cache
+def digest() -> str:
+    """Changes when this file does: Numba's disk cache sees only the file that a kernel is defined in."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
 
 
 # ---- threads ----------------------------------------------------------------------------------------

@@ -34,7 +34,9 @@ class _Literals(ast.NodeTransformer):
         return node
 
 
-def rule_text(rules: Iterable[Rule], suffix: str, decorator: str, number: Callable[[float], str]) -> list[str]:
+def rule_text(
+    rules: Iterable[Rule], suffix: str, decorator: str, number: Callable[[float], str]
+) -> list[str]:
     """The functions of some rules and their helpers, each once, helpers first.
 
     Args:

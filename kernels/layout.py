@@ -43,8 +43,7 @@ class Columns:
         """Number everything."""
         roles = ("w", "g", *program.slots, *(("kahan",) if layout.rounding == "kahan" else ()))
         cells = (*program.cells, *(("step",) if layout.counted else ()))
-        cols = dict.fromkeys(("numel", "step", "fresh"))
-        cols.update(dict.fromkeys(program.named("col")))
+        cols = dict.fromkeys(("numel", "step", "fresh", *program.named("col")))
         return cls(roles, cells, tuple(cols), program.named("hyper"), program.named("total"))
 
     @property
@@ -66,4 +65,6 @@ def split(numels: Sequence[int], chunk: int = CHUNK) -> tuple[npt.NDArray[np.int
     for t, numel in enumerate(numels):
         rows += [(t, start, min(chunk, numel - start)) for start in range(0, numel, chunk)]
         first.append(len(rows))
-    return np.array(rows, dtype=np.int64).reshape(-1, 3), np.array(first, dtype=np.int64)
+    table = np.zeros((len(rows), 3), dtype=np.int64)
+    table[:] = rows or table
+    return table, np.array(first, dtype=np.int64)

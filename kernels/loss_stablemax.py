@@ -8,6 +8,7 @@ A target is either ``labels`` or ``probs``; the other one, and an absent ``weigh
 takes as a constant and compiles away.
 """
 # Triton's language has no types that a checker could follow.
+# pyright: reportMissingTypeStubs=false, reportAssignmentType=false, reportOperatorIssue=false
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportUntypedFunctionDecorator=false
 
@@ -20,13 +21,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from optx.signal._stablemax_rows import Options, RowSums, math_dtype, terms
 
 __all__ = ["AuditSpec", "audit_specs", "backward", "forward"]
 
 # The interpreter only takes functions that see `tl`; it calls a plain one as it is.
-_terms = terms if triton.knobs.runtime.interpret else triton.jit(terms)
+_terms = terms if knobs.runtime.interpret else triton.jit(terms)
 _MAX_BLOCK = 4096
 
 
@@ -42,7 +44,7 @@ def _log1p(x):
 @triton.jit
 def _own_term(logits, label, weight, SMOOTHING: tl.constexpr, MATH: tl.constexpr):
     """s of the label's own logit, and the weight of its part of the loss."""
-    s, _ = _terms(tl.load(logits + label).to(MATH), 1.0, tl.maximum)
+    s, _ = _terms(tl.load(logits + label).to(MATH), 1.0, tl.where)
     share = tl.zeros_like(s) + (1.0 - SMOOTHING)
     if weight is not None:
         share *= tl.load(weight + label).to(MATH)
@@ -66,7 +68,7 @@ def _soft_weights(probs, weight, k, mask, classes, SMOOTHING: tl.constexpr, MATH
 def _add_block(sums, logits, label, probs, weight, k, mask, classes, SMOOTHING: tl.constexpr):
     """Add the classes k to the lanes of the running sums of s, q and q log s."""
     rest, mass, score = sums
-    s, _ = _terms(tl.load(logits + k, mask).to(rest.dtype), 1.0, tl.maximum)
+    s, _ = _terms(tl.load(logits + k, mask).to(rest.dtype), 1.0, tl.where)
     counted = k != label
     if mask is not None:
         counted = counted & mask
@@ -130,7 +132,7 @@ def _write_block(
 ):  # fmt: skip
     """The gradient at the classes k: h' scale (gain s + even s - q), the label's gain s being lone."""
     scale, gain, lone, even = factors
-    s, slope = _terms(tl.load(logits + k, mask).to(scale.dtype), 1.0, tl.maximum)
+    s, slope = _terms(tl.load(logits + k, mask).to(scale.dtype), 1.0, tl.where)
     value = tl.where(k == label, lone, gain * s)
     if (probs is not None) or SMOOTHING > 0.0:
         value += even * s - _soft_weights(probs, weight, k, mask, classes, SMOOTHING, scale.dtype)
@@ -161,7 +163,9 @@ def backward_kernel(
         label = tl.load(labels + row)
         if label == ignore_index:  # its logits are not looked at: they may be anything
             for start in range(0, classes, BLOCK):
-                tl.store(result + start + lane, tl.zeros((BLOCK,), result.dtype.element_ty), start + lane < classes)
+                tl.store(
+                    result + start + lane, tl.zeros((BLOCK,), result.dtype.element_ty), start + lane < classes
+                )
             return
         own, share = _own_term(logits, label, weight, SMOOTHING, MATH)
         gain = share / (total + own)
@@ -199,6 +203,8 @@ def backward(
 ) -> Tensor:
     """Gradient of the logits; see `optx.signal._stablemax_rows.backward`."""
     result = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if mass is not None:
+        mass = mass.contiguous()
     _launch(backward_kernel, logits, (result, grad.contiguous()), (rest, mass), target, options)
     return result
 

@@ -8,14 +8,15 @@ vectorised one is the faster there, so these go to its operations.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import inspect
+import struct
 from enum import IntEnum
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,23 +87,25 @@ def _run(
     direction: str, logits: Tensor, target: Tensor, options: Options, places: dict[Args, Tensor]
 ) -> None:
     rows, classes = logits.shape
-    weight = None if options.weight is None else options.weight.contiguous()
-    block = np.zeros(len(Args), dtype=np.int64)
-    numbers = {
+    values = {
         Args.ROWS: rows,
         Args.STEP: max(1, _CHUNK // classes),
         Args.CLASSES: classes,
         Args.STRIDE: logits.stride(0),
         Args.IGNORE: options.ignore_index,
-        Args.WEIGHT: 0 if weight is None else weight.data_ptr(),
+        Args.WEIGHT: 0 if options.weight is None else options.weight.data_ptr(),
+        Args.SMOOTHING: _bits(options.smoothing),
     }
-    for at, number in numbers.items():
-        block[at] = number
-    for at, tensor in {Args.LOGITS: logits, Args.LABELS: target, **places}.items():
-        block[at] = tensor.data_ptr()
-    block.view(np.float64)[Args.SMOOTHING] = options.smoothing
+    places = {Args.LOGITS: logits, Args.LABELS: target, **places}
+    values |= {at: tensor.data_ptr() for at, tensor in places.items()}
+    block = (ctypes.c_int64 * len(Args))(*(values.get(at, 0) for at in Args))
     kernel: int = getattr(_compiled(str(logits.dtype).removeprefix("torch.")), direction).address
-    cpu.run(kernel, block.ctypes.data, parallel=rows * classes > _CHUNK)
+    cpu.run(kernel, ctypes.addressof(block), parallel=rows * classes > _CHUNK)
+
+
+def _bits(x: float) -> int:
+    """The bits of a float64 as an int64."""
+    return struct.unpack("q", struct.pack("d", x))[0]
 
 
 @functools.cache
@@ -111,7 +114,8 @@ def _compiled(dtype: str) -> ModuleType:
     default = 'DTYPE = "float32"\n'
     text = _LOOPS.read_text()
     assert text.count(default) == 1
+    text = text.replace(default, f'DTYPE = "{dtype}"\n')
     # The cache is kept by the file's own content, so what it imports has to be part of that.
     imported = inspect.getsource(cpu) + inspect.getsource(torch_rows.terms)
     digest = hashlib.sha256(imported.encode()).hexdigest()
-    return load_module("stablemax", f"{text.replace(default, f'DTYPE = {dtype!r}' + chr(10))}# with {digest}\n")
+    return load_module("stablemax", f"{text}# imports {digest}\n")

@@ -1,7 +1,8 @@
 """StableMax cross-entropy on CPU: the loops over rows, compiled by Numba for one dtype of logits.
 
 Not to be imported: `optx.kernels.loss_stablemax_cpu` runs copies of this file, one per dtype, that differ in
-the value of DTYPE, since the compiler's disk cache is kept by file. Elements are read through raw addresses (`optx.kernels.cpu`).
+the value of DTYPE, since the compiler's disk cache is kept by file. Elements are read through raw addresses
+(`optx.kernels.cpu`).
 """
 # Numba's functions have no types that a checker could follow.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -18,15 +19,23 @@ from optx.kernels.loss_stablemax_cpu import Args
 from optx.signal._stablemax_rows import terms
 
 DTYPE = "float32"
+IS_WIDE: bool = DTYPE.endswith("64")
 
-MATH = "float64" if DTYPE == "float64" else "float32"
-F = np.float64 if DTYPE == "float64" else np.float32
+MATH = "float64" if IS_WIDE else "float32"
+F = np.float64 if IS_WIDE else np.float32
 SIZE = ITEMSIZE[DTYPE]
 ONE = F(1)
 NONE = np.int32(0)  # no random bits: round to nearest
 
 load_z, load_f = load(DTYPE, 0), load(MATH, 1)
 store_z, store_f = store(DTYPE, 2), store(MATH, 3)
+
+
+@njit(error_model="numpy", inline="always")
+def _where(condition, a, b):
+    return a if condition else b
+
+
 _numerator = njit(error_model="numpy", inline="always")(terms)
 # Sums may be regrouped into lanes; which grouping is fixed at compile time.
 _lanes = njit(error_model="numpy", fastmath={"reassoc", "nsz", "contract"})
@@ -38,7 +47,7 @@ def _sum_terms(z, start, stop):
     """The sum of s over some classes."""
     total = F(0)
     for k in range(start, stop):
-        s, _ = _numerator(load_z(z, k), ONE, max)
+        s, _ = _numerator(load_z(z, k), ONE, _where)
         total += s
     return total
 
@@ -47,7 +56,7 @@ def _sum_terms(z, start, stop):
 def _product(z, start, stop):
     total = 1.0
     for k in range(start, stop):
-        s, _ = _numerator(load_z(z, k), ONE, max)
+        s, _ = _numerator(load_z(z, k), ONE, _where)
         total *= np.float64(s)
     return total
 
@@ -66,7 +75,7 @@ def _sum_logs(z, n):
             total += np.log(product)
         else:
             for k in range(start, stop):
-                s, _ = _numerator(load_z(z, k), ONE, max)
+                s, _ = _numerator(load_z(z, k), ONE, _where)
                 total += np.log(np.float64(s))
     return total
 
@@ -75,7 +84,7 @@ def _sum_logs(z, n):
 def _write_gradient(z, result, n, factor, shift):
     """The gradient at every class, as if none was the label: h' (factor s - shift)."""
     for k in range(n):
-        s, slope = _numerator(load_z(z, k), ONE, max)
+        s, slope = _numerator(load_z(z, k), ONE, _where)
         store_z(result, k, slope * (factor * s - shift), NONE)
 
 
@@ -99,7 +108,7 @@ def _forward_row(args, row, label):
     loss, rest = F(0), F(0)
     if label != get_i64(args, Args.IGNORE):
         z = get_i64(args, Args.LOGITS) + row * get_i64(args, Args.STRIDE) * SIZE
-        own, _ = _numerator(load_z(z, label), ONE, max)
+        own, _ = _numerator(load_z(z, label), ONE, _where)
         rest = _sum_terms(z, 0, label) + _sum_terms(z, label + 1, n)
         loss = _share(args, label) * F(np.log1p(rest / own))
         smoothing = get_f64(args, Args.SMOOTHING)
@@ -119,7 +128,7 @@ def _backward_row(args, row, label):
     z = get_i64(args, Args.LOGITS) + row * get_i64(args, Args.STRIDE) * SIZE
     scale = load_f(get_i64(args, Args.GRAD), row)
     rest = load_f(get_i64(args, Args.REST), row)
-    own, slope = _numerator(load_z(z, label), ONE, max)
+    own, slope = _numerator(load_z(z, label), ONE, _where)
     smoothing = F(get_f64(args, Args.SMOOTHING))
     gain = scale * _share(args, label) / (rest + own)
     even = scale * smoothing / (rest + own)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,17 +11,7 @@ from optx.kernels.emit_cpu import Args, compiled
 from optx.kernels.layout import Columns, Layout, partials_per_chunk, split
 from optx.kernels.program import Program
 
-BLOCK_BYTES = 6 << 20  # what a pass may read and still find in cache in the next pass
 SERIAL = 32768  # below this many elements waking other threads costs more than it saves
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Consecutive tensors (and their chunks) that run together."""
-
-    tensors: tuple[int, int]
-    chunks: tuple[int, int]
-    elements: int
 
 
 class CpuStep:
@@ -60,72 +49,56 @@ class CpuStep:
         ):
             self._args[position] = table.ctypes.data
         self._address = int(self._args.ctypes.data)
-        self.whole = Batch((0, count), (0, len(self._chunks)), int(sum(numels)))
-        self._batches = list(self._block(numels))
+        self._args[Args.STOP] = len(self._chunks)
+        self._args[Args.SUM] = len(self._chunks) - 1
+        self._args[Args.TENSOR_HIGH] = count
+        self._parallel = sum(numels) > SERIAL
         self._kernels = {
             name: int(getattr(self._module, name).address)
             for name in dir(self._module)
             if hasattr(getattr(self._module, name), "address")
         }
 
-    def _block(self, numels: Sequence[int]) -> Iterator[Batch]:
-        """Batches whose weights and gradients stay in cache between a reduction and the update."""
-        low, elements = 0, 0
-        for t, numel in enumerate(numels):
-            if elements and (elements + numel) * 8 > BLOCK_BYTES:
-                yield self._batch(low, t, elements)
-                low, elements = t, 0
-            elements += numel
-        if low < len(numels):
-            yield self._batch(low, len(numels), elements)
-
-    def _batch(self, low: int, high: int, elements: int) -> Batch:
-        return Batch((low, high), (int(self._first[low]), int(self._first[high])), elements)
-
     def set_key(self, key: int) -> None:
         """The key of this step's random draws."""
-        self._args[Args.KEY] = key
+        self._args[_KEY] = key
 
-    def _each_tensor(self, kernel: str, batch: Batch) -> None:
+    def _each_tensor(self, kernel: str) -> None:
         address = self._kernels.get(kernel)
         if address is not None:
-            self._args[Args.TENSOR_LOW], self._args[Args.TENSOR_HIGH] = batch.tensors
             cpu.run(address, self._address, parallel=False)
 
-    def _each_chunk(self, kernel: str, batch: Batch) -> None:
-        first, stop = batch.chunks
-        self._args[Args.NEXT] = first
-        self._args[Args.STOP] = stop
-        self._args[Args.SUM] = first + stop - 1
-        cpu.run(self._kernels[kernel], self._address, parallel=batch.elements > SERIAL)
+    def _each_chunk(self, kernel: str) -> None:
+        self._args[_NEXT] = 0
+        cpu.run(self._kernels[kernel], self._address, self._parallel)
 
-    def measure(self, level: int, batch: Batch | None = None) -> None:
+    def measure(self, level: int) -> None:
         """Take a level's sums and scalars; adds this bucket's share to ``totals``."""
-        batch = batch or self.whole
         if self.program.levels[level].sums:
-            self._each_chunk(f"reduce_{level}", batch)
-        self._each_tensor(f"scalars_{level}", batch)
+            self._each_chunk(f"reduce_{level}")
+        self._each_tensor(f"scalars_{level}")
 
     def finish(self, level: int) -> None:
         """The scalars that waited for the totals, which the caller has put into ``hypers``."""
-        self._each_tensor(f"finish_{level}", self.whole)
+        self._each_tensor(f"finish_{level}")
 
-    def update(self, batch: Batch | None = None) -> None:
+    def update(self) -> None:
         """Rewrite weights and state.
 
         Goes from the last chunk to the first: what the pass before read last is still in cache.
         """
-        self._each_chunk("update", batch or self.whole)
+        self._each_chunk("update")
 
     def commit(self) -> None:
         """Make the step count and observed sums state."""
-        self._each_tensor("commit", self.whole)
+        self._each_tensor("commit")
 
     def step(self) -> None:
-        """A whole step, where nothing waits for totals: one cache-sized batch after the other."""
-        sums = any(level.sums for level in self.program.levels)
-        for batch in self._batches if sums else [self.whole]:
-            for level in range(len(self.program.levels)):
-                self.measure(level, batch)
-            self.update(batch)
+        """A whole step, where nothing waits for totals."""
+        for level in range(len(self.program.levels)):
+            self.measure(level)
+        self.update()
         self.commit()
+
+
+_NEXT, _KEY = int(Args.NEXT), int(Args.KEY)

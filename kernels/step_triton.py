@@ -43,9 +43,9 @@ def chunk_size(elements: int) -> int:
 class TritonStep:
     """Tables and kernels for a fixed list of tensors; addresses and numbers may change at every step.
 
-    Fill ``tensors``, ``cols`` and ``hypers`` as for `CpuStep`; what changed is copied to the device before the
-    next kernel that reads it. A captured CUDA graph replays with what the device then holds: call `upload`
-    before a replay to change numbers. Random draws go on under replay, see `set_key`.
+    Fill ``tensors``, ``cols`` and ``hypers`` as for `CpuStep`; what changed is copied to the device before
+    the next kernel that reads it. A captured CUDA graph replays with what the device then holds: call
+    `upload` before a replay to change numbers. Random draws go on under replay, see `set_key`.
 
     Args:
         program: what to compute.
@@ -92,7 +92,7 @@ class TritonStep:
         self.hypers = self._hypers.host.view(np.float64)[0]
         self.totals = torch.zeros(max(len(c.totals), 1), dtype=torch.float64, device=self.device)
         self.skip = torch.zeros(1, dtype=torch.int64, device=self.device)
-        self._aligned = -1  # how many chunks, the first ones, belong to aligned tensors
+        self._spans: tuple[tuple[Tensor, bool], ...] = ()  # chunks on the device, and whether aligned
         self._arguments = self._bind(first, partials_per_chunk(program), len(numels))
 
     def _bind(self, first: npt.NDArray[np.int64], width: int, count: int) -> dict[str, Any]:
@@ -144,7 +144,8 @@ class TritonStep:
         order = np.argsort(~aligned, kind="stable")
         self._rows.host[:, :3] = self._chunks[order]
         self._rows.host[:, 3] = order
-        self._aligned = int(aligned.sum())
+        rows, count = self._rows.device, int(aligned.sum())
+        self._spans = ((rows[:count], True), (rows[count:], False))
 
     def receive(self, totals: Mapping[str, Tensor | float]) -> None:
         """Take totals over the whole optimizer, on the device and without waiting for it, for `finish`."""
@@ -162,18 +163,15 @@ class TritonStep:
         kernel = getattr(self._module, name, None)
         if kernel is None or programs == 0:
             return
-        arguments = {
-            n: more.pop(n) if n in more else self._arguments[n] for n in kernel.arg_names if n[0].islower()
-        }
+        arguments = [more[n] if n in more else self._arguments[n] for n in kernel.arg_names]
         with self._on_device():
-            kernel[(programs,)](**arguments, **more, num_warps=warps, **LAUNCH)
+            kernel[(programs,)](*arguments, num_warps=warps, **LAUNCH)
 
     def _each_tensor(self, name: str) -> None:
         self._launch(name, len(self.tensors), TENSOR_WARPS)
 
     def _each_chunk(self, name: str) -> None:
-        rows = self._rows.device
-        for chunks, aligned in ((rows[: self._aligned], True), (rows[self._aligned :], False)):
+        for chunks, aligned in self._spans:
             self._launch(name, len(chunks), CHUNK_WARPS, chunks=chunks, BLOCK=self._block, ALIGNED=aligned)
 
     def measure(self, level: int) -> None:
@@ -214,14 +212,14 @@ class _Table:
     def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
         self.host: npt.NDArray[np.int64] = np.zeros(shape, dtype=np.int64)
         self.device = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._sent = self.host.copy()  # zeros, as on the device
+        self._sent = self.host.tobytes()  # zeros, as on the device
         self._cuda = device.type == "cuda"
         self._ring: list[tuple[Tensor, Any]] = []
         self._turn = 0
 
     def changed(self) -> bool:
         """Whether the host's rows differ from what was sent."""
-        return not np.array_equal(self.host, self._sent)
+        return self.host.tobytes() != self._sent
 
     def upload(self) -> bool:
         """Send the rows if they changed; True if they did.
@@ -233,11 +231,11 @@ class _Table:
             return False
         if self._cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "optx: an address or number changed while a CUDA graph was being captured, which would capture "
-                "the copy of a buffer that is reused. Take one step before capture, keep gradients in place "
-                "(zero_grad(set_to_none=False)) and change numbers between replays only."
+                "optx: an address or number changed while a CUDA graph was being captured, which would "
+                "capture the copy of a buffer that is reused. Take one step before capture, keep "
+                "gradients in place (zero_grad(set_to_none=False)) and change numbers between replays only."
             )
-        self._sent[...] = self.host
+        self._sent = self.host.tobytes()
         buffer, copied = self._next_buffer()
         buffer.numpy()[...] = self.host
         self.device.copy_(buffer, non_blocking=self._cuda)
@@ -246,12 +244,11 @@ class _Table:
         return True
 
     def _next_buffer(self) -> tuple[Tensor, Any]:
-        self._turn = (self._turn + 1) % self.RING
-        if len(self._ring) < self.RING:
+        turn = self._turn
+        self._turn = (turn + 1) % self.RING
+        if turn == len(self._ring):
             buffer = torch.zeros(self.host.shape, dtype=torch.int64, pin_memory=self._cuda)
             self._ring.append((buffer, torch.cuda.Event() if self._cuda else None))
-            return self._ring[-1]
-        buffer, copied = self._ring[self._turn]
-        if copied is not None:
-            copied.synchronize()
-        return buffer, copied
+        elif self._cuda:
+            self._ring[turn][1].synchronize()
+        return self._ring[turn]

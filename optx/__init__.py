@@ -1,5 +1,6 @@
 """optx: training-time methods for PyTorch, one line each."""
 
+from optx import analysis as analysis
 from optx import ops as ops
 from optx._checkpoint import load_optimizer as load_optimizer
 from optx._checkpoint import save_optimizer as save_optimizer
@@ -15,5 +16,8 @@ from optx._transform import like_weight as like_weight
 from optx._transform import per_tensor as per_tensor
 from optx._wrap import Wrapped as Wrapped
 from optx._wrap import wrap as wrap
+from optx.signal.stablemax import StableMaxCrossEntropy as StableMaxCrossEntropy
+from optx.signal.stablemax import stablemax_cross_entropy as stablemax_cross_entropy
 from optx.transforms.adamr import AdamR as AdamR
+from optx.transforms.hft import HFT as HFT
 from optx.transforms.perpgrad import PerpGrad as PerpGrad

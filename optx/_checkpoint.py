@@ -74,10 +74,8 @@ def unpack(wrapped: Wrapped, state_dict: dict[str, Any]) -> None:
         slots.update({k: v.to(p.device, copy=True) for k, v in loaded.items()})
         if slots:
             store.pending[p] = slots
-    stepped = [p for p in store.pending if wrapped.base.state.get(p)]
-    # A base without state (plain SGD) shows a step only by what was saved with it.
-    stepped += [p for n, p in numbered.items() if n in state_dict["state"] and p not in stepped]
-    store.settle(stepped)
+    # Not those that were pending when saved: their base state is still to come.
+    store.settle(p for n, p in numbered.items() if n in state_dict["state"])
 
 
 def _is_number(wrapped: Wrapped, key: str) -> bool:
@@ -99,7 +97,7 @@ def _tell_differences(
         )
     wanted = {key for key, slot in known.items() if slot.saved and not slot.derived}
     lacking = sorted(wanted - saved)
-    if lacking and (state_dict["state"] or saved):
+    if lacking:
         warnings.warn(
             f"optx: the checkpoint has no {', '.join(lacking)}; what was there stays (an anchor: the weights "
             "at wrap time). It was saved by an optimizer without that transform.",

@@ -26,7 +26,11 @@ def near(name: str, names: Iterable[str], count: int = 3) -> str:
     """A sentence part listing names like ``name``: ``Near: 'a', 'b' (24 in all).``"""
     everything = list(names)
     close = difflib.get_close_matches(name, everything, n=count, cutoff=0.4) or everything[:count]
-    return f"Near: {', '.join(map(repr, close))} ({len(everything)} in all)." if everything else "There are none."
+    return (
+        f"Near: {', '.join(map(repr, close))} ({len(everything)} in all)."
+        if everything
+        else "There are none."
+    )
 
 
 def check_range(owner: str, argument: str, value: float, low: float, high: float = float("inf")) -> None:

@@ -27,7 +27,9 @@ class Rule:
         self.writes = writes
         self.name = function.__name__
         parameters = inspect.signature(function).parameters.values()
-        bad = [p.name for p in parameters if p.kind is not p.POSITIONAL_OR_KEYWORD or p.default is not p.empty]
+        bad = [
+            p.name for p in parameters if p.kind is not p.POSITIONAL_OR_KEYWORD or p.default is not p.empty
+        ]
         if bad:
             raise TypeError(
                 f"rule {self.name!r}: argument {bad[0]!r} has a default or is variadic; a rule takes plain "

@@ -69,10 +69,11 @@ class SlotStore:
         finally:
             self.settle(moved)
 
-    def drop_base_state(self, p: Tensor) -> None:
-        """Forget what the base knows of a parameter, and keep our slots for when it steps again."""
-        slots = self.of(p)
+    def drop_base_state(self, p: Tensor, derived: Iterable[str]) -> None:
+        """Forget what the base knows of a parameter; keep our slots, but for those derived from that."""
+        slots = {k: v for k, v in self.of(p).items() if k not in set(derived)}
         self.base.state.pop(p, None)
+        self.pending.pop(p, None)
         if slots:
             self.pending[p] = slots
 

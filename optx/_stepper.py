@@ -84,7 +84,9 @@ class Stepper:
                 reason = f"fused={fused!r}, and the parameters are on {group['params'][0].device}"
         if reason is not None:
             if fused not in ("auto", False):
-                raise FusedError(f"wrap: fused={fused!r} cannot be honoured for param group {index}: {reason}.")
+                raise FusedError(
+                    f"wrap: fused={fused!r} cannot be honoured for param group {index}: {reason}."
+                )
             return _GroupState(structure, self._program(group, with_base=False), None, reason)
         rules = base_rules(base, group)
         assert rules is not None
@@ -228,7 +230,9 @@ class _Step:
 
     def _open(self) -> None:
         """Look at the gradients of the loose groups as they are now."""
-        self.runs = [(run, group) for program, group in self.loose if (run := self._open_group(program, group))]
+        self.runs = [
+            (run, group) for program, group in self.loose if (run := self._open_group(program, group))
+        ]
 
     def _open_group(self, program: Program, group: Group) -> GroupRun | None:
         active: list[Tensor] = [p for p in group["params"] if p.grad is not None]
@@ -296,9 +300,10 @@ class _Step:
             assert closure is not None
             with torch.enable_grad():
                 loss = closure()
-            self._open()
-            self._measure()
-            self._rewrite(first=evaluations == 0)
+            with torch.no_grad():  # LBFGS enables gradients around its closure
+                self._open()
+                self._measure()
+                self._rewrite(first=evaluations == 0)
             evaluations += 1
             return loss
 
@@ -329,7 +334,9 @@ class _Slots(Mapping[str, list[Tensor]]):
             slot = self._stepper._slot  # pyright: ignore[reportPrivateUsage]
             return [slot(p, f"optx.{name}") for p in self._params]
         state = self._stepper.w.base.state
-        return [state[p][name] if p in state and name in state[p] else torch.zeros_like(p) for p in self._params]
+        return [
+            state[p][name] if p in state and name in state[p] else torch.zeros_like(p) for p in self._params
+        ]
 
     def __iter__(self) -> Iterator[str]:
         return iter(())

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -41,6 +40,7 @@ class Wrapped(Optimizer):
         fused: Fused = "auto",
         skip_nonfinite: bool = False,
         rounding: Rounding = "stochastic",
+        inner: Wrapped | None = None,
     ) -> None:
         # Not Optimizer.__init__: it would make groups and state of its own.
         self.base = base
@@ -50,7 +50,7 @@ class Wrapped(Optimizer):
         self.skip_nonfinite = skip_nonfinite
         self.skipped_steps = 0
         self.totals: dict[str, Any] = {}
-        self._slots = SlotStore(base)
+        self._slots = inner._slots if inner else SlotStore(base)
         self._hooks()
         self._warned_capturable_if_run_uncaptured = True
         self._known: list[list[Tensor]] = []
@@ -62,7 +62,8 @@ class Wrapped(Optimizer):
         for transform in self.transforms:
             setattr(self, transform.name, transform)
         for transform in self.transforms:
-            transform.bind(self)
+            if inner is None or transform not in inner.transforms:
+                transform.bind(self)
 
     def _hooks(self) -> None:
         for when in ("step_pre", "step_post", "state_dict_pre", "state_dict_post"):
@@ -174,8 +175,11 @@ class Wrapped(Optimizer):
         return self._slots.get(p, f"optx.{transform.name}.{name}", make)
 
     def drop_base_state(self, p: Tensor) -> None:
-        """Forget the base's state of a parameter; the transforms' slots stay."""
-        self._slots.drop_base_state(p)
+        """Forget the base's state of a parameter; the transforms' slots stay, but for derived ones."""
+        derived = [
+            f"optx.{t.name}.{name}" for t in self.transforms for name, s in t.slots.items() if s.derived
+        ]
+        self._slots.drop_base_state(p, derived)
 
     def _fill_groups(self) -> None:
         """Give every group our keys, where it has none."""
@@ -233,10 +237,19 @@ class Wrapped(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # Kernels and tables hold addresses; a copy makes its own.
-        return {k: v for k, v in self.__dict__.items() if k not in ("_stepper", "step")}
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_stepper", "step")}
+        # torch's optimizers pickle groups, state and defaults only, and many subclasses lose settings.
+        known = ("defaults", "state", "param_groups", "step", "_zero_grad_profile_name")
+        state["_base_settings"] = {
+            k: v for k, v in vars(self.base).items() if k not in known and not k.startswith("_optimizer_")
+        }
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        settings = state.pop("_base_settings")
         self.__dict__.update(state)
+        for key, value in settings.items():
+            vars(self.base).setdefault(key, value)
         self._patch_step_function()
         self._stepper = Stepper(self)
 
@@ -310,6 +323,16 @@ def wrap(
         >>> model(torch.ones(1, 4)).sum().backward()
         >>> opt.step()
     """
+    if isinstance(optimizer, Wrapped):
+        return _wrap_again(optimizer, transforms, fused, skip_nonfinite, rounding)
     modes = all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
     kind = _WrappedWithModes if modes else Wrapped
     return kind(optimizer, transforms, fused, skip_nonfinite, rounding)
+
+
+def _wrap_again(
+    inner: Wrapped, transforms: Sequence[Transform], fused: Fused, skip_nonfinite: bool, rounding: Rounding
+) -> Wrapped:
+    """Wrapping twice makes one wrapped optimizer: the new transforms first, then those that were there."""
+    both = (*transforms, *inner.transforms)
+    return type(inner)(inner.base, both, fused, skip_nonfinite, rounding, inner)

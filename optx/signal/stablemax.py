@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from functools import cache
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,12 +77,12 @@ def stablemax_cross_entropy(
         >>> logits = torch.tensor([[2.0, -1.0, 0.0]], requires_grad=True)
         >>> loss = stablemax_cross_entropy(logits, torch.tensor([0]))
         >>> loss.backward()
-        >>> loss.item(), logits.grad
-        (0.405465..., tensor([[-0.1111,  0.0556,  0.2222]]))
+        >>> round(loss.item(), 6), logits.grad
+        (0.405465, tensor([[-0.1111,  0.0556,  0.2222]]))
     """
     _check(logits, target, weight, ignore_index, reduction, label_smoothing)
     if weight is not None:
-        weight = weight.to(math_dtype(logits.dtype))
+        weight = weight.to(math_dtype(logits.dtype)).contiguous()
     rows, row_target, shape = _as_rows(logits, target)
     _check_labels(row_target, ignore_index, rows.shape[1])
     options = Options(weight, ignore_index, float(label_smoothing))
@@ -144,16 +144,14 @@ class StableMaxCrossEntropy(nn.Module):
         return ", ".join(["weighted"] * (self.weight is not None) + shown)
 
 
-class _Path(Protocol):
+class _Path(NamedTuple):
     """The two functions of `_stablemax_rows`, whoever computes them."""
 
     forward: Callable[[Tensor, Tensor, Options], RowSums]
     backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Options], Tensor]
 
 
-class _TorchPath:
-    forward = staticmethod(torch_rows.chunked_forward)
-    backward = staticmethod(torch_rows.chunked_backward)
+_TORCH = _Path(torch_rows.chunked_forward, torch_rows.chunked_backward)
 
 
 @cache
@@ -163,17 +161,17 @@ def _has(module: str) -> bool:
 
 def _path(logits: Tensor) -> _Path:
     """Who computes: a compiled kernel for plain tensors on CPU and CUDA/ROCm, torch operations else."""
-    if torch.compiler.is_compiling() or type(logits) not in (Tensor, nn.Parameter):
-        return _TorchPath
+    if type(logits) not in (Tensor, nn.Parameter):
+        return _TORCH
     if logits.is_cuda and _has("triton"):
         from optx.kernels import loss_stablemax
 
-        return cast(_Path, loss_stablemax)
+        return _Path(loss_stablemax.forward, loss_stablemax.backward)
     if logits.device.type == "cpu" and _has("numba"):
         from optx.kernels import loss_stablemax_cpu
 
-        return cast(_Path, loss_stablemax_cpu)
-    return _TorchPath
+        return _Path(loss_stablemax_cpu.forward, loss_stablemax_cpu.backward)
+    return _TORCH
 
 
 class _RowLoss(torch.autograd.Function):
@@ -192,7 +190,7 @@ class _RowLoss(torch.autograd.Function):
         options: Options = ctx.options._replace(weight=weight)
         if torch.is_grad_enabled():  # create_graph=True: the result is to be differentiated again
             loss = torch_rows.forward(logits, target, options).loss
-            (result,) = torch.autograd.grad(loss, logits, grad, create_graph=True)
+            result = cast(Tensor, torch.autograd.grad(loss, logits, grad, create_graph=True)[0])
         else:
             result = _path(logits).backward(grad, logits, target, rest, mass, options)
         return result, None, None
@@ -200,7 +198,8 @@ class _RowLoss(torch.autograd.Function):
 
 def _row_losses(logits: Tensor, target: Tensor, options: Options) -> Tensor:
     others = (target, options.weight)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in others):
+    tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in others)
+    if tracked or torch.compiler.is_compiling():  # the compiler derives and fuses its own backward pass
         return torch_rows.forward(logits, target, options).loss
     return cast(Tensor, _RowLoss.apply(logits, target, options))  # pyright: ignore[reportUnknownMemberType]
 
@@ -223,7 +222,7 @@ def _as_rows(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, torch.Size
     return matrix(logits), target.reshape(-1).to(torch.int64).contiguous(), shape
 
 
-def _divisor(target: Tensor, options: Options) -> Tensor | int:
+def _divisor(target: Tensor, options: Options) -> Tensor | float:
     """What the mean divides by: the number of rows, or the weights of the labels that count."""
     if target.is_floating_point():
         return target.shape[0] or float("nan")
@@ -249,12 +248,20 @@ def _check(
 ) -> None:
     _check_options(reduction, label_smoothing)
     _check_dtypes(logits, target)
+    for name, tensor in (("target", target), ("weight", weight)):
+        if tensor is not None and tensor.device != logits.device:
+            raise OptxError(
+                f"{_OWNER}: {name} is on {tensor.device} and logits are on {logits.device}; "
+                f"move {name} there."
+            )
     if logits.ndim == 0:
         raise ShapeError(f"{_OWNER}: logits is a scalar; it must have shape (C,), (N, C) or (N, C, d1, ...).")
     class_dim = 0 if logits.ndim == 1 else 1
     classes = logits.shape[class_dim]
     if classes == 0:
-        raise ShapeError(f"{_OWNER}: logits of shape {tuple(logits.shape)} have no class (dimension {class_dim}).")
+        raise ShapeError(
+            f"{_OWNER}: logits of shape {tuple(logits.shape)} have no class (dimension {class_dim})."
+        )
     soft = target.is_floating_point()
     wanted = logits.shape if soft else logits.shape[:class_dim] + logits.shape[class_dim + 1 :]
     if target.shape != wanted:
@@ -270,8 +277,8 @@ def _check(
         )
     if weight is not None and (weight.shape != (classes,) or not weight.is_floating_point()):
         raise ShapeError(
-            f"{_OWNER}: weight has shape {tuple(weight.shape)} and dtype {weight.dtype}; it must be a floating "
-            f"tensor of shape ({classes},), one number per class."
+            f"{_OWNER}: weight has shape {tuple(weight.shape)} and dtype {weight.dtype}; it must be a "
+            f"floating tensor of shape ({classes},), one number per class."
         )
 
 
@@ -282,8 +289,8 @@ def _check_dtypes(logits: Tensor, target: Tensor) -> None:
         )
     if target.dtype == torch.bool or target.is_complex():
         raise TypeError(
-            f"{_OWNER}: target has dtype {target.dtype}; use an integer dtype for class numbers or a floating "
-            "one for class probabilities."
+            f"{_OWNER}: target has dtype {target.dtype}; use an integer dtype for class numbers or a "
+            "floating one for class probabilities."
         )
 
 
@@ -297,6 +304,6 @@ def _check_labels(target: Tensor, ignore_index: int, classes: int) -> None:
     if bad.any():
         row = int(bad.nonzero()[0])
         raise IndexError(
-            f"{_OWNER}: target {int(target[row])} (sample {row} of {len(target)}) is out of range for {classes} "
-            f"classes; it must be in 0..{classes - 1}, or ignore_index={ignore_index}."
+            f"{_OWNER}: target {int(target[row])} (sample {row} of {len(target)}) is out of range for "
+            f"{classes} classes; it must be in 0..{classes - 1}, or ignore_index={ignore_index}."
         )

@@ -63,7 +63,9 @@ class Anchors:
 
             return distribute_tensor(anchor, p.device_mesh, p.placements)  # type: ignore[attr-defined]
         # Elementwise kernels walk both in memory order.
-        return anchor if anchor.stride() == p.stride() else torch.empty_like(p, dtype=anchor.dtype).copy_(anchor)
+        return (
+            anchor if anchor.stride() == p.stride() else torch.empty_like(p, dtype=anchor.dtype).copy_(anchor)
+        )
 
     def _tensors(
         self, optimizer: Wrapped, parameters: list[Tensor]
@@ -89,7 +91,9 @@ class Anchors:
     def _named(self, optimizer: Wrapped) -> bool:
         return self.model is not None or has_names(optimizer.base)
 
-    def _by_position(self, source: nn.Module, optimizer: Wrapped) -> Callable[[Tensor, str], Tensor | list[str]]:
+    def _by_position(
+        self, source: nn.Module, optimizer: Wrapped
+    ) -> Callable[[Tensor, str], Tensor | list[str]]:
         """Without names, another model's parameters pair up only if all of them do, in order."""
         ours = [p for group in optimizer.base.param_groups for p in group["params"]]
         theirs = list(source.parameters())
@@ -111,7 +115,9 @@ class _MappedFile(Mapping[str, Tensor]):
         try:
             self._file: Any = safe_open(path, framework="pt")
         except Exception as error:  # safetensors raises types of its own, and FileNotFoundError
-            raise TransformError(f"{owner}: cannot read anchor={path!r} as a safetensors file ({error}).") from error
+            raise TransformError(
+                f"{owner}: cannot read anchor={path!r} as a safetensors file ({error})."
+            ) from error
         self._keys = set(self._file.keys())
 
     def __getitem__(self, name: str) -> Tensor:

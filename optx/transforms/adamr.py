@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from optx._bases import base_rules
 from optx._errors import OptxError, TransformError, check_range
 from optx._rules import rule
 from optx._transform import Group, Moments, Slot, Transform, like_weight, per_tensor
@@ -229,7 +228,7 @@ class AdamR(Transform):
         if self._warned or not self.normalize:
             return
         second, numel = optimizer.totals.get("adamr.second"), optimizer.totals.get("numel")
-        if second is None or numel is None or isinstance(second, Tensor) and second.device.type != "cpu":
+        if second is None or numel is None or (isinstance(second, Tensor) and second.device.type != "cpu"):
             return  # on a GPU the question would cost a wait in every step
         r = (float(second) / float(numel)) ** 0.5 or 1.0
         for group in optimizer.param_groups:

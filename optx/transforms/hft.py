@@ -6,12 +6,10 @@ code; the selection (section 3, category level) agrees with the re-implementatio
 
 from __future__ import annotations
 
-import math
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,108 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 from optx._errors import OptxError, TransformError
 from optx._names import parameter_names
 from optx._transform import Transform
-from optx.transforms._half import Balance, Draw, Layer, Level, clean_names, layers_of
+from optx.transforms._blocks import Layer, clean_names, layers_of
+from optx.transforms._half import Balance, Draw, Level, Row, Selection
 
 if TYPE_CHECKING:
     from optx._wrap import Wrapped
-
-
-class Ratio(NamedTuple):
-    """A share, counted in layers (a matrix with its bias, or a norm) and in numbers."""
-
-    count: float
-    params: float
-
-
-@dataclass(frozen=True)
-class Row:
-    """One parameter in a `Selection`.
-
-    Attributes:
-        name: as in ``model.named_parameters()``, without DDP's and compile's prefixes.
-        layer: what it was drawn with: a matrix and its bias are one layer.
-        category: ``attention``, ``ffn``, ``norm``, ...; ``embedding`` and ``outside`` are always trained.
-        block: the name of its block, or "".
-        numel: how many numbers it has.
-        trainable: whether it is trained in this round.
-        drawn: whether the draw decided that.
-    """
-
-    name: str
-    layer: str
-    category: str
-    block: str
-    numel: int
-    trainable: bool
-    drawn: bool
-
-
-class Selection(Sequence[Row]):
-    """What a round trains: a sequence of `Row`, one per parameter. Print it."""
-
-    def __init__(self, rows: Sequence[Row], round: int) -> None:
-        self.rows = tuple(rows)
-        self.round = round
-
-    @property
-    def trainable(self) -> tuple[str, ...]:
-        """Names of the parameters that are trained."""
-        return tuple(row.name for row in self.rows if row.trainable)
-
-    @property
-    def frozen(self) -> tuple[str, ...]:
-        """Names of the parameters that are not."""
-        return tuple(row.name for row in self.rows if not row.trainable)
-
-    @property
-    def ratio(self) -> Ratio:
-        """The share of what was drawn from that is trained; nan where there was nothing to draw from."""
-        return self.ratio_of()
-
-    def ratio_of(self, category: str | None = None) -> Ratio:
-        """The same for one category."""
-        drawn = [row for row in self.rows if row.drawn and category in (None, row.category)]
-        if not drawn:
-            return Ratio(math.nan, math.nan)
-        trained = [row for row in drawn if row.trainable]
-        layers, numbers = ({row.layer for row in rows} for rows in (trained, drawn)), (trained, drawn)
-        few, all_ = (len(names) for names in layers)
-        some, total = (sum(row.numel for row in rows) for rows in numbers)
-        return Ratio(few / all_, some / total if total else math.nan)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.rows[index]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __iter__(self) -> Iterator[Row]:
-        return iter(self.rows)
-
-    def __repr__(self) -> str:
-        count, params = self.ratio
-        return (
-            f"<Selection of round {self.round}: {len(self.trainable)} of {len(self)} tensors trained; of those "
-            f"drawn from, {count:.1%} of the layers and {params:.1%} of the numbers>"
-        )
-
-    def __str__(self) -> str:
-        cells = [("name", "category", "block", "trainable")]
-        cells += [(r.name, r.category, r.block or "-", _word(r)) for r in self.rows]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
-        for category in dict.fromkeys(row.category for row in self.rows if row.drawn):
-            count, params = self.ratio_of(category)
-            lines.append(f"{category}: {count:.1%} of the layers, {params:.1%} of the numbers")
-        total = sum(row.numel for row in self.rows)
-        trained = sum(row.numel for row in self.rows if row.trainable)
-        lines.append(f"round {self.round}: {trained:,} of {total:,} numbers trained ({trained / total:.1%})")
-        return "\n".join(lines)
-
-
-def _word(row: Row) -> str:
-    always = "always" if row.trainable else "never"  # never: frozen by the person, not by us
-    return ("yes" if row.trainable else "no") if row.drawn else always
 
 
 class HFT(Transform):
@@ -156,7 +57,7 @@ class HFT(Transform):
         reset_state: at a new round, drop the base's state of all parameters (each of the paper's stages
             starts a new optimizer); False drops it only where it is frozen.
         balance: ``"count"``, or ``"params"`` to choose as many matrices as that, but with a share of
-            numbers near ``ratio``: under grouped-query attention 2 of 4 matrices are 20 to 80 % of them.
+            numbers near ``ratio``: under grouped-query attention, 2 of 4 may be a quarter of them.
         blocks: a regular expression that matches the blocks' names, for models whose blocks are not
             recognised.
 
@@ -204,10 +105,14 @@ class HFT(Transform):
         self.model = model
         self.rounds_every = rounds_every
         self.reset_state = reset_state
-        self._draw = Draw(ratio, level, balance, seed)
+        self._draw = Draw(ratio, level, balance, int(seed))
         self._blocks = blocks
         self._steps = 0  # in this round; counted where rounds_every asks for it
+        self._checksum = 0
+        self._looked_at: Any = None
+        self._found: list[Layer] = []
         self._flags: dict[str, bool] = {}  # requires_grad as the person left it
+        self._frozen: list[Tensor] = []  # the optimizer's, in this round
         self._optimizer: Wrapped | None = None
         self._hook: Any = None
         self._layers()  # raises where there are no blocks
@@ -252,28 +157,25 @@ class HFT(Transform):
     def _parameters(self) -> dict[str, nn.Parameter]:
         """By clean name, each once; read anew each time, since parameter objects may be replaced."""
         named = dict(self.model.named_parameters())
-        return {clean: named[name] for name, clean in clean_names(list(named)).items()}
+        clean = clean_names(named)
+        return {clean[name]: p for name, p in named.items()}
 
     def _layers(self) -> list[Layer]:
-        shapes = {name: tuple(p.shape) for name, p in self._parameters().items()}
-        layers = layers_of(shapes, self._blocks)
-        # A tensor that is also used outside of its block (tied to the head, say) is not drawn.
-        every = list(self.model.named_parameters(remove_duplicate=False))
-        names: dict[Tensor, set[str]] = {}
-        for name, (_, p) in zip(clean_names([name for name, _ in every]).values(), every, strict=True):
-            names.setdefault(p, set()).add(name)
-        tied = [aliases for aliases in names.values() if len(aliases) > 1]
-        if not tied:
-            return layers
-        blocks = tuple({layer.block + "." for layer in layers if layer.block})
-        outside = [a for a in tied if not all(name.startswith(blocks) for name in a)]
-        return layers_of(shapes, self._blocks, always={name for aliases in outside for name in aliases})
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        clean = clean_names(named)
+        first: dict[Tensor, str] = {}
+        same = {clean[name]: first.setdefault(p, clean[name]) for name, p in named.items()}
+        shapes = {clean[name]: tuple(p.shape) for name, p in named.items()}
+        if (shapes, same) != self._looked_at:  # with 10,000 experts it takes a second
+            again = {name: other for name, other in same.items() if name != other}
+            self._found = layers_of(shapes, self._blocks, again)
+            self._looked_at = (shapes, same)
+        return self._found
 
-    def _select(self, optimizer: Wrapped) -> Selection:
+    def _select(self, optimizer: torch.optim.Optimizer) -> Selection:
         params = self._parameters()
-        left_out = {
-            p for group in optimizer.param_groups if not group.get(self.name, True) for p in group["params"]
-        }
+        groups = [group for group in optimizer.param_groups if not group.get(self.name, True)]
+        left_out = {p for group in groups for p in group["params"]}
         for name, p in params.items():
             self._flags.setdefault(name, p.requires_grad)
         free = {name for name, p in params.items() if self._flags[name] and p not in left_out}
@@ -297,56 +199,55 @@ class HFT(Transform):
         for row in selection:
             p = params[row.name]
             p.requires_grad_(row.trainable)
-            if not row.trainable:
+            if row.drawn and not row.trainable:
                 p.grad = None
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                if reset or not p.requires_grad:
-                    optimizer.drop_base_state(p)
+        served = optimizer.served(self)
+        self._frozen = [p for p in served if not p.requires_grad]
+        for p in served if reset else self._frozen:
+            optimizer.drop_base_state(p)
+        self._checksum = zlib.crc32("\n".join(selection.trainable).encode())
         self._tell(optimizer)
         return selection
 
     # ---- the optimizer's side ----------------------------------------------------------------------
 
     def check(self, base: torch.optim.Optimizer) -> None:
-        """Refuse parameters of another model, DDP that would wait for frozen gradients, and an empty half."""
-        known = set(self._parameters().values())
-        names = parameter_names(base)
-        foreign = [p for group in base.param_groups for p in group["params"] if p not in known]
+        """Refuse another model's parameters, a DDP that would wait for frozen ones, and an empty half."""
+        if self._optimizer is None:
+            self._flags.clear()
+        elif self._optimizer.base is not base:
+            raise TransformError("HFT: this HFT serves an optimizer already; one HFT serves one model.")
+        params, names = self._parameters(), parameter_names(base)
+        optimized = {p for group in base.param_groups for p in group["params"]}
+        foreign = sorted((names[id(p)], tuple(p.shape)) for p in optimized.difference(params.values()))
         if foreign:
+            name, shape = foreign[0]
             raise TransformError(
-                f"HFT: {names[id(foreign[0])]} of the optimizer, of shape {tuple(foreign[0].shape)}, is not a "
-                f"parameter of the model ({len(foreign)} in all). Give the model that the optimizer trains: "
-                "HFT(model), torch.optim.AdamW(model.parameters())."
+                f"HFT: {name} of the optimizer, of shape {shape}, is not a parameter of the model "
+                f"({len(foreign)} in all). Give HFT the model that the optimizer trains."
             )
         if isinstance(self.model, DistributedDataParallel) and not self.model.find_unused_parameters:
             raise TransformError(
-                "HFT: the model is in DistributedDataParallel, which would wait for the frozen half's gradients. "
-                "Make it with find_unused_parameters=True."
+                "HFT: the model is in DistributedDataParallel, which would wait for the gradients of the "
+                "frozen half. Make it with find_unused_parameters=True."
+            )
+        if not any(row.trainable and params[row.name] in optimized for row in self._select(base)):
+            raise TransformError(
+                f"HFT: with ratio={self._draw.ratio} the optimizer has nothing to train: none of its "
+                "parameters was drawn or is outside of the blocks. Raise ratio, or give it the embeddings."
             )
 
     def bind(self, optimizer: Wrapped) -> None:
-        """Freeze round 0's half."""
-        if self._optimizer is not None:
-            raise TransformError("HFT: this HFT serves another optimizer already; make one for each model.")
-        optimized = {p for group in optimizer.param_groups for p in group["params"]}
-        selection, params = self._select(optimizer), self._parameters()
-        if not any(row.trainable and params[row.name] in optimized for row in selection):
-            self._flags.clear()
-            raise TransformError(
-                f"HFT: ratio={self._draw.ratio} leaves the optimizer without a parameter to train; it has none "
-                "outside of the blocks, and none was drawn. Raise ratio, or give it the embeddings or the head."
-            )
+        """Freeze this round's half."""
         self._optimizer = optimizer
         self._hook = optimizer.register_step_pre_hook(self._drop_gradients)
         self._enter(optimizer, reset=False)
 
-    def _drop_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def _drop_gradients(self, *_: Any) -> None:
         """Before a step: a frozen weight may have got a gradient by hand, or from a graph made earlier."""
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                if p.grad is not None and not p.requires_grad and group.get(self.name, True):
-                    p.grad = None
+        for p in self._frozen:
+            if p.grad is not None:
+                p.grad = None
 
     def after_step(self, optimizer: Wrapped) -> None:
         """Count the step, and begin a new round where it is time."""
@@ -365,8 +266,8 @@ class HFT(Transform):
         saved = self._get(group, "selection", 0)
         self._draw = replace(self._draw, seed=seed, round=number)
         self._steps = int(self._get(group, "steps", self._steps))
-        selection = self._enter(optimizer, reset=False)
-        if saved not in (0, _fingerprint(selection)):
+        self._enter(optimizer, reset=False)
+        if saved not in (0, self._checksum):
             warnings.warn(
                 f"HFT: the checkpoint trained another half in round {number} than this HFT does. Give it the "
                 "model, ratio, level, balance and frozen parameters of the run that saved it.",
@@ -381,13 +282,13 @@ class HFT(Transform):
         for name, p in self._parameters().items():
             p.requires_grad_(self._flags.get(name, p.requires_grad))
         self._flags.clear()
+        self._frozen.clear()
         self._hook.remove()
         self._optimizer = None
 
     def group_numbers(self) -> dict[str, float | int | bool]:
         """Round, seed, steps in this round, and a checksum of the selection."""
-        checksum = _fingerprint(self._select(self._optimizer)) if self._optimizer else 0
-        return {"round": self.round, "seed": self.seed, "steps": self._steps, "selection": checksum}
+        return {"round": self.round, "seed": self.seed, "steps": self._steps, "selection": self._checksum}
 
     def _tell(self, optimizer: Wrapped) -> None:
         """Write the numbers where they are saved."""
@@ -405,11 +306,6 @@ class HFT(Transform):
     def __repr__(self) -> str:
         draw = self._draw
         return f"HFT(ratio={draw.ratio}, level={draw.level!r}, seed={draw.seed})"
-
-
-def _fingerprint(selection: Selection) -> int:
-    """A checksum of the trained names."""
-    return zlib.crc32("\n".join(sorted(selection.trainable)).encode()) or 1
 
 
 def _is_rehearsal(optimizer: torch.optim.Optimizer) -> bool:

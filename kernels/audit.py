@@ -1,0 +1,328 @@
+"""``python -m optx.kernels.audit``: what the GPU kernels compile to, without a GPU.
+
+Compiles every Triton kernel ahead of time for NVIDIA sm_80, sm_90, sm_100 and AMD gfx942 and reads the
+machine code: registers, spills, shared memory, the width of loads and stores in the main loop, and the bytes
+moved per parameter, next to the bytes that the program's roles imply. Exits with 1 if a kernel spills,
+accesses memory by less than 128 bits in its main loop, or moves other bytes than implied.
+"""
+# Triton's compiler has no types that a checker could follow.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optx.kernels.audit_asm import Machine, inspect, widths
+from optx.kernels.audit_cases import Case, all_cases
+from optx.kernels.emit_triton import compiled
+from optx.kernels.layout import Layout
+from optx.kernels.program import Call, Program
+from optx.kernels.step_triton import CHUNK_WARPS, LAUNCH, TENSOR_WARPS, block_size
+
+ACCESS = 128  # bits: the widest access, and the narrowest allowed in a main loop
+# Memory bandwidth in bytes per second, from the vendors' data sheets.
+DEVICES = {"A100-80G": 2.04e12, "H100-SXM": 3.35e12, "MI300X": 5.3e12}
+_ARGUMENTS = {
+    **dict.fromkeys(("chunks", "tensors", "first", "random", "skip"), "*i64"),
+    **dict.fromkeys(("cols", "hypers", "partials", "totals"), "*fp64"),
+    "count": "i32",
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to compile for."""
+
+    backend: str
+    arch: int | str
+    wave: int
+
+    def __str__(self) -> str:
+        return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)
+
+
+TARGETS = [
+    Target("cuda", 80, 32),
+    Target("cuda", 90, 32),
+    Target("cuda", 100, 32),
+    Target("hip", "gfx942", 64),
+]
+QUICK = [TARGETS[1], TARGETS[3]]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel as it is launched in one program.
+
+    Args:
+        program: what it belongs to.
+        name: of the kernel.
+        function: the jitted function.
+        signature: the type of every argument.
+        constexprs: values of constant arguments, by position.
+        attrs: hints by position, as a launch would infer them.
+        warps: per program.
+        elements: that one turn of the main loop handles; 0 for a kernel that handles a few numbers.
+        bytes: per element that its roles imply.
+        options: of the compiler.
+    """
+
+    program: str
+    name: str
+    function: Any
+    signature: dict[str, str]
+    constexprs: dict[Any, Any]
+    attrs: dict[Any, Any]
+    warps: int
+    elements: int = 0
+    bytes: float = 0.0
+    options: dict[str, Any] = field(default_factory=lambda: dict(LAUNCH))
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one kernel became on one target."""
+
+    program: str
+    kernel: str
+    target: str
+    machine: Machine
+    loads: list[int]  # widths in bits
+    stores: list[int]
+    bytes: float  # counted, per element
+    implied: float
+    instructions: float  # of the main loop, per element
+    problems: list[str]
+
+
+# ---- kernels ----------------------------------------------------------------------------------------
+
+
+def kernels(case: Case, wave: int) -> Iterator[Kernel]:
+    """All kernels of a program, those that walk over elements first."""
+    module = compiled(case.program, case.layout)
+    program = case.program
+    sums = {f"reduce_{i}": (*v.prefix, *v.sums) for i, v in enumerate(program.levels) if v.sums}
+    block = block_size(wave)
+    for name, calls in sums.items():
+        yield _kernel(case.name, name, module, block, _bytes(program, case.layout, calls, stores=False))
+    calls = (*program.update, *program.observe)
+    yield _kernel(case.name, "update", module, block, _bytes(program, case.layout, calls, stores=True))
+    for name in vars(module):
+        if re.fullmatch(r"(scalars|totals|finish)_\d+|commit", name):
+            yield _kernel(case.name, name, module)
+
+
+def _kernel(program: str, name: str, module: Any, block: int = 0, moved: float = 0.0) -> Kernel:
+    function = getattr(module, name)
+    names = list(function.arg_names)
+    constexprs = {"BLOCK": block, "ALIGNED": True} if block else {}
+    signature = {n: "constexpr" if n in constexprs else _ARGUMENTS[n] for n in names}
+    attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"}
+    positions = {(names.index(n),): value for n, value in constexprs.items()}
+    warps = CHUNK_WARPS if block or name.startswith("totals") else TENSOR_WARPS
+    return Kernel(program, name, function, signature, positions, attrs, warps, block, moved)
+
+
+def _bytes(program: Program, layout: Layout, calls: Iterable[Call], stores: bool) -> float:
+    """Bytes per element that some calls must read and, in the update, write."""
+    size = {"w": _size(layout.dtypes[0]), "g": _size(layout.dtypes[1])}
+    size |= {name: _size(dtype) for name, dtype in zip(program.slots, layout.dtypes[2:], strict=True)}
+    if layout.rounding == "kahan":
+        size["w"] += 2  # its lower half
+    read = {"w" if r.name == "w0" else r.name for c in calls for r in c.args if r.kind in ("reg", "slot")}
+    written = {"w", *program.stored_slots} if stores else set[str]()
+    return sum(size[role] for role in read) + sum(size[role] for role in written)
+
+
+def _size(dtype: str) -> int:
+    return getattr(torch, dtype).itemsize
+
+
+def _loss_kernels(wave: int) -> Iterator[Kernel]:
+    """Those of the losses."""
+    from optx.kernels.loss_stablemax import audit_specs
+
+    for s in audit_specs():
+        constexprs = {(s.function.arg_names.index(k),): v for k, v in s.constexprs.items()}
+        block = s.constexprs["BLOCK"]
+        options = {"num_stages": LAUNCH["num_stages"], **s.options}
+        yield Kernel(
+            "loss",
+            s.name,
+            s.function,
+            s.signature,
+            constexprs,
+            s.attrs,
+            s.num_warps,
+            block,
+            s.bytes_per_element,
+            options,
+        )
+
+
+# ---- compiling --------------------------------------------------------------------------------------
+
+
+def measure(kernel: Kernel, target: Target) -> Row:
+    """Compile a kernel for a target and read the result."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(kernel.function, kernel.signature, kernel.constexprs, kernel.attrs)
+    options = {**kernel.options, "num_warps": kernel.warps}
+    gpu = GPUTarget(target.backend, target.arch, target.wave)
+    machine = inspect(triton.compile(source, target=gpu, options=options))
+    per_thread = kernel.elements / (kernel.warps * target.wave) or 1.0
+    loop = machine.loop if kernel.elements else ()
+    counted = machine.bytes / per_thread if kernel.elements else 0.0
+    return Row(
+        kernel.program,
+        kernel.name,
+        str(target),
+        machine,
+        widths(loop, store=False),
+        widths(loop, store=True),
+        counted,
+        kernel.bytes,
+        machine.instructions / machine.turns / per_thread if kernel.elements else 0.0,
+        list(_problems(kernel, machine, counted)),
+    )
+
+
+def _problems(kernel: Kernel, machine: Machine, counted: float) -> Iterator[str]:
+    if machine.spills:
+        yield f"spills {machine.spills}"
+    if not kernel.elements:
+        return
+    if not machine.loop:
+        yield "has no loop that accesses memory"
+        return
+    narrowest = min(8 * a.bytes for a in machine.loop)
+    if narrowest < ACCESS:
+        yield f"accesses memory by {narrowest} bits"
+    if abs(counted - kernel.bytes) > 0.01:
+        yield f"moves {counted:.2f} bytes per element where its roles imply {kernel.bytes:.2f}"
+
+
+def audit(cases: Sequence[Case], targets: Sequence[Target], losses: bool = True) -> Iterator[Row]:
+    """Measure all kernels on all targets; kernels of several programs with one text are measured once."""
+    for target in targets:
+        seen: set[tuple[str, str]] = set()
+        of_cases = (k for case in cases for k in kernels(case, target.wave))
+        for kernel in (*of_cases, *(_loss_kernels(target.wave) if losses else ())):
+            key = (kernel.name, kernel.function.cache_key)
+            if kernel.elements or key not in seen:
+                seen.add(key)
+                yield measure(kernel, target)
+
+
+# ---- telling ----------------------------------------------------------------------------------------
+
+
+def _table(rows: Sequence[Row]) -> Any:
+    from rich.table import Table
+
+    table = Table(title="Kernels as compiled: widths in bits; bytes and instructions per parameter")
+    for name in ("program", "kernel", "target"):
+        table.add_column(name, no_wrap=True)
+    for name in ("regs", "spills", "smem", "loads", "stores", "bytes", "implied", "instr"):
+        table.add_column(name, justify="right", no_wrap=True)
+    last = None
+    for r in sorted(rows, key=lambda r: (r.program, r.kernel)):
+        head = (r.program, r.kernel) if last != (r.program, r.kernel) else ("", "")
+        last = (r.program, r.kernel)
+        m = r.machine
+        numbers = [str(m.registers), str(m.spills), str(m.shared)]
+        if r.implied:
+            numbers += [" ".join(map(str, width)) or "-" for width in (r.loads, r.stores)]
+            numbers += [f"{r.bytes:g}", f"{r.implied:g}", f"{r.instructions:.0f}"]
+        table.add_row(*head, r.target, *numbers, style="bold red" if r.problems else None)
+    return table
+
+
+def traffic(rows: Iterable[Row]) -> dict[str, float]:
+    """Bytes per parameter of a whole step, by program: all its passes, on the target that moves most."""
+    passes: dict[tuple[str, str], float] = {}
+    for r in rows:
+        if r.implied:
+            passes[r.program, r.target] = passes.get((r.program, r.target), 0.0) + r.bytes
+    programs = dict.fromkeys(program for program, _ in passes if program != "loss")
+    return {p: max(b for (program, _), b in passes.items() if program == p) for p in programs}
+
+
+def _floors(rows: Sequence[Row]) -> Any:
+    from rich.table import Table
+
+    table = Table(
+        title="A step's traffic, and the milliseconds per billion parameters that it takes at least"
+    )
+    table.add_column("program", no_wrap=True)
+    table.add_column("bytes per parameter", justify="right")
+    for device in DEVICES:
+        table.add_column(device, justify="right")
+    for program, moved in traffic(rows).items():
+        floors = [f"{moved * 1e9 / bandwidth * 1e3:.1f}" for bandwidth in DEVICES.values()]
+        table.add_row(program, f"{moved:g}", *floors)
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m optx.kernels.audit", description=(__doc__ or "").split("\n\n")[1]
+    )
+    parser.add_argument("--quick", action="store_true", help="one target per family: sm_90 and gfx942")
+    parser.add_argument(
+        "--only", default="", metavar="REGEX", help="programs whose name matches ('loss' too)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to a file")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 is set, under which nothing is compiled; unset it.")
+    cases = [case for case in all_cases() if re.search(options.only, case.name)]
+    losses = bool(re.search(options.only, "loss"))
+    rows = list(_progress(audit(cases, QUICK if options.quick else TARGETS, losses)))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    return _tell(rows)
+
+
+def _progress(rows: Iterator[Row]) -> Iterator[Row]:
+    from rich.progress import Progress, SpinnerColumn, TextColumn
+
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), transient=True) as progress:
+        task = progress.add_task("compiling", total=None)
+        for count, row in enumerate(rows, start=1):
+            progress.update(
+                task, description=f"{count} kernels: {row.program}, {row.kernel} for {row.target}"
+            )
+            yield row
+
+
+def _tell(rows: Sequence[Row]) -> int:
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(_table(rows))
+    console.print(_floors(rows))
+    bad = [(r, problem) for r in rows for problem in r.problems]
+    for r, problem in bad:
+        console.print(f"{r.program}, {r.kernel} on {r.target}: {problem}", style="bold red", highlight=False)
+    console.print(f"{len(rows)} kernels compiled, {len(bad)} problems.", highlight=False)
+    return 1 if bad or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""The programs that the audit compiles: torch's bases in every dtype, and every transform that optx has."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import optx.transforms
+from optx._bases import base_numbers, base_rules
+from optx._pipeline import build
+from optx._transform import Transform
+from optx.kernels.layout import Layout
+from optx.kernels.program import Program
+
+_Base = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+_FLOAT, _HALF, _LOW = torch.float32, torch.float16, torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Case:
+    """A program, and how its tensors are stored."""
+
+    name: str
+    program: Program
+    layout: Layout
+
+
+def all_cases() -> list[Case]:
+    """Bases, dtypes, then transforms and their compositions."""
+    return [*_bases(), *_dtypes(), *_transforms()]
+
+
+def make(
+    name: str,
+    base: _Base,
+    transforms: Sequence[Transform] = (),
+    *,
+    w: torch.dtype = _FLOAT,
+    g: torch.dtype | None = None,
+    moments: torch.dtype | None = None,
+    rounding: str = "nearest",
+) -> Case:
+    """The program of transforms over a base.
+
+    Args:
+        name: what the table calls it.
+        base: makes the optimizer.
+        transforms: in order.
+        w: dtype of the weights.
+        g: of the gradients; None for the weights'.
+        moments: of the base's state; None for the weights'.
+        rounding: of bfloat16 weights.
+    """
+    optimizer = base([torch.nn.Parameter(torch.zeros(1))])
+    group = optimizer.param_groups[0]
+    rules = base_rules(optimizer, group)
+    assert rules is not None, "the audit compiles fused bases only"
+    bound = {t.name: t.moments(group, optimizer) for t in transforms}
+    program = build(transforms, bound, rules, rules.slots, base_numbers(group))
+    kept = {f"{t.name}.{slot}": s.dtype or w for t in transforms for slot, s in t.slots.items()}
+    dtypes = (w, g or w, *(kept.get(slot, moments or w) for slot in program.slots))
+    names = tuple(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return Case(name, program, Layout(names, rounding, rules.counted))
+
+
+def _adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters)
+
+
+def _amsgrad_l2(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, weight_decay=0.1, amsgrad=True)
+
+
+def _bases() -> Iterator[Case]:
+    yield make("SGD", lambda p: torch.optim.SGD(p, 0.1))
+    yield make("SGD momentum", lambda p: torch.optim.SGD(p, 0.1, momentum=0.9))
+    yield make("SGD nesterov", lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True))
+    yield make("Adam", lambda p: torch.optim.Adam(p))
+    yield make("AdamW", _adamw)
+    yield make("AdamW amsgrad", lambda p: torch.optim.AdamW(p, amsgrad=True))
+
+
+def _dtypes() -> Iterator[Case]:
+    yield make("AdamW bf16 stochastic", _adamw, w=_LOW, rounding="stochastic")
+    yield make("AdamW bf16 kahan", _adamw, w=_LOW, rounding="kahan")
+    yield make("AdamW bf16, fp32 moments", _adamw, w=_LOW, moments=_FLOAT, rounding="stochastic")
+    yield make("AdamW fp32, bf16 gradients", _adamw, g=_LOW)
+    yield make("AdamW fp32, fp16 gradients", _adamw, g=_HALF)
+
+
+def _transforms() -> Iterator[Case]:
+    """Each variant of each transform over AdamW, its first over the base that needs most, and one chain."""
+    chain: list[Transform] = []
+    for variants in transform_examples().values():
+        for name, transform in variants.items():
+            yield make(f"{name} + AdamW", _adamw, [transform])
+        name, first = next(iter(variants.items()))
+        yield make(f"{name} + Adam amsgrad l2", _amsgrad_l2, [first])
+        chain.append(first)
+    # Those that rewrite gradients come first in practice.
+    optimizer = _adamw([torch.nn.Parameter(torch.zeros(1))])
+    chain.sort(key=lambda t: t.moments(optimizer.param_groups[0], optimizer).gradient is None)
+    name = " + ".join([*(type(t).__name__ for t in chain), "AdamW"])
+    yield make(name, _adamw, chain)
+    yield make(f"{name} bf16 stochastic", _adamw, chain, w=_LOW, rounding="stochastic")
+
+
+# How to make the variants of a transform that compile to different kernels, where ``Class()`` is not all.
+_VARIANTS: dict[str, dict[str, Callable[[Any], Transform]]] = {
+    "AdamR": {
+        "AdamR": lambda c: c(),
+        "AdamR plain": lambda c: c(normalize=False),
+        "AdamR plain l1": lambda c: c(normalize=False, norm="l1"),
+        "AdamR to zero": lambda c: c(anchor="zero"),
+    },
+}
+
+
+def transform_examples() -> dict[str, dict[str, Transform]]:
+    """Variants by name of every transform in `optx.transforms` that has rules, by class name.
+
+    Found by looking, so that a new one is compiled without being listed; one that can't be made without
+    arguments needs an entry in ``_VARIANTS``.
+    """
+    found: dict[str, dict[str, Transform]] = {}
+    for module in pkgutil.iter_modules(optx.transforms.__path__, "optx.transforms."):
+        for value in vars(importlib.import_module(module.name)).values():
+            if not (
+                isinstance(value, type) and issubclass(value, Transform) and value.__module__ == module.name
+            ):
+                continue
+            name = value.__name__
+            if value.moments is Transform.moments and not value.rules:
+                continue  # it acts otherwise than through a kernel
+            makers = _VARIANTS.get(name, {name: lambda c: c()})
+            found[name] = {label: make_one(value) for label, make_one in makers.items()}
+    return found

@@ -1,0 +1,23 @@
+"""Runs the tests of `tests/interpreted`: Triton's interpreter has to be chosen before Triton is imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+FOLDER = Path(__file__).parent / "interpreted"
+
+
+def test_interpreted_kernels() -> None:
+    command = [sys.executable, "-m", "pytest", str(FOLDER), "-p", "no:cacheprovider", "-rN", "--tb=short"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=280, cwd=FOLDER.parents[1]
+    )
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    assert " passed" in run.stdout
