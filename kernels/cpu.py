@@ -91,9 +91,8 @@ def put_f64(builder: Any, base: Any, index: Any, value: Any) -> None:
 @_typed(nt.float64, nt.int64)
 def get_f32(builder: Any, base: Any) -> Any:
     """``*(float*)base``, widened."""
-    return builder.fpext(
-        builder.load(builder.inttoptr(base, _LLVM["float32"].as_pointer())), _LLVM["float64"]
-    )
+    pointer = builder.inttoptr(base, _LLVM["float32"].as_pointer())
+    return builder.fpext(builder.load(pointer), _LLVM["float64"])
 
 
 @_typed(nt.void, nt.int64, nt.float64)

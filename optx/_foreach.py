@@ -40,6 +40,9 @@ class TensorList:
             return self._map(op, other)
         return TensorList(getattr(torch, f"_foreach_{name}")(self.tensors, operand))
 
+    def _unary(self, name: str) -> TensorList:
+        return TensorList(getattr(torch, f"_foreach_{name}")(self.tensors))
+
     def __add__(self, other: Operand) -> TensorList:
         return self._fast("add", operator.add, other)
 
@@ -65,10 +68,10 @@ class TensorList:
         return self._map(operator.pow, other)
 
     def __neg__(self) -> TensorList:
-        return TensorList(torch._foreach_neg(self.tensors))
+        return self._unary("neg")
 
     def __abs__(self) -> TensorList:
-        return TensorList(torch._foreach_abs(self.tensors))
+        return self._unary("abs")
 
     def __gt__(self, other: Operand) -> TensorList:
         return self._map(operator.gt, other)
@@ -84,19 +87,19 @@ class TensorList:
 
     def sqrt(self) -> TensorList:
         """Square roots."""
-        return TensorList(torch._foreach_sqrt(self.tensors))
+        return self._unary("sqrt")
 
     def exp(self) -> TensorList:
         """Exponentials."""
-        return TensorList(torch._foreach_exp(self.tensors))
+        return self._unary("exp")
 
     def log(self) -> TensorList:
         """Logarithms."""
-        return TensorList(torch._foreach_log(self.tensors))
+        return self._unary("log")
 
     def sign(self) -> TensorList:
         """Signs."""
-        return TensorList(torch._foreach_sign(self.tensors))
+        return self._unary("sign")
 
     def where_(self, a: Operand, b: Operand) -> TensorList:
         """``a`` where this (boolean) list holds, else ``b``."""

@@ -1,4 +1,4 @@
-"""The fused paths: whether a param group can take one, and the tables that point the kernel at its tensors."""
+"""The fused paths: whether a param group can take one, and the tables that point a kernel at its tensors."""
 
 from __future__ import annotations
 

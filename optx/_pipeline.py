@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from optx._bases import BaseRules
 from optx._errors import TransformError
@@ -17,9 +19,9 @@ NUMEL = Ref("col", "numel")
 
 
 @rule(writes="grad_sq")
-def square(g: object) -> object:
+def square(g: Any) -> Any:
     """Summed, the gradient's squared norm."""
-    return g * g  # type: ignore[operator]
+    return g * g
 
 
 @dataclass
@@ -44,10 +46,10 @@ class _Builder:
             self.levels.append(Level())
         return self.levels[index]
 
-    def extend(self, index: int, **more: Iterable[object]) -> None:
+    def extend(self, index: int, **more: Iterable[Any]) -> None:
         old = self.level(index)
-        parts = {k: (*getattr(old, k), *v) for k, v in more.items()}
-        self.levels[index] = Level(**{**old.__dict__, **parts})
+        parts: dict[str, Any] = {k: (*getattr(old, k), *v) for k, v in more.items()}
+        self.levels[index] = dataclasses.replace(old, **parts)
 
     def need_grad_sq(self) -> int:
         """Make sure that the squared norm of the gradient as it stands is summed; give its level."""
@@ -110,8 +112,8 @@ def build(
 
 
 @rule(writes="kept")
-def _keep(grad_sq: object) -> object:
-    return grad_sq * 1.0  # type: ignore[operator]
+def _keep(grad_sq: Any) -> Any:
+    return grad_sq * 1.0
 
 
 def _add(b: _Builder, transform: Transform, m: Moments) -> None:
@@ -135,8 +137,8 @@ def _add(b: _Builder, transform: Transform, m: Moments) -> None:
         if (common := _common(b, name)) is not None:
             return common
         raise TransformError(
-            f"{transform!r}: rule {r.name!r} reads {name!r}, which is no slot {sorted(transform.slots)}, option "
-            f"{sorted(transform.options)} or earlier result of the transform, nor a name of this base "
+            f"{transform!r}: rule {r.name!r} reads {name!r}, which is no slot {sorted(transform.slots)}, "
+            f"option {sorted(transform.options)} or earlier result of the transform, nor a name of this base "
             f"({', '.join(sorted(b.base_names | b.base_hypers))})."
         )
 

@@ -7,7 +7,7 @@ a step, and all slots are pending while the base's own ``step`` runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,7 +54,7 @@ class SlotStore:
                 self.base.state[p].update(slots)
 
     @contextmanager
-    def hidden(self, parameters: Iterable[Tensor]) -> Iterator[None]:
+    def hidden(self, parameters: Iterable[Tensor]) -> Generator[None]:
         """While inside, no ``state[p]`` shows a slot; afterwards those of stepped parameters do."""
         state = self.base.state
         moved: list[Tensor] = []

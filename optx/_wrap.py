@@ -74,21 +74,21 @@ class Wrapped(Optimizer):
     # ---- what is the base's own ---------------------------------------------------------------------
 
     @property
-    def param_groups(self) -> list[Group]:  # type: ignore[override]
+    def param_groups(self) -> list[Group]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The base's param groups."""
         return self.base.param_groups
 
     @param_groups.setter
-    def param_groups(self, value: list[Group]) -> None:
+    def param_groups(self, value: list[Group]) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         self.base.param_groups = value
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The base's state, ours within it."""
         return self.base.state
 
     @state.setter
-    def state(self, value: Any) -> None:
+    def state(self, value: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         self.base.state = value
 
     @property

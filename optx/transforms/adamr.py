@@ -197,7 +197,8 @@ class AdamR(Transform):
             )
         if coupled and group.get("maximize", False):
             raise TransformError(
-                "AdamR: maximize=True with a coupled weight_decay is not served; use AdamW, or weight_decay=0."
+                "AdamR: maximize=True with a coupled weight_decay is not served; use AdamW, or "
+                "weight_decay=0."
             )
         # The second moment is not linear in what is known: look at it, in a pass of its own.
         if group.get("amsgrad", False):

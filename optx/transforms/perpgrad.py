@@ -6,7 +6,7 @@ rescaling to the old norm is the official code's.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from optx._rules import rule
 from optx._transform import Transform
@@ -69,7 +69,7 @@ class PerpGrad(Transform):
     """
 
     name = "perp_grad"
-    rules = {"sums": inner_products, "scalars": projection, "gradient": project_out}
+    rules: ClassVar = {"sums": inner_products, "scalars": projection, "gradient": project_out}
 
     def __init__(self, rescale: bool = True) -> None:
         self.options = {"rescale": float(rescale)}

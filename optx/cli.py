@@ -1,0 +1,103 @@
+"""The ``optx`` command: run recipes, list methods, measure steps, look at the machine."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from optx import _catalog
+from optx._errors import near
+
+# Everything after the recipe's name is the recipe's, --help too.
+_PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+
+app = typer.Typer(
+    help="Training-time methods for PyTorch, one line each.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+bench = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+def _stop(message: str, code: int = 1) -> typer.Exit:
+    """An exit that says why in plain words."""
+    Console(stderr=True, highlight=False).print(message, markup=False, soft_wrap=True)
+    return typer.Exit(code)
+
+
+@app.command(context_settings={**_PASS_ON, "help_option_names": []})
+def run(context: typer.Context, recipe: Annotated[str, typer.Argument(help="its name")] = "") -> None:
+    """Run a recipe: ``optx run NAME [options]``; ``optx run NAME --help`` lists its options."""
+    names = [entry.name for entry in _catalog.recipes()]
+    if recipe in ("", "--help", "-h"):
+        typer.echo("Usage: optx run RECIPE [options]; optx run RECIPE --help lists its options.\n")
+        _table("Recipes", _catalog.recipes())
+        return
+    if recipe not in names:
+        raise _stop(f"optx run: there is no recipe {recipe!r}. {near(recipe, names)}", 2)
+    if missing := _catalog.missing_requirements("recipes"):
+        raise _stop(
+            f"optx run: recipes need {', '.join(missing)}, not installed here. Type:\n"
+            f"    {_catalog.install_command('recipes')}"
+        )
+    from optx.recipes._assets import AssetError
+
+    try:
+        importlib.import_module(f"optx.recipes.{recipe}").main(context.args)
+    except AssetError as error:
+        raise _stop(f"optx run {recipe}: {error}") from None
+    except KeyboardInterrupt:
+        raise _stop("Interrupted.", 130) from None
+
+
+@app.command("list")
+def list_() -> None:
+    """List the methods and the recipes: what each does, where it comes from, how it is used."""
+    _table("Methods", _catalog.methods())
+    _table("Recipes", _catalog.recipes())
+
+
+@bench.command("step", context_settings={**_PASS_ON, "help_option_names": []})
+def bench_step(context: typer.Context) -> None:
+    """Time optimizer steps against torch's fused AdamW, with the floor that memory traffic sets."""
+    importlib.import_module("optx.kernels.bench").main(context.args)
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, devices and threads, and which paths steps take here and why."""
+    from optx._doctor import examine
+
+    console = Console(highlight=False)
+    broken = 0
+    for finding in examine():
+        broken += not finding.good
+        console.print(f"{finding.topic:<24}", style=None if finding.good else "red", end="")
+        console.print(finding.found, markup=False, soft_wrap=True, style=None if finding.good else "red")
+    if broken:
+        raise _stop(f"{broken} of these are broken.")
+
+
+def _table(title: str, entries: list[_catalog.Entry]) -> None:
+    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    for column in ("name", "verb", "what it does", "paper", "use"):
+        table.add_column(column, overflow="fold")
+    for entry in entries:
+        table.add_row(entry.name, entry.verb, entry.summary, entry.paper, entry.use)
+    Console(highlight=False).print(table, markup=False)
+
+
+def main() -> None:
+    """Entry point of the ``optx`` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
