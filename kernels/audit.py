@@ -16,7 +16,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from optx.kernels.audit_cases import Case, all_cases
 from optx.kernels.emit_triton import compiled
 from optx.kernels.layout import Layout
 from optx.kernels.program import Call, Program
-from optx.kernels.step_triton import CHUNK_WARPS, LAUNCH, TENSOR_WARPS, block_size
+from optx.kernels.step_triton import CHUNK_WARPS, LAUNCH, TENSOR_WARPS, block_size, compiler_options
 
 ACCESS = 128  # bits: the widest access, and the narrowest allowed in a main loop
 # Memory bandwidth in bytes per second, from the vendors' data sheets.
@@ -108,16 +108,17 @@ class Row:
 # ---- kernels ----------------------------------------------------------------------------------------
 
 
-def kernels(case: Case, wave: int) -> Iterator[Kernel]:
+def kernels(case: Case, target: Target) -> Iterator[Kernel]:
     """All kernels of a program, those that walk over elements first."""
     module = compiled(case.program, case.layout)
     program = case.program
     sums = {f"reduce_{i}": (*v.prefix, *v.sums) for i, v in enumerate(program.levels) if v.sums}
-    block = block_size(wave)
+    block = block_size(target.wave)
     for name, calls in sums.items():
         yield _kernel(case.name, name, module, block, _bytes(program, case.layout, calls, stores=False))
     calls = (*program.update, *program.observe)
-    yield _kernel(case.name, "update", module, block, _bytes(program, case.layout, calls, stores=True))
+    update = _kernel(case.name, "update", module, block, _bytes(program, case.layout, calls, stores=True))
+    yield replace(update, options=compiler_options(case.layout, "update", target.backend == "cuda"))
     for name in vars(module):
         if re.fullmatch(r"(scalars|totals|finish)_\d+|commit", name):
             yield _kernel(case.name, name, module)
@@ -149,7 +150,7 @@ def _size(dtype: str) -> int:
     return getattr(torch, dtype).itemsize
 
 
-def _loss_kernels(wave: int) -> Iterator[Kernel]:
+def _loss_kernels() -> Iterator[Kernel]:
     """Those of the losses."""
     from optx.kernels.loss_stablemax import audit_specs
 
@@ -220,8 +221,8 @@ def audit(cases: Sequence[Case], targets: Sequence[Target], losses: bool = True)
     """Measure all kernels on all targets; kernels of several programs with one text are measured once."""
     for target in targets:
         seen: set[tuple[str, str]] = set()
-        of_cases = (k for case in cases for k in kernels(case, target.wave))
-        for kernel in (*of_cases, *(_loss_kernels(target.wave) if losses else ())):
+        of_cases = (k for case in cases for k in kernels(case, target))
+        for kernel in (*of_cases, *(_loss_kernels() if losses else ())):
             key = (kernel.name, kernel.function.cache_key)
             if kernel.elements or key not in seen:
                 seen.add(key)

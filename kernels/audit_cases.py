@@ -91,6 +91,8 @@ def _dtypes() -> Iterator[Case]:
     yield make("AdamW bf16, fp32 moments", _adamw, w=_LOW, moments=_FLOAT, rounding="stochastic")
     yield make("AdamW fp32, bf16 gradients", _adamw, g=_LOW)
     yield make("AdamW fp32, fp16 gradients", _adamw, g=_HALF)
+    yield make("AdamW fp16, fp32 moments", _adamw, w=_HALF, moments=_FLOAT)
+    yield make("AdamW fp64", _adamw, w=torch.float64)
 
 
 def _transforms() -> Iterator[Case]:

@@ -7,6 +7,7 @@ and alias-scoped loads (`optx.kernels.cpu`).
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -40,9 +41,17 @@ class Args(IntEnum):
     SUM = 12  # first + last chunk: updates go from the last chunk to the first, see CpuStep
 
 
-@functools.cache
+_compiling = threading.Lock()
+
+
 def compiled(program: Program, layout: Layout) -> ModuleType:
     """The compiled module of a program, from the disk cache where it was compiled before."""
+    with _compiling:  # a second thread must not find a module that is half executed
+        return _compiled(program, layout)
+
+
+@functools.cache
+def _compiled(program: Program, layout: Layout) -> ModuleType:
     return load_module("cpu", emit(program, layout))
 
 
@@ -53,6 +62,8 @@ def emit(program: Program, layout: Layout) -> str:
 
 LANES = 512
 LANES_FROM = 32768
+# A run whose sums lie outside is taken again in float64: squares of 1e-23 or 1e20 leave float32's range.
+LOW, HIGH = 1e-27, 1e30
 
 
 @dataclass(frozen=True)
@@ -241,7 +252,11 @@ class _Emitter:
             *_indent((f"sum_{i} = 0.0" for i in range(sums)), 1),
             f"    for at in range(0, n, {LANES}):",
             f"        run = {name}_lanes({run})",
-            *_indent((f"sum_{i} += run[{i}]" for i in range(sums)), 2),
+            f"        if {' and '.join(f'{LOW} < abs(run[{i}]) < {HIGH}' for i in range(sums))}:",
+            *_indent((f"sum_{i} += run[{i}]" for i in range(sums)), 3),
+            "        else:",
+            f"            again = {name}_wide({run})",
+            *_indent((f"sum_{i} += again[{i}]" for i in range(sums)), 3),
             f"    return ({' '.join(f'sum_{i},' for i in range(sums))})",
         ]
 

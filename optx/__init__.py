@@ -8,6 +8,7 @@ from optx._errors import FusedError as FusedError
 from optx._errors import OptxError as OptxError
 from optx._errors import ShapeError as ShapeError
 from optx._errors import TransformError as TransformError
+from optx._plan import Plan as Plan
 from optx._rules import rule as rule
 from optx._transform import Moments as Moments
 from optx._transform import Slot as Slot

@@ -15,6 +15,7 @@ from optx._plan import Plan
 from optx._state import SlotStore
 from optx._stepper import Stepper
 from optx._transform import Group, Transform
+from optx.kernels.program import Program
 
 Fused = bool | Literal["auto", "cpu", "triton"]
 Rounding = Literal["stochastic", "kahan", "nearest"]
@@ -137,6 +138,10 @@ class Wrapped(Optimizer):
                 not fused: RAdam has no fused form (SGD, Adam and AdamW have)
         """
         return self._stepper.plan()
+
+    def program(self, index: int) -> Program:
+        """What the step of one param group computes, as data (see `optx.kernels.program`)."""
+        return self._stepper.groups()[index].program
 
     # ---- groups -------------------------------------------------------------------------------------
 

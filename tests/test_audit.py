@@ -35,7 +35,7 @@ def adamw() -> Case:
 
 
 def update(case: Case, target: audit.Target) -> audit.Row:
-    kernel = next(k for k in audit.kernels(case, target.wave) if k.name == "update")
+    kernel = next(k for k in audit.kernels(case, target) if k.name == "update")
     return audit.measure(kernel, target)
 
 
@@ -133,7 +133,7 @@ def test_a_fault_is_the_exit_code(broken: str, capsys: pytest.CaptureFixture[str
 
 def test_spills_are_found(adamw: Case) -> None:
     """Too many elements per thread for the registers."""
-    kernel = next(k for k in audit.kernels(adamw, 32) if k.name == "update")
+    kernel = next(k for k in audit.kernels(adamw, SM90) if k.name == "update")
     huge = replace(kernel, constexprs={k: 16384 if v == 1024 else v for k, v in kernel.constexprs.items()})
     tight = replace(huge, elements=16384, options={**huge.options, "maxnreg": 64})
     row = audit.measure(tight, SM90)

@@ -1,0 +1,321 @@
+"""``optx bench step``: how long a step takes beside torch's fused AdamW, and beside the bytes it must move.
+
+All subjects take turns in one process, so that a machine's moods hit all alike; what is printed is the
+ratio to ``torch.optim.AdamW(fused=True)`` of the same round, its minimum and median over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import optx
+from optx.kernels.layout import Layout
+from optx.kernels.traffic import step_bytes
+
+ADAMW_BYTES = 28  # w, g, m, v read, w, m, v written, in float32
+
+
+class _Block(nn.Module):
+    """One transformer block's weights, without their computation."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        super().__init__()
+        for name, shape in shapes.items():
+            holder = nn.Module()
+            holder.register_parameter("weight", nn.Parameter(torch.empty(shape)))
+            self.add_module(name, holder)
+
+
+class Skeleton(nn.Module):
+    """Named weights in blocks, as HFT wants to see them."""
+
+    def __init__(
+        self, blocks: int, shapes: dict[str, tuple[int, ...]], others: dict[str, tuple[int, ...]] | None = None
+    ) -> None:
+        super().__init__()
+        for name, shape in (others or {}).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        self.layers = nn.ModuleList(_Block(shapes) for _ in range(blocks))
+
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def _big() -> Skeleton:
+    return Skeleton(5, dict.fromkeys(_ATTENTION, (1000, 1000)))
+
+
+def _small() -> Skeleton:
+    return Skeleton(50, dict.fromkeys(_ATTENTION, (40, 25)))
+
+
+def _smollm2() -> Skeleton:
+    """The 272 tensors of SmolLM2-135M."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "q_proj": (576, 576),
+        "k_proj": (192, 576),
+        "v_proj": (192, 576),
+        "o_proj": (576, 576),
+        "gate_proj": (1536, 576),
+        "up_proj": (1536, 576),
+        "down_proj": (576, 1536),
+        "input_layernorm": (576,),
+        "post_attention_layernorm": (576,),
+    }
+    return Skeleton(30, shapes, {"embed_tokens": (49152, 576), "norm": (576,)})
+
+
+SHAPES: dict[str, tuple[str, Callable[[], Skeleton]]] = {
+    "big": ("20 x 1M", _big),
+    "smollm2": ("SmolLM2's 272", _smollm2),
+    "small": ("200 x 1000", _small),
+}
+
+
+@dataclass
+class Subject:
+    """One way to take a step."""
+
+    name: str
+    make: Callable[[nn.Module], Any]  # gives something with step()
+    bytes: float | None = None  # per parameter; None where it is not ours to count
+    times: list[float] = field(default_factory=list[float])
+
+
+def _adamw(model: nn.Module, **options: Any) -> torch.optim.AdamW:
+    # A rate so small that weights, shared by all subjects, stay as they are.
+    return torch.optim.AdamW(model.named_parameters(), lr=1e-8, weight_decay=0.0, **options)
+
+
+def _wrapped(*transforms: Callable[[nn.Module], optx.Transform], fused: Any = True) -> Callable[..., Any]:
+    return lambda model: optx.wrap(_adamw(model), *(t(model) for t in transforms), fused=fused)
+
+
+def _compositions() -> dict[str, list[Callable[[nn.Module], optx.Transform]]]:
+    perp: Callable[[nn.Module], optx.Transform] = lambda _model: optx.PerpGrad()  # noqa: E731
+    pull: Callable[[nn.Module], optx.Transform] = lambda _model: optx.AdamR(weight=0.01)  # noqa: E731
+    return {
+        "AdamW through wrap()": [],
+        "AdamR(normalize=False)": [lambda _model: optx.AdamR(weight=0.01, normalize=False)],
+        "AdamR": [pull],
+        "PerpGrad": [perp],
+        "PerpGrad + AdamR": [perp, pull],
+        "HFT": [lambda model: optx.HFT(model)],
+    }
+
+
+def subjects(peers: bool, compiled: bool) -> list[Subject]:
+    """What is timed, the reference first."""
+    everything = [Subject("torch fused=True", lambda m: _adamw(m, fused=True), ADAMW_BYTES)]
+    for name, transforms in _compositions().items():
+        everything.append(Subject(name, _wrapped(*transforms)))
+    if peers:
+        everything.append(Subject("torch foreach", lambda m: _adamw(m, foreach=True)))
+        for name in ("PerpGrad", "PerpGrad + AdamR"):
+            make = _wrapped(*_compositions()[name], fused=False)
+            everything.append(Subject(f"{name}, foreach path", make))
+        everything += list(_libraries())
+    if compiled:
+        everything.append(Subject("PerpGrad + AdamR, torch.compile", _Compiled))
+    return everything
+
+
+def _libraries() -> Iterable[Subject]:
+    def there(name: str) -> bool:
+        return importlib.util.find_spec(name) is not None
+
+    if there("optimi"):
+        import optimi  # pyright: ignore[reportMissingImports]
+
+        yield Subject("torch-optimi AdamW", lambda m: optimi.AdamW(list(m.parameters()), lr=1e-8))
+    if there("pytorch_optimizer"):
+        import pytorch_optimizer  # pyright: ignore[reportMissingImports]
+
+        make = pytorch_optimizer.StableAdamW
+        yield Subject("pytorch_optimizer StableAdamW", lambda m: make(list(m.parameters()), lr=1e-8))
+    if there("heavyball"):
+        import heavyball  # pyright: ignore[reportMissingImports]
+
+        yield Subject("HeavyBall AdamW", lambda m: heavyball.AdamW(list(m.parameters()), lr=1e-8))
+
+
+class _Compiled:
+    """PerpGrad + AdamR + AdamW as one would write it for torch.compile: a loop over tensors."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.weights = list(model.parameters())
+        self.anchors = [p.detach().clone() for p in self.weights]
+        self.m = [torch.zeros_like(p, requires_grad=False) for p in self.weights]
+        self.v = [torch.zeros_like(p, requires_grad=False) for p in self.weights]
+        self.t = torch.zeros(())
+        self.run = torch.compile(self._run, dynamic=False)
+
+    def _run(self, grads: Sequence[Tensor], t: Tensor) -> None:
+        lr, weight, b1, b2 = 1e-8, 0.01, 0.9, 0.999
+        projected: list[Tensor] = []
+        total = torch.zeros(())
+        numel = 0
+        for w, g, v in zip(self.weights, grads, self.v, strict=True):
+            c = (w * g).sum() / ((w * w).sum() + 1e-30)
+            orthogonal = g - c * w
+            projected.append(orthogonal * (g.norm() / (orthogonal.norm() + 1e-30)))
+            total = total + (b2 * v + (1 - b2) * projected[-1] ** 2).sum()
+            numel += w.numel()
+        r = torch.sqrt(total / (1 - b2**t) / numel)
+        state = zip(self.weights, projected, self.anchors, self.m, self.v, strict=True)
+        for w, g, anchor, m, v in state:
+            m.lerp_(g, 1 - b1)
+            v.mul_(b2).addcmul_(g, g, value=1 - b2)
+            w.sub_((lr * weight / r) * (w - anchor))
+            w.sub_(lr / (1 - b1**t) * m / ((v / (1 - b2**t)).sqrt() + 1e-8))
+
+    def step(self) -> None:
+        """One step."""
+        self.t += 1
+        with torch.no_grad():
+            self.run([p.grad for p in self.weights if p.grad is not None], self.t)
+
+
+def _traffic(optimizer: Any, model: nn.Module) -> float | None:
+    """Bytes per parameter of the model that a wrapped optimizer's step must move."""
+    if not isinstance(optimizer, optx.Wrapped) or not optimizer.plan()[0].path.startswith("fused"):
+        return None
+    program = optimizer.program(0)
+    active = [p for p in model.parameters() if p.requires_grad]
+    layout = Layout(("float32",) * (2 + len(program.slots)), "nearest", True)
+    share = sum(p.numel() for p in active) / sum(p.numel() for p in model.parameters())
+    return step_bytes(program, layout) * share
+
+
+def measure(shape: str, rounds: int, peers: bool, compiled: bool, device: str) -> list[Subject]:
+    """Time all subjects on one list of shapes."""
+    template = SHAPES[shape][1]().to(device)
+    gradients = {n: torch.randn_like(p) * 1e-3 for n, p in template.named_parameters()}
+    with torch.no_grad():
+        for p in template.parameters():
+            p.normal_(0.0, 0.02)
+    running: list[tuple[Subject, Any]] = []
+    for subject in subjects(peers, compiled):
+        model = SHAPES[shape][1]().to("meta")
+        for (name, module_p), shared in zip(
+            list(model.named_parameters()), template.parameters(), strict=True
+        ):
+            del module_p
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(shared.detach()))
+        optimizer = subject.make(model)
+        for name, p in model.named_parameters():
+            p.grad = gradients[name] if p.requires_grad else None
+        subject.bytes = subject.bytes or _traffic(optimizer, model)
+        running.append((subject, optimizer))
+    for _ in range(3):
+        for _, optimizer in running:
+            optimizer.step()
+    for number in range(rounds):
+        turn = running[number % len(running) :] + running[: number % len(running)]
+        for subject, optimizer in turn:
+            subject.times.append(_timed(optimizer.step, device))
+    return [subject for subject, _ in running]
+
+
+def _timed(step: Callable[[], Any], device: str) -> float:
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+_FIRST_STEP = """
+import time, torch, optx
+w = torch.nn.Parameter(torch.randn(1000)); w.grad = torch.randn(1000)
+opt = optx.wrap(torch.optim.AdamW([w], weight_decay=0), optx.PerpGrad(), optx.AdamR(), fused=True)
+start = time.perf_counter(); opt.step(); print(time.perf_counter() - start)
+"""
+
+
+def first_step_seconds() -> tuple[float, float]:
+    """Time of a process's first PerpGrad + AdamR step: with an empty kernel cache, and with a filled one."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "OPTX_CACHE_DIR": cache}
+        command = [sys.executable, "-c", _FIRST_STEP]
+        runs = [subprocess.run(command, env=environment, capture_output=True, text=True, check=True) for _ in "ab"]
+    cold, warm = (float(run.stdout) for run in runs)
+    return cold, warm
+
+
+def _table(title: str, results: Sequence[Subject]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    table.add_column("step")
+    for column in ("min", "median", "floor", "median / floor", "bytes"):
+        table.add_column(column, justify="right")
+    reference = results[0].times
+    for subject in results:
+        low = min(subject.times) / min(reference)
+        middle = statistics.median(a / b for a, b in zip(subject.times, reference, strict=True))
+        floor = subject.bytes / ADAMW_BYTES if subject.bytes else None
+        table.add_row(
+            subject.name,
+            f"{low:.2f}",
+            f"{middle:.2f}",
+            f"{floor:.2f}" if floor else "",
+            f"{middle / floor:.2f}" if floor else "",
+            f"{subject.bytes:.0f}" if subject.bytes else "",
+        )
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark; see ``optx bench step --help``."""
+    from rich.console import Console
+
+    parser = argparse.ArgumentParser(prog="optx bench step", description=__doc__)
+    parser.add_argument("--shapes", default="big,smollm2,small", help=f"of {', '.join(SHAPES)}")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--no-peers", action="store_true", help="leave out other libraries and the foreach path")
+    parser.add_argument("--compile", action="store_true", help="add torch.compile (its first step takes minutes)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", metavar="FILE", help="write every time to a file")
+    options = parser.parse_args(arguments)
+    names = options.shapes.split(",")
+    unknown = [name for name in names if name not in SHAPES]
+    if unknown:
+        parser.error(f"--shapes: {unknown[0]!r} is not one of {', '.join(SHAPES)}")
+    torch.set_num_threads(options.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    console = Console()
+    console.print(f"torch {torch.__version__}, {device}, {options.threads} threads, {options.rounds} rounds")
+    everything: dict[str, Any] = {"torch": torch.__version__, "device": device, "threads": options.threads}
+    for name in names:
+        rounds = options.rounds if name != "small" else 10 * options.rounds
+        results = measure(name, rounds, not options.no_peers, options.compile, device)
+        console.print(_table(f"{SHAPES[name][0]} tensors, ratio to torch.optim.AdamW(fused=True)", results))
+        everything[name] = [{k: v for k, v in asdict(s).items() if k != "make"} for s in results]
+    cold, warm = first_step_seconds()
+    console.print(f"first step of a process: {cold:.2f} s compiling, {warm:.2f} s from the disk cache")
+    everything["first_step_seconds"] = {"cold": cold, "warm": warm}
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(everything, file)
+
+
+if __name__ == "__main__":
+    main()

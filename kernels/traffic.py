@@ -1,0 +1,30 @@
+"""Counts the bytes a program must move: the floor under its time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from optx.kernels.layout import Layout
+from optx.kernels.program import Call, Program
+
+SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def call_bytes(program: Program, layout: Layout, calls: Iterable[Call], stores: bool) -> int:
+    """Bytes per element that some calls must read and, in the update, write."""
+    size = {"w": SIZES[layout.dtypes[0]], "g": SIZES[layout.dtypes[1]]}
+    size |= {name: SIZES[dtype] for name, dtype in zip(program.slots, layout.dtypes[2:], strict=True)}
+    if layout.rounding == "kahan":
+        size["w"] += 2  # its lower half
+    read = {"w" if r.name == "w0" else r.name for c in calls for r in c.args if r.kind in ("reg", "slot")}
+    written: set[str] = {"w", *program.stored_slots} if stores else set()
+    return sum(size[role] for role in read) + sum(size[role] for role in written)
+
+
+def step_bytes(program: Program, layout: Layout) -> int:
+    """Bytes per element of a whole step: every level's pass and the update."""
+    total = call_bytes(program, layout, (*program.update, *program.observe), stores=True)
+    for level in program.levels:
+        if level.sums:
+            total += call_bytes(program, layout, (*level.prefix, *level.sums), stores=False)
+    return total
