@@ -20,13 +20,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from optx.kernels.audit_asm import Machine, inspect, widths
 from optx.kernels.audit_cases import Case, all_cases
 from optx.kernels.emit_triton import compiled
-from optx.kernels.layout import Layout
-from optx.kernels.program import Call, Program
 from optx.kernels.step_triton import CHUNK_WARPS, LAUNCH, TENSOR_WARPS, block_size, compiler_options
 
 ACCESS = 128  # bits: the widest access, and the narrowest allowed in a main loop
@@ -115,9 +111,9 @@ def kernels(case: Case, target: Target) -> Iterator[Kernel]:
     sums = {f"reduce_{i}": (*v.prefix, *v.sums) for i, v in enumerate(program.levels) if v.sums}
     block = block_size(target.wave)
     for name, calls in sums.items():
-        yield _kernel(case.name, name, module, block, _bytes(program, case.layout, calls, stores=False))
+        yield _kernel(case.name, name, module, block, call_bytes(program, case.layout, calls, stores=False))
     calls = (*program.update, *program.observe)
-    update = _kernel(case.name, "update", module, block, _bytes(program, case.layout, calls, stores=True))
+    update = _kernel(case.name, "update", module, block, call_bytes(program, case.layout, calls, stores=True))
     yield replace(update, options=compiler_options(case.layout, "update", target.backend == "cuda"))
     for name in vars(module):
         if re.fullmatch(r"(scalars|totals|finish)_\d+|commit", name):
@@ -133,21 +129,6 @@ def _kernel(program: str, name: str, module: Any, block: int = 0, moved: float =
     positions = {(names.index(n),): value for n, value in constexprs.items()}
     warps = CHUNK_WARPS if block or name.startswith("totals") else TENSOR_WARPS
     return Kernel(program, name, function, signature, positions, attrs, warps, block, moved)
-
-
-def _bytes(program: Program, layout: Layout, calls: Iterable[Call], stores: bool) -> float:
-    """Bytes per element that some calls must read and, in the update, write."""
-    size = {"w": _size(layout.dtypes[0]), "g": _size(layout.dtypes[1])}
-    size |= {name: _size(dtype) for name, dtype in zip(program.slots, layout.dtypes[2:], strict=True)}
-    if layout.rounding == "kahan":
-        size["w"] += 2  # its lower half
-    read = {"w" if r.name == "w0" else r.name for c in calls for r in c.args if r.kind in ("reg", "slot")}
-    written = {"w", *program.stored_slots} if stores else set[str]()
-    return sum(size[role] for role in read) + sum(size[role] for role in written)
-
-
-def _size(dtype: str) -> int:
-    return getattr(torch, dtype).itemsize
 
 
 def _loss_kernels() -> Iterator[Kernel]:

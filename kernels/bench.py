@@ -26,13 +26,15 @@ import optx
 from optx.kernels.layout import Layout
 from optx.kernels.traffic import step_bytes
 
+Shapes = dict[str, tuple[int, ...]]
+
 ADAMW_BYTES = 28  # w, g, m, v read, w, m, v written, in float32
 
 
 class _Block(nn.Module):
     """One transformer block's weights, without their computation."""
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+    def __init__(self, shapes: Shapes) -> None:
         super().__init__()
         for name, shape in shapes.items():
             holder = nn.Module()
@@ -44,7 +46,10 @@ class Skeleton(nn.Module):
     """Named weights in blocks, as HFT wants to see them."""
 
     def __init__(
-        self, blocks: int, shapes: dict[str, tuple[int, ...]], others: dict[str, tuple[int, ...]] | None = None
+        self,
+        blocks: int,
+        shapes: dict[str, tuple[int, ...]],
+        others: dict[str, tuple[int, ...]] | None = None,
     ) -> None:
         super().__init__()
         for name, shape in (others or {}).items():
@@ -65,7 +70,7 @@ def _small() -> Skeleton:
 
 def _smollm2() -> Skeleton:
     """The 272 tensors of SmolLM2-135M."""
-    shapes: dict[str, tuple[int, ...]] = {
+    shapes: Shapes = {
         "q_proj": (576, 576),
         "k_proj": (192, 576),
         "v_proj": (192, 576),
@@ -255,7 +260,9 @@ def first_step_seconds() -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "OPTX_CACHE_DIR": cache}
         command = [sys.executable, "-c", _FIRST_STEP]
-        runs = [subprocess.run(command, env=environment, capture_output=True, text=True, check=True) for _ in "ab"]
+        runs = [
+            subprocess.run(command, env=environment, capture_output=True, text=True, check=True) for _ in "ab"
+        ]
     cold, warm = (float(run.stdout) for run in runs)
     return cold, warm
 
@@ -290,8 +297,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="optx bench step", description=__doc__)
     parser.add_argument("--shapes", default="big,smollm2,small", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--no-peers", action="store_true", help="leave out other libraries and the foreach path")
-    parser.add_argument("--compile", action="store_true", help="add torch.compile (its first step takes minutes)")
+    parser.add_argument(
+        "--no-peers", action="store_true", help="leave out other libraries and the foreach path"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="add torch.compile (its first step takes minutes)"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", metavar="FILE", help="write every time to a file")
     options = parser.parse_args(arguments)

@@ -12,6 +12,8 @@ from optx.kernels.program import Program
 
 CHUNK = 65536  # elements; five float32 streams of one chunk fit a second-level cache
 
+FRESH = 2  # position of the col "fresh" in every table: 1 in a tensor's first step
+
 
 @dataclass(frozen=True)
 class Layout:

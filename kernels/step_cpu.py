@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -73,13 +73,20 @@ class CpuStep:
         cpu.run(self._kernels[kernel], self._address, self._parallel)
 
     def measure(self, level: int) -> None:
-        """Take a level's sums and scalars; adds this bucket's share to ``totals``."""
+        """Take a level's sums and scalars, and this bucket's share of its totals."""
+        self.totals[:] = 0.0
         if self.program.levels[level].sums:
             self._each_chunk(f"reduce_{level}")
         self._each_tensor(f"scalars_{level}")
 
+    def receive(self, totals: Mapping[str, float]) -> None:
+        """Take totals over the whole optimizer, for `finish`."""
+        for i, name in enumerate(self.columns.totals, start=len(self.columns.hypers)):
+            if name in totals:
+                self.hypers[i] = totals[name]
+
     def finish(self, level: int) -> None:
-        """The scalars that waited for the totals, which the caller has put into ``hypers``."""
+        """The scalars that waited for the totals, see `receive`."""
         self._each_tensor(f"finish_{level}")
 
     def update(self) -> None:

@@ -105,6 +105,8 @@ class TritonStep:
         self.hypers = self._hypers.host.view(np.float64)[0]
         self.totals = torch.zeros(max(len(c.totals), 1), dtype=torch.float64, device=self.device)
         self.skip = torch.zeros(1, dtype=torch.int64, device=self.device)
+        # Numbers that live on the device (a tensor lr): by position in hypers, read anew in every step.
+        self.live: Mapping[int, Tensor] = {}
         self._spans: tuple[tuple[Tensor, bool], ...] = ()  # chunks on the device, and whether aligned
         self._arguments = self._bind(first, partials_per_chunk(program), len(numels))
 
@@ -149,6 +151,8 @@ class TritonStep:
                 self._order_chunks()
             for table in (self._tensors, self._cols, self._hypers, self._rows, self._random):
                 self.uploads += table.upload()
+            for i, number in self.live.items():
+                self._arguments["hypers"][0, i : i + 1].copy_(number)
 
     def _order_chunks(self) -> None:
         """Chunks of aligned tensors first: those take 128-bit accesses, the others a kernel of their own."""

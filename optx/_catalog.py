@@ -1,6 +1,6 @@
 """What optx offers, read off its own public names and docstrings: nothing here is kept by hand.
 
-A method's docstring begins with what it does, and a line ``Source: ...`` in it or in its module names the paper.
+A method's docstring begins with what it does; a line ``Source: ...`` in it or in its module names the paper.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Entry:
 
     Attributes:
         name: as it is typed.
-        verb: ``wrap``, ``attach``, ``loss``, ``delta``, ``tell`` (a function that changes nothing) or ``run``.
+        verb: ``wrap``, ``attach``, ``loss``, ``delta``, ``tell`` (it changes nothing) or ``run``.
         summary: the first line of its docstring.
         paper: an arXiv number where its source has one, else the source's title; empty if it names none.
         use: one line of code, or the command.

@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 import warnings
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +31,9 @@ def _slot_keys(wrapped: Wrapped) -> dict[str, Any]:
 
 def _numbered(wrapped: Wrapped) -> dict[int, Tensor]:
     """Parameters by the number torch's state dicts give them."""
-    params = (p for group in wrapped.param_groups for p in group["params"])
-    return dict(enumerate(dict.fromkeys(params)))
+    params = [p for group in wrapped.param_groups for p in group["params"]]
+    last = {p: number for number, p in enumerate(params)}  # one that is there twice has its last number
+    return {number: p for p, number in last.items()}
 
 
 def pack(wrapped: Wrapped) -> dict[str, Any]:
@@ -64,6 +66,7 @@ def unpack(wrapped: Wrapped, state_dict: dict[str, Any]) -> None:
     numbers = [{k: v for k, v in group.items() if _is_number(wrapped, k)} for group in wrapped.param_groups]
     _tell_differences(wrapped, state_dict, ours, known)
     wrapped.base.load_state_dict(state_dict=without_ours(state_dict))
+    _restore_numbers(wrapped, numbered, state_dict["state"])
     for group, kept in zip(wrapped.param_groups, numbers, strict=True):
         for key, value in kept.items():
             group.setdefault(key, value)
@@ -76,6 +79,17 @@ def unpack(wrapped: Wrapped, state_dict: dict[str, Any]) -> None:
             store.pending[p] = slots
     # Not those that were pending when saved: their base state is still to come.
     store.settle(p for n, p in numbered.items() if n in state_dict["state"])
+
+
+def _restore_numbers(wrapped: Wrapped, numbered: dict[int, Tensor], saved: dict[Any, Any]) -> None:
+    """Undo torch's cast of single numbers (NAdam's ``mu_product``) to a bfloat16 weight's dtype."""
+    for number, p in numbered.items():
+        entry, state = saved.get(number), wrapped.base.state.get(p, {})
+        for key, value in entry.items() if isinstance(entry, dict) else ():
+            now = state.get(key)
+            if isinstance(value, Tensor) and isinstance(now, Tensor) and value.ndim == now.ndim == 0:
+                if value.dtype != now.dtype and value.dtype.is_floating_point:
+                    state[key] = value.to(now.device, copy=True)
 
 
 def _is_number(wrapped: Wrapped, key: str) -> bool:
@@ -147,39 +161,50 @@ def save_optimizer(optimizer: torch.optim.Optimizer, path: str | PathLike[str]) 
 
     tree = flatten(optimizer.state_dict(), "optimizer")
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    os.close(handle)
-    try:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.") as folder:
+        temporary = Path(folder, "part")
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(tensors, temporary, metadata={"optx": json.dumps(tree)})
+        temporary.chmod(mode)  # safetensors leaves its files to their owner alone
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, path: str | PathLike[str]) -> None:
     """Load what `save_optimizer` saved.
 
     Raises:
-        OptxError: the file is not one of `save_optimizer`'s; nothing is changed.
+        FileNotFoundError: there is no such file.
+        OptxError: the file is damaged, or not one of `save_optimizer`'s; nothing is changed.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(os.fspath(path), framework="pt") as file:
-        metadata = file.metadata() or {}
-        if "optx" not in metadata:
-            raise OptxError(f"load_optimizer: {os.fspath(path)!r} was not written by save_optimizer.")
-
-        def restore(node: Any) -> Any:
-            if not isinstance(node, dict):
-                return node
-            (kind, content), *_ = node.items()
-            if kind == "tensor":
-                return file.get_tensor(content)
-            if kind == "dict":
-                return {k: restore(v) for k, v in content}
-            values = [restore(v) for v in content]
-            return tuple(values) if kind == "tuple" else values
-
-        state_dict = restore(json.loads(metadata["optx"]))
+    path = os.fspath(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if "optx" not in metadata:
+                raise OptxError(f"load_optimizer: {path!r} was not written by save_optimizer.")
+            state_dict = _restore(json.loads(metadata["optx"]), file.get_tensor)
+            if not {"state", "param_groups"} <= set(state_dict):
+                raise TypeError("it holds no optimizer")
+    except (SafetensorError, ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, OptxError):
+            raise
+        raise OptxError(
+            f"load_optimizer: {path!r} is damaged, or was not written by save_optimizer ({error})."
+        ) from error
     optimizer.load_state_dict(state_dict)
+
+
+def _restore(node: Any, tensor: Callable[[str], Tensor]) -> Any:
+    """The part of a state dict that a node of `save_optimizer`'s tree stands for."""
+    if not isinstance(node, dict):
+        return node
+    ((kind, content),) = node.items()
+    if kind == "tensor":
+        return tensor(content)
+    if kind == "dict":
+        return {k: _restore(v, tensor) for k, v in content}
+    values = [_restore(v, tensor) for v in content]
+    return tuple(values) if kind == "tuple" else values

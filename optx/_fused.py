@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,8 +14,10 @@ from torch import Tensor
 from optx._bases import BaseRules, base_numbers, base_rules, init_base_state
 from optx._errors import OptxError
 from optx._names import is_dtensor
+from optx._rounding import step_key
 from optx._rules import RuleSourceError
 from optx._transform import Group
+from optx.kernels.layout import FRESH, Layout
 from optx.kernels.program import Program
 
 _DTYPES = {
@@ -71,9 +73,12 @@ def _is_dense(t: Tensor) -> bool:
 class _Bucket:
     """Tensors of a group that one kernel serves: all of the same dtypes."""
 
-    members: list[int]  # positions in the group's params
+    members: list[Tensor]
     runner: Any  # CpuStep or TritonStep
-    roles: list[Callable[[Tensor], Tensor]]  # after w and g: how to get each slot and cell of a parameter
+    keys: list[str]  # where state[p] has each role after w and g, then each cell
+    roles: int  # how many of the keys are roles
+    plain: bool  # whether all members are contiguous
+    addresses: dict[int, list[int]] = field(default_factory=dict[int, list[int]])  # by column, as last seen
 
 
 class FusedGroup:
@@ -106,9 +111,11 @@ class FusedGroup:
         self._slot, self._rounding, self.triton = slot, rounding, triton
         self._signature: Any = None
         self._buckets: list[_Bucket] = []
-        self._fresh: set[int] = set()  # ids of parameters whose base state this step has made
+        self._base_keys = (*rules.slots, *(("step",) if rules.counted else ()))
+        # Parameters whose base state was made since the last update, by id, and the names made.
+        self._fresh: dict[int, tuple[str, ...]] = {}
+        self._copies: list[Tensor] = []  # gradients laid out like their weights, alive until the update
         self.active: list[Tensor] = []
-        self.totals: dict[str, Any] = {}
 
     # ---- tables ------------------------------------------------------------------------------------
 
@@ -116,21 +123,23 @@ class FusedGroup:
         """Point the kernels at this step's tensors and numbers."""
         params: list[Tensor] = self.group["params"]
         self.active = active = [p for p in params if p.grad is not None]
-        for p in active:
-            if init_base_state(self.base.state[p], p, self.rules, self.group):
-                self._fresh.add(id(p))
+        self._copies.clear()
         signature = [(id(p), p.dtype, p.grad.dtype, p.numel()) for p in active]  # type: ignore[union-attr]
         if signature != self._signature:
             self._rebuild(params)
             self._signature = signature
-        numbers: dict[str, Any] | None = None
+        numbers = self._numbers()
         for bucket in self._buckets:
-            self._point(bucket, [params[i] for i in bucket.members])
-            numbers = numbers or self._numbers()
+            self._point(bucket)
             runner = bucket.runner
-            runner.hypers[: len(runner.columns.hypers)] = [numbers[n] for n in runner.columns.hypers]
-            runner.set_key(key)
-        self._fresh.clear()
+            if self.triton:
+                runner.live = {
+                    i: numbers[n] for i, n in enumerate(runner.columns.hypers) if _on_gpu(numbers[n])
+                }
+            else:
+                runner.set_key(key)
+            plain = [0.0 if _on_gpu(v) else float(v) for v in map(numbers.__getitem__, runner.columns.hypers)]
+            runner.hypers[: len(plain)] = plain
 
     def _rebuild(self, params: Sequence[Tensor]) -> None:
         buckets: dict[tuple[str, ...], list[int]] = {}
@@ -139,65 +148,106 @@ class FusedGroup:
                 reason = _why_not_tensor(p)
                 if reason:
                     raise OptxError(f"optx: after wrap(), {reason}; wrap the optimizer again.")
-                slots = [self._tensor(name)(p) for name in self.program.slots]
-                dtypes = (p, p.grad, *slots)
-                buckets.setdefault(tuple(_DTYPES[t.dtype] for t in dtypes), []).append(i)
+                self._init(p)
+                slots = [self._find(p, self._key(name)) for name in self.program.slots]
+                dtypes = tuple(_DTYPES[t.dtype] for t in (p, p.grad, *slots))
+                buckets.setdefault(dtypes, []).append(i)
         self._buckets = [self._bucket(dtypes, members, params) for dtypes, members in buckets.items()]
 
-    def _bucket(self, dtypes: tuple[str, ...], members: list[int], params: Sequence[Tensor]) -> _Bucket:
-        from optx.kernels.emit_cpu import Layout
+    def _init(self, p: Tensor) -> None:
+        """Make what is missing of the base's state."""
+        if not self._base_keys:
+            return
+        state = self.base.state[p]
+        made = tuple(name for name in self._base_keys if state.get(name) is None)
+        if made:
+            init_base_state(state, p, self.rules, self.group)
+            self._fresh[id(p)] = made
+        if self.rules.counted:
+            # The kernels count in float32, on the device; torch counts in float64 where that is the default.
+            device = p.device if self.triton else "cpu"
+            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=device)
 
+    def _bucket(self, dtypes: tuple[str, ...], numbers: list[int], params: Sequence[Tensor]) -> _Bucket:
         low = dtypes[0] == "bfloat16"
         layout = Layout(dtypes, self._rounding if low else "nearest", self.rules.counted)
-        numels = [params[i].numel() for i in members]
+        members = [params[i] for i in numbers]
+        numels = [p.numel() for p in members]
         if self.triton:
             from optx.kernels.step_triton import TritonStep
 
-            runner: Any = TritonStep(self.program, layout, numels, members, params[members[0]].device)
+            runner: Any = TritonStep(self.program, layout, numels, numbers, members[0].device)
+            # One key for the whole run: on the device, draws go on with the step count, also in CUDA graphs.
+            runner.set_key(step_key(self.group.get("optx.seed", 0), 0), self.group.get("optx.step", 0))
         else:
             from optx.kernels.step_cpu import CpuStep
 
-            runner = CpuStep(self.program, layout, numels, members)
-        roles = [self._tensor(name) for name in (*runner.columns.roles[2:], *runner.columns.cells)]
-        return _Bucket(members, runner, roles)
+            runner = CpuStep(self.program, layout, numels, numbers)
+        keys = [self._key(name) for name in (*runner.columns.roles[2:], *runner.columns.cells)]
+        plain = all(p.is_contiguous() for p in members)
+        return _Bucket(members, runner, keys, len(runner.columns.roles) - 2, plain)
 
-    def _tensor(self, name: str) -> Callable[[Tensor], Tensor]:
-        """How to get the state tensor of a role or cell."""
-        if name in self.rules.slots or name == "step":
-            state = self.base.state
-            return lambda p: state[p][name]
-        key = KAHAN if name == "kahan" else f"optx.{name}"
-        return lambda p: self._slot(p, key)
+    def _key(self, name: str) -> str:
+        """Where ``state[p]`` has a role or cell."""
+        if name in self._base_keys:
+            return name
+        return KAHAN if name == "kahan" else f"optx.{name}"
 
-    def _point(self, bucket: _Bucket, members: list[Tensor]) -> None:
-        table = bucket.runner.tensors
-        fresh = [id(p) in self._fresh for p in members]
-        grads: list[Tensor] = [p.grad for p in members]  # type: ignore[misc]
-        self._laid_out = [_like(g, p) for g, p in zip(grads, members, strict=True)]  # keeps copies alive
-        table[:, 0] = [p.data_ptr() for p in members]
-        table[:, 1] = [g.data_ptr() for g in self._laid_out]
-        names = (*bucket.runner.columns.roles[2:], *bucket.runner.columns.cells)
-        for column, (name, get) in enumerate(zip(names, bucket.roles, strict=True), start=2):
-            tensors = [get(p) for p in members]
-            if name in bucket.runner.columns.roles:
-                self._check_layout(name, tensors, members)
-                tensors = [get(p) for p in members]
-            table[:, column] = [t.data_ptr() for t in tensors]
-        if any(fresh) or bucket.runner.cols[:, _FRESH].any():
-            bucket.runner.cols[:, _FRESH] = fresh
+    def _find(self, p: Tensor, key: str) -> Tensor:
+        """A state tensor, made if it is not there."""
+        if key in self._base_keys:
+            self._init(p)
+            return self.base.state[p][key]
+        return self._slot(p, key)
 
-    def _check_layout(self, name: str, tensors: list[Tensor], members: list[Tensor]) -> None:
-        """A state tensor in another memory order (from a checkpoint, say) is laid out like its weight."""
-        for t, p in zip(tensors, members, strict=True):
-            if not (t.is_contiguous() and p.is_contiguous()) and t.stride() != p.stride():
-                t.data = torch.empty_like(p, dtype=t.dtype, requires_grad=False).copy_(t)
+    def _point(self, bucket: _Bucket) -> None:
+        """Write addresses into the table. What runs per tensor here is most of a small model's step."""
+        members = bucket.members
+        state = self.base.state
+        states = [state.get(p, _NOTHING) for p in members]
+        self._set(bucket, 0, [p.data_ptr() for p in members])
+        self._set(bucket, 1, [g.data_ptr() for g in self._gradients(bucket)])
+        for column, key in enumerate(bucket.keys, start=2):
+            try:
+                tensors = [s[key] for s in states]
+                addresses = [t.data_ptr() for t in tensors]
+            except (KeyError, AttributeError):  # not there yet, or None
+                tensors = [self._find(p, key) for p in members]
+                states = [state.get(p, _NOTHING) for p in members]
+                addresses = [t.data_ptr() for t in tensors]
+            if addresses != bucket.addresses.get(column):
+                if column < 2 + bucket.roles:
+                    for t, p in zip(tensors, members, strict=True):
+                        _lay_out_like(t, p)
+                self._set(bucket, column, [t.data_ptr() for t in tensors])
+        fresh = bucket.runner.cols[:, FRESH]
+        if self._fresh or fresh.any():
+            fresh[:] = [id(p) in self._fresh for p in members]
 
-    def _numbers(self) -> dict[str, float]:
+    def _set(self, bucket: _Bucket, column: int, addresses: list[int]) -> None:
+        if addresses != bucket.addresses.get(column):
+            bucket.runner.tensors[:, column] = addresses
+            bucket.addresses[column] = addresses
+
+    def _gradients(self, bucket: _Bucket) -> list[Tensor]:
+        """The gradients in their weights' memory order; copies only where they are not."""
+        grads: list[Tensor] = [p.grad for p in bucket.members]  # type: ignore[misc]
+        try:
+            if bucket.plain and all(g.is_contiguous() for g in grads):
+                return grads
+        except RuntimeError:
+            pass  # a sparse gradient has no memory order; the next line says so
+        laid_out = [_like(g, p) for g, p in zip(grads, bucket.members, strict=True)]
+        # Only the copies: a gradient kept here would outlive zero_grad().
+        self._copies += [new for new, g in zip(laid_out, grads, strict=True) if new is not g]
+        return laid_out
+
+    def _numbers(self) -> dict[str, Any]:
         group = self.group
-        numbers = {k: float(v) for k, v in base_numbers(group).items()}
+        numbers: dict[str, Any] = dict(base_numbers(group))
         for name in self.program.named("hyper"):
             if "." in name:
-                numbers[name] = float(group[name.replace(".", "_")])
+                numbers[name] = group[name.replace(".", "_")]
         return numbers
 
     # ---- a step ------------------------------------------------------------------------------------
@@ -206,6 +256,7 @@ class FusedGroup:
         """A whole step, where nothing waits for totals."""
         for bucket in self._buckets:
             bucket.runner.step()
+        self._done()
 
     def measure(self, level: int) -> dict[str, Any]:
         """A level's sums and scalars; this group's share of its totals by name."""
@@ -214,7 +265,6 @@ class FusedGroup:
         shares: dict[str, Any] = {}
         for bucket in self._buckets:
             runner = bucket.runner
-            runner.totals[:] = 0.0
             runner.measure(level)
             for ref in self.program.levels[level].totals:
                 share = runner.totals[runner.columns.totals.index(ref.name)]
@@ -226,10 +276,7 @@ class FusedGroup:
         if level >= len(self.program.levels):
             return
         for bucket in self._buckets:
-            names = bucket.runner.columns.totals
-            for i, name in enumerate(names, start=len(bucket.runner.columns.hypers)):
-                if name in totals:
-                    bucket.runner.hypers[i] = totals[name]
+            bucket.runner.receive(totals)
             bucket.runner.finish(level)
 
     def update(self) -> None:
@@ -237,9 +284,33 @@ class FusedGroup:
         for bucket in self._buckets:
             bucket.runner.update()
             bucket.runner.commit()
+        self._done()
+
+    def _done(self) -> None:
+        self._fresh.clear()
+        self._copies.clear()
+
+    def undo(self) -> None:
+        """The step is skipped: take back the state that `prepare` made."""
+        for p in self.active:
+            for name in self._fresh.get(id(p), ()):
+                del self.base.state[p][name]
+            if p in self.base.state and not self.base.state[p]:
+                del self.base.state[p]
+        self._done()
 
 
-_FRESH = 2  # position of the col "fresh", see optx.kernels.emit_cpu.Columns
+_NOTHING: dict[str, Tensor] = {}
+
+
+def _on_gpu(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.device.type != "cpu"
+
+
+def _lay_out_like(t: Tensor, p: Tensor) -> None:
+    """A state tensor in another memory order (from a checkpoint, say) is laid out like its weight."""
+    if not (t.is_contiguous() and p.is_contiguous()) and t.stride() != p.stride():
+        t.data = torch.empty_like(p, dtype=t.dtype, requires_grad=False).copy_(t)
 
 
 def _like(g: Tensor, p: Tensor) -> Tensor:
@@ -249,6 +320,10 @@ def _like(g: Tensor, p: Tensor) -> Tensor:
             f"optx: a sparse gradient (shape {tuple(g.shape)}); use sparse=False in the embedding, or leave "
             "its group out of every transform and wrap with fused=False."
         )
-    if (g.is_contiguous() and p.is_contiguous()) or g.stride() == p.stride():
+    if g.is_contiguous() and p.is_contiguous():
+        return g
+    if (reason := _why_not_tensor(p)) is not None:
+        raise OptxError(f"optx: after wrap(), {reason}; wrap the optimizer again.")
+    if g.stride() == p.stride():
         return g
     return torch.empty_like(p, dtype=g.dtype, requires_grad=False).copy_(g)

@@ -140,11 +140,14 @@ class Stepper:
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
+            step = _Step(self, states)
             try:
-                result = _Step(self, states).run(closure if inside else None)
+                result = step.run(closure if inside else None)
             except _SkipStep:
                 self.w.skipped_steps += 1
-                return loss, False
+                for runner, _ in step.fused:
+                    runner.undo()
+                return (step.loss if inside else loss), False
         for group in self.w.param_groups:
             if "optx.step" in group:
                 group["optx.step"] += 1
@@ -299,7 +302,7 @@ class _Step:
             self._restore()
             assert closure is not None
             with torch.enable_grad():
-                loss = closure()
+                self.loss = loss = closure()
             with torch.no_grad():  # LBFGS enables gradients around its closure
                 self._open()
                 self._measure()

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.padding import Padding
+from rich.text import Text
 
 from optx import _catalog
 from optx._errors import near
@@ -38,7 +39,7 @@ def run(context: typer.Context, recipe: Annotated[str, typer.Argument(help="its 
     names = [entry.name for entry in _catalog.recipes()]
     if recipe in ("", "--help", "-h"):
         typer.echo("Usage: optx run RECIPE [options]; optx run RECIPE --help lists its options.\n")
-        _table("Recipes", _catalog.recipes())
+        _show("Recipes", _catalog.recipes())
         return
     if recipe not in names:
         raise _stop(f"optx run: there is no recipe {recipe!r}. {near(recipe, names)}", 2)
@@ -60,8 +61,8 @@ def run(context: typer.Context, recipe: Annotated[str, typer.Argument(help="its 
 @app.command("list")
 def list_() -> None:
     """List the methods and the recipes: what each does, where it comes from, how it is used."""
-    _table("Methods", _catalog.methods())
-    _table("Recipes", _catalog.recipes())
+    _show("Methods", _catalog.methods())
+    _show("Recipes", _catalog.recipes())
 
 
 @bench.command("step", context_settings={**_PASS_ON, "help_option_names": []})
@@ -85,13 +86,15 @@ def doctor() -> None:
         raise _stop(f"{broken} of these are broken.")
 
 
-def _table(title: str, entries: list[_catalog.Entry]) -> None:
-    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
-    for column in ("name", "verb", "what it does", "paper", "use"):
-        table.add_column(column, overflow="fold")
+def _show(title: str, entries: list[_catalog.Entry]) -> None:
+    console = Console(highlight=False)
+    console.print(f"[bold underline]{title}")
     for entry in entries:
-        table.add_row(entry.name, entry.verb, entry.summary, entry.paper, entry.use)
-    Console(highlight=False).print(table, markup=False)
+        head = Text.assemble((entry.name, "bold"), "  ", (entry.verb, "cyan"), "  ", (entry.paper, "dim"))
+        console.print(head)
+        for line in (Text(entry.summary), Text(entry.use, "green")):
+            console.print(Padding(line, (0, 0, 0, 4)))
+    console.print()
 
 
 def main() -> None:

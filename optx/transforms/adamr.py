@@ -54,11 +54,17 @@ def predict_second(v_sum: Any, grad_sq: Any, beta2: Any, step: Any) -> Any:
     return (beta2 * v_sum + (1.0 - beta2) * grad_sq) / (1.0 - beta2**step)
 
 
-@rule(writes="v_now")
-def next_second_l2(w: Any, g: Any, exp_avg_sq: Any, beta2: Any, weight_decay: Any) -> Any:
-    """Summed: the second moment after this step, where the base couples weight decay with the gradient."""
+@rule(writes=("v_before", "decayed_sq"))
+def second_and_l2(w: Any, g: Any, exp_avg_sq: Any, weight_decay: Any) -> Any:
+    """Summed: the second moment, and the squared gradient where the base couples weight decay with it."""
     d = g + weight_decay * w
-    return beta2 * exp_avg_sq + (1.0 - beta2) * d * d
+    return exp_avg_sq, d * d
+
+
+@rule(writes="second")
+def next_second_l2(v_before: Any, decayed_sq: Any, beta2: Any, step: Any) -> Any:
+    """The sum of v-hat after this step."""
+    return (beta2 * v_before + (1.0 - beta2) * decayed_sq) / (1.0 - beta2**step)
 
 
 @rule(writes="v_now")
@@ -201,11 +207,10 @@ class AdamR(Transform):
                 "weight_decay=0."
             )
         # The second moment is not linear in what is known: look at it, in a pass of its own.
+        look, then = second_and_l2, next_second_l2
         if group.get("amsgrad", False):
-            look = next_largest_l2 if coupled else next_largest
-        else:
-            look = next_second_l2
-        return Moments(sums=look, scalars=correct, totals=totals, finish=normalised_rate, weight=pull)
+            look, then = next_largest_l2 if coupled else next_largest, correct
+        return Moments(sums=look, scalars=then, totals=totals, finish=normalised_rate, weight=pull)
 
     def bind(self, optimizer: Wrapped) -> None:
         """Take the anchors now: later the weights have moved."""
