@@ -24,6 +24,7 @@ from optx.kernels.audit_asm import Machine, inspect, widths
 from optx.kernels.audit_cases import Case, all_cases
 from optx.kernels.emit_triton import compiled
 from optx.kernels.step_triton import CHUNK_WARPS, LAUNCH, TENSOR_WARPS, block_size, compiler_options
+from optx.kernels.traffic import call_bytes
 
 ACCESS = 128  # bits: the widest access, and the narrowest allowed in a main loop
 # Memory bandwidth in bytes per second, from the vendors' data sheets.
