@@ -24,6 +24,7 @@ from typing import Any
 import numba.core.types as nt
 import torch
 from llvmlite import ir
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -179,6 +180,23 @@ def store(dtype: str, role: int, stochastic: bool = False) -> Any:
         instruction.align = ITEMSIZE[dtype]
 
     return store_element
+
+
+def _prefetch(write: bool) -> Any:
+    @_typed(nt.void, nt.int64)
+    def prefetch(builder: Any, base: Any) -> None:
+        byte = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        # Keep it in all caches; data, not instructions.
+        builder.call(function, [builder.inttoptr(base, byte), I32(int(write)), I32(3), I32(1)])
+
+    return prefetch
+
+
+# Hints that a cache line will be read, or written; an address beyond an array does no harm.
+prefetch_read = _prefetch(write=False)
+prefetch_write = _prefetch(write=True)
 
 
 def _round_bfloat16(b: Any, value: Any, random: Any) -> Any:
