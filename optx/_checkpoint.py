@@ -87,9 +87,9 @@ def _restore_numbers(wrapped: Wrapped, numbered: dict[int, Tensor], saved: dict[
         entry, state = saved.get(number), wrapped.base.state.get(p, {})
         for key, value in entry.items() if isinstance(entry, dict) else ():
             now = state.get(key)
-            if isinstance(value, Tensor) and isinstance(now, Tensor) and value.ndim == now.ndim == 0:
-                if value.dtype != now.dtype and value.dtype.is_floating_point:
-                    state[key] = value.to(now.device, copy=True)
+            tensors = isinstance(value, Tensor) and isinstance(now, Tensor)
+            if tensors and value.ndim == now.ndim == 0 and value.dtype != now.dtype:
+                state[key] = value.to(now.device, copy=True)
 
 
 def _is_number(wrapped: Wrapped, key: str) -> bool:

@@ -35,6 +35,7 @@ def near(name: str, names: Iterable[str], count: int = 3) -> str:
 
 def check_range(owner: str, argument: str, value: float, low: float, high: float = float("inf")) -> None:
     """Raise unless ``low <= value <= high``, in one sentence."""
-    if not low <= value <= high:
+    number = isinstance(value, int | float) or hasattr(value, "item")  # a tensor or a NumPy number too
+    if not (number and low <= value <= high):
         wanted = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
         raise OptxError(f"{owner}: {argument} is {value!r}; it must be {wanted}.")

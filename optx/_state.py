@@ -69,6 +69,28 @@ class SlotStore:
         finally:
             self.settle(moved)
 
+    @contextmanager
+    def restored_on_error(self) -> Iterator[None]:
+        """If an error leaves the block, groups, state, gradients and slots are as they were before it."""
+        state = dict(self.base.state)
+        dicts = [d for d in (*self.base.param_groups, *state.values()) if isinstance(d, dict)]
+        contents = [dict(d) for d in dicts]
+        params = (p for group in self.base.param_groups for p in group["params"])
+        grads = [(p, p.grad) for p in params if p.is_leaf]
+        pending = {p: dict(slots) for p, slots in self.pending.items()}
+        try:
+            yield
+        except BaseException:
+            self.base.state.clear()
+            self.base.state.update(state)
+            for d, before in zip(dicts, contents, strict=True):
+                d.clear()
+                d.update(before)
+            for p, grad in grads:
+                p.grad = grad
+            self.pending = pending
+            raise
+
     def drop_base_state(self, p: Tensor, derived: Iterable[str]) -> None:
         """Forget what the base knows of a parameter; keep our slots, but for those derived from that."""
         slots = {k: v for k, v in self.of(p).items() if k not in set(derived)}

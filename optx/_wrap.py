@@ -41,30 +41,48 @@ class Wrapped(Optimizer):
         fused: Fused = "auto",
         skip_nonfinite: bool = False,
         rounding: Rounding = "stochastic",
-        inner: Wrapped | None = None,
     ) -> None:
         # Not Optimizer.__init__: it would make groups and state of its own.
         self.base = base
-        self.transforms = tuple(transforms)
-        self.fused: Fused = fused
-        self.rounding: Rounding = rounding
-        self.skip_nonfinite = skip_nonfinite
+        self.transforms: tuple[Transform, ...] = ()
         self.skipped_steps = 0
         self.totals: dict[str, Any] = {}
-        self._slots = inner._slots if inner else SlotStore(base)
+        self._slots = SlotStore(base)
         self._hooks()
         self._warned_capturable_if_run_uncaptured = True
         self._known: list[list[Tensor]] = []
         self._patch_step_function()
-        check_wrap(self)
-        self._fill_groups()
-        self._stepper = Stepper(self)
-        self._stepper.plan()  # raises for fused=True that can't be honoured
-        for transform in self.transforms:
-            setattr(self, transform.name, transform)
-        for transform in self.transforms:
-            if inner is None or transform not in inner.transforms:
-                transform.bind(self)
+        self._take_on(transforms, fused, skip_nonfinite, rounding)
+
+    def _take_on(
+        self, transforms: Sequence[Transform], fused: Fused, skip_nonfinite: bool, rounding: Rounding
+    ) -> None:
+        """Begin to serve these transforms; where one can't be served, nothing has changed."""
+        old = dict(vars(self))
+        self.transforms = (*transforms, *self.transforms)
+        self.fused: Fused = fused
+        self.rounding: Rounding = rounding
+        self.skip_nonfinite = skip_nonfinite
+        bound: list[Transform] = []
+        try:
+            check_wrap(self)
+            with self._slots.restored_on_error():
+                self._fill_groups()
+                self._stepper = Stepper(self)
+                self._stepper.plan()  # raises for fused=True that can't be honoured
+                vars(self).update({t.name: t for t in transforms})
+                try:
+                    for transform in transforms:
+                        transform.bind(self)
+                        bound.append(transform)
+                except BaseException:
+                    for transform in reversed(bound):
+                        transform.unwrap(self)
+                    raise
+        except BaseException:
+            vars(self).clear()
+            vars(self).update(old)
+            raise
 
     def _hooks(self) -> None:
         for when in ("step_pre", "step_post", "state_dict_pre", "state_dict_post"):
@@ -134,7 +152,7 @@ class Wrapped(Optimizer):
             >>> import torch, optx
             >>> opt = optx.wrap(torch.optim.RAdam([torch.nn.Parameter(torch.ones(2))]), optx.PerpGrad())
             >>> print(opt.plan())
-            group 0: foreach (1 tensor, 2 numbers): PerpGrad(rescale=1.0) -> RAdam
+            group 0: foreach (1 tensor, 2 numbers, 2 passes): PerpGrad(rescale=True) -> RAdam
                 not fused: RAdam has no fused form (SGD, Adam and AdamW have)
         """
         return self._stepper.plan()
@@ -303,7 +321,8 @@ def wrap(
     (`Wrapped.plan` tells).
 
     Args:
-        optimizer: any torch optimizer, stepped before or not.
+        optimizer: any torch optimizer, stepped before or not. One that is wrapped already takes the new
+            transforms on, before those it has, and is returned itself.
         transforms: applied in this order. All gradient rules run before any weight changes.
         fused: ``"auto"`` takes a fused path where it can; True demands one and raises with the reason
             otherwise; ``"cpu"`` and ``"triton"`` demand that one; False runs the base as it is.
@@ -338,6 +357,9 @@ def wrap(
 def _wrap_again(
     inner: Wrapped, transforms: Sequence[Transform], fused: Fused, skip_nonfinite: bool, rounding: Rounding
 ) -> Wrapped:
-    """Wrapping twice makes one wrapped optimizer: the new transforms first, then those that were there."""
-    both = (*transforms, *inner.transforms)
-    return type(inner)(inner.base, both, fused, skip_nonfinite, rounding, inner)
+    """Wrapping twice makes one wrapped optimizer, the same: schedulers and hooks on it stay in force.
+
+    The new transforms come first, then those that were there.
+    """
+    inner._take_on(transforms, fused, skip_nonfinite, rounding)  # pyright: ignore[reportPrivateUsage]
+    return inner

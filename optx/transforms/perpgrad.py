@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+from optx._errors import OptxError
 from optx._rules import rule
 from optx._transform import Transform
 from optx.ops import sqrt, where
@@ -72,4 +73,6 @@ class PerpGrad(Transform):
     rules: ClassVar = {"sums": inner_products, "scalars": projection, "gradient": project_out}
 
     def __init__(self, rescale: bool = True) -> None:
-        self.options = {"rescale": float(rescale)}
+        if not isinstance(rescale, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise OptxError(f"PerpGrad: rescale is {rescale!r}; it must be True or False.")
+        self.options = {"rescale": rescale}
