@@ -5,7 +5,7 @@ Scalars are rules of their own and run in float64: ``1 - beta2`` in float32 is o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -164,6 +164,12 @@ def base_numbers(group: Group) -> dict[str, float | Tensor]:
         elif isinstance(value, bool | int | float) or (isinstance(value, Tensor) and value.numel() == 1):
             numbers[key] = value
     return numbers
+
+
+def rule_numbers(group: Group, names: Iterable[str]) -> dict[str, float | Tensor]:
+    """The base's numbers, and the transforms' options among ``names`` (``adamr_weight`` as ``adamr.weight``)."""
+    options = {name: group[name.replace(".", "_")] for name in names if "." in name}
+    return {**base_numbers(group), **options}
 
 
 def init_base_state(state: dict[str, Any], p: Tensor, rules: BaseRules, group: Group) -> bool:

@@ -50,7 +50,7 @@ def _check_options(wrapped: Wrapped) -> None:
         raise OptxError(
             f"wrap: fused is {wrapped.fused!r}; it must be 'auto', True, False, 'cpu' or 'triton'."
         )
-    if not isinstance(wrapped.skip_nonfinite, bool):
+    if wrapped.skip_nonfinite not in (True, False):
         raise OptxError(f"wrap: skip_nonfinite is {wrapped.skip_nonfinite!r}; it must be True or False.")
     if wrapped.rounding not in ("stochastic", "kahan", "nearest"):
         raise OptxError(

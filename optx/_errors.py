@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class OptxError(ValueError):
@@ -33,7 +34,7 @@ def near(name: str, names: Iterable[str], count: int = 3) -> str:
     )
 
 
-def check_range(owner: str, argument: str, value: float, low: float, high: float = float("inf")) -> None:
+def check_range(owner: str, argument: str, value: Any, low: float, high: float = float("inf")) -> None:
     """Raise unless ``low <= value <= high``, in one sentence."""
     number = isinstance(value, int | float) or hasattr(value, "item")  # a tensor or a NumPy number too
     if not (number and low <= value <= high):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optx._bases import BaseRules, base_numbers, base_rules, init_base_state
+from optx._bases import BaseRules, base_rules, init_base_state, rule_numbers
 from optx._errors import OptxError
 from optx._names import is_dtensor
 from optx._rounding import step_key
@@ -116,6 +116,7 @@ class FusedGroup:
         self._fresh: dict[int, tuple[str, ...]] = {}
         self._copies: list[Tensor] = []  # gradients laid out like their weights, alive until the update
         self.active: list[Tensor] = []
+        self._hypers = program.named("hyper")
 
     # ---- tables ------------------------------------------------------------------------------------
 
@@ -128,7 +129,7 @@ class FusedGroup:
         if signature != self._signature:
             self._rebuild(params)
             self._signature = signature
-        numbers = self._numbers()
+        numbers: dict[str, Any] = rule_numbers(self.group, self._hypers)
         for bucket in self._buckets:
             self._point(bucket)
             runner = bucket.runner
@@ -205,7 +206,10 @@ class FusedGroup:
         members = bucket.members
         state = self.base.state
         states = [state.get(p, _NOTHING) for p in members]
-        self._set(bucket, 0, [p.data_ptr() for p in members])
+        weights = [p.data_ptr() for p in members]
+        if weights != bucket.addresses.get(0):
+            self._moved(bucket)
+        self._set(bucket, 0, weights)
         self._set(bucket, 1, [g.data_ptr() for g in self._gradients(bucket)])
         for column, key in enumerate(bucket.keys, start=2):
             try:
@@ -224,6 +228,14 @@ class FusedGroup:
         if self._fresh or fresh.any():
             fresh[:] = [id(p) in self._fresh for p in members]
 
+    def _moved(self, bucket: _Bucket) -> None:
+        """Weights lie elsewhere, maybe in another order: ``model.to(memory_format=...)`` sets ``.data``."""
+        for p in bucket.members:
+            if (reason := _why_not_tensor(p)) is not None:
+                raise OptxError(f"optx: after wrap(), {reason}; wrap the optimizer again.")
+        bucket.plain = all(p.is_contiguous() for p in bucket.members)
+        bucket.addresses.clear()  # so that the state is laid out like them, see _point
+
     def _set(self, bucket: _Bucket, column: int, addresses: list[int]) -> None:
         if addresses != bucket.addresses.get(column):
             bucket.runner.tensors[:, column] = addresses
@@ -241,14 +253,6 @@ class FusedGroup:
         # Only the copies: a gradient kept here would outlive zero_grad().
         self._copies += [new for new, g in zip(laid_out, grads, strict=True) if new is not g]
         return laid_out
-
-    def _numbers(self) -> dict[str, Any]:
-        group = self.group
-        numbers: dict[str, Any] = dict(base_numbers(group))
-        for name in self.program.named("hyper"):
-            if "." in name:
-                numbers[name] = group[name.replace(".", "_")]
-        return numbers
 
     # ---- a step ------------------------------------------------------------------------------------
 
@@ -322,8 +326,6 @@ def _like(g: Tensor, p: Tensor) -> Tensor:
         )
     if g.is_contiguous() and p.is_contiguous():
         return g
-    if (reason := _why_not_tensor(p)) is not None:
-        raise OptxError(f"optx: after wrap(), {reason}; wrap the optimizer again.")
     if g.stride() == p.stride():
         return g
     return torch.empty_like(p, dtype=g.dtype, requires_grad=False).copy_(g)

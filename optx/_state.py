@@ -70,7 +70,7 @@ class SlotStore:
             self.settle(moved)
 
     @contextmanager
-    def restored_on_error(self) -> Iterator[None]:
+    def restored_on_error(self) -> Generator[None]:
         """If an error leaves the block, groups, state, gradients and slots are as they were before it."""
         state = dict(self.base.state)
         dicts = [d for d in (*self.base.param_groups, *state.values()) if isinstance(d, dict)]

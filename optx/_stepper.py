@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from optx._bases import base_numbers, base_rules
+from optx._bases import base_numbers, base_rules, rule_numbers
 from optx._errors import FusedError, TransformError
 from optx._foreach import GroupRun
 from optx._fused import KAHAN, FusedGroup, why_not
@@ -56,7 +56,14 @@ class Stepper:
         flags = [group.get(key) for key in _STRUCTURAL]
         zero = [_is_zero(group.get(key, 0)) for key in ("momentum", "weight_decay")]
         enabled = [group.get(t.name, True) for t in self.w.transforms]
-        return (id(group), self.w.fused, self.w.rounding, self.w.skip_nonfinite, *flags, *zero, *enabled)
+        options = (self.w.fused, self.w.rounding, self.w.skip_nonfinite)
+        return (id(group), *options, self._sparse(group), *flags, *zero, *enabled)
+
+    def _sparse(self, group: Group) -> bool:
+        """Whether there are sparse gradients; of the bases with a fused form, only SGD takes them."""
+        if type(self.w.base) is not torch.optim.SGD:
+            return False
+        return any(p.grad is not None and p.grad.layout != torch.strided for p in group["params"])
 
     def _enabled(self, group: Group) -> list[Transform]:
         return [t for t in self.w.transforms if group.get(t.name, True)]
@@ -77,6 +84,7 @@ class Stepper:
         base, fused = self.w.base, self.w.fused
         program = self._program(group, with_base=True)
         reason = "fused=False" if fused is False else why_not(base, group, program)
+        reason = reason or ("a gradient is sparse" if self._sparse(group) else None)
         triton = any(p.device.type == "cuda" for p in group["params"])
         if reason is None and fused in ("cpu", "triton") and fused != ("triton" if triton else "cpu"):
             triton = fused == "triton"
@@ -148,6 +156,10 @@ class Stepper:
                 for runner, _ in step.fused:
                     runner.undo()
                 return (step.loss if inside else loss), False
+            except BaseException:
+                for runner, _ in step.fused:
+                    runner.undo()
+                raise
         for group in self.w.param_groups:
             if "optx.step" in group:
                 group["optx.step"] += 1
@@ -253,17 +265,13 @@ class _Step:
             cols["step"] = [float(state[p]["step"]) + 1.0 if state.get(p) else 1.0 for p in active]
         device = active[0].device
         wide = torch.float32 if device.type == "mps" else torch.float64
-        numbers: dict[str, Any] = dict(base_numbers(group))
-        for name in program.named("hyper"):
-            if "." in name:
-                numbers[name] = group[name.replace(".", "_")]
         return GroupRun(
             program,
             active,
             [p.grad for p in active if p.grad is not None],
             _Slots(self.s, active),
             _Slots(self.s, active),
-            numbers,
+            rule_numbers(group, program.named("hyper")),
             {k: torch.tensor(v, dtype=wide, device=device) for k, v in cols.items()},
         )
 

@@ -21,5 +21,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 @pytest.fixture(autouse=True)
 def _threads() -> None:
-    """Two, as on the smallest machine the project is tested on, and never what another test left."""
-    torch.set_num_threads(2)
+    """Never what another test left; tests of threads ask for two themselves.
+
+    Two workers with two OpenMP threads each would wait for one another on a machine of two cores.
+    """
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)

@@ -267,3 +267,32 @@ def test_remove_gives_the_base_back(base: Base) -> None:
         k for g in inner.param_groups for k in g if "adamr" in k or "perp" in k or k.startswith("optx.")
     ]
     train(net, inner, range(2, 4), base.closure)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muon_which_takes_matrices_only() -> None:
+    def train_matrices(
+        transforms: Transforms | None, steps: range, start: Any = None
+    ) -> tuple[nn.Module, Any]:
+        net = make_net()
+        matrices = [p for p in net.parameters() if p.ndim == 2]
+        opt: Any = torch.optim.Muon(matrices, lr=0.01)
+        if transforms is not None:
+            opt = optx.wrap(opt, *transforms())
+        if start is not None:
+            net.load_state_dict(start["net"])
+            opt.load_state_dict(start["opt"])
+        for step in steps:
+            net.zero_grad()
+            loss_of(net, step).backward()
+            opt.step()
+        return net, opt
+
+    plain, _ = train_matrices(None, range(5))
+    bare, _ = train_matrices(NONE, range(5))
+    assert same(plain, bare)
+    whole, _ = train_matrices(SOME, range(6))
+    assert not same(plain, whole)
+    half, opt = train_matrices(SOME, range(3))
+    checkpoint = saved({"net": half.state_dict(), "opt": opt.state_dict()})
+    assert same(whole, train_matrices(SOME, range(3, 6), checkpoint)[0])
