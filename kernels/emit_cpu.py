@@ -245,7 +245,7 @@ class _Emitter:
             lanes = [*load, *prefix, *(self._call(c, "_lane", sums=True) for c in level.sums)]
             loops = self._loop(f"{name}_wide", arguments, wide, sums, "add_any_order")
             loops += self._loop(f"{name}_lanes_run", arguments, lanes, sums, "add_lanes")
-            loops += self._in_runs(f"{name}_lanes", use, arguments, len(sums), ())
+            loops += self._in_runs(f"{name}_lanes", use, arguments, len(sums), (), f"{name}_wide")
             loops += [
                 *["", "", _NJIT, f"def {name}_chunk({arguments}):"],
                 f"    if n < {LANES_FROM}:",
@@ -254,11 +254,13 @@ class _Emitter:
             ]
         return [*loops, *self._callback(name, use, arguments, len(sums))]
 
-    def _in_runs(self, name: str, use: _Use, arguments: str, sums: int, written: Sequence[str]) -> list[str]:
+    def _in_runs(
+        self, name: str, use: _Use, arguments: str, sums: int, written: Sequence[str], again: str = ""
+    ) -> list[str]:
         """``<name>_chunk``: calls ``<name>_run`` for `RUN` elements at a time, fetching what comes after.
 
         The hardware's own prefetchers leave a core that walks over five arrays waiting: with these hints an
-        AdamW step takes 7 % less time.
+        AdamW step takes 7 % less time. ``again`` takes a run's sums where float32 lanes left their range.
         """
         hints: list[str] = []
         for role in use.addressed:
@@ -276,7 +278,8 @@ class _Emitter:
             f"    for at in range(0, n, {RUN}):",
             *_indent(hints, 2),
             f"        {'run = ' if sums else ''}{call}",
-            *_indent((f"sum_{i} += run[{i}]" for i in range(sums)), 2),
+            *(_indent(_guard(f"{again}({run})", sums), 2) if again else []),
+            *_indent((f"sum_{i} += run[{i}]" for i in range(sums) if not again), 2),
             *_indent([f"return ({' '.join(f'sum_{i},' for i in range(sums))})"] if sums else [], 1),
         ]
 
@@ -439,6 +442,17 @@ def minimum(a, b):
 def sign(x):
     return np.float32(x > 0) - np.float32(x < 0)"""
 _PRELUDE = _PRELUDE_TEXT.splitlines()
+
+
+def _guard(again: str, sums: int) -> list[str]:
+    """Add a run's sums to the chunk's, taken again where one of them is out of range."""
+    return [
+        f"if {' and '.join(f'{LOW} < abs(run[{i}]) < {HIGH}' for i in range(sums))}:",
+        *_indent((f"sum_{i} += run[{i}]" for i in range(sums)), 1),
+        "else:",
+        f"    wide = {again}",
+        *_indent((f"sum_{i} += wide[{i}]" for i in range(sums)), 1),
+    ]
 
 
 def _indent(lines: Iterable[str], depth: int) -> list[str]:

@@ -167,7 +167,7 @@ def base_numbers(group: Group) -> dict[str, float | Tensor]:
 
 
 def rule_numbers(group: Group, names: Iterable[str]) -> dict[str, float | Tensor]:
-    """The base's numbers, and the transforms' options among ``names`` (``adamr_weight`` as ``adamr.weight``)."""
+    """The base's numbers, and the transforms' options among ``names`` (``adamr_weight``)."""
     options = {name: group[name.replace(".", "_")] for name in names if "." in name}
     return {**base_numbers(group), **options}
 

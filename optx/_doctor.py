@@ -41,11 +41,12 @@ def examine() -> Iterator[Finding]:
     yield _guarded("devices", _devices)
     yield _guarded("CPU threads", _threads)
     yield _guarded("kernel cache", _kernel_cache)
+    adamw, sgd, radam = torch.optim.AdamW, torch.optim.SGD, torch.optim.RAdam
+    cases = ((adamw, torch.float32), (adamw, torch.bfloat16), (sgd, torch.float32), (radam, torch.float32))
     for device in _usable_devices():
-        for dtype in (torch.float32, torch.bfloat16):
-            for base in (torch.optim.AdamW, torch.optim.SGD, torch.optim.RAdam):
-                topic = f"{base.__name__} {str(dtype).removeprefix('torch.')} {device}"
-                yield _guarded(topic, _step, base, dtype, device)
+        for base, dtype in cases:
+            topic = f"{base.__name__} {str(dtype).removeprefix('torch.')} {device}"
+            yield _guarded(topic, _step, base, dtype, device)
 
 
 def _guarded(topic: str, look: Callable[..., str], *args: object) -> Finding:

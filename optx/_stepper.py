@@ -61,7 +61,7 @@ class Stepper:
 
     def _sparse(self, group: Group) -> bool:
         """Whether there are sparse gradients; of the bases with a fused form, only SGD takes them."""
-        if type(self.w.base) is not torch.optim.SGD:
+        if type(self.w.base) is not torch.optim.SGD or group.get("differentiable", False):
             return False
         return any(p.grad is not None and p.grad.layout != torch.strided for p in group["params"])
 
@@ -250,8 +250,10 @@ class _Step:
         ]
 
     def _open_group(self, program: Program, group: Group) -> GroupRun | None:
+        if not (program.levels or program.update or program.observe):
+            return None
         active: list[Tensor] = [p for p in group["params"] if p.grad is not None]
-        if not active or not (program.levels or program.update or program.observe):
+        if not active:
             return None
         for p in active:
             if p.grad is not None and p.grad.layout != torch.strided:

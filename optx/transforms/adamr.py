@@ -236,7 +236,7 @@ class AdamR(Transform):
         second, numel = optimizer.totals.get("adamr.second"), optimizer.totals.get("numel")
         if second is None or numel is None or (isinstance(second, Tensor) and second.device.type != "cpu"):
             return  # on a GPU the question would cost a wait in every step
-        r = (float(second) / float(numel)) ** 0.5 or 1.0
+        r = (float(second) / max(float(numel), 1.0)) ** 0.5 or 1.0
         for group in optimizer.param_groups:
             rate = float(group["lr"]) * group["adamr_weight"] / r
             if group["adamr"] and rate > 1.0:

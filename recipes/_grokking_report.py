@@ -1,0 +1,74 @@
+"""The grokking recipe's table and picture, from its results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from . import _report
+from ._run import Run
+
+GENERALISED = 0.95
+
+
+def report(run: Run, arms: Sequence[str], keys: Sequence[str]) -> None:
+    """Print the table, draw the picture, and add the epochs of generalisation to results.json.
+
+    Args:
+        run: with the curves of every run under ``results["arms"]``.
+        arms: in order.
+        keys: the runs, as ``arm/seed``.
+    """
+    logs = {arm: [run.results["arms"][key] for key in keys if key.split("/")[0] == arm] for arm in arms}
+    run.results["generalised_at"] = {arm: [first_epoch(log) for log in found] for arm, found in logs.items()}
+    run.write()
+    _report.show(
+        f"a + b mod {run.settings['p']}, {run.settings['steps']} epochs",
+        {arm: _row(found) for arm, found in logs.items()},
+        f"One number per seed, measured every {run.settings['every']} epochs. Accuracies are the last ones. "
+        "Collapsed: training samples whose normaliser is the true class's term alone.",
+    )
+    _draw(run, logs)
+
+
+def first_epoch(log: dict[str, list[float]]) -> int | None:
+    """The first epoch measured at which test accuracy is at least 95 %; None if there is none."""
+    measured = zip(log["epoch"], log["test"], strict=True)
+    return next((int(epoch) for epoch, accuracy in measured if accuracy >= GENERALISED), None)
+
+
+def _row(logs: Sequence[dict[str, list[float]]]) -> dict[str, str]:
+    def each(values: Iterable[float | None], form: str) -> str:
+        return "/".join("never" if value is None else form.format(value) for value in values)
+
+    return {
+        "train, %": each((100 * log["train"][-1] for log in logs), "{:.1f}"),
+        "test, %": each((100 * log["test"][-1] for log in logs), "{:.1f}"),
+        "95 % in test at": each((first_epoch(log) for log in logs), "{}"),
+        "collapsed, max %": each((100 * max(log["collapse"]) for log in logs), "{:.1f}"),
+        "gradient, min": each((min(log["gradient"]) for log in logs), "{:.0e}"),
+    }
+
+
+def _draw(run: Run, logs: dict[str, Any]) -> None:
+    figure, axes = _report.canvas(2, 2)
+    panels = (
+        ("test", "Test accuracy (dashed: training set)", "accuracy"),
+        ("collapse", "Softmax collapse on the training set", "share of samples"),
+        ("gradient", "Norm of the gradient", "norm"),
+        ("alignment", "What perpGrad removes (in the last layer)", "cos(w, -gradient)"),
+    )
+    for ax, (name, title, y) in zip(axes.flat, panels, strict=True):
+        for colour, (arm, found) in zip(_report.COLOURS, logs.items(), strict=False):
+            epochs = [e + 1 for e in found[0]["epoch"]]
+            mean, low, high = _report.mean_and_range([log[name] for log in found])
+            ax.plot(epochs, mean, color=colour, label=arm, linewidth=1.4)
+            ax.fill_between(epochs, low, high, color=colour, alpha=0.18, linewidth=0)
+            if name == "test":
+                train = _report.mean_and_range([log["train"] for log in found])[0]
+                ax.plot(epochs, train, "--", color=colour, linewidth=1, alpha=0.7)
+        _report.label(ax, title, "epoch", y)
+    axes[0, 0].set_xscale("log")
+    axes[1, 0].set_yscale("log")
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    _report.save(figure, run.folder / "grokking.png")

@@ -1,0 +1,228 @@
+"""What every recipe's command line needs around its loop: options, Ctrl-C, checkpoints, results."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import platform
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from ._report import console
+
+SettingsError = SystemExit
+"""Recipes are commands: what is wrong with their options is said in one line, without a traceback."""
+
+
+def parser(name: str, doc: str, steps: int, **options: dict[str, Any]) -> argparse.ArgumentParser:
+    """The options that all recipes have, and a recipe's own.
+
+    Args:
+        name: of the recipe.
+        doc: its module docstring; shown by ``--help``.
+        steps: default of ``--steps``.
+        options: keyword arguments of ``add_argument`` by option name (``lr`` for ``--lr``).
+    """
+    made = argparse.ArgumentParser(
+        prog=f"optx run {name}",
+        description=inspect.cleandoc(doc),
+        formatter_class=type("Form", (argparse.RawDescriptionHelpFormatter, _Defaults), {}),
+    )
+    made.add_argument("--steps", type=_positive, default=steps, help="optimizer steps of each arm")
+    made.add_argument("--seed", type=int, default=0, help="of the data order and all random draws")
+    made.add_argument("--out", type=Path, default=Path("runs") / name, help="folder for results and picture")
+    for option, keywords in options.items():
+        made.add_argument(f"--{option.replace('_', '-')}", **keywords)
+    return made
+
+
+class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, where there is something to show."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        hidden = action.default is None or action.default is False
+        return action.help if hidden else super()._get_help_string(action)
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not a positive number")
+    return number
+
+
+def chosen(text: str, known: Iterable[str]) -> list[str]:
+    """A comma-separated choice, such as ``--arms adamw,adamw+hft``."""
+    known = list(known)
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    wrong = [name for name in names if name not in known]
+    if wrong or not names:
+        raise SettingsError(f"--arms: {', '.join(wrong) or 'nothing'} is none of {', '.join(known)}.")
+    return list(dict.fromkeys(names))
+
+
+def device() -> torch.device:
+    """A GPU if torch sees one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def clock() -> float:
+    """Seconds, after the device has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def environment() -> dict[str, Any]:
+    """What measurements depend on, for results.json."""
+    where = device()
+    name = torch.cuda.get_device_name() if where.type == "cuda" else platform.machine()
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": f"{where.type} ({name})",
+        "threads": torch.get_num_threads(),
+    }
+
+
+class Interrupt:
+    """Turns the first Ctrl-C (or SIGTERM) into a wish, so that a loop stops between two steps.
+
+    A second one stops at once, as Python does. Use as a context manager and look at `wanted`.
+    """
+
+    def __init__(self) -> None:
+        self.wanted = False
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            self._old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.wanted = True
+        self.__exit__()  # the next one is Python's own
+        console.print("[yellow]Stopping after this step; again to stop at once.")
+
+
+class Run:
+    """A recipe's folder: ``results.json`` grows arm by arm, ``checkpoint.pt`` is an arm that was interrupted.
+
+    Both are written aside and renamed, so a kill leaves the old file whole.
+
+    Args:
+        folder: where to write; made if missing.
+        settings: what must be the same for results to be comparable and for a checkpoint to be continued.
+        resume: go on with what the folder holds; otherwise begin again.
+    """
+
+    def __init__(self, folder: Path, settings: dict[str, Any], resume: bool) -> None:
+        self.folder, self.settings, self.resume = folder, settings, resume
+        self.interrupt = Interrupt()
+        self.results: dict[str, Any] = {"settings": settings, "environment": environment(), "arms": {}}
+        folder.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            self.checkpoint.unlink(missing_ok=True)
+        elif self.json.exists():
+            found = json.loads(self.json.read_text())
+            self._compare(found["settings"])
+            self.results = found
+
+    @property
+    def json(self) -> Path:
+        """The results file."""
+        return self.folder / "results.json"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The interrupted arm."""
+        return self.folder / "checkpoint.pt"
+
+    def _compare(self, found: dict[str, Any]) -> None:
+        differs = [k for k in self.settings if found.get(k) != self.settings[k]]
+        if differs:
+            raise SettingsError(
+                f"--resume: {self.folder} holds a run with "
+                + ", ".join(f"--{k} {found.get(k)}, not {self.settings[k]}" for k in differs)
+                + ". Give the same options, or another --out."
+            )
+
+    def finished(self, arm: str) -> bool:
+        """Whether the folder has this arm's results already."""
+        return arm in self.results["arms"]
+
+    def write(self) -> None:
+        """Write results.json."""
+        aside = self.json.with_suffix(".json.part")
+        aside.write_text(json.dumps(self.results, indent=2) + "\n")
+        aside.replace(self.json)
+
+    def save(self, arm: str, state: dict[str, Any]) -> None:
+        """Write the checkpoint of an interrupted arm, with torch's random state."""
+        aside = self.checkpoint.with_suffix(".pt.part")
+        kept = {"settings": self.settings, "arm": arm, "rng": torch.get_rng_state(), **state}
+        with console.status("Writing the checkpoint"), aside.open("wb") as file:
+            torch.save(kept, file)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(self.checkpoint)
+        self.write()
+        console.print(f"Stopped in arm {arm}; the same command with --resume goes on from there.")
+
+    def load(self, arm: str) -> dict[str, Any] | None:
+        """The checkpoint of this arm, if it was interrupted; sets torch's random state as it was."""
+        if not (self.resume and self.checkpoint.exists()):
+            return None
+        state = torch.load(self.checkpoint, map_location=device(), weights_only=True)
+        if state["arm"] != arm:
+            return None
+        self._compare(state["settings"])
+        torch.set_rng_state(state["rng"].cpu())
+        return state
+
+    def say(self, line: str) -> None:
+        """Print a line above the progress bar."""
+        console.print(line)
+
+    def steps(self, arm: str, start: int, stop: int) -> Iterator[int]:
+        """The steps from `start` to `stop`, under a progress bar; ends early if the user wants to stop."""
+        columns = (
+            TextColumn("{task.description:20}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=console) as bars, self.interrupt:
+            bar = bars.add_task(arm, total=stop, completed=start)
+            for step in range(start, stop):
+                if self.interrupt.wanted:
+                    return
+                yield step
+                bars.update(bar, completed=step + 1)
+
+
+def median_ms(seconds: Sequence[float]) -> float:
+    """Median in milliseconds, without the first two steps (allocation, compilation) where there are more."""
+    return 1e3 * statistics.median(seconds[2:] or seconds)
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all tensors in an optimizer's state, a transform's own included."""
+    tensors = (v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+    return sum(t.numel() * t.element_size() for t in tensors)

@@ -1,0 +1,68 @@
+"""Text as blocks of tokens: what a language model trains on and is measured on."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import _assets
+from ._run import SettingsError, device
+
+
+class TextData(NamedTuple):
+    """Blocks of token numbers, each tensor of shape (count, length)."""
+
+    train: Tensor
+    held_out: Tensor
+    general: Tensor
+
+    def batch(self, step: int, size: int, seed: int) -> Tensor:
+        """The blocks of one step, a function of step and seed alone: a resumed run sees the same ones."""
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
+        return self.train[order[torch.arange(step * size, (step + 1) * size) % len(order)]].to(device())
+
+    def losses(self, model: nn.Module) -> tuple[float, float]:
+        """The model's loss on the held-out text, and on general English."""
+        return loss_on(model, self.held_out), loss_on(model, self.general)
+
+
+def load(tokenizer: Any, args: Any) -> TextData:
+    """The first 90 % of ``args.data`` to train on; blocks spread over the rest, and over ``args.general``.
+
+    General English is news: plain modern prose of the kind that such models were trained on, far from
+    Shakespeare, carried by a package. (What is at hand without one is not prose: documentation, licences; and
+    the encyclopaedia article that comes with the plays is about Shakespeare.)
+    """
+
+    def blocks(text: str) -> Tensor:
+        tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+        if len(tokens) < args.length:
+            raise SettingsError(f"--length {args.length}: a text for it has only {len(tokens)} tokens.")
+        return tokens[: len(tokens) // args.length * args.length].view(-1, args.length)
+
+    def spread(found: Tensor) -> Tensor:
+        return found[torch.linspace(0, len(found) - 1, min(args.eval_blocks, len(found))).long()]
+
+    text = _assets.text(args.data)
+    general = _assets.text(args.general, _assets.NEWS)
+    cut = len(text) * 9 // 10
+    return TextData(blocks(text[:cut]), spread(blocks(text[cut:])), spread(blocks(general)))
+
+
+@torch.no_grad()
+def loss_on(model: nn.Module, blocks: Tensor) -> float:
+    """Mean loss per token, but for the first quarter of each block, which only gives context.
+
+    A block begins in mid-sentence, without the tokens that documents begin with; how well a model guesses
+    there says more about such beginnings than about the text.
+    """
+    model.eval()
+    total = 0.0
+    for tokens in blocks.to(device()).split(4):
+        labels = tokens.clone()
+        labels[:, : labels.shape[1] // 4] = -100
+        total += float(model(input_ids=tokens, labels=labels).loss) * len(tokens)
+    model.train()
+    return total / len(blocks)

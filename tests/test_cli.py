@@ -1,0 +1,172 @@
+"""The optx command, as typed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+import optx
+from optx import _catalog, _doctor, cli
+
+
+def typed(*words: str) -> Result:
+    return CliRunner().invoke(cli.app, list(words))
+
+
+def flat(text: str) -> str:
+    """Without the terminal's line breaks."""
+    return " ".join(text.split())
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """A recipe in the place of grokking that only notes what it is given."""
+    given: list[list[str]] = []
+    module = ModuleType("optx.recipes.grokking")
+    module.main = given.append  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "optx.recipes.grokking", module)
+    return given
+
+
+def test_run_passes_everything_on(recipe: list[list[str]]) -> None:
+    assert typed("run", "grokking", "--steps", "3", "--out", "x y", "--help").exit_code == 0
+    assert recipe == [["--steps", "3", "--out", "x y", "--help"]]
+
+
+def test_run_help_is_the_recipes() -> None:
+    shown = typed("run", "finetune", "--help")
+    assert shown.exit_code == 0
+    assert shown.output.startswith("usage: optx run finetune")
+    for option in ("model", "data", "steps", "seed", "arms", "out", "resume"):
+        assert f"--{option}" in shown.output
+
+
+@pytest.mark.parametrize("words", [("run",), ("run", "--help")])
+def test_run_without_a_recipe_lists_them(words: tuple[str, ...]) -> None:
+    shown = typed(*words)
+    assert shown.exit_code == 0
+    assert "optx run finetune" in shown.output
+    assert "optx run grokking" in shown.output
+
+
+def test_run_with_a_wrong_name() -> None:
+    shown = typed("run", "fintune")
+    assert shown.exit_code == 2
+    assert "there is no recipe 'fintune'. Near: 'finetune'" in shown.output
+
+
+def test_run_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    version = importlib.metadata.version
+
+    def absent(name: str) -> str:
+        if name in ("gguf", "matplotlib"):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    shown = typed("run", "grokking")
+    assert shown.exit_code == 1
+    assert "recipes need gguf, matplotlib, not installed here" in shown.output
+    assert _catalog.install_command("recipes") in shown.output
+
+
+def test_the_install_command_of_a_clone_and_of_a_package(
+    tmp_path: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _catalog.install_command("recipes").startswith("python -m pip install -e '")
+    monkeypatch.setattr(_catalog, "__file__", f"{tmp_path}/optx/_catalog.py")
+    assert _catalog.install_command("recipes") == "python -m pip install 'optx-torch[recipes]'"
+
+
+@pytest.mark.parametrize(("raised", "code"), [("asset", 1), ("interrupt", 130)])
+def test_run_ends_in_a_sentence(raised: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from optx.recipes import grokking
+    from optx.recipes._assets import AssetError
+
+    def fails(_args: list[str]) -> None:
+        raise AssetError("bring it [here]") if raised == "asset" else KeyboardInterrupt
+
+    monkeypatch.setattr(grokking, "main", fails)
+    shown = typed("run", "grokking")
+    assert shown.exit_code == code
+    assert ("optx run grokking: bring it [here]" if raised == "asset" else "Interrupted.") in shown.output
+    assert "Traceback" not in shown.output
+
+
+def test_list_names_every_transform_and_recipe() -> None:
+    shown = flat(typed("list").output)
+    public = {
+        name
+        for name, thing in vars(optx).items()
+        if isinstance(thing, type) and issubclass(thing, optx.Transform) and thing is not optx.Transform
+    }
+    assert {"PerpGrad", "AdamR", "HFT"} <= public
+    for name in public:
+        assert f"{name} wrap arXiv" in shown
+    assert "optx.wrap(optimizer, optx.HFT(model))" in shown
+    assert "StableMaxCrossEntropy loss arXiv 2501.04697" in shown
+    assert "optx.StableMaxCrossEntropy()(logits, target)" in shown
+    assert "optx.analysis.softmax_collapse(logits, target)" in shown
+    assert "grokking run arXiv 2501.04697" in shown
+
+
+def test_every_entry_is_complete() -> None:
+    for entry in [*_catalog.methods(), *_catalog.recipes()]:
+        assert entry.summary.endswith("."), entry
+        assert entry.paper, entry
+        assert entry.use, entry
+    assert not {"Transform", "stablemax_cross_entropy"} & {entry.name for entry in _catalog.methods()}
+
+
+def test_bench_step_calls_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[str]] = []
+    module = ModuleType("optx.kernels.bench")
+    module.main = given.append  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "optx.kernels.bench", module)
+    assert typed("bench", "step", "--quick", "--help").exit_code == 0
+    assert given == [["--quick", "--help"]]
+
+
+def test_doctor() -> None:
+    shown = typed("doctor")
+    assert shown.exit_code == 0, shown.output
+    assert torch.__version__ in shown.output
+    assert f"{torch.get_num_threads()}, in " in shown.output
+    findings = {line[:24].strip(): line[24:] for line in shown.output.splitlines()}
+    assert findings["AdamW float32 cpu"].startswith("fused cpu")
+    assert findings["AdamW bfloat16 cpu"].startswith("fused cpu")
+    assert "RAdam has no fused form" in findings["RAdam float32 cpu"]
+
+
+def test_doctor_reports_what_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path that computes something else, and a package that fails to import."""
+    stepped, imported = _doctor._stepped, importlib.import_module
+
+    def off(*how: object) -> object:
+        plan, weights, seconds = stepped(*how)  # type: ignore[arg-type]
+        return plan, weights + (how[-1] == "auto"), seconds
+
+    def fails(name: str) -> ModuleType:
+        if name == "triton":
+            raise RuntimeError("libcuda is broken")
+        return imported(name)
+
+    monkeypatch.setattr(_doctor, "_stepped", off)
+    monkeypatch.setattr(_doctor.importlib, "import_module", fails)
+    shown = typed("doctor")
+    assert shown.exit_code == 1
+    assert "RuntimeError: libcuda is broken" in shown.output
+    assert "ArithmeticError: fused cpu differs from the reference by 1.0e+00" in shown.output
+    assert "5 of these are broken" in shown.output
+
+
+def test_help_names_the_commands() -> None:
+    shown = typed("--help").output
+    for command in ("run", "list", "bench", "doctor"):
+        assert command in shown

@@ -1,0 +1,216 @@
+"""The recipes end to end, at a size that takes seconds: a tiny random Llama, a text of a few kilobytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+from optx.recipes import _finetune_report, _run, finetune, grokking
+
+WORDS = (
+    "the king is dead and the crown lies upon the ground while a cold wind blows from the sea " * 80
+).strip()
+
+
+@pytest.fixture(autouse=True)
+def one_thread(_threads: None) -> None:
+    """At this size, two threads mostly wait for each other."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Llama of two layers and a tokenizer of single bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("llama")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytewise = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=bytewise).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(alphabet),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        attention_dropout=0.1,  # so that a resumed run needs torch's random state too
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("texts")
+    data, general = folder / "data.txt", folder / "general.txt"
+    data.write_text(WORDS)
+    general.write_text(WORDS[::-1])
+    return data, general
+
+
+@pytest.fixture
+def options(llama: Path, texts: tuple[Path, Path]) -> list[str]:
+    data, general = map(str, texts)
+    small = ["--steps", "6", "--length", "32", "--eval-blocks", "4", "--lr", "0.01"]
+    return ["--model", str(llama), "--data", data, "--general", general, *small]
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_finetune(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    finetune.main([*options, "--out", str(tmp_path)])
+    found = results(tmp_path)
+    assert list(found["arms"]) == list(finetune.ARMS)
+    assert found["settings"]["steps"] == 6
+    assert found["environment"]["torch"] == torch.__version__
+    for arm in found["arms"].values():
+        assert len(arm["loss"]) == 6
+        assert [point[0] for point in arm["curve"]] == [2, 4, 6]
+        assert arm["forgetting"] == arm["curve"][-1][2] - found["before"]["general"]
+        assert arm["distance"] > 0
+    adamw, hft, adamr = found["arms"].values()
+    assert adamw["held_out"] < found["before"]["held_out"]
+    assert adamw["optimizer_ratio"] == adamw["step_ratio"] == 1
+    assert hft["state_bytes"] < adamw["state_bytes"]
+    assert hft["distance"] < adamw["distance"]
+    assert adamr["distance"] < hft["distance"]
+    assert (tmp_path / "finetune.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "checkpoint.pt").exists()
+    shown = capsys.readouterr().out
+    assert "forgetting" in shown
+    assert "adamw+hft+adamr" in shown
+
+
+@pytest.mark.parametrize("arm", list(finetune.ARMS))
+def test_interrupted_and_resumed_is_uninterrupted(
+    arm: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finetune.main([*options, "--arms", arm, "--out", str(tmp_path / "whole")])
+
+    again = [*options, "--arms", arm, "--out", str(tmp_path / "parts")]
+    interrupt_in_step(3, monkeypatch)
+    with pytest.raises(SystemExit) as stopped:
+        finetune.main(again)
+    assert stopped.value.code == 130
+    assert (tmp_path / "parts" / "checkpoint.pt").exists()
+    assert not results(tmp_path / "parts")["arms"]
+    torch.manual_seed(1234)  # whatever happened meanwhile
+    finetune.main([*again, "--resume"])
+
+    whole, parts = (results(tmp_path / name)["arms"][arm] for name in ("whole", "parts"))
+    for name in ("loss", "curve", "distance", "state_bytes", "forgetting"):
+        assert whole[name] == parts[name]  # bit for bit: JSON keeps floats exactly
+    assert not (tmp_path / "parts" / "checkpoint.pt").exists()
+
+
+def interrupt_in_step(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Press Ctrl-C in the middle of a step, once."""
+    batch, calls = finetune._text.TextData.batch, []
+
+    def pressed(*args: Any) -> torch.Tensor:
+        calls.append(args)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGINT)
+        return batch(*args)
+
+    monkeypatch.setattr(finetune._text.TextData, "batch", pressed)
+
+
+def test_resume_keeps_finished_arms(options: list[str], tmp_path: Path) -> None:
+    finetune.main([*options, "--arms", "adamw", "--out", str(tmp_path)])
+    first = results(tmp_path)["arms"]["adamw"]
+    finetune.main([*options, "--arms", "adamw,adamw+hft", "--out", str(tmp_path), "--resume"])
+    found = results(tmp_path)["arms"]
+    assert found["adamw"] == first  # the times too: it was not run again
+    assert list(found) == ["adamw", "adamw+hft"]
+
+
+def test_resume_refuses_other_settings(options: list[str], tmp_path: Path) -> None:
+    finetune.main([*options, "--arms", "adamw", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"holds a run with --lr 0\.01, not 0\.5"):
+        finetune.main([*options, "--lr", "0.5", "--out", str(tmp_path), "--resume"])
+
+
+def test_unknown_arm_and_short_text(options: list[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="--arms: adam is none of adamw, adamw"):
+        finetune.main([*options, "--arms", "adam", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="has only"):
+        finetune.main([*options, "--length", "100000", "--out", str(tmp_path)])
+
+
+def test_a_second_interrupt_is_pythons_own() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with _run.Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.wanted
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_grokking(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--p", "7", "--steps", "30", "--seeds", "2", "--width", "32", "--out", str(tmp_path)]
+    grokking.main(small)
+    found = results(tmp_path)
+    assert list(found["arms"]) == [f"{arm}/{seed}" for arm in grokking.ARMS for seed in (0, 1)]
+    for log in found["arms"].values():
+        assert log["epoch"] == [0, 10, 20, 29]
+        assert log["loss"][-1] < log["loss"][0]
+        assert len(log["alignment"]) == len(log["collapse"]) == len(log["gradient"]) == 4
+    assert set(found["generalised_at"]) == set(grokking.ARMS)
+    assert (tmp_path / "grokking.png").read_bytes().startswith(b"\x89PNG")
+    assert "95 % in test at" in capsys.readouterr().out
+    # More seeds of the same setting: the finished ones are kept.
+    grokking.main([*small[:-2], "--seeds", "3", "--out", str(tmp_path), "--resume"])
+    assert results(tmp_path)["arms"]["adamw/0"] == found["arms"]["adamw/0"]
+    assert len(results(tmp_path)["arms"]) == 9
+
+
+def test_grokking_has_its_own_model(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="no meaning here"):
+        grokking.main(["--model", "x", "--out", str(tmp_path)])
+
+
+def test_perpgrad_generalises_where_adamw_does_not(tmp_path: Path) -> None:
+    """The paper's claim at p = 23, with more of the pairs so that it fits in seconds."""
+    size = ["--p", "23", "--share", "0.6", "--steps", "300", "--seeds", "1"]
+    grokking.main([*size, "--arms", "adamw,adamw+perpgrad", "--out", str(tmp_path)])
+    alone, with_perpgrad = (results(tmp_path)["arms"][f"{arm}/0"] for arm in ("adamw", "adamw+perpgrad"))
+    assert alone["train"][-1] == with_perpgrad["train"][-1] == 1.0
+    assert with_perpgrad["test"][-1] > alone["test"][-1] + 0.3
+
+
+def test_stablemax_is_the_softmax_of_its_logits() -> None:
+    from optx import stablemax_cross_entropy
+
+    logits = torch.randn(5, 7, dtype=torch.float64) * 9
+    target = torch.arange(5)
+    expected = torch.nn.functional.cross_entropy(grokking.to_softmax(logits), target)
+    torch.testing.assert_close(stablemax_cross_entropy(logits, target), expected)
+
+
+def test_report_of_one_arm(tmp_path: Path) -> None:
+    """A picture and a table of what results.json holds, whatever the arms are called."""
+    run = _run.Run(tmp_path, {"steps": 2, "lr": 0.1, "seed": 0}, resume=False)
+    run.results["before"] = {"held_out": 2.0, "general": 3.0}
+    log = {"curve": [[2, 1.5, 3.25]], "distance": 0.5, "state_bytes": 8, "optimizer_ms": 2.0, "step_ms": 4.0}
+    run.results["arms"]["a"] = log
+    _finetune_report.report(run, ["a"])
+    assert results(tmp_path)["arms"]["a"]["forgetting"] == 0.25
