@@ -29,11 +29,11 @@ def _slot_keys(wrapped: Wrapped) -> dict[str, Any]:
     return {f"optx.{t.name}.{name}": slot for t in wrapped.transforms for name, slot in t.slots.items()}
 
 
-def _numbered(wrapped: Wrapped) -> dict[int, Tensor]:
-    """Parameters by the number torch's state dicts give them."""
-    params = [p for group in wrapped.param_groups for p in group["params"]]
-    last = {p: number for number, p in enumerate(params)}  # one that is there twice has its last number
-    return {number: p for p, number in last.items()}
+def _keyed(wrapped: Wrapped, state_dict: dict[str, Any]) -> dict[Any, Tensor]:
+    """Parameters by the key a state dict gives them: torch's are numbers, distributed checkpoint's names."""
+    keys = (key for group in state_dict["param_groups"] for key in group["params"])
+    params = (p for group in wrapped.param_groups for p in group["params"])
+    return dict(zip(keys, params, strict=False))  # the base itself refuses another number of parameters
 
 
 def pack(wrapped: Wrapped) -> dict[str, Any]:
@@ -46,11 +46,11 @@ def pack(wrapped: Wrapped) -> dict[str, Any]:
             for n, entry in packed["state"].items()
         }
     store = wrapped._slots  # pyright: ignore[reportPrivateUsage]
-    pending: dict[int, dict[str, Tensor]] = {}
-    for number, p in _numbered(wrapped).items():
+    pending: dict[Any, dict[str, Tensor]] = {}
+    for key, p in _keyed(wrapped, packed).items():
         slots = {k: v for k, v in store.pending.get(p, {}).items() if k not in unsaved}
         if slots:
-            pending[number] = slots
+            pending[key] = slots
     if pending:
         packed[PENDING] = pending
     return packed
@@ -61,30 +61,30 @@ def unpack(wrapped: Wrapped, state_dict: dict[str, Any]) -> None:
     store = wrapped._slots  # pyright: ignore[reportPrivateUsage]
     known = _slot_keys(wrapped)
     ours = saved_slots(state_dict)
-    numbered = _numbered(wrapped)
-    before = {p: store.of(p) for p in numbered.values()}
+    keyed = _keyed(wrapped, state_dict)
+    before = {p: store.of(p) for p in keyed.values()}
     numbers = [{k: v for k, v in group.items() if _is_number(wrapped, k)} for group in wrapped.param_groups]
     _tell_differences(wrapped, state_dict, ours, known)
     wrapped.base.load_state_dict(state_dict=without_ours(state_dict))
-    _restore_numbers(wrapped, numbered, state_dict["state"])
+    _restore_numbers(wrapped, keyed, state_dict["state"])
     for group, kept in zip(wrapped.param_groups, numbers, strict=True):
         for key, value in kept.items():
             group.setdefault(key, value)
     store.pending.clear()
-    for number, p in numbered.items():
+    for key, p in keyed.items():
         slots = {k: v for k, v in before[p].items() if k in known and not known[k].derived}
-        loaded = {k: v for k, v in ours.get(number, {}).items() if k in known or k.count(".") == 1}
+        loaded = {k: v for k, v in ours.get(key, {}).items() if k in known or k.count(".") == 1}
         slots.update({k: v.to(p.device, copy=True) for k, v in loaded.items()})
         if slots:
             store.pending[p] = slots
     # Not those that were pending when saved: their base state is still to come.
-    store.settle(p for n, p in numbered.items() if n in state_dict["state"])
+    store.settle(p for key, p in keyed.items() if key in state_dict["state"])
 
 
-def _restore_numbers(wrapped: Wrapped, numbered: dict[int, Tensor], saved: dict[Any, Any]) -> None:
+def _restore_numbers(wrapped: Wrapped, keyed: dict[Any, Tensor], saved: dict[Any, Any]) -> None:
     """Undo torch's cast of single numbers (NAdam's ``mu_product``) to a bfloat16 weight's dtype."""
-    for number, p in numbered.items():
-        entry, state = saved.get(number), wrapped.base.state.get(p, {})
+    for owner, p in keyed.items():
+        entry, state = saved.get(owner), wrapped.base.state.get(p, {})
         for key, value in entry.items() if isinstance(entry, dict) else ():
             now = state.get(key)
             tensors = isinstance(value, Tensor) and isinstance(now, Tensor)
@@ -98,7 +98,7 @@ def _is_number(wrapped: Wrapped, key: str) -> bool:
 
 
 def _tell_differences(
-    wrapped: Wrapped, state_dict: dict[str, Any], ours: dict[int, dict[str, Tensor]], known: dict[str, Any]
+    wrapped: Wrapped, state_dict: dict[str, Any], ours: dict[Any, dict[str, Tensor]], known: dict[str, Any]
 ) -> None:
     """Warn of what one side has and the other lacks."""
     saved = {key for slots in ours.values() for key in slots if key.count(".") == 2}

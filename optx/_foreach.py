@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optx._names import is_dtensor
+from optx._names import is_dtensor, whole
 from optx.kernels.program import W0, Call, G, Level, Program, Ref, W
 
 Operand = Any  # a TensorList, a number, or one number or 0-dim tensor per tensor
@@ -166,7 +166,7 @@ class GroupRun:
         for i in range(len(self.weights)):
             arguments = [self._element(ref, i, registers, self._wide) for ref in call.args]
             with torch.no_grad():
-                rows.append([_total(v) for v in call.rule.values(*arguments)])
+                rows.append([whole(v.sum()) for v in call.rule.values(*arguments)])
         for column, ref in enumerate(call.writes):
             summed = torch.stack([row[column].to(self.number_device) for row in rows])
             self.cols[ref.name] = summed
@@ -255,9 +255,3 @@ class GroupRun:
     def _group_number(self, ref: Ref) -> Any:
         value = self._number(ref)
         return value.item() if isinstance(value, Tensor) and self._as_floats else value
-
-
-def _total(summand: Tensor) -> Tensor:
-    """A sum completed over the device mesh, if there is one."""
-    total = summand.sum()
-    return total.full_tensor() if is_dtensor(total) else total  # type: ignore[attr-defined]

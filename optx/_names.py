@@ -36,6 +36,11 @@ def plain_name(name: str) -> str:
     return ".".join(part for part in parts if part not in ("module", "_orig_mod", "_fsdp_wrapped_module"))
 
 
+def whole(t: Tensor) -> Tensor:
+    """A reduction completed over the device mesh, if there is one."""
+    return t.full_tensor() if is_dtensor(t) else t  # type: ignore[attr-defined]
+
+
 def is_dtensor(p: Tensor) -> bool:
     """Whether a tensor is sharded or replicated over a device mesh."""
     # Looked up by name: importing torch.distributed.tensor costs a second.

@@ -118,9 +118,9 @@ def _as_like(slot: Tensor, p: Tensor) -> Tensor:
     return slot.to(p.device)
 
 
-def saved_slots(state_dict: dict[str, Any]) -> dict[int, dict[str, Tensor]]:
-    """The optx slots in a state dict, by parameter number."""
-    found: dict[int, dict[str, Tensor]] = {}
+def saved_slots(state_dict: dict[str, Any]) -> dict[Any, dict[str, Tensor]]:
+    """The optx slots in a state dict, by its keys for parameters."""
+    found: dict[Any, dict[str, Tensor]] = {}
     for number, entry in state_dict["state"].items():
         if isinstance(entry, dict):
             ours = {k: v for k, v in entry.items() if is_ours(k)}

@@ -189,8 +189,8 @@ BAD: dict[str, Bad] = {
     "another model": (
         adamw, [AdamR(anchor=nn.Linear(2, 2))], {}, TransformError, "parameters do not pair up in order"
     ),
-    "no file": (named, [AdamR(anchor="/nowhere")], {}, TransformError, "cannot read anchor='/nowhere' as a s"),
-    "no safetensors": (named, [AdamR(anchor=__file__)], {}, TransformError, "test_errors.py' as a safetensor"),
+    "no file": (named, [AdamR(anchor="/nowhere")], {}, TransformError, "cannot read anchor='/nowhere' as a"),
+    "no safetensors": (named, [AdamR(anchor=__file__)], {}, TransformError, "test_errors.py' as a safeten"),
     "typo in a group": (
         group_key(adamr_wieght=0.1), [AdamR()], {}, TransformError,
         "a param group has 'adamr_wieght', which is no option of AdamR. Near: 'adamr_weight'",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from optx._errors import OptxError, TransformError, check_range
+from optx._names import whole
 from optx._rules import rule
 from optx._transform import Group, Moments, Slot, Transform, like_weight, per_tensor
 from optx.ops import maximum, sign, sqrt, where
@@ -226,7 +227,7 @@ class AdamR(Transform):
         state = optimizer.state.get(p, {})
         total = self.slots[name].zeros(p) if p.device.type != "mps" else torch.zeros(())
         if "exp_avg_sq" in state:
-            total.copy_(state["exp_avg_sq"].sum(dtype=total.dtype))
+            total.copy_(whole(state["exp_avg_sq"].sum(dtype=total.dtype)))
         return total
 
     def after_step(self, optimizer: Wrapped) -> None:
