@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import optx
 import pytest
 import torch
 import torch.distributed as dist
@@ -20,6 +19,8 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+
+import optx
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="gloo")
 
