@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -99,6 +99,12 @@ class Subject:
     make: Callable[[nn.Module], Any]  # gives something with step()
     bytes: float | None = None  # per parameter; None where it is not ours to count
     times: list[float] = field(default_factory=list[float])
+    gradients: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list[tuple[nn.Parameter, Tensor]])
+
+    def give_gradients(self) -> None:
+        """Before every step: HeavyBall takes them away."""
+        for p, g in self.gradients:
+            p.grad = g
 
 
 def _adamw(model: nn.Module, **options: Any) -> torch.optim.AdamW:
@@ -223,16 +229,18 @@ def measure(shape: str, rounds: int, peers: bool, compiled: bool, device: str) -
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, nn.Parameter(shared.detach()))
         optimizer = subject.make(model)
-        for name, p in model.named_parameters():
-            p.grad = gradients[name] if p.requires_grad else None
+        named = [(p, gradients[name]) for name, p in model.named_parameters() if p.requires_grad]
+        subject.gradients = named
         subject.bytes = subject.bytes or _traffic(optimizer, model)
         running.append((subject, optimizer))
     for _ in range(3):
-        for _, optimizer in running:
+        for subject, optimizer in running:
+            subject.give_gradients()
             optimizer.step()
     for number in range(rounds):
         turn = running[number % len(running) :] + running[: number % len(running)]
         for subject, optimizer in turn:
+            subject.give_gradients()
             subject.times.append(_timed(optimizer.step, device))
     return [subject for subject, _ in running]
 
@@ -319,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rounds = options.rounds if name != "small" else 10 * options.rounds
         results = measure(name, rounds, not options.no_peers, options.compile, device)
         console.print(_table(f"{SHAPES[name][0]} tensors, ratio to torch.optim.AdamW(fused=True)", results))
-        everything[name] = [{k: v for k, v in asdict(s).items() if k != "make"} for s in results]
+        everything[name] = [{"name": s.name, "bytes": s.bytes, "times": s.times} for s in results]
     cold, warm = first_step_seconds()
     console.print(f"first step of a process: {cold:.2f} s compiling, {warm:.2f} s from the disk cache")
     everything["first_step_seconds"] = {"cold": cold, "warm": warm}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from optx._errors import OptxError
+from optx._names import is_dtensor
 from optx._state import PENDING, is_ours, saved_slots, without_ours
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def save_optimizer(optimizer: torch.optim.Optimizer, path: str | PathLike[str]) 
         path: written beside and renamed, so that a kill leaves the old file whole.
 
     Raises:
-        OptxError: the state holds something that is neither a tensor nor plain data.
+        OptxError: the state holds something that is neither a whole tensor nor plain data.
 
     Example:
         >>> import torch, optx, tempfile, os
@@ -146,6 +147,12 @@ def save_optimizer(optimizer: torch.optim.Optimizer, path: str | PathLike[str]) 
 
     def flatten(value: Any, name: str) -> Any:
         if isinstance(value, Tensor):
+            if is_dtensor(value):
+                raise OptxError(
+                    f"save_optimizer: {name} is sharded over a device mesh, and a safetensors file holds whole "
+                    "tensors. Save get_optimizer_state_dict(model, optimizer) with "
+                    "torch.distributed.checkpoint.save."
+                )
             # Its own storage: a slot may be a view of another file, and two names may share one tensor.
             tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)
             return {"tensor": name}

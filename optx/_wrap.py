@@ -217,6 +217,7 @@ class Wrapped(Optimizer):
 
     def _follow_parameters(self) -> None:
         """Accelerate and FSDP2 put other parameter objects into the groups: state goes along."""
+        replaced = False
         for known, group in zip(self._known, self.param_groups, strict=False):
             params: list[Tensor] = group["params"]
             if len(known) == len(params):
@@ -224,6 +225,9 @@ class Wrapped(Optimizer):
                     if old is not new:
                         self._slots.follow(old, new)
                         known[i] = new
+                        replaced = True
+        if replaced:
+            self._stepper = Stepper(self)  # a DTensor takes another path than the parameter it replaces
         if len(self._known) != len(self.param_groups):
             self._fill_groups()
 
