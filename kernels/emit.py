@@ -69,7 +69,10 @@ def rule_text(
 
 def rule_name(rule: Rule, suffix: str) -> str:
     """A name for a rule that no other rule of another source shares."""
-    digest = hashlib.sha256(ast.unparse(rule.source.definition).encode()).hexdigest()[:6]
+    source = rule.source
+    helpers = {name: rule_name(helper, "") for name, helper in source.helpers.items()}
+    everything = (ast.unparse(source.definition), sorted(source.constants.items()), sorted(helpers.items()))
+    digest = hashlib.sha256(repr(everything).encode()).hexdigest()[:6]
     return f"{rule.name}_{digest}{suffix}"
 
 

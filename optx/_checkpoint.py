@@ -149,8 +149,8 @@ def save_optimizer(optimizer: torch.optim.Optimizer, path: str | PathLike[str]) 
         if isinstance(value, Tensor):
             if is_dtensor(value):
                 raise OptxError(
-                    f"save_optimizer: {name} is sharded over a device mesh, and a safetensors file holds whole "
-                    "tensors. Save get_optimizer_state_dict(model, optimizer) with "
+                    f"save_optimizer: {name} is sharded over a device mesh, and a safetensors file holds "
+                    "whole tensors. Save get_optimizer_state_dict(model, optimizer) with "
                     "torch.distributed.checkpoint.save."
                 )
             # Its own storage: a slot may be a view of another file, and two names may share one tensor.

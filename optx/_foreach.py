@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -139,6 +139,7 @@ class GroupRun:
         self._as_floats = self.number_device.type == "cpu"
         # Only where a launch costs more than a pass over memory.
         self._lists = device.type not in ("cpu", "meta") and not any(map(is_dtensor, weights))
+        self._piecewise = device.type == "cpu" and not any(map(is_dtensor, weights))
         self._wide = torch.float32 if device.type == "mps" else torch.float64
         self.registers: dict[Ref, list[Tensor]] = {G: list(grads)}
 
@@ -163,13 +164,12 @@ class GroupRun:
 
     def _sum(self, call: Call, registers: Mapping[Ref, list[Tensor]]) -> None:
         rows: list[list[Tensor]] = []
-        for i in range(len(self.weights)):
-            arguments = [self._element(ref, i, registers, self._wide) for ref in call.args]
-            with torch.no_grad():
-                rows.append([whole(v.sum()) for v in call.rule.values(*arguments)])
+        for row in self._rows(call, registers):
+            pieces = [call.rule.values(*piece) for piece in self._pieces(call, row, self._wide)]
+            sums = ([summand.sum() for summand in column] for column in zip(*pieces, strict=True))
+            rows.append([whole(s[0] if len(s) == 1 else torch.stack(s).sum()) for s in sums])
         for column, ref in enumerate(call.writes):
-            summed = torch.stack([row[column].to(self.number_device) for row in rows])
-            self.cols[ref.name] = summed
+            self.cols[ref.name] = torch.stack([row[column].to(self.number_device) for row in rows])
 
     def _scalar(self, call: Call) -> None:
         results = call.rule.values(*(self._number(ref) for ref in call.args))
@@ -215,15 +215,11 @@ class GroupRun:
                     cell.copy_(value)
 
     def _elementwise(self, call: Call, registers: dict[Ref, list[Tensor]]) -> None:
-        count = len(self.weights)
         if self._lists:
             arguments = [self._list(ref, registers) for ref in call.args]
             columns = [v.tensors for v in call.rule.values(*arguments)]
         else:
-            rows = [
-                call.rule.values(*(self._element(ref, i, registers, None) for ref in call.args))
-                for i in range(count)
-            ]
+            rows = [self._one(call, row) for row in self._rows(call, registers)]
             columns = [[row[c] for row in rows] for c in range(len(call.writes))]
         for ref, values in zip(call.writes, columns, strict=True):
             if ref.kind == "reg":
@@ -232,26 +228,77 @@ class GroupRun:
                 for slot, value in zip(self.slots[ref.name], values, strict=True):
                     slot.copy_(value)
 
+    def _one(self, call: Call, row: Sequence[Any]) -> Sequence[Tensor]:
+        """A rule's results for one tensor."""
+        results = [call.rule.values(*piece) for piece in self._pieces(call, row, None)]
+        if len(results) == 1:
+            return results[0]
+        shape = next(a.shape for a in row if isinstance(a, Tensor))
+        return [torch.cat(parts).view(shape) for parts in zip(*results, strict=True)]
+
+    def _rows(self, call: Call, registers: Mapping[Ref, list[Tensor]]) -> Iterator[list[Any]]:
+        """A call's arguments, tensor after tensor."""
+        columns: list[list[Any]] = []
+        for ref in call.args:
+            if ref.kind == "reg":
+                columns.append([t.detach() for t in registers[ref]])
+            elif ref.kind == "slot":
+                columns.append([t.detach() for t in self.slots[ref.name]])
+            elif ref.kind == "col":
+                values = self.cols[ref.name]
+                columns.append(
+                    values.tolist() if self._as_floats else list(values.to(torch.float32).unbind())
+                )
+            else:
+                columns.append([self._group_number(ref)] * len(self.weights))
+        for i in range(len(self.weights)):
+            yield [column[i] for column in columns]
+
+    def _pieces(self, call: Call, row: Sequence[Any], dtype: torch.dtype | None) -> Iterator[list[Any]]:
+        """One tensor's arguments in at least float32 (or in ``dtype``).
+
+        On a CPU a large tensor comes in pieces, so that what a rule makes on its way stays in cache.
+        """
+        elements = [ref.kind in ("reg", "slot") for ref in call.args]
+        tensors = [a for a, is_element in zip(row, elements, strict=True) if is_element]
+        if (
+            self._piecewise
+            and tensors
+            and tensors[0].numel() > _PIECE
+            and all(t.is_contiguous() for t in tensors)
+        ):
+            split = [
+                a.view(-1).split(_PIECE) if is_element else None
+                for a, is_element in zip(row, elements, strict=True)
+            ]
+            count = -(-tensors[0].numel() // _PIECE)
+            for k in range(count):
+                yield [
+                    _full(a if part is None else part[k], part is not None, dtype)
+                    for a, part in zip(row, split, strict=True)
+                ]
+        else:
+            yield [_full(a, is_element, dtype) for a, is_element in zip(row, elements, strict=True)]
+
     def _list(self, ref: Ref, registers: Mapping[Ref, list[Tensor]]) -> Any:
         if ref.kind in ("reg", "slot"):
-            count = range(len(self.weights))
-            return TensorList(self._element(ref, i, registers, None) for i in count)
+            tensors = registers[ref] if ref.kind == "reg" else self.slots[ref.name]
+            return TensorList(_full(t.detach(), True, None) for t in tensors)
         if ref.kind == "col":
             return PerTensor(self.cols[ref.name].to(torch.float32).unbind())
-        return self._group_number(ref)
-
-    def _element(self, ref: Ref, i: int, registers: Mapping[Ref, list[Tensor]], dtype: Any) -> Any:
-        """Argument ``ref`` for tensor ``i``, in at least float32 (or in ``dtype``)."""
-        if ref.kind in ("reg", "slot"):
-            value = (registers[ref] if ref.kind == "reg" else self.slots[ref.name])[i].detach()
-            low = value.dtype in (torch.bfloat16, torch.float16)
-            wanted = dtype or (torch.float32 if low else value.dtype)
-            return value.to(wanted)
-        if ref.kind == "col":
-            value = self.cols[ref.name][i]
-            return value.item() if self._as_floats else value.to(torch.float32)
         return self._group_number(ref)
 
     def _group_number(self, ref: Ref) -> Any:
         value = self._number(ref)
         return value.item() if isinstance(value, Tensor) and self._as_floats else value
+
+
+_PIECE = 65536  # elements
+
+
+def _full(value: Any, is_element: bool, dtype: torch.dtype | None) -> Any:
+    """A tensor in full precision; numbers as they are."""
+    if not is_element:
+        return value
+    low = value.dtype in (torch.bfloat16, torch.float16)
+    return value.to(dtype or (torch.float32 if low else value.dtype))

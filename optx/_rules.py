@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
-import linecache
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, overload
@@ -26,6 +25,8 @@ class Rule:
         self.function = function
         self.writes = writes
         self.name = function.__name__
+        # Now, while the file is what was just imported: it may be edited before the first step.
+        self.text = _source_text(function)
         parameters = inspect.signature(function).parameters.values()
         bad = [
             p.name for p in parameters if p.kind is not p.POSITIONAL_OR_KEYWORD or p.default is not p.empty
@@ -76,44 +77,98 @@ class RuleSource:
 
     @classmethod
     def of(cls, rule: Rule) -> RuleSource:
-        """Read the source of a rule, and check that every name in it has a meaning in all compilers."""
+        """Read the source of a rule, and check that all in it has a meaning in every compiler."""
         definition = _parse(rule)
         scope = inspect.getclosurevars(rule.function)
-        names = {**scope.globals, **scope.nonlocals}
+        known: dict[str, Any] = {**scope.builtins, **scope.globals, **scope.nonlocals}
+        definition = _PlainNames(known).visit(definition)
+        own = {argument.arg for argument in definition.args.args}
+        own |= {
+            n.id for n in ast.walk(definition) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+        }
         constants: dict[str, float | int | bool] = {}
         helpers: dict[str, Rule] = {}
-        for name, value in names.items():
+        for node in ast.walk(definition):
+            if isinstance(node, _FORBIDDEN):
+                raise RuleSourceError(_unknown(rule, _called(node, own)))
+            if not isinstance(node, ast.Name) or node.id in own or node.id in ops.__all__:
+                continue
+            value = known.get(node.id)
             if isinstance(value, bool | int | float):
-                constants[name] = value
+                constants[node.id] = value
             elif isinstance(value, Rule):
-                helpers[name] = value
-            elif not (name in ops.__all__ and value is getattr(ops, name)):
-                raise RuleSourceError(
-                    f"rule {rule.name!r} uses {name!r}, which no kernel compiler knows; use numbers, other "
-                    f"rules, or the functions of optx.ops ({', '.join(ops.__all__)})."
-                )
-        unknown = (scope.unbound | set(scope.builtins)) - {"abs"}
-        # `x.sqrt()` shows up as an unbound attribute name: methods belong to torch, not to a rule.
-        if unknown:
-            raise RuleSourceError(
-                f"rule {rule.name!r} uses {sorted(unknown)[0]!r}, which no kernel compiler knows; use the "
-                f"functions of optx.ops ({', '.join(ops.__all__)})."
-            )
+                helpers[node.id] = value
+            else:
+                raise RuleSourceError(_unknown(rule, node.id))
         return cls(definition, constants, helpers)
 
 
-def _parse(rule: Rule) -> ast.FunctionDef:
+# What some compiler lacks, or what means another thing on tensors than on numbers.
+_FORBIDDEN = (ast.Attribute, ast.Subscript, ast.If, ast.IfExp, ast.For, ast.While, ast.BoolOp, ast.Lambda)
+
+
+class _PlainNames(ast.NodeTransformer):
+    """Gives the functions of `optx.ops` their plain names, however the person's module spells them."""
+
+    def __init__(self, known: dict[str, Any]) -> None:
+        self.known = known
+
+    def _value(self, node: ast.AST) -> Any:
+        if isinstance(node, ast.Name):
+            return self.known.get(node.id)
+        return getattr(self._value(node.value), node.attr, None) if isinstance(node, ast.Attribute) else None
+
+    def _plain(self, node: ast.expr) -> ast.AST:
+        value = self._value(node)
+        name = getattr(value, "__name__", None)
+        if name in ops.__all__ and value in (getattr(ops, name), abs):
+            return ast.copy_location(ast.Name(name, ast.Load()), node)
+        return node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        """``optx.ops.sqrt``."""
+        return self._plain(node)
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        """``from optx.ops import sqrt as root``."""
+        return self._plain(node) if isinstance(node.ctx, ast.Load) else node
+
+
+def _called(node: ast.AST, own: set[str]) -> str:
+    """What a person would call a forbidden thing: ``torch`` in ``torch.relu``, ``clamp`` in ``g.clamp``."""
+    if not isinstance(node, ast.Attribute):
+        return type(node).__name__.lower()
+    root: ast.AST = node
+    while isinstance(root, ast.Attribute):
+        root = root.value
+    return root.id if isinstance(root, ast.Name) and root.id not in own else node.attr
+
+
+def _unknown(rule: Rule, what: str) -> str:
+    return (
+        f"rule {rule.name!r} uses {what!r}, which no kernel compiler knows; use numbers, other rules, or the "
+        f"functions of optx.ops ({', '.join(ops.__all__)})"
+    )
+
+
+def _source_text(function: Callable[..., Any]) -> str | None:
     try:
-        linecache.checkcache(rule.function.__code__.co_filename)
-        text = textwrap.dedent(inspect.getsource(rule.function))
-    except (OSError, TypeError) as error:
+        return textwrap.dedent(inspect.getsource(function))
+    except (OSError, TypeError):
+        return None
+
+
+def _parse(rule: Rule) -> ast.FunctionDef:
+    if rule.text is None:
         raise RuleSourceError(
-            f"rule {rule.name!r} has no source file to compile (defined in an interactive session?)."
-        ) from error
-    tree = ast.parse(text)
+            f"rule {rule.name!r} has no source file to compile (defined in an interactive session?)"
+        )
+    if rule.function.__name__ == "<lambda>":
+        raise RuleSourceError("the rule is a lambda; write it with def")
+    tree = ast.parse(rule.text)
     definition = next((n for n in tree.body if isinstance(n, ast.FunctionDef)), None)
     if definition is None:
-        raise RuleSourceError(f"rule {rule.name!r} is a lambda; write it with def.")
+        raise RuleSourceError(f"rule {rule.name!r} is a lambda; write it with def")
     definition.decorator_list = []
     definition.returns = None
     for argument in definition.args.args:

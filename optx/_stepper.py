@@ -183,6 +183,8 @@ class _Step:
         self.runs: list[tuple[GroupRun, Group]] = []
         self.originals: list[tuple[Tensor, Tensor | None]] = []
         self.starts: dict[int, list[Tensor]] = {}
+        self.before: dict[Tensor, tuple[int, Tensor]] = {}  # versions and copies, where a closure comes first
+        self.late: dict[int, list[Tensor]] = {}  # edits that the base would have undone
         self.loss: Any = None
 
     def run(self, closure: Callable[[], Any] | None) -> Any:
@@ -288,7 +290,20 @@ class _Step:
                 after = (*run.program.after, *run.program.observe)
                 if W0 in run.program.reads(after):
                     self.starts[number] = [p.detach().clone() for p in run.weights]
-                self._write(run, run.edit_weights(run.program.weight), group, 0)
+                if any(p._version != self.before[p][0] for p in run.weights if p in self.before):
+                    self._edit_late(number, run)
+                else:
+                    self._write(run, run.edit_weights(run.program.weight), group, 0)
+
+    def _edit_late(self, number: int, run: GroupRun) -> None:
+        """SAM moves the weights before it evaluates, and puts them back: edit what they were, after it."""
+        perturbed = run.weights
+        run.weights = starts = [self.before[p][1] for p in perturbed]
+        self.starts[number] = starts
+        edited = run.edit_weights(run.program.weight)
+        run.weights = perturbed
+        if edited is not None:
+            self.late[number] = [new - old for new, old in zip(edited, starts, strict=True)]
 
     def _write(self, run: GroupRun, values: list[Tensor] | None, group: Group, part: int) -> None:
         stochastic = self.w.rounding != "nearest"
@@ -306,6 +321,9 @@ class _Step:
         everything = base.param_groups
         params = [p for _, group in self.loose for p in group["params"]]
         evaluations = 0
+        if closure is not None:
+            edited = [p for program, group in self.loose if program.weight for p in group["params"]]
+            self.before = {p: (p._version, p.detach().clone()) for p in edited}
 
         def evaluate() -> Any:
             nonlocal evaluations
@@ -331,6 +349,9 @@ class _Step:
             base.param_groups = everything
             self._restore()
         for number, (run, group) in enumerate(self.runs):
+            if number in self.late:
+                moved = [p.detach() + d for p, d in zip(run.weights, self.late[number], strict=True)]
+                self._write(run, moved, group, 0)
             self._write(run, run.edit_weights(run.program.after, self.starts.get(number)), group, 1)
             if run.program.observe:
                 run.observe()

@@ -75,6 +75,8 @@ class Wrapped(Optimizer):
                     for transform in transforms:
                         transform.bind(self)
                         bound.append(transform)
+                    # torch's distributed checkpoint asks a base that has state (a new Adagrad) for its keys.
+                    self._slots.settle([p for p in self._slots.pending if self.base.state.get(p)])
                 except BaseException:
                     for transform in reversed(bound):
                         transform.unwrap(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -56,7 +57,7 @@ def test_the_worked_example(fused: bool, dtype: torch.dtype) -> None:
     pairs[1][1].grad = torch.tensor([1.2], dtype=dtype)
     opt.step()
     r = (float(opt.totals["adamr.second"]) / float(opt.totals["numel"])) ** 0.5
-    assert r == pytest.approx(0.75055535, abs=1e-8)
+    assert r == pytest.approx(0.75055535, abs=1e-8 if dtype == F64 else 1e-7)
     tolerance = 5e-9 if dtype == F64 else 3e-7
     wanted = [[0.89933383, 2.10133234], [0.40000000]]
     assert_same(weights_of(opt), [torch.tensor(w, dtype=dtype) for w in wanted], tolerance)
@@ -77,7 +78,7 @@ def test_the_worked_example(fused: bool, dtype: torch.dtype) -> None:
 def test_r_is_what_a_second_pass_over_the_moments_gives(
     fused: bool, norm: Any, base: str, numbers: dict[str, Any]
 ) -> None:
-    """Coupled decay enters the moments, with the weights as the step finds them; late gradients count late."""
+    """Coupled decay enters the moments; a gradient that comes late counts late."""
     start, anchors = draw(SHAPES, 0, F64), draw(SHAPES, 1, F64)
     pairs = named(start)
     make = torch.optim.Adam if base == "adam" else torch.optim.AdamW
@@ -181,7 +182,7 @@ def test_groups_share_r_and_keep_their_own_weight(fused: bool) -> None:
     def run(*cuts: int, **second: Any) -> list[Tensor]:
         pairs = named(start)
         edges = [0, *cuts, len(pairs)]
-        groups = [{"params": pairs[i:j]} for i, j in zip(edges, edges[1:], strict=False)]
+        groups = [{"params": pairs[i:j]} for i, j in itertools.pairwise(edges)]
         groups[-1].update(second)
         base = torch.optim.Adam(groups, lr=0.01)
         opt = optx.wrap(base, optx.AdamR(0.5, anchor=anchors_of(anchors)), fused=fused)
@@ -224,7 +225,7 @@ def test_bfloat16_pulls_survive_rounding(fused: bool) -> None:
     for _ in range(count):
         p.grad = torch.zeros_like(p)
         opt.step()
-    lost = 1.5 - float(p.double().mean())
+    lost = 1.5 - float(p.detach().double().mean())
     wanted = 1.5 * (1 - (1 - 1e-4) ** count)
     ulp, each = 2.0**-7, 1.5e-4
     sigma = (count * each * ulp / n) ** 0.5  # a sum of rare jumps of one ulp
@@ -249,13 +250,13 @@ def test_the_norms_differ_and_are_told_apart(fused: bool, norm: Any) -> None:
 def test_overshoot_warns_once(fused: bool) -> None:
     """lr * weight / r above 1; with gradients of 1e-3, a weight of 0.05 is 50 lr."""
     start, anchors = draw(SHAPES, 0, F32), draw(SHAPES, 1, F32)
-    base = torch.optim.Adam(named(start), lr=0.1)
-    opt = optx.wrap(base, optx.AdamR(0.05, anchor=anchors_of(anchors)), fused=fused)
+    chain = [optx.AdamR(0.05, anchor=anchors_of(anchors)) for _ in range(2)]
+    quiet, loud = (optx.wrap(torch.optim.Adam(named(start), lr=0.1), t, fused=fused) for t in chain)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        steps(opt, 2, scale=0.05)
+        steps(quiet, 3, scale=0.05)
     with pytest.warns(UserWarning, match=r"lr \* weight / r is .* overshoots the anchor") as caught:
-        steps(opt, 20, scale=1e-5)
+        steps(loud, 3, scale=1e-4)
     assert len(caught) == 1
     assert caught[0].filename == __file__
 

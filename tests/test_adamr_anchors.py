@@ -116,8 +116,8 @@ def test_a_resumed_run_keeps_the_first_anchors(fused: bool, rounds: int) -> None
     train(whole, straight, range(rounds + 3))
     opt = optx.wrap(adam(net), optx.AdamR(WEIGHT), fused=fused)
     train(net, opt, range(rounds))
-    checkpoint = saved({"net": net.state_dict(), "opt": opt.state_dict()})
     for order in ("weights, wrap, state", "wrap, weights, state"):
+        checkpoint = saved({"net": net.state_dict(), "opt": opt.state_dict()})
         resumed = make_net(9)
         if order.startswith("weights"):
             resumed.load_state_dict(checkpoint["net"])

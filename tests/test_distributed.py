@@ -21,7 +21,14 @@ from torch.distributed.checkpoint.state_dict import (
 
 import optx
 
-UNSERVED = {""}
+# What torch's own round trip does not do for the bare base.
+UNSERVED = {False: {"LBFGS", "torch_optimizer.AccSGD"}}
+UNSERVED[True] = UNSERVED[False] | {
+    "torch_optimizer.AggMo",
+    "schedulefree.AdamW",
+    "schedulefree.SGD",
+    "pytorch_optimizer.StableAdamW",
+}
 WORKER = Path(__file__).parent / "distributed" / "worker.py"
 
 
@@ -56,11 +63,13 @@ def test_fsdp2_is_the_unsharded_run(tmp_path: Path) -> None:
     first, second = two_processes("fsdp", tmp_path)
     for name, found in first["fsdp"].items():
         assert found["off"] < 1e-6, name
-        assert found["plan"].startswith("group 0: foreach") and "is a DTensor" in found["plan"]
+        assert found["plan"].startswith("group 0: foreach")
+        assert "is a DTensor" in found["plan"]
         if "adamr" in name:
             assert found["types"]["optx.adamr.anchor"] == "DTensor"
     shards = first["fsdp"]["AdamW, both"]["shards"], second["fsdp"]["AdamW, both"]["shards"]
-    assert (4, 3) in zip(*shards, strict=True) and (1, 0) in zip(*shards, strict=True)
+    assert (4, 3) in zip(*shards, strict=True)
+    assert (1, 0) in zip(*shards, strict=True)
     # Reduced over local shards, the projection is another one: the test above would notice.
     assert first["local"]["mesh"] < 1e-6 < 0.01 < first["local"]["local"]
     assert first["replaced"]["off"] < 1e-6
@@ -68,7 +77,8 @@ def test_fsdp2_is_the_unsharded_run(tmp_path: Path) -> None:
     for kind in ("sharded", "full", "broadcast", "flat"):
         assert first["checkpoint"][kind] == {"moved": 0.0, "off": 0.0, "anchors": 0.0}, kind
     told = first["checkpoint"]["save_optimizer"]
-    assert "is sharded over a device mesh" in told and "torch.distributed.checkpoint.save" in told
+    assert "is sharded over a device mesh" in told
+    assert "torch.distributed.checkpoint.save" in told
 
 
 # ---- torch.distributed.checkpoint in one process -----------------------------------------------------------
@@ -112,8 +122,11 @@ def once(base: Base) -> Make:
 
 
 def twice(base: Base) -> Make:
-    perp, adamr = transforms()
-    return lambda net: optx.wrap(optx.wrap(base.make(net.parameters()), copy.copy(adamr)), copy.copy(perp))
+    def make(net: nn.Module) -> optx.Wrapped:
+        perp, adamr = transforms()
+        return optx.wrap(optx.wrap(base.make(net.parameters()), adamr), perp)
+
+    return make
 
 
 @pytest.mark.parametrize("base", BASES, ids=str)
@@ -121,7 +134,7 @@ def twice(base: Base) -> Make:
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_get_and_set_resume_bit_for_bit(base: Base, flat: bool) -> None:
     if not works(base, lambda net: base.make(net.parameters()), flat):
-        assert base.name in UNSERVED
+        assert base.name in UNSERVED[flat]
         pytest.skip("torch's own round trip does not resume the bare base")
     assert plain_round_trip(base, once(base), flat)
     assert plain_round_trip(base, twice(base), flat)

@@ -67,7 +67,7 @@ def test_draws_depend_on_the_seed_and_the_step_only(fused: bool) -> None:
 
 
 def test_draws_differ_between_tensors_steps_elements_and_moments() -> None:
-    """Weight and momentum fall half-way between neighbours: all coins must be fair and unrelated (4 sigma)."""
+    """Weight and momentum fall half-way between neighbours: all coins are fair and unrelated (4 sigma)."""
     n = 10_000
     params = [nn.Parameter(torch.zeros(n, dtype=BF16)) for _ in range(2)]
     opt = optx.wrap(torch.optim.SGD(params, lr=1.0, momentum=0.5), fused=True)

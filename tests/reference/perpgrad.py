@@ -13,7 +13,7 @@ def perp(w: Tensor, g: Tensor, rescale: bool = True) -> Tensor:
 
 def perp_reach(w: Tensor, g: Tensor, rescale: bool = True) -> Tensor:
     """The sum of magnitudes of what `perp` adds up, per element: what its rounding errors scale with."""
-    left, factor = _parts(w, g, rescale)
+    _left, factor = _parts(w, g, rescale)
     c = (w * g).abs().sum() / ((w * w).sum() + 1e-30)
     return (g.abs() + c * w.abs()) * factor if g.numel() > 1 else g.abs()
 
