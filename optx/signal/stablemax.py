@@ -97,7 +97,7 @@ def stablemax_cross_entropy(
 
 
 class StableMaxCrossEntropy(nn.Module):
-    """`stablemax_cross_entropy` as a module: takes the place of `torch.nn.CrossEntropyLoss`.
+    """Cross-entropy whose softmax grows linearly and collapses late; for `torch.nn.CrossEntropyLoss`.
 
     Args:
         weight: weight of each class, shape (C,); kept as a buffer.
