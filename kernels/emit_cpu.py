@@ -10,36 +10,26 @@ import functools
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from types import ModuleType
 
 import numba
 
 from optx.kernels import cpu
+from optx.kernels.cpu_text import (
+    CFUNC,
+    NJIT,
+    NJIT_SUM,
+    PRELUDE,
+    Args,
+    indent,
+    local,
+    open_chunk,
+    register,
+    tensor_kernel,
+)
 from optx.kernels.emit import load_module, rule_name, rule_text, variable
 from optx.kernels.layout import Columns, Layout, partials_per_chunk
 from optx.kernels.program import W0, Call, Level, Program, Ref
-
-__all__ = ["Args", "Columns", "Layout", "compiled", "emit"]
-
-
-class Args(IntEnum):
-    """Positions in the argument block."""
-
-    NEXT = 0  # atomic counter: the next chunk
-    STOP = 1  # one past the last chunk
-    CHUNKS = 2  # int64 rows (tensor, first element, number of elements)
-    TENSORS = 3  # int64 rows of base addresses, one per role, then the tensor's number for random draws
-    COLS = 4  # float64 rows, one per tensor
-    HYPERS = 5  # float64: numbers of the group, then totals
-    PARTIALS = 6  # float64 rows, one per chunk
-    FIRST = 7  # int64: each tensor's first chunk, and one past the last
-    TENSOR_LOW = 8
-    TENSOR_HIGH = 9
-    TOTALS = 10  # float64: where totals of this bucket are added
-    KEY = 11  # key of this step's random draws
-    SUM = 12  # first + last chunk: updates go from the last chunk to the first, see CpuStep
-
 
 _compiling = threading.Lock()
 
@@ -82,7 +72,7 @@ class _Use:
 
     @property
     def pointers(self) -> list[str]:
-        return [f"{_local(role)}_p" for role in self.addressed]
+        return [f"{local(role)}_p" for role in self.addressed]
 
 
 class _Emitter:
@@ -111,15 +101,15 @@ class _Emitter:
             "NONE = np.int32(0)",
             "SIGNATURE = types.void(types.voidptr)",
             *self._accessors(),
-            *_PRELUDE,
+            *PRELUDE,
         ]
         if not self.wide:
-            lines += rule_text(narrow, "_32", _NJIT, lambda v: f"F({float(v)!r})")
+            lines += rule_text(narrow, "_32", NJIT, lambda v: f"F({float(v)!r})")
         wide += narrow if self.wide else []
-        lines += rule_text(wide, "_64", _NJIT, lambda v: repr(float(v)))
-        lines += rule_text(sums, "_sum", _NJIT_SUM, lambda v: repr(float(v)))
+        lines += rule_text(wide, "_64", NJIT, lambda v: repr(float(v)))
+        lines += rule_text(sums, "_sum", NJIT_SUM, lambda v: repr(float(v)))
         if not self.wide:
-            lines += rule_text(sums, "_lane", _NJIT_SUM, lambda v: f"F({float(v)!r})")
+            lines += rule_text(sums, "_lane", NJIT_SUM, lambda v: f"F({float(v)!r})")
         for number, level in enumerate(p.levels):
             if level.sums:
                 lines += self._reduce(number, level)
@@ -141,7 +131,7 @@ class _Emitter:
             # Moments kept in bfloat16 are always rounded stochastically: at beta2 = 0.999 a nearest
             # rounding would never let them fall.
             dither = dtype == "bfloat16" and (draw if role == "w" else role != "kahan")
-            name = _local(role)
+            name = local(role)
             lines.append(f"load_{name} = load({dtype!r}, {number})")
             lines.append(f"store_{name} = store({dtype!r}, {number}, {dither})")
         return lines
@@ -168,10 +158,10 @@ class _Emitter:
     def _loads(self, roles: Sequence[str]) -> list[str]:
         lines: list[str] = []
         for role in roles:
-            value = f"load_{_local(role)}({_local(role)}_p, i)"
+            value = f"load_{local(role)}({local(role)}_p, i)"
             if role == "w" and self.layout.rounding == "kahan":
                 value += " + load_kahan(kahan_p, i)"
-            lines.append(f"{_register(role)} = {value}")
+            lines.append(f"{register(role)} = {value}")
         return lines
 
     def _roles(self, calls: Iterable[Call]) -> list[str]:
@@ -187,21 +177,21 @@ class _Emitter:
         zero = "np.float32(0.0)" if add == "add_lanes" else "0.0"
         result = "".join(f"sum_{i}, " for i in range(len(sums)))
         return [
-            *["", "", _NJIT, f"def {name}({arguments}):"],
-            *_indent((f"sum_{i} = {zero}" for i in range(len(sums))), 1),
+            *["", "", NJIT, f"def {name}({arguments}):"],
+            *indent((f"sum_{i} = {zero}" for i in range(len(sums))), 1),
             "    for i in range(n):",
-            *_indent([*body, *(f"sum_{i} = {add}(sum_{i}, {s})" for i, s in enumerate(sums))], 2),
-            *_indent([f"return ({result.rstrip()})"] if sums else [], 1),
+            *indent([*body, *(f"sum_{i} = {add}(sum_{i}, {s})" for i, s in enumerate(sums))], 2),
+            *indent([f"return ({result.rstrip()})"] if sums else [], 1),
         ]
 
     def _callback(self, name: str, use: _Use, arguments: str, sums: int) -> list[str]:
         """The callback that hands chunks to ``<name>_chunk``."""
-        lines = ["", "", _CFUNC, f"def {name}(pointer):", *_indent(_open_chunk(name == "update"), 1)]
+        lines = ["", "", CFUNC, f"def {name}(pointer):", *indent(open_chunk(name == "update"), 1)]
         inner = [f"tensor = get_i64(args, {Args.TENSORS:d}) + t * {8 * self.table.row}"]
         for role in use.addressed:
             size = cpu.ITEMSIZE[self.dtypes[role]]
             inner.append(
-                f"{_local(role)}_p = get_i64(tensor, {self.table.roles.index(role)}) + start * {size}"
+                f"{local(role)}_p = get_i64(tensor, {self.table.roles.index(role)}) + start * {size}"
             )
         if use.numbers:
             inner.append(f"cols = get_i64(args, {Args.COLS:d}) + t * {8 * len(self.table.cols)}")
@@ -215,7 +205,7 @@ class _Emitter:
             width = partials_per_chunk(self.program)
             inner.append(f"partials = get_i64(args, {Args.PARTIALS:d}) + chunk * {8 * width}")
             inner += [f"put_f64(partials, {i}, sums[{i}])" for i in range(sums)]
-        return [*lines, *_indent(inner, 2)]
+        return [*lines, *indent(inner, 2)]
 
     def _use(self, calls: Sequence[Call], random: bool = False) -> _Use:
         roles = self._roles(calls)
@@ -236,7 +226,7 @@ class _Emitter:
         arguments = ", ".join([*use.pointers, *map(variable, use.numbers), "start", "n"])
         start = ["w0 = w"] if level.prefix and "w" in use.roles else []
         prefix = [*start, *(self._call(c, self.suffix) for c in level.prefix)]
-        widen = [f"{_register(r)} = np.float64({_register(r)})" for r in use.roles]
+        widen = [f"{register(r)} = np.float64({register(r)})" for r in use.roles]
         load = self._loads(use.roles)
         wide = [*load, *prefix, *widen, *(self._call(c, "_sum", sums=True) for c in level.sums)]
         if self.wide:
@@ -247,7 +237,7 @@ class _Emitter:
             loops += self._loop(f"{name}_lanes_run", arguments, lanes, sums, "add_lanes")
             loops += self._in_runs(f"{name}_lanes", use, arguments, len(sums), (), f"{name}_wide")
             loops += [
-                *["", "", _NJIT, f"def {name}_chunk({arguments}):"],
+                *["", "", NJIT, f"def {name}_chunk({arguments}):"],
                 f"    if n < {LANES_FROM}:",
                 f"        return {name}_wide({arguments})",
                 f"    return {name}_lanes_chunk({arguments})",
@@ -266,21 +256,21 @@ class _Emitter:
         for role in use.addressed:
             size = cpu.ITEMSIZE[self.dtypes[role]]
             hint = "prefetch_write" if role in written else "prefetch_read"
-            at = f"{_local(role)}_p + at * {size} + {AHEAD}"
+            at = f"{local(role)}_p + at * {size} + {AHEAD}"
             hints += [f"{hint}({at + (f' + {line}' if line else '')})" for line in range(0, RUN * size, 64)]
-        moved = [f"{_local(r)}_p + at * {cpu.ITEMSIZE[self.dtypes[r]]}" for r in use.addressed]
+        moved = [f"{local(r)}_p + at * {cpu.ITEMSIZE[self.dtypes[r]]}" for r in use.addressed]
         length = f"min({RUN}, n - at)"
         run = ", ".join([*moved, *map(variable, use.numbers), "start + at", length, *use.key])
         call = f"{name}_run({run})"
         return [
-            *["", "", _NJIT, f"def {name}_chunk({arguments}):"],
-            *_indent((f"sum_{i} = 0.0" for i in range(sums)), 1),
+            *["", "", NJIT, f"def {name}_chunk({arguments}):"],
+            *indent((f"sum_{i} = 0.0" for i in range(sums)), 1),
             f"    for at in range(0, n, {RUN}):",
-            *_indent(hints, 2),
+            *indent(hints, 2),
             f"        {'run = ' if sums else ''}{call}",
-            *(_indent(_guard(f"{again}({run})", sums), 2) if again else []),
-            *_indent((f"sum_{i} += run[{i}]" for i in range(sums) if not again), 2),
-            *_indent([f"return ({' '.join(f'sum_{i},' for i in range(sums))})"] if sums else [], 1),
+            *(indent(_guard(f"{again}({run})", sums), 2) if again else []),
+            *indent((f"sum_{i} += run[{i}]" for i in range(sums) if not again), 2),
+            *indent([f"return ({' '.join(f'sum_{i},' for i in range(sums))})"] if sums else [], 1),
         ]
 
     def _update(self) -> list[str]:
@@ -322,8 +312,8 @@ class _Emitter:
         else:
             lines.append(f"store_w(w_p, i, w, {bits.get('w', 'NONE')})")
         for role in stored:
-            name = _local(role)
-            lines.append(f"store_{name}({name}_p, i, {_register(role)}, {bits.get(role, 'NONE')})")
+            name = local(role)
+            lines.append(f"store_{name}({name}_p, i, {register(role)}, {bits.get(role, 'NONE')})")
         return lines
 
     def _per_tensor(
@@ -357,7 +347,7 @@ class _Emitter:
             at = self.table.totals.index(ref.name)
             body.append(f"put_f64(totals, {at}, get_f64(totals, {at}) + {variable(ref)})")
         head = [f"totals = get_i64(args, {Args.TOTALS:d})"] if totals else []
-        return [*_tensor_kernel(name, head), *_indent(body, 2)]
+        return [*tensor_kernel(name, head), *indent(body, 2)]
 
     def _fold(self, names: list[Ref], width: int) -> list[str]:
         if not names:
@@ -381,99 +371,15 @@ class _Emitter:
             body.append(f"put_f32(get_i64(tensor, {self._cell('step')}), {step})")
         body += self._fold(names, partials_per_chunk(self.program))
         body += [f"put_f64(get_i64(tensor, {self._cell(r.name)}), 0, {variable(r)})" for r in names]
-        return [*_tensor_kernel("commit", []), *_indent(body, 2)]
-
-
-_NJIT = '@njit(error_model="numpy")'
-# A summand's products may be fused with the addition; what is stored is never touched by fast-math.
-_NJIT_SUM = '@njit(error_model="numpy", fastmath={"contract"})'
-_CFUNC = '@cfunc(SIGNATURE, error_model="numpy", cache=True)'
-
-
-def _open_chunk(backwards: bool) -> list[str]:
-    return [
-        "args = address(pointer)",
-        "while True:",
-        "    chunk = take(args)",
-        f"    if chunk >= get_i64(args, {Args.STOP:d}):",
-        "        break",
-        *([f"    chunk = get_i64(args, {Args.SUM:d}) - chunk"] if backwards else []),
-        f"    row = get_i64(args, {Args.CHUNKS:d}) + chunk * 24",
-        "    t = get_i64(row, 0)",
-        "    start = get_i64(row, 1)",
-        "    n = get_i64(row, 2)",
-    ]
-
-
-# The functions of optx.ops in Numba's words.
-_PRELUDE_TEXT = """
-
-@njit(error_model="numpy")
-def sqrt(x):
-    return np.sqrt(x)
-
-
-@njit(error_model="numpy")
-def exp(x):
-    return np.exp(x)
-
-
-@njit(error_model="numpy")
-def log(x):
-    return np.log(x)
-
-
-@njit(error_model="numpy")
-def where(condition, a, b):
-    return a if condition else b
-
-
-@njit(error_model="numpy")
-def maximum(a, b):
-    return a if a > b else b
-
-
-@njit(error_model="numpy")
-def minimum(a, b):
-    return a if a < b else b
-
-
-@njit(error_model="numpy")
-def sign(x):
-    return np.float32(x > 0) - np.float32(x < 0)"""
-_PRELUDE = _PRELUDE_TEXT.splitlines()
+        return [*tensor_kernel("commit", []), *indent(body, 2)]
 
 
 def _guard(again: str, sums: int) -> list[str]:
     """Add a run's sums to the chunk's, taken again where one of them is out of range."""
     return [
         f"if {' and '.join(f'{LOW} < abs(run[{i}]) < {HIGH}' for i in range(sums))}:",
-        *_indent((f"sum_{i} += run[{i}]" for i in range(sums)), 1),
+        *indent((f"sum_{i} += run[{i}]" for i in range(sums)), 1),
         "else:",
         f"    wide = {again}",
-        *_indent((f"sum_{i} += wide[{i}]" for i in range(sums)), 1),
-    ]
-
-
-def _indent(lines: Iterable[str], depth: int) -> list[str]:
-    return [("    " * depth + line) if line else line for line in lines]
-
-
-def _local(role: str) -> str:
-    return role.replace(".", "_")
-
-
-def _register(role: str) -> str:
-    return role if role in ("w", "g") else variable(Ref("slot", role))
-
-
-def _tensor_kernel(name: str, head: list[str]) -> list[str]:
-    low, high = f"get_i64(args, {Args.TENSOR_LOW:d})", f"get_i64(args, {Args.TENSOR_HIGH:d})"
-    return [
-        "",
-        "",
-        _CFUNC,
-        f"def {name}(pointer):",
-        *_indent(["args = address(pointer)", *head], 1),
-        f"    for t in range({low}, {high}):",
+        *indent((f"sum_{i} += wide[{i}]" for i in range(sums)), 1),
     ]

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from optx.kernels import cpu
-from optx.kernels.emit_cpu import Args, compiled
+from optx.kernels.cpu_text import Args
+from optx.kernels.emit_cpu import compiled
 from optx.kernels.layout import Columns, Layout, partials_per_chunk, split
 from optx.kernels.program import Program
 

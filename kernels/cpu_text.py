@@ -1,0 +1,116 @@
+"""The parts of a generated CPU module that are the same for every program."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import IntEnum
+
+from optx.kernels.emit import variable
+from optx.kernels.program import Ref
+
+
+class Args(IntEnum):
+    """Positions in the argument block."""
+
+    NEXT = 0  # atomic counter: the next chunk
+    STOP = 1  # one past the last chunk
+    CHUNKS = 2  # int64 rows (tensor, first element, number of elements)
+    TENSORS = 3  # int64 rows of base addresses, one per role, then the tensor's number for random draws
+    COLS = 4  # float64 rows, one per tensor
+    HYPERS = 5  # float64: numbers of the group, then totals
+    PARTIALS = 6  # float64 rows, one per chunk
+    FIRST = 7  # int64: each tensor's first chunk, and one past the last
+    TENSOR_LOW = 8
+    TENSOR_HIGH = 9
+    TOTALS = 10  # float64: where totals of this bucket are added
+    KEY = 11  # key of this step's random draws
+    SUM = 12  # first + last chunk: updates go from the last chunk to the first, see CpuStep
+
+
+NJIT = '@njit(error_model="numpy")'
+# A summand's products may be fused with the addition; what is stored is never touched by fast-math.
+NJIT_SUM = '@njit(error_model="numpy", fastmath={"contract"})'
+CFUNC = '@cfunc(SIGNATURE, error_model="numpy", cache=True)'
+
+
+def open_chunk(backwards: bool) -> list[str]:
+    """Opens a kernel that takes chunks from the counter until none is left."""
+    return [
+        "args = address(pointer)",
+        "while True:",
+        "    chunk = take(args)",
+        f"    if chunk >= get_i64(args, {Args.STOP:d}):",
+        "        break",
+        *([f"    chunk = get_i64(args, {Args.SUM:d}) - chunk"] if backwards else []),
+        f"    row = get_i64(args, {Args.CHUNKS:d}) + chunk * 24",
+        "    t = get_i64(row, 0)",
+        "    start = get_i64(row, 1)",
+        "    n = get_i64(row, 2)",
+    ]
+
+
+# The functions of optx.ops in Numba's words.
+PRELUDE_TEXT = """
+
+@njit(error_model="numpy")
+def sqrt(x):
+    return np.sqrt(x)
+
+
+@njit(error_model="numpy")
+def exp(x):
+    return np.exp(x)
+
+
+@njit(error_model="numpy")
+def log(x):
+    return np.log(x)
+
+
+@njit(error_model="numpy")
+def where(condition, a, b):
+    return a if condition else b
+
+
+@njit(error_model="numpy")
+def maximum(a, b):
+    return a if a > b else b
+
+
+@njit(error_model="numpy")
+def minimum(a, b):
+    return a if a < b else b
+
+
+@njit(error_model="numpy")
+def sign(x):
+    return np.float32(x > 0) - np.float32(x < 0)"""
+PRELUDE = PRELUDE_TEXT.splitlines()
+
+
+def indent(lines: Iterable[str], depth: int) -> list[str]:
+    """Lines, some levels in."""
+    return [("    " * depth + line) if line else line for line in lines]
+
+
+def local(role: str) -> str:
+    """A role's name in a local variable."""
+    return role.replace(".", "_")
+
+
+def register(role: str) -> str:
+    """The local variable of a role's element."""
+    return role if role in ("w", "g") else variable(Ref("slot", role))
+
+
+def tensor_kernel(name: str, head: list[str]) -> list[str]:
+    """Opens a kernel that walks over tensors."""
+    low, high = f"get_i64(args, {Args.TENSOR_LOW:d})", f"get_i64(args, {Args.TENSOR_HIGH:d})"
+    return [
+        "",
+        "",
+        CFUNC,
+        f"def {name}(pointer):",
+        *indent(["args = address(pointer)", *head], 1),
+        f"    for t in range({low}, {high}):",
+    ]
