@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import uuid
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 import optx
+from optx.kernels import emit_cpu
 
 PROGRAM = """
 import json, sys, warnings
@@ -114,7 +116,9 @@ def test_two_threads_step_two_optimizers_at_once() -> None:
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
-def test_threads_that_compile_the_same_kernel_at_once(tmp_path: Path) -> None:
+def test_threads_that_compile_the_same_kernel_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """None may find a kernel module that another is still executing."""
     name = f"only_{uuid.uuid4().hex[:8]}"
     (tmp_path / f"{name}.py").write_text(
@@ -125,6 +129,20 @@ def test_threads_that_compile_the_same_kernel_at_once(tmp_path: Path) -> None:
         rule = getattr(__import__(name), name)
     finally:
         sys.path.remove(str(tmp_path))
+
+    inside = [0, 0]  # threads loading a module now, and the most there were
+    load = emit_cpu.load_module
+
+    def slow(*args: Any) -> Any:
+        inside[0] += 1
+        inside[1] = max(inside)
+        time.sleep(0.1)
+        try:
+            return load(*args)
+        finally:
+            inside[0] -= 1
+
+    monkeypatch.setattr(emit_cpu, "load_module", slow)
 
     def work() -> list[float]:
         class Mine(optx.Transform):
@@ -139,6 +157,7 @@ def test_threads_that_compile_the_same_kernel_at_once(tmp_path: Path) -> None:
         return p.tolist()
 
     assert in_threads([work] * 3) == [[-3.0, -3.0]] * 3
+    assert inside == [0, 1]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")

@@ -52,6 +52,9 @@ def test_exact_values_and_special_ones_are_kept(fused: bool) -> None:
     special = torch.tensor([float("inf"), float("-inf"), 0.0, -1.0, 3.3895e38])
     assert torch.equal(step_onto(special, True).float(), special.to(BF16).float())
     assert step_onto(torch.full((64,), float("nan")), fused).isnan().all()
+    # A payload of ones only must not carry over into the sign, nor one of low bits be cut to an infinity.
+    patterns = torch.tensor([0x7FFFFFFF, 0x7F800001, -1, -0x7FFFFF], dtype=torch.int32).repeat(50)
+    assert step_onto(patterns.view(F32), True).isnan().all()
     infinite = step_onto(torch.full((64,), float("inf")), True)
     assert (infinite == float("inf")).all()
 
@@ -86,6 +89,26 @@ def test_draws_differ_between_tensors_steps_elements_and_moments() -> None:
         assert abs(float(a.double().mean()) - 0.5) <= 4 * 0.5 / n**0.5
         for b in [*coins[i + 1 :], a.roll(1)]:
             assert abs(float((a == b).double().mean()) - 0.5) <= 4 * 0.5 / n**0.5
+
+
+def test_draws_of_three_rounded_tensors_are_unrelated() -> None:
+    """AdamW rounds a weight and two moments: a draw serves two, the third takes another."""
+    n = 10_000
+    p = nn.Parameter(torch.zeros(n, dtype=BF16))
+    p.grad_dtype = F32
+    half = 1.0 + 2.0**-8  # half-way between two neighbours
+    base = torch.optim.AdamW([p], lr=half, betas=(0.5, 0.5), eps=0.0, weight_decay=0.0)
+    opt = optx.wrap(base, fused=True)
+    p.grad = torch.full((n,), (2.0 * half) ** 0.5)  # v = g^2 / 2, and a step of lr
+    opt.step()
+    state = opt.state[p]
+    coins = [t.detach().abs() > t.detach().abs().min() for t in (p, state["exp_avg"], state["exp_avg_sq"])]
+    chances = [float(c.double().mean()) for c in coins]
+    assert all(0.05 < c < 0.95 for c in chances)
+    assert chances[0] == pytest.approx(0.5, abs=4 * 0.5 / n**0.5)
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        correlation = float(torch.corrcoef(torch.stack([coins[i].double(), coins[j].double()]))[0, 1])
+        assert abs(correlation) <= 4 / n**0.5
 
 
 def track(rounding: str, fused: Any = True) -> tuple[Tensor, Tensor, Tensor]:
