@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from enum import IntEnum
 
-from optx.kernels.emit import variable
+from optx.kernels.emit import indent, variable
 from optx.kernels.program import Ref
 
 
@@ -86,11 +85,6 @@ def minimum(a, b):
 def sign(x):
     return np.float32(x > 0) - np.float32(x < 0)"""
 PRELUDE = PRELUDE_TEXT.splitlines()
-
-
-def indent(lines: Iterable[str], depth: int) -> list[str]:
-    """Lines, some levels in."""
-    return [("    " * depth + line) if line else line for line in lines]
 
 
 def local(role: str) -> str:

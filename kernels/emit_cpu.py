@@ -21,13 +21,12 @@ from optx.kernels.cpu_text import (
     NJIT_SUM,
     PRELUDE,
     Args,
-    indent,
     local,
     open_chunk,
     register,
     tensor_kernel,
 )
-from optx.kernels.emit import load_module, rule_name, rule_text, variable
+from optx.kernels.emit import indent, load_module, rule_name, rule_text, variable
 from optx.kernels.layout import Columns, Layout, partials_per_chunk
 from optx.kernels.program import W0, Call, Level, Program, Ref
 

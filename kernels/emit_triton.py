@@ -16,10 +16,10 @@ import functools
 from collections.abc import Iterable, Sequence
 from types import ModuleType
 
-from optx.kernels.emit import load_module, rule_name, variable
+from optx.kernels.emit import indent, load_module, rule_name, variable
 from optx.kernels.layout import Columns, Layout, partials_per_chunk
 from optx.kernels.program import Call, Level, Program, Ref
-from optx.kernels.triton_text import JIT, dialect, indent, wrapped
+from optx.kernels.triton_text import JIT, dialect, wrapped
 
 CHUNK_ROW = 4  # int64: tensor, first element, number of elements, position among the tensor's partials
 FOLD_LANES = 256

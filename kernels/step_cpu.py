@@ -11,11 +11,12 @@ from optx.kernels.cpu_text import Args
 from optx.kernels.emit_cpu import compiled
 from optx.kernels.layout import Columns, Layout, partials_per_chunk, split
 from optx.kernels.program import Program
+from optx.kernels.step import Step
 
 SERIAL = 32768  # below this many elements waking other threads costs more than it saves
 
 
-class CpuStep:
+class CpuStep(Step):
     """Tables and kernels for a fixed list of tensors; addresses and numbers may change at every step.
 
     Args:
@@ -100,13 +101,6 @@ class CpuStep:
     def commit(self) -> None:
         """Make the step count and observed sums state."""
         self._each_tensor("commit")
-
-    def step(self) -> None:
-        """A whole step, where nothing waits for totals."""
-        for level in range(len(self.program.levels)):
-            self.measure(level)
-        self.update()
-        self.commit()
 
 
 _NEXT, _KEY = int(Args.NEXT), int(Args.KEY)

@@ -16,6 +16,7 @@ from torch import Tensor
 from optx.kernels.emit_triton import CHUNK_ROW, compiled
 from optx.kernels.layout import CHUNK, Columns, Layout, partials_per_chunk, split
 from optx.kernels.program import Program
+from optx.kernels.step import Step
 
 # Without fusion a * b + c rounds twice, as on the CPU, wherever ptxas might fuse in one copy of an expression
 # and not in another: an element's bits don't depend on whether it falls into a full block or a tail.
@@ -51,7 +52,7 @@ def chunk_size(elements: int) -> int:
     return max(4096, min(CHUNK, 1 << (elements // ENOUGH_CHUNKS).bit_length()))
 
 
-class TritonStep:
+class TritonStep(Step):
     """Tables and kernels for a fixed list of tensors; addresses and numbers may change at every step.
 
     Fill ``tensors``, ``cols`` and ``hypers`` as for `CpuStep`; what changed is copied to the device before
@@ -212,13 +213,6 @@ class TritonStep:
     def commit(self) -> None:
         """Make the step count and observed sums state, unless ``skip`` is set."""
         self._each_tensor("commit")
-
-    def step(self) -> None:
-        """A whole step, where nothing waits for totals."""
-        for level in range(len(self.program.levels)):
-            self.measure(level)
-        self.update()
-        self.commit()
 
 
 class _Table:

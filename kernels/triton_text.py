@@ -74,11 +74,6 @@ def _is_float(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, float)
 
 
-def indent(lines: Iterable[str], depth: int) -> list[str]:
-    """The lines, so many levels deeper."""
-    return [("    " * depth + line) if line else line for line in lines]
-
-
 def wrapped(line: str, width: int = 110) -> str:
     """The line, broken after commas inside brackets where it is too long to read."""
     hanging = " " * (len(line) - len(line.lstrip()) + 8)
