@@ -99,7 +99,7 @@ def _check_group(group: Group, transforms: Sequence[Transform], base: Optimizer)
                 )
             if option != key and option in transform.options and not isinstance(value, int | float | Tensor):
                 raise TransformError(f"wrap: a param group has {key}={value!r}; it must be a number.")
-    enabled = [t for t in transforms if group.get(t.name, True)]
+    enabled = [t for t in transforms if t.serves(group)]
     acting = next((t for t in enabled if t.slots or t.moments(group, base) != Moments()), None)
     if acting and group.get("differentiable", False):
         raise TransformError(

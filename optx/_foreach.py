@@ -113,8 +113,7 @@ class GroupRun:
         program: what to compute.
         weights: the parameters that have a gradient.
         grads: their gradients.
-        slots: per slot name, one tensor per weight; written in place.
-        cells: per scalar slot name, one tensor per weight; written in place.
+        state: per slot name, scalar or not, one tensor per weight; written in place.
         hypers: numbers of the group.
         cols: numbers per tensor known from the start: ``numel``, ``step``, ``fresh``.
     """
@@ -124,23 +123,23 @@ class GroupRun:
         program: Program,
         weights: Sequence[Tensor],
         grads: Sequence[Tensor],
-        slots: Mapping[str, Sequence[Tensor]],
-        cells: Mapping[str, Sequence[Tensor]],
+        state: Mapping[str, Sequence[Tensor]],
         hypers: Mapping[str, Any],
-        cols: Mapping[str, Tensor],
+        cols: Mapping[str, Sequence[float]],
     ) -> None:
         self.program = program
         self.weights = list(weights)
-        self.slots, self.cells, self.hypers = slots, cells, hypers
-        self.cols = dict(cols)
+        self.state, self.hypers = state, hypers
         self.totals: dict[str, Tensor] = {}
         device = weights[0].device
-        self.number_device = torch.device("cpu") if any(map(is_dtensor, weights)) else device
+        sharded = any(map(is_dtensor, weights))
+        self.number_device = torch.device("cpu") if sharded else device
         self._as_floats = self.number_device.type == "cpu"
         # Only where a launch costs more than a pass over memory.
-        self._lists = device.type not in ("cpu", "meta") and not any(map(is_dtensor, weights))
-        self._piecewise = device.type == "cpu" and not any(map(is_dtensor, weights))
+        self._lists = device.type not in ("cpu", "meta") and not sharded
+        self._piecewise = device.type == "cpu" and not sharded
         self._wide = torch.float32 if device.type == "mps" else torch.float64
+        self.cols = {k: torch.tensor(v, dtype=self._wide, device=self.number_device) for k, v in cols.items()}
         self.registers: dict[Ref, list[Tensor]] = {G: list(grads)}
 
     # ---- levels ------------------------------------------------------------------------------------
@@ -183,7 +182,7 @@ class GroupRun:
         if ref.kind == "total":
             return self.totals[ref.name]
         if ref.kind == "cell":
-            return torch.stack([c.to(self._wide) for c in self.cells[ref.name]]).to(self.number_device)
+            return torch.stack([c.to(self._wide) for c in self.state[ref.name]]).to(self.number_device)
         return self.hypers[ref.name]
 
     # ---- elements ----------------------------------------------------------------------------------
@@ -211,7 +210,7 @@ class GroupRun:
         for call in self.program.observe:
             self._sum(call, registers)
             for ref in call.writes:
-                for cell, value in zip(self.cells[ref.name], self.cols[ref.name].unbind(), strict=True):
+                for cell, value in zip(self.state[ref.name], self.cols[ref.name].unbind(), strict=True):
                     cell.copy_(value)
 
     def _elementwise(self, call: Call, registers: dict[Ref, list[Tensor]]) -> None:
@@ -225,7 +224,7 @@ class GroupRun:
             if ref.kind == "reg":
                 registers[ref] = values
             else:
-                for slot, value in zip(self.slots[ref.name], values, strict=True):
+                for slot, value in zip(self.state[ref.name], values, strict=True):
                     slot.copy_(value)
 
     def _one(self, call: Call, row: Sequence[Any]) -> Sequence[Tensor]:
@@ -243,7 +242,7 @@ class GroupRun:
             if ref.kind == "reg":
                 columns.append([t.detach() for t in registers[ref]])
             elif ref.kind == "slot":
-                columns.append([t.detach() for t in self.slots[ref.name]])
+                columns.append([t.detach() for t in self.state[ref.name]])
             elif ref.kind == "col":
                 values = self.cols[ref.name]
                 columns.append(
@@ -282,7 +281,7 @@ class GroupRun:
 
     def _list(self, ref: Ref, registers: Mapping[Ref, list[Tensor]]) -> Any:
         if ref.kind in ("reg", "slot"):
-            tensors = registers[ref] if ref.kind == "reg" else self.slots[ref.name]
+            tensors = registers[ref] if ref.kind == "reg" else self.state[ref.name]
             return TensorList(_full(t.detach(), True, None) for t in tensors)
         if ref.kind == "col":
             return PerTensor(self.cols[ref.name].to(torch.float32).unbind())

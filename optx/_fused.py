@@ -77,7 +77,7 @@ class _Bucket:
     runner: Any  # CpuStep or TritonStep
     keys: list[str]  # where state[p] has each role after w and g, then each cell
     roles: int  # how many of the keys are roles
-    plain: bool  # whether all members are contiguous
+    plain: bool = False  # whether all members are contiguous
     addresses: dict[int, list[int]] = field(default_factory=dict[int, list[int]])  # by column, as last seen
 
 
@@ -185,8 +185,7 @@ class FusedGroup:
 
             runner = CpuStep(self.program, layout, numels, numbers)
         keys = [self._key(name) for name in (*runner.columns.roles[2:], *runner.columns.cells)]
-        plain = all(p.is_contiguous() for p in members)
-        return _Bucket(members, runner, keys, len(runner.columns.roles) - 2, plain)
+        return _Bucket(members, runner, keys, len(runner.columns.roles) - 2)
 
     def _key(self, name: str) -> str:
         """Where ``state[p]`` has a role or cell."""
@@ -324,8 +323,6 @@ def _like(g: Tensor, p: Tensor) -> Tensor:
             f"optx: a sparse gradient (shape {tuple(g.shape)}); use sparse=False in the embedding, or leave "
             "its group out of every transform and wrap with fused=False."
         )
-    if g.is_contiguous() and p.is_contiguous():
-        return g
-    if g.stride() == p.stride():
+    if (g.is_contiguous() and p.is_contiguous()) or g.stride() == p.stride():
         return g
     return torch.empty_like(p, dtype=g.dtype, requires_grad=False).copy_(g)

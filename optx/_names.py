@@ -41,6 +41,15 @@ def whole(t: Tensor) -> Tensor:
     return t.full_tensor() if is_dtensor(t) else t  # type: ignore[attr-defined]
 
 
+def placed_like(t: Tensor, p: Tensor) -> Tensor:
+    """A tensor on its parameter's device, and sharded as the parameter is if it has its shape."""
+    if is_dtensor(p) and not is_dtensor(t) and t.shape == p.shape:
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(t.to(p.device), p.device_mesh, p.placements)  # type: ignore[attr-defined]
+    return t.to(p.device)
+
+
 def is_dtensor(p: Tensor) -> bool:
     """Whether a tensor is sharded or replicated over a device mesh."""
     # Looked up by name: importing torch.distributed.tensor costs a second.

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optx._names import placed_like
+
 PREFIX = "optx."
 PENDING = "optx_pending"  # top-level entry of a state_dict: slots of parameters that have not stepped yet
 
@@ -104,18 +106,7 @@ class SlotStore:
         if old in self.base.state and new not in self.base.state:
             self.base.state[new] = self.base.state.pop(old)
         if old in self.pending:
-            self.pending[new] = {k: _as_like(v, new) for k, v in self.pending.pop(old).items()}
-
-
-def _as_like(slot: Tensor, p: Tensor) -> Tensor:
-    """A slot moved to where its parameter went; sharded as it is, if it is."""
-    from optx._names import is_dtensor
-
-    if is_dtensor(p) and not is_dtensor(slot) and slot.ndim == p.ndim and slot.shape == p.shape:
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(slot.to(p.device), p.device_mesh, p.placements)  # type: ignore[attr-defined]
-    return slot.to(p.device)
+            self.pending[new] = {k: placed_like(v, new) for k, v in self.pending.pop(old).items()}
 
 
 def saved_slots(state_dict: dict[str, Any]) -> dict[Any, dict[str, Tensor]]:

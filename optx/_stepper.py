@@ -55,7 +55,7 @@ class Stepper:
     def _structure(self, group: Group) -> tuple[Any, ...]:
         flags = [group.get(key) for key in _STRUCTURAL]
         zero = [_is_zero(group.get(key, 0)) for key in ("momentum", "weight_decay")]
-        enabled = [group.get(t.name, True) for t in self.w.transforms]
+        enabled = [t.serves(group) for t in self.w.transforms]
         options = (self.w.fused, self.w.rounding, self.w.skip_nonfinite)
         return (id(group), *options, self._sparse(group), *flags, *zero, *enabled)
 
@@ -66,7 +66,7 @@ class Stepper:
         return any(p.grad is not None and p.grad.layout != torch.strided for p in group["params"])
 
     def _enabled(self, group: Group) -> list[Transform]:
-        return [t for t in self.w.transforms if group.get(t.name, True)]
+        return [t for t in self.w.transforms if t.serves(group)]
 
     def groups(self) -> list[_GroupState]:
         """Every group's program and path, as its settings are now."""
@@ -151,15 +151,13 @@ class Stepper:
             step = _Step(self, states)
             try:
                 result = step.run(closure if inside else None)
-            except _SkipStep:
+            except BaseException as error:
+                for runner, _ in step.fused:
+                    runner.undo()
+                if not isinstance(error, _SkipStep):
+                    raise
                 self.w.skipped_steps += 1
-                for runner, _ in step.fused:
-                    runner.undo()
                 return (step.loss if inside else loss), False
-            except BaseException:
-                for runner, _ in step.fused:
-                    runner.undo()
-                raise
         for group in self.w.param_groups:
             if "optx.step" in group:
                 group["optx.step"] += 1
@@ -257,8 +255,9 @@ class _Step:
         active: list[Tensor] = [p for p in group["params"] if p.grad is not None]
         if not active:
             return None
-        for p in active:
-            if p.grad is not None and p.grad.layout != torch.strided:
+        grads = [p.grad for p in active if p.grad is not None]
+        for p, g in zip(active, grads, strict=True):
+            if g.layout != torch.strided:
                 raise TransformError(
                     f"optx: a sparse gradient for a parameter of shape {tuple(p.shape)}; use sparse=False in "
                     "the embedding, or put it in a param group that leaves every transform out."
@@ -267,17 +266,8 @@ class _Step:
         cols = {"numel": [float(p.numel()) for p in active], "fresh": [0.0] * len(active)}
         if any(ref.name == "step" for call in program.calls() for ref in call.args):
             cols["step"] = [float(state[p]["step"]) + 1.0 if state.get(p) else 1.0 for p in active]
-        device = active[0].device
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        return GroupRun(
-            program,
-            active,
-            [p.grad for p in active if p.grad is not None],
-            _Slots(self.s, active),
-            _Slots(self.s, active),
-            rule_numbers(group, program.named("hyper")),
-            {k: torch.tensor(v, dtype=wide, device=device) for k, v in cols.items()},
-        )
+        numbers = rule_numbers(group, program.named("hyper"))
+        return GroupRun(program, active, grads, _Slots(self.s, active), numbers, cols)
 
     def _rewrite(self, first: bool) -> None:
         """Gradient rules into ``p.grad`` (the person's gradients come back later), then weight rules."""

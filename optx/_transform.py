@@ -131,6 +131,10 @@ class Transform:
     def bind(self, optimizer: Wrapped) -> None:
         """Called once at wrap time, after all checks; may look at the parameters."""
 
+    def serves(self, group: Group) -> bool:
+        """Whether a param group takes part; ``<name>=False`` in it leaves it out."""
+        return bool(group.get(self.name, True))
+
     def init_slot(self, name: str, p: Tensor, optimizer: Wrapped) -> Tensor:
         """The first value of a slot for ``p``; zeros by default."""
         return self.slots[name].zeros(p)

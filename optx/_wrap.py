@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from optx._checks import check_wrap
 from optx._plan import Plan
-from optx._state import SlotStore
+from optx._state import SlotStore, is_ours
 from optx._stepper import Stepper
 from optx._transform import Group, Transform
 from optx.kernels.program import Program
@@ -87,10 +87,9 @@ class Wrapped(Optimizer):
             raise
 
     def _hooks(self) -> None:
-        for when in ("step_pre", "step_post", "state_dict_pre", "state_dict_post"):
-            setattr(self, f"_optimizer_{when}_hooks", OrderedDict())
-        self._optimizer_load_state_dict_pre_hooks = OrderedDict()
-        self._optimizer_load_state_dict_post_hooks = OrderedDict()
+        for moment in ("step", "state_dict", "load_state_dict"):
+            setattr(self, f"_optimizer_{moment}_pre_hooks", OrderedDict())
+            setattr(self, f"_optimizer_{moment}_post_hooks", OrderedDict())
 
     # ---- what is the base's own ---------------------------------------------------------------------
 
@@ -177,7 +176,7 @@ class Wrapped(Optimizer):
             check_wrap(self, self.param_groups[count:])
             self._fill_groups()
             for transform in self.transforms:
-                if transform.name in self.param_groups[count] and self.param_groups[count][transform.name]:
+                if transform.serves(self.param_groups[count]):
                     for p in self.param_groups[count]["params"]:
                         for name in transform.slots:
                             self.slot(p, transform, name)
@@ -189,7 +188,7 @@ class Wrapped(Optimizer):
 
     def served(self, transform: Transform) -> list[Tensor]:
         """The parameters of the groups that a transform is not left out of."""
-        groups = (g for g in self.param_groups if g.get(transform.name, True))
+        groups = filter(transform.serves, self.param_groups)
         return [p for group in groups for p in group["params"]]
 
     def slot(
@@ -287,12 +286,12 @@ class Wrapped(Optimizer):
         for transform in reversed(self.transforms):
             transform.unwrap(self)
         for state in self.base.state.values():
-            for key in [k for k in state if isinstance(k, str) and k.startswith("optx.")]:
+            for key in filter(is_ours, list(state)):
                 del state[key]
-        ours = {key for t in self.transforms for key in t.group_keys()} | {"optx.seed", "optx.step"}
+        named = {key for t in self.transforms for key in t.group_keys()}
         for group in self.base.param_groups:
-            for key in ours:
-                group.pop(key, None)
+            for key in [k for k in group if k in named or is_ours(k)]:
+                del group[key]
         return self.base
 
     def __repr__(self) -> str:
@@ -354,18 +353,9 @@ def wrap(
         >>> opt.step()
     """
     if isinstance(optimizer, Wrapped):
-        return _wrap_again(optimizer, transforms, fused, skip_nonfinite, rounding)
+        # Not a second layer: schedulers and hooks on the one that is there stay in force.
+        optimizer._take_on(transforms, fused, skip_nonfinite, rounding)  # pyright: ignore[reportPrivateUsage]
+        return optimizer
     modes = all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
     kind = _WrappedWithModes if modes else Wrapped
     return kind(optimizer, transforms, fused, skip_nonfinite, rounding)
-
-
-def _wrap_again(
-    inner: Wrapped, transforms: Sequence[Transform], fused: Fused, skip_nonfinite: bool, rounding: Rounding
-) -> Wrapped:
-    """Wrapping twice makes one wrapped optimizer, the same: schedulers and hooks on it stay in force.
-
-    The new transforms come first, then those that were there.
-    """
-    inner._take_on(transforms, fused, skip_nonfinite, rounding)  # pyright: ignore[reportPrivateUsage]
-    return inner

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from optx._errors import ShapeError, TransformError, near
-from optx._names import has_names, is_dtensor, parameter_names, plain_name
+from optx._names import has_names, parameter_names, placed_like, plain_name
 
 if TYPE_CHECKING:
     from optx._wrap import Wrapped
@@ -57,11 +57,7 @@ class Anchors:
                 f"{self.owner}: anchor for {name!r} has shape {tuple(anchor.shape)}, the weight has "
                 f"{tuple(p.shape)}. Pass anchor=model.state_dict() of the same model."
             )
-        anchor = anchor.detach().to(p.device)
-        if is_dtensor(p) and not is_dtensor(anchor):
-            from torch.distributed.tensor import distribute_tensor
-
-            return distribute_tensor(anchor, p.device_mesh, p.placements)  # type: ignore[attr-defined]
+        anchor = placed_like(anchor.detach(), p)
         # Elementwise kernels walk both in memory order.
         return (
             anchor if anchor.stride() == p.stride() else torch.empty_like(p, dtype=anchor.dtype).copy_(anchor)

@@ -174,7 +174,7 @@ class HFT(Transform):
 
     def _select(self, optimizer: torch.optim.Optimizer) -> Selection:
         params = self._parameters()
-        groups = [group for group in optimizer.param_groups if not group.get(self.name, True)]
+        groups = [group for group in optimizer.param_groups if not self.serves(group)]
         left_out = {p for group in groups for p in group["params"]}
         for name, p in params.items():
             self._flags.setdefault(name, p.requires_grad)
