@@ -110,6 +110,8 @@ def _verb(thing: Any) -> str | None:
     if thing is Transform:
         return None
     module = str(getattr(thing, "__module__", ""))
+    if module.rpartition(".")[2].startswith("_"):  # shared machinery, not a method
+        return None
     return next((verb for package, verb in _VERBS.items() if f"{module}.".startswith(f"{package}.")), None)
 
 

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Callable
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from optx._errors import OptxError
+from optx._files import written_aside
 from optx._names import is_dtensor
 from optx._state import PENDING, is_ours, saved_slots, without_ours
 
@@ -167,14 +166,8 @@ def save_optimizer(optimizer: torch.optim.Optimizer, path: str | PathLike[str]) 
         raise OptxError(f"save_optimizer: {name} is a {type(value).__name__}, which safetensors cannot hold.")
 
     tree = flatten(optimizer.state_dict(), "optimizer")
-    path = Path(path)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.") as folder:
-        temporary = Path(folder, "part")
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        save_file(tensors, temporary, metadata={"optx": json.dumps(tree)})
-        temporary.chmod(mode)  # safetensors leaves its files to their owner alone
-        os.replace(temporary, path)
+    with written_aside(path) as aside:
+        save_file(tensors, aside, metadata={"optx": json.dumps(tree)})
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, path: str | PathLike[str]) -> None:

@@ -15,6 +15,18 @@ class TransformError(OptxError):
     """A transform that cannot serve this base, these parameters or these arguments."""
 
 
+class TargetError(OptxError):
+    """``targets`` that match nothing, or a module that an injection cannot serve; names it."""
+
+
+class MergeError(OptxError):
+    """An injection that has no equal in weights, or weights that changed since they were merged."""
+
+
+class FileError(OptxError):
+    """A file that is damaged, or was written for another model; names the key."""
+
+
 class FusedError(OptxError):
     """``fused=`` asked for a path that cannot be taken; the message says why."""
 

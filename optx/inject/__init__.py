@@ -1,0 +1,1 @@
+"""Injections: what `optx.attach` adds to modules, one method per file."""

@@ -1,0 +1,193 @@
+"""`optx.attach`: add an injection to the modules of a model that someone else wrote."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from os import PathLike
+
+from torch import nn
+
+from optx._errors import OptxError, TargetError, near
+from optx.inject._handle import Handle, Saved, Served, detach
+from optx.inject._injection import Composite, Injection, Site, Targets
+from optx.inject._part import RESERVED, Attached, attached
+from optx.inject._targets import check_servable, resolve
+
+
+def attach(
+    model: nn.Module,
+    injection: Injection | str | PathLike[str],
+    targets: Targets | Mapping[str, Targets] | None = None,
+    *,
+    name: str | None = None,
+    modules_to_save: Sequence[str] = (),
+) -> Handle:
+    """Attach a method to modules of a model; its weights, names and class stay as they are.
+
+    Args:
+        model: any module. Attach before ``torch.compile``, DDP or ``fully_shard`` see it.
+        injection: what to add, as ``optx.LoRA(rank=8)``; or a folder that a handle or PEFT saved.
+        targets: a regex that a whole module name must match, a module type (or several), a list of names
+            (whole, or the last parts of a path), or a function of (name, module). None: what the method's
+            paper serves, in Llama, BERT, GPT-2, ViT and ResNet models. For an injection of several
+            members (`optx.MAM`), a dict by member.
+        name: under which it lives on each module, if the same method is attached there twice.
+        modules_to_save: paths of modules that are trained whole beside it (a classifier) and saved with it;
+            ``remove()`` gives them their old values back. PEFT's name.
+
+    Returns:
+        A `Handle`; ``handle.parameters()`` are for the optimizer, ``handle.remove()`` undoes everything.
+
+    Raises:
+        TargetError: nothing matches, or a matched module can't be served; the model is untouched.
+        OptxError: the name is taken on a module, or the model is wrapped already.
+
+    Example:
+        >>> import torch, optx
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> x = torch.randn(3, 8)
+        >>> before = model(x)
+        >>> handle = optx.attach(model, optx.LoRA(rank=2), targets="0|2")
+        >>> torch.equal(model(x), before)  # LoRA starts as the identity
+        True
+        >>> handle.remove()
+    """
+    _check_model(model)
+    if isinstance(injection, str | PathLike):
+        from optx.inject._io import attach_saved
+
+        return attach_saved(model, injection, targets, name=name)
+    if not isinstance(injection, Injection):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise OptxError(
+            f"attach: injection is {injection!r}; it must be one such as optx.LoRA(rank=8), or a folder."
+        )
+    served = [
+        one
+        for member, wanted in _members(injection, targets)
+        for one in _serve(model, member, resolve(model, member, wanted), name)
+    ]
+    _check_names(served)
+    saved = [_saved(model, path, served) for path in modules_to_save]
+    _warn_if_compiled(model)
+    _install(served)
+    return Handle(model, injection, served, saved)
+
+
+def _check_model(model: nn.Module) -> None:
+    inner = getattr(model, "_orig_mod", None)
+    if isinstance(inner, nn.Module):
+        raise OptxError(
+            "attach: this is a compiled model. Attach to the module itself (model._orig_mod) before its "
+            "first call: torch.compile ignores hooks that are added later."
+        )
+    if type(model).__name__ in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
+        raise OptxError(
+            f"attach: this is a {type(model).__name__}, which has gathered its parameters already. Attach to "
+            "the model first and wrap it then."
+        )
+
+
+def _members(
+    injection: Injection, targets: Targets | Mapping[str, Targets] | None
+) -> list[tuple[Injection, Targets | None]]:
+    if not isinstance(injection, Composite):
+        if isinstance(targets, Mapping):
+            raise TargetError(
+                f"attach: targets is a dict, but {type(injection).__name__} has no members. Pass a regex."
+            )
+        return [(injection, targets)]
+    members = injection.members()
+    if targets is None:
+        return [(member, None) for member in members.values()]
+    if not isinstance(targets, Mapping):
+        raise TargetError(
+            f"attach: {type(injection).__name__} serves several kinds of modules; pass targets as a dict of "
+            f"{', '.join(map(repr, members))}, or None for its defaults."
+        )
+    for key in targets:
+        if key not in members:
+            raise TargetError(
+                f"attach: {type(injection).__name__} has no member {key!r}. {near(key, members)}"
+            )
+    return [(member, targets.get(key)) for key, member in members.items()]
+
+
+def _serve(model: nn.Module, injection: Injection, sites: Sequence[Site], name: str | None) -> list[Served]:
+    """What the injection and its companions will add; the model is not touched yet."""
+    for site in sites:
+        check_servable(site, model)
+    served = [
+        Served(site.path, site.module, part, injection, name or injection.name)
+        for site, part in zip(sites, injection.parts(sites), strict=True)
+    ]
+    for companion, others in injection.companions(model, sites):
+        served.extend(_serve(model, companion, others, name))
+    return served
+
+
+def _check_names(served: Sequence[Served]) -> None:
+    taken: set[tuple[int, str]] = set()
+    for one in served:
+        container = one.module._modules.get(RESERVED)  # pyright: ignore[reportPrivateUsage]
+        if container is None and hasattr(one.module, RESERVED):
+            raise OptxError(f"attach: {one.path!r} has an attribute {RESERVED!r} of its own.")
+        names = set(container.parts) if isinstance(container, Attached) else set[str]()
+        key = (id(one.module), one.name)
+        if one.name in names or key in taken:
+            raise OptxError(
+                f"attach: {one.path!r} has a {one.name!r} attached already. Remove that one, or pass "
+                f"name={one.name + '2'!r}."
+            )
+        if not one.name.isidentifier() or hasattr(Attached, one.name):
+            raise OptxError(f"attach: name={one.name!r} must be a Python identifier that means nothing else.")
+        taken.add(key)
+
+
+def _saved(model: nn.Module, path: str, served: Sequence[Served]) -> Saved:
+    modules = dict(model.named_modules())
+    if path not in modules or not path:
+        raise TargetError(f"attach: modules_to_save has {path!r}, no module. {near(path, modules)}")
+    if any(one.path == path or one.path.startswith(f"{path}.") for one in served):
+        raise TargetError(f"attach: {path!r} can't be both in modules_to_save and served by the injection.")
+    module = modules[path]
+    originals = {name: t.detach().clone() for name, t in module.state_dict().items()}
+    return Saved(path, module, originals)
+
+
+def _install(served: Sequence[Served]) -> None:
+    """Add all parts and hooks; if anything fails half-way, nothing stays."""
+    done: list[Served] = []
+    try:
+        for one in served:
+            container = attached(one.module)
+            if container is None:
+                container = Attached(one.module)
+                container.train(one.module.training)
+                one.module.add_module(RESERVED, container)
+            one.part.train(one.module.training)
+            container.add_module(one.name, one.part)
+            done.append(one)
+            one.hooks.extend(container.hook(one.part))
+    except BaseException:
+        for one in reversed(done):
+            detach(one)
+        raise
+
+
+def _warn_if_compiled(model: nn.Module) -> None:
+    """torch.compile does not see hooks that come after a model's first compiled call."""
+    compiled = any(module._compiled_call_impl is not None for module in model.modules())  # pyright: ignore[reportPrivateUsage]
+    if not compiled and "torch._dynamo.eval_frame" in sys.modules:
+        kind = sys.modules["torch._dynamo.eval_frame"].OptimizedModule
+        modules = {id(module) for module in model.modules()}
+        wrappers = (thing for thing in gc.get_objects() if type(thing) is kind)
+        compiled = any(id(wrapper._orig_mod) in modules for wrapper in wrappers)
+    if compiled:
+        warnings.warn(
+            "optx.attach: this model has been given to torch.compile. If it has run since, the compiled code "
+            "does not know what is attached now: call torch._dynamo.reset() before its next call.",
+            stacklevel=3,
+        )

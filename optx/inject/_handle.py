@@ -1,0 +1,385 @@
+"""What `optx.attach` returns: everything that was added, and every way to be rid of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from optx._errors import FileError, MergeError, OptxError, near
+from optx.inject import _merge
+from optx.inject._injection import Injection
+from optx.inject._part import RESERVED, Part, attached
+from optx.inject._report import Report, Row
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(eq=False)
+class Served:
+    """One module, and the part that one injection added to it."""
+
+    path: str
+    module: nn.Module
+    part: Part
+    injection: Injection
+    name: str
+    hooks: list[RemovableHandle] = field(default_factory=list[RemovableHandle])
+
+
+@dataclass(eq=False)
+class Saved:
+    """A module that is trained whole beside the adapter, and its tensors from before."""
+
+    path: str
+    module: nn.Module
+    originals: dict[str, Tensor]
+
+
+class Handle:
+    """What was attached to a model: trains, saves, merges, rests, and comes off without a trace.
+
+    As a context manager it removes itself at the end, also after an exception.
+
+    Attributes:
+        model: the model that is served.
+        injection: what was attached.
+
+    Example:
+        >>> import torch, optx
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> with optx.attach(model, optx.LoRA(rank=2), targets="0") as handle:
+        ...     sum(p.numel() for p in handle.parameters())
+        16
+        >>> list(model.state_dict())
+        ['0.weight', '0.bias']
+    """
+
+    def __init__(
+        self, model: nn.Module, injection: Injection, served: Sequence[Served], saved: Sequence[Saved] = ()
+    ) -> None:
+        self.model = model
+        self.injection = injection
+        self.served = list(served)
+        self.saved = list(saved)
+        self._untied: list[tuple[nn.Module, nn.Parameter]] = []
+        self._on_removal: list[Callable[[Handle], None]] = []
+        self._removed = False
+
+    # ---- life ---------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Take everything off: weights, buffers, hooks, flags and keys are what they were before.
+
+        Modules that were trained whole (``modules_to_save``) get their old values back. Other handles on the
+        same modules keep working. Removing twice does nothing.
+
+        Raises:
+            MergeError: merged weights were changed since; nothing is removed.
+        """
+        if self._removed:
+            return
+        self.unmerge()
+        for kept in self.saved:
+            _restore(kept)
+        self._take_off()
+
+    def _take_off(self) -> None:
+        for one in reversed(self.served):
+            detach(one)
+        self._removed = True
+        for notify in self._on_removal:
+            notify(self)
+
+    @property
+    def removed(self) -> bool:
+        """Whether it has been taken off."""
+        return self._removed
+
+    def enable(self) -> None:
+        """Let it act again after `disable`."""
+        for one in self.served:
+            one.part.enabled = True
+
+    def disable(self) -> _Disabled:
+        """Let the model compute as without it, until `enable` or the end of a ``with handle.disable():``.
+
+        What is merged stays merged; modules trained whole keep their trained values.
+        """
+        states = [(one.part, one.part.enabled) for one in self.served]
+        for one in self.served:
+            one.part.enabled = False
+        return _Disabled(states)
+
+    # ---- weights ------------------------------------------------------------------------------------
+
+    @property
+    def merged(self) -> bool:
+        """Whether it is in the weights now."""
+        return any(one.part.merged for one in self.served)
+
+    def merge(self, *, untie: bool = False) -> None:
+        """Fold everything into the served weights, which then compute the same without hooks.
+
+        Sums are taken in float32 (float64 for such weights) and rounded once. A copy of each served weight
+        and bias is kept until `unmerge`: as many bytes as they have.
+
+        Args:
+            untie: a served weight that other modules share (a head that is the embedding) gets a copy of
+                its own, which `unmerge` gives up again. Without it such a merge is refused, for it would
+                change the other modules too.
+
+        Raises:
+            MergeError: the method has no equal in weights, or a weight is tied; nothing is changed.
+        """
+        self._check_alive("merge")
+        todo = [one for one in self.served if not one.part.merged]
+        for one in todo:
+            _merge.check_mergeable(one.part, one.path, type(one.injection).__name__)
+        self._untie(todo, allowed=untie)
+        done: list[Served] = []
+        try:
+            for one in todo:
+                _merge.merge(one.module, _container(one), one.part, one.path)
+                done.append(one)
+        except BaseException:
+            for one in reversed(done):
+                _merge.unmerge(one.module, _container(one), one.part, one.path)
+            self._retie()
+            raise
+
+    def unmerge(self) -> None:
+        """Give the weights back, bit-identical to before `merge`, and let the hooks act again.
+
+        Raises:
+            MergeError: a merged weight was changed since; nothing is changed.
+        """
+        merged = [one for one in self.served if one.part.merged]
+        for one in merged:
+            _merge.check_untouched(one.module, _container(one), one.path)
+        for one in merged:
+            _merge.unmerge(one.module, _container(one), one.part, one.path)
+        self._retie()
+
+    def merge_and_unload(self, *, untie: bool = False) -> nn.Module:
+        """Merge for good and take everything off: the bare model with the new weights.
+
+        Raises:
+            MergeError: as `merge`, or something else is merged into the same module.
+        """
+        self._check_alive("merge_and_unload")
+        for one in self.served:
+            others = [p for p in _container(one).parts.values() if p.merged and p is not one.part]
+            if any(p not in [s.part for s in self.served] for p in others):
+                raise MergeError(
+                    f"merge_and_unload: something else is merged into {one.path!r}. Unmerge it first."
+                )
+        self.merge(untie=untie)
+        for one in self.served:
+            _merge.forget(_container(one), one.part)
+        self._untied.clear()
+        self._take_off()
+        return self.model
+
+    def _untie(self, served: Sequence[Served], *, allowed: bool) -> None:
+        owners: dict[int, list[str]] = {}
+        for name, p in self.model.named_parameters(remove_duplicate=False):
+            owners.setdefault(id(p), []).append(name)
+        tied = [
+            (one, weight)
+            for one in served
+            if isinstance(weight := getattr(one.module, "weight", None), nn.Parameter)
+            and len(owners.get(id(weight), [])) > 1
+        ]
+        if tied and not allowed:
+            one, weight = tied[0]
+            raise MergeError(
+                f"merge: {one.path}.weight is tied: {', '.join(owners[id(weight)])} are one tensor, and "
+                "a merge would change them all. Pass untie=True to give this module a weight of its own."
+            )
+        for one, weight in tied:
+            self._untied.append((one.module, weight))
+            one.module.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+
+    def _retie(self) -> None:
+        while self._untied:
+            module, weight = self._untied.pop()
+            module.weight = weight
+
+    # ---- tensors ------------------------------------------------------------------------------------
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What there is to train, by its name in the model."""
+        for one in self.served:
+            for name, p in one.part.named_parameters():
+                yield f"{one.path}.{RESERVED}.{one.name}.{name}", p
+        for kept in self.saved:
+            for name, p in kept.module.named_parameters():
+                yield f"{kept.path}.{name}", p
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What there is to train, for an optimizer.
+
+        Example:
+            >>> import torch, optx
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+            >>> handle = optx.attach(model, optx.LoRA(rank=2), targets="0")
+            >>> opt = torch.optim.AdamW(handle.parameters(), lr=1e-3)
+        """
+        return [p for _, p in self.named_parameters()]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for one in self.served:
+            suffixes = one.part.suffixes()
+            for name, tensor in one.part.tensors().items():
+                found[f"{one.path}.{suffixes.get(name, f'{one.name}.{name}')}"] = tensor
+        for kept in self.saved:
+            for name, tensor in kept.module.state_dict(keep_vars=True).items():
+                found[f"{kept.path}.{name}"] = tensor
+        return found
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Only what was added (and modules trained whole), by the served module's path.
+
+        LoRA's keys are PEFT's without its ``base_model.model.``: ``layers.0.q_proj.lora_A.weight``.
+        """
+        return {key: tensor.detach() for key, tensor in self._tensors().items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Load what `state_dict` gave; every key and shape is checked before anything changes.
+
+        Raises:
+            FileError: a key is missing or unknown, or a shape differs; names it.
+            MergeError: it is merged: the weights would no longer be those of the adapter.
+        """
+        if self.merged:
+            raise MergeError("load_state_dict: the adapter is merged into the weights. Call unmerge() first.")
+        own = self._tensors()
+        check_tensors(state_dict, own)
+        with torch.no_grad():
+            for key, tensor in own.items():
+                tensor.copy_(state_dict[key])
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write a folder that `optx.attach(model, path)` reads, and PEFT too where it knows the method.
+
+        LoRA, DoRA, IA3 and prefix tuning of causal language models are written as PEFT's
+        ``adapter_config.json`` and ``adapter_model.safetensors``; everything else as
+        ``optx_adapter.safetensors``. Files are written aside and renamed.
+
+        Raises:
+            OptxError: ``path`` is a file.
+        """
+        from optx.inject._io import save
+
+        self._check_alive("save")
+        save(self, path)
+
+    def load(self, path: str | PathLike[str]) -> None:
+        """Load tensors that `save` wrote for the same injection and targets.
+
+        Raises:
+            FileError: the file is damaged, or for another model or injection; nothing is changed.
+        """
+        from optx.inject._io import load
+
+        load(self, path)
+
+    # ---- words --------------------------------------------------------------------------------------
+
+    def report(self) -> Report:
+        """What was added where, and how many numbers it trains; prints as a table."""
+        rows = [
+            Row(one.path, str(one.injection), one.part.note(), one.part.trainable(), _count(one.part))
+            for one in self.served
+        ]
+        for kept in self.saved:
+            numbers = sum(p.numel() for p in kept.module.parameters())
+            rows.append(Row(kept.path, "trained whole", type(kept.module).__name__, numbers, numbers))
+        return Report(rows, sum(p.numel() for p in self.model.parameters()))
+
+    def __len__(self) -> int:
+        return len(self.served)
+
+    def __repr__(self) -> str:
+        state = "removed" if self._removed else "merged" if self.merged else "attached"
+        return f"<{self.injection} on {len(self.served)} modules, {state}>"
+
+    def _check_alive(self, doing: str) -> None:
+        if self._removed:
+            raise OptxError(f"{doing}: this handle has been removed from its model. Attach again.")
+
+    def on_removal(self, notify: Callable[[Handle], None]) -> None:
+        """Call ``notify(handle)`` once it has been taken off."""
+        self._on_removal.append(notify)
+
+
+class _Disabled:
+    """Gives back at the end of a ``with`` what `Handle.disable` switched off."""
+
+    def __init__(self, states: Sequence[tuple[Part, bool]]) -> None:
+        self._states = states
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        for part, enabled in self._states:
+            part.enabled = enabled
+
+
+def check_tensors(
+    found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str = "state_dict"
+) -> None:
+    """Raise unless both have the same keys and shapes; names the first that differs."""
+    for key, tensor in wanted.items():
+        if key not in found:
+            raise FileError(f"{where}: {key!r} is missing. {near(key, found)}")
+        if found[key].shape != tensor.shape:
+            raise FileError(
+                f"{where}: {key!r} has shape {tuple(found[key].shape)}, the model needs "
+                f"{tuple(tensor.shape)}. It was saved for another model, or with other options."
+            )
+    for key in found:
+        if key not in wanted:
+            raise FileError(f"{where}: {key!r} has no place in this model. {near(key, wanted)}")
+
+
+def detach(one: Served) -> None:
+    """Take one part off its module, and the container with the last of them."""
+    container = attached(one.module)
+    for hook in one.hooks:
+        hook.remove()
+    one.hooks.clear()
+    if container is not None and container.parts.get(one.name) is one.part:
+        del container._modules[one.name]  # pyright: ignore[reportPrivateUsage]
+        container.unhook()
+        if not container.parts:
+            del one.module._modules[RESERVED]  # pyright: ignore[reportPrivateUsage]
+
+
+def _container(one: Served) -> Any:
+    return attached(one.module)
+
+
+def _restore(kept: Saved) -> None:
+    with torch.no_grad():
+        for name, tensor in kept.module.state_dict(keep_vars=True).items():
+            tensor.copy_(kept.originals[name])
+
+
+def _count(part: Part) -> int:
+    return sum(t.numel() for t in part.tensors().values())

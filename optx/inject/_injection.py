@@ -1,0 +1,107 @@
+"""The protocol of an injection: options, which modules it serves, and the part it makes for each."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+
+from torch import nn
+
+from optx._errors import OptxError, near
+from optx.inject._part import Part
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Targets: TypeAlias = (
+    str | type[nn.Module] | Sequence[str | type[nn.Module]] | Callable[[str, nn.Module], bool]
+)
+"""A regex (full match), a module type, a list of names or types, or a predicate on (name, module)."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One module to be served."""
+
+    path: str
+    module: nn.Module
+
+
+@dataclass(frozen=True)
+class Injection(ABC):
+    """What `optx.attach` adds to modules. A subclass is a frozen dataclass: its fields are its options.
+
+    Attributes:
+        name: under which its parts live on a module (``module.optx.<name>``); one per module.
+        role: what it serves where no targets are given; a key of the table in ``_targets.py``.
+        serves: in words, the modules that it can serve, for errors.
+    """
+
+    name: ClassVar[str]
+    role: ClassVar[str]
+    serves: ClassVar[str]
+
+    @abstractmethod
+    def part(self, module: nn.Module, path: str) -> Part:
+        """The part for one module, which is not touched.
+
+        Raises:
+            TargetError: the module is not one that this injection can serve.
+        """
+
+    def parts(self, sites: Sequence[Site]) -> list[Part]:
+        """The parts for all sites, in their order; for injections whose parts know of each other."""
+        return [self.part(site.module, site.path) for site in sites]
+
+    def companions(self, model: nn.Module, sites: Sequence[Site]) -> list[tuple[Injection, list[Site]]]:
+        """What else the same handle attaches beside its own sites, and where."""
+        return []
+
+    def role_in(self, model: nn.Module) -> str:
+        """The role whose modules are served by default, where it depends on the options."""
+        return self.role
+
+    def options(self) -> dict[str, Any]:
+        """The options as plain data, for a file's metadata."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Self:
+        """What `options` described.
+
+        Raises:
+            OptxError: an option that this version does not know.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in options:
+            if key not in known:
+                raise OptxError(f"{cls.__name__}: no option is called {key!r}. {near(key, known)}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+
+    def __str__(self) -> str:
+        fields = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
+        changed = [f"{field.name}={value!r}" for field, value in fields if value != _default(field)]
+        return f"{type(self).__name__}({', '.join(changed)})"
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    made = field.default_factory is not dataclasses.MISSING
+    return field.default_factory() if made else field.default
+
+
+class Composite(Injection):
+    """Several injections under one handle."""
+
+    role: ClassVar[str] = ""
+    serves: ClassVar[str] = ""
+
+    @abstractmethod
+    def members(self) -> dict[str, Injection]:
+        """The injections by a name that ``targets={name: ...}`` may use."""
+
+    def part(self, module: nn.Module, path: str) -> Part:
+        """Not asked: its members make the parts."""
+        raise NotImplementedError

@@ -1,0 +1,107 @@
+"""Folding parts into their module's weights, and giving the weights back bit for bit.
+
+While anything is merged into a module, a copy of its own weight and bias is kept (that is what exactness
+costs: the bytes of the served weights once more). Every merge starts from that copy and folds what is
+merged in the order of the call, so the order in which merges come and go leaves no trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from optx._errors import MergeError
+from optx.inject._part import Attached, Part, Weights
+
+_TENSORS = ("weight", "bias")
+
+
+def check_mergeable(part: Part, path: str, what: str) -> None:
+    """Raise if a part has no equal in the module's weights."""
+    if not part.overrides("fold"):
+        raise MergeError(
+            f"merge: {what} at {path!r} is not a change of the module's weights, so it can't be merged into "
+            "them. Keep it attached, or remove it."
+        )
+
+
+def merge(module: nn.Module, attached: Attached, part: Part, path: str) -> None:
+    """Fold one more part into the module's weights; its hooks rest."""
+    _refold(module, attached, path, [*_merged(attached), part])
+    part.merged = True
+
+
+def unmerge(module: nn.Module, attached: Attached, part: Part, path: str) -> None:
+    """Take one part out again; with the last one, the weights are bit-identical to before."""
+    part.merged = False
+    try:
+        _refold(module, attached, path, _merged(attached))
+    except BaseException:
+        part.merged = True
+        raise
+
+
+def forget(attached: Attached, part: Part) -> None:
+    """Leave what is merged in the weights for good."""
+    part.merged = False
+    attached.originals.clear()
+    attached.versions.clear()
+
+
+def _merged(attached: Attached) -> list[Part]:
+    return [part for part in attached.parts.values() if part.merged]
+
+
+def _refold(module: nn.Module, attached: Attached, path: str, parts: Iterable[Part]) -> None:
+    """The original weights with these parts folded in, or as they were if there are none."""
+    own = {name: p for name in _TENSORS if isinstance(p := getattr(module, name, None), Tensor)}
+    originals = attached.originals or {name: p.detach().clone() for name, p in own.items()}
+    check_untouched(module, attached, path)
+    base = Weights(_wide(originals["weight"]), _wide(originals["bias"]) if "bias" in originals else None)
+    ordered = _in_order_of_call(attached, parts)
+    now = Weights(base.weight, base.bias)
+    with torch.no_grad():
+        for part in ordered:
+            now = part.fold(module, now, base)
+        if now.bias is not None and "bias" not in own:
+            raise MergeError(
+                f"merge: {path!r} has no bias to merge the adapter's bias into. Build the model with one, or "
+                "use an adapter without."
+            )
+        results = {"weight": now.weight, "bias": now.bias} if ordered else originals
+        for name, p in own.items():
+            result = results[name]
+            assert result is not None
+            p.copy_(result)
+    attached.originals = originals if ordered else {}
+    attached.versions = {name: _stamp(p) for name, p in own.items()} if ordered else {}
+
+
+def _in_order_of_call(attached: Attached, parts: Iterable[Part]) -> list[Part]:
+    """Attach order, and those that scale the input last: the input is scaled before all else."""
+    wanted = set(parts)
+    ordered = [part for part in attached.parts.values() if part in wanted]
+    return sorted(ordered, key=lambda part: part.folds_input)
+
+
+def check_untouched(module: nn.Module, attached: Attached, path: str) -> None:
+    """Raise if a merged weight is not what the merge left."""
+    for name, stamp in attached.versions.items():
+        p = getattr(module, name, None)
+        if not isinstance(p, Tensor) or _stamp(p) != stamp:
+            raise MergeError(
+                f"unmerge: {path}.{name} was changed after the merge (a step, a load, or a move to another "
+                "device or dtype), so the kept copy is not what it should go back to. Keep the merged "
+                "weights with handle.merge_and_unload()."
+            )
+
+
+def _stamp(p: Tensor) -> tuple[int, int]:
+    return p.data_ptr(), p._version  # pyright: ignore[reportPrivateUsage]
+
+
+def _wide(p: Tensor) -> Tensor:
+    """In the precision of the sum: float32, or float64 if the weight is."""
+    return p.to(torch.promote_types(p.dtype, torch.float32))

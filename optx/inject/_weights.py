@@ -1,0 +1,57 @@
+"""How modules use their weights: which are matrices, which convolutions, and on which axis the output is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the weight is (in, out): transformers' Conv1D, and embeddings."""
+    return isinstance(module, nn.Embedding) or _is_conv1d_of_transformers(module)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """nn.Linear, or transformers' Conv1D."""
+    return isinstance(module, nn.Linear) or _is_conv1d_of_transformers(module)
+
+
+def is_conv(module: nn.Module) -> bool:
+    """nn.Conv1d, nn.Conv2d or nn.Conv3d."""
+    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+
+
+def is_biased(module: nn.Module) -> bool:
+    """Whether a linear module, a convolution or a norm adds a bias to its output."""
+    norms = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)  # pyright: ignore[reportPrivateUsage]
+    known = is_linear(module) or is_conv(module) or isinstance(module, norms)
+    return known and isinstance(getattr(module, "bias", None), nn.Parameter)
+
+
+def channel_axes(module: nn.Module, output: Tensor) -> int:
+    """How many axes follow the one that the bias lies along."""
+    first = is_conv(module) or isinstance(module, nn.modules.batchnorm._NormBase | nn.GroupNorm)  # pyright: ignore[reportPrivateUsage]
+    return output.ndim - 2 if first else 0
+
+
+def _is_conv1d_of_transformers(module: nn.Module) -> bool:
+    # By name, so that transformers need not be imported.
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def conv_like(module: Any, x: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """``weight`` convolved over ``x`` with the stride, padding and dilation of a convolution module."""
+    conv = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 3]
+    padding = module.padding
+    if module.padding_mode != "zeros":
+        x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+        padding = 0
+    return conv(x, weight, None, module.stride, padding, module.dilation, groups)
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """(in, out) of a linear module."""
+    rows, columns = module.weight.shape  # pyright: ignore[reportAttributeAccessIssue, reportGeneralTypeIssues]
+    return (rows, columns) if is_transposed(module) else (columns, rows)

@@ -1,0 +1,67 @@
+"""BitFit: train the biases and nothing else.
+
+Source: BitFit, arXiv 2106.10199.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from optx._errors import TargetError
+from optx.inject._injection import Injection
+from optx.inject._part import Part, Weights, new_tensor
+from optx.inject._weights import channel_axes, is_biased
+
+
+class BiasShift(Part):
+    """y + delta, where delta (out,) is what the module's bias has moved by."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        assert isinstance(module.bias, Tensor)
+        self.delta = nn.Parameter(new_tensor(module, *module.bias.shape))
+
+    def after(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
+        """Add the shift where the bias is added."""
+        ones = (1,) * channel_axes(module, output)
+        return output + self.delta.to(output.dtype).view(*self.delta.shape, *ones)
+
+    def fold(self, module: nn.Module, now: Weights, base: Weights) -> Weights:
+        """The bias is the only thing that changes."""
+        assert now.bias is not None
+        return Weights(now.weight, now.bias + self.delta.to(now.bias.dtype))
+
+
+@dataclass(frozen=True)
+class BitFit(Injection):
+    """Bias-only fine-tuning: every bias of the model is trained, as a difference to what it was.
+
+    By default it serves every Linear, convolution and norm that has a bias. The gradient is the bias's own;
+    weight decay pulls towards the pretrained bias, not towards zero.
+
+    Example:
+        >>> import torch, optx
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8))
+        >>> handle = optx.attach(model, optx.BitFit())
+        >>> [name for name, _ in handle.named_parameters()]
+        ['0.optx.bitfit.delta', '1.optx.bitfit.delta']
+
+    Source: arXiv 2106.10199.
+    """
+
+    name: ClassVar[str] = "bitfit"
+    role: ClassVar[str] = "biased"
+    serves: ClassVar[str] = "modules with a bias: Linear, Conv1D, Conv1d/2d/3d and norms"
+
+    def part(self, module: nn.Module, path: str) -> Part:
+        """One module's shift."""
+        if not is_biased(module):
+            raise TargetError(
+                f"attach: BitFit serves {self.serves}; {path!r} is a {type(module).__name__} without."
+            )
+        return BiasShift(module)

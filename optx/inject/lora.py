@@ -1,0 +1,363 @@
+"""LoRA: a trainable low-rank update beside each served weight; rank-stabilised, weight-decomposed (DoRA).
+
+Source: LoRA, arXiv 2106.09685, section 4.1; rsLoRA, arXiv 2312.03732; DoRA, arXiv 2402.09353, equation 5.
+The formulas are those of PEFT 0.21, whose files it reads and writes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from optx._errors import MergeError, OptxError, TargetError, check_range
+from optx.inject._injection import Injection, Site
+from optx.inject._part import Part, Weights, hidden_of, new_tensor
+from optx.inject._weights import conv_like, features, is_biased, is_conv, is_linear, is_transposed
+from optx.inject.bitfit import BitFit
+
+
+class LowRank(Part):
+    """y + s B A x, for a weight seen as a matrix W of (out, in): shared by linear, conv and embedding.
+
+    A: (rank, in), B: (out, rank), in the shapes that PEFT's files have.
+    """
+
+    def __init__(self, lora: LoRA, path: str, out: int, into: int) -> None:
+        super().__init__()
+        self.rank = lora.rank_at(path)
+        if self.rank > min(out, into):
+            raise TargetError(
+                f"attach: LoRA's rank={self.rank} is larger than the weight of {path!r}, ({out}, {into}). "
+                f"Use at most {min(out, into)}, or rank_pattern for this module."
+            )
+        self.scale = lora.alpha_at(path) / (math.sqrt(self.rank) if lora.rslora else self.rank)
+        self.dropout = lora.dropout
+        self.A: nn.Parameter
+        self.B: nn.Parameter
+        self.B_bias: nn.Parameter | None
+        self.magnitude: nn.Parameter | None
+        self.bias: nn.Parameter | None
+
+    def finish(self, lora: LoRA, module: nn.Module, A: Tensor, B: Tensor) -> None:
+        """Register the tensors, once their shapes are known."""
+        self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        out, *ones = self.channels(torch.empty(B.shape[0], device="meta")).shape
+        bias = getattr(module, "bias", None)
+        self.B_bias = nn.Parameter(new_tensor(module, out)) if lora.lora_bias else None
+        trains_bias = lora.bias != "none" and bias is not None
+        self.bias = nn.Parameter(new_tensor(module, out)) if trains_bias else None
+        self.magnitude = None
+        if lora.dora:
+            norm = self.norm(_wide(module.weight)).to(A.dtype)  # pyright: ignore[reportArgumentType]
+            self.magnitude = nn.Parameter(norm.view(1, out, *ones) if ones else norm)
+
+    # ---- what linear, conv and embedding do in their own way -----------------------------------------
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """A weight as (out, in)."""
+        raise NotImplementedError
+
+    def down(self, module: nn.Module, x: Tensor, A: Tensor) -> Tensor:
+        """A x."""
+        raise NotImplementedError
+
+    def up(self, output: Tensor, low: Tensor, B: Tensor) -> Tensor:
+        """output + s B low."""
+        raise NotImplementedError
+
+    def bare(self, module: nn.Module, x: Tensor) -> Tensor:
+        """W x, without bias."""
+        raise NotImplementedError
+
+    def channels(self, v: Tensor) -> Tensor:
+        """(out,) so that it broadcasts over the output."""
+        return v
+
+    # ---- the method ---------------------------------------------------------------------------------
+
+    def norm(self, weight: Tensor) -> Tensor:
+        """(out,) row norms of W + s B A, without ever making B A."""
+        W, A, B = self.matrix(weight), _wide(self.A.flatten(1)), _wide(self.B.flatten(1))
+        with torch.autocast(weight.device.type, enabled=False):
+            cross = ((W @ A.t()) * B).sum(1)
+            square = ((B @ (A @ A.t())) * B).sum(1)
+            total = W.square().sum(1) + 2 * self.scale * cross + self.scale**2 * square
+            return total.clamp_min(0).sqrt()
+
+    def gain(self, weight: Tensor) -> Tensor:
+        """(out,) DoRA's m / |W + s B A|; the norm counts as a constant (section 4.3)."""
+        assert self.magnitude is not None
+        with torch.no_grad():
+            norm = self.norm(_wide(weight)).to(self.magnitude.dtype)
+        return self.magnitude.flatten() / norm
+
+    def after(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
+        """Add the update to the module's output."""
+        x = hidden_of(args, kwargs)
+        A, B = _cast(self.A, output), _cast(self.B, output)
+        dropped = (
+            F.dropout(x, self.dropout) if self.dropout and self.training and x.is_floating_point() else x
+        )
+        low = self.down(module, dropped, A)
+        if self.magnitude is not None:
+            weight, bias = module.weight, getattr(module, "bias", None)
+            gain = self.gain(weight)  # pyright: ignore[reportArgumentType]
+            B = (B.flatten(1) * _cast(gain, B)[:, None]).view_as(B)
+            per_channel = self.channels(_cast(gain, output))
+            if (
+                dropped is not x
+            ):  # PEFT's form: the plain term sees x, both of DoRA's terms see the dropped one
+                output = output + (per_channel - 1) * self.bare(module, dropped)
+            elif bias is None:
+                output = output * per_channel
+            else:
+                output = output * per_channel + self.channels(_cast(bias, output)) * (1 - per_channel)
+        output = self.up(output, low, B)
+        if self.B_bias is not None:
+            output = output + self.channels(_cast(self.B_bias, output) * self.scale)
+        return output if self.bias is None else output + self.channels(_cast(self.bias, output))
+
+    def fold(self, module: nn.Module, now: Weights, base: Weights) -> Weights:
+        """W + s B A, or DoRA's m (W + s B A) / |W + s B A|."""
+        W, bias = self.matrix(now.weight), now.bias
+        delta = self.scale * (self.B.flatten(1).to(W.dtype) @ self.A.flatten(1).to(W.dtype))
+        if self.magnitude is not None:
+            gain = self.gain(base.weight).to(W.dtype)
+            W, delta = W * gain[:, None], delta * gain[:, None]
+            if bias is not None and base.bias is not None:
+                bias = bias * gain + base.bias * (1 - gain)
+        if self.B_bias is not None:
+            bias = (0 if bias is None else bias) + self.scale * self.B_bias.to(W.dtype)
+        if self.bias is not None:
+            bias = (0 if bias is None else bias) + self.bias.to(W.dtype)
+        return Weights(self.unmatrix(W + delta, now.weight), bias)
+
+    def unmatrix(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        """(out, in) in the weight's own shape."""
+        return matrix.view(weight.shape)
+
+    def suffixes(self) -> dict[str, str]:
+        """PEFT's keys."""
+        return {
+            "A": "lora_A.weight",
+            "B": "lora_B.weight",
+            "B_bias": "lora_B.bias",
+            "magnitude": "lora_magnitude_vector",
+            "bias": "lora_bias_delta",
+        }
+
+    def note(self) -> str:
+        """Rank and scale."""
+        return f"rank {self.rank}, scale {self.scale:.4g}"
+
+
+class LinearLoRA(LowRank):
+    """On nn.Linear, and on transformers' Conv1D, whose weight is (in, out)."""
+
+    def __init__(self, lora: LoRA, module: nn.Module, path: str) -> None:
+        into, out = features(module)
+        super().__init__(lora, path, out, into)
+        self.transposed = is_transposed(module)
+        A = new_tensor(module, self.rank, into)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        self.finish(lora, module, A, new_tensor(module, out, self.rank))
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """A weight as (out, in)."""
+        return weight.t() if self.transposed else weight
+
+    def unmatrix(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        """(out, in) in the weight's own shape."""
+        return self.matrix(matrix)
+
+    def down(self, module: nn.Module, x: Tensor, A: Tensor) -> Tensor:
+        """A x."""
+        return F.linear(x, A)
+
+    def up(self, output: Tensor, low: Tensor, B: Tensor) -> Tensor:
+        """output + s B low, in one pass over the output."""
+        out, rank = B.shape
+        return torch.addmm(output.reshape(-1, out), low.reshape(-1, rank), B.t(), alpha=self.scale).view(
+            output.shape
+        )
+
+    def bare(self, module: nn.Module, x: Tensor) -> Tensor:
+        """W x."""
+        return F.linear(x, self.matrix(module.weight))  # pyright: ignore[reportArgumentType]
+
+
+class ConvLoRA(LowRank):
+    """On convolutions: A is one of the same geometry to rank channels, B is 1 x 1."""
+
+    def __init__(self, lora: LoRA, module: Any, path: str) -> None:
+        out, kernel = module.out_channels, module.kernel_size
+        super().__init__(lora, path, out, module.in_channels * math.prod(kernel))
+        if self.rank % module.groups:
+            raise TargetError(
+                f"attach: {path!r} has {module.groups} groups; LoRA's rank={self.rank} must be a multiple."
+            )
+        self.groups = module.groups
+        A = new_tensor(module, self.rank, module.in_channels, *kernel)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        self.finish(lora, module, A, new_tensor(module, out, self.rank // self.groups, *(1 for _ in kernel)))
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """A weight as (out, in * kernel)."""
+        return weight.flatten(1)
+
+    def channels(self, v: Tensor) -> Tensor:
+        """(out,) as (out, 1, 1)."""
+        return v.view(-1, *(1 for _ in self.A.shape[2:]))
+
+    def down(self, module: nn.Module, x: Tensor, A: Tensor) -> Tensor:
+        """A * x, with the module's stride, padding and dilation."""
+        return conv_like(module, x, A, groups=1)
+
+    def up(self, output: Tensor, low: Tensor, B: Tensor) -> Tensor:
+        """output + s B low."""
+        conv = (F.conv1d, F.conv2d, F.conv3d)[B.ndim - 3]
+        return output + conv(low, B * self.scale, groups=self.groups)
+
+    def bare(self, module: nn.Module, x: Tensor) -> Tensor:
+        """W * x."""
+        return conv_like(module, x, module.weight, groups=self.groups)  # pyright: ignore[reportArgumentType]
+
+    def fold(self, module: nn.Module, now: Weights, base: Weights) -> Weights:
+        """As LowRank; a grouped convolution has no weight for an update across its groups."""
+        if self.groups > 1:
+            raise MergeError(
+                f"merge: LoRA on a convolution with groups={self.groups} mixes channels of different "
+                "groups, for which its weight has no place. Keep it attached."
+            )
+        return super().fold(module, now, base)
+
+
+class EmbeddingLoRA(LinearLoRA):
+    """On nn.Embedding, whose weight (V, d) is the transpose of a linear one of V inputs."""
+
+    def __init__(self, lora: LoRA, module: nn.Embedding, path: str) -> None:
+        super().__init__(lora, module, path)
+        self.padding_idx = module.padding_idx
+        with torch.no_grad():  # PEFT's start: the other factor is the random one
+            self.A.zero_()
+            self.B.normal_()
+
+    def down(self, module: nn.Module, x: Tensor, A: Tensor) -> Tensor:
+        """Columns of A."""
+        return F.embedding(x, A.t(), padding_idx=self.padding_idx)
+
+    def suffixes(self) -> dict[str, str]:
+        """PEFT's keys, which are others for embeddings."""
+        return {**super().suffixes(), "A": "lora_embedding_A", "B": "lora_embedding_B"}
+
+
+@dataclass(frozen=True)
+class LoRA(Injection):
+    """Low-rank adaptation: y = W x + scale B A x, with A and B trained and W left alone.
+
+    Args:
+        rank: r, of A (rank, in) and B (out, rank).
+        alpha: scale = alpha / rank.
+        dropout: on the update's input, while training.
+        rslora: scale = alpha / sqrt(rank).
+        dora: weight-decomposed: a trained magnitude per output times the direction of W + scale B A.
+        bias: ``"none"``; ``"lora_only"`` trains the served modules' biases too; ``"all"`` every bias of the
+            model. What is trained is the difference to the bias, so that removal is exact.
+        lora_bias: a bias on B.
+        rank_pattern: other ranks by regex over module names, as in PEFT.
+        alpha_pattern: other alphas by regex over module names.
+
+    Serves nn.Linear, transformers' Conv1D, nn.Conv1d/2d/3d and nn.Embedding. By default: query and value
+    projections (LoRA, section 4.2). Half-precision weights get float32 adapters, computed in the
+    activations' dtype.
+
+    Raises:
+        OptxError: an option out of range.
+        TargetError: at attach, a rank larger than the weight.
+
+    Example:
+        >>> import torch, optx
+        >>> model = torch.nn.Sequential(torch.nn.Linear(16, 16))
+        >>> handle = optx.attach(model, optx.LoRA(rank=4, alpha=8), targets="0")
+        >>> model[0].optx.lora.scale
+        2.0
+
+    Source: arXiv 2106.09685, section 4.1; arXiv 2312.03732; arXiv 2402.09353, equation 5.
+    """
+
+    name: ClassVar[str] = "lora"
+    role: ClassVar[str] = "query_value"
+    serves: ClassVar[str] = "Linear, Conv1D, Conv1d/2d/3d or Embedding modules"
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    rslora: bool = False
+    dora: bool = False
+    bias: Literal["none", "lora_only", "all"] = "none"
+    lora_bias: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict[str, int])
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict[str, float])
+
+    def __post_init__(self) -> None:
+        check_range("LoRA", "rank", self.rank, 1)
+        check_range("LoRA", "dropout", self.dropout, 0, 1)
+        check_range("LoRA", "alpha", self.alpha, 0)
+        for pattern, rank in self.rank_pattern.items():
+            check_range("LoRA", f"rank_pattern[{pattern!r}]", rank, 1)
+        if self.bias not in ("none", "lora_only", "all"):
+            raise OptxError(f"LoRA: bias is {self.bias!r}; it must be 'none', 'lora_only' or 'all'.")
+        if self.dora and self.lora_bias:
+            raise OptxError("LoRA: dora=True and lora_bias=True don't go together. Choose one.")
+
+    def rank_at(self, path: str) -> int:
+        """The rank of one module."""
+        return _by_pattern(self.rank_pattern, path, self.rank)
+
+    def alpha_at(self, path: str) -> float:
+        """The alpha of one module."""
+        return _by_pattern(self.alpha_pattern, path, self.alpha)
+
+    def part(self, module: nn.Module, path: str) -> Part:
+        """One module's A and B."""
+        if is_linear(module):
+            return LinearLoRA(self, module, path)
+        if is_conv(module):
+            return ConvLoRA(self, module, path)
+        if isinstance(module, nn.Embedding) and module.max_norm is None:
+            return EmbeddingLoRA(self, module, path)
+        raise TargetError(f"attach: LoRA serves {self.serves}; {path!r} is {_kind(module)}.")
+
+    def companions(self, model: nn.Module, sites: Sequence[Site]) -> list[tuple[Injection, list[Site]]]:
+        """``bias="all"``: the biases of modules that have no update of their own."""
+        if self.bias != "all":
+            return []
+        own = {site.path for site in sites}
+        biased = [Site(path, module) for path, module in model.named_modules() if is_biased(module)]
+        return [(BitFit(), [site for site in biased if site.path not in own])]
+
+
+def _kind(module: nn.Module) -> str:
+    return "an Embedding with max_norm" if isinstance(module, nn.Embedding) else f"a {type(module).__name__}"
+
+
+def _by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """PEFT's rule: the first key that matches the end of the path."""
+    return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+
+def _cast(tensor: Tensor, like: Tensor) -> Tensor:
+    return tensor if tensor.dtype == like.dtype else tensor.to(like.dtype)
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
