@@ -1,19 +1,23 @@
 """Functions that change nothing: they tell what training is doing to a model.
 
-Source of the two below: Prieto, Barsbey, Mediano, Birdal, "Grokking at the Edge of Numerical Stability",
-ICLR 2025, arXiv 2501.04697, sections 3 and 5.
+Source of `softmax_collapse` and `nlm_alignment`: Prieto, Barsbey, Mediano, Birdal, "Grokking at the Edge of
+Numerical Stability", ICLR 2025, arXiv 2501.04697, sections 3 and 5.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+import math
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from optx._errors import OptxError, ShapeError
 
-__all__ = ["nlm_alignment", "softmax_collapse"]
+if TYPE_CHECKING:
+    from optx.inject._handle import Handle
+
+__all__ = ["grad_norms", "nlm_alignment", "softmax_collapse"]
 
 
 def softmax_collapse(logits: Tensor, target: Tensor, ignore_index: int = -100) -> float:
@@ -106,28 +110,77 @@ def nlm_alignment(model: nn.Module) -> dict[str, float]:
     return {name: float(value) for name, value in zip(found, values, strict=True)}
 
 
+def grad_norms(handle: Handle) -> dict[str, float]:
+    """How much gradient reaches what was attached, module by module through the depth of the model.
+
+    Adapters inside frozen layers get theirs through all layers above, which damp it or blow it up; those
+    alongside (`optx.Aside`) get it whole. Call it in the first steps, after ``backward()`` and before the
+    gradients are cleared.
+
+    Args:
+        handle: of `optx.attach`.
+
+    Returns:
+        By the path of the served module, in the model's order, the L2 norm over all gradients of what was
+        added to it: float, in units of loss per weight. Modules without a gradient are left out; modules
+        that are trained whole (``modules_to_save``) don't count. It is nan where a gradient holds inf or nan.
+
+    Raises:
+        OptxError: the handle was removed, or nothing that it added has a gradient.
+
+    Example:
+        >>> import torch, optx
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+        >>> handle = optx.attach(model, optx.LoRA(rank=2), targets="0|1")
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> list(optx.analysis.grad_norms(handle))
+        ['0', '1']
+    """
+    if handle.removed:
+        raise OptxError("grad_norms: this handle has been removed from its model; attach again.")
+    gradients = [(one.path, p.grad) for one in handle.served for p in one.part.parameters()]
+    with torch.no_grad():
+        found = [(path, _norm(grad)) for path, grad in gradients if grad is not None]
+        if not found:
+            raise OptxError(
+                "grad_norms: nothing that was attached has a gradient; call it after loss.backward() and "
+                "before optimizer.zero_grad()."
+            )
+        values = torch.stack([norm.to(found[0][1].device) for _, norm in found]).cpu()
+    norms: dict[str, list[float]] = {path: [] for path, _ in handle.model.named_modules()}
+    for (path, _), value in zip(found, values, strict=True):
+        norms[path].append(float(value))
+    return {path: math.hypot(*some) for path, some in norms.items() if some}
+
+
+def _norm(x: Tensor) -> Tensor:
+    """L2 norm; a scalar, float32 or 64. Squares of small numbers don't underflow."""
+    unit, scale = _unit_scale(x)
+    return scale * _whole(unit.square().sum()).sqrt()
+
+
 def _cosine(a: Tensor, b: Tensor) -> Tensor:
     """Cosine of the angle between two tensors seen as vectors; 0 if either is 0. A scalar, float32 or 64."""
-    a, b = _unit_scale(a), _unit_scale(b)
+    (a, _), (b, _) = _unit_scale(a), _unit_scale(b)
     dot, aa, bb = (_whole((x * y).sum()) for x, y in ((a, b), (a, a), (b, b)))
     norm = aa.sqrt() * bb.sqrt()
     return torch.where(norm == 0, torch.zeros_like(dot), (dot / norm).clamp(-1.0, 1.0))
 
 
-def _unit_scale(x: Tensor) -> Tensor:
-    """``x`` over its largest magnitude, in float32 or wider.
+def _unit_scale(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x`` over its largest magnitude, and that magnitude, in float32 or wider.
 
-    The cosine does not see the factor, and squares of collapsed gradients (1e-25) would underflow.
+    Squares of collapsed gradients (1e-25) would underflow.
     """
     if x.layout != torch.strided:
         x = x.to_dense()
     if x.is_complex():
         x = torch.view_as_real(x)
     if x.numel() == 0:
-        return torch.zeros((), device=x.device)
+        return torch.zeros((), device=x.device), torch.zeros((), device=x.device)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     largest = _whole(x.abs().amax())
-    return x / torch.where(largest == 0, torch.ones_like(largest), largest)
+    return x / torch.where(largest == 0, torch.ones_like(largest), largest), largest
 
 
 def _whole(x: Tensor) -> Tensor:

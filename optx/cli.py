@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Annotated
 
 import typer
@@ -43,11 +44,7 @@ def run(context: typer.Context, recipe: Annotated[str, typer.Argument(help="its 
         return
     if recipe not in names:
         raise _stop(f"optx run: there is no recipe {recipe!r}. {near(recipe, names)}", 2)
-    if missing := _catalog.missing_requirements("recipes"):
-        raise _stop(
-            f"optx run: recipes need {', '.join(missing)}, not installed here. Type:\n"
-            f"    {_catalog.install_command('recipes')}"
-        )
+    _need("recipes", "optx run: recipes need")
     from optx.recipes._assets import AssetError
 
     try:
@@ -71,6 +68,15 @@ def bench_step(context: typer.Context) -> None:
     importlib.import_module("optx.kernels.bench").main(context.args)
 
 
+@bench.command("attach", context_settings={**_PASS_ON, "help_option_names": []})
+def bench_attach(context: typer.Context) -> None:
+    """Time adapters beside PEFT's on SmolLM2-135M, and count the activations both keep."""
+    _need("recipes", "optx bench attach: it needs")
+    if importlib.util.find_spec("peft") is None:
+        raise _stop("optx bench attach: it measures beside PEFT. Type:\n    python -m pip install peft")
+    importlib.import_module("optx.recipes._bench_attach").main(context.args)
+
+
 @app.command()
 def doctor() -> None:
     """Show versions, devices and threads, and which paths steps take here and why."""
@@ -84,6 +90,15 @@ def doctor() -> None:
         console.print(finding.found, markup=False, soft_wrap=True, style=None if finding.good else "red")
     if broken:
         raise _stop(f"{broken} of these are broken.")
+
+
+def _need(extra: str, sentence: str) -> None:
+    """Stop if something of an extra is not installed."""
+    if missing := _catalog.missing_requirements(extra):
+        raise _stop(
+            f"{sentence} {', '.join(missing)}, not installed here. Type:\n"
+            f"    {_catalog.install_command(extra)}"
+        )
 
 
 def _show(title: str, entries: list[_catalog.Entry]) -> None:

@@ -32,9 +32,11 @@ from ._report import console
 __all__ = [
     "MINILM",
     "NEWS",
+    "REVIEWS",
     "SHAKESPEARE",
     "SMOLLM2",
     "AssetError",
+    "classifier",
     "fetch",
     "language_model",
     "text",
@@ -106,6 +108,17 @@ NEWS = Asset(
     size=23_258_708,
     root="gensim-4.3.3/gensim/test/test_data",
     pattern="lee_background.cor",
+)
+# 10,605 sentences of film reviews (Pang & Lee 2005), each rated by 20 people from -4 to 4 (Hutto & Gilbert
+# 2014); an archive inside the source package.
+REVIEWS = Asset(
+    what="10,605 rated film-review sentences (MIT)",
+    project="vaderSentiment",
+    file="vaderSentiment-3.3.2.tar.gz",
+    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    size=2_466_783,
+    root="vaderSentiment-3.3.2/additional_resources",
+    pattern="hutto_ICWSM_2014.tar.gz",
 )
 
 
@@ -263,6 +276,31 @@ def language_model(name: str | None = None) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(source, dtype="float32")
         return model.train(), AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:  # what transformers raises for "no such model" is a long tale
+        raise AssetError(
+            f"--model: {source!r} can't be loaded: {str(error).strip().splitlines()[0]}"
+        ) from error
+
+
+def classifier(name: str | None, labels: int) -> tuple[Any, Any]:
+    """A text classifier on a pretrained encoder, in float32, with its tokenizer; its head is new.
+
+    Args:
+        name: a hub name or a folder; all-MiniLM-L6-v2 (BERT, 22M) from the package index if None.
+        labels: number of classes.
+
+    Raises:
+        AssetError: there is no such model; says so in one line.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # that the head is new is known
+    source = name or str(unpacked(MINILM))
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=labels, dtype="float32")
+        return model, AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
         raise AssetError(
             f"--model: {source!r} can't be loaded: {str(error).strip().splitlines()[0]}"
         ) from error

@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import optx
 from optx._errors import OptxError, ShapeError
-from optx.analysis import nlm_alignment, softmax_collapse
+from optx.analysis import grad_norms, nlm_alignment, softmax_collapse
 
 # ---- softmax_collapse -----------------------------------------------------------------------------------
 
@@ -165,3 +166,85 @@ def test_alignment_of_scaling_up_the_logits():
 def test_alignment_needs_gradients():
     with pytest.raises(OptxError, match=r"no parameter .* gradient; call it after loss.backward\(\)"):
         nlm_alignment(nn.Linear(2, 2))
+
+
+# ---- grad_norms -----------------------------------------------------------------------------------------
+
+
+class TwoTargets(optx.Composite):
+    """LoRA and BitFit on the same modules, in an order that is not the model's."""
+
+    name = "two"
+
+    def members(self):
+        return {"late": optx.LoRA(rank=2), "early": optx.BitFit()}
+
+
+def deep(depth=3, dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(4, 4, dtype=dtype) for _ in range(depth)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_grad_norms_are_those_of_torch_in_depth_order(dtype):
+    model = deep(dtype=dtype)
+    handle = optx.attach(model, TwoTargets(), {"late": "2|1", "early": "0|1"})
+    with torch.no_grad():
+        for p in handle.parameters():
+            p.add_(torch.randn_like(p))
+    model(torch.randn(5, 4, dtype=dtype)).square().sum().backward()
+    found = grad_norms(handle)
+    assert list(found) == ["0", "1", "2"]
+    for path, norm in found.items():
+        added = [p for name, p in model.named_parameters() if name.startswith(f"{path}.optx.")]
+        assert norm == pytest.approx(nn.utils.get_total_norm([p.grad for p in added]).item(), rel=1e-6)
+        assert isinstance(norm, float)
+
+
+@given(st.integers(-30, 30), st.integers(0, 1000))
+def test_grad_norms_do_not_underflow(exponent, seed):
+    # 1e-30 squared is 0 in float32.
+    model = deep(1)
+    handle = optx.attach(model, optx.LoRA(rank=2), "0")
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in handle.parameters()]
+    for p, g in zip(handle.parameters(), drawn, strict=True):
+        p.grad = (g * 10.0**exponent).float()
+    wanted = math.hypot(*(float(g.norm()) for g in drawn)) * 10.0**exponent
+    assert grad_norms(handle)["0"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_grad_norms_of_zero_missing_and_broken_gradients():
+    model = deep(4)
+    handle = optx.attach(model, optx.BitFit())
+    for number, grad in enumerate([0.0, None, math.inf, 2.0]):
+        delta = handle.parameters()[number]
+        delta.grad = None if grad is None else torch.full_like(delta, grad)
+    found = grad_norms(handle)
+    assert list(found) == ["0", "2", "3"]
+    assert found["0"] == 0.0
+    assert math.isnan(found["2"])
+    assert found["3"] == 4.0
+
+
+def test_grad_norms_change_nothing_and_leave_out_the_base_and_what_is_trained_whole():
+    model = deep()
+    handle = optx.attach(model, optx.BitFit(), "0", modules_to_save=["2"])
+    model(torch.randn(5, 4)).square().sum().backward()
+    before = [(p.clone(), p.grad.clone()) for p in model.parameters()]
+    assert list(grad_norms(handle)) == ["0"]
+    for p, (value, grad) in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p, value)
+        assert torch.equal(p.grad, grad)
+
+
+def test_grad_norms_need_gradients():
+    model = deep()
+    handle = optx.attach(model, optx.BitFit())
+    with pytest.raises(OptxError, match=r"nothing .* has a gradient; call it after loss.backward\(\)"):
+        grad_norms(handle)
+    model(torch.ones(1, 4)).sum().backward()
+    grad_norms(handle)
+    handle.remove()
+    with pytest.raises(OptxError, match="removed"):
+        grad_norms(handle)

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from typing import TypeVar
 
 from torch import nn
 
@@ -36,7 +37,7 @@ def attach(
             members (`optx.MAM`), a dict by member.
         name: under which it lives on each module, if the same method is attached there twice.
         modules_to_save: paths of modules that are trained whole beside it (a classifier) and saved with it;
-            ``remove()`` gives them their old values back. PEFT's name.
+            ``remove()`` gives them their old values back. Nothing in them is served. PEFT's name.
 
     Returns:
         A `Handle`; ``handle.parameters()`` are for the optimizer, ``handle.remove()`` undoes everything.
@@ -64,13 +65,15 @@ def attach(
         raise OptxError(
             f"attach: injection is {injection!r}; it must be one such as optx.LoRA(rank=8), or a folder."
         )
-    served = [
-        one
-        for member, wanted in _members(injection, targets)
-        for one in _serve(model, member, resolve(model, member, wanted), name)
-    ]
+    saved = [_saved(model, path) for path in modules_to_save]
+    served: list[Served] = []
+    for member, wanted in _members(injection, targets):
+        sites = _not_in(resolve(model, member, wanted), modules_to_save)
+        if not sites:
+            raise TargetError("attach: every target is in modules_to_save, so nothing is left to serve.")
+        served.extend(_serve(model, member, sites, name))
+    served = [one for one in served if _not_in([one], modules_to_save)]
     _check_names(served)
-    saved = [_saved(model, path, served) for path in modules_to_save]
     _warn_if_compiled(model)
     _install(served)
     return Handle(model, injection, served, saved)
@@ -146,12 +149,18 @@ def _check_names(served: Sequence[Served]) -> None:
         taken.add(key)
 
 
-def _saved(model: nn.Module, path: str, served: Sequence[Served]) -> Saved:
+_Placed = TypeVar("_Placed", Site, Served)
+
+
+def _not_in(placed: Sequence[_Placed], paths: Sequence[str]) -> list[_Placed]:
+    """What is not (in) one of these modules: those are trained whole, and PEFT too adapts none of them."""
+    return [one for one in placed if not any(f"{one.path}.".startswith(f"{path}.") for path in paths)]
+
+
+def _saved(model: nn.Module, path: str) -> Saved:
     modules = dict(model.named_modules())
     if path not in modules or not path:
         raise TargetError(f"attach: modules_to_save has {path!r}, no module. {near(path, modules)}")
-    if any(one.path == path or one.path.startswith(f"{path}.") for one in served):
-        raise TargetError(f"attach: {path!r} can't be both in modules_to_save and served by the injection.")
     module = modules[path]
     originals = {name: t.detach().clone() for name, t in module.state_dict().items()}
     return Saved(path, module, originals)
@@ -179,8 +188,11 @@ def _install(served: Sequence[Served]) -> None:
 
 def _warn_if_compiled(model: nn.Module) -> None:
     """torch.compile does not see hooks that come after a model's first compiled call."""
+    frames = sys.modules.get("torch._dynamo.convert_frame")
+    if frames is None or not frames.FRAME_COUNTER:  # nothing at all has been compiled yet
+        return
     compiled = any(module._compiled_call_impl is not None for module in model.modules())  # pyright: ignore[reportPrivateUsage]
-    if not compiled and "torch._dynamo.eval_frame" in sys.modules:
+    if not compiled:
         kind = sys.modules["torch._dynamo.eval_frame"].OptimizedModule
         modules = {id(module) for module in model.modules()}
         wrappers = (thing for thing in gc.get_objects() if type(thing) is kind)

@@ -68,7 +68,6 @@ class Handle:
         self.injection = injection
         self.served = list(served)
         self.saved = list(saved)
-        self._untied: list[tuple[nn.Module, nn.Parameter]] = []
         self._on_removal: list[Callable[[Handle], None]] = []
         self._removed = False
 
@@ -91,7 +90,7 @@ class Handle:
         """
         if self._removed:
             return
-        self.unmerge()
+        self._unfold([one for one in self.served if one.part.merged])
         for kept in self.saved:
             _restore(kept)
         self._take_off()
@@ -164,9 +163,16 @@ class Handle:
         """Give the weights back, bit-identical to before `merge`, and let the hooks act again.
 
         Raises:
-            MergeError: a merged weight was changed since; nothing is changed.
+            MergeError: a merged weight was changed since, or another handle is merged on top of this one and
+                doesn't commute with it; nothing is changed.
         """
         merged = [one for one in self.served if one.part.merged]
+        leaving = {one.part for one in merged}
+        for one in merged:
+            _merge.check_last(_container(one), one.part, one.path, leaving)
+        self._unfold(merged)
+
+    def _unfold(self, merged: Sequence[Served]) -> None:
         for one in merged:
             _merge.check_untouched(one.module, _container(one), one.path)
         for one in merged:
@@ -189,7 +195,6 @@ class Handle:
         self.merge(untie=untie)
         for one in self.served:
             _merge.forget(_container(one), one.part)
-        self._untied.clear()
         self._take_off()
         return self.model
 
@@ -209,14 +214,12 @@ class Handle:
                 f"merge: {one.path}.weight is tied: {', '.join(owners[id(weight)])} are one tensor, and "
                 "a merge would change them all. Pass untie=True to give this module a weight of its own."
             )
-        for one, weight in tied:
-            self._untied.append((one.module, weight))
-            one.module.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+        for one, _ in tied:
+            _merge.untie(one.module, _container(one))
 
     def _retie(self) -> None:
-        while self._untied:
-            module, weight = self._untied.pop()
-            module.weight = weight
+        for one in self.served:
+            _merge.retie(one.module, _container(one))
 
     # ---- tensors ------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ merged in the order of the call, so the order in which merges come and go leaves
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,39 @@ def check_mergeable(part: Part, path: str, what: str) -> None:
 
 
 def merge(module: nn.Module, attached: Attached, part: Part, path: str) -> None:
-    """Fold one more part into the module's weights; its hooks rest."""
+    """Fold one more part into the module's weights; its hooks rest.
+
+    Raises:
+        MergeError: a part that is still a hook acts before this one, and the two don't commute.
+    """
+    parts = list(attached.parts.items())
+    place = [p for _, p in parts].index(part)
+    for i, (name, other) in enumerate(parts):
+        before = i < place or part.folds_input
+        if other is not part and not other.merged and before and not _commute(part, other):
+            raise MergeError(
+                f"merge: {name!r} acts on {path!r} too and is not merged, and the result depends on their "
+                "order. Merge that one first, or remove it."
+            )
     _refold(module, attached, path, [*_merged(attached), part])
     part.merged = True
+
+
+def _commute(one: Part, other: Part) -> bool:
+    return (one.adds and other.adds) or (one.folds_input and other.folds_input)
+
+
+def check_last(attached: Attached, part: Part, path: str, leaving: Collection[Part]) -> None:
+    """Raise if a merged part that stays, and that does not commute with this one, acts after it."""
+    parts = list(attached.parts.items())
+    place = [p for _, p in parts].index(part)
+    for i, (name, other) in enumerate(parts):
+        behind = i > place or other.folds_input
+        if other.merged and other not in leaving and behind and not _commute(part, other):
+            raise MergeError(
+                f"unmerge: {name!r} is merged into {path!r} too and acts after it, and the result depends on "
+                "their order. Unmerge that one first."
+            )
 
 
 def unmerge(module: nn.Module, attached: Attached, part: Part, path: str) -> None:
@@ -43,11 +73,26 @@ def unmerge(module: nn.Module, attached: Attached, part: Part, path: str) -> Non
         raise
 
 
+def untie(module: nn.Module, attached: Attached) -> None:
+    """Give a module whose weight other modules share one of its own, until nothing is merged into it."""
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    attached.tied.append(weight)
+    module.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+
+
+def retie(module: nn.Module, attached: Attached) -> None:
+    """The shared weight again, if nothing is merged any more."""
+    if attached.tied and not _merged(attached):
+        module.weight = attached.tied.pop()
+
+
 def forget(attached: Attached, part: Part) -> None:
     """Leave what is merged in the weights for good."""
     part.merged = False
     attached.originals.clear()
     attached.versions.clear()
+    attached.tied.clear()
 
 
 def _merged(attached: Attached) -> list[Part]:

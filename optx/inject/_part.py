@@ -86,6 +86,11 @@ class Part(nn.Module):
         """Whether the hooks act: switched on, and not already in the weights."""
         return self.enabled and not self.merged
 
+    @property
+    def adds(self) -> bool:
+        """Whether all it does is add something that depends on the module's input: such parts commute."""
+        return False
+
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and saved buffers by name, live."""
         return dict(self.state_dict(keep_vars=True))
@@ -93,6 +98,11 @@ class Part(nn.Module):
     def trainable(self) -> int:
         """How many numbers an optimizer can move."""
         return sum(p.numel() for p in self.parameters())
+
+    def owns(self, module: nn.Module) -> bool:
+        """Whether a linear module's output is new, and this part the first to see it."""
+        first = next(iter(module._forward_hooks.values()), None)  # pyright: ignore[reportPrivateUsage]
+        return type(module) is nn.Linear and getattr(first, "__self__", None) is self
 
     def note(self) -> str:
         """What was added, in a word or two, for the report."""
@@ -120,6 +130,8 @@ class Attached(nn.Module):
         self._forward: Callable[..., Any] | None = None  # one that was set on the module, not its class's
         self.originals: dict[str, Tensor] = {}
         """The module's own tensors while parts are merged into it."""
+        self.tied: list[nn.Parameter] = []
+        """The weight that the module shares with others, while it has a merged one of its own."""
         self.versions: dict[str, tuple[int, int]] = {}
         """Address and version of the merged tensors: another means that someone changed them since."""
 

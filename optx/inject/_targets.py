@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,23 +13,24 @@ from torch import nn
 from optx._errors import TargetError, near
 from optx.inject._injection import Injection, Site, Targets
 from optx.inject._part import RESERVED, Attached
-from optx.inject._weights import is_biased
+from optx.inject._weights import is_biased, is_conv
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where the parts of one kind of model are, as regexes over module paths.
+    """Where the parts of one kind of model are, as regexes over module paths; empty where it has none.
 
     Attributes:
         name: for messages.
         block: one layer of the stack. The other patterns follow it after a dot.
         query_value: projections that LoRA's paper adapts.
         key_value: projections whose outputs IA3 scales, and
-        ffn_out: the module whose input it scales in the FFN.
+        ffn_out: the module whose input it scales in the FFN, its last linear one.
         attention: the module that calls scaled_dot_product_attention.
         ffn: the FFN sub-layer as one module, or the module that adds its output to the residual.
         attention_out: the last linear module of attention.
         linears: every linear module of a block.
+        convolutions: every convolution of a block.
     """
 
     name: str
@@ -51,22 +53,32 @@ class Family:
             return ""
         return rf"{self.block}\.({'|'.join(names)})"
 
+    def found(self, paths: Sequence[str]) -> int:
+        """How many of its parts a model has; 0 without the one that it is known by."""
+        sign = "attention" if self.attention else "convolutions"
+        if not _any_matches(self.pattern(sign), paths):
+            return 0
+        return sum(_any_matches(self.pattern(part), paths) for part in _PARTS if getattr(self, part))
+
 
 # What each injection serves by default, in terms of a family's parts.
 _ROLES: dict[str, tuple[str, ...]] = {
     "query_value": ("query_value",),
+    "key_value": ("key_value",),
     "ia3": ("key_value", "ffn_out"),
     "attention": ("attention",),
     "ffn": ("ffn",),
     "ffn_out": ("ffn_out",),
     "attention_out": ("attention_out",),
+    "branches": ("attention", "ffn"),
     "sublayers": ("attention_out", "ffn_out"),
     "linears": ("linears",),
     "convolutions": ("convolutions",),
     "block": (),
 }
+_PARTS = tuple(role for role, parts in _ROLES.items() if parts == (role,))
 
-# The first family whose blocks and query projections are found is the model's.
+# Of the families whose parts are found, a model is of the one with most of them: the first, among equals.
 FAMILIES = (
     Family(
         "Llama",
@@ -82,13 +94,14 @@ FAMILIES = (
     Family(
         "BERT",
         block=r"(?:.*\.)?encoder\.layer\.\d+",
-        query_value=r"attention\.self\.(?:query|value)",
-        key_value=r"attention\.self\.(?:key|value)",
+        query_value=r"(?:cross)?attention\.self\.(?:query|value)",
+        key_value=r"(?:cross)?attention\.self\.(?:key|value)",
         ffn_out=r"output\.dense",
-        attention=r"attention\.self",
+        attention=r"(?:cross)?attention\.self",
         ffn=r"output",  # LayerNorm(dense(h) + u): it gets the FFN's input u as its second argument
-        attention_out=r"attention\.output\.dense",
-        linears=r"attention\.self\.(?:query|key|value)|(?:attention\.output|intermediate|output)\.dense",
+        attention_out=r"(?:cross)?attention\.output\.dense",
+        linears=r"(?:cross)?attention\.self\.(?:query|key|value)"
+        r"|(?:(?:cross)?attention\.output|intermediate|output)\.dense",
     ),
     Family(
         "GPT-2",
@@ -96,10 +109,10 @@ FAMILIES = (
         query_value=r"attn\.c_attn",
         key_value=r"attn\.c_attn",
         ffn_out=r"mlp\.c_proj",
-        attention=r"attn",
+        attention=r"attn|crossattention",
         ffn=r"mlp",
-        attention_out=r"attn\.c_proj",
-        linears=r"(?:attn|mlp)\.c_\w+",
+        attention_out=r"(?:attn|crossattention)\.c_proj",
+        linears=r"(?:attn|crossattention)\.(?:c|q)_\w+|mlp\.c_\w+",
     ),
     Family(
         "ViT (timm)",
@@ -124,21 +137,95 @@ FAMILIES = (
         linears=r"attention\.[qkvo]_proj|mlp\.fc[12]",
     ),
     Family(
-        "ResNet",
+        "ViT (transformers 4)",
+        block=r"(?:.*\.)?encoder\.layer\.\d+",
+        query_value=r"attention\.attention\.(?:query|value)",
+        key_value=r"attention\.attention\.(?:key|value)",
+        ffn_out=r"output\.dense",
+        attention=r"attention\.attention",
+        attention_out=r"attention\.output\.dense",
+        linears=r"attention\.attention\.(?:query|key|value)|(?:attention\.output|intermediate|output)\.dense",
+    ),
+    Family(
+        "ViT (torchvision)",
+        block=r"(?:.*\.)?layers\.encoder_layer_\d+",
+        ffn_out=r"mlp\.3",
+        attention=r"self_attention",
+        linears=r"mlp\.[03]",
+    ),
+    Family(
+        "torch.nn.Transformer",
+        block=r"(?:.*\.)?layers\.\d+",
+        ffn_out=r"linear2",
+        attention=r"self_attn|multihead_attn",
+        linears=r"linear[12]",
+    ),
+    Family(
+        "CLIP",
+        block=r"(?:.*\.)?layers\.\d+",
+        query_value=r"self_attn\.(?:q|v)_proj",
+        key_value=r"self_attn\.(?:k|v)_proj",
+        ffn_out=r"mlp\.fc2",
+        attention=r"self_attn",
+        ffn=r"mlp",
+        attention_out=r"self_attn\.out_proj",
+        linears=r"self_attn\.\w+_proj|mlp\.fc[12]",
+    ),
+    Family(
+        "BART and OPT",  # and Whisper; their FFN is two linear modules of the block, and no module by itself
+        block=r"(?:.*\.)?layers\.\d+",
+        query_value=r"(?:self|encoder)_attn\.(?:q|v)_proj",
+        key_value=r"(?:self|encoder)_attn\.(?:k|v)_proj",
+        ffn_out=r"fc2",
+        attention=r"(?:self|encoder)_attn",
+        attention_out=r"(?:self|encoder)_attn\.out_proj",
+        linears=r"(?:self|encoder)_attn\.\w+_proj|fc[12]",
+    ),
+    Family(
+        "DistilBERT",
+        block=r"(?:.*\.)?transformer\.layer\.\d+",
+        query_value=r"attention\.(?:q|v)_lin",
+        key_value=r"attention\.(?:k|v)_lin",
+        ffn_out=r"ffn\.lin2",
+        attention=r"attention",
+        ffn=r"ffn",
+        attention_out=r"attention\.out_lin",
+        linears=r"attention\.\w+_lin|ffn\.lin[12]",
+    ),
+    Family(
+        "T5",
+        block=r"(?:.*\.)?block\.\d+",
+        query_value=r"layer\.\d+\.(?:SelfAttention|EncDecAttention)\.[qv]",
+        key_value=r"layer\.\d+\.(?:SelfAttention|EncDecAttention)\.[kv]",
+        ffn_out=r"layer\.\d+\.DenseReluDense\.wo",
+        attention=r"layer\.\d+\.(?:SelfAttention|EncDecAttention)",
+        ffn=r"layer\.\d+\.DenseReluDense",
+        attention_out=r"layer\.\d+\.(?:SelfAttention|EncDecAttention)\.o",
+        linears=r"layer\.\d+\.(?:(?:SelfAttention|EncDecAttention)\.[qkvo]|DenseReluDense\.w\w+)",
+    ),
+    Family(
+        "ResNet",  # torchvision's and timm's
         block=r"(?:.*\.)?layer\d+\.\d+",
-        convolutions=r"conv\d+|downsample\.0",
+        convolutions=r"conv\d+|downsample\.\d+",
+    ),
+    Family(
+        "ResNet (transformers)",
+        block=r"(?:.*\.)?stages\.\d+\.layers\.\d+",
+        convolutions=r"layer\.\d+\.convolution|shortcut\.convolution",
     ),
 )
 
 
 def family_of(model: nn.Module) -> Family | None:
     """The known family a model belongs to, by the names of its modules."""
-    paths = [path for path, _ in model.named_modules()]
-    for family in FAMILIES:
-        sign = family.pattern("query_value") or family.pattern("convolutions")
-        if any(re.fullmatch(sign, path) for path in paths):
-            return family
-    return None
+    paths = [path for path, _ in model.named_modules() if RESERVED not in path.split(".")]
+    best = max(FAMILIES, key=lambda family: family.found(paths))
+    return best if best.found(paths) else None
+
+
+def _any_matches(pattern: str, paths: Sequence[str]) -> bool:
+    matches = re.compile(pattern).fullmatch
+    return any(matches(path) for path in paths)
 
 
 def resolve(model: nn.Module, injection: Injection, targets: Targets | None) -> list[Site]:
@@ -156,13 +243,18 @@ def resolve(model: nn.Module, injection: Injection, targets: Targets | None) -> 
     matches = matcher(chosen)
     sites = [Site(path, module) for path, module in modules if path and matches(path, module)]
     if not sites:
-        what = chosen if isinstance(chosen, str) else f"targets={chosen!r}"
-        raise TargetError(
-            f"attach: no module matches {what!r}. {near(str(chosen), [path for path, _ in modules if path])}"
-            if isinstance(chosen, str)
-            else f"attach: no module matches {what}. The model has {_types(modules)}."
-        )
+        paths = [path for path, _ in modules if path]
+        known = _near_paths(chosen, paths) if isinstance(chosen, str) else f"The model has {_types(modules)}."
+        raise TargetError(f"attach: no module matches targets={chosen!r}. {known}")
     return _each_weight_once(sites)
+
+
+def _near_paths(pattern: str, paths: Sequence[str]) -> str:
+    """Modules whose last name is like the last word of a regex."""
+    words = re.findall(r"\w+", pattern)
+    leaves = {path.rpartition(".")[2] for path in paths}
+    like = difflib.get_close_matches(words[-1], leaves, n=3, cutoff=0.5) if words else []
+    return near(pattern, [path for path in paths if path.rpartition(".")[2] in like] or paths)
 
 
 def default_targets(model: nn.Module, injection: Injection) -> Targets:
@@ -179,6 +271,8 @@ def default_targets(model: nn.Module, injection: Injection) -> Targets:
             f"{type(model).__name__} {f'is a {family.name}' if family else 'is none of them'}. "
             f"Pass targets=, a regex over module names of {injection.serves}."
         )
+    if role == "convolutions":  # names such as downsample.1 are a norm's too
+        return lambda path, module: is_conv(module) and re.fullmatch(pattern, path) is not None
     return pattern
 
 

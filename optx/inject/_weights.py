@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -39,6 +40,37 @@ def channel_axes(module: nn.Module, output: Tensor) -> int:
 def _is_conv1d_of_transformers(module: nn.Module) -> bool:
     # By name, so that transformers need not be imported.
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def add_product(
+    output: Tensor, low: Tensor, up: Tensor, scale: float = 1.0, *, owned: bool = False
+) -> Tensor:
+    """output + scale low up^T, in one pass over the output.
+
+    Args:
+        output: (..., out).
+        low: (..., r), with the same leading axes.
+        up: (out, r).
+        scale: of the product.
+        owned: nobody else holds the output, so that it may be written to: that saves one more pass, and the
+            memory of a second output.
+    """
+    if owned and output.ndim == 3 and _may_write(output, low, up):
+        return output.baddbmm_(low, up.t().expand(len(output), -1, -1), alpha=scale)
+    out, rank = up.shape
+    flat = torch.addmm(output.reshape(-1, out), low.reshape(-1, rank), up.t(), alpha=scale)
+    return flat.view(output.shape)
+
+
+def _may_write(output: Tensor, *others: Tensor) -> bool:
+    """Not a view (autograd would copy it), nothing that rewrites operations, and one dtype."""
+    return (
+        not torch.compiler.is_compiling()
+        and not output._is_view()  # pyright: ignore[reportPrivateUsage]
+        and torch._C._functorch.peek_interpreter_stack() is None  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+        and all(other.dtype == output.dtype for other in others)
+        and not (output.requires_grad and output.is_leaf)
+    )
 
 
 def conv_like(module: Any, x: Tensor, weight: Tensor, groups: int) -> Tensor:

@@ -31,6 +31,11 @@ class BiasShift(Part):
         ones = (1,) * channel_axes(module, output)
         return output + self.delta.to(output.dtype).view(*self.delta.shape, *ones)
 
+    @property
+    def adds(self) -> bool:
+        """Whether all it does is add: a shift."""
+        return True
+
     def fold(self, module: nn.Module, now: Weights, base: Weights) -> Weights:
         """The bias is the only thing that changes."""
         assert now.bias is not None

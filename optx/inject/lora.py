@@ -6,8 +6,10 @@ The formulas are those of PEFT 0.21, whose files it reads and writes.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -17,9 +19,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from optx._errors import MergeError, OptxError, TargetError, check_range
+from optx.inject._embeddings import peculiar, rows
 from optx.inject._injection import Injection, Site
-from optx.inject._part import Part, Weights, hidden_of, new_tensor
-from optx.inject._weights import conv_like, features, is_biased, is_conv, is_linear, is_transposed
+from optx.inject._part import RESERVED, Part, Weights, attached, hidden_of, new_tensor
+from optx.inject._paths import bare_path
+from optx.inject._weights import (
+    add_product,
+    conv_like,
+    features,
+    is_biased,
+    is_conv,
+    is_linear,
+    is_transposed,
+)
 from optx.inject.bitfit import BitFit
 
 
@@ -32,10 +44,10 @@ class LowRank(Part):
     def __init__(self, lora: LoRA, path: str, out: int, into: int) -> None:
         super().__init__()
         self.rank = lora.rank_at(path)
-        if self.rank > min(out, into):
+        if self.rank > min(out, into) and _pattern_of(lora.rank_pattern, path) is None:
             raise TargetError(
                 f"attach: LoRA's rank={self.rank} is larger than the weight of {path!r}, ({out}, {into}). "
-                f"Use at most {min(out, into)}, or rank_pattern for this module."
+                f"Use at most {min(out, into)}, or a rank_pattern that names this module if you mean it."
             )
         self.scale = lora.alpha_at(path) / (math.sqrt(self.rank) if lora.rslora else self.rank)
         self.dropout = lora.dropout
@@ -55,7 +67,7 @@ class LowRank(Part):
         self.bias = nn.Parameter(new_tensor(module, out)) if trains_bias else None
         self.magnitude = None
         if lora.dora:
-            norm = self.norm(_wide(module.weight)).to(A.dtype)  # pyright: ignore[reportArgumentType]
+            norm = self.norm(_wide(_own(module, "weight"))).to(A.dtype)
             self.magnitude = nn.Parameter(norm.view(1, out, *ones) if ones else norm)
 
     # ---- what linear, conv and embedding do in their own way -----------------------------------------
@@ -68,11 +80,11 @@ class LowRank(Part):
         """A x."""
         raise NotImplementedError
 
-    def up(self, output: Tensor, low: Tensor, B: Tensor) -> Tensor:
+    def up(self, output: Tensor, low: Tensor, B: Tensor, owned: bool) -> Tensor:
         """output + s B low."""
         raise NotImplementedError
 
-    def bare(self, module: nn.Module, x: Tensor) -> Tensor:
+    def bare(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
         """W x, without bias."""
         raise NotImplementedError
 
@@ -96,6 +108,7 @@ class LowRank(Part):
         assert self.magnitude is not None
         with torch.no_grad():
             norm = self.norm(_wide(weight)).to(self.magnitude.dtype)
+            norm.clamp_min_(torch.finfo(norm.dtype).tiny)  # a row of zeros has magnitude 0 too: 0, not NaN
         return self.magnitude.flatten() / norm
 
     def after(
@@ -103,38 +116,51 @@ class LowRank(Part):
     ) -> Tensor:
         """Add the update to the module's output."""
         x = hidden_of(args, kwargs)
-        A, B = _cast(self.A, output), _cast(self.B, output)
-        dropped = (
-            F.dropout(x, self.dropout) if self.dropout and self.training and x.is_floating_point() else x
-        )
-        low = self.down(module, dropped, A)
+        drops = self.dropout and self.training and x.is_floating_point()
+        dropped = F.dropout(x, self.dropout) if drops else x
+        low, B = self.down(module, dropped, _cast(self.A, output)), _cast(self.B, output)
         if self.magnitude is not None:
-            weight, bias = module.weight, getattr(module, "bias", None)
-            gain = self.gain(weight)  # pyright: ignore[reportArgumentType]
-            B = (B.flatten(1) * _cast(gain, B)[:, None]).view_as(B)
-            per_channel = self.channels(_cast(gain, output))
-            if (
-                dropped is not x
-            ):  # PEFT's form: the plain term sees x, both of DoRA's terms see the dropped one
-                output = output + (per_channel - 1) * self.bare(module, dropped)
-            elif bias is None:
-                output = output * per_channel
+            gain = self.gain(_own(module, "weight"))
+            if drops or not self.is_first(module):
+                bare = self.bare(module, dropped, _own(module, "weight"))
+                output = output + (self.channels(_cast(gain, output)) - 1) * bare
             else:
-                output = output * per_channel + self.channels(_cast(bias, output)) * (1 - per_channel)
-        output = self.up(output, low, B)
+                output = self.scaled(module, output, self.channels(_cast(gain, output)))
+            B = (B.flatten(1) * _cast(gain, B)[:, None]).view_as(B)
+        # What DoRA made is new; a linear module's output is, if no other hook has seen it.
+        output = self.up(output, low, B, self.magnitude is not None or self.owns(module))
         if self.B_bias is not None:
             output = output + self.channels(_cast(self.B_bias, output) * self.scale)
         return output if self.bias is None else output + self.channels(_cast(self.bias, output))
 
+    @property
+    def adds(self) -> bool:
+        """Whether all it does is add: DoRA too changes the base's share of the output alone."""
+        return True
+
+    def is_first(self, module: nn.Module) -> bool:
+        """Whether the output is still the module's own, W x + b."""
+        container = attached(module)
+        if container is None:
+            return True
+        earlier = itertools.takewhile(lambda part: part is not self, container.parts.values())
+        changed = (p.active and (p.overrides("after") or p.overrides("around")) for p in earlier)
+        return not container.originals and not any(changed)
+
+    def scaled(self, module: nn.Module, output: Tensor, gain: Tensor) -> Tensor:
+        """gain W x + b from W x + b."""
+        bias: Tensor | None = getattr(module, "bias", None)
+        return (
+            output * gain if bias is None else output * gain + self.channels(_cast(bias, output)) * (1 - gain)
+        )
+
     def fold(self, module: nn.Module, now: Weights, base: Weights) -> Weights:
-        """W + s B A, or DoRA's m (W + s B A) / |W + s B A|."""
+        """W + s B A, or DoRA's m (W + s B A) / |W + s B A|; a change of the base, whatever else is there."""
         W, bias = self.matrix(now.weight), now.bias
         delta = self.scale * (self.B.flatten(1).to(W.dtype) @ self.A.flatten(1).to(W.dtype))
         if self.magnitude is not None:
-            gain = self.gain(base.weight).to(W.dtype)
-            W, delta = W * gain[:, None], delta * gain[:, None]
-            if bias is not None and base.bias is not None:
-                bias = bias * gain + base.bias * (1 - gain)
+            own = self.matrix(base.weight)
+            W, delta = W - own, self.gain(base.weight).to(W.dtype)[:, None] * (own + delta)
         if self.B_bias is not None:
             bias = (0 if bias is None else bias) + self.scale * self.B_bias.to(W.dtype)
         if self.bias is not None:
@@ -183,16 +209,13 @@ class LinearLoRA(LowRank):
         """A x."""
         return F.linear(x, A)
 
-    def up(self, output: Tensor, low: Tensor, B: Tensor) -> Tensor:
+    def up(self, output: Tensor, low: Tensor, B: Tensor, owned: bool) -> Tensor:
         """output + s B low, in one pass over the output."""
-        out, rank = B.shape
-        return torch.addmm(output.reshape(-1, out), low.reshape(-1, rank), B.t(), alpha=self.scale).view(
-            output.shape
-        )
+        return add_product(output, low, B, self.scale, owned=owned)
 
-    def bare(self, module: nn.Module, x: Tensor) -> Tensor:
+    def bare(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
         """W x."""
-        return F.linear(x, self.matrix(module.weight))  # pyright: ignore[reportArgumentType]
+        return F.linear(x, self.matrix(weight))
 
 
 class ConvLoRA(LowRank):
@@ -201,10 +224,9 @@ class ConvLoRA(LowRank):
     def __init__(self, lora: LoRA, module: Any, path: str) -> None:
         out, kernel = module.out_channels, module.kernel_size
         super().__init__(lora, path, out, module.in_channels * math.prod(kernel))
-        if self.rank % module.groups:
-            raise TargetError(
-                f"attach: {path!r} has {module.groups} groups; LoRA's rank={self.rank} must be a multiple."
-            )
+        if self.rank % module.groups or (lora.dora and module.groups > 1):
+            why = "DoRA has no norm for it" if lora.dora else f"LoRA's rank={self.rank} must be a multiple"
+            raise TargetError(f"attach: {path!r} is a convolution with groups={module.groups}; {why}.")
         self.groups = module.groups
         A = new_tensor(module, self.rank, module.in_channels, *kernel)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
@@ -222,14 +244,14 @@ class ConvLoRA(LowRank):
         """A * x, with the module's stride, padding and dilation."""
         return conv_like(module, x, A, groups=1)
 
-    def up(self, output: Tensor, low: Tensor, B: Tensor) -> Tensor:
+    def up(self, output: Tensor, low: Tensor, B: Tensor, owned: bool) -> Tensor:
         """output + s B low."""
         conv = (F.conv1d, F.conv2d, F.conv3d)[B.ndim - 3]
         return output + conv(low, B * self.scale, groups=self.groups)
 
-    def bare(self, module: nn.Module, x: Tensor) -> Tensor:
+    def bare(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
         """W * x."""
-        return conv_like(module, x, module.weight, groups=self.groups)  # pyright: ignore[reportArgumentType]
+        return conv_like(module, x, weight, groups=self.groups)
 
     def fold(self, module: nn.Module, now: Weights, base: Weights) -> Weights:
         """As LowRank; a grouped convolution has no weight for an update across its groups."""
@@ -245,6 +267,8 @@ class EmbeddingLoRA(LinearLoRA):
     """On nn.Embedding, whose weight (V, d) is the transpose of a linear one of V inputs."""
 
     def __init__(self, lora: LoRA, module: nn.Embedding, path: str) -> None:
+        if lora.lora_bias:
+            raise TargetError(f"attach: LoRA's lora_bias=True is not for embeddings, and {path!r} is one.")
         super().__init__(lora, module, path)
         self.padding_idx = module.padding_idx
         with torch.no_grad():  # PEFT's start: the other factor is the random one
@@ -253,7 +277,15 @@ class EmbeddingLoRA(LinearLoRA):
 
     def down(self, module: nn.Module, x: Tensor, A: Tensor) -> Tensor:
         """Columns of A."""
-        return F.embedding(x, A.t(), padding_idx=self.padding_idx)
+        return rows(module, x, A.t(), self.padding_idx)
+
+    def bare(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
+        """Rows of W."""
+        return rows(module, x, weight, self.padding_idx)
+
+    def up(self, output: Tensor, low: Tensor, B: Tensor, owned: bool) -> Tensor:
+        """output + s B low, in the output's precision also under autocast, which leaves embeddings alone."""
+        return output + self.scale * (low @ B.t()).to(output.dtype)
 
     def suffixes(self) -> dict[str, str]:
         """PEFT's keys, which are others for embeddings."""
@@ -273,8 +305,8 @@ class LoRA(Injection):
         bias: ``"none"``; ``"lora_only"`` trains the served modules' biases too; ``"all"`` every bias of the
             model. What is trained is the difference to the bias, so that removal is exact.
         lora_bias: a bias on B.
-        rank_pattern: other ranks by regex over module names, as in PEFT.
-        alpha_pattern: other alphas by regex over module names.
+        rank_pattern: other ranks, by regex over the ends of module names; the first that matches counts.
+        alpha_pattern: other alphas, likewise.
 
     Serves nn.Linear, transformers' Conv1D, nn.Conv1d/2d/3d and nn.Embedding. By default: query and value
     projections (LoRA, section 4.2). Half-precision weights get float32 adapters, computed in the
@@ -309,11 +341,13 @@ class LoRA(Injection):
     alpha_pattern: Mapping[str, float] = field(default_factory=dict[str, float])
 
     def __post_init__(self) -> None:
-        check_range("LoRA", "rank", self.rank, 1)
         check_range("LoRA", "dropout", self.dropout, 0, 1)
-        check_range("LoRA", "alpha", self.alpha, 0)
-        for pattern, rank in self.rank_pattern.items():
-            check_range("LoRA", f"rank_pattern[{pattern!r}]", rank, 1)
+        for name, rank in {"rank": self.rank, **_entries("rank_pattern", self.rank_pattern)}.items():
+            check_range("LoRA", name, rank, 1)
+            if rank % 1:
+                raise OptxError(f"LoRA: {name} is {rank!r}; it must be a whole number.")
+        for name, alpha in {"alpha": self.alpha, **_entries("alpha_pattern", self.alpha_pattern)}.items():
+            check_range("LoRA", name, alpha, 0)
         if self.bias not in ("none", "lora_only", "all"):
             raise OptxError(f"LoRA: bias is {self.bias!r}; it must be 'none', 'lora_only' or 'all'.")
         if self.dora and self.lora_bias:
@@ -321,11 +355,11 @@ class LoRA(Injection):
 
     def rank_at(self, path: str) -> int:
         """The rank of one module."""
-        return _by_pattern(self.rank_pattern, path, self.rank)
+        return self.rank_pattern.get(_pattern_of(self.rank_pattern, path) or "", self.rank)
 
     def alpha_at(self, path: str) -> float:
         """The alpha of one module."""
-        return _by_pattern(self.alpha_pattern, path, self.alpha)
+        return self.alpha_pattern.get(_pattern_of(self.alpha_pattern, path) or "", self.alpha)
 
     def part(self, module: nn.Module, path: str) -> Part:
         """One module's A and B."""
@@ -333,26 +367,59 @@ class LoRA(Injection):
             return LinearLoRA(self, module, path)
         if is_conv(module):
             return ConvLoRA(self, module, path)
-        if isinstance(module, nn.Embedding) and module.max_norm is None:
+        if isinstance(module, nn.Embedding) and not peculiar(module):
             return EmbeddingLoRA(self, module, path)
-        raise TargetError(f"attach: LoRA serves {self.serves}; {path!r} is {_kind(module)}.")
+        raise TargetError(
+            f"attach: LoRA serves {self.serves}; {path!r} is a {type(module).__name__}{peculiar(module)}."
+        )
+
+    def parts(self, sites: Sequence[Site]) -> list[Part]:
+        """One per site; warns of patterns that name none of them."""
+        for option in ("rank_pattern", "alpha_pattern"):
+            patterns: Mapping[str, Any] = getattr(self, option)
+            unused = [p for p in patterns if not any(_pattern_of({p: 0}, site.path) for site in sites)]
+            if unused:
+                warnings.warn(
+                    f"LoRA: {option} has {', '.join(map(repr, unused))}, which matches none of the served "
+                    "modules.",
+                    stacklevel=5,
+                )
+        return super().parts(sites)
 
     def companions(self, model: nn.Module, sites: Sequence[Site]) -> list[tuple[Injection, list[Site]]]:
         """``bias="all"``: the biases of modules that have no update of their own."""
         if self.bias != "all":
             return []
         own = {site.path for site in sites}
-        biased = [Site(path, module) for path, module in model.named_modules() if is_biased(module)]
-        return [(BitFit(), [site for site in biased if site.path not in own])]
+        biased = [
+            Site(path, module)
+            for path, module in model.named_modules()
+            if is_biased(module) and path not in own and RESERVED not in path.split(".")
+        ]
+        return [(BitFit(), biased)]
 
 
-def _kind(module: nn.Module) -> str:
-    return "an Embedding with max_norm" if isinstance(module, nn.Embedding) else f"a {type(module).__name__}"
+def _entries(option: str, patterns: Mapping[str, float]) -> dict[str, float]:
+    """The entries of a pattern option, named for messages; raises if one is not a regex."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise OptxError(f"LoRA: {option} has {pattern!r}, not a regular expression ({error}).") from None
+    return {f"{option}[{pattern!r}]": value for pattern, value in patterns.items()}
 
 
-def _by_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+def _pattern_of(patterns: Mapping[str, Any], path: str) -> str | None:
     """PEFT's rule: the first key that matches the end of the path."""
-    return next((v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
+    bare = bare_path(path)
+    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", bare)), None)
+
+
+def _own(module: nn.Module, name: str) -> Any:
+    """A module's weight or bias as it is without what is merged into it."""
+    container = attached(module)
+    kept = container.originals.get(name) if container is not None else None
+    return getattr(module, name, None) if kept is None else kept
 
 
 def _cast(tensor: Tensor, like: Tensor) -> Tensor:

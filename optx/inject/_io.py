@@ -1,0 +1,338 @@
+"""Handles as folders: PEFT's two files where PEFT knows the method, else ``optx_adapter.safetensors``.
+
+Tensors are keyed by module path and suffix, without what torch.compile and DDP put into paths. The metadata
+of the safetensors file, under ``optx``, says what to attach where; JSON, no pickle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from optx._errors import FileError, OptxError, near
+from optx._files import written_aside
+from optx._names import placed_like, whole
+from optx.inject import _peft_io, _peft_read
+from optx.inject._handle import Handle, check_tensors
+from optx.inject._injection import Composite, Injection, Targets
+from optx.inject._paths import paths_of
+from optx.inject._stored import Stored
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
+OWN = "optx_adapter.safetensors"
+PICKLE = "adapter_model.bin"
+
+# Entries of PEFT's configuration that may be edited later: none changes what is computed.
+_FREE = ("base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping", "peft_version")
+
+# Options that act at the start or in training alone: a run may go on with others.
+_FOR_TRAINING = ("dropout", "init", "std")
+
+
+# ---- saving -----------------------------------------------------------------------------------------
+
+
+def save(handle: Handle, path: str | PathLike[str]) -> None:
+    """Write a handle's folder. What the options can't say is found out before anything is written."""
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise OptxError(f"save: {os.fspath(path)!r} is a file; pass the name of a folder.")
+    description = _describe(handle)
+    config = _peft_io.config_of(handle)
+    live = handle.state_dict()
+    tensors = {key: live[name] for key, name in _keys(handle).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(config, str):
+        if config:
+            warnings.warn(
+                f"save: PEFT can't read this adapter, as {config}. It is written as {OWN}.", stacklevel=3
+            )
+        _write(folder / OWN, tensors, description)
+        stale = (CONFIG, TENSORS)
+    else:
+        _write(folder / TENSORS, _peft_io.tensors_of(handle, tensors), {**description, "config": config})
+        with written_aside(folder / CONFIG) as aside:
+            aside.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        stale = (OWN,)
+    for name in stale:  # an adapter of the other kind, which this one replaces
+        (folder / name).unlink(missing_ok=True)
+
+
+def _write(file: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    # Copies: safetensors takes neither views of one storage nor sharded tensors.
+    copies = {key: whole(tensor).detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
+    with written_aside(file) as aside:
+        save_file(copies, aside, metadata={"format": "pt", "optx": json.dumps(description)})
+
+
+def _describe(handle: Handle) -> dict[str, Any]:
+    """What to attach where."""
+    plain = paths_of(handle.model).plain
+    try:
+        injection = _encode(handle.injection)
+        again = _encode(_decode(json.loads(json.dumps(injection))))
+    except (TypeError, ValueError) as error:
+        raise OptxError(
+            f"save: the options of {handle.injection} can't be written as JSON ({error})."
+        ) from error
+    if again != injection:
+        raise OptxError(f"save: the options of {handle.injection} would not be the same when read again.")
+    return {
+        "version": _version(),
+        "injection": injection,
+        "served": {name: [plain[one] for one in paths] for name, paths in _by_member(handle).items()},
+        "modules_to_save": [plain[kept.path] for kept in handle.saved],
+    }
+
+
+def _by_member(handle: Handle) -> dict[str, list[str]]:
+    """Served paths by member; what an injection brings along by itself (companions) is left out."""
+    injection = handle.injection
+    members = injection.members() if isinstance(injection, Composite) else {"": injection}
+    groups: dict[int, list[Any]] = {}
+    for one in handle.served:
+        groups.setdefault(id(one.injection), []).append(one)
+    waiting = list(groups.values())
+    found: dict[str, list[str]] = {}
+    for name, member in members.items():
+        group = next(group for group in waiting if group[0].injection == member)
+        waiting.remove(group)
+        found[name] = [one.path for one in group]
+    return found
+
+
+def _keys(handle: Handle) -> dict[str, str]:
+    """The keys of a handle's state dict, by those of a file: bare paths, and the method's own name."""
+    plain = paths_of(handle.model).plain
+    keys: dict[str, str] = {}
+    for one in handle.served:
+        suffixes = one.part.suffixes()
+        for name in one.part.tensors():
+            suffix = suffixes.get(name)
+            keys[f"{plain[one.path]}.{suffix or f'{one.injection.name}.{name}'}"] = (
+                f"{one.path}.{suffix or f'{one.name}.{name}'}"
+            )
+    for kept in handle.saved:
+        for name in kept.module.state_dict():
+            keys[f"{plain[kept.path]}.{name}"] = f"{kept.path}.{name}"
+    return keys
+
+
+# ---- loading ----------------------------------------------------------------------------------------
+
+
+def attach_saved(model: nn.Module, path: str | PathLike[str], targets: object, *, name: str | None) -> Handle:
+    """Attach what a folder holds, to the modules it was saved for, and load its tensors."""
+    from optx.inject._attach import attach
+
+    if targets is not None:
+        raise OptxError("attach: a saved adapter says itself which modules it serves; leave targets out.")
+    stored = _read(path, model)
+    here = paths_of(model).here
+    exact = {member: _exactly(here[one] for one in paths) for member, paths in stored.served.items()}
+    handle = attach(
+        model,
+        stored.injection,
+        exact if isinstance(stored.injection, Composite) else exact[""],
+        name=name,
+        modules_to_save=[here[one] for one in stored.whole],
+    )
+    try:
+        _fill(handle, stored, os.fspath(path))
+    except BaseException:
+        handle.remove()
+        raise
+    return handle
+
+
+def load(handle: Handle, path: str | PathLike[str]) -> None:
+    """Load a folder's tensors into a handle of the same injection."""
+    if handle.removed:
+        raise OptxError("load: this handle has been removed from its model. Attach again.")
+    stored = _read(path, handle.model)
+    where = os.fspath(path)
+    own, theirs = (_effective(one, handle) for one in (handle.injection, stored.injection))
+    if own["class"] != theirs["class"]:
+        raise FileError(f"load: {where!r} holds {theirs['class']}, and this handle is of {own['class']}.")
+    for option, value in theirs.items():
+        if option not in _FOR_TRAINING and own[option] != value:
+            raise FileError(
+                f"load: {where!r} was saved with {option}={value!r}, and this handle has {own[option]!r}. "
+                "optx.attach(model, path) takes the options from the file."
+            )
+    _fill(handle, stored, where)
+
+
+def _exactly(paths: Iterable[str]) -> Targets:
+    wanted = frozenset(paths)
+    return lambda path, module: path in wanted
+
+
+def _fill(handle: Handle, stored: Stored, where: str) -> None:
+    """Copy the tensors into the handle, if every key and shape is right."""
+    live, keys = handle.state_dict(), _keys(handle)
+    own = {key: live[name] for key, name in keys.items()}
+    check_tensors(stored.tensors, own, where=f"load: {where!r}")
+    handle.load_state_dict({keys[key]: placed_like(stored.tensors[key], t) for key, t in own.items()})
+
+
+def _effective(injection: Injection, handle: Handle) -> dict[str, Any]:
+    """Options in a form that is equal if what they do to the handle's modules is."""
+    return {"class": type(injection).__name__, **_encode(_peft_io.spelled_out(injection, handle))}
+
+
+# ---- reading ----------------------------------------------------------------------------------------
+
+
+def _read(path: str | PathLike[str], model: nn.Module) -> Stored:
+    """What a folder holds; the model is not touched."""
+    folder = Path(path)
+    if not folder.is_dir():
+        what = "a file; pass the folder it is in" if folder.exists() else "no folder"
+        raise FileError(
+            f"load: {os.fspath(path)!r} is {what}. An adapter of the Hub must be downloaded first."
+        )
+    own, config, tensors = folder / OWN, folder / CONFIG, folder / TENSORS
+    if own.exists() and config.exists():
+        raise FileError(
+            f"load: {os.fspath(path)!r} has both {OWN} and {CONFIG}. Delete the one that is not wanted."
+        )
+    if own.exists():
+        return _read_own(own, model)
+    if not tensors.exists() and (folder / PICKLE).exists():
+        raise FileError(
+            f"load: {str(folder / PICKLE)!r} is a pickle, which can run any code when it is read. Load it in "
+            "PEFT, if you trust it, and save it again: save_pretrained writes safetensors."
+        )
+    for file in (config, tensors):
+        if not file.exists():
+            there = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
+            raise FileError(f"load: {os.fspath(path)!r} has no {file.name}. It has {there}.")
+    return _read_peft(config, tensors, model)
+
+
+def _read_own(file: Path, model: nn.Module) -> Stored:
+    where = f"load: {str(file)!r}"
+    tensors, description = _open(file)
+    if description is None:
+        raise FileError(f"{where} is not an adapter file: its metadata has no 'optx'.")
+    return _described(description, tensors, model, where)
+
+
+def _read_peft(config_file: Path, file: Path, model: nn.Module) -> Stored:
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it holds no object")
+    except ValueError as error:
+        raise FileError(f"load: {str(config_file)!r} is damaged ({error}).") from error
+    tensors, description = _open(file)
+    where = f"load: {str(file)!r}"
+    stored = _peft_read.read(config, tensors, model, where)
+    if description is None:
+        return stored
+    written = description.get("config", {})
+    for option in {*written, *config} - set(_FREE):
+        if written.get(option) != config.get(option):
+            raise FileError(
+                f"{where} was written with {option}={written.get(option)!r}, and {CONFIG} beside it has "
+                f"{config.get(option)!r}: a save was cut off, or one of them was changed. Save again."
+            )
+    return _described(description, stored.tensors, model, where)
+
+
+def _open(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
+    """A safetensors file's tensors, and what optx wrote about them."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            metadata = opened.metadata() or {}
+        return tensors, json.loads(metadata["optx"]) if "optx" in metadata else None
+    except (SafetensorError, ValueError) as error:
+        raise FileError(f"load: {str(file)!r} is damaged or cut off ({error}).") from error
+
+
+def _described(
+    description: Mapping[str, Any], tensors: dict[str, Tensor], model: nn.Module, where: str
+) -> Stored:
+    """What optx wrote about a file."""
+    paths = paths_of(model)
+    try:
+        injection = _decode(description["injection"])
+        members = injection.members() if isinstance(injection, Composite) else ("",)
+        served = {name: list(description["served"][name]) for name in members}
+        stored = Stored(injection, served, description["modules_to_save"], tensors)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FileError(f"{where} is damaged: its description lacks {error}.") from error
+    for path in (*(one for served in stored.served.values() for one in served), *stored.whole):
+        if path not in paths.here:
+            raise FileError(
+                f"{where} was saved for another model: it serves {path!r}, and this one has no such module. "
+                f"{near(path, filter(None, paths.modules))}"
+            )
+    return stored
+
+
+# ---- options as JSON --------------------------------------------------------------------------------
+
+
+def _encode(value: Any) -> Any:
+    """An option as JSON can hold it; an injection inside another by its class name."""
+    if isinstance(value, Injection):
+        options = value.options()
+        for field in dataclasses.fields(value):
+            if _holds_injection(getattr(value, field.name)):
+                options[field.name] = getattr(value, field.name)
+        return {"injection": type(value).__name__, "options": {k: _encode(v) for k, v in options.items()}}
+    if isinstance(value, Mapping):
+        return {k: _encode(v) for k, v in value.items()}  # pyright: ignore[reportUnknownVariableType]
+    if isinstance(value, list | tuple):
+        return [_encode(item) for item in value]  # pyright: ignore[reportUnknownVariableType]
+    return value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, dict) and set(value) == {"injection", "options"}:  # pyright: ignore[reportUnknownArgumentType]
+        known = {kind.__name__: kind for kind in _kinds(Injection)}
+        if value["injection"] not in known:
+            raise FileError(
+                f"load: the file is of an injection {value['injection']!r}, which is not known here. Import "
+                f"the module that defines it. {near(value['injection'], known)}"
+            )
+        return known[value["injection"]].from_options({k: _decode(v) for k, v in value["options"].items()})
+    if isinstance(value, dict):
+        return {k: _decode(v) for k, v in value.items()}  # pyright: ignore[reportUnknownVariableType]
+    return tuple(map(_decode, value)) if isinstance(value, list) else value  # pyright: ignore[reportUnknownArgumentType]
+
+
+def _holds_injection(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_holds_injection, value.values()))  # pyright: ignore[reportUnknownArgumentType]
+    return isinstance(value, Injection) or (
+        isinstance(value, list | tuple) and any(map(_holds_injection, value))
+    )  # pyright: ignore[reportUnknownArgumentType]
+
+
+def _kinds(of: type[Injection]) -> list[type[Injection]]:
+    """Every injection that is defined, a later definition of one name after an earlier."""
+    return [kind for child in of.__subclasses__() for kind in (child, *_kinds(child))]
+
+
+def _version() -> str:
+    try:
+        return version("optx-torch")
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,146 @@
+"""Prefix tuning in PEFT's file format, for causal language models with rotary positions.
+
+PEFT keeps all layers' keys and values in one tensor ``prompt_embeddings`` and hands them to the model as a
+cache. So there the real tokens stand behind the prefix, at positions from l on; here they stay where they
+are. With rotary positions only distances count: turning the prefix's keys by l gives the same attention.
+Other positions (GPT-2's) have no such turn, and so no file.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from optx._errors import FileError
+from optx.inject._heads import Prefix
+from optx.inject._paths import paths_of
+from optx.inject._peft_match import task_of
+from optx.inject._stored import Stored
+from optx.inject._targets import resolve
+from optx.inject.prefix import PrefixTuning
+
+if TYPE_CHECKING:
+    from optx.inject._handle import Handle, Served
+
+PROMPT = "prompt_embeddings"
+
+Turn = Callable[[Tensor, int], Tensor]
+"""Keys (heads, l, width) as if they stood at another position."""
+
+
+def config_of(handle: Handle) -> dict[str, Any] | str:
+    """The configuration with which PEFT does the same, or why there is none."""
+    injection, model = handle.injection, handle.model
+    assert isinstance(injection, PrefixTuning)
+    if injection.mlp is not None:
+        return "its keys and values are made by an MLP (optx.fold_prefix drops it)"
+    if handle.saved:
+        return "its prefix tuning has no modules_to_save"
+    served = _by_layer(handle.served)
+    turn = _turn(model, [one.module for one in served])
+    if isinstance(turn, str):
+        return turn
+    heads, length, width = _pair(served[0])[0].shape
+    return {
+        "peft_type": "PREFIX_TUNING",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": getattr(model.config, "_name_or_path", None) or None,
+        "inference_mode": True,
+        "num_virtual_tokens": length,
+        "num_layers": len(served),
+        "num_attention_heads": heads,
+        "token_dim": heads * width,
+        "encoder_hidden_size": heads * width,
+        "num_transformer_submodules": 1,
+        "prefix_projection": False,
+    }
+
+
+def prompt_of(handle: Handle) -> Tensor:
+    """(l, layers * 2 * heads * width): for each position, each layer's keys, then its values."""
+    served = _by_layer(handle.served)
+    turn = _turn(handle.model, [one.module for one in served])
+    assert not isinstance(turn, str)
+    flat: list[Tensor] = []
+    for one in served:
+        key, value = _pair(one)
+        flat += [t.transpose(0, 1).flatten(1) for t in (turn(key, key.shape[1]), value)]
+    return torch.cat(flat, dim=1)
+
+
+def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Module, where: str) -> Stored:
+    """What a PEFT file holds, for this model."""
+    if config.get("task_type") != "CAUSAL_LM" or PROMPT not in tensors:
+        what = f"is for {config.get('task_type')}" if PROMPT in tensors else f"has no {PROMPT!r}"
+        raise FileError(f"{where} {what}; optx reads prefix tuning of causal language models.")
+    prompt = tensors[PROMPT]
+    sites = resolve(model, PrefixTuning(), None)
+    turn = _turn(model, [site.module for site in sites])
+    if isinstance(turn, str):
+        raise FileError(f"{where} can't be read for this model: {turn}.")
+    length, heads = config["num_virtual_tokens"], config["num_attention_heads"]
+    width, layers = config["token_dim"] // heads, len(sites)
+    if prompt.shape != (length, layers * 2 * heads * width):
+        raise FileError(
+            f"{where}: {PROMPT!r} has shape {tuple(prompt.shape)}, the model needs "
+            f"{(length, layers * 2 * heads * width)}: {layers} layers of keys and values. It was saved for "
+            "another model."
+        )
+    both = prompt.view(length, layers, 2, heads, width).permute(1, 2, 3, 0, 4)
+    plain = paths_of(model).plain
+    found: dict[str, Tensor] = {}
+    for site, (key, value) in zip(sites, both, strict=True):
+        name = f"{plain[site.path]}.{PrefixTuning.name}"
+        exact = {end: tensors.get(f"base_model.model.{name}.{end}") for end in ("key", "value")}
+        found[f"{name}.key"] = turn(key, -length) if exact["key"] is None else exact["key"]
+        found[f"{name}.value"] = value if exact["value"] is None else exact["value"]
+    injection = PrefixTuning(length=length)
+    return Stored(injection, {"": [plain[site.path] for site in sites]}, [], found)
+
+
+def _by_layer(served: list[Served]) -> list[Served]:
+    return sorted(served, key=lambda one: getattr(one.module, "layer_idx", 0))
+
+
+def _pair(one: Served) -> tuple[Tensor, Tensor]:
+    assert isinstance(one.part, Prefix)
+    return one.part.key.detach(), one.part.value.detach()
+
+
+def _turn(model: nn.Module, attentions: list[nn.Module]) -> Turn | str:
+    """How to move keys to another position in this model; or why its prefixes are not PEFT's."""
+    config: Any = getattr(model, "config", None)
+    if task_of(model) != "CAUSAL_LM":
+        return "only its prefix tuning of causal language models means the same"
+    if len(attentions) != config.num_hidden_layers:
+        return f"it has a prefix in each of the {config.num_hidden_layers} layers"
+    kinds: list[str] = getattr(config, "layer_types", None) or []
+    if getattr(config, "sliding_window", None) is not None or set(kinds) - {"full_attention"}:
+        return "a sliding window hides its prefix from later tokens"
+    rotary: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
+    apply: Any = getattr(sys.modules[type(attentions[0]).__module__], "apply_rotary_pos_emb", None)
+    fixed = len(rotary) == 1 and getattr(rotary[0], "rope_type", "") not in ("dynamic", "longrope")
+    if apply is None or not fixed or not all(getattr(one, "use_rope", True) for one in attentions):
+        return "it moves the real tokens behind the prefix, which only rotary positions can make up for"
+
+    def turn(key: Tensor, by: int) -> Tensor:
+        cos, sin = rotary[0](key.float(), torch.tensor([[by]], device=key.device))
+        turned = apply(key[None], key[None], cos, sin)[1][0]
+        return turned / getattr(rotary[0], "attention_scaling", 1.0)
+
+    return turn if _only_distance_counts(turn, attentions[0]) else "its positions are not purely rotary"
+
+
+def _only_distance_counts(turn: Turn, attention: Any) -> bool:
+    """Whether products of turned queries and keys depend on nothing else: some models turn a part of each."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 1, attention.head_dim, generator=generator, dtype=torch.float32)
+    try:
+        products = [float((turn(q, 3 + by) * turn(k, by)).sum()) for by in (0, 7)]
+    except RuntimeError:  # shapes that don't go together
+        return False
+    return abs(products[0] - products[1]) < 1e-4

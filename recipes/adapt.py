@@ -1,0 +1,160 @@
+"""Teach a sentence encoder to tell good film reviews from bad ones, with full fine-tuning and with adapters.
+
+all-MiniLM-L6-v2 (BERT, 22M) on sentences that people rated; every arm has the same data, batches and number
+of steps, and trains a new head. For each: accuracy on held-out sentences, numbers trained, bytes on disk, and
+the time of a training step as a ratio to full fine-tuning. Each arm's learning rate is the best of a sweep
+on another seed (--sweep does it again).
+
+Source: BitFit, arXiv 2106.10199; LoRA, arXiv 2106.09685; SVFit, arXiv 2409.05926; MAM, arXiv 2110.04366;
+FLoRA, arXiv 2405.14739.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import optx
+
+from . import _adapt_report, _assets
+from ._reviews import Sentences, load
+from ._run import Run, chosen, clock, device, median_ms, parser
+
+HEAD = "classifier"
+
+# Each arm is the same loop; this is the line that changes, and the learning rate that suits it.
+ARMS: dict[str, tuple[Callable[[], optx.Injection] | None, float]] = {
+    "full": (None, 5e-5),
+    "bitfit": (optx.BitFit, 3e-3),
+    "lora": (lambda: optx.LoRA(rank=8, alpha=16), 1e-3),
+    "svfit": (optx.SVFit, 3e-2),
+    "mam": (lambda: optx.MAM(prefix=16, rank=16, scale=2.0), 1e-3),
+    "flora": (lambda: optx.FLoRA(rank=8), 1e-3),
+}
+
+
+def start(arm: str, seed: int, args: Any, labels: int) -> tuple[nn.Module, optx.Handle | None]:
+    """The pretrained model with a new head, and what the arm attaches to it."""
+    torch.manual_seed(seed)
+    model = _assets.classifier(args.model, labels)[0].to(device()).train()
+    injection, _ = ARMS[arm]
+    if injection is None:
+        return model, None
+    handle = optx.attach(model, injection(), modules_to_save=[HEAD])
+    optx.trainable_only(model, handle)
+    return model, handle
+
+
+def train(arm: str, seed: int, lr: float, data: Sentences, test: Sentences, args: Any, run: Run) -> Any:
+    """Train one arm with one seed; what was measured, or None if interrupted."""
+    model, handle = start(arm, seed, args, int(data.labels.max()) + 1)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
+    warmup = max(1, args.steps // 10)  # then linearly down
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda s: min((s + 1) / warmup, (args.steps - s) / (args.steps - warmup + 1))
+    )
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    losses: list[float] = []
+    for step in run.steps(f"{arm}, seed {seed}", 0, args.steps):
+        index = order[torch.arange(step * args.batch, (step + 1) * args.batch) % len(order)]
+        loss = model(**data.batch(index)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+    if run.interrupt.wanted:
+        return None
+    return {
+        "loss": losses,
+        "accuracy": accuracy(model, test),
+        "trainable": sum(p.numel() for p in parameters),
+        "bytes": bytes_on_disk(model, handle),
+    }
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: Sentences) -> float:
+    """Share of sentences that the model puts into the right class."""
+    model.eval()
+    right = 0
+    for index in torch.arange(len(data)).split(64):
+        batch = data.batch(index)
+        right += int((model(**batch).logits.argmax(1) == batch["labels"]).sum())
+    return right / len(data)
+
+
+def bytes_on_disk(model: Any, handle: optx.Handle | None) -> int:
+    """What one keeps of a run: the adapter's folder, or the whole model's weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        if handle is None:
+            model.save_pretrained(folder)
+        else:
+            handle.save(folder)
+        return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+
+
+def step_times(arms: Sequence[str], data: Sentences, args: Any, rounds: int = 12) -> dict[str, float]:
+    """Milliseconds of a training step, by arm; the arms take turns on one batch."""
+    models = {arm: start(arm, 0, args, int(data.labels.max()) + 1)[0] for arm in arms}
+    groups = {arm: [p for p in model.parameters() if p.requires_grad] for arm, model in models.items()}
+    optimizers = {arm: torch.optim.AdamW(group, lr=0.0) for arm, group in groups.items()}
+    batch = data.batch(torch.arange(args.batch))
+    times: dict[str, list[float]] = {arm: [] for arm in arms}
+    for _ in range(rounds):
+        for arm, model in models.items():
+            started = clock()
+            model(**batch).loss.backward()
+            optimizers[arm].step()
+            optimizers[arm].zero_grad()
+            times[arm].append(clock() - started)
+    return {arm: median_ms(seconds[2:]) for arm, seconds in times.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run all arms with all seeds and report."""
+    args = parser(
+        "adapt",
+        __doc__ or "",
+        steps=120,
+        seeds={"type": int, "default": 3, "help": "how many seeds, from --seed on"},
+        model={"help": "hub name or folder of a BERT-like encoder (default: all-MiniLM-L6-v2)"},
+        data={"help": "file of class<TAB>sentence lines (default: film reviews)"},
+        arms={"default": ",".join(ARMS), "help": "which, comma-separated"},
+        batch={"type": int, "default": 16, "help": "sentences a step"},
+        length={"type": int, "default": 48, "help": "tokens of a sentence, at most"},
+        test={"type": int, "default": 1000, "help": "sentences kept for testing"},
+        sweep={"help": "factors on the learning rates, as 0.3,1,3: one run each with seed 100, and a table"},
+        resume={"action": "store_true", "help": "keep the finished arms and seeds of an interrupted run"},
+    ).parse_args(argv)
+    arms = chosen(args.arms, ARMS)
+    settings = {k: v for k, v in vars(args).items() if k not in ("arms", "seeds", "out", "resume")}
+    run = Run(args.out, settings, args.resume)
+    data, test = load(_assets.classifier(args.model, 2)[1], args.data, args.test, args.length)
+    if args.sweep:  # rates are chosen on sentences that are neither trained on nor in the table
+        data, test = data.cut(args.test)
+    factors = [float(f) for f in args.sweep.split(",")] if args.sweep else [1.0]
+    seeds = [100] if args.sweep else range(args.seed, args.seed + args.seeds)
+    for arm in arms:
+        for seed in seeds:
+            for lr in (factor * ARMS[arm][1] for factor in factors):
+                key = f"{arm}/{lr:g}/{seed}" if args.sweep else f"{arm}/{seed}"
+                if not run.finished(key):
+                    if (result := train(arm, seed, lr, data, test, args, run)) is None:
+                        raise SystemExit(130)
+                    run.results["arms"][key] = result
+                    run.write()
+    if not args.sweep and "step_ms" not in run.results:
+        run.results["step_ms"] = step_times(arms, data, args)
+        run.write()
+    (_adapt_report.sweep if args.sweep else _adapt_report.report)(run, arms)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Prefix tuning in PEFT's files, both ways."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from adapter_models import (
+    assert_close,
+    assert_refused,
+    attached,
+    bert,
+    by_peft,
+    edit_config,
+    gpt2,
+    in_peft,
+    llama,
+    outputs,
+    shake,
+    tensors_in,
+)
+
+import optx
+
+ROPES: dict[str, Any] = {
+    "plain": {},
+    "yarn": {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}},
+    "llama3": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 1e4,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        }
+    },
+    "wide heads": {"head_dim": 12, "num_attention_heads": 4, "num_key_value_heads": 2},
+}
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_prefixes_are_pefts_with_their_keys_turned(rope: str, tmp_path: Path) -> None:
+    """PEFT puts the real tokens behind the prefix; here they stay at their positions."""
+    model = llama(**ROPES[rope])
+    base = outputs(model)
+    handle = optx.attach(model, optx.PrefixTuning(length=5))
+    shake(handle.parameters(), by=1.0)
+    handle.save(tmp_path)
+    wanted = outputs(model)
+    assert (wanted - base).abs().max() > 0.1
+    assert_close(outputs(in_peft(llama(**ROPES[rope]), tmp_path)), wanted)
+    fresh = llama(**ROPES[rope])
+    again = optx.attach(fresh, tmp_path)
+    assert torch.equal(outputs(fresh), wanted)
+    assert again.injection == handle.injection
+
+
+@pytest.mark.parametrize("projected", [False, True])
+@pytest.mark.parametrize("rope", ROPES)
+def test_prefixes_of_pefts_load_here(rope: str, projected: bool, tmp_path: Path) -> None:
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, prefix_projection=projected)
+    theirs = by_peft(llama(**ROPES[rope]), config, tmp_path)
+    model = llama(**ROPES[rope])
+    base = outputs(model)
+    handle = optx.attach(model, tmp_path)
+    assert (outputs(theirs) - base).abs().max() > 0.1
+    assert_close(outputs(model), outputs(theirs))
+    handle.save(tmp_path / "again")
+    assert_close(
+        tensors_in(tmp_path / "again")["prompt_embeddings"], tensors_in(tmp_path)["prompt_embeddings"], 1e-6
+    )
+
+
+def test_a_prefix_without_its_mlp_goes_to_peft(tmp_path: Path) -> None:
+    model = llama()
+    handle = attached(model, optx.PrefixTuning(length=3, mlp=6))
+    with pytest.warns(UserWarning, match=r"made by an MLP \(optx.fold_prefix drops it\)"):
+        handle.save(tmp_path)
+    wanted, fresh = outputs(model), llama()
+    optx.attach(fresh, tmp_path)
+    assert torch.equal(outputs(fresh), wanted)
+    optx.fold_prefix(handle)
+    handle.save(tmp_path)
+    assert_close(outputs(in_peft(llama(), tmp_path)), wanted)
+
+
+def mistral() -> Any:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return MistralForCausalLM(MistralConfig(vocab_size=64, num_key_value_heads=1, sliding_window=8, **sizes))
+
+
+@pytest.mark.parametrize(
+    ("make", "more", "why"),
+    [
+        (gpt2, {}, "only rotary positions can make up for"),
+        (lambda: bert("BertModel"), {}, "only its prefix tuning of causal language models"),
+        (mistral, {}, "a sliding window hides its prefix"),
+        (llama, {"targets": r".*0\.self_attn"}, "it has a prefix in each of the 2 layers"),
+        (llama, {"modules_to_save": ["lm_head"]}, "has no modules_to_save"),
+    ],
+)
+def test_prefixes_that_peft_would_compute_otherwise(
+    make: Callable[[], Any], more: dict[str, Any], why: str, tmp_path: Path
+) -> None:
+    model = make().eval()
+    start = copy.deepcopy(model)
+    handle = attached(model, optx.PrefixTuning(length=3), **more)
+    with pytest.warns(UserWarning, match=rf"PEFT can't read this adapter, as .*{why}"):
+        handle.save(tmp_path)
+    optx.attach(start, tmp_path)
+    assert torch.equal(outputs(start), outputs(model))
+
+
+def test_prefixes_that_are_not_for_this_model(tmp_path: Path) -> None:
+    by_peft(gpt2(), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), tmp_path / "gpt2")
+    assert_refused(tmp_path / "gpt2", r"can't be read for this model: it moves the real tokens", gpt2())
+    by_peft(llama(), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), tmp_path / "llama")
+    deeper = llama(num_hidden_layers=3)
+    assert_refused(tmp_path / "llama", r"has shape \(4, 32\), the model needs \(4, 48\): 3 layers", deeper)
+    edit_config(tmp_path / "llama", task_type="SEQ_CLS")
+    assert_refused(tmp_path / "llama", r"is for SEQ_CLS; optx reads prefix tuning of causal language models")
