@@ -17,23 +17,25 @@ def _of(run: Run, arm: str) -> list[dict[str, Any]]:
 def report(run: Run, arms: Sequence[str]) -> None:
     """Print the table and draw the picture."""
     times = run.results["step_ms"]
-    table = {}
+    columns: dict[str, dict[str, str]] = {}
     for arm in arms:
         results = _of(run, arm)
         scores = [100 * result["accuracy"] for result in results]
-        table[arm] = {
-            "accuracy, %": f"{statistics.mean(scores):.1f}",
+        line = {
+            "accuracy": f"{statistics.mean(scores):.1f} %",
             "by seed": " / ".join(f"{score:.1f}" for score in scores),
-            "numbers trained": f"{results[0]['trainable']:,}",
+            "trained": f"{results[0]['trainable']:,}",
             "on disk": f"{results[0]['bytes'] / 1e6:.2f} MB",
-            "train step": f"{times[arm] / times[arms[0]]:.2f}x",
+            "step": f"{times[arm] / times[arms[0]]:.2f}x",
         }
+        for name, value in line.items():
+            columns.setdefault(name, {})[arm] = value
     settings = run.settings
     _report.show(
         f"{settings['steps']} steps of {settings['batch']} sentences",
-        table,
-        f"Accuracy on {settings['test']} held-out sentences. Numbers trained include the head's. Train step: "
-        f"median, ratio to {arms[0]}, the arms in turn.",
+        columns,
+        f"Accuracy on {settings['test']} held-out sentences. Trained: numbers, the head's too. Step: of "
+        f"training, median, ratio to {arms[0]}, the arms in turn.",
     )
     _draw(run, arms)
 

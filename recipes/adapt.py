@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser(
         "adapt",
         __doc__ or "",
-        steps=120,
+        steps=80,
         seeds={"type": int, "default": 3, "help": "how many seeds, from --seed on"},
         model={"help": "hub name or folder of a BERT-like encoder (default: all-MiniLM-L6-v2)"},
         data={"help": "file of class<TAB>sentence lines (default: film reviews)"},

@@ -230,8 +230,8 @@ def test_merges_of_a_stack_are_exact_or_refused(data: st.DataObject) -> None:
         move(handle, seed=i)
     before, attached = snapshot(model), run(model)
     for act in ("merge", "unmerge"):
-        # One that must wait for others is refused, and nothing changes. (IA3 before LoRA waits for ever: its
-        # input scales go in last, its output scales first.)
+        # One that must wait for others is refused, and nothing changes. (IA3 before others may wait for ever:
+        # its output scales go in first, its input scales last.)
         waiting = data.draw(st.permutations([h for h in handles if h.merged == (act == "unmerge")]))
         left = len(waiting) + 1
         while len(waiting) < left:

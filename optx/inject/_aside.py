@@ -61,6 +61,11 @@ class Beside(Part):
             )
         return with_output(output, y + delta.to(y.dtype))
 
+    @property
+    def adds(self) -> bool:
+        """Whether all it does is add: it does, and none of it depends on the layer's output."""
+        return True
+
     def suffixes(self) -> dict[str, str]:
         """The keys name the variant: tensors of one are of no use to another."""
         return {name: f"aside.{self.variant}.{name}" for name, _ in self.named_parameters()}

@@ -60,6 +60,11 @@ def attach(
     if isinstance(injection, str | PathLike):
         from optx.inject._io import attach_saved
 
+        if modules_to_save:
+            raise OptxError(
+                f"attach: modules_to_save={list(modules_to_save)!r} can't be added to what "
+                f"{str(injection)!r} has saved. Leave it out, or pass the injection instead of the folder."
+            )
         return attach_saved(model, injection, targets, name=name)
     if not isinstance(injection, Injection):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise OptxError(

@@ -36,7 +36,7 @@ def merge(module: nn.Module, attached: Attached, part: Part, path: str) -> None:
     parts = list(attached.parts.items())
     place = [p for _, p in parts].index(part)
     for i, (name, other) in enumerate(parts):
-        before = i < place or part.folds_input
+        before = not other.folds_input and (i < place or part.folds_input)
         if other is not part and not other.merged and before and not _commute(part, other):
             raise MergeError(
                 f"merge: {name!r} acts on {path!r} too and is not merged, and the result depends on their "
@@ -55,7 +55,7 @@ def check_last(attached: Attached, part: Part, path: str, leaving: Collection[Pa
     parts = list(attached.parts.items())
     place = [p for _, p in parts].index(part)
     for i, (name, other) in enumerate(parts):
-        behind = i > place or other.folds_input
+        behind = other.folds_input or (i > place and not part.folds_input)
         if other.merged and other not in leaving and behind and not _commute(part, other):
             raise MergeError(
                 f"unmerge: {name!r} is merged into {path!r} too and acts after it, and the result depends on "
