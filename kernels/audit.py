@@ -72,6 +72,7 @@ class Kernel:
         elements: that one turn of the main loop handles; 0 for a kernel that handles a few numbers.
         bytes: per element that its roles imply.
         options: of the compiler.
+        narrowest: bits of the narrowest access allowed in the main loop.
     """
 
     program: str
@@ -84,6 +85,7 @@ class Kernel:
     elements: int = 0
     bytes: float = 0.0
     options: dict[str, Any] = field(default_factory=lambda: dict(LAUNCH))
+    narrowest: int = ACCESS
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,29 @@ def _loss_kernels() -> Iterator[Kernel]:
         )
 
 
+def _ternary_kernels(target: Target) -> Iterator[Kernel]:
+    """Those that decode compressed deltas. A mask word is 32 bits: one per thread, 128 bytes per warp."""
+    from optx.kernels import ternary
+
+    for s in ternary.audit_specs(shared=target.backend == "cuda"):
+        names = s.function.arg_names
+        constexprs = {(names.index(k),): v for k, v in s.constexprs.items()}
+        attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if s.signature[n][0] == "*"}
+        elements = s.constexprs["BLOCK"]
+        yield Kernel(
+            "ternary",
+            s.name,
+            s.function,
+            s.signature,
+            constexprs,
+            attrs,
+            ternary.WARPS,
+            elements,
+            s.bytes_per_element,
+            narrowest=32,
+        )
+
+
 # ---- compiling --------------------------------------------------------------------------------------
 
 
@@ -193,18 +218,21 @@ def _problems(kernel: Kernel, machine: Machine, counted: float) -> Iterator[str]
         yield "has no loop that accesses memory"
         return
     narrowest = min(8 * a.bytes for a in machine.loop)
-    if narrowest < ACCESS:
+    if narrowest < kernel.narrowest:
         yield f"accesses memory by {narrowest} bits"
     if abs(counted - kernel.bytes) > 0.01:
         yield f"moves {counted:.2f} bytes per element where its roles imply {kernel.bytes:.2f}"
 
 
-def audit(cases: Sequence[Case], targets: Sequence[Target], losses: bool = True) -> Iterator[Row]:
+def audit(
+    cases: Sequence[Case], targets: Sequence[Target], losses: bool = True, ternary: bool = True
+) -> Iterator[Row]:
     """Measure all kernels on all targets; kernels of several programs with one text are measured once."""
     for target in targets:
         seen: set[tuple[str, str]] = set()
         of_cases = (k for case in cases for k in kernels(case, target))
-        for kernel in (*of_cases, *(_loss_kernels() if losses else ())):
+        others = (*(_loss_kernels() if losses else ()), *(_ternary_kernels(target) if ternary else ()))
+        for kernel in (*of_cases, *others):
             key = (kernel.name, kernel.function.cache_key)
             if kernel.elements or key not in seen:
                 seen.add(key)
@@ -241,7 +269,7 @@ def traffic(rows: Iterable[Row]) -> dict[str, float]:
     for r in rows:
         if r.implied:
             passes[r.program, r.target] = passes.get((r.program, r.target), 0.0) + r.bytes
-    programs = dict.fromkeys(program for program, _ in passes if program != "loss")
+    programs = dict.fromkeys(program for program, _ in passes if program not in ("loss", "ternary"))
     return {p: max(b for (program, _), b in passes.items() if program == p) for p in programs}
 
 
@@ -268,15 +296,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--quick", action="store_true", help="one target per family: sm_90 and gfx942")
     parser.add_argument(
-        "--only", default="", metavar="REGEX", help="programs whose name matches ('loss' too)"
+        "--only", default="", metavar="REGEX", help="programs whose name matches ('loss', 'ternary' too)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to a file")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set, under which nothing is compiled; unset it.")
     cases = [case for case in all_cases() if re.search(options.only, case.name)]
-    losses = bool(re.search(options.only, "loss"))
-    rows = list(_progress(audit(cases, QUICK if options.quick else TARGETS, losses)))
+    losses, ternary = (bool(re.search(options.only, name)) for name in ("loss", "ternary"))
+    rows = list(_progress(audit(cases, QUICK if options.quick else TARGETS, losses, ternary)))
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     return _tell(rows)

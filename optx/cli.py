@@ -13,6 +13,7 @@ from rich.text import Text
 
 from optx import _catalog
 from optx._errors import near
+from optx.delta import cli as delta_cli
 
 # Everything after the recipe's name is the recipe's, --help too.
 _PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 bench = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
+delta_cli.add_to(app)
 
 
 def _stop(message: str, code: int = 1) -> typer.Exit:
@@ -75,6 +77,12 @@ def bench_attach(context: typer.Context) -> None:
     if importlib.util.find_spec("peft") is None:
         raise _stop("optx bench attach: it measures beside PEFT. Type:\n    python -m pip install peft")
     importlib.import_module("optx.recipes._bench_attach").main(context.args)
+
+
+@bench.command("delta", context_settings={**_PASS_ON, "help_option_names": []})
+def bench_delta(context: typer.Context) -> None:
+    """Prune a checkpoint on the disk with DARE; time beside copying it, and peak memory."""
+    importlib.import_module("optx.recipes._bench_delta").main(context.args)
 
 
 @app.command()

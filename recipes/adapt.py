@@ -122,14 +122,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser(
         "adapt",
         __doc__ or "",
-        steps=80,
+        steps=50,
         seeds={"type": int, "default": 3, "help": "how many seeds, from --seed on"},
         model={"help": "hub name or folder of a BERT-like encoder (default: all-MiniLM-L6-v2)"},
         data={"help": "file of class<TAB>sentence lines (default: film reviews)"},
         arms={"default": ",".join(ARMS), "help": "which, comma-separated"},
         batch={"type": int, "default": 16, "help": "sentences a step"},
-        length={"type": int, "default": 48, "help": "tokens of a sentence, at most"},
-        test={"type": int, "default": 1000, "help": "sentences kept for testing"},
+        length={"type": int, "default": 32, "help": "tokens of a sentence, at most"},
+        test={"type": int, "default": 500, "help": "sentences kept for testing"},
         sweep={"help": "factors on the learning rates, as 0.3,1,3: one run each with seed 100, and a table"},
         resume={"action": "store_true", "help": "keep the finished arms and seeds of an interrupted run"},
     ).parse_args(argv)

@@ -17,7 +17,7 @@ import optx
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = sorted(name for name in vars(optx) if not name.startswith("_"))
-PROTOCOLS = (optx.Transform, optx.Injection, optx.Composite)
+PROTOCOLS = (optx.Transform, optx.Injection, optx.Composite, optx.MergeMethod)
 METHODS = [
     name
     for name in PUBLIC

@@ -1,0 +1,1 @@
+"""Checkpoint operations: what fine-tuning changed, pruned, compressed, merged and patched."""

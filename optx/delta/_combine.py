@@ -1,0 +1,94 @@
+"""What merging methods share: numbers per model, sums with weights, the election of signs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from optx._errors import OptxError
+
+PerModel = float | Sequence[float]
+
+
+def per_model(owner: str, argument: str, value: PerModel, models: int, what: str = "models") -> list[float]:
+    """One number for each model.
+
+    Raises:
+        OptxError: as many numbers as there are no models.
+    """
+    if isinstance(value, int | float):
+        return [float(value)] * models
+    if len(value) != models:
+        raise OptxError(
+            f"{owner}: {argument} has {len(value)} numbers, and there are {models} {what}. Give one for "
+            "each, or one for all."
+        )
+    return [float(one) for one in value]
+
+
+def check_choice(owner: str, argument: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raise unless an option is one of its values."""
+    if value not in choices:
+        wanted = ", ".join(repr(choice) for choice in choices if choice is not None)
+        raise OptxError(f"{owner}: {argument} is {value!r}; it must be one of {wanted}.")
+
+
+def numbers(value: PerModel) -> Sequence[float]:
+    """A number for all or one for each, as a sequence."""
+    return (value,) if isinstance(value, int | float) else value
+
+
+def weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]:
+    """Each tensor times its weight, rounded: opposite ones then cancel exactly when they are summed."""
+    return [t if w == 1 else t * w for t, w in zip(tensors, weights, strict=True)]
+
+
+def total(tensors: Sequence[Tensor]) -> Tensor:
+    """Their sum, in memory of its own."""
+    summed = tensors[0].clone()
+    for tensor in tensors[1:]:
+        summed += tensor
+    return summed
+
+
+def steady_sum(tensor: Tensor) -> float:
+    """The sum in float64, the same with any number of threads: torch divides long sums among them."""
+    rows = tensor.flatten().to(torch.float64).split(1 << 14)
+    return math.fsum(float(row.sum()) for row in rows)
+
+
+def mixed(tensors: Sequence[Tensor], weights: Sequence[float], normalize: bool, lam: float) -> Tensor:
+    """lam * sum of w_i d_i, or lam * their weighted mean."""
+    summed, mass = total(weighted(tensors, weights)), sum(weights)
+    if normalize and abs(mass) >= 1e-8:
+        summed /= mass
+    return summed if lam == 1 else summed.mul_(lam)
+
+
+def elected(
+    tensors: Sequence[Tensor], weights: Sequence[float], normalize: bool, lam: float, on_zero: int = 1
+) -> Tensor:
+    """As `mixed`, of those entries only whose sign is that of the weighted sum over the models.
+
+    Args:
+        tensors: one per model.
+        weights: likewise; they count in the election.
+        normalize: divide by the weights of the models that take part, entry by entry.
+        lam: scale of the result.
+        on_zero: the sign, 1 or -1, that is elected where the weighted sum is 0.
+    """
+    ballots = weighted(tensors, weights)
+    summed = total(ballots)
+    positive = summed >= 0 if on_zero > 0 else summed > 0
+    result, mass = summed.zero_(), torch.zeros_like(summed)
+    for ballot, weight in zip(ballots, weights, strict=True):
+        agrees = torch.where(positive, ballot > 0, ballot < 0)
+        result += torch.where(agrees, ballot, 0.0)
+        if normalize:
+            mass += agrees.to(mass.dtype).mul_(weight)
+    if normalize:
+        result /= torch.where(mass == 0, 1.0, mass)
+    return result if lam == 1 else result.mul_(lam)

@@ -1,0 +1,144 @@
+"""Writing a whole checkpoint: one file, or a folder like the one it came from, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from optx._errors import FileError, OptxError
+from optx.delta._safetensors import Entry, Writer
+from optx.delta._source import Files, Source
+
+Tensors = Callable[[str], Tensor | Callable[[int, int], Tensor]]
+"""Gives a tensor by name; or a function of begin and end that gives its pieces, flat."""
+
+
+_PLAN = ".plan"
+
+
+def plan_of(*parts: Any) -> str:
+    """A name for a computation: two that would write the same bytes have the same."""
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+
+def write_checkpoint(
+    out: Path,
+    like: Source,
+    entries: Mapping[str, Entry],
+    tensors: Tensors,
+    *,
+    plan: str,
+    progress: Callable[[Iterable[str]], Iterable[str]] = lambda names: names,
+) -> Path:
+    """Write tensors as files laid out like a source's.
+
+    A folder gets the shards, the index and every other file (configuration, tokenizer) of the source's
+    folder. It is written under a hidden name and renamed at the end; killed before, the same call goes on
+    with the tensor after the last that was safely written.
+
+    Args:
+        out: a ``.safetensors`` file, or a folder that is not there yet.
+        like: whose layout is followed.
+        entries: every tensor to write.
+        tensors: gives a tensor by name, in the entry's shape and dtype, or a function that gives its pieces.
+        plan: names the computation; see `Writer`.
+        progress: wraps the names, to show how far it is.
+
+    Raises:
+        OptxError: ``out`` exists, or the disk is too small.
+    """
+    if out.exists():
+        raise OptxError(f"out: {str(out)!r} exists already. Give another name, or delete it.")
+    _check_room(out, sum(entry.nbytes for entry in entries.values()))
+    if out.suffix == ".safetensors":
+        _write_file(out, entries, tensors, plan, progress)
+        return out
+    aside = _aside(out, plan)
+    if isinstance(like, Files) and like.path.is_dir():
+        for name, content in _by_file(like, entries).items():
+            if not (aside / name).exists():
+                _write_file(aside / name, content, tensors, plan, progress)
+        _copy_others(like.path, aside, entries)
+    elif not (aside / "model.safetensors").exists():
+        _write_file(aside / "model.safetensors", entries, tensors, plan, progress)
+    (aside / _PLAN).unlink()
+    os.replace(aside, out)
+    return out
+
+
+def _aside(out: Path, plan: str) -> Path:
+    """The hidden folder of this plan; what another plan left in it is thrown away."""
+    aside = out.with_name(f".{out.name}.part")
+    mark = aside / _PLAN
+    if aside.exists() and not (mark.exists() and mark.read_text() == plan):
+        shutil.rmtree(aside)
+    aside.mkdir(parents=True, exist_ok=True)
+    mark.write_text(plan)
+    return aside
+
+
+def _write_file(
+    path: Path,
+    entries: Mapping[str, Entry],
+    tensors: Tensors,
+    plan: str,
+    progress: Callable[[Iterable[str]], Iterable[str]],
+) -> None:
+    writer = Writer(path, entries, {}, plan)
+    try:
+        for name in progress([name for name in entries if name not in writer.written]):
+            made = tensors(name)
+            if isinstance(made, Tensor):
+                writer.write(name, made)
+            else:
+                writer.write_pieces(name, made)
+        writer.finish()
+    except OSError as error:
+        writer.close()
+        raise FileError(f"{str(path)!r} could not be written: {error.strerror}.") from error
+    except BaseException:
+        writer.close()
+        raise
+
+
+def _by_file(like: Files, entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
+    """The entries by the name of the source's shard; new ones go into the last."""
+    files: dict[str, dict[str, Entry]] = {file.name: {} for file in like.files}
+    for name, entry in entries.items():
+        file = like.file_of(name).name if name in like.entries else like.files[-1].name
+        files[file][name] = entry
+    return {file: content for file, content in files.items() if content}
+
+
+def _copy_others(source: Path, target: Path, entries: Mapping[str, Entry]) -> None:
+    """Configuration, tokenizer and the index; never other weights."""
+    for file in sorted(source.iterdir()):
+        if file.name.endswith(".safetensors.index.json"):
+            index = json.loads(file.read_text())
+            index["weight_map"] = {n: f for n, f in index["weight_map"].items() if n in entries}
+            index.setdefault("metadata", {})["total_size"] = sum(e.nbytes for e in entries.values())
+            (target / file.name).write_text(json.dumps(index, indent=2) + "\n")
+        elif file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja", ".md", ".py"):
+            shutil.copyfile(file, target / file.name)
+
+
+def _check_room(out: Path, needed: int) -> None:
+    folder = out.parent
+    while not folder.exists():
+        folder = folder.parent
+    part = out.with_name(f".{out.name}.part")
+    parts = part.glob("*") if part.is_dir() else [part]
+    # Blocks and not the size: a file that is begun is as long as its last byte, and may be full of holes.
+    written = sum(p.stat().st_blocks * 512 for p in parts if p.is_file())
+    free = shutil.disk_usage(folder).free
+    if free + written < needed:
+        raise OptxError(
+            f"out: {needed / 1e9:.2f} GB are needed in {str(folder)!r}, and {free / 1e9:.2f} GB are free."
+        )

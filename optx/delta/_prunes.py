@@ -1,0 +1,317 @@
+"""`optx.Delta`'s pruning methods, by which a person calls `optx.delta.prune` and `optx.delta.search_q`."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from torch import Tensor, nn
+
+from optx._errors import OptxError
+from optx.delta import prune
+from optx.delta._mask import NOTHING, Dropout
+from optx.delta._safetensors import Entry
+from optx.delta._source import Files, Source
+from optx.delta._stats import InputStats
+from optx.delta.prune import Rescale, check_p, dropouts
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from optx.delta._delta import Delta
+
+HEADS = r".*(classifier|lm_head).*"
+"""Names of output layers, which pruning leaves whole: a new one has no base (arXiv 2410.09344)."""
+
+
+def _whole(_name: str) -> Dropout:
+    return NOTHING
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A difference of two sources, at most pruned at random: `apply` makes the result in one pass."""
+
+    old: Source
+    new: Source
+    dropouts: Callable[[str], Dropout] = _whole
+
+    def onto(self, base: Source, name: str, begin: int, end: int) -> Tensor:
+        pieces = [source.piece(name, begin, end) for source in (self.old, self.new)]
+        same = base is self.old or (isinstance(base, Files) and base.label == self.old.label)
+        mine = pieces[0] if same else base.piece(name, begin, end)
+        return self.dropouts(name).onto(mine, *pieces, begin)
+
+
+class Prunes(ABC):
+    """What `optx.Delta` is, as far as pruning needs it, and how it prunes."""
+
+    entries: dict[str, Entry]
+    _plain: Plain | None
+
+    @property
+    @abstractmethod
+    def floating(self) -> list[str]:
+        """Names of the tensors that have a difference."""
+
+    @abstractmethod
+    def map(self, change: Callable[[str, Tensor], Tensor], recipe: tuple[Any, ...]) -> Self:
+        """Each floating tensor changed by a function of its name and itself."""
+
+    @abstractmethod
+    def _elementwise(self, change: Callable[[str, Tensor, int], Tensor], recipe: tuple[Any, ...]) -> Self:
+        """The same by pieces."""
+
+    def dare(
+        self,
+        p: float,
+        q: Rescale = None,
+        *,
+        seed: int = 0,
+        include: str | None = None,
+        exclude: str | None = HEADS,
+    ) -> Self:
+        """Drop each change with probability p and divide what is kept by q (DARE; DAREx-q with q > 1-p).
+
+        Element by element: an `apply` or `save` after it streams by pieces. The mask depends on the seed,
+        the tensor's name and the element's place only.
+
+        Args:
+            p: share DROPPED, in [0, 1).
+            q: None is DARE's 1 - p, with which the expected change stays; a larger one, up to 1, lessens the
+                noise. A number, or one by tensor name, as `find_q` gives them; a bias without its own has
+                its weight's, other tensors the mean.
+            seed: of the masks.
+            include: regex of the names to prune; the others keep their whole change.
+            exclude: regex of names not to prune; by default a fine-tuned model's new head.
+
+        Raises:
+            OptxError: p or q out of range, or nothing is left to prune.
+
+        Example:
+            >>> import torch, optx
+            >>> base, tuned = {"w": torch.zeros(10_000)}, {"w": torch.ones(10_000)}
+            >>> pruned = optx.Delta.between(base, tuned).dare(0.9)
+            >>> pruned["w"].unique(), round(float(pruned["w"].mean()), 1)
+            (tensor([ 0., 10.]), 1.0)
+
+        Source: DARE, arXiv 2311.03099, section 3; DAREx-q, arXiv 2410.09344, section 4.
+        """
+        names = self._to_prune("dare", include, exclude)
+        dropout, recipe = dropouts("Delta.dare", names, p, q, seed)
+
+        def change(name: str, tensor: Tensor, begin: int) -> Tensor:
+            return dropout(name).scale(tensor, begin) if name in names else tensor
+
+        made = self._elementwise(change, ("dare", include, exclude, *recipe))
+        if self._plain is not None and self._plain.dropouts is _whole:
+            made._plain = replace(self._plain, dropouts=lambda n: dropout(n) if n in names else NOTHING)
+        return made
+
+    def magnitude(self, p: float, *, include: str | None = None, exclude: str | None = HEADS) -> Self:
+        """Drop the int(n p) smallest changes of each tensor of n; what is kept stays as it is.
+
+        Of equal changes those that come first are dropped, so that exactly as many go (the paper's code
+        drops all that equal the threshold). A tensor and a copy of its sizes are in memory.
+
+        Args:
+            p: share DROPPED, in [0, 1).
+            include: regex of the names to prune; the others keep their whole change.
+            exclude: regex of names not to prune.
+
+        Raises:
+            OptxError: p out of range, or nothing is left to prune.
+
+        Example:
+            >>> import torch, optx
+            >>> tuned = {"w": torch.tensor([0.5, -0.1, 0.3, -0.7])}
+            >>> optx.Delta.between({"w": torch.zeros(4)}, tuned).magnitude(0.5)["w"]
+            tensor([ 0.5000,  0.0000,  0.0000, -0.7000])
+
+        Source: arXiv 2410.09344, section 5.
+        """
+        check_p("Delta.magnitude", p)
+        return self._pruned(
+            "magnitude", (p,), include, exclude, lambda _name, tensor: prune.magnitude(tensor, p)
+        )
+
+    def wanda(
+        self,
+        p: float,
+        stats: Mapping[str, InputStats],
+        *,
+        include: str | None = None,
+        exclude: str | None = HEADS,
+    ) -> Self:
+        """Drop, in each output row, the int(d_in p) changes with the lowest size times norm of their input.
+
+        Tensors without statistics (embeddings, norms, biases) are pruned by `magnitude`.
+
+        Args:
+            p: share DROPPED, in [0, 1).
+            stats: of `optx.analysis.input_stats`.
+            include: regex of the names to prune; the others keep their whole change.
+            exclude: regex of names not to prune.
+
+        Raises:
+            OptxError: p out of range, statistics of another model, or nothing is left to prune.
+            ShapeError: statistics of other sizes; names the tensor.
+
+        Source: arXiv 2306.11695, section 3, on differences: arXiv 2410.09344, section 5.
+        """
+        check_p("Delta.wanda", p)
+        prune.check_stats(self.entries, stats, "Delta.wanda")
+        prints = tuple((name, one.tokens, float(one.norm.sum())) for name, one in stats.items())
+
+        def change(name: str, tensor: Tensor) -> Tensor:
+            return prune.wanda(tensor, p, stats[name]) if name in stats else prune.magnitude(tensor, p)
+
+        return self._pruned("wanda", (p, prints), include, exclude, change)
+
+    def structural(
+        self,
+        p: float,
+        q: float | None = None,
+        *,
+        seed: int = 0,
+        include: str | None = None,
+        exclude: str | None = HEADS,
+    ) -> Self:
+        """Keep round((1-p) d_in) random columns of each matrix, the same for all its rows, divided by q.
+
+        `save` stores the columns that are left. Tensors of one dimension keep their whole change.
+
+        Args:
+            p: share DROPPED, in [0, 1); one column at least is kept.
+            q: None divides by the share that is kept in truth; up to 1.
+            seed: of the choice of columns.
+            include: regex of the names to prune; the others keep their whole change.
+            exclude: regex of names not to prune.
+
+        Raises:
+            OptxError: p or q out of range, or nothing is left to prune.
+
+        Source: arXiv 2410.09344, appendix (structural DPP).
+        """
+        check_p("Delta.structural", p, q)
+        return self._pruned(
+            "structural",
+            (p, q, seed),
+            include,
+            exclude,
+            lambda name, tensor: prune.structural(name, tensor, p, q, seed),
+        )
+
+    def find_q(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        p: float,
+        strategy: Literal["output", "val", "analytic", "mse"] = "output",
+        *,
+        score: Callable[[nn.Module], float] | None = None,
+        distance: Callable[[Any, Any], float] | None = None,
+        step: float | None = None,
+        eta: float = 0.5,
+        seeds: Sequence[int] = (0, 1, 2, 3),
+        include: str | None = None,
+        exclude: str | None = HEADS,
+    ) -> float | dict[str, float]:
+        """What `dare` should divide by for this model (DAREx-q).
+
+        ``"output"`` (1/q_e) tries values on the model and keeps the one whose outputs are nearest to the
+        full model's; no labels. ``"val"`` (1/q_v) keeps the one with the best score. Both give one q for
+        all, a mean over ``seeds`` masks ("output" leaves out the mask farthest from the mean), and need the
+        whole change in memory beside the model. ``"analytic"`` takes each layer's from its inputs and the
+        paper's bound; ``"mse"``, an extra of optx, the q with the least expected squared error.
+
+        Args:
+            model: the fine-tuned model; it is put back bit for bit.
+            batches: some inputs, such as 50 sequences of 128 tokens; see `optx.analysis.input_stats`.
+                ``"val"`` needs none.
+            p: share DROPPED, in [0, 1).
+            strategy: see above.
+            score: for ``"val"``: validation score of a model, higher is better.
+            distance: for ``"output"``: of the full output and the pruned one. Default: mean squared
+                difference at the full model's five largest logits for language models, else mean absolute
+                difference of last hidden states (or logits).
+            step: of the search; None is (1 - p) / 2, followed by a search in tenths of it.
+            eta: of ``"analytic"``.
+            seeds: of the masks.
+            include: regex of the names that will be pruned.
+            exclude: regex of names that won't.
+
+        Returns:
+            q for `dare`: a number, or numbers by name of the weight.
+
+        Raises:
+            OptxError: an argument out of range, no batches, or a model that the delta doesn't fit.
+
+        Example:
+            >>> import torch, optx
+            >>> base, tuned = torch.nn.Linear(8, 4), torch.nn.Linear(8, 4)
+            >>> delta, batch = optx.Delta.between(base, tuned), torch.randn(16, 8)
+            >>> q = delta.find_q(tuned, [batch], p=0.9)
+            >>> pruned = delta.dare(0.9, q=q)
+
+        Source: arXiv 2410.09344, sections 3.2 and 4.
+        """
+        from optx.delta.search_q import find_q
+
+        return find_q(
+            cast("Delta", self),
+            model,
+            batches,
+            p,
+            strategy,
+            score=score,
+            distance=distance,
+            step=step,
+            eta=eta,
+            seeds=seeds,
+            include=include,
+            exclude=exclude,
+        )
+
+    def _pruned(
+        self,
+        method: str,
+        options: tuple[Any, ...],
+        include: str | None,
+        exclude: str | None,
+        change: Callable[[str, Tensor], Tensor],
+    ) -> Self:
+        names = self._to_prune(method, include, exclude)
+        return self.map(
+            lambda name, tensor: change(name, tensor) if name in names else tensor,
+            (method, include, exclude, *options),
+        )
+
+    def _to_prune(self, method: str, include: str | None, exclude: str | None) -> set[str]:
+        keep = chooser(include, exclude)
+        names = {name for name in self.floating if keep(name)}
+        if not names:
+            raise OptxError(
+                f"Delta.{method}: include={include!r} and exclude={exclude!r} leave nothing to prune."
+            )
+        return names
+
+
+def chooser(include: str | None, exclude: str | None) -> Callable[[str], bool]:
+    """Whether a whole name matches ``include`` and not ``exclude``.
+
+    Raises:
+        OptxError: one of them is no regular expression.
+    """
+    for option, pattern in (("include", include), ("exclude", exclude)):
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise OptxError(f"Delta: {option}={pattern!r} is not a regular expression ({error}).") from None
+    return lambda name: (
+        (include is None or re.fullmatch(include, name) is not None)
+        and (exclude is None or re.fullmatch(exclude, name) is None)
+    )

@@ -1,0 +1,178 @@
+"""Where tensors come from: a module, a state dict, a safetensors file, or a folder of shards."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from optx._errors import FileError, OptxError
+from optx.delta._safetensors import Entry, Reader, shards
+
+Checkpoint: TypeAlias = nn.Module | Mapping[str, Tensor] | str | PathLike[str]
+"""A module, a state dict, a safetensors file, or a folder with one or several of them."""
+
+
+class Source(ABC):
+    """Tensors by name, read when asked for; none is ever written to.
+
+    Attributes:
+        entries: shape and dtype by name, in an order that is cheap to read in.
+        tied: names whose tensor is the one of another name, by name.
+    """
+
+    entries: dict[str, Entry]
+    tied: dict[str, str]
+
+    @abstractmethod
+    def read(self, name: str) -> Tensor:
+        """One tensor; not to be written to."""
+
+    @property
+    @abstractmethod
+    def label(self) -> str:
+        """What it is, for messages."""
+
+    @abstractmethod
+    def head(self, name: str, count: int) -> Tensor:
+        """The first numbers of one tensor, flat."""
+
+    @abstractmethod
+    def piece(self, name: str, begin: int, end: int) -> Tensor:
+        """The numbers ``begin`` to ``end`` of one tensor, flat; not to be written to."""
+
+    @property
+    def state(self) -> tuple[object, ...]:
+        """Plain values that change when the tensors do, for plans: a hash of each one's first numbers."""
+        return tuple(self.fingerprint(name) for name in self.entries)
+
+    def fingerprint(self, name: str) -> str:
+        """A hash of a tensor's shape and first numbers: tells checkpoints apart without reading them."""
+        some = self.head(name, 256).to(torch.float64).cpu().contiguous()
+        text = f"{self.entries[name].shape}".encode() + some.numpy().tobytes()
+        return hashlib.blake2b(text, digest_size=8).hexdigest()
+
+
+class Memory(Source):
+    """A module's or a dict's tensors."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], label: str) -> None:
+        self._label = label
+        self._tensors: dict[str, Tensor] = {}
+        self._flat = ("", torch.empty(0))  # the last one asked for by pieces: it may have had to be copied
+        self.tied = {}
+        first: dict[tuple[int, tuple[int, ...], tuple[int, ...]], str] = {}
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise OptxError(f"{label}: {name!r} is a {type(tensor).__name__}, not a tensor.")
+            key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+            if tensor.numel() and not tensor.is_meta and key in first:
+                self.tied[name] = first[key]
+                continue
+            first[key] = name
+            self._tensors[name] = tensor.detach()
+        self.entries = {n: Entry(tuple(t.shape), t.dtype) for n, t in self._tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        """The tensor itself."""
+        return self._tensors[name]
+
+    def head(self, name: str, count: int) -> Tensor:
+        """Its first numbers."""
+        return self._tensors[name].flatten()[:count]
+
+    def piece(self, name: str, begin: int, end: int) -> Tensor:
+        """A view, if the tensor is contiguous."""
+        known, flat = self._flat
+        if known != name:
+            flat = self._tensors[name].reshape(-1)
+            self._flat = (name, flat)
+        return flat[begin:end]
+
+    @property
+    def label(self) -> str:
+        """What it is."""
+        return self._label
+
+
+class Files(Source):
+    """One safetensors file, or the shards of a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files = list(shards(path)) if path.is_dir() else [path]
+        self._where: dict[str, Reader] = {}
+        self.tied = {}  # a file holds a tied tensor once, or as two that are equal
+        for file in self.files:
+            reader = Reader(file)
+            for name in reader.entries:
+                if name in self._where:
+                    raise FileError(f"{name!r} is in two files of {str(path)!r}.")
+                self._where[name] = reader
+        self.entries = {name: reader.entries[name] for name, reader in self._where.items()}
+
+    def read(self, name: str) -> Tensor:
+        """Read from the disk, into memory of its own."""
+        return self._where[name].read(name)
+
+    def head(self, name: str, count: int) -> Tensor:
+        """Its first numbers."""
+        return self._where[name].head(name, count)
+
+    def piece(self, name: str, begin: int, end: int) -> Tensor:
+        """Read from the disk, into memory of its own."""
+        return self._where[name].piece(name, begin, end)
+
+    @property
+    def state(self) -> tuple[object, ...]:
+        """Names, sizes and times of the files, besides."""
+        stats = ((file.name, file.stat()) for file in self.files)
+        return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+
+    def file_of(self, name: str) -> Path:
+        """The shard that a tensor is in."""
+        return self._where[name].path
+
+    @property
+    def label(self) -> str:
+        """Its path."""
+        return str(self.path)
+
+
+def open_source(checkpoint: Checkpoint | Source, what: str) -> Source:
+    """A source of whatever holds tensors.
+
+    Args:
+        checkpoint: see `Checkpoint`.
+        what: the argument's name, for messages.
+
+    Raises:
+        OptxError: it is none of these.
+        FileError: the file or folder is missing or damaged.
+    """
+    if isinstance(checkpoint, Source):
+        return checkpoint
+    if isinstance(checkpoint, nn.Module):
+        return Memory(checkpoint.state_dict(), f"{what} ({type(checkpoint).__name__})")
+    if isinstance(checkpoint, Mapping):
+        return Memory(checkpoint, what)
+    if isinstance(checkpoint, str | PathLike):
+        path = Path(checkpoint).expanduser()
+        if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+            raise FileError(
+                f"{what}: {str(path)!r} is a pickle, which can run code when it is opened. Convert it to "
+                "safetensors, or load it yourself with torch.load(weights_only=True) and pass the dict."
+            )
+        if not path.exists():
+            raise FileError(f"{what}: there is no file or folder {str(path)!r}.")
+        return Files(path)
+    raise OptxError(
+        f"{what} is a {type(checkpoint).__name__}; it must be a module, a state dict, a safetensors file, or "
+        "a folder of them."
+    )

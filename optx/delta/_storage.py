@@ -1,0 +1,241 @@
+"""A delta's own file: safetensors, with tensors that are mostly zeros as gaps and values, or as columns.
+
+The header's string ``optx`` is JSON: ``kind`` (``"delta"``), ``version``, ``plan``, ``fingerprints`` and
+``tensors``: by name, shape, dtype and ``form``.
+
+- ``dense``: the tensor as it is, under its name.
+- ``sparse``: ``NAME::values``, the nonzeros in order, and ``NAME::gaps``, how many zeros lie before each: 8,
+  16 or 32 bits, whichever takes least. The largest code adds its own number of zeros and no value.
+- ``columns``: ``NAME::columns``, int32, which of dimension 1 are not all zeros, and ``NAME::values``, those.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from optx._errors import FileError, OptxError
+from optx.delta._output import plan_of
+from optx.delta._safetensors import DTYPES, NAMES, Entry, Reader, Writer
+
+if TYPE_CHECKING:
+    from optx.delta._delta import Delta
+
+Opened: TypeAlias = tuple[dict[str, Entry], Callable[[str], Tensor], dict[str, Any]]
+"""Shapes and dtypes by name, a reader by name, and ``{"plan": ..., "fingerprints": {name: str}}``."""
+
+_VERSION = 1
+_COMPRESSED = b"optx-cpf"  # how a file of optx.compress begins
+_GAPS = (torch.uint8, torch.uint16, torch.uint32)
+
+
+@dataclass(frozen=True)
+class _Form:
+    """How one tensor is stored."""
+
+    form: str
+    parts: Mapping[str, Entry]
+
+
+def save_delta(delta: Delta, path: Path) -> Path:
+    """Write a delta in the memory of a few tensors; killed, the same call goes on where it was.
+
+    The header comes first and says how much is kept, so the delta is computed twice: once to count.
+
+    Raises:
+        OptxError: the file exists, or the disk is too small.
+        FileError: the disk failed, or became full.
+    """
+    if path.suffix != ".safetensors":
+        raise OptxError(f"Delta.save: {str(path)!r} must end in .safetensors.")
+    if path.exists():
+        raise OptxError(f"Delta.save: {str(path)!r} exists already. Give another name, or delete it.")
+    if clash := next((name for name in delta.entries if "::" in name), None):
+        raise OptxError(f"Delta.save: {clash!r} has '::' in its name, which the file's own entries use.")
+    forms = {name: _form(name, tensor) for name, tensor in delta.items()}
+    about = {
+        "kind": "delta",
+        "version": _VERSION,
+        "plan": plan_of("save", delta.recipe),
+        "fingerprints": delta.fingerprints,
+        "tensors": {
+            name: {"form": forms[name].form, "shape": list(entry.shape), "dtype": NAMES[entry.dtype]}
+            for name, entry in delta.entries.items()
+        },
+    }
+    parts = {part: entry for form in forms.values() for part, entry in form.parts.items()}
+    _check_room(path, sum(entry.nbytes for entry in parts.values()))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        writer = Writer(path, parts, {"optx": json.dumps(about)}, about["plan"])
+        try:
+            for name, form in forms.items():
+                if not writer.written.issuperset(form.parts):
+                    for part, tensor in _encode(name, delta[name], form).items():
+                        writer.write(part, tensor)
+            writer.finish()
+        finally:
+            writer.close()
+    except OSError as error:
+        raise FileError(f"{str(path)!r} could not be written: {error.strerror}.") from error
+    return path
+
+
+def open_delta(path: Path) -> Opened:
+    """Read a delta's file: nothing but its header, and tensors when they are asked for.
+
+    Raises:
+        FileError: the file is missing, damaged, of a later version, or not a delta's.
+    """
+    if _begins(path, _COMPRESSED):
+        from optx.delta._compressed import Compressed
+
+        delta = Compressed.load(path).delta()
+        return delta.entries, delta.__getitem__, {"plan": delta.recipe, "fingerprints": delta.fingerprints}
+    reader = Reader(path)
+    try:
+        about: dict[str, Any] = json.loads(reader.metadata["optx"])
+        known = about["kind"] == "delta"
+    except (ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise FileError(
+            f"{str(path)!r} is no delta that optx saved. Checkpoints go to optx.Delta.between(base, tuned)."
+        )
+    return _open_plain(reader, about)
+
+
+def _begins(path: Path, magic: bytes) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic
+
+
+def _open_plain(reader: Reader, about: Mapping[str, Any]) -> Opened:
+    if about.get("version") != _VERSION:
+        raise FileError(
+            f"{str(reader.path)!r} has version {about.get('version')!r}; this reads {_VERSION}. Update optx."
+        )
+    try:
+        entries = {
+            name: Entry(tuple(what["shape"]), DTYPES[what["dtype"]])
+            for name, what in about["tensors"].items()
+        }
+        forms = {name: str(what["form"]) for name, what in about["tensors"].items()}
+        told = {"plan": about["plan"], "fingerprints": about["fingerprints"]}
+        for name, form in forms.items():
+            for part in _parts(name, form):
+                reader.entries[part]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FileError(f"{str(reader.path)!r} is damaged: its header lacks {error}.") from None
+    return entries, lambda name: _decode(reader, name, entries[name], forms[name]), told
+
+
+def _parts(name: str, form: str) -> tuple[str, ...]:
+    return {
+        "dense": (name,),
+        "sparse": (f"{name}::values", f"{name}::gaps"),
+        "columns": (f"{name}::values", f"{name}::columns"),
+    }[form]
+
+
+def _form(name: str, tensor: Tensor) -> _Form:
+    """The form that takes the fewest bytes."""
+    choices = [_Form("dense", {name: Entry(tuple(tensor.shape), tensor.dtype)})]
+    size = tensor.element_size()
+    # A kept number takes its own bytes and at least one: with more of them the dense form is the smaller.
+    if (
+        tensor.is_floating_point()
+        and (tensor.numel() - tensor.count_nonzero()) * (size + 1) - tensor.numel() > 0
+    ):
+        zeros = _gaps(tensor)
+        for dtype in _GAPS:
+            full = torch.iinfo(dtype).max
+            codes = len(zeros) + int((zeros // full).sum())
+            values = Entry((len(zeros),), tensor.dtype)
+            choices.append(
+                _Form("sparse", {f"{name}::values": values, f"{name}::gaps": Entry((codes,), dtype)})
+            )
+        if tensor.ndim > 1:
+            shape = tuple(tensor.shape)
+            count = len(_columns(tensor))
+            values = Entry((shape[0], count, *shape[2:]), tensor.dtype)
+            index = Entry((count,), torch.int32)
+            choices.append(_Form("columns", {f"{name}::values": values, f"{name}::columns": index}))
+    return min(choices, key=lambda form: sum(entry.nbytes for entry in form.parts.values()))
+
+
+def _gaps(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """How many zeros lie before each nonzero, in the order of memory."""
+    places = np.flatnonzero(tensor.detach().cpu().reshape(-1).numpy())
+    gaps = np.diff(places, prepend=-1)
+    gaps -= 1
+    return gaps
+
+
+def _columns(tensor: Tensor) -> Tensor:
+    """Which of dimension 1 are not all zeros."""
+    return (tensor != 0).movedim(1, 0).flatten(1).any(1).nonzero().flatten()
+
+
+def _encode(name: str, tensor: Tensor, form: _Form) -> dict[str, Tensor]:
+    tensor = tensor.detach().cpu()
+    if form.form == "dense":
+        return {name: tensor}
+    if form.form == "columns":
+        columns = _columns(tensor)
+        return {
+            f"{name}::values": tensor.index_select(1, columns),
+            f"{name}::columns": columns.to(torch.int32),
+        }
+    flat = tensor.reshape(-1)
+    gaps, dtype = _gaps(flat), form.parts[f"{name}::gaps"].dtype
+    full = torch.iinfo(dtype).max
+    codes = np.full(form.parts[f"{name}::gaps"].numel, full, dtype=str(dtype).removeprefix("torch."))
+    # Each value's own code comes after its full ones.
+    codes[np.cumsum(gaps // full + 1) - 1] = gaps % full
+    return {f"{name}::values": flat[flat != 0], f"{name}::gaps": torch.from_numpy(codes)}
+
+
+def _decode(reader: Reader, name: str, entry: Entry, form: str) -> Tensor:
+    if form == "dense":
+        return reader.read(name)
+    values, where = (reader.read(part) for part in _parts(name, form))
+    out = torch.zeros(entry.shape, dtype=entry.dtype)
+    try:
+        if form == "columns":
+            out[:, where.long()] = values
+        else:
+            codes = where.numpy()
+            full = np.iinfo(codes.dtype).max
+            last = codes != full
+            steps = codes.astype(np.int64)
+            steps += last
+            places = np.cumsum(steps)[last] - 1
+            out.view(-1)[torch.from_numpy(places)] = values
+    except (IndexError, RuntimeError):
+        raise FileError(
+            f"{str(reader.path)!r} is damaged: the places of {name!r} don't fit its shape."
+        ) from None
+    return out
+
+
+def _check_room(path: Path, needed: int) -> None:
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    part = path.with_name(f".{path.name}.part")
+    free = shutil.disk_usage(folder).free + (part.stat().st_blocks * 512 if part.exists() else 0)
+    if free < needed:
+        raise OptxError(
+            f"Delta.save: {needed / 1e9:.2f} GB are needed in {str(folder)!r}, and {free / 1e9:.2f} are free."
+        )

@@ -1,0 +1,156 @@
+"""``optx merge`` and ``optx delta``: checkpoints merged and changed from the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from optx._errors import OptxError
+from optx.delta._delta import Delta
+from optx.delta._mergekit import read_config
+from optx.delta.merge import merge as merge_
+
+app = typer.Typer(help="Take, prune, save and apply what fine-tuning changed.", no_args_is_help=True)
+
+Base = Annotated[Path, typer.Argument(help="safetensors file, or folder with a model")]
+Tuned = Annotated[Path, typer.Argument(help="the same model after fine-tuning")]
+Out = Annotated[Path, typer.Argument(help="a .safetensors file, or a new folder laid out as the base's")]
+Include = Annotated[str | None, typer.Option(help="regex of the names to take; full match")]
+Exclude = Annotated[str | None, typer.Option(help="regex of the names to leave")]
+P = Annotated[float, typer.Option("--p", help="share DROPPED, 0 <= p < 1")]
+Seed = Annotated[int, typer.Option(help="of the random masks")]
+
+
+def add_to(main: typer.Typer) -> None:
+    """Hook both into the ``optx`` command."""
+    main.add_typer(app, name="delta")
+    main.command("merge")(merge)
+
+
+def merge(
+    config: Annotated[Path, typer.Argument(help="YAML file, as mergekit's")],
+    out: Out,
+    seed: Seed = 0,
+) -> None:
+    """Merge models as a YAML file says: mergekit's format, for task_arithmetic, ties, dare_*, and pcb.
+
+    Killed before it is done, the same command goes on where it stopped.
+    """
+    with _plainly("optx merge"):
+        what = read_config(config, seed)
+        for note in what.notes:
+            _say(f"Note: {note}")
+        with _bar(1 + what.method.passes) as bar:
+            merge_(what.base, what.models, what.method, out, dtype=what.dtype, progress=bar)
+    _say(f"Merged {len(what.models)} models into {out}.")
+
+
+@app.command()
+def save(base: Base, tuned: Tuned, out: Out, include: Include = None, exclude: Exclude = None) -> None:
+    """Write what fine-tuning changed as a file of its own."""
+    with _plainly("optx delta save"):
+        made = _between(base, tuned, include, exclude).save(out)
+    _say(f"Wrote {made} ({made.stat().st_size:,} bytes).")
+
+
+@app.command("apply")
+def apply_(
+    base: Base,
+    delta: Annotated[Path, typer.Argument(help="a file that `optx delta save` wrote")],
+    out: Out,
+    scale: Annotated[float, typer.Option(help="of the change")] = 1.0,
+) -> None:
+    """Add a saved change to its base."""
+    with _plainly("optx delta apply"):
+        loaded = Delta.load(delta)
+        with _bar(1) as bar:
+            loaded.apply(base, out, scale=scale, progress=bar)
+    _say(f"Wrote {out}.")
+
+
+@app.command()
+def dare(
+    base: Base,
+    tuned: Tuned,
+    out: Out,
+    p: P = 0.9,
+    q: Annotated[float | None, typer.Option(help="what is kept is divided by it; 1 - p by default")] = None,
+    seed: Seed = 0,
+    include: Include = None,
+    exclude: Exclude = None,
+) -> None:
+    """Drop a share of the change at random, rescale the rest, and add it to the base (DARE)."""
+    with _plainly("optx delta dare"):
+        pruned = _between(base, tuned).dare(p, q, seed=seed, include=include, **_given(exclude=exclude))
+        with _bar(1) as bar:
+            pruned.apply(base, out, progress=bar)
+    _say(f"Wrote {out}; {p:.4g} of the change was dropped.")
+
+
+@app.command()
+def magnitude(
+    base: Base, tuned: Tuned, out: Out, p: P = 0.9, include: Include = None, exclude: Exclude = None
+) -> None:
+    """Drop the smallest of the change, tensor by tensor, and add the rest to the base."""
+    with _plainly("optx delta magnitude"):
+        pruned = _between(base, tuned).magnitude(p, include=include, **_given(exclude=exclude))
+        with _bar(1) as bar:
+            pruned.apply(base, out, progress=bar)
+    _say(f"Wrote {out}; {p:.4g} of the change was dropped.")
+
+
+def _between(base: Path, tuned: Path, include: str | None = None, exclude: str | None = None) -> Delta:
+    return Delta.between(base, tuned, include=include, exclude=exclude)
+
+
+def _given(**options: str | None) -> dict[str, str]:
+    """Options that were typed; the others keep the method's own default."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _say(text: str) -> None:
+    Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
+
+
+@contextmanager
+def _plainly(command: str) -> Generator[None]:
+    """Errors in one sentence, without a traceback."""
+    try:
+        yield
+    except (OptxError, OSError) as error:
+        _say(f"{command}: {error}")
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        _say("Interrupted. The same command goes on where it stopped.")
+        raise typer.Exit(130) from None
+
+
+class _Bar:
+    """Counts tensors over several passes over the names; wraps them as ``tqdm`` does."""
+
+    def __init__(self, progress: Progress, passes: int) -> None:
+        self._progress, self._passes = progress, passes
+        self._task = progress.add_task("", total=None)
+        self._known = 0
+
+    def __call__(self, names: Iterable[str]) -> Iterator[str]:
+        todo = list(names)
+        self._known = max(self._known, len(todo) * self._passes)
+        self._progress.update(self._task, total=self._known)
+        for name in todo:
+            self._progress.update(self._task, description=name)
+            yield name
+            self._progress.advance(self._task)
+
+
+@contextmanager
+def _bar(passes: int) -> Generator[_Bar]:
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        yield _Bar(progress, passes)

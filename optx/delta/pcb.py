@@ -1,0 +1,201 @@
+"""PCB-Merging: each entry of each model competes for its place by importance and agreement.
+
+Source: Parameter Competition Balancing for Model Merging, arXiv 2410.02396, and the authors' code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import combinations_with_replacement
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from optx._errors import check_range
+from optx.delta._combine import PerModel, check_choice, per_model, steady_sum, total
+from optx.delta._select import order_statistics
+from optx.delta.merge import Changes, Combine, MergeMethod
+
+Range = tuple[float, float]
+Scores = Callable[[Sequence[Tensor]], list[Tensor]]
+Weigh = Callable[[Sequence[Tensor]], tuple[list[Tensor], list[Tensor]]]
+"""From the changes of one tensor, one per model: the weights of their entries, and what is averaged."""
+
+
+@dataclass(frozen=True)
+class PCB(MergeMethod):
+    """Average changes entry by entry, weighted by a score: importance in its model times agreement.
+
+    Scores below the top ``ratio`` count as 0. An entry that one model alone keeps has that model's change in
+    full: it is averaged only where several are kept.
+
+    Args:
+        ratio: share of each model's entries that score, in (0, 1]; the paper's are 0.05 to 0.2.
+        lam: scale of the merged change, or one for each model; the paper tunes 0.8 to 2.2.
+        score: ``"code"``, the authors' code, which made the published numbers; or ``"paper"``, the
+            equations, with softmaxes over the whole model.
+        inter: how the code form measures agreement: with the sum of the changes (``"sum"``), with the sum of
+            their signed normalised sizes (``"normsum"``), or with each model in turn (``"pairwise"``, nearest
+            to the paper).
+        clip: share of the smallest and of the largest magnitudes that the code form clamps; 0.01 in the
+            authors' vision scripts.
+        scope: ``"global"`` ranks entries over the whole model, as the paper does (four passes over the
+            files); ``"tensor"`` within each tensor, which gives another result.
+
+    Memory beside the changes of the largest tensor: as many scores, and a few temporaries.
+
+    Raises:
+        OptxError: an option out of range; at merge, another number of ``lam`` than of models.
+
+    Example:
+        >>> import torch, optx
+        >>> base = {"w": torch.zeros(6)}
+        >>> models = [{"w": torch.tensor([3.0, 2.0, 0.1, 0.2, 0.1, 0.3])},
+        ...           {"w": torch.tensor([0.1, 2.0, 0.2, 0.1, 3.0, -0.3])}]
+        >>> optx.merge(base, models, optx.PCB(ratio=0.5, clip=0.0))["w"]
+        tensor([3., 2., 0., 0., 3., 0.])
+
+    Source: arXiv 2410.02396, section 3.2.
+    """
+
+    ratio: float = 0.1
+    lam: PerModel = 1.0
+    score: Literal["code", "paper"] = "code"
+    inter: Literal["sum", "normsum", "pairwise"] = "sum"
+    clip: float = 1e-4
+    scope: Literal["global", "tensor"] = "global"
+
+    def __post_init__(self) -> None:
+        check_range("PCB", "ratio", self.ratio, 1e-12, 1)
+        check_range("PCB", "clip", self.clip, 0, 0.49)
+        check_choice("PCB", "score", self.score, ("code", "paper"))
+        check_choice("PCB", "inter", self.inter, ("sum", "normsum", "pairwise"))
+        check_choice("PCB", "scope", self.scope, ("global", "tensor"))
+
+    @property
+    def passes(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Two for the scores' constants, two for the threshold."""
+        return 4 if self.scope == "global" else 0
+
+    def prepare(self, changes: Changes) -> Combine:
+        """Find the constants of the scores and what each model's must exceed."""
+        lams = per_model("PCB", "lam", self.lam, changes.models)
+        prepared = _code_form if self.score == "code" else _paper_form
+        weigh = prepared(self, changes) if self.scope == "global" else None
+
+        def combine(name: str, tensors: Sequence[Tensor]) -> Tensor:
+            weights, values = (weigh or prepared(self, Changes.of(name, tensors)))(tensors)
+            mass = total(weights).clamp_(min=1e-12)
+            merged = torch.zeros_like(mass)
+            for weight, value, lam in zip(weights, values, lams, strict=True):
+                merged.addcmul_(weight, value, value=lam)
+            return merged.div_(mass)
+
+        return combine
+
+
+# ---- the authors' code -------------------------------------------------------------------------------
+
+
+def _code_form(pcb: PCB, changes: Changes) -> Weigh:
+    n = changes.numel
+    if not n:
+        return lambda tensors: (list(tensors), list(tensors))
+    last = n - 1
+    low, high = int(n * pcb.clip), min(max(int(n * (1 - pcb.clip) - 1), 0), last)
+    ranges = _ranges(changes, lambda ts: [t.abs() for t in ts], low, high)
+    scores = partial(_code_scores, pcb=pcb, ranges=ranges)
+    # Everything at or below this place counts 0, so one entry fewer than ratio * n is left.
+    floor = min(int(n * (1 - pcb.ratio)), last)
+    bounds = _ranges(changes, scores, floor, last)
+
+    def weigh(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        weights = [_unit(score, bound) for score, bound in zip(scores(tensors), bounds, strict=True)]
+        clamped = [t.sign().mul_(t.abs().clamp_(*r)) for t, r in zip(tensors, ranges, strict=True)]
+        return weights, clamped
+
+    return weigh
+
+
+def _code_scores(tensors: Sequence[Tensor], pcb: PCB, ranges: Sequence[Range]) -> list[Tensor]:
+    """exp(n a^2) tanh(agreement), with a the magnitude from 0 to 1; negative where a model disagrees."""
+    sizes = [_unit(t.abs(), r) for t, r in zip(tensors, ranges, strict=True)]
+    if pcb.inter == "sum":
+        whole = total(tensors)
+        agreement = [torch.tanh(t * whole) for t in tensors]
+    else:
+        signed = [size * t.sign() for size, t in zip(sizes, tensors, strict=True)]
+        if pcb.inter == "normsum":
+            whole = total(signed)
+            agreement = [torch.tanh(t * whole) for t in tensors]
+        else:
+            agreement = [total([torch.tanh(z * other) for other in signed]) for z in signed]
+    models = len(tensors)
+    return [a.mul_(s.square_().mul_(models).exp_()) for a, s in zip(agreement, sizes, strict=True)]
+
+
+def _ranges(changes: Changes, of: Scores, low: int, high: int) -> list[Range]:
+    """For each model, the numbers at two places of its sorted row."""
+    found = order_statistics(
+        lambda: (of(ts) for _, ts in changes), [[low, high]] * changes.models, changes.numel
+    )
+    return [(a, b) for a, b in found]
+
+
+def _unit(tensor: Tensor, bounds: Range) -> Tensor:
+    """From 0 at the lower bound to 1 at the upper, clamped; 0 if they are the same."""
+    low, high = bounds
+    if not high > low:
+        return torch.zeros_like(tensor)
+    return ((tensor - low) / (high - low)).clamp_(0, 1)
+
+
+# ---- the paper's equations ---------------------------------------------------------------------------
+
+
+def _paper_form(pcb: PCB, changes: Changes) -> Weigh:
+    n, models = changes.numel, changes.models
+    if not n:
+        return lambda tensors: (list(tensors), list(tensors))
+    pairs = list(combinations_with_replacement(range(models), 2))
+    bounds = dict.fromkeys(pairs, (math.inf, -math.inf))
+    for _, tensors in changes:
+        for i, j in pairs if tensors[0].numel() else ():
+            least, most = (tensors[i] * tensors[j]).aminmax()
+            bounds[i, j] = min(bounds[i, j][0], float(least)), max(bounds[i, j][1], float(most))
+
+    def raised(tensors: Sequence[Tensor], i: int, j: int, times: int = 1) -> Tensor:
+        """The numerator of a softmax over the model."""
+        pair = (i, j) if i <= j else (j, i)
+        return _unit(tensors[i] * tensors[j], bounds[pair]).mul_(times).exp_()
+
+    own = [list[float]() for _ in range(models)]
+    shared = {pair: list[float]() for pair in pairs}
+    for _, tensors in changes:
+        for pair in pairs:
+            shared[pair].append(steady_sum(raised(tensors, *pair)))
+        for i in range(models):
+            own[i].append(steady_sum(raised(tensors, i, i, models)))
+    # Means, not sums: a softmax of n numbers is of the size 1/n, and its square small for a float32.
+    own_mean = [math.fsum(sums) / n for sums in own]
+    mean = {pair: math.fsum(sums) / n for pair, sums in shared.items()}
+
+    def scores(tensors: Sequence[Tensor]) -> list[Tensor]:
+        found: list[Tensor] = []
+        for i in range(models):
+            agreement = [raised(tensors, i, j).div_(mean[min(i, j), max(i, j)]) for j in range(models)]
+            found.append(total(agreement).mul_(raised(tensors, i, i, models)).div_(own_mean[i]))
+        return found
+
+    place = n - max(1, int(n * pcb.ratio))
+    bars = [bar for bar, _ in _ranges(changes, scores, place, place)]
+
+    def weigh(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        kept = [torch.where(s.float() >= bar, s, 0.0) for s, bar in zip(scores(tensors), bars, strict=True)]
+        return kept, list(tensors)
+
+    return weigh

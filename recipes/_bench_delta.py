@@ -1,0 +1,209 @@
+"""``optx bench delta``: time and memory of pruning a fine-tuned checkpoint on the disk with DARE.
+
+Two sharded checkpoints of random weights, shaped like a Llama's, are written to a temporary folder. A process
+of its own then does ``Delta.between(base, tuned).dare(p).apply(base, out)``: it reads both and writes one.
+Its time stands beside that of copying the one checkpoint, in rounds that take turns: by ``shutil.copyfile``
+alone, which returns before the disk has the bytes, and with ``fsync``, which optx does too. Memory is the
+most that the process has held resident, above what it had after its imports and a first use of the kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import Tensor
+
+import optx
+
+from ._report import console
+
+SHARD = 500_000_000
+VOCABULARY = 32_000
+SUBJECTS = ("copy", "copy and fsync", "optx")
+
+
+def shapes(size: float, itemsize: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of a Llama of about ``size`` bytes."""
+    hidden = 2048 if size >= 1e9 else 512
+    wide = hidden * 11 // 4
+    embedding, layer = VOCABULARY * hidden, 4 * hidden**2 + 3 * hidden * wide + 2 * hidden
+    yield "model.embed_tokens.weight", (VOCABULARY, hidden)
+    for number in range(max(1, round((size / itemsize - 2 * embedding) / layer))):
+        block = f"model.layers.{number}."
+        for name in "qkvo":
+            yield f"{block}self_attn.{name}_proj.weight", (hidden, hidden)
+        for name, shape in (("gate", (wide, hidden)), ("up", (wide, hidden)), ("down", (hidden, wide))):
+            yield f"{block}mlp.{name}_proj.weight", shape
+        yield f"{block}input_layernorm.weight", (hidden,)
+        yield f"{block}post_attention_layernorm.weight", (hidden,)
+    yield "lm_head.weight", (VOCABULARY, hidden)
+
+
+def write_pair(folder: Path, size: float, dtype: torch.dtype) -> int:
+    """Write the checkpoints ``base`` and ``tuned``; gives the bytes of the largest tensor."""
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    used = largest = 0
+    for name, shape in shapes(size, dtype.itemsize):
+        count = torch.Size(shape).numel() * dtype.itemsize
+        if used + count > SHARD and shards[-1]:
+            shards.append({})
+            used = 0
+        shards[-1][name] = shape
+        used, largest = used + count, max(largest, count)
+    noise = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0))
+    for kind, change in (("base", 0.0), ("tuned", 1e-3)):
+        (folder / kind).mkdir()
+        weights = (0.02 * noise + change * noise.flip(0)).to(dtype)
+        index: dict[str, str] = {}
+        for number, content in enumerate(shards, 1):
+            file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            save_file(
+                {name: _repeat(weights, shape) for name, shape in content.items()}, folder / kind / file
+            )
+            index |= dict.fromkeys(content, file)
+        text = json.dumps({"metadata": {}, "weight_map": index})
+        (folder / kind / "model.safetensors.index.json").write_text(text)
+    return largest
+
+
+def _repeat(numbers: Tensor, shape: tuple[int, ...]) -> Tensor:
+    count = torch.Size(shape).numel()
+    return numbers.repeat(-(-count // numbers.numel()))[:count].view(shape)
+
+
+def copy(source: Path, target: Path, safe: bool) -> float:
+    """Seconds of copying a folder's files."""
+    start = time.perf_counter()
+    target.mkdir()
+    for file in sorted(source.iterdir()):
+        shutil.copyfile(file, target / file.name)
+        if safe:
+            with (target / file.name).open("rb+") as written:
+                os.fsync(written.fileno())
+    return time.perf_counter() - start
+
+
+def _resident() -> int:
+    """Bytes that this process holds resident. Linux only, as is what follows."""
+    return _status("VmRSS")
+
+
+def _most_resident() -> int:
+    """The most since `_forget_peak`. Not getrusage's: that starts at what the parent process held."""
+    return _status("VmHWM")
+
+
+def _forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(what: str) -> int:
+    return 1024 * int(Path("/proc/self/status").read_text().split(f"{what}:")[1].split()[0])
+
+
+def work(folder: Path, p: float) -> dict[str, float]:
+    """What is measured, in this process."""
+    warm: dict[str, Tensor] = {"w": torch.zeros(8, dtype=torch.bfloat16), "v": torch.zeros(8)}
+    optx.Delta.between(warm, warm).dare(p).apply(warm)
+    _forget_peak()
+    before, start, used = _resident(), time.perf_counter(), time.process_time()
+    optx.Delta.between(folder / "base", folder / "tuned").dare(p).apply(folder / "base", folder / "out")
+    seconds = {"seconds": time.perf_counter() - start, "processor": time.process_time() - used}
+    return {**seconds, "memory": _most_resident() - before}
+
+
+def measure(folder: Path, rounds: int, p: float) -> dict[str, list[float]]:
+    """Seconds of each subject and bytes of ours, by round."""
+    found: dict[str, list[float]] = {kind: [] for kind in (*SUBJECTS, "processor", "memory")}
+    for _ in range(rounds):
+        for kind in SUBJECTS:
+            os.sync()  # what the one before left to be written is not this one's
+            if kind == "optx":
+                command = [
+                    sys.executable,
+                    "-m",
+                    "optx.recipes._bench_delta",
+                    "--work",
+                    str(folder),
+                    "--p",
+                    str(p),
+                ]
+                result = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                ours = json.loads(result.splitlines()[-1])
+                found["optx"].append(ours["seconds"])
+                found["processor"].append(ours["processor"])
+                found["memory"].append(ours["memory"])
+            else:
+                found[kind].append(copy(folder / "tuned", folder / "out", kind != "copy"))
+            shutil.rmtree(folder / "out")
+    return found
+
+
+def _table(found: dict[str, list[float]]) -> Table:
+    table = Table(title="time, and as a share of copying (medians over rounds)", title_justify="left")
+    for column in ("", "median s", "fastest s", "/ copy", "/ copy and fsync"):
+        table.add_column(column, justify="left" if not column else "right")
+    for kind in SUBJECTS:
+        ratios = [
+            statistics.median(a / b for a, b in zip(found[kind], found[other], strict=True))
+            for other in ("copy", "copy and fsync")
+        ]
+        cells = [statistics.median(found[kind]), min(found[kind]), *ratios]
+        table.add_row(kind, *(f"{cell:.2f}" for cell in cells))
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark; see ``optx bench delta --help``."""
+    parser = argparse.ArgumentParser(prog="optx bench delta", description=__doc__)
+    parser.add_argument("--size", type=float, default=2.0, help="GB of one checkpoint")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--p", type=float, default=0.9, help="share dropped")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", help="where the temporary folder is made (default: the system's)")
+    parser.add_argument("--json", metavar="FILE", help="write every figure to a file")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.work:
+        print(json.dumps(work(Path(options.work), options.p)))
+        return
+    if sys.platform != "linux":
+        parser.error("it reads memory from /proc, so it needs Linux")
+    free, needed = shutil.disk_usage(options.folder or tempfile.gettempdir()).free, 3.1e9 * options.size
+    if free < needed:
+        parser.error(f"--size {options.size} needs {needed / 1e9:.1f} GB of disk; {free / 1e9:.1f} are free")
+    with tempfile.TemporaryDirectory(prefix="optx-bench-", dir=options.folder) as name:
+        folder = Path(name)
+        largest = write_pair(folder, options.size * 1e9, getattr(torch, options.dtype))
+        size = sum(file.stat().st_size for file in (folder / "base").iterdir())
+        found = measure(folder, options.rounds, options.p)
+    console.print(
+        f"torch {torch.__version__}, {options.dtype}, {size / 1e9:.2f} GB a checkpoint, p {options.p}, "
+        f"{options.rounds} rounds, {os.cpu_count()} cores"
+    )
+    console.print(_table(found))
+    most = max(found["memory"]) / 1e6
+    busy = statistics.median(found["processor"])
+    console.print(f"processor time of optx, both its threads: {busy:.2f} s")
+    console.print(f"peak memory above the imports: {most:.0f} MB; the largest tensor: {largest / 1e6:.0f} MB")
+    if options.json:
+        results: dict[str, Any] = {"size": size, "largest": largest, "dtype": options.dtype, **found}
+        Path(options.json).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,407 @@
+"""optx.merge itself: forms of checkpoints, thresholds over whole models, files, errors, the search."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import optx
+from optx.delta._select import order_statistics
+
+METHODS = [
+    optx.TaskArithmetic(lam=0.4),
+    optx.TIES(density=0.3),
+    optx.TIES(density=0.3, convention="mergekit"),
+    optx.DARELinear(p=0.5),
+    optx.DARETIES(p=0.5, convention="mergekit"),
+    optx.PCB(ratio=0.3),
+    optx.PCB(ratio=0.3, score="paper"),
+]
+
+
+def model(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    shapes = {"embed.weight": (11, 6), "layer.weight": (6, 6), "layer.bias": (6,), "scale": ()}
+    made = {name: torch.randn(shape, generator=g).to(dtype) for name, shape in shapes.items()}
+    return {**made, "steps": torch.tensor(seed), "mask": torch.tensor([True, False])}
+
+
+def tuned(base: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {
+        n: t + 0.1 * torch.randn(t.shape, generator=g).to(t.dtype) if t.is_floating_point() else t.clone()
+        for n, t in base.items()
+    }
+
+
+def equal(a: Any, b: Any) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) and a[n].dtype == b[n].dtype for n in a)
+
+
+def folder(path: Path, tensors: dict[str, Tensor]) -> Path:
+    """Two shards with an index, and a configuration."""
+    path.mkdir()
+    names = list(tensors)
+    files = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, part in files.items():
+        save_file({n: tensors[n] for n in part}, path / file)
+    where = {n: file for file, part in files.items() for n in part}
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (path / "config.json").write_text("{}")
+    return path
+
+
+# ---- exact order statistics ----------------------------------------------------------------------------
+
+
+@settings(max_examples=20)
+@given(
+    rows=st.lists(
+        st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=60), min_size=1, max_size=3
+    ),
+    data=st.data(),
+)
+def test_order_statistics_are_those_of_sorting(rows: list[list[float]], data: st.DataObject) -> None:
+    many = 1 << 21  # more than are sorted in memory
+    ranks = [
+        data.draw(st.lists(st.integers(0, len(row) - 1), min_size=1, max_size=4), label="ranks")
+        for row in rows
+    ]
+    cut = data.draw(st.integers(0, 60), label="cut")
+    tensors = [torch.tensor(row) for row in rows]
+    found = order_statistics(lambda: [[t[:cut] for t in tensors], [t[cut:] for t in tensors]], ranks, many)
+    for row, ks, values in zip(rows, ranks, found, strict=True):
+        assert values == [sorted(row)[k] for k in ks]
+
+
+def test_order_statistics_of_many_numbers() -> None:
+    x = torch.randn(2_500_000, generator=torch.Generator().manual_seed(0))
+    ranks = [0, 1, 123_456, 1_250_000, 2_499_999]
+    expected = x.sort().values[ranks].tolist()
+    assert order_statistics(lambda: [[x]], [ranks], len(x)) == [expected]
+    assert order_statistics(lambda: ([piece] for piece in x.split(999_983)), [ranks], len(x)) == [expected]
+
+
+# ---- the forms of a checkpoint -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_files_give_what_dicts_give(method: optx.MergeMethod, dtype: torch.dtype, tmp_path: Path) -> None:
+    base = model(0, dtype)
+    models = [tuned(base, 1), tuned(base, 2)]
+    before = [{n: t.clone() for n, t in sd.items()} for sd in (base, *models)]
+    expected: Any = optx.merge(base, models, method)
+    assert {n: (t.shape, t.dtype) for n, t in expected.items()} == {
+        n: (t.shape, t.dtype) for n, t in base.items()
+    }
+    assert equal({n: expected[n] for n in ("steps", "mask")}, {n: base[n] for n in ("steps", "mask")})
+    assert not any(expected[n].data_ptr() == base[n].data_ptr() for n in base)
+    assert all(equal(a, b) for a, b in zip(before, (base, *models), strict=True))
+    files = [tmp_path / f"{i}.safetensors" for i in range(3)]
+    for file, sd in zip(files, (base, *models), strict=True):
+        save_file(sd, file)
+    out = optx.merge(files[0], [files[1], models[1]], method, tmp_path / "out.safetensors")
+    assert equal(load_file(out), expected)
+    sharded = optx.merge(
+        folder(tmp_path / "base", base),
+        [folder(tmp_path / "a", models[0]), files[2]],
+        method,
+        tmp_path / "merged",
+    )
+    assert equal(
+        {n: t for f in Path(sharded).glob("*.safetensors") for n, t in load_file(f).items()}, expected
+    )
+    assert (Path(sharded) / "config.json").exists()
+    backwards = {n: base[n] for n in reversed(base)}
+    assert all(
+        torch.allclose(expected[n].double(), t.double(), rtol=1e-2 if dtype != torch.float32 else 1e-5)
+        for n, t in optx.merge(backwards, models, method).items()  # type: ignore[union-attr]
+    )
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_threads_do_not_matter(method: optx.MergeMethod) -> None:
+    g = torch.Generator().manual_seed(0)
+    base = {"w": torch.randn(300, 200, generator=g)}
+    models = [tuned(base, seed) for seed in (1, 2, 3)]
+    results: list[Any] = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(optx.merge(base, models, method))
+    assert torch.equal(results[0]["w"], results[1]["w"])
+
+
+def test_deltas_and_modules_are_models_too() -> None:
+    base, other = nn.Linear(4, 3), nn.Linear(4, 3)
+    delta = optx.Delta.between(base, other)
+    ways: list[Any] = [
+        optx.merge(base, [model], optx.TaskArithmetic(lam=0.5))
+        for model in (other, other.state_dict(), delta)
+    ]
+    assert equal(ways[0], ways[1])
+    assert equal(ways[0], ways[2])
+    part: Any = optx.merge(base, [delta.subset("bias")], optx.TaskArithmetic())
+    assert torch.equal(part["weight"], base.weight)
+    torch.testing.assert_close(part["bias"], other.bias.detach())
+
+
+def test_dare_has_the_masks_of_delta_dare() -> None:
+    base = {"w": torch.zeros(1000)}
+    models = [{"w": torch.ones(1000)}, {"w": 2 * torch.ones(1000)}]
+    made: Any = optx.merge(base, models, optx.DARELinear(p=0.8, seed=5))
+    deltas = [optx.Delta.between(base, m).dare(0.8, seed=5 + i) for i, m in enumerate(models)]
+    summed: Any = optx.merge(base, deltas, optx.TaskArithmetic())
+    torch.testing.assert_close(made["w"], summed["w"])
+    assert 200 < int((made["w"] != 0).sum()) < 500
+    again: Any = optx.merge({"x": torch.zeros(1000)}, [{"x": m["w"]} for m in models], optx.DARELinear(p=0.8))
+    assert not torch.equal(again["x"], made["w"])
+
+
+def test_ties_over_the_whole_model_is_that_of_one_long_tensor() -> None:
+    g = torch.Generator().manual_seed(0)
+    rows = [torch.randn(1000, generator=g) for _ in range(3)]
+    sizes, names = [100, 1, 399, 500], ["b", "a", "d", "c"]
+    for options in ({}, {"weights": [1.0, 0.5, 2.0]}, {"normalize": False}):
+        base = dict(zip(names, torch.zeros(1000).split(sizes), strict=True))
+        models = [dict(zip(names, row.split(sizes), strict=True)) for row in rows]
+        made: Any = optx.merge(base, models, optx.TIES(density=0.2, **options))
+        long: Any = optx.merge(
+            {"w": torch.zeros(1000)}, [{"w": row} for row in rows], optx.TIES(density=0.2, **options)
+        )
+        assert torch.equal(torch.cat([made[n] for n in names]), long["w"])
+    kept = sum(int((t != 0).sum()) for t in optx.merge(base, models[:1], optx.TIES(density=0.2)).values())  # type: ignore[union-attr]
+    assert kept == 201
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embed.weight
+
+
+def test_tied_tensors_are_merged_once(tmp_path: Path) -> None:
+    base, other = Tied(), Tied()
+    made: Any = optx.merge(base, [other], optx.DARELinear(p=0.5))
+    assert made["head.weight"] is made["embed.weight"]
+    save_file({"embed.weight": other.embed.weight.detach()}, tmp_path / "m.safetensors")
+    assert equal(optx.merge(base, [tmp_path / "m.safetensors"], optx.DARELinear(p=0.5)), made)
+    untied = {name: t.clone() for name, t in other.state_dict().items()}
+    assert equal(optx.merge(base, [untied], optx.DARELinear(p=0.5)), made)
+    untied["head.weight"] += 1
+    with pytest.raises(optx.OptxError, match=r"'head.weight' is tied to 'embed.weight' in base"):
+        optx.merge(base, [untied], optx.DARELinear(p=0.5))
+
+
+def test_include_exclude_and_dtype() -> None:
+    base = model(0)
+    models = [tuned(base, 1)]
+    made: Any = optx.merge(base, models, optx.TaskArithmetic(), exclude="layer.*", dtype=torch.bfloat16)
+    assert torch.equal(made["layer.weight"], base["layer.weight"].bfloat16())
+    assert torch.equal(made["embed.weight"], models[0]["embed.weight"].bfloat16())
+    assert made["steps"].dtype == torch.int64
+    wide: Any = optx.merge(model(0, torch.bfloat16), models, optx.TaskArithmetic(), dtype=torch.float32)
+    torch.testing.assert_close(wide["scale"], models[0]["scale"], rtol=1e-6, atol=1e-6)
+
+
+# ---- killed and gone on with ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "method", [*METHODS[1:], optx.DARELinear(0.5, seed=-1, convention="mergekit")], ids=repr
+)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_interrupted_merges_go_on(method: optx.MergeMethod, sharded: bool, tmp_path: Path) -> None:
+    base = model(0)
+    inputs = [base, tuned(base, 1), tuned(base, 2)]
+    paths = [folder(tmp_path / f"{i}", sd) for i, sd in enumerate(inputs)]
+    out, suffix = tmp_path / "out", "" if sharded else ".safetensors"
+    torch.manual_seed(7)
+    whole = optx.merge(paths[0], paths[1:], method, out.with_name(f"whole{suffix}"))
+
+    class Stop(Exception):
+        pass
+
+    def stopping(names: Any) -> Any:
+        todo = list(names)
+        for i, name in enumerate(todo):
+            if i == 2 and "steps" in todo:  # no pass over the changes has integers: it is being written
+                raise Stop
+            yield name
+
+    target = out.with_name(f"out{suffix}")
+    torch.manual_seed(7)
+    with pytest.raises(Stop):
+        optx.merge(paths[0], paths[1:], method, target, progress=stopping)
+    assert not target.exists()
+    torch.manual_seed(7)
+    optx.merge(paths[0], paths[1:], method, target)
+    for file in sorted(Path(whole).glob("*.safetensors")) if sharded else [Path(whole)]:
+        assert file.read_bytes() == (target / file.name if sharded else target).read_bytes()
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+KILLED = """
+import os, sys, torch, optx
+torch.set_num_threads(1)
+count = 0
+def progress(names):
+    global count
+    for name in names:
+        count += 1
+        if count == int(sys.argv[4]):
+            os.kill(os.getpid(), 9)
+        yield name
+optx.merge(sys.argv[1], [sys.argv[2]], optx.TIES(density=0.5), sys.argv[3], progress=progress)
+"""
+
+
+def test_kill_9_leaves_no_half_file(tmp_path: Path) -> None:
+    base = model(0)
+    a, b = folder(tmp_path / "a", base), folder(tmp_path / "b", tuned(base, 1))
+    whole = optx.merge(a, [b], optx.TIES(density=0.5), tmp_path / "whole")
+    out = tmp_path / "out"
+    killed = subprocess.run([sys.executable, "-c", KILLED, a, b, out, "12"], env={**os.environ})
+    assert killed.returncode == -9
+    assert not out.exists()
+    optx.merge(a, [b], optx.TIES(density=0.5), out)
+    for file in Path(whole).iterdir():
+        assert file.read_bytes() == (out / file.name).read_bytes()
+
+
+# ---- errors --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bad:
+    base: Any
+    models: Any
+    message: str
+    method: Any = optx.TaskArithmetic()  # noqa: RUF009
+    options: Any = None
+
+
+W = {"w": torch.zeros(2, 3), "v": torch.zeros(4)}
+BAD = {
+    "lacks": Bad(W, [W, {"w": W["w"]}], "models[1] lacks 'v', which base has. Near: 'w'"),
+    "more": Bad(W, [{**W, "u": torch.zeros(1)}], "models[0] has 'u', which base lacks."),
+    "shape": Bad(W, [{**W, "w": torch.zeros(3, 2)}], "'w' has shape (3, 2) in models[0] and (2, 3) in base"),
+    "kind": Bad(W, [{**W, "v": torch.zeros(4).int()}], "'v' is torch.int32 in models[0] and torch.float32"),
+    "none": Bad(W, [], "models must be a list of at least one model"),
+    "no list": Bad(W, W, "models must be a list of at least one model"),
+    "method": Bad(W, [W], "method is a str; it must be one such as optx.TIES()", "ties"),
+    "weights": Bad(W, [W], "weights has 2 numbers, and there are 1 models", optx.TaskArithmetic(1.0, (1, 2))),
+    "nan": Bad(W, [{**W, "v": torch.full((4,), torch.nan)}], "the change of 'v' in models[0] is not finite"),
+    "nothing": Bad(W, [W], "leave no floating tensor", options={"include": "x"}),
+    "regex": Bad(W, [W], "include='(' is not a regular expression", options={"include": "("}),
+    "dtype": Bad(W, [W], "dtype is torch.int8; it must be a floating type", options={"dtype": torch.int8}),
+    "missing": Bad("nowhere/at-all", [W], "there is no file or folder 'nowhere/at-all'"),
+    "base": Bad(W, [optx.Delta.between({**W, "v": torch.ones(4)}, W)], "from another base: 'v' differs"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_errors(case: str, tmp_path: Path) -> None:
+    bad = BAD[case]
+    with pytest.raises(optx.OptxError) as caught:
+        optx.merge(bad.base, bad.models, bad.method, tmp_path / "out", **(bad.options or {}))
+    assert bad.message in str(caught.value)
+    assert case == "nan" or not list(tmp_path.iterdir())  # that is found while it is written
+
+
+def test_outputs_that_are_there_or_missing(tmp_path: Path) -> None:
+    save_file(W, tmp_path / "w.safetensors")
+    with pytest.raises(optx.OptxError, match="base is on the disk; give out="):
+        optx.merge(tmp_path / "w.safetensors", [W], optx.TIES())
+    with pytest.raises(optx.OptxError, match="exists already"):
+        optx.merge(W, [W], optx.TIES(), tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (optx.TIES, {"density": 20}, "TIES: density is 20; it must be between 0 and 1"),
+        (optx.TIES, {"scope": "layer"}, "TIES: scope is 'layer'; it must be one of 'global', 'tensor'."),
+        (optx.TIES, {"convention": "x"}, "TIES: convention is 'x'"),
+        (optx.DARELinear, {"p": 1.0}, "DARELinear: p is 1.0; it must be in [0, 1). p is the share DROPPED"),
+        (optx.DARETIES, {"p": (0.5, -0.1)}, "DARETIES: p is -0.1"),
+        (optx.DARETIES, {"rescale": "l2"}, "DARETIES: rescale is 'l2'"),
+    ],
+)
+def test_options_out_of_range(kind: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(optx.OptxError) as caught:
+        kind(**options)
+    assert message in str(caught.value)
+
+
+# ---- the search ----------------------------------------------------------------------------------------
+
+
+def test_search_finds_the_best_number_within_its_budget() -> None:
+    calls: list[float] = []
+
+    def score(lam: float) -> float:
+        calls.append(lam)
+        return -((lam - 1.37) ** 2)
+
+    found = optx.search(score, {"lam": (0.0, 2.0)}, budget=25)
+    assert abs(found.best["lam"] - 1.37) < 0.005
+    assert len(calls) == len(set(calls)) == len(found.history) <= 25
+    assert found.history[0][0] == {"lam": 1.0}
+    assert found == optx.search(score, {"lam": (0.0, 2.0)}, budget=25)
+    assert len(optx.search(score, {"lam": (0.0, 2.0)}, budget=3).history) == 3
+
+
+def test_search_over_several_numbers() -> None:
+    def loss(a: float, b: float, c: float) -> float:
+        return (a - 0.3) ** 2 + 2 * (b - 0.8) ** 2 + 0.3 * a * b + (c != 3)
+
+    found = optx.search(
+        loss, {"a": (0, 1), "b": (0, 1), "c": [1, 2, 3]}, budget=120, start={"a": 0.9}, maximize=False
+    )
+    best = min(loss(a / 100, b / 100, 3) for a in range(101) for b in range(101))
+    assert found.score <= best + 1e-3
+    assert found.best["c"] == 3
+    assert found.history[0][0]["a"] == 0.9
+
+
+def test_search_ends_when_a_list_is_tried() -> None:
+    found = optx.search(lambda lam: lam, {"lam": [0.1, 0.5, 0.3]}, budget=100)
+    assert (found.best, len(found.history)) == ({"lam": 0.5}, 3)
+
+
+def test_search_prefers_a_number_to_nan() -> None:
+    found = optx.search(lambda x: float("nan") if x > 0.4 else x, {"x": (0.0, 1.0)}, budget=30)
+    assert 0.3 < found.best["x"] <= 0.4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (({}, 5), "space is empty"),
+        (({"x": (1, 0)}, 5), "space['x'] is (1, 0); it must be (low, high) with low < high"),
+        (({"x": []}, 5), "space['x'] is []"),
+        (({"x": (0, 1)}, 0), "search: budget is 0"),
+    ],
+)
+def test_search_errors(arguments: Any, message: str) -> None:
+    with pytest.raises(optx.OptxError) as caught:
+        optx.search(lambda x: x, *arguments)
+    assert message in str(caught.value)
+    with pytest.raises(optx.OptxError, match="evaluate gave None at"):
+        optx.search(lambda x: None, {"x": (0, 1)}, 3)  # type: ignore[arg-type,return-value]
+    with pytest.raises(optx.OptxError, match="start has x=2"):
+        optx.search(lambda x: x, {"x": (0, 1)}, 3, start={"x": 2})

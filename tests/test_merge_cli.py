@@ -1,0 +1,224 @@
+"""``optx merge`` and ``optx delta``, as typed; mergekit's YAML."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from typer.testing import CliRunner, Result
+
+import optx
+from optx import cli
+from optx.delta._mergekit import read_config
+
+yaml: Any = pytest.importorskip("yaml")
+
+
+def typed(*words: object) -> Result:
+    return CliRunner().invoke(cli.app, [str(word) for word in words])
+
+
+def flat(text: str) -> str:
+    """Without the terminal's line breaks."""
+    return " ".join(text.split())
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> dict[str, dict[str, Tensor]]:
+    """Three folders with a model each: base, a, b."""
+    g = torch.Generator().manual_seed(0)
+    base = {"x.weight": torch.randn(8, 5, generator=g), "x.bias": torch.randn(8, generator=g)}
+    made = {"base": base}
+    for name in ("a", "b"):
+        made[name] = {n: t + 0.1 * torch.randn(t.shape, generator=g) for n, t in base.items()}
+    for name, sd in made.items():
+        (tmp_path / name).mkdir()
+        save_file(sd, tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text(json.dumps({"of": name}))
+    return made
+
+
+def config(tmp_path: Path, **changes: Any) -> Path:
+    """A file of mergekit's; None takes a key out."""
+    table: dict[str, Any] = {
+        "merge_method": "ties",
+        "base_model": str(tmp_path / "base"),
+        "models": [
+            {"model": str(tmp_path / "base")},
+            {"model": str(tmp_path / "a"), "parameters": {"weight": 1.0, "density": 0.5}},
+            {"model": str(tmp_path / "b"), "parameters": {"weight": 0.5}},
+        ],
+        "parameters": {"normalize": True, "density": 0.25, "int8_mask": True},
+        "dtype": "float32",
+        **changes,
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in table.items() if value is not None}))
+    return path
+
+
+def test_merge_as_the_file_says(models: dict[str, dict[str, Tensor]], tmp_path: Path) -> None:
+    shown = typed("merge", config(tmp_path), tmp_path / "out")
+    assert shown.exit_code == 0, shown.output
+    assert "Note: int8_mask is ignored" in flat(shown.output)
+    assert "Merged 2 models into" in flat(shown.output)
+    method = optx.TIES(density=(0.5, 0.25), weights=(1.0, 0.5), convention="mergekit")
+    expected: Any = optx.merge(models["base"], [models["a"], models["b"]], method)
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(made[n], t) for n, t in expected.items())
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"of": "base"}
+
+
+def test_the_out_file_takes_the_files_dtype(models: Any, tmp_path: Path) -> None:
+    shown = typed("merge", config(tmp_path, dtype="bfloat16"), tmp_path / "out.safetensors")
+    assert shown.exit_code == 0, shown.output
+    assert {t.dtype for t in load_file(tmp_path / "out.safetensors").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "expected"),
+    [
+        ("task_arithmetic", {"weight": "1e-1", "lambda": 0.5}, optx.TaskArithmetic(0.5, [0.1, 0.1], False)),
+        (
+            "ties",
+            {"weight": 1, "normalize": False},
+            optx.TIES([1.0, 1.0], 1.0, [1.0, 1.0], normalize=False, convention="mergekit"),
+        ),
+        (
+            "dare_linear",
+            {"weight": 1.0, "density": 0.25},
+            optx.DARELinear([0.75, 0.75], 1.0, [1.0, 1.0], 3, "l1", False, "mergekit"),
+        ),
+        (
+            "dare_ties",
+            {"weight": 1.0, "density": 0.5, "rescale": False, "lambda": 2},
+            optx.DARETIES([0.5, 0.5], 2.0, [1.0, 1.0], 3, "none", False, "mergekit"),
+        ),
+        ("pcb", {"ratio": 0.2, "inter": "pairwise"}, optx.PCB(0.2, [1.0, 1.0], inter="pairwise")),
+    ],
+)
+def test_methods(models: Any, name: str, parameters: Any, expected: Any, tmp_path: Path) -> None:
+    table = [{"model": str(tmp_path / m)} for m in "ab"]
+    found = read_config(config(tmp_path, merge_method=name, models=table, parameters=parameters), seed=3)
+    assert found.method == expected
+    assert [path.name for path in found.models] == ["a", "b"]
+    assert not found.notes
+
+
+def test_mergekit_reads_the_same_file_alike(models: dict[str, dict[str, Tensor]], tmp_path: Path) -> None:
+    merge_methods = pytest.importorskip("mergekit.merge_methods")
+    path = config(tmp_path, merge_method="ties")
+    theirs = merge_methods.merge_state_dicts(
+        [models["base"], models["a"], models["b"]],
+        "ties",
+        base=0,
+        parameters={"weight": [1.0, 0.5], "density": [0.5, 0.25], "normalize": True},
+    )
+    assert typed("merge", path, tmp_path / "out").exit_code == 0
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(made[name], tensor, rtol=0, atol=1e-6)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "slices": ({"models": None, "slices": []}, "optx does not do 'slices'"),
+    "modules": ({"modules": {}}, "optx does not do 'modules'"),
+    "method": ({"merge_method": "slerp"}, "optx does not do merge_method 'slerp'. Near:"),
+    "key": ({"base_modell": "x"}, "there is no 'base_modell'. Near: 'base_model'"),
+    "no base": ({"base_model": None}, "ties needs base_model"),
+    "gradient": ({"parameters": {"density": [0.1, 0.9]}}, "'density' is a gradient over layers"),
+    "filter": ({"parameters": {"density": [{"filter": "mlp", "value": 1}]}}, "'density' is a filter"),
+    "unknown": ({"parameters": {"densty": 0.5}}, "ties has no parameter 'densty'. Near: 'density'"),
+    "number": ({"parameters": {"lambda": "big"}}, "'lambda' is 'big'; it must be a number"),
+    "bool": ({"parameters": {"normalize": 1}}, "'normalize' is 1; it must be true or false"),
+    "range": ({"parameters": {"lambda": 1, "density": 7}}, "TIES: density is 7"),
+    "dtype": ({"dtype": "int8"}, "dtype is 'int8'; it must be one of float16, bfloat16"),
+    "union": ({"tokenizer_source": "union"}, "tokenizer_source 'union'"),
+    "hub": ({"base_model": "mistralai/Mistral-7B"}, "there is no file or folder 'mistralai/Mistral-7B'"),
+    "list": ({"models": "a"}, "'models' must be a list"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused_is_named(models: Any, case: str, tmp_path: Path) -> None:
+    changes, message = REFUSED[case]
+    shown = typed("merge", config(tmp_path, **changes), tmp_path / "out")
+    assert shown.exit_code == 1
+    assert message in flat(shown.output)
+    assert "Traceback" not in shown.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_are_no_config(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("a: [1, 2")
+    for path, message in ((tmp_path / "bad.yaml", "is no YAML"), (tmp_path / "none.yaml", "can't be read")):
+        shown = typed("merge", path, tmp_path / "out")
+        assert shown.exit_code == 1
+        assert message in flat(shown.output)
+
+
+def test_a_model_without_weight(models: Any, tmp_path: Path) -> None:
+    path = config(tmp_path, models=[{"model": str(tmp_path / "a")}])
+    assert "has no 'weight'; give it under its parameters" in flat(
+        typed("merge", path, tmp_path / "o").output
+    )
+
+
+def test_other_tokenizers_are_noted(models: Any, tmp_path: Path) -> None:
+    notes = read_config(config(tmp_path, tokenizer_source=str(tmp_path / "a"))).notes
+    assert any("the base's tokenizer is copied" in note for note in notes)
+
+
+def test_interrupted(models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("optx.delta.cli.merge_", interrupted)
+    shown = typed("merge", config(tmp_path), tmp_path / "out")
+    assert shown.exit_code == 130
+    assert "The same command goes on where it stopped" in flat(shown.output)
+
+
+@pytest.mark.parametrize("command", ["dare", "magnitude"])
+def test_delta_prunes(models: dict[str, dict[str, Tensor]], command: str, tmp_path: Path) -> None:
+    shown = typed("delta", command, tmp_path / "base", tmp_path / "a", tmp_path / "out", "--p", "0.5")
+    assert shown.exit_code == 0, shown.output
+    delta = optx.Delta.between(models["base"], models["a"])
+    expected: Any = getattr(delta, command)(0.5).apply(models["base"])
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(made[n], t) for n, t in expected.items())
+
+
+def test_delta_options_are_passed_on(models: dict[str, dict[str, Tensor]], tmp_path: Path) -> None:
+    words = ("--p", "0.5", "--q", "1.0", "--seed", "4", "--exclude", ".*bias")
+    shown = typed("delta", "dare", tmp_path / "base", tmp_path / "a", tmp_path / "out", *words)
+    assert shown.exit_code == 0, shown.output
+    delta = optx.Delta.between(models["base"], models["a"])
+    expected: Any = delta.dare(0.5, 1.0, seed=4, exclude=".*bias").apply(models["base"])
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(made[n], t) for n, t in expected.items())
+
+
+def test_delta_errors_have_no_traceback(models: Any, tmp_path: Path) -> None:
+    shown = typed("delta", "dare", tmp_path / "base", tmp_path / "a", tmp_path / "out", "--p", "1.5")
+    assert shown.exit_code == 1
+    assert "p is 1.5" in flat(shown.output)
+    shown = typed("delta", "dare", tmp_path / "base", tmp_path / "nowhere", tmp_path / "out")
+    assert shown.exit_code == 1
+    assert "there is no file or folder" in flat(shown.output)
+
+
+def test_delta_save_and_apply(models: dict[str, dict[str, Tensor]], tmp_path: Path) -> None:
+    pytest.importorskip("optx.delta._storage")
+    file = tmp_path / "delta.safetensors"
+    assert typed("delta", "save", tmp_path / "base", tmp_path / "a", file).exit_code == 0
+    shown = typed("delta", "apply", tmp_path / "base", file, tmp_path / "out", "--scale", "0.5")
+    assert shown.exit_code == 0, shown.output
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in models["base"].items():
+        torch.testing.assert_close(made[name], (tensor + models["a"][name]) / 2)
