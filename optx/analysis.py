@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from optx._errors import OptxError, ShapeError
+from optx.delta._stats import InputStats, input_stats
 
 if TYPE_CHECKING:
     from optx.inject._handle import Handle
 
-__all__ = ["grad_norms", "nlm_alignment", "softmax_collapse"]
+__all__ = ["InputStats", "grad_norms", "input_stats", "nlm_alignment", "softmax_collapse"]
 
 
 def softmax_collapse(logits: Tensor, target: Tensor, ignore_index: int = -100) -> float:

@@ -2,8 +2,8 @@
 
 all-MiniLM-L6-v2 (BERT, 22M) on sentences that people rated; every arm has the same data, batches and number
 of steps, and trains a new head. For each: accuracy on held-out sentences, numbers trained, bytes on disk, and
-the time of a training step as a ratio to full fine-tuning. Each arm's learning rate is the best of a sweep
-on another seed (--sweep does it again).
+the time of a training step as a ratio to full fine-tuning. Learning rates are usual ones for each method;
+--sweep tries others, on sentences that are not in the table.
 
 Source: BitFit, arXiv 2106.10199; LoRA, arXiv 2106.09685; SVFit, arXiv 2409.05926; MAM, arXiv 2110.04366;
 FLoRA, arXiv 2405.14739.
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser(
         "adapt",
         __doc__ or "",
-        steps=50,
+        steps=120,
         seeds={"type": int, "default": 3, "help": "how many seeds, from --seed on"},
         model={"help": "hub name or folder of a BERT-like encoder (default: all-MiniLM-L6-v2)"},
         data={"help": "file of class<TAB>sentence lines (default: film reviews)"},

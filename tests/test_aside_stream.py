@@ -411,6 +411,29 @@ def test_linear_layers_with_lora_on_themselves() -> None:
     assert torch.equal(*outputs)
 
 
+@pytest.mark.parametrize("inside", [LoRA(rank=2, dora=True), optx.IA3(feedforward=())], ids=["DoRA", "IA3"])
+@each_variant
+def test_linear_layers_with_what_scales_them(variant: str, inside: optx.Injection) -> None:
+    """Whatever is attached to a layer itself acts around the join, in either order; so it may not be merged
+    below it, unless it commutes."""
+    outputs = []
+    for flip in (False, True):
+        net, handles = Net(kind=lambda d: nn.Linear(d, d)), dict[bool, optx.Handle]()
+        for scaling in (flip, not flip):
+            torch.manual_seed(2)
+            injection = inside if scaling else Aside(rank=3, variant=variant)  # type: ignore[arg-type]
+            handles[scaling] = optx.attach(net, injection, LAYERS)
+            move(handles[scaling])
+        outputs.append(net(batch()))
+        if isinstance(inside, LoRA):
+            handles[True].merge()
+            torch.testing.assert_close(net(batch()), outputs[-1], rtol=0, atol=1e-4)
+        else:
+            with pytest.raises(optx.MergeError, match=r"'aside' acts on 'layers\.0' too"):
+                handles[True].merge()
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
 @each_variant
 def test_each_comes_off_and_the_others_work_on(variant: str, order: tuple[int, ...]) -> None:

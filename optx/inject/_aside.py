@@ -147,6 +147,7 @@ class Stream:
         self._forget()
 
     def _forget(self) -> None:
+        _keep_out_of_graphs()
         # One dictionary per layer: a layer that returns its own input gives it two places in the stream.
         self._links = [WeakTensorKeyDictionary() for _ in self.layers]
         self._traced: tuple[Tensor, Link] | None = None
@@ -181,7 +182,6 @@ class Stream:
             self._go_outside()
         return self._find(index, x) if index > 0 else None
 
-    @torch.compiler.disable
     def _find(self, index: int, x: Tensor) -> Tensor:
         """What layer ``index - 1`` put beside ``x``; also where one of the two is compiled and one is not."""
         link = self._links[index].get(x)
@@ -209,6 +209,12 @@ class Stream:
         for module, part in self.layers:
             _move(module._forward_pre_hooks, part._before, to_end=False)  # pyright: ignore[reportPrivateUsage]
             _move(module._forward_hooks, part._after, to_end=True)  # pyright: ignore[reportPrivateUsage]
+
+
+def _keep_out_of_graphs() -> None:
+    """Mark `Stream._find` for dynamo; not at import, for that would bring dynamo and triton along."""
+    if not hasattr(Stream._find, "_torchdynamo_disable"):  # pyright: ignore[reportPrivateUsage]
+        Stream._find = torch.compiler.disable(Stream._find)  # pyright: ignore[reportPrivateUsage]
 
 
 class Streamed(Beside):

@@ -36,7 +36,9 @@ def merge(module: nn.Module, attached: Attached, part: Part, path: str) -> None:
     parts = list(attached.parts.items())
     place = [p for _, p in parts].index(part)
     for i, (name, other) in enumerate(parts):
-        before = not other.folds_input and (i < place or part.folds_input)
+        # What goes around the call is inside of all hooks, whenever it was attached.
+        earlier = i < place or other.overrides("around")
+        before = not other.folds_input and (earlier or part.folds_input)
         if other is not part and not other.merged and before and not _commute(part, other):
             raise MergeError(
                 f"merge: {name!r} acts on {path!r} too and is not merged, and the result depends on their "

@@ -143,9 +143,11 @@ class LowRank(Part):
         container = attached(module)
         if container is None:
             return True
-        earlier = itertools.takewhile(lambda part: part is not self, container.parts.values())
-        changed = (p.active and (p.overrides("after") or p.overrides("around")) for p in earlier)
-        return not container.originals and not any(changed)
+        parts = container.parts.values()
+        earlier = itertools.takewhile(lambda part: part is not self, parts)
+        changed = any(p.active and p.overrides("after") for p in earlier)
+        inside = any(p.active and p.overrides("around") for p in parts)  # whenever they were attached
+        return not (container.originals or changed or inside)
 
     def scaled(self, module: nn.Module, output: Tensor, gain: Tensor) -> Tensor:
         """gain W x + b from W x + b."""
