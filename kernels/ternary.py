@@ -7,7 +7,8 @@ per element, of which the masks are 0.25.
 # Triton's language has no types that a checker could follow.
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false, reportMissingParameterType=false
-# pyright: reportUntypedFunctionDecorator=false
+# pyright: reportUntypedFunctionDecorator=false, reportAssignmentType=false, reportArgumentType=false
+# pyright: reportCallIssue=false
 
 from __future__ import annotations
 

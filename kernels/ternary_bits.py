@@ -6,7 +6,7 @@ takes pieces of work from a counter until none is left; a piece has places of it
 # Numba's functions have no types that a checker could follow.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportUntypedFunctionDecorator=false
-# pyright: reportMissingTypeArgument=false
+# pyright: reportMissingTypeArgument=false, reportCallIssue=false
 
 from __future__ import annotations
 

@@ -5,7 +5,8 @@ of 64 bits: number i is bit ``i % 64`` of word ``i // 64``, and bits past the la
 over torch's threads (`optx.kernels.cpu`); the split never shows in the result.
 """
 # Numba's functions have no types that a checker could follow.
-# pyright: reportMissingTypeStubs=false, reportMissingTypeArgument=false
+# pyright: reportMissingTypeStubs=false, reportMissingTypeArgument=false, reportCallIssue=false
+# pyright: reportPrivateImportUsage=false
 
 from __future__ import annotations
 

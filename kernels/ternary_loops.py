@@ -19,7 +19,7 @@ from optx.kernels.ternary_cpu import Dense, array
 
 DTYPE = "float32"
 
-F = np.float64 if DTYPE == "float64" else np.float32
+F = np.float64 if DTYPE == "float64" else np.float32  # pyright: ignore[reportUnnecessaryComparison]
 ZERO = F(0)
 NONE = np.int32(0)  # no random bits: round to nearest
 read, write = load(DTYPE, 0), store(DTYPE, 1)

@@ -40,10 +40,10 @@ class Plain:
     dropouts: Callable[[str], Dropout] = _whole
 
     def onto(self, base: Source, name: str, begin: int, end: int) -> Tensor:
-        pieces = [source.piece(name, begin, end) for source in (self.old, self.new)]
+        old, new = self.old.piece(name, begin, end), self.new.piece(name, begin, end)
         same = base is self.old or (isinstance(base, Files) and base.label == self.old.label)
-        mine = pieces[0] if same else base.piece(name, begin, end)
-        return self.dropouts(name).onto(mine, *pieces, begin)
+        mine = old if same else base.piece(name, begin, end)
+        return self.dropouts(name).onto(mine, old, new, begin)
 
 
 class Prunes(ABC):

@@ -116,7 +116,7 @@ class Reader:
         raw = torch.empty((end - begin) * entry.dtype.itemsize, dtype=torch.uint8)
         with self.path.open("rb", buffering=0) as file:
             file.seek(self._start + first + begin * entry.dtype.itemsize)
-            fill = memoryview(raw.numpy())
+            fill = raw.numpy().data
             while fill.nbytes:
                 count = file.readinto(fill)
                 if not count:
@@ -248,7 +248,7 @@ class Writer:
 
 
 def _raw(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _whole(line: str) -> bool:

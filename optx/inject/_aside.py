@@ -214,7 +214,7 @@ class Stream:
 def _keep_out_of_graphs() -> None:
     """Mark `Stream._find` for dynamo; not at import, for that would bring dynamo and triton along."""
     if not hasattr(Stream._find, "_torchdynamo_disable"):  # pyright: ignore[reportPrivateUsage]
-        Stream._find = torch.compiler.disable(Stream._find)  # pyright: ignore[reportPrivateUsage]
+        Stream._find = torch.compiler.disable(Stream._find)  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
 
 
 class Streamed(Beside):

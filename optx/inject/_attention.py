@@ -149,7 +149,7 @@ class AttentionPart(Part):
 class Heads(NamedTuple):
     """How many heads keys and values have, and how wide they are."""
 
-    count: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]
     width: int
 
 

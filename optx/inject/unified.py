@@ -247,7 +247,7 @@ class Choice(Injection):
         """These, and this method's own options of the same names."""
         known = {field.name for field in fields(HiddenDelta)}
         own = {field.name: getattr(self, field.name) for field in fields(self) if field.name in known}
-        return HiddenDelta(**{**own, **choices, "method": type(self).__name__})
+        return HiddenDelta(**(own | choices), method=type(self).__name__)
 
     def __post_init__(self) -> None:
         self.delta()  # which checks them

@@ -175,11 +175,12 @@ class AdamR(Transform):
         self._to_zero = isinstance(anchor, str) and anchor == "zero"
         self._anchors = Anchors("AdamR", anchor, model)
         self._warned = False
-        self.slots: dict[str, Slot] = {}
+        slots: dict[str, Slot] = {}
         if not self._to_zero:
-            self.slots["anchor"] = like_weight(dtype=None, saved=save_anchor)
+            slots["anchor"] = like_weight(dtype=None, saved=save_anchor)
         if normalize:
-            self.slots["v_sum"] = per_tensor(torch.float64, derived=True)
+            slots["v_sum"] = per_tensor(torch.float64, derived=True)
+        self.slots = slots
 
     def check(self, base: torch.optim.Optimizer) -> None:
         """Refuse a base without a second moment."""
