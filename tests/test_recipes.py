@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,15 @@ def test_unknown_arm_and_short_text(options: list[str], tmp_path: Path) -> None:
         finetune.main([*options, "--length", "100000", "--out", str(tmp_path)])
 
 
+@pytest.fixture
+def _pythons_handler() -> Iterator[None]:
+    """Python installs its own only where a shell has not said to ignore the signal, as it does behind `&`."""
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, found)
+
+
+@pytest.mark.usefixtures("_pythons_handler")
 def test_a_second_interrupt_is_pythons_own() -> None:
     before = signal.getsignal(signal.SIGINT)
     with _run.Interrupt() as interrupt:
