@@ -6,7 +6,6 @@ import ast
 import copy
 import hashlib
 import importlib.util
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -14,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from optx._cache import cache_root
+from optx._files import written_aside
 from optx._rules import Rule
 from optx.kernels.program import Ref
 
@@ -122,10 +122,8 @@ def load_module(kind: str, text: str) -> ModuleType:
         return sys.modules[name]
     path = cache_folder() / f"{name}.py"
     if not path.exists() or path.read_text() != text:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.replace(temporary, path)
+        with written_aside(path) as aside:
+            aside.write_text(text)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None

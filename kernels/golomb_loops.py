@@ -7,7 +7,7 @@ number that is kept, then the codes of the gaps between positions. A block is on
 # Numba's functions have no types that a checker could follow.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportUntypedFunctionDecorator=false
-# pyright: reportMissingTypeArgument=false
+# pyright: reportMissingTypeArgument=false, reportCallIssue=false
 
 from __future__ import annotations
 
@@ -34,6 +34,16 @@ KERNEL = types.void(types.voidptr)
 SHORT = 1024  # gaps below are counted, longer ones summed one by one
 WORDS = SPAN // 64
 _plain = njit(error_model="numpy")
+
+
+@_plain
+def _arrays(args):
+    """Numbers, blocks, both masks, and three numbers for each block."""
+    n, blocks = get_i64(args, Codec.NUMEL), get_i64(args, Codec.BLOCKS)
+    plus = array(get_i64(args, Codec.PLUS), (n + 63) // 64, np.uint64)
+    minus = array(get_i64(args, Codec.MINUS), (n + 63) // 64, np.uint64)
+    table = array(get_i64(args, Codec.TABLE), 3 * blocks, np.int64)
+    return n, blocks, plus, minus, table
 
 
 @_plain
@@ -127,10 +137,7 @@ def _measure(plus, minus, n, block, counts, far):
 def measure(pointer):
     """By block: how many are kept, the shortest code, and how many bits the gaps take."""
     args = address(pointer)
-    n, blocks = get_i64(args, Codec.NUMEL), get_i64(args, Codec.BLOCKS)
-    plus = array(get_i64(args, Codec.PLUS), (n + 63) // 64, np.uint64)
-    minus = array(get_i64(args, Codec.MINUS), (n + 63) // 64, np.uint64)
-    table = array(get_i64(args, Codec.TABLE), 3 * blocks, np.int64)
+    n, blocks, plus, minus, table = _arrays(args)
     counts, far = np.zeros(SHORT, np.int64), np.zeros(SPAN // SHORT, np.int64)
     while True:
         block = take(args)
@@ -204,10 +211,7 @@ def _encode(plus, minus, n, block, code, stream, at):
 def encode(pointer):
     """The streams of all blocks."""
     args = address(pointer)
-    n, blocks = get_i64(args, Codec.NUMEL), get_i64(args, Codec.BLOCKS)
-    plus = array(get_i64(args, Codec.PLUS), (n + 63) // 64, np.uint64)
-    minus = array(get_i64(args, Codec.MINUS), (n + 63) // 64, np.uint64)
-    table = array(get_i64(args, Codec.TABLE), 3 * blocks, np.int64)
+    n, blocks, plus, minus, table = _arrays(args)
     starts = array(get_i64(args, Codec.STARTS), blocks + 1, np.int64)
     stream = get_i64(args, Codec.STREAM)
     while True:
@@ -339,10 +343,7 @@ def _decode(plus, minus, n, block, kept, code, stream, start, stop):
 def decode(pointer):
     """The masks of all blocks; the table's third number becomes 1 where a stream makes sense, else 0."""
     args = address(pointer)
-    n, blocks = get_i64(args, Codec.NUMEL), get_i64(args, Codec.BLOCKS)
-    plus = array(get_i64(args, Codec.PLUS), (n + 63) // 64, np.uint64)
-    minus = array(get_i64(args, Codec.MINUS), (n + 63) // 64, np.uint64)
-    table = array(get_i64(args, Codec.TABLE), 3 * blocks, np.int64)
+    n, blocks, plus, minus, table = _arrays(args)
     starts = array(get_i64(args, Codec.STARTS), blocks + 1, np.int64)
     stream = get_i64(args, Codec.STREAM)
     while True:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -44,6 +46,14 @@ def near(name: str, names: Iterable[str], count: int = 3) -> str:
         if everything
         else "There are none."
     )
+
+
+def warn(message: str) -> None:
+    """Warn at the line outside optx that led here, through however many of our own functions."""
+    frame, levels = sys._getframe(1), 2  # pyright: ignore[reportPrivateUsage]
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("optx."):
+        frame, levels = frame.f_back, levels + 1
+    warnings.warn(message, stacklevel=levels)
 
 
 def check_range(owner: str, argument: str, value: Any, low: float, high: float = float("inf")) -> None:

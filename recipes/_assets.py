@@ -267,18 +267,10 @@ def language_model(name: str | None = None) -> tuple[Any, Any]:
     Raises:
         AssetError: there is no such model; says so in one line.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers import AutoModelForCausalLM
 
-    logging.disable_progress_bar()  # its bars would tear through rich's
-    source = name or str(_smollm2())
-    try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="float32")
-        return model.train(), AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:  # what transformers raises for "no such model" is a long tale
-        raise AssetError(
-            f"--model: {source!r} can't be loaded: {str(error).strip().splitlines()[0]}"
-        ) from error
+    model, tokenizer = _pretrained(AutoModelForCausalLM, name or str(_smollm2()))
+    return model.train(), tokenizer
 
 
 def classifier(name: str | None, labels: int) -> tuple[Any, Any]:
@@ -291,16 +283,23 @@ def classifier(name: str | None, labels: int) -> tuple[Any, Any]:
     Raises:
         AssetError: there is no such model; says so in one line.
     """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
     logging.set_verbosity_error()  # that the head is new is known
     source = name or str(unpacked(MINILM))
+    return _pretrained(AutoModelForSequenceClassification, source, num_labels=labels)
+
+
+def _pretrained(kind: Any, source: str, **options: Any) -> tuple[Any, Any]:
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # its bars would tear through rich's
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=labels, dtype="float32")
+        model = kind.from_pretrained(source, dtype="float32", **options)
         return model, AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # what transformers raises for "no such model" is a long tale
         raise AssetError(
             f"--model: {source!r} can't be loaded: {str(error).strip().splitlines()[0]}"
         ) from error

@@ -10,6 +10,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from optx._files import written_aside
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -62,9 +64,8 @@ def bars(ax: Axes, values: Mapping[str, float], form: str = "{:+.3f}") -> None:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a picture aside and rename it."""
-    aside = path.with_name(f".{path.name}")
-    figure.savefig(aside, format="png")
-    aside.replace(path)
+    with written_aside(path) as aside:
+        figure.savefig(aside, format="png")
     console.print(f"Wrote {path} and {path.with_name('results.json')}")
 
 

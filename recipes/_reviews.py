@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import _assets
 from ._run import device
@@ -49,6 +49,17 @@ class Sentences:
         mask = (tokens != self.pad).long()
         batch = {"input_ids": tokens, "attention_mask": mask, "labels": self.labels[index]}
         return {name: tensor.to(device()) for name, tensor in batch.items()}
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: Sentences) -> float:
+    """Share of sentences that the model puts into the right class."""
+    model.eval()
+    right = 0
+    for index in torch.arange(len(data)).split(64):
+        batch = data.batch(index)
+        right += int((model(**batch).logits.argmax(1) == batch["labels"]).sum())
+    return right / len(data)
 
 
 def load(tokenizer: Any, source: str | None, test: int, length: int) -> tuple[Sentences, Sentences]:

@@ -20,6 +20,8 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from optx._files import written_aside
+
 from ._report import console
 
 SettingsError = SystemExit
@@ -169,19 +171,17 @@ class Run:
 
     def write(self) -> None:
         """Write results.json."""
-        aside = self.json.with_suffix(".json.part")
-        aside.write_text(json.dumps(self.results, indent=2) + "\n")
-        aside.replace(self.json)
+        with written_aside(self.json) as aside:
+            aside.write_text(json.dumps(self.results, indent=2) + "\n")
 
     def save(self, arm: str, state: dict[str, Any]) -> None:
         """Write the checkpoint of an interrupted arm, with torch's random state."""
-        aside = self.checkpoint.with_suffix(".pt.part")
         kept = {"settings": self.settings, "arm": arm, "rng": torch.get_rng_state(), **state}
-        with console.status("Writing the checkpoint"), aside.open("wb") as file:
+        status = console.status("Writing the checkpoint")
+        with status, written_aside(self.checkpoint) as aside, aside.open("wb") as file:
             torch.save(kept, file)
             file.flush()
             os.fsync(file.fileno())
-        aside.replace(self.checkpoint)
         self.write()
         console.print(f"Stopped in arm {arm}; the same command with --resume goes on from there.")
 

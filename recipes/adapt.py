@@ -22,7 +22,7 @@ from torch import nn
 import optx
 
 from . import _adapt_report, _assets
-from ._reviews import Sentences, load
+from ._reviews import Sentences, accuracy, load
 from ._run import Run, chosen, clock, device, median_ms, parser
 
 HEAD = "classifier"
@@ -77,17 +77,6 @@ def train(arm: str, seed: int, lr: float, data: Sentences, test: Sentences, args
         "trainable": sum(p.numel() for p in parameters),
         "bytes": bytes_on_disk(model, handle),
     }
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, data: Sentences) -> float:
-    """Share of sentences that the model puts into the right class."""
-    model.eval()
-    right = 0
-    for index in torch.arange(len(data)).split(64):
-        batch = data.batch(index)
-        right += int((model(**batch).logits.argmax(1) == batch["labels"]).sum())
-    return right / len(data)
 
 
 def bytes_on_disk(model: Any, handle: optx.Handle | None) -> int:

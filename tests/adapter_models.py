@@ -110,6 +110,28 @@ def outputs(model: Any, x: Tensor | None = None) -> Tensor:
     return out.logits if hasattr(out, "logits") else out.last_hidden_state
 
 
+def part_of(handle: optx.Handle, index: int = 0) -> Any:
+    return handle.served[index].part
+
+
+def only(handle: optx.Handle) -> Any:
+    """The part of a handle that has one."""
+    [one] = handle.served
+    return one.part
+
+
+def move(handle: optx.Handle, scale: float = 0.3, seed: int = 5) -> None:
+    """Away from its start."""
+    shake(handle.parameters(), seed, scale)
+
+
+def moved(model: Any, injection: optx.Injection, targets: Any = None, by: float = 0.3) -> optx.Handle:
+    """Attached, and away from its start."""
+    handle = optx.attach(model, injection, targets)
+    shake(handle.parameters(), by=by)
+    return handle
+
+
 def shake(tensors: Any, seed: int = 3, by: float = 0.1) -> None:
     """As after training: every tensor moves."""
     generator = torch.Generator().manual_seed(seed)

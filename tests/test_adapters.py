@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_models import assert_close, bert, gpt2, ids, llama, outputs, shake
+from adapter_models import assert_close, bert, gpt2, ids, llama, moved, only, outputs, shake
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -33,17 +33,6 @@ def run(model: Any) -> Tensor:
     if "ViT" in type(model).__name__:
         return outputs(model, torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)))
     return outputs(model)
-
-
-def moved(model: Any, injection: optx.Injection, targets: Any = None) -> optx.Handle:
-    handle = optx.attach(model, injection, targets)
-    shake(handle.parameters(), by=0.3)
-    return handle
-
-
-def only(handle: optx.Handle) -> Any:
-    [one] = handle.served
-    return one.part
 
 
 def adapter(part: Any, x: Tensor) -> Tensor:

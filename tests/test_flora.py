@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_models import llama
+from adapter_models import llama, move, part_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -24,18 +24,6 @@ from optx import FLoRA
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-def part_of(handle: optx.Handle, index: int = 0) -> Any:
-    return handle.served[index].part
-
-
-def move(handle: optx.Handle, scale: float = 0.3, seed: int = 5) -> None:
-    """A core and factors other than those at the start."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in handle.parameters():
-            p.add_(scale * torch.randn(p.shape, generator=generator).to(p))
 
 
 def serve(module: nn.Module, injection: FLoRA, scale: float = 0.0) -> tuple[Any, optx.Handle]:

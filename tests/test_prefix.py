@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 from typing import Any
 
+import adapter_models
 import pytest
 import torch
-from adapter_models import assert_close, bert, gpt2, ids, llama, outputs, shake
+from adapter_models import assert_close, bert, gpt2, ids, llama, only, outputs, shake
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -22,17 +24,7 @@ from optx.inject._heads import Prefix
 
 F64 = torch.float64
 DTYPES = [torch.float32, F64]
-
-
-def moved(model: Any, injection: optx.Injection, targets: Any = None) -> optx.Handle:
-    handle = optx.attach(model, injection, targets)
-    shake(handle.parameters(), by=0.5)
-    return handle
-
-
-def only(handle: optx.Handle) -> Any:
-    [one] = handle.served
-    return one.part
+moved = functools.partial(adapter_models.moved, by=0.5)
 
 
 def modes() -> int:

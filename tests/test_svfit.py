@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_models import gpt2, llama
+from adapter_models import gpt2, llama, move, part_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -21,18 +21,6 @@ import optx
 from optx import SVFit
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
-
-
-def part_of(handle: optx.Handle, index: int = 0) -> Any:
-    return handle.served[index].part
-
-
-def move(handle: optx.Handle, scale: float = 0.3, seed: int = 5) -> None:
-    """Other singular values than those at the start."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in handle.parameters():
-            p.add_(scale * torch.randn(p.shape, generator=generator).to(p))
 
 
 def linear(

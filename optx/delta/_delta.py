@@ -6,6 +6,7 @@ Source: task vectors, Editing Models with Task Arithmetic, arXiv 2212.04089, sec
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +16,9 @@ from torch import Tensor
 
 from optx._errors import OptxError, ShapeError, near
 from optx.delta._output import plan_of, write_checkpoint
-from optx.delta._prunes import Plain, Prunes
-from optx.delta._prunes import chooser as _chooser
+from optx.delta._prunes import Plain, Prunes, chooser
 from optx.delta._safetensors import Entry
-from optx.delta._source import Checkpoint, Files, Source, open_source
+from optx.delta._source import Checkpoint, Files, Source, check_alike, open_source
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -93,7 +93,7 @@ class Delta(Prunes):
             FileError: a file is missing or damaged.
         """
         old, new = open_source(base, "base"), open_source(tuned, "tuned")
-        keep = _chooser(include, exclude)
+        keep = chooser(include, exclude)
         names = [name for name in new.entries if keep(name)]
         _check_same(old, new, keep)
         if not names:
@@ -180,7 +180,7 @@ class Delta(Prunes):
 
     def subset(self, include: str | None = None, exclude: str | None = None) -> Self:
         """Only the tensors whose whole name matches ``include`` and not ``exclude`` (regexes)."""
-        keep = _chooser(include, exclude)
+        keep = chooser(include, exclude)
         entries = {name: entry for name, entry in self.entries.items() if keep(name)}
         if not entries:
             raise OptxError(f"Delta.subset: include={include!r} and exclude={exclude!r} leave nothing.")
@@ -304,9 +304,10 @@ class Delta(Prunes):
             if not source.entries[name].dtype.is_floating_point:
                 return None
             if plain is not None and scale == 1.0:
-                return lambda begin, end: plain.onto(source, name, begin, end)
+                return partial(plain.onto, source, name)
             if inner is not None:
-                return lambda begin, end: add(source.piece(name, begin, end), inner(name, begin, end), scale)
+                change = partial(inner, name)
+                return lambda begin, end: add(source.piece(name, begin, end), change(begin, end), scale)
             return None
 
         return pieces
@@ -376,15 +377,7 @@ def _check_same(old: Source, new: Source, keep: Callable[[str], bool]) -> None:
                 f"Delta.between: tuned has {name!r}, which base lacks. {near(name, old.entries)} Leave it "
                 "out with exclude=."
             )
-        if old.entries[name].shape != entry.shape:
-            raise ShapeError(
-                f"Delta.between: {name!r} has shape {entry.shape} in tuned and {old.entries[name].shape} in "
-                "base. Leave it out with exclude=, or resize one."
-            )
-        if old.entries[name].dtype.is_floating_point != entry.dtype.is_floating_point:
-            raise OptxError(
-                f"Delta.between: {name!r} is {entry.dtype} in tuned and {old.entries[name].dtype} in base."
-            )
+        check_alike("Delta.between", name, entry, "tuned", old.entries[name], "Leave it out")
     for name in old.entries:
         if keep(name) and name not in new.entries and name not in new.tied:
             raise OptxError(

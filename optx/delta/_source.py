@@ -12,7 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from optx._errors import FileError, OptxError
+from optx._errors import FileError, OptxError, ShapeError
 from optx.delta._safetensors import Entry, Reader, shards
 
 Checkpoint: TypeAlias = nn.Module | Mapping[str, Tensor] | str | PathLike[str]
@@ -145,6 +145,26 @@ class Files(Source):
         return str(self.path)
 
 
+def check_alike(who: str, name: str, entry: Entry, where: str, old: Entry, advice: str) -> None:
+    """Raise unless a tensor has the base's shape, and is floating where the base's is.
+
+    Args:
+        who: the function, for messages.
+        name: of the tensor.
+        entry: the tensor's.
+        where: what has it.
+        old: the base's.
+        advice: what may be done ``with exclude=``.
+    """
+    if old.shape != entry.shape:
+        raise ShapeError(
+            f"{who}: {name!r} has shape {entry.shape} in {where} and {old.shape} in base. {advice} with "
+            "exclude=, or resize one."
+        )
+    if old.dtype.is_floating_point != entry.dtype.is_floating_point:
+        raise OptxError(f"{who}: {name!r} is {entry.dtype} in {where} and {old.dtype} in base.")
+
+
 def open_source(checkpoint: Checkpoint | Source, what: str) -> Source:
     """A source of whatever holds tensors.
 
@@ -162,7 +182,7 @@ def open_source(checkpoint: Checkpoint | Source, what: str) -> Source:
         return Memory(checkpoint.state_dict(), f"{what} ({type(checkpoint).__name__})")
     if isinstance(checkpoint, Mapping):
         return Memory(checkpoint, what)
-    if isinstance(checkpoint, str | PathLike):
+    if isinstance(checkpoint, str | PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
         path = Path(checkpoint).expanduser()
         if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
             raise FileError(

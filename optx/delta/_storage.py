@@ -33,7 +33,6 @@ Opened: TypeAlias = tuple[dict[str, Entry], Callable[[str], Tensor], dict[str, A
 """Shapes and dtypes by name, a reader by name, and ``{"plan": ..., "fingerprints": {name: str}}``."""
 
 _VERSION = 1
-_COMPRESSED = b"optx-cpf"  # how a file of optx.compress begins
 _GAPS = (torch.uint8, torch.uint16, torch.uint32)
 
 
@@ -61,10 +60,11 @@ def save_delta(delta: Delta, path: Path) -> Path:
     if clash := next((name for name in delta.entries if "::" in name), None):
         raise OptxError(f"Delta.save: {clash!r} has '::' in its name, which the file's own entries use.")
     forms = {name: _form(name, tensor) for name, tensor in delta.items()}
+    plan = plan_of("save", delta.recipe)
     about = {
         "kind": "delta",
         "version": _VERSION,
-        "plan": plan_of("save", delta.recipe),
+        "plan": plan,
         "fingerprints": delta.fingerprints,
         "tensors": {
             name: {"form": forms[name].form, "shape": list(entry.shape), "dtype": NAMES[entry.dtype]}
@@ -75,7 +75,7 @@ def save_delta(delta: Delta, path: Path) -> Path:
     _check_room(path, sum(entry.nbytes for entry in parts.values()))
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        writer = Writer(path, parts, {"optx": json.dumps(about)}, about["plan"])
+        writer = Writer(path, parts, {"optx": json.dumps(about)}, plan)
         try:
             for name, form in forms.items():
                 if not writer.written.issuperset(form.parts):
@@ -95,14 +95,16 @@ def open_delta(path: Path) -> Opened:
     Raises:
         FileError: the file is missing, damaged, of a later version, or not a delta's.
     """
-    if _begins(path, _COMPRESSED):
-        from optx.delta._compressed import Compressed
+    from optx.delta._compressed import Compressed
+    from optx.delta._compressed_file import is_compressed
 
+    if path.is_file() and is_compressed(path):
         delta = Compressed.load(path).delta()
         return delta.entries, delta.__getitem__, {"plan": delta.recipe, "fingerprints": delta.fingerprints}
     reader = Reader(path)
+    about: dict[str, Any] = {}
     try:
-        about: dict[str, Any] = json.loads(reader.metadata["optx"])
+        about = json.loads(reader.metadata["optx"])
         known = about["kind"] == "delta"
     except (ValueError, KeyError, TypeError):
         known = False
@@ -111,13 +113,6 @@ def open_delta(path: Path) -> Opened:
             f"{str(path)!r} is no delta that optx saved. Checkpoints go to optx.Delta.between(base, tuned)."
         )
     return _open_plain(reader, about)
-
-
-def _begins(path: Path, magic: bytes) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(len(magic)) == magic
 
 
 def _open_plain(reader: Reader, about: Mapping[str, Any]) -> Opened:

@@ -14,15 +14,15 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from optx._errors import OptxError, ShapeError, near
+from optx._errors import OptxError, near
 from optx.delta._delta import (
     Delta,
-    _chooser,  # pyright: ignore[reportPrivateUsage]
     add,
 )
 from optx.delta._output import plan_of, write_checkpoint
+from optx.delta._prunes import chooser
 from optx.delta._safetensors import Entry
-from optx.delta._source import Checkpoint, Files, Source, open_source
+from optx.delta._source import Checkpoint, Files, Source, check_alike, open_source
 
 Progress = Callable[[Iterable[str]], Iterable[str]]
 Combine = Callable[[str, Sequence[Tensor]], Tensor]
@@ -152,7 +152,7 @@ def merge(
     """
     if not isinstance(method, MergeMethod):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise OptxError(f"merge: method is a {type(method).__name__}; it must be one such as optx.TIES().")
-    inputs = _Inputs(base, models, _chooser(include, exclude))
+    inputs = _Inputs(base, models, chooser(include, exclude))
     source = inputs.base
     if out is None and isinstance(source, Files):
         raise OptxError("merge: base is on the disk; give out=, where the result is written to.")
@@ -215,15 +215,7 @@ class _Inputs:
                     f"merge: {what} lacks {name!r}, which base has. {near(name, model.entries)} Leave it "
                     "as the base's with exclude=."
                 )
-            if model.entries[place].shape != entry.shape:
-                raise ShapeError(
-                    f"merge: {name!r} has shape {model.entries[place].shape} in {what} and {entry.shape} in "
-                    "base. Leave it as the base's with exclude=, or resize one."
-                )
-            if model.entries[place].dtype.is_floating_point != entry.dtype.is_floating_point:
-                raise OptxError(
-                    f"merge: {name!r} is {model.entries[place].dtype} in {what} and {entry.dtype} in base."
-                )
+            check_alike("merge", name, model.entries[place], what, entry, "Leave it as the base's")
             places[name] = place
         self._check_rest(model, what, keep)
         if isinstance(model, Delta):
@@ -241,8 +233,9 @@ class _Inputs:
                     f"merge: {what} has {name!r}, which base lacks. {near(name, self.base.entries)} Leave it "
                     "out with exclude=."
                 )
-            untied = isinstance(model, Source) and first in model.entries
-            if untied and model.fingerprint(name) != model.fingerprint(first):
+            if not isinstance(model, Source) or first not in model.entries:
+                continue
+            if model.fingerprint(name) != model.fingerprint(first):
                 raise OptxError(
                     f"merge: {name!r} is tied to {first!r} in base, and has values of its own in {what}. "
                     "Untie them in base, or leave it out with exclude=."

@@ -18,9 +18,9 @@ from optx._errors import FileError, OptxError, ShapeError, near
 from optx._files import written_aside
 from optx.delta._delta import (
     Delta,
-    _chooser,  # pyright: ignore[reportPrivateUsage]
 )
 from optx.delta._patch import Patch, patch
+from optx.delta._prunes import chooser
 from optx.delta._quantize import Coded, Form, check_quantize, encode
 from optx.delta._safetensors import Entry, Reader
 from optx.delta._shallow import shallowest
@@ -85,7 +85,7 @@ class Signature(Mapping[str, Tensor]):
 
     def subset(self, include: str | None = None, exclude: str | None = None) -> Signature:
         """Only the tensors whose whole name matches ``include`` and not ``exclude`` (regexes)."""
-        keep = _chooser(include, exclude)
+        keep = chooser(include, exclude)
         return Signature({name: tensor for name, tensor in self.tensors.items() if keep(name)})
 
     def delta(self) -> Delta:
@@ -200,7 +200,7 @@ def _chosen(
 ) -> list[str]:
     floating = [name for name, entry in entries.items() if entry.dtype.is_floating_point]
     if layers is None or isinstance(layers, str):
-        keep = _chooser(layers, None)
+        keep = chooser(layers, None)
         names = [name for name in floating if keep(name)]
     else:
         names = list(dict.fromkeys(tied.get(name, name) for name in layers))

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import gc
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import TypeVar
 
 from torch import nn
 
-from optx._errors import OptxError, TargetError, near
+from optx._errors import OptxError, TargetError, near, warn
 from optx.inject._handle import Handle, Saved, Served, detach
 from optx.inject._injection import Composite, Injection, Site, Targets
 from optx.inject._part import RESERVED, Attached, attached
@@ -73,11 +71,10 @@ def attach(
     saved = [_saved(model, path) for path in modules_to_save]
     served: list[Served] = []
     for member, wanted in _members(injection, targets):
-        sites = _not_in(resolve(model, member, wanted), modules_to_save)
-        if not sites:
+        made = _serve(model, member, resolve(model, member, wanted), name, modules_to_save)
+        if not made:
             raise TargetError("attach: every target is in modules_to_save, so nothing is left to serve.")
-        served.extend(_serve(model, member, sites, name))
-    served = [one for one in served if _not_in([one], modules_to_save)]
+        served.extend(made)
     _check_names(served)
     _warn_if_compiled(model)
     _install(served)
@@ -123,8 +120,16 @@ def _members(
     return [(member, targets.get(key)) for key, member in members.items()]
 
 
-def _serve(model: nn.Module, injection: Injection, sites: Sequence[Site], name: str | None) -> list[Served]:
-    """What the injection and its companions will add; the model is not touched yet."""
+def _serve(
+    model: nn.Module, injection: Injection, sites: Sequence[Site], name: str | None, whole: Sequence[str]
+) -> list[Served]:
+    """What the injection and its companions will add; the model is not touched yet.
+
+    Nothing in modules that are trained whole is served; PEFT too adapts none of them.
+    """
+    sites = [site for site in sites if not any(f"{site.path}.".startswith(f"{path}.") for path in whole)]
+    if not sites:
+        return []
     for site in sites:
         check_servable(site, model)
     served = [
@@ -132,7 +137,7 @@ def _serve(model: nn.Module, injection: Injection, sites: Sequence[Site], name: 
         for site, part in zip(sites, injection.parts(sites), strict=True)
     ]
     for companion, others in injection.companions(model, sites):
-        served.extend(_serve(model, companion, others, name))
+        served.extend(_serve(model, companion, others, name, whole))
     return served
 
 
@@ -152,14 +157,6 @@ def _check_names(served: Sequence[Served]) -> None:
         if not one.name.isidentifier() or hasattr(Attached, one.name):
             raise OptxError(f"attach: name={one.name!r} must be a Python identifier that means nothing else.")
         taken.add(key)
-
-
-_Placed = TypeVar("_Placed", Site, Served)
-
-
-def _not_in(placed: Sequence[_Placed], paths: Sequence[str]) -> list[_Placed]:
-    """What is not (in) one of these modules: those are trained whole, and PEFT too adapts none of them."""
-    return [one for one in placed if not any(f"{one.path}.".startswith(f"{path}.") for path in paths)]
 
 
 def _saved(model: nn.Module, path: str) -> Saved:
@@ -203,8 +200,7 @@ def _warn_if_compiled(model: nn.Module) -> None:
         wrappers = (thing for thing in gc.get_objects() if type(thing) is kind)
         compiled = any(id(wrapper._orig_mod) in modules for wrapper in wrappers)
     if compiled:
-        warnings.warn(
+        warn(
             "optx.attach: this model has been given to torch.compile. If it has run since, the compiled code "
-            "does not know what is attached now: call torch._dynamo.reset() before its next call.",
-            stacklevel=3,
+            "does not know what is attached now: call torch._dynamo.reset() before its next call."
         )

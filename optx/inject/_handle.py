@@ -186,9 +186,9 @@ class Handle:
             MergeError: as `merge`, or something else is merged into the same module.
         """
         self._check_alive("merge_and_unload")
+        own = {one.part for one in self.served}
         for one in self.served:
-            others = [p for p in _container(one).parts.values() if p.merged and p is not one.part]
-            if any(p not in [s.part for s in self.served] for p in others):
+            if any(part.merged and part not in own for part in _container(one).parts.values()):
                 raise MergeError(
                     f"merge_and_unload: something else is merged into {one.path!r}. Unmerge it first."
                 )

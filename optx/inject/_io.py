@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import warnings
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
@@ -18,7 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from optx._errors import FileError, OptxError, near
+from optx._errors import FileError, OptxError, near, warn
 from optx._files import written_aside
 from optx._names import placed_like, whole
 from optx.inject import _peft_io, _peft_read
@@ -53,9 +52,7 @@ def save(handle: Handle, path: str | PathLike[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(config, str):
         if config:
-            warnings.warn(
-                f"save: PEFT can't read this adapter, as {config}. It is written as {OWN}.", stacklevel=3
-            )
+            warn(f"save: PEFT can't read this adapter, as {config}. It is written as {OWN}.")
         _write(folder / OWN, tensors, description)
         stale = (CONFIG, TENSORS)
     else:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from optx._errors import MergeError
 from optx.inject._part import Attached, Part, Weights
+from optx.inject._weights import wide
 
 _TENSORS = ("weight", "bias")
 
@@ -106,7 +107,7 @@ def _refold(module: nn.Module, attached: Attached, path: str, parts: Iterable[Pa
     own = {name: p for name in _TENSORS if isinstance(p := getattr(module, name, None), Tensor)}
     originals = attached.originals or {name: p.detach().clone() for name, p in own.items()}
     check_untouched(module, attached, path)
-    base = Weights(_wide(originals["weight"]), _wide(originals["bias"]) if "bias" in originals else None)
+    base = Weights(wide(originals["weight"]), wide(originals["bias"]) if "bias" in originals else None)
     ordered = _in_order_of_call(attached, parts)
     now = Weights(base.weight, base.bias)
     with torch.no_grad():
@@ -147,8 +148,3 @@ def check_untouched(module: nn.Module, attached: Attached, path: str) -> None:
 
 def _stamp(p: Tensor) -> tuple[int, int]:
     return p.data_ptr(), p._version  # pyright: ignore[reportPrivateUsage]
-
-
-def _wide(p: Tensor) -> Tensor:
-    """In the precision of the sum: float32, or float64 if the weight is."""
-    return p.to(torch.promote_types(p.dtype, torch.float32))

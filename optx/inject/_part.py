@@ -184,6 +184,13 @@ def attached(module: nn.Module) -> Attached | None:
     return found if isinstance(found, Attached) else None
 
 
+def original(module: nn.Module, name: str) -> Any:
+    """A module's own weight or bias (None if it has none), without what is merged into it."""
+    container = attached(module)
+    kept = container.originals.get(name) if container is not None else None
+    return getattr(module, name, None) if kept is None else kept
+
+
 def new_tensor(module: nn.Module, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
     """Zeros on the module's device; float32 where its weights are of half precision."""
     like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))

@@ -12,16 +12,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from optx._names import whole
 from optx.inject import _peft_prefix
 from optx.inject._injection import Injection
-from optx.inject._part import attached
+from optx.inject._part import original
 from optx.inject._paths import Paths, paths_of
 from optx.inject._peft_match import any_of, kept_whole, targeted, task_of
-from optx.inject._weights import is_conv, is_transposed
+from optx.inject._weights import is_conv, is_transposed, wide
 from optx.inject.bitfit import BiasShift
 from optx.inject.ia3 import IA3
 from optx.inject.lora import LoRA, LowRank
@@ -130,7 +129,7 @@ def tensors_of(handle: Handle, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
         elif isinstance(one.part, BiasShift):
             delta = one.part.delta
         if delta is not None:
-            base = wide(original(one.module, "bias"))
+            base = wide(own_tensor(one.module, "bias"))
             found[f"{PREFIX}{key}"] = base + whole(delta.detach()).to(base.dtype)
     return found
 
@@ -142,16 +141,9 @@ def tied_to(model: nn.Module, path: str) -> str:
     return next((name for name, p in every if id(p) in own and not name.startswith(f"{path}.")), "")
 
 
-def original(module: nn.Module, name: str) -> Tensor:
+def own_tensor(module: nn.Module, name: str) -> Tensor:
     """A module's own tensor, without what is merged into it; all of it, if it is sharded."""
-    container = attached(module)
-    kept = container.originals.get(name) if container is not None else None
-    return whole((getattr(module, name) if kept is None else kept).detach())
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """In float32, or float64 if it is."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return whole(original(module, name).detach())
 
 
 def _bent(module: Any) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optx._errors import FileError, near
+from optx._errors import FileError, near, warn
 from optx.inject import _peft_prefix
 from optx.inject._injection import Injection
 from optx.inject._part import RESERVED
 from optx.inject._paths import Paths, bare_path, paths_of
-from optx.inject._peft_io import PREFIX, original, tied_to, wide
+from optx.inject._peft_io import PREFIX, own_tensor, tied_to
 from optx.inject._peft_match import any_of, is_feedforward, kept_whole, targeted
 from optx.inject._stored import Stored
-from optx.inject._weights import is_biased
+from optx.inject._weights import is_biased, wide
 from optx.inject.ia3 import IA3
 from optx.inject.lora import LoRA
 
@@ -115,18 +114,16 @@ def _kind(config: dict[str, Any], where: str) -> type[Injection]:
             )
     for option, value in config.items():
         if value and option not in _KNOWN and option not in _FOREIGN:
-            warnings.warn(
+            warn(
                 f"{where} has PEFT's option {option}={value!r}, which this version of optx does not know and "
-                "leaves out. Compare outputs with PEFT's.",
-                stacklevel=7,
+                "leaves out. Compare outputs with PEFT's."
             )
     start = str(config.get("init_lora_weights"))
     if start.startswith(_MOVES_THE_BASE):
-        warnings.warn(
+        warn(
             f"{where} was trained with init_lora_weights={start!r}, which changes the base weights at the "
             "start. On the original checkpoint it is right only if it was converted when saved "
-            "(path_initial_model_for_weight_conversion in PEFT).",
-            stacklevel=7,
+            "(path_initial_model_for_weight_conversion in PEFT)."
         )
     return kinds[name]
 
@@ -230,7 +227,7 @@ class _File:
             if key == name:
                 found[name] = tensor
             elif name not in rest:
-                base = wide(original(module, "bias"))
+                base = wide(own_tensor(module, "bias"))
                 if base.shape != tensor.shape:
                     raise FileError(
                         f"{self.where}: {key!r} has shape {tuple(tensor.shape)}, the model's bias "
@@ -244,11 +241,10 @@ class _File:
         for key, tensor in rest.items():
             path, _, name = key.rpartition(".base_layer.")
             module = self.paths.modules.get(path)
-            if path and module is not None and not _same(original(module, name), tensor):
-                warnings.warn(
+            if path and module is not None and not _same(own_tensor(module, name), tensor):
+                warn(
                     f"{self.where} was trained with another {path}.{name} than this model has (a resized "
-                    "vocabulary?). The model's own stays; PEFT would take the file's.",
-                    stacklevel=7,
+                    "vocabulary?). The model's own stays; PEFT would take the file's."
                 )
         return {key: t for key, t in rest.items() if ".base_layer." not in key}
 

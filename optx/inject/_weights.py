@@ -73,6 +73,11 @@ def _may_write(output: Tensor, *others: Tensor) -> bool:
     )
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """In the precision of sums: float32, or float64 if it is."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def conv_like(module: Any, x: Tensor, weight: Tensor, groups: int) -> Tensor:
     """``weight`` convolved over ``x`` with the stride, padding and dilation of a convolution module."""
     conv = (F.conv1d, F.conv2d, F.conv3d)[weight.ndim - 3]
@@ -85,5 +90,6 @@ def conv_like(module: Any, x: Tensor, weight: Tensor, groups: int) -> Tensor:
 
 def features(module: nn.Module) -> tuple[int, int]:
     """(in, out) of a linear module."""
-    rows, columns = module.weight.shape  # pyright: ignore[reportAttributeAccessIssue, reportGeneralTypeIssues]
+    weight: Any = module.weight
+    rows, columns = weight.shape
     return (rows, columns) if is_transposed(module) else (columns, rows)

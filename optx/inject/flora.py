@@ -6,8 +6,6 @@ Source: FLoRA, arXiv 2405.14739. Axis order and start are those of its official 
 from __future__ import annotations
 
 import math
-import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from optx._errors import OptxError, TargetError, check_range
+from optx._errors import OptxError, TargetError, check_range, warn
 from optx.inject._embeddings import peculiar, rows
 from optx.inject._injection import Injection, Site
 from optx.inject._part import Part, Weights, hidden_of, new_tensor
@@ -235,10 +233,9 @@ class FLoRA(Injection):
         ]
         if lowered:
             more = f" and {len(lowered) - 3} more" if len(lowered) > 3 else ""
-            warnings.warn(
+            warn(
                 f"{self}: an axis that is shorter than its rank takes its length: ranks are now "
-                f"{', '.join(lowered[:3])}{more}.",
-                stacklevel=_levels_to_caller(),
+                f"{', '.join(lowered[:3])}{more}."
             )
         return parts
 
@@ -267,11 +264,3 @@ class FLoRA(Injection):
                     f"{which}put axis, {limits[axis]}. Use at most that."
                 )
         return tuple(ranks)
-
-
-def _levels_to_caller() -> int:
-    """The ``stacklevel`` that names the line outside optx which attaches."""
-    frame, levels = sys._getframe(1), 1  # pyright: ignore[reportPrivateUsage]
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("optx."):
-        frame, levels = frame.f_back, levels + 1
-    return levels

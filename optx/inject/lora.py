@@ -4,12 +4,14 @@ Source: LoRA, arXiv 2106.09685, section 4.1; rsLoRA, arXiv 2312.03732; DoRA, arX
 The formulas are those of PEFT 0.21, whose files it reads and writes.
 """
 
+# A, B and W are the papers' letters.
+# pyright: reportConstantRedefinition=false
+
 from __future__ import annotations
 
 import itertools
 import math
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -18,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from optx._errors import MergeError, OptxError, TargetError, check_range
+from optx._errors import MergeError, OptxError, TargetError, check_range, warn
 from optx.inject._embeddings import peculiar, rows
 from optx.inject._injection import Injection, Site
-from optx.inject._part import RESERVED, Part, Weights, attached, hidden_of, new_tensor
+from optx.inject._part import RESERVED, Part, Weights, attached, hidden_of, new_tensor, original
 from optx.inject._paths import bare_path
 from optx.inject._weights import (
     add_product,
@@ -31,6 +33,7 @@ from optx.inject._weights import (
     is_conv,
     is_linear,
     is_transposed,
+    wide,
 )
 from optx.inject.bitfit import BitFit
 
@@ -67,7 +70,7 @@ class LowRank(Part):
         self.bias = nn.Parameter(new_tensor(module, out)) if trains_bias else None
         self.magnitude = None
         if lora.dora:
-            norm = self.norm(_wide(_own(module, "weight"))).to(A.dtype)
+            norm = self.norm(wide(original(module, "weight"))).to(A.dtype)
             self.magnitude = nn.Parameter(norm.view(1, out, *ones) if ones else norm)
 
     # ---- what linear, conv and embedding do in their own way -----------------------------------------
@@ -96,7 +99,7 @@ class LowRank(Part):
 
     def norm(self, weight: Tensor) -> Tensor:
         """(out,) row norms of W + s B A, without ever making B A."""
-        W, A, B = self.matrix(weight), _wide(self.A.flatten(1)), _wide(self.B.flatten(1))
+        W, A, B = self.matrix(weight), wide(self.A.flatten(1)), wide(self.B.flatten(1))
         with torch.autocast(weight.device.type, enabled=False):
             cross = ((W @ A.t()) * B).sum(1)
             square = ((B @ (A @ A.t())) * B).sum(1)
@@ -107,7 +110,7 @@ class LowRank(Part):
         """(out,) DoRA's m / |W + s B A|; the norm counts as a constant (section 4.3)."""
         assert self.magnitude is not None
         with torch.no_grad():
-            norm = self.norm(_wide(weight)).to(self.magnitude.dtype)
+            norm = self.norm(wide(weight)).to(self.magnitude.dtype)
             norm.clamp_min_(torch.finfo(norm.dtype).tiny)  # a row of zeros has magnitude 0 too: 0, not NaN
         return self.magnitude.flatten() / norm
 
@@ -118,20 +121,20 @@ class LowRank(Part):
         x = hidden_of(args, kwargs)
         drops = self.dropout and self.training and x.is_floating_point()
         dropped = F.dropout(x, self.dropout) if drops else x
-        low, B = self.down(module, dropped, _cast(self.A, output)), _cast(self.B, output)
+        low, B = self.down(module, dropped, self.A.to(output.dtype)), self.B.to(output.dtype)
         if self.magnitude is not None:
-            gain = self.gain(_own(module, "weight"))
+            gain = self.gain(original(module, "weight"))
             if drops or not self.is_first(module):
-                bare = self.bare(module, dropped, _own(module, "weight"))
-                output = output + (self.channels(_cast(gain, output)) - 1) * bare
+                bare = self.bare(module, dropped, original(module, "weight"))
+                output = output + (self.channels(gain.to(output.dtype)) - 1) * bare
             else:
-                output = self.scaled(module, output, self.channels(_cast(gain, output)))
-            B = (B.flatten(1) * _cast(gain, B)[:, None]).view_as(B)
+                output = self.scaled(module, output, self.channels(gain.to(output.dtype)))
+            B = (B.flatten(1) * gain.to(B.dtype)[:, None]).view_as(B)
         # What DoRA made is new; a linear module's output is, if no other hook has seen it.
         output = self.up(output, low, B, self.magnitude is not None or self.owns(module))
         if self.B_bias is not None:
-            output = output + self.channels(_cast(self.B_bias, output) * self.scale)
-        return output if self.bias is None else output + self.channels(_cast(self.bias, output))
+            output = output + self.channels(self.B_bias.to(output.dtype) * self.scale)
+        return output if self.bias is None else output + self.channels(self.bias.to(output.dtype))
 
     @property
     def adds(self) -> bool:
@@ -153,7 +156,9 @@ class LowRank(Part):
         """gain W x + b from W x + b."""
         bias: Tensor | None = getattr(module, "bias", None)
         return (
-            output * gain if bias is None else output * gain + self.channels(_cast(bias, output)) * (1 - gain)
+            output * gain
+            if bias is None
+            else output * gain + self.channels(bias.to(output.dtype)) * (1 - gain)
         )
 
     def fold(self, module: nn.Module, now: Weights, base: Weights) -> Weights:
@@ -381,10 +386,9 @@ class LoRA(Injection):
             patterns: Mapping[str, Any] = getattr(self, option)
             unused = [p for p in patterns if not any(_pattern_of({p: 0}, site.path) for site in sites)]
             if unused:
-                warnings.warn(
+                warn(
                     f"LoRA: {option} has {', '.join(map(repr, unused))}, which matches none of the served "
-                    "modules.",
-                    stacklevel=5,
+                    "modules."
                 )
         return super().parts(sites)
 
@@ -415,18 +419,3 @@ def _pattern_of(patterns: Mapping[str, Any], path: str) -> str | None:
     """PEFT's rule: the first key that matches the end of the path."""
     bare = bare_path(path)
     return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", bare)), None)
-
-
-def _own(module: nn.Module, name: str) -> Any:
-    """A module's weight or bias as it is without what is merged into it."""
-    container = attached(module)
-    kept = container.originals.get(name) if container is not None else None
-    return getattr(module, name, None) if kept is None else kept
-
-
-def _cast(tensor: Tensor, like: Tensor) -> Tensor:
-    return tensor if tensor.dtype == like.dtype else tensor.to(like.dtype)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

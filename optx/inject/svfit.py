@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from optx._errors import OptxError, TargetError, check_range
 from optx.inject._embeddings import peculiar, rows
 from optx.inject._injection import Injection, Site
-from optx.inject._part import Part, Weights, attached, hidden_of, new_tensor
+from optx.inject._part import Part, Weights, hidden_of, new_tensor, original
 from optx.inject._weights import add_product, conv_like, is_conv, is_linear, is_transposed
 
 
@@ -37,9 +37,7 @@ class Spectrum(Part):
     def __init__(self, svfit: SVFit, module: Any, path: str) -> None:
         super().__init__()
         self.transposed = is_transposed(module)
-        container = attached(module)
-        kept = container.originals if container is not None else {}  # while something is merged into it
-        weight: Tensor = kept.get("weight", module.weight).detach()
+        weight: Tensor = original(module, "weight").detach()
         if not weight.is_floating_point():
             raise TargetError(
                 f"attach: {path}.weight is {weight.dtype}; SVFit needs the singular values of a weight in "
