@@ -11,7 +11,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -168,6 +168,14 @@ class Run:
     def finished(self, arm: str) -> bool:
         """Whether the folder has this arm's results already."""
         return arm in self.results["arms"]
+
+    def part(self, key: str, work: Callable[..., Any], *arguments: Any) -> None:
+        """Do one part and write its results, unless the folder has them; None from it means interrupted."""
+        if not self.finished(key):
+            if (found := work(*arguments)) is None:
+                raise SystemExit(130)
+            self.results["arms"][key] = found
+            self.write()
 
     def write(self) -> None:
         """Write results.json."""

@@ -115,11 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     del model
     for arm in arms:
-        if not run.finished(arm):
-            if (result := train(arm, data, args, run)) is None:
-                raise SystemExit(130)
-            run.results["arms"][arm] = result
-            run.write()
+        run.part(arm, train, arm, data, args, run)
     run.checkpoint.unlink(missing_ok=True)
     _finetune_report.report(run, arms)
 

@@ -119,11 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = Run(args.out, settings, args.resume)
     keys = {(arm, seed): f"{arm}/{seed}" for arm in arms for seed in range(args.seed, args.seed + args.seeds)}
     for (arm, seed), key in keys.items():
-        if not run.finished(key):
-            if (log := train(arm, seed, args, run)) is None:
-                raise SystemExit(130)
-            run.results["arms"][key] = log
-            run.write()
+        run.part(key, train, arm, seed, args, run)
     _grokking_report.report(run, arms, list(keys.values()))
 
 

@@ -75,8 +75,8 @@ def test_sweep_tries_rates_on_other_sentences(
 ) -> None:
     adapt.main([*options, "--arms", "lora", "--sweep", "1,3"])
     found = json.loads((tmp_path / "run" / "results.json").read_text())["arms"]
-    assert list(found) == ["lora/0.001/100", "lora/0.003/100"]
-    assert "lora: 0.001:" in capsys.readouterr().out
+    assert list(found) == ["lora/0.003/100", "lora/0.009/100"]
+    assert "lora: 0.003:" in capsys.readouterr().out
 
 
 def test_own_sentences_must_have_two_columns(options: list[str], tmp_path: Path) -> None:
