@@ -22,7 +22,7 @@ from torch import Tensor
 
 import optx
 from optx import Delta, FileError, OptxError
-from optx.delta import _output, _safetensors, _storage
+from optx.delta import _behind, _output, _safetensors, _storage
 from optx.delta._behind import Behind
 from optx.delta._safetensors import Entry, Writer
 
@@ -214,7 +214,8 @@ def test_a_disk_that_fills_up(save: bool, tmp_path: Path, monkeypatch: pytest.Mo
             return write(self, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_safetensors, "FileIO", Full)
+        for module in (_safetensors, _behind):
+            patch.setattr(module, "FileIO", Full)
         with pytest.raises(FileError, match="could not be written: No space left on device"):
             go("out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
@@ -379,7 +380,7 @@ def kilobytes(what):
     return int(Path("/proc/self/status").read_text().split(what)[1].split()[0])
 small = {"w": torch.zeros(8)}
 Delta.between(small, small).dare(0.9).apply(small)
-_safetensors.PIECE, Behind.WAITING = 1 << 16, 1_000_000
+_safetensors.PIECE, Behind.STAGE = 1 << 16, 1 << 18
 Path("/proc/self/clear_refs").write_text("5")
 before = kilobytes("VmRSS:")
 delta = Delta.between(folder / "base.safetensors", folder / "tuned.safetensors").dare(0.9)

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from optx.delta._buffers import empty
+
 _SPAN = 1 << 63
 _STEP = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
@@ -76,12 +78,12 @@ class Dropout:
         """
         together = {(t.dtype, t.device.type) for t in (base, old, new)}
         if together == {(torch.float32, "cpu")}:
-            out = torch.empty_like(base)
+            out = empty(base.numel(), base.dtype)
             arrays = (t.numpy() for t in (base, old, new, out))
             _loops().onto_f32(*arrays, *self._numbers(begin), np.float32(self.q))
             return out
         if together == {(torch.bfloat16, "cpu")}:
-            out = torch.empty_like(base)
+            out = empty(base.numel(), base.dtype)
             arrays = (t.view(torch.uint16).numpy() for t in (base, old, new, out))
             _loops().onto_bf16(*arrays, *self._numbers(begin), np.float32(self.q))
             return out

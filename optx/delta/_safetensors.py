@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from io import FileIO
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from optx._errors import FileError
 from optx.delta._behind import Behind
+from optx.delta._buffers import empty, release
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -43,7 +44,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-PIECE = 1 << 19
+PIECE = 1 << 20
 """Numbers of a tensor that are worked on at once, where a computation is element by element."""
 _LARGEST_HEADER = 100_000_000  # the format's own limit
 
@@ -108,21 +109,26 @@ class Reader:
 
     def head(self, name: str, count: int) -> Tensor:
         """The first numbers of a tensor, flat."""
-        return self.piece(name, 0, min(count, self.entries[name].numel))
+        entry = self.entries[name]
+        return self._fill(torch.empty(min(count, entry.numel), dtype=entry.dtype), name, 0)
 
     def piece(self, name: str, begin: int, end: int) -> Tensor:
-        """The numbers ``begin`` to ``end`` of a tensor, flat, in memory that is the caller's."""
-        entry, (first, _) = self.entries[name], self._offsets[name]
-        raw = torch.empty((end - begin) * entry.dtype.itemsize, dtype=torch.uint8)
+        """The numbers ``begin`` to ``end`` of a tensor, flat, in memory that is the caller's.
+
+        Meant to be held for a short while: see `optx.delta._buffers`.
+        """
+        return self._fill(empty(end - begin, self.entries[name].dtype), name, begin)
+
+    def _fill(self, flat: Tensor, name: str, begin: int) -> Tensor:
+        fill = flat.view(torch.uint8).numpy().data
         with self.path.open("rb", buffering=0) as file:
-            file.seek(self._start + first + begin * entry.dtype.itemsize)
-            fill = raw.numpy().data
+            file.seek(self._start + self._offsets[name][0] + begin * flat.dtype.itemsize)
             while fill.nbytes:
                 count = file.readinto(fill)
                 if not count:
                     raise FileError(f"{str(self.path)!r} became shorter while it was read.")
                 fill = fill[count:]
-        return raw.view(entry.dtype)
+        return flat
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int, int]:
@@ -135,6 +141,15 @@ def _header(path: Path) -> tuple[dict[str, Any], int, int]:
     if not isinstance(header, dict):
         raise ValueError("its header is no table")
     return header, 8 + length, size
+
+
+class _Making(NamedTuple):
+    """A piece of a tensor that a thread makes."""
+
+    name: str
+    made: Future[Tensor]
+    offset: int
+    last: bool
 
 
 class Writer:
@@ -152,6 +167,8 @@ class Writer:
 
     FLUSH = 64_000_000
     """Bytes after which what is written is made safe."""
+    AHEAD = 3
+    """Pieces that are being made, or wait, while one is brought to the file."""
 
     def __init__(
         self, path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str], plan: str
@@ -177,39 +194,45 @@ class Writer:
         self._file.write(header, 0)  # each time: it was perhaps not yet on the disk when the journal began
         self._log = self._journal.open("a")
         self._makers = ThreadPoolExecutor(min(2, torch.get_num_threads()), "optx-make")
+        self._making: deque[_Making] = deque()
+        self._compiled = False
 
     def write(self, name: str, tensor: Tensor) -> None:
         """One tensor, in the planned shape and dtype."""
         entry = self.entries[name]
         assert (tuple(tensor.shape), tensor.dtype) == (entry.shape, entry.dtype), name
+        self._gather(0)
         self._file.write(_raw(tensor), self._offsets[name])
         self._note(name)
 
     def write_pieces(self, name: str, piece: Callable[[int, int], Tensor]) -> None:
         """One tensor, made by a function of where a piece begins and ends; few pieces are in memory.
 
-        Up to two of torch's threads call the function at once.
+        Up to two of torch's threads call the function at once, the last pieces perhaps after this returns:
+        an error in them is raised by a later call.
         """
         entry = self.entries[name]
-        offset = self._offsets[name]
-        for made in self._ahead(piece, entry.numel):
-            assert made.dtype == entry.dtype, (name, made.dtype)
-            self._file.write(_raw(made), offset)
-            offset += made.nbytes
-        self._note(name)
+        for begin in range(0, max(1, entry.numel), PIECE):
+            end = min(begin + PIECE, entry.numel)
+            made = self._makers.submit(piece, begin, end)
+            if not self._compiled:
+                made.result()  # it may have to import and compile, which is for one at a time
+                self._compiled = True
+            offset = self._offsets[name] + begin * entry.dtype.itemsize
+            self._making.append(_Making(name, made, offset, end == entry.numel))
+            del made  # freed as soon as it is in the file
+            self._gather(self.AHEAD)
 
-    def _ahead(self, piece: Callable[[int, int], Tensor], numel: int) -> Iterator[Tensor]:
-        """The pieces in order; the next ones are made meanwhile."""
-        spans = [(begin, min(begin + PIECE, numel)) for begin in range(0, numel, PIECE)]
-        if spans:
-            yield piece(*spans[0])  # by this thread: it may have to import and compile
-        waiting: deque[Future[Tensor]] = deque()
-        for span in spans[1:]:
-            waiting.append(self._makers.submit(piece, *span))
-            if len(waiting) > 2:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    def _gather(self, ahead: int) -> None:
+        """Bring the pieces to the file in order, but for the last ``ahead`` that may still be being made."""
+        while len(self._making) > ahead:
+            making = self._making.popleft()
+            made = making.made.result()
+            dtype = self.entries[making.name].dtype
+            assert made.dtype == dtype, (making.name, made.dtype)
+            self._file.write(_raw(made), making.offset)
+            if making.last:
+                self._note(making.name)
 
     def _note(self, name: str) -> None:
         self._waiting.append(name)
@@ -231,6 +254,7 @@ class Writer:
 
     def finish(self) -> None:
         """Give the file its name, once every tensor is in it."""
+        self._gather(0)
         self.flush()
         self._file.wait()
         missing = set(self.entries) - self.written
@@ -243,6 +267,8 @@ class Writer:
     def close(self) -> None:
         """Leave what is there for another time."""
         self._makers.shutdown(cancel_futures=True)
+        self._making.clear()
+        release()
         self._file.close()
         self._log.close()
 
