@@ -2,7 +2,8 @@
 
 Not to be imported: `optx.kernels.ternary_cpu` runs a copy of this file in the cache folder. A block of
 `SPAN` numbers has a bit stream of its own, in words of 32 bits, lowest bit first: one sign bit for each
-number that is kept, then the codes of the gaps between positions. A block is one piece of work.
+number that is kept, then the codes of the gaps between positions, or of four positions at a time. A block is
+one piece of work.
 """
 # Numba's functions have no types that a checker could follow.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -17,6 +18,7 @@ from numba import cfunc, njit, types
 from optx.kernels.cpu import address, get_i64, take
 from optx.kernels.ternary_cpu import (
     DROPPED,
+    FOURS,
     SPAN,
     THIRDS,
     Codec,
@@ -33,6 +35,25 @@ ONE, ALL = U(1), U(0xFFFFFFFFFFFFFFFF)
 KERNEL = types.void(types.voidptr)
 SHORT = 1024  # gaps below are counted, longer ones summed one by one
 WORDS = SPAN // 64
+# Bits of four positions' code, Huffman's for a density of 0.35; it is canonical, so that the lengths tell it.
+LENGTHS = np.array([3, 3, 3, 4, 4, 4, 4, 5, 4, 4, 4, 5, 4, 5, 6, 6])
+LONGEST = 6
+
+
+def _canonical(lengths):
+    """By four positions: their code, first bit lowest; and by the next six bits: positions + 16 * length."""
+    codes, meanings = np.zeros(16, np.uint64), np.zeros(1 << LONGEST, np.uint64)
+    code, length = 0, 0
+    for fours in np.argsort(lengths, kind="stable"):
+        code <<= int(lengths[fours]) - length
+        length = int(lengths[fours])
+        codes[fours] = int(f"{code:0{length}b}"[::-1], 2)
+        meanings[int(codes[fours]) :: 1 << length] = int(fours) + 16 * length
+        code += 1
+    return codes, meanings
+
+
+CODES, MEANINGS = _canonical(LENGTHS)
 _plain = njit(error_model="numpy")
 
 
@@ -110,6 +131,18 @@ def _count_gaps(plus, minus, n, block, dropped, counts, far):
 
 
 @_plain
+def _total_fours(plus, minus, n, block, dropped):
+    """Bits of all positions, four at a time."""
+    bits = np.int64(0)
+    for word in range(block * WORDS, min(block * WORDS + WORDS, (n + 63) // 64)):
+        rest = _coded(plus[word] | minus[word], word, n, dropped)
+        for _ in range((min(n - 64 * word, 64) + 3) // 4):
+            bits += LENGTHS[rest & U(15)]
+            rest >>= U(4)
+    return bits
+
+
+@_plain
 def _measure(plus, minus, n, block, counts, far):
     """How many are kept, the shortest code, and how many bits it takes."""
     size = min(SPAN, n - block * SPAN)
@@ -130,6 +163,10 @@ def _measure(plus, minus, n, block, counts, far):
                 bits = _total(counts, longest, far, many, code)
                 if least < 0 or bits < least:
                     best, least = code, bits
+        if near == 1:
+            bits = _total_fours(plus, minus, n, block, dropped)
+            if bits < least:
+                best, least = FOURS, bits
     return kept, best | (DROPPED if dropped else 0), least
 
 
@@ -198,6 +235,10 @@ def _encode(plus, minus, n, block, code, stream, at):
     last = np.int64(block * SPAN) - 1
     for word in range(start, stop):
         rest = _coded(plus[word] | minus[word], word, n, (code & DROPPED) != 0)
+        if code & FOURS:
+            for _ in range((min(n - 64 * word, 64) + 3) // 4):
+                state = _put(stream, state, CODES[rest & U(15)], LENGTHS[rest & U(15)])
+                rest >>= U(4)
         while rest:
             position = np.int64(64 * word) + np.int64(first_one(rest))
             state = _put_gap(stream, state, position - last - 1, code)
@@ -242,6 +283,33 @@ def _copy_positions(plus, n, block, count, stream, bit, stop):
         plus[word] = value
         bit += 64
     return left == 0
+
+
+@_plain
+def _decode_fours(plus, n, block, count, stream, bit, stop):
+    """Set the coded positions in a mask, four at a time; whether they are so many, all in the block."""
+    at = bit // 32
+    waiting, have = U(0), U(0)
+    if at < stop:
+        waiting, have = U(peek(stream, at)) >> U(bit % 32), U(32 - bit % 32)
+    at += 1
+    left = count
+    for word in range(block * WORDS, min(block * WORDS + WORDS, (n + 63) // 64)):
+        value = U(0)
+        for i in range((min(n - 64 * word, 64) + 3) // 4):
+            if have < U(LONGEST):
+                waiting |= (U(peek(stream, at)) if at < stop else U(0)) << have
+                have += U(32)
+                at += 1
+            meaning = MEANINGS[waiting & U((1 << LONGEST) - 1)]
+            value |= (meaning & U(15)) << U(4 * i)
+            waiting >>= meaning >> U(4)
+            have -= meaning >> U(4)
+        if value & ~_valid(word, n):
+            return False
+        plus[word] = value
+        left -= np.int64(count_ones(value))
+    return left == 0 and 32 * at - np.int64(have) <= 32 * stop
 
 
 @_plain
@@ -327,7 +395,9 @@ def _decode(plus, minus, n, block, kept, code, stream, start, stop):
     if kept > size or 32 * (stop - start) < kept:
         return False
     bit = 32 * start + kept
-    if code & ~DROPPED == 0:
+    if code & FOURS:
+        fine = _decode_fours(plus, n, block, count, stream, bit, stop)
+    elif code & ~DROPPED == 0:
         fine = _copy_positions(plus, n, block, count, stream, bit, stop)
     else:
         fine = _decode_positions(plus, n, block, code, count, stream, bit, stop)

@@ -31,7 +31,8 @@ from optx.delta._safetensors import DTYPES, NAMES, Entry
 if TYPE_CHECKING:
     from optx.delta._compressed import About, Compressed
 
-MAGIC, VERSION = b"optx-cpf", 1
+MAGIC, VERSION = b"optx-cpf", 2
+_READ = (1, 2)  # 1 has gap codes alone, which 2 has too
 _HEAD = struct.Struct("<8sII8s")
 Parts = tuple[dict[str, Entry], dict[str, Tensor], dict[str, Tensor], "About", tuple[Any, ...]]
 
@@ -155,8 +156,10 @@ def _read(file: BinaryIO, path: Path) -> Parts:
     header = file.read(length) if length <= size else b""
     if len(header) != length or _digest(version, header) != digest:
         raise FileError(f"{str(path)!r} is damaged or cut short: its header's checksum differs.")
-    if version != VERSION:
-        raise FileError(f"{str(path)!r} has version {version} of the format; this optx reads {VERSION}.")
+    if version not in _READ:
+        raise FileError(
+            f"{str(path)!r} has version {version} of the format; this optx reads 1 to {VERSION}. Update optx."
+        )
     entries, about, sizes = _understand(zlib.decompress(header).decode())
     due = _HEAD.size + length + sum(each + 4 for each in sizes.values())
     masks: dict[str, Tensor] = {}

@@ -2,12 +2,15 @@
 
 A gap g is coded with a divisor m: ``g // m`` ones, a zero, then the remainder. m is a power of two, as in
 Rice's codes, or three times one, which is up to 1.2 % shorter (at a density of 0.2: 0.928 bits per number
-instead of 0.939). Each block of 131,072 numbers has the code that is shortest for it; where more is kept
-than not, the positions of what is *not* kept are coded. Blocks are decoded in parallel.
+instead of 0.939). Between densities of 0.34 and 0.42 no gap code comes within 2 % of the entropy: there four
+positions at a time have a Huffman code of 3 to 6 bits (`kernels/golomb_loops.py`, ``LENGTHS``). Each block of
+131,072 numbers has the code that is shortest for it; where more is kept than not, the positions of what is
+*not* kept are coded. Blocks are decoded in parallel.
 
 One tensor's payload, little-endian: per block a uint32 (code in the upper byte, number of nonzeros below),
 per block a uint16 (words of its stream), the streams in words of 32 bits, lowest bit first: signs (1 is
-negative), then gaps. A code's lower five bits are the number of plain bits; 32: times three; 64: not kept.
+negative), then positions. A code's lower five bits are the number of plain bits; 32: times three; 64: not
+kept; 128: four at a time (with 64 at most).
 
 Source: Golomb 1966; Rice 1979; Sattler et al., arXiv 1903.02891, which ComPEFT, arXiv 2311.13171, follows.
 """
@@ -102,7 +105,9 @@ def decode(payload: bytes, numel: int) -> Tensor:
     sizes = np.frombuffer(payload, "<u2", blocks, 4 * blocks).astype(np.int64)
     stream = np.frombuffer(payload, "<i4", -1 if len(payload) > 6 * blocks else 0, 6 * blocks)
     codes = head >> 24
-    if sizes.sum() != stream.size or (codes >= 128).any() or ((codes & 31) > 16).any():
+    fours = (codes & ternary_cpu.FOURS) != 0
+    known = np.where(fours, codes & ~192 == 0, (codes & 31) <= 16)
+    if sizes.sum() != stream.size or not known.all():
         raise ValueError("its table of blocks makes no sense")
     if not blocks:
         return torch.empty(2, 0, dtype=torch.int64)
