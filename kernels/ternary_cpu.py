@@ -14,7 +14,7 @@ import ctypes
 import functools
 import hashlib
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
 from types import ModuleType
@@ -33,7 +33,7 @@ from optx.kernels.emit import load_module
 BLOCK = 1 << 16  # numbers whose sums are one piece
 COARSE, FINE = 1 << 16, 1 << 15  # upper and lower halves of a float32 magnitude's 31 bits
 SPAN = 1 << 17  # numbers that share one Golomb stream
-THIRDS, DROPPED = 32, 64  # flags of a code; its lower five bits are a number of bits
+THIRDS, DROPPED, FOURS = 32, 64, 128  # flags of a code; its lower five bits are a number of bits
 _CHUNK = 1 << 13  # words of 32 numbers in one piece of work: 256 k numbers
 _FOLDER = Path(__file__).parent
 
@@ -245,21 +245,25 @@ def _compiled(kind: str, text: str) -> ModuleType:
 # ---- choosing what is kept ------------------------------------------------------------------------------
 
 
-def survey(values: Tensor, counts: Tensor) -> tuple[int, float, float]:
+def survey(pieces: Iterable[Tensor], counts: Tensor) -> tuple[int, float, float]:
     """Number, mean, and sum of squared distances from it, in float64; adds to the counts of magnitudes.
 
     Args:
-        values: float32, contiguous, on the CPU, at least one.
-        counts: int64 (pieces, COARSE): how often each upper half of a magnitude occurred.
+        pieces: of one tensor, float32, contiguous, on the CPU; all but the last of whole BLOCKs.
+        counts: int64 (threads, COARSE): how often each upper half of a magnitude occurred.
     """
-    blocks = -(-values.numel() // BLOCK)
-    sums = torch.empty(blocks, 2, dtype=torch.float64)
-    _select("survey", values, {Select.SUMS: sums, Select.COUNTS: counts}, len(counts))
-    sizes = torch.full((blocks,), float(BLOCK), dtype=torch.float64)
-    sizes[-1] = values.numel() - BLOCK * (blocks - 1)
-    mean = float(sums[:, 0].sum()) / values.numel()
-    between = sizes * (sums[:, 0] / sizes - mean).square()
-    return values.numel(), mean, float(sums[:, 1].sum() + between.sum())
+    found: list[Tensor] = []
+    for values in pieces:
+        sums = torch.empty(-(-values.numel() // BLOCK), 2, dtype=torch.float64)
+        _select("survey", values, {Select.SUMS: sums, Select.COUNTS: counts}, len(counts))
+        sizes = torch.full((len(sums), 1), float(BLOCK), dtype=torch.float64)
+        sizes[-1] = values.numel() - BLOCK * (len(sums) - 1)
+        found.append(torch.cat([sums, sizes], 1))
+    totals, spreads, sizes = torch.cat(found).unbind(1)
+    number = int(sizes.sum())
+    mean = float(totals.sum()) / number
+    between = sizes * (totals / sizes - mean).square()
+    return number, mean, float(spreads.sum() + between.sum())
 
 
 def refine(values: Tensor, counts: Tensor, upper: int) -> None:
@@ -267,14 +271,21 @@ def refine(values: Tensor, counts: Tensor, upper: int) -> None:
     _select("refine", values, {Select.COUNTS: counts, Select.THRESHOLD: upper}, len(counts))
 
 
-def pack(values: Tensor, threshold: int) -> tuple[Tensor, float]:
-    """Masks of the magnitudes whose bits are at least ``threshold`` (1 or more), and their sum."""
-    words = -(-values.numel() // 64)
-    masks = torch.empty(2, words, dtype=torch.int64)
+def pack(values: Tensor, masks: Tensor, threshold: int) -> Tensor:
+    """Fill the masks with the magnitudes whose bits are at least ``threshold`` (1 or more); gives their sums.
+
+    Args:
+        values: float32, contiguous, on the CPU.
+        masks: int64 (2, words), each row contiguous.
+        threshold: of the bits.
+
+    Returns:
+        (blocks, 2) float64; the first column is the sum of each BLOCK's kept magnitudes.
+    """
     sums = torch.zeros(-(-values.numel() // BLOCK), 2, dtype=torch.float64)
     places = {Select.SUMS: sums, Select.PLUS: masks[0], Select.MINUS: masks[1]}
     _select("pack", values, {**places, Select.THRESHOLD: threshold}, torch.get_num_threads())
-    return masks, float(sums[:, 0].sum())
+    return sums
 
 
 def take_ties(values: Tensor, masks: Tensor, threshold: int, most: int) -> int:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 import optx
 from optx import ComPEFT, Compressed
+from optx.delta import _compressed_file as compressed_file
 from optx.delta import _golomb as golomb
 
 V = torch.tensor([0.5, -0.1, 0.2, -0.9, 0.05, 0.3, -0.4, 0.7, -0.6, 0.15])
@@ -107,7 +108,7 @@ def test_2_equals_the_algorithm(
 # Property 3 is in test_golomb.py.
 
 
-@pytest.mark.parametrize("density", [0.05, 0.1, 0.2, 0.3, 0.5])
+@pytest.mark.parametrize("density", [0.05, 0.1, 0.2, 0.3, 0.35, 0.4, 0.5, 0.6])
 def test_4_file_of_a_million_entries(density: float, tmp_path: Path) -> None:
     v = torch.randn(1000, 1000, generator=torch.Generator().manual_seed(1))
     small = compressed(v, density=density)
@@ -452,15 +453,25 @@ def test_the_header_can_be_read_by_others(saved: Path) -> None:
     ]
 
 
-def test_another_version_is_named(saved: Path) -> None:
-    from optx.delta import _compressed_file as file
+def test_the_first_version_is_read(saved: Path) -> None:
+    """It had gap codes alone, as every block has at this density."""
+    raw = bytearray(saved.read_bytes())
+    length = int.from_bytes(raw[12:16], "little")
+    assert raw[8] == 2
+    raw[8] = 1
+    raw[16:24] = compressed_file._digest(1, bytes(raw[24 : 24 + length]))
+    new = Compressed.load(saved).masks
+    saved.write_bytes(raw)
+    assert all(torch.equal(mask, new[name]) for name, mask in Compressed.load(saved).masks.items())
 
+
+def test_another_version_is_named(saved: Path) -> None:
     raw = bytearray(saved.read_bytes())
     length = int.from_bytes(raw[12:16], "little")
     raw[8] = 9
-    raw[16:24] = file._digest(9, bytes(raw[24 : 24 + length]))
+    raw[16:24] = compressed_file._digest(9, bytes(raw[24 : 24 + length]))
     saved.write_bytes(raw)
-    with pytest.raises(optx.FileError, match="has version 9 of the format; this optx reads 1"):
+    with pytest.raises(optx.FileError, match="has version 9 of the format; this optx reads 1 to 2"):
         Compressed.load(saved)
 
 

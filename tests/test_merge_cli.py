@@ -71,13 +71,20 @@ def test_merge_as_the_file_says(models: dict[str, dict[str, Tensor]], tmp_path: 
     expected: Any = optx.merge(models["base"], [models["a"], models["b"]], method)
     made = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(made[n], t) for n, t in expected.items())
-    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"of": "base"}
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {
+        "of": "base",
+        "torch_dtype": "float32",
+    }
 
 
 def test_the_out_file_takes_the_files_dtype(models: Any, tmp_path: Path) -> None:
     shown = typed("merge", config(tmp_path, dtype="bfloat16"), tmp_path / "out.safetensors")
     assert shown.exit_code == 0, shown.output
     assert {t.dtype for t in load_file(tmp_path / "out.safetensors").values()} == {torch.bfloat16}
+    shown = typed("merge", config(tmp_path, dtype="bfloat16"), tmp_path / "out")
+    assert shown.exit_code == 0, shown.output
+    told = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert told == {"of": "base", "torch_dtype": "bfloat16"}
 
 
 @pytest.mark.parametrize(

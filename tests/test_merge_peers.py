@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import optx
+from optx.delta._changes import Changes
 from optx.delta._combine import elected
-from optx.delta.dare import pruned
-from optx.delta.merge import Changes
-from optx.delta.ties import trim
+from optx.delta._safetensors import Entry
+from optx.delta.dare import rescaling
 
 BASE = torch.ones(4)
 A, B = torch.tensor([1.0, -2.0, 3.0, 0.5]), torch.tensor([-1.0, -1.0, 4.0, -2.0])
@@ -32,9 +32,10 @@ def trimmed(
     values: list[float], density: float, convention: Literal["paper", "mergekit"] = "mergekit"
 ) -> Tensor:
     """One tensor as TIES trims it: what a merge of one model changes."""
-    method = optx.TIES(density=density, convention=convention)
     change = torch.tensor(values)
-    return method.prepare(Changes.of("w", [change]))("w", [change])
+    made = optx.merge({"w": change * 0}, [{"w": change}], optx.TIES(density=density, convention=convention))
+    assert isinstance(made, dict)
+    return made["w"]
 
 
 # ---- 1 to 9: the specification's numbers, produced by mergekit -----------------------------------------
@@ -58,10 +59,11 @@ def test_spec_1_to_4(method: optx.MergeMethod, expected: list[float]) -> None:
 
 def test_spec_5_magnitude() -> None:
     values = [0.1, -0.4, 0.3, 0.2, -0.5]
-    assert trimmed(values, 0.5).tolist() == pytest.approx([0, -0.4, 0, 0, -0.5])
-    change = torch.tensor(values)
-    scaled = pruned(change, trim(change, (2, 0.4)) != 0, 0.5, "l1")
-    assert scaled.tolist() == pytest.approx([0, -0.666667, 0, 0, -0.833333], abs=1e-6)
+    change, kept = torch.tensor(values), trimmed(values, 0.5)
+    assert kept.tolist() == pytest.approx([0, -0.4, 0, 0, -0.5])
+    changes = Changes({"w": Entry((5,), change.dtype)}, 1, lambda _: lambda begin, end: [change[begin:end]])
+    scale = rescaling(changes, 0, lambda _, piece: kept[: len(piece)] != 0, 0.5, "l1")
+    assert scale(kept).tolist() == pytest.approx([0, -0.666667, 0, 0, -0.833333], abs=1e-6)
 
 
 def test_spec_6_the_mask_of_the_election() -> None:

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import optx
-from optx.delta.merge import Changes
+from optx.delta._changes import Changes
+from optx.delta._safetensors import Entry
 from optx.delta.pcb import _code_form, _code_scores
 
 T0 = torch.tensor([0.1, -0.2, 0.3, -0.4, 0.5, 0.6, -0.7, 0.8, -0.9, 1.0])
@@ -26,12 +27,17 @@ def tau(method: optx.PCB, *changes: Tensor) -> Tensor:
     return made["w"]  # type: ignore[index]
 
 
+def changes_of(*rows: Tensor) -> Changes:
+    entry = Entry(tuple(rows[0].shape), rows[0].dtype)
+    return Changes({"w": entry}, len(rows), lambda _: lambda begin, end: [row[begin:end] for row in rows])
+
+
 def weights(ratio: float, *changes: Tensor) -> list[list[float]]:
-    return [w.tolist() for w in _code_form(optx.PCB(ratio), Changes.of("w", changes))(changes)[0]]
+    return [w.tolist() for w in _code_form(optx.PCB(ratio), changes_of(*changes))(changes)[0]]
 
 
 def test_1_outliers_are_clamped() -> None:
-    clamped = _code_form(optx.PCB(), Changes.of("w", [T0, T1]))([T0, T1])[1]
+    clamped = _code_form(optx.PCB(), changes_of(T0, T1))([T0, T1])[1]
     assert clamped[0][-1].item() == pytest.approx(0.9)
     assert clamped[1][0].item() == pytest.approx(0.9)
 

@@ -274,6 +274,26 @@ def test_structural_keeps_columns(p: float, kept: int) -> None:
         assert not torch.equal(used, other)
 
 
+def test_structural_follows_conv1d() -> None:
+    """GPT-2's inputs run along the rows, which only the model tells: some of its weights are square."""
+    base, tuned = gpt2(), gpt2()
+    with torch.no_grad():
+        for number, p in enumerate(tuned.parameters()):
+            p.add_(normal(*p.shape, seed=number))
+    delta = Delta.between(base, tuned, exclude="lm_head.*")
+    name, square = "transformer.h.0.mlp.c_fc.weight", "transformer.h.0.attn.c_proj.weight"
+    pruned = delta.structural(0.75, model=tuned)
+    for which in (name, square):
+        rows = (pruned[which] != 0).any(1)
+        assert int(rows.sum()) == 4  # of 16 inputs
+        torch.testing.assert_close(pruned[which][rows], delta[which][rows] * 4)
+        assert int((delta.structural(0.75)[which] != 0).any(0).sum()) == delta[which].shape[1] // 4
+    embedding = pruned["transformer.wte.weight"]
+    assert int((embedding != 0).any(0).sum()) == 4
+    with pytest.raises(OptxError, match="no linear layer that the delta has a change of"):
+        delta.structural(0.5, model=nn.ReLU())
+
+
 WRONG: dict[str, tuple[Any, str]] = {
     "p below": (
         lambda d: d.dare(-0.1),
@@ -295,7 +315,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "stats": (lambda d: d.wanda(0.5, {"x": InputStats(torch.ones(2), torch.ones(2), 1)}), "stats has 'x'"),
     "strategy": (
         lambda d: d.find_q(nn.Linear(2, 2), [], 0.5, "best"),
-        "must be one of output, val, analytic, mse",
+        "must be one of output, val, analytic, learned, mse",
     ),
     "score": (lambda d: d.find_q(nn.Linear(2, 2), [], 0.5, "val"), "'val' needs score="),
     "batches": (lambda d: d.find_q(Holder(), [], 0.5), "batches is empty"),
@@ -455,6 +475,18 @@ def test_output_of_a_language_model_is_its_largest_logits() -> None:
     assert search_q.output_distance(full, other) == pytest.approx(float(expected))
     with pytest.raises(OptxError, match="gives a str"):
         search_q.output_distance("a", "b")
+
+
+def test_output_of_a_classifier_is_its_hidden_states_where_it_gives_them() -> None:
+    class Output:
+        def __init__(self, logits: Tensor, *states: Tensor) -> None:
+            self.logits, self.hidden_states = logits, states or None
+
+    logits, states = normal(2, 3, seed=1), [normal(2, 5, 4, seed=i) for i in (2, 3)]
+    others = [state + 0.5 for state in states]
+    told = search_q.output_distance(Output(logits, *states), Output(logits, states[0], others[1]))
+    assert told == pytest.approx(0.5)
+    assert search_q.output_distance(Output(logits), Output(logits + 2)) == pytest.approx(2)
 
 
 def test_files_have_the_same_bytes_again(tmp_path: Path) -> None:

@@ -170,8 +170,21 @@ class Compressed:
                 return self.whole[name]
             return bitmask.dense(self.masks[name], entries[name].shape, entries[name].dtype, self.scale)
 
-        recipe = ("decoded", self.scale, self._recipe)
-        return Delta(entries, read, recipe=recipe, fingerprints=self.about.fingerprints, tied=self.about.tied)
+        def piece(name: str, begin: int, end: int) -> Tensor:
+            first, last = begin // 64, bitmask.words(end)
+            masks = self.masks[name][:, first:last]
+            shape = (min(64 * last, entries[name].numel) - 64 * first,)
+            some = bitmask.dense(masks, shape, entries[name].dtype, self.scale)
+            return some[begin - 64 * first : end - 64 * first]
+
+        return Delta(
+            entries,
+            read,
+            recipe=("decoded", self.scale, self._recipe),
+            fingerprints=self.about.fingerprints,
+            tied=self.about.tied,
+            piece=piece,
+        )
 
     def decode(self) -> dict[str, Tensor]:
         """All tensors at once: an adapter's own, in its dtypes, or a delta's changes.

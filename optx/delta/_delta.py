@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor
 
 from optx._errors import OptxError, ShapeError, near
 from optx.delta._output import plan_of, write_checkpoint
 from optx.delta._prunes import Plain, Prunes, chooser
 from optx.delta._safetensors import Entry
-from optx.delta._source import Checkpoint, Files, Source, check_alike, open_source
+from optx.delta._source import Checkpoint, Files, Source, check_same, open_source
+from optx.delta._sums import add, difference, total, wide
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -95,18 +95,18 @@ class Delta(Prunes):
         old, new = open_source(base, "base"), open_source(tuned, "tuned")
         keep = chooser(include, exclude)
         names = [name for name in new.entries if keep(name)]
-        _check_same(old, new, keep)
+        check_same(old, new, keep)
         if not names:
             raise OptxError(f"Delta.between: include={include!r} and exclude={exclude!r} leave nothing.")
 
         def piece(name: str, begin: int, end: int) -> Tensor:
-            return _difference(old.piece(name, begin, end), new.piece(name, begin, end))
+            return difference(old.piece(name, begin, end), new.piece(name, begin, end))
 
         def read(name: str) -> Tensor:
             whole = new.entries[name].dtype.is_floating_point
-            return _difference(old.read(name), new.read(name)) if whole else new.read(name)
+            return difference(old.read(name), new.read(name)) if whole else new.read(name)
 
-        entries = {n: Entry(new.entries[n].shape, _wide(new.entries[n].dtype)) for n in names}
+        entries = {n: Entry(new.entries[n].shape, wide(new.entries[n].dtype)) for n in names}
         prints = {n: old.fingerprint(n) for n in names if old.entries[n].dtype.is_floating_point}
         recipe = ("between", old.label, old.state, new.label, new.state)
         made = cls(entries, read, recipe=recipe, fingerprints=prints, tied=new.tied, piece=piece)
@@ -127,6 +127,37 @@ class Delta(Prunes):
             entries, read, recipe=("load", str(path), about["plan"]), fingerprints=about["fingerprints"]
         )
 
+    @classmethod
+    def lora(cls, adapter: str | PathLike[str], target: Literal["product", "factors"] = "product") -> Self:
+        """What a LoRA adapter changed, from its folder: PEFT's, or what ``handle.save`` wrote.
+
+        Args:
+            adapter: folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
+            target: ``"product"``: the change of the weights, scaling times B A, by the weights' names in the
+                base; one at a time is in memory. ``"factors"``: the entries of each ``lora_A`` and
+                ``lora_B`` by their keys in the file, as a change from 0, so that `dare` gives each factor a
+                mask of its own: the expected product stays, and the noise of both compounds. The scaling
+                counts in the product only.
+
+        Raises:
+            OptxError: it has more than LoRA factors of linear layers (DoRA, biases, embeddings, whole
+                modules): merge such a one into its model and take `between`.
+            FileError: a file is missing or damaged.
+
+        Example:
+            >>> import torch, optx, tempfile
+            >>> handle = optx.attach(torch.nn.Sequential(torch.nn.Linear(4, 4)), optx.LoRA(rank=2), "0")
+            >>> folder = tempfile.mkdtemp()
+            >>> handle.save(folder)
+            >>> list(optx.Delta.lora(folder).dare(0.5))
+            ['0.weight']
+
+        Source: arXiv 2106.09685, section 4.1; pruning it, arXiv 2410.09344.
+        """
+        from optx.delta._lora import lora_delta
+
+        return lora_delta(cls, Path(adapter).expanduser(), target)
+
     # ---- looking at it ------------------------------------------------------------------------------
 
     def __getitem__(self, name: str) -> Tensor:
@@ -134,6 +165,13 @@ class Delta(Prunes):
         if name not in self.entries:
             raise KeyError(f"the delta has no {name!r}. {near(name, self.entries)}")
         return self._read(name)
+
+    def reader(self, name: str) -> Callable[[int, int], Tensor]:
+        """What gives the change of a tensor from one place to another, flat, in little memory if it can."""
+        if self._piece is not None:
+            return partial(self._piece, name)
+        whole = self[name].reshape(-1)
+        return lambda begin, end: whole[begin:end]
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -217,11 +255,11 @@ class Delta(Prunes):
             if name not in self.entries:
                 return other._read(name)
             mine = self._read(name)
-            return _sum([mine, other._read(name)]) if mine.is_floating_point() else mine
+            return total([mine, other._read(name)]) if mine.is_floating_point() else mine
 
         made = self._with(read, ("plus", self.recipe, other.recipe))
         if self._piece is not None and other._piece is not None:
-            made._piece = lambda name, begin, end: _sum(
+            made._piece = lambda name, begin, end: total(
                 [d._piece(name, begin, end) for d in (self, other) if d._piece and name in d.entries]
             )
         made.entries = {**other.entries, **self.entries}
@@ -345,42 +383,3 @@ class Delta(Prunes):
         from optx.delta._storage import save_delta
 
         return save_delta(self, Path(path).expanduser())
-
-
-def add(tensor: Tensor, change: Tensor, scale: float = 1.0) -> Tensor:
-    """tensor + scale * change, summed in the wider precision and rounded once to the tensor's dtype."""
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    total = tensor.to(wide, copy=True).add_(change.to(tensor.device, wide), alpha=scale)
-    return total.to(tensor.dtype)
-
-
-def _difference(before: Tensor, after: Tensor) -> Tensor:
-    wide = torch.promote_types(torch.promote_types(after.dtype, before.dtype), torch.float32)
-    before = before.to(after.device, wide)
-    return after - before if after.dtype == wide else after.to(wide).sub_(before)
-
-
-def _sum(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else tensors[0] + tensors[1].to(tensors[0].device)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
-
-
-def _check_same(old: Source, new: Source, keep: Callable[[str], bool]) -> None:
-    for name, entry in new.entries.items():
-        if not keep(name):
-            continue
-        if name not in old.entries:
-            raise OptxError(
-                f"Delta.between: tuned has {name!r}, which base lacks. {near(name, old.entries)} Leave it "
-                "out with exclude=."
-            )
-        check_alike("Delta.between", name, entry, "tuned", old.entries[name], "Leave it out")
-    for name in old.entries:
-        if keep(name) and name not in new.entries and name not in new.tied:
-            raise OptxError(
-                f"Delta.between: base has {name!r}, which tuned lacks. {near(name, new.entries)} Leave it "
-                "out with exclude=."
-            )

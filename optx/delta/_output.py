@@ -8,8 +8,9 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from optx._errors import FileError, OptxError
@@ -35,13 +36,15 @@ def write_checkpoint(
     tensors: Tensors,
     *,
     plan: str,
+    dtype: torch.dtype | None = None,
     progress: Callable[[Iterable[str]], Iterable[str]] = lambda names: names,
 ) -> Path:
     """Write tensors as files laid out like a source's.
 
     A folder gets the shards, the index and every other file (configuration, tokenizer) of the source's
     folder. It is written under a hidden name and renamed at the end; killed before, the same call goes on
-    with the tensor after the last that was safely written.
+    with the tensor after the last that was safely written. A tensor that can't be made (an `OptxError`) can't
+    be made the next time either: then nothing is left behind.
 
     Args:
         out: a ``.safetensors`` file, or a folder that is not there yet.
@@ -49,6 +52,7 @@ def write_checkpoint(
         entries: every tensor to write.
         tensors: gives a tensor by name, in the entry's shape and dtype, or a function that gives its pieces.
         plan: names the computation; see `Writer`.
+        dtype: what a folder's ``config.json`` is to say; None leaves it.
         progress: wraps the names, to show how far it is.
 
     Raises:
@@ -57,20 +61,39 @@ def write_checkpoint(
     if out.exists():
         raise OptxError(f"out: {str(out)!r} exists already. Give another name, or delete it.")
     _check_room(out, sum(entry.nbytes for entry in entries.values()))
-    if out.suffix == ".safetensors":
-        _write_file(out, entries, tensors, plan, progress)
-        return out
+    try:
+        if out.suffix == ".safetensors":
+            _write_file(out, entries, tensors, plan, progress)
+        else:
+            _write_folder(out, like, entries, tensors, plan, dtype, progress)
+    except OptxError as error:
+        if not isinstance(error.__cause__, OSError):  # a disk may have room the next time
+            _discard(out)
+        raise
+    return out
+
+
+def _write_folder(
+    out: Path,
+    like: Source,
+    entries: Mapping[str, Entry],
+    tensors: Tensors,
+    plan: str,
+    dtype: torch.dtype | None,
+    progress: Callable[[Iterable[str]], Iterable[str]],
+) -> None:
     aside = _aside(out, plan)
     if isinstance(like, Files) and like.path.is_dir():
         for name, content in _by_file(like, entries).items():
             if not (aside / name).exists():
                 _write_file(aside / name, content, tensors, plan, progress)
         _copy_others(like.path, aside, entries)
+        if dtype is not None and (aside / "config.json").exists():
+            _tell_dtype(aside / "config.json", dtype)
     elif not (aside / "model.safetensors").exists():
         _write_file(aside / "model.safetensors", entries, tensors, plan, progress)
     (aside / _PLAN).unlink()
     os.replace(aside, out)
-    return out
 
 
 def _aside(out: Path, plan: str) -> Path:
@@ -127,6 +150,31 @@ def _copy_others(source: Path, target: Path, entries: Mapping[str, Entry]) -> No
             (target / file.name).write_text(json.dumps(index, indent=2) + "\n")
         elif file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja", ".md", ".py"):
             shutil.copyfile(file, target / file.name)
+
+
+def _tell_dtype(path: Path, dtype: torch.dtype) -> None:
+    """Have a transformers configuration, and those inside it, name another dtype."""
+    name = str(dtype).removeprefix("torch.")
+
+    def changed(value: Any, top: bool = False) -> Any:
+        if not isinstance(value, dict):
+            return value
+        table = cast(dict[str, Any], value)
+        keys = {"dtype", "torch_dtype"} & table.keys() or ({"torch_dtype"} if top else set())
+        return {key: changed(inner) for key, inner in table.items()} | dict.fromkeys(keys, name)
+
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(changed(config, top=True), indent=2) + "\n")
+
+
+def _discard(out: Path) -> None:
+    """Delete what an unfinished write left beside its target."""
+    for ending in ("part", "journal"):
+        part = out.with_name(f".{out.name}.{ending}")
+        if part.is_dir():
+            shutil.rmtree(part)
+        else:
+            part.unlink(missing_ok=True)
 
 
 def _check_room(out: Path, needed: int) -> None:

@@ -15,7 +15,7 @@ from optx.delta import prune
 from optx.delta._mask import NOTHING, Dropout
 from optx.delta._safetensors import Entry
 from optx.delta._source import Files, Source
-from optx.delta._stats import InputStats
+from optx.delta._stats import InputStats, linear_axes
 from optx.delta.prune import Rescale, check_p, dropouts
 
 if TYPE_CHECKING:
@@ -177,6 +177,7 @@ class Prunes(ABC):
         q: float | None = None,
         *,
         seed: int = 0,
+        model: nn.Module | None = None,
         include: str | None = None,
         exclude: str | None = HEADS,
     ) -> Self:
@@ -188,29 +189,33 @@ class Prunes(ABC):
             p: share DROPPED, in [0, 1); one column at least is kept.
             q: None divides by the share that is kept in truth; up to 1.
             seed: of the choice of columns.
+            model: a model with these weights, where some are of transformers' ``Conv1D`` (GPT-2): their
+                inputs run along the rows, so that rows are kept. None: of `torch.nn.Linear` all.
             include: regex of the names to prune; the others keep their whole change.
             exclude: regex of names not to prune.
 
         Raises:
-            OptxError: p or q out of range, or nothing is left to prune.
+            OptxError: p or q out of range, nothing is left to prune, or ``model`` has none of the tensors.
 
         Source: arXiv 2410.09344, appendix (structural DPP).
         """
         check_p("Delta.structural", p, q)
-        return self._pruned(
-            "structural",
-            (p, q, seed),
-            include,
-            exclude,
-            lambda name, tensor: prune.structural(name, tensor, p, q, seed),
-        )
+        axes = linear_axes(model) if model is not None else {}
+        if model is not None and not axes.keys() & self.entries.keys():
+            raise OptxError("Delta.structural: model has no linear layer that the delta has a change of.")
+        rows = tuple(sorted(name for name, axis in axes.items() if axis == 0))
+
+        def change(name: str, tensor: Tensor) -> Tensor:
+            return prune.structural(name, tensor, p, q, seed, axis=axes.get(name, 1))
+
+        return self._pruned("structural", (p, q, seed, rows), include, exclude, change)
 
     def find_q(
         self,
         model: nn.Module,
         batches: Iterable[Any],
         p: float,
-        strategy: Literal["output", "val", "analytic", "mse"] = "output",
+        strategy: Literal["output", "val", "analytic", "learned", "mse"] = "output",
         *,
         score: Callable[[nn.Module], float] | None = None,
         distance: Callable[[Any, Any], float] | None = None,
@@ -225,8 +230,11 @@ class Prunes(ABC):
         ``"output"`` (1/q_e) tries values on the model and keeps the one whose outputs are nearest to the
         full model's; no labels. ``"val"`` (1/q_v) keeps the one with the best score. Both give one q for
         all, a mean over ``seeds`` masks ("output" leaves out the mask farthest from the mean), and need the
-        whole change in memory beside the model. ``"analytic"`` takes each layer's from its inputs and the
-        paper's bound; ``"mse"``, an extra of optx, the q with the least expected squared error.
+        whole change in memory beside the model. ``"learned"`` gives each layer one of its own, by at most 200
+        steps of AdamW on the distance of ``"output"`` over all batches and masks; it needs the memory of
+        that, of the masked change and of gradients through the model. ``"analytic"`` takes each layer's
+        from its inputs and the paper's bound; ``"mse"``, an extra of optx, the q with the least expected
+        squared error.
 
         Args:
             model: the fine-tuned model; it is put back bit for bit.
@@ -235,9 +243,10 @@ class Prunes(ABC):
             p: share DROPPED, in [0, 1).
             strategy: see above.
             score: for ``"val"``: validation score of a model, higher is better.
-            distance: for ``"output"``: of the full output and the pruned one. Default: mean squared
-                difference at the full model's five largest logits for language models, else mean absolute
-                difference of last hidden states (or logits).
+            distance: for ``"output"`` and ``"learned"`` (there a tensor with a gradient): of the full output
+                and the pruned one. Default: mean squared difference at the full model's five largest logits
+                for language models, else mean absolute difference of last hidden states, or of logits if
+                the output has none (a classifier's has, where batches say ``output_hidden_states=True``).
             step: of the search; None is (1 - p) / 2, followed by a search in tenths of it.
             eta: of ``"analytic"``.
             seeds: of the masks.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import TypeAlias
@@ -12,7 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from optx._errors import FileError, OptxError, ShapeError
+from optx._errors import FileError, OptxError, ShapeError, near
 from optx.delta._safetensors import Entry, Reader, shards
 
 Checkpoint: TypeAlias = nn.Module | Mapping[str, Tensor] | str | PathLike[str]
@@ -196,3 +196,22 @@ def open_source(checkpoint: Checkpoint | Source, what: str) -> Source:
         f"{what} is a {type(checkpoint).__name__}; it must be a module, a state dict, a safetensors file, or "
         "a folder of them."
     )
+
+
+def check_same(old: Source, new: Source, keep: Callable[[str], bool]) -> None:
+    """That base and tuned have the same tensors, of those to be kept; the error names one."""
+    for name, entry in new.entries.items():
+        if not keep(name):
+            continue
+        if name not in old.entries:
+            raise OptxError(
+                f"Delta.between: tuned has {name!r}, which base lacks. {near(name, old.entries)} Leave it "
+                "out with exclude=."
+            )
+        check_alike("Delta.between", name, entry, "tuned", old.entries[name], "Leave it out")
+    for name in old.entries:
+        if keep(name) and name not in new.entries and name not in new.tied:
+            raise OptxError(
+                f"Delta.between: base has {name!r}, which tuned lacks. {near(name, new.entries)} Leave it "
+                "out with exclude=."
+            )

@@ -81,12 +81,10 @@ def input_stats(model: nn.Module, batches: Iterable[Any]) -> dict[str, InputStat
     hooks: list[Any] = []
     modes = {module: module.training for module in model.modules()}
     try:
-        for path, module in model.named_modules():
-            axis = 1 if isinstance(module, nn.Linear) else 0 if type(module).__name__ == "Conv1D" else None
-            if axis is not None:
-                name = f"{path}.weight" if path else "weight"
-                sums[name] = _Sums(axis)
-                hooks.append(module.register_forward_pre_hook(_watch(sums[name]), with_kwargs=True))
+        for name, axis in linear_axes(model).items():
+            module = model.get_submodule(name.removesuffix("weight").removesuffix("."))
+            sums[name] = _Sums(axis)
+            hooks.append(module.register_forward_pre_hook(_watch(sums[name]), with_kwargs=True))
         model.eval()
         with torch.no_grad():
             count = sum(1 for batch in batches if (call(model, batch), True))
@@ -100,6 +98,18 @@ def input_stats(model: nn.Module, batches: Iterable[Any]) -> dict[str, InputStat
     found = {name: _finished(one) for name, one in sums.items() if one.tokens}
     if not found:
         raise OptxError("input_stats: no torch.nn.Linear (or transformers Conv1D) of the model was called.")
+    return found
+
+
+def linear_axes(model: nn.Module) -> dict[str, int]:
+    """By the name of its weight, the dimension that runs over a linear layer's inputs.
+
+    It is 1 in `torch.nn.Linear`, and 0 in transformers' ``Conv1D``.
+    """
+    found: dict[str, int] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            found[f"{path}.weight" if path else "weight"] = int(isinstance(module, nn.Linear))
     return found
 
 

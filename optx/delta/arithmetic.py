@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from optx.delta._changes import ByPieces, Changes, Combine
 from optx.delta._combine import PerModel, mixed, per_model
-from optx.delta.merge import Changes, Combine, MergeMethod
+from optx.delta.merge import MergeMethod
 
 
 @dataclass(frozen=True)
@@ -41,4 +42,4 @@ class TaskArithmetic(MergeMethod):
     def prepare(self, changes: Changes) -> Combine:
         """The weighted sum; needs to know nothing beforehand."""
         weights = per_model("TaskArithmetic", "weights", self.weights, changes.models)
-        return lambda _name, tensors: mixed(tensors, weights, self.normalize, self.lam)
+        return ByPieces(lambda _: lambda tensors, _: mixed(tensors, weights, self.normalize, self.lam))

@@ -7,7 +7,7 @@ Quantization, arXiv 2311.13171, algorithm 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from optx._errors import OptxError, check_range
+from optx.delta import _bitmask as bitmask
 from optx.delta._compressed import About, Compressed
 from optx.delta._delta import Delta
-from optx.delta._safetensors import Entry
+from optx.delta._safetensors import PIECE, Entry
 from optx.delta._source import Checkpoint, open_source
 
 Progress = Callable[[Iterable[str]], Iterable[str]]
@@ -91,8 +92,8 @@ def compress(
     """Compress a delta, or an adapter's own tensors, to signs and one scale.
 
     Every tensor is read three times (for sigma and the coarse order of magnitudes, for the threshold, for the
-    masks), one at a time. In memory are one tensor, 0.5 MB per thread of counts, and the masks: 2 bits per
-    number. The threshold is exact, over all tensors together.
+    masks). In memory are a few megabytes and the masks, 2 bits per number; of a delta that can't be made by
+    pieces (pruned by importance), one tensor. The threshold is exact, over all tensors together.
 
     Args:
         what: a delta; or a state dict, module, file or folder of an adapter, whose tensors are themselves
@@ -127,13 +128,17 @@ def compress(
         raise OptxError(f"compress: there are {total} floating numbers; sigma needs at least 2.")
     rank = options.rank(total)
 
-    def values(name: str) -> Tensor:
-        return delta[name].to("cpu", torch.float32).flatten().contiguous()
+    def values(name: str) -> Iterator[tuple[int, Tensor]]:
+        read, numel = delta.reader(name), delta.entries[name].numel
+        for begin in range(0, numel, PIECE):
+            piece = read(begin, min(begin + PIECE, numel))
+            yield begin, piece.to("cpu", torch.float32).contiguous()
 
     sigma, upper, above = _survey(names, values, rank, progress)
     threshold, above, equal = _refine(names, values, upper, rank, above, progress)
     ties = equal if options.compat == "repo" else min(equal, rank - above)
-    masks, kept_mean = _pack(names, values, threshold, ties, equal, progress)
+    sizes = {name: delta.entries[name].numel for name in names}
+    masks, kept_mean = _pack(sizes, values, threshold, ties, equal, progress)
     whole = {name: delta[name] for name, entry in entries.items() if not entry.dtype.is_floating_point}
     for name in delta.floating:
         if name not in masks:  # no numbers
@@ -158,18 +163,24 @@ def _as_delta(what: Delta | Checkpoint, start: float) -> tuple[Delta, dict[str, 
         return what, what.entries
     source = open_source(what, "what")
 
-    def read(name: str) -> Tensor:
-        tensor = source.read(name)
+    def moved(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor
         wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
         return wide - start if start else wide
 
-    recipe = ("start", source.label, start)
-    return Delta(source.entries, read, recipe=recipe, tied=source.tied), source.entries
+    made = Delta(
+        source.entries,
+        lambda name: moved(source.read(name)),
+        recipe=("start", source.label, start),
+        tied=source.tied,
+        piece=lambda name, begin, end: moved(source.piece(name, begin, end)),
+    )
+    return made, source.entries
 
 
-Values = Callable[[str], Tensor]
+Values = Callable[[str], Iterable[tuple[int, Tensor]]]
+"""By name, a tensor's flat pieces in float32, each with its place."""
 
 
 def _survey(names: list[str], values: Values, rank: int, progress: Progress) -> tuple[float, int, int]:
@@ -179,7 +190,7 @@ def _survey(names: list[str], values: Values, rank: int, progress: Progress) -> 
     counts = torch.zeros(torch.get_num_threads(), ternary_cpu.COARSE, dtype=torch.int64)
     number, mean, spread = 0, 0.0, 0.0
     for name in progress(names):
-        size, own_mean, own_spread = ternary_cpu.survey(values(name), counts)
+        size, own_mean, own_spread = ternary_cpu.survey((piece for _, piece in values(name)), counts)
         if not math.isfinite(own_spread):
             raise OptxError(
                 f"compress: {name!r} has a change that is not finite in float32. Leave it out with "
@@ -204,7 +215,8 @@ def _refine(
 
     counts = torch.zeros(torch.get_num_threads(), ternary_cpu.FINE, dtype=torch.int64)
     for name in progress(names):
-        ternary_cpu.refine(values(name), counts, upper)
+        for _, piece in values(name):
+            ternary_cpu.refine(piece, counts, upper)
     total = counts.sum(0)
     lower, more = _from_top(total, rank - above)
     return upper * ternary_cpu.FINE + lower, above + more, int(total[lower])
@@ -218,7 +230,7 @@ def _from_top(counts: Tensor, rank: int) -> tuple[int, int]:
 
 
 def _pack(
-    names: list[str], values: Values, threshold: int, ties: int, equal: int, progress: Progress
+    sizes: Mapping[str, int], values: Values, threshold: int, ties: int, equal: int, progress: Progress
 ) -> tuple[dict[str, Tensor], float]:
     """The masks, with so many of the numbers that equal the threshold; the mean magnitude kept."""
     from optx.kernels import ternary_cpu
@@ -227,14 +239,14 @@ def _pack(
     from_bits = threshold if threshold > 0 and ties == equal else threshold + 1
     masks: dict[str, Tensor] = {}
     total = float(np.uint32(threshold).view(np.float32)) * left
-    for name in progress(names):
-        tensor = values(name)
-        masks[name], kept = ternary_cpu.pack(tensor, from_bits)
-        total += kept
-        if left:
-            left -= ternary_cpu.take_ties(tensor, masks[name], threshold, left)
-        del tensor  # before the next is read
-    from optx.delta._bitmask import overlap
-
-    number = sum(overlap(mask, mask).a for mask in masks.values())
+    for name in progress(list(sizes)):
+        masks[name] = torch.empty(2, bitmask.words(sizes[name]), dtype=torch.int64)
+        sums: list[Tensor] = []
+        for begin, piece in values(name):
+            part = masks[name][:, begin // 64 :]
+            sums.append(ternary_cpu.pack(piece, part, from_bits))
+            if left:
+                left -= ternary_cpu.take_ties(piece, part, threshold, left)
+        total += float(torch.cat(sums)[:, 0].sum())
+    number = sum(bitmask.overlap(mask, mask).a for mask in masks.values())
     return masks, total / max(number, 1)

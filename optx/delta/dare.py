@@ -6,6 +6,7 @@ Source: Language Models are Super Mario (DARE), arXiv 2311.03099.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -14,12 +15,16 @@ import torch
 from torch import Tensor
 
 from optx._errors import OptxError
-from optx.delta._combine import PerModel, check_choice, elected, mixed, numbers, per_model, steady_sum
+from optx.delta._changes import ByPieces, Changes, Combine, OfPiece
+from optx.delta._combine import PerModel, check_choice, elected, mixed, numbers, per_model, steady_rows
 from optx.delta._mask import Dropout, key_of
-from optx.delta.merge import Changes, Combine, MergeMethod
+from optx.delta._safetensors import PIECE
+from optx.delta.merge import MergeMethod
 
-Masks = Callable[[str, Sequence[Tensor]], Sequence[Tensor | None]]
-"""For each model, which entries of a tensor are kept; None keeps all."""
+Mask = Callable[[int, Tensor], Tensor]
+"""Which entries of a flat piece are kept, by the place where it begins."""
+Masks = Callable[[str], Sequence[Mask | None]]
+"""By name, a tensor's mask for each model; None keeps all."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +58,21 @@ class _DARE(MergeMethod):
         rescale = self.rescale or ("paper" if self.convention == "paper" else "l1")
         masks = _masks_in_turn(changes, rates) if self._draws_in_turn else _masks_by_name(rates, self.seed)
 
-        def combine(name: str, tensors: Sequence[Tensor]) -> Tensor:
-            kept = [
-                pruned(change, keep, p, rescale)
-                for change, keep, p in zip(tensors, masks(name, tensors), rates, strict=True)
-            ]
+        def of(name: str) -> OfPiece:
+            keep = masks(name)
+            scales = [rescaling(changes.only(name), i, keep[i], p, rescale) for i, p in enumerate(rates)]
             merged = elected if self._elects else mixed
-            return merged(kept, weights, self.normalize, self.lam)
 
-        return combine
+            def piece(tensors: Sequence[Tensor], begin: int) -> Tensor:
+                kept = [
+                    change if mask is None else scale(masked(change, mask, begin))
+                    for change, mask, scale in zip(tensors, keep, scales, strict=True)
+                ]
+                return merged(kept, weights, self.normalize, self.lam)
+
+            return piece
+
+        return ByPieces(of)
 
     @property
     def _draws_in_turn(self) -> bool:
@@ -132,25 +143,34 @@ class DARETIES(_DARE):
     _elects: ClassVar[bool] = True
 
 
-def pruned(change: Tensor, keep: Tensor | None, p: float, rescale: str) -> Tensor:
-    """What is kept of a change, rescaled."""
-    if keep is None:
-        return change
-    masked = torch.where(keep.to(change.device), change, 0.0)
+def masked(change: Tensor, mask: Mask, begin: int) -> Tensor:
+    """What is kept of a flat piece, the rest 0; in memory of its own."""
+    return torch.where(mask(begin, change).to(change.device), change, 0.0)
+
+
+def rescaling(
+    changes: Changes, model: int, mask: Mask | None, p: float, rescale: str
+) -> Callable[[Tensor], Tensor]:
+    """What rescales one model's kept entries of one tensor, in place."""
+    if mask is None or rescale == "none":
+        return lambda kept: kept
     if rescale == "paper":
-        return masked.div_(1 - p)
-    if rescale == "l1":
-        before, after = steady_sum(change.abs()), steady_sum(masked.abs())
-        if before >= 1e-7 and after >= 1e-7:  # mergekit's bounds
-            masked *= before / after
-    return masked
+        return lambda kept: kept.div_(1 - p)
+    before, after = list[float](), list[float]()
+    for _, begin, tensors in changes.pieces():
+        before += steady_rows(tensors[model].abs())
+        after += steady_rows(masked(tensors[model], mask, begin).abs())
+    old, new = math.fsum(before), math.fsum(after)
+    # mergekit's bounds
+    return lambda kept: kept.mul_(old / new) if old >= 1e-7 and new >= 1e-7 else kept
 
 
 def _masks_by_name(rates: Sequence[float], seed: int) -> Masks:
-    return lambda name, tensors: [
-        Dropout(key_of(seed + i, name), p, 1 - p).keep(0, t.numel(), t.device).view(t.shape) if p else None
-        for i, (t, p) in enumerate(zip(tensors, rates, strict=True))
-    ]
+    def mask(i: int, name: str, p: float) -> Mask:
+        dropout = Dropout(key_of(seed + i, name), p, 1 - p)
+        return lambda begin, piece: dropout.keep(begin, piece.numel(), piece.device)
+
+    return lambda name: [mask(i, name, p) if p else None for i, p in enumerate(rates)]
 
 
 def _masks_in_turn(changes: Changes, rates: Sequence[float]) -> Masks:
@@ -158,11 +178,18 @@ def _masks_in_turn(changes: Changes, rates: Sequence[float]) -> Masks:
     on where another stopped)."""
     turn = iter(changes.entries.items())
 
-    def masks(name: str, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    def masks(name: str) -> Sequence[Mask | None]:
         for now, entry in turn:
-            drawn = [torch.bernoulli(torch.full(entry.shape, 1 - p)).bool() if p else None for p in rates]
+            drawn = [_drawn(entry.numel, 1 - p) if p else None for p in rates]
             if now == name:
                 return drawn
         raise OptxError(f"DARE: {name!r} is asked for out of turn; give a seed of 0 or more.")
 
     return masks
+
+
+def _drawn(numel: int, share: float) -> Mask:
+    kept = torch.empty(numel, dtype=torch.bool)
+    for part in kept.split(PIECE):  # the generator's numbers are the same for any parts
+        part.copy_(torch.bernoulli(torch.full(part.shape, share)))
+    return lambda begin, piece: kept[begin : begin + len(piece)]

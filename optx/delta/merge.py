@@ -6,7 +6,8 @@ Source: task vectors, Editing Models with Task Arithmetic, arXiv 2212.04089, sec
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TypeAlias
@@ -15,51 +16,15 @@ import torch
 from torch import Tensor
 
 from optx._errors import OptxError, near
-from optx.delta._delta import (
-    Delta,
-    add,
-)
+from optx.delta._changes import ByPieces, Changes, Combine, Progress
+from optx.delta._delta import Delta
 from optx.delta._output import plan_of, write_checkpoint
 from optx.delta._prunes import chooser
-from optx.delta._safetensors import Entry
+from optx.delta._safetensors import PIECE, Entry
 from optx.delta._source import Checkpoint, Files, Source, check_alike, open_source
+from optx.delta._sums import add
 
-Progress = Callable[[Iterable[str]], Iterable[str]]
-Combine = Callable[[str, Sequence[Tensor]], Tensor]
 Model: TypeAlias = Checkpoint | Delta
-
-
-class Changes:
-    """What each model changed, by name: one tensor per model, float32 (float64 for such weights).
-
-    Iterating over it is one pass over all the models' numbers, a tensor at a time.
-
-    Attributes:
-        entries: shape by name.
-        models: how many there are.
-        numel: numbers of one model.
-    """
-
-    def __init__(
-        self,
-        entries: Mapping[str, Entry],
-        models: int,
-        read: Callable[[str], Sequence[Tensor]],
-        progress: Progress = lambda names: names,
-    ) -> None:
-        self.entries, self.models = dict(entries), models
-        self.numel = sum(entry.numel for entry in self.entries.values())
-        self._read, self._progress = read, progress
-
-    def __iter__(self) -> Iterator[tuple[str, Sequence[Tensor]]]:
-        for name in self._progress(list(self.entries)):
-            yield name, self._read(name)
-
-    @classmethod
-    def of(cls, name: str, tensors: Sequence[Tensor]) -> Changes:
-        """Those of one tensor, as if it were the whole model."""
-        entry = Entry(tuple(tensors[0].shape), tensors[0].dtype)
-        return cls({name: entry}, len(tensors), lambda _: tensors)
 
 
 class MergeMethod(ABC):
@@ -94,7 +59,8 @@ class MergeMethod(ABC):
 
         Returns:
             A function of a tensor's name and its changes, one per model, not to be written to. It gives the
-            merged change, in memory of its own.
+            merged change, in memory of its own. Whole tensors are in memory then; a method that works entry
+            by entry saves that by giving an `optx.delta.merge.ByPieces`.
         """
 
     def mark(self) -> str:
@@ -115,9 +81,10 @@ def merge(
 ) -> dict[str, Tensor] | Path:
     """Merge fine-tuned models of one base into one model.
 
-    One tensor is read at a time, so memory is bounded by the largest: once per model, and a few times more
-    for what a method computes. A method whose scope is the whole model goes over the files more than once.
-    Integer and boolean entries, and whatever is left out, are the base's.
+    optx's own methods work on a few megabytes at a time, whatever the models' size; a delta that can't be
+    made by pieces (pruned by importance, loaded from a file) has one tensor in memory. A method whose scope
+    is the whole model goes over the files more than once. Integer and boolean entries, and whatever is left
+    out, are the base's.
 
     Args:
         base: what the models were fine-tuned from: a module, a state dict, a safetensors file or a folder.
@@ -160,24 +127,41 @@ def merge(
         raise OptxError(f"merge: dtype is {dtype}; it must be a floating type such as torch.bfloat16.")
     if out is not None and Path(out).expanduser().exists():
         raise OptxError(f"out: {str(out)!r} exists already. Give another name, or delete it.")
-    changes = Changes(inputs.entries, len(models), inputs.read, progress)
+    changes = Changes(inputs.entries, len(models), inputs.reader, progress)
     mark, combine = method.mark(), method.prepare(changes)
-
-    def result(name: str) -> Tensor:
-        before = source.read(name)
-        if not before.is_floating_point():
-            return before
-        wide = before.to(torch.promote_types(before.dtype, dtype)) if dtype is not None else before
-        if name in inputs.entries:
-            wide = add(wide, combine(name, inputs.read(name, before)))
-        return wide.to(dtype or before.dtype)
-
-    if out is None:
-        made = {name: _own(result(name), source.read(name)) for name in source.entries}
-        return {**made, **{name: made[first] for name, first in source.tied.items()}}
+    result = partial(_merged, inputs, combine, dtype)
     entries = {n: Entry(e.shape, _out_dtype(e.dtype, dtype)) for n, e in source.entries.items()}
+    if out is None:
+        made = {name: _own(result(name), entries[name], source.read(name)) for name in entries}
+        return {**made, **{name: made[first] for name, first in source.tied.items()}}
     plan = plan_of("merge", inputs.labels(), inputs.states(), mark, include, exclude, dtype)
-    return write_checkpoint(Path(out).expanduser(), source, entries, result, plan=plan, progress=progress)
+    return write_checkpoint(
+        Path(out).expanduser(), source, entries, result, plan=plan, dtype=dtype, progress=progress
+    )
+
+
+def _merged(
+    inputs: _Inputs, combine: Combine, dtype: torch.dtype | None, name: str
+) -> Tensor | Callable[[int, int], Tensor]:
+    """One tensor of the result: what makes its pieces, or all of it where only that can be."""
+    source, entry = inputs.base, inputs.base.entries[name]
+    own = dtype or entry.dtype
+    if not entry.dtype.is_floating_point:
+        return source.read(name)
+    if name not in inputs.entries:
+        return lambda begin, end: source.piece(name, begin, end).to(own)
+    read, wide = inputs.reader(name), torch.promote_types(entry.dtype, own)
+    if not isinstance(combine, ByPieces):
+        before = source.read(name)
+        changes = [change.view(entry.shape) for change in read(0, entry.numel, before.reshape(-1))]
+        return add(before.to(wide), combine(name, changes)).to(own)
+    merge_piece = combine.of(name)
+
+    def piece(begin: int, end: int) -> Tensor:
+        before = source.piece(name, begin, end)
+        return add(before.to(wide), merge_piece(read(begin, end, before), begin)).to(own)
+
+    return piece
 
 
 class _Inputs:
@@ -250,26 +234,34 @@ class _Inputs:
                     "use delta.unbound()."
                 )
 
-    def read(self, name: str, before: Tensor | None = None) -> list[Tensor]:
-        """Each model's change of a tensor."""
-        before = self.base.read(name) if before is None else before
+    def reader(self, name: str) -> Callable[..., list[Tensor]]:
+        """What reads each model's change of a tensor, from one place to another, flat.
+
+        It takes the base's piece too, where that has been read already.
+        """
         wide = self.entries[name].dtype
-        found: list[Tensor] = []
-        for i, (model, places) in enumerate(zip(self.models, self._places, strict=True)):
-            if name not in places:
-                found.append(torch.zeros(before.shape, dtype=wide, device=before.device))
-                continue
-            if isinstance(model, Delta):
-                change = model[places[name]].to(before.device, wide)
-            else:
-                change = model.read(places[name]).to(before.device, wide) - before.to(wide)
-            if not _finite(change):
-                raise OptxError(
-                    f"merge: the change of {name!r} in models[{i}] is not finite. Leave it out with "
-                    "exclude=, or mend that model."
-                )
-            found.append(change)
-        return found
+        readers = [
+            _reader(model, places[name]) if name in places else None
+            for model, places in zip(self.models, self._places, strict=True)
+        ]
+
+        def read(begin: int, end: int, before: Tensor | None = None) -> list[Tensor]:
+            before = self.base.piece(name, begin, end) if before is None else before
+            start, found = before.to(wide), list[Tensor]()
+            for i, (model, reader) in enumerate(zip(self.models, readers, strict=True)):
+                if reader is None:
+                    found.append(torch.zeros_like(start))
+                    continue
+                own = reader(begin, end).to(before.device, wide)
+                found.append(own if isinstance(model, Delta) else own - start)
+                if not _finite(found[-1]):
+                    raise OptxError(
+                        f"merge: the change of {name!r} in models[{i}] is not finite. Leave it out with "
+                        "exclude=, or mend that model."
+                    )
+            return found
+
+        return read
 
     def labels(self) -> list[str]:
         """What the inputs are."""
@@ -285,8 +277,19 @@ def _finite(tensor: Tensor) -> bool:
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
-def _own(made: Tensor, source: Tensor) -> Tensor:
-    return made.clone() if made.data_ptr() == source.data_ptr() else made
+def _reader(model: Source | Delta, name: str) -> Callable[[int, int], Tensor]:
+    return model.reader(name) if isinstance(model, Delta) else partial(model.piece, name)
+
+
+def _own(made: Tensor | Callable[[int, int], Tensor], entry: Entry, source: Tensor) -> Tensor:
+    """A tensor of the result, whole, in memory of its own and on the base's device."""
+    if isinstance(made, Tensor):
+        return made.clone() if made.data_ptr() == source.data_ptr() else made
+    flat = torch.empty(entry.numel, dtype=entry.dtype, device=source.device)
+    for begin in range(0, entry.numel, PIECE):
+        end = min(begin + PIECE, entry.numel)
+        flat[begin:end] = made(begin, end)
+    return flat.view(entry.shape)
 
 
 def _out_dtype(own: torch.dtype, wanted: torch.dtype | None) -> torch.dtype:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from optx._errors import check_range
-from optx.delta._combine import PerModel, check_choice, per_model, steady_sum, total
+from optx.delta._changes import ByPieces, Changes, Combine, OfPiece
+from optx.delta._combine import PerModel, check_choice, per_model, steady_rows, total
 from optx.delta._select import order_statistics
-from optx.delta.merge import Changes, Combine, MergeMethod
+from optx.delta.merge import MergeMethod
 
 Range = tuple[float, float]
 Scores = Callable[[Sequence[Tensor]], list[Tensor]]
@@ -45,8 +46,6 @@ class PCB(MergeMethod):
             authors' vision scripts.
         scope: ``"global"`` ranks entries over the whole model, as the paper does (four passes over the
             files); ``"tensor"`` within each tensor, which gives another result.
-
-    Memory beside the changes of the largest tensor: as many scores, and a few temporaries.
 
     Raises:
         OptxError: an option out of range; at merge, another number of ``lam`` than of models.
@@ -87,15 +86,20 @@ class PCB(MergeMethod):
         prepared = _code_form if self.score == "code" else _paper_form
         weigh = prepared(self, changes) if self.scope == "global" else None
 
-        def combine(name: str, tensors: Sequence[Tensor]) -> Tensor:
-            weights, values = (weigh or prepared(self, Changes.of(name, tensors)))(tensors)
-            mass = total(weights).clamp_(min=1e-12)
-            merged = torch.zeros_like(mass)
-            for weight, value, lam in zip(weights, values, lams, strict=True):
-                merged.addcmul_(weight, value, value=lam)
-            return merged.div_(mass)
+        def of(name: str) -> OfPiece:
+            now = weigh or prepared(self, changes.only(name))
 
-        return combine
+            def piece(tensors: Sequence[Tensor], _begin: int) -> Tensor:
+                weights, values = now(tensors)
+                mass = total(weights).clamp_(min=1e-12)
+                merged = torch.zeros_like(mass)
+                for weight, value, lam in zip(weights, values, lams, strict=True):
+                    merged.addcmul_(weight, value, value=lam)
+                return merged.div_(mass)
+
+            return piece
+
+        return ByPieces(of)
 
 
 # ---- the authors' code -------------------------------------------------------------------------------
@@ -141,7 +145,7 @@ def _code_scores(tensors: Sequence[Tensor], pcb: PCB, ranges: Sequence[Range]) -
 def _ranges(changes: Changes, of: Scores, low: int, high: int) -> list[Range]:
     """For each model, the numbers at two places of its sorted row."""
     found = order_statistics(
-        lambda: (of(ts) for _, ts in changes), [[low, high]] * changes.models, changes.numel
+        lambda: (of(ts) for _, _, ts in changes.pieces()), [[low, high]] * changes.models, changes.numel
     )
     return [(a, b) for a, b in found]
 
@@ -163,8 +167,8 @@ def _paper_form(pcb: PCB, changes: Changes) -> Weigh:
         return lambda tensors: (list(tensors), list(tensors))
     pairs = list(combinations_with_replacement(range(models), 2))
     bounds = dict.fromkeys(pairs, (math.inf, -math.inf))
-    for _, tensors in changes:
-        for i, j in pairs if tensors[0].numel() else ():
+    for _, _, tensors in changes.pieces():
+        for i, j in pairs:
             least, most = (tensors[i] * tensors[j]).aminmax()
             bounds[i, j] = min(bounds[i, j][0], float(least)), max(bounds[i, j][1], float(most))
 
@@ -173,22 +177,20 @@ def _paper_form(pcb: PCB, changes: Changes) -> Weigh:
         pair = (i, j) if i <= j else (j, i)
         return _unit(tensors[i] * tensors[j], bounds[pair]).mul_(times).exp_()
 
-    own = [list[float]() for _ in range(models)]
-    shared = {pair: list[float]() for pair in pairs}
-    for _, tensors in changes:
-        for pair in pairs:
-            shared[pair].append(steady_sum(raised(tensors, *pair)))
-        for i in range(models):
-            own[i].append(steady_sum(raised(tensors, i, i, models)))
+    rows = {
+        (i, j, times): dict[str, list[float]]() for i, j in pairs for times in {1, models if i == j else 1}
+    }
+    for name, _, tensors in changes.pieces():
+        for key, by_name in rows.items():
+            by_name.setdefault(name, []).extend(steady_rows(raised(tensors, *key)))
     # Means, not sums: a softmax of n numbers is of the size 1/n, and its square small for a float32.
-    own_mean = [math.fsum(sums) / n for sums in own]
-    mean = {pair: math.fsum(sums) / n for pair, sums in shared.items()}
+    mean = {key: math.fsum(map(math.fsum, by_name.values())) / n for key, by_name in rows.items()}
 
     def scores(tensors: Sequence[Tensor]) -> list[Tensor]:
         found: list[Tensor] = []
         for i in range(models):
-            agreement = [raised(tensors, i, j).div_(mean[min(i, j), max(i, j)]) for j in range(models)]
-            found.append(total(agreement).mul_(raised(tensors, i, i, models)).div_(own_mean[i]))
+            agreement = [raised(tensors, i, j).div_(mean[min(i, j), max(i, j), 1]) for j in range(models)]
+            found.append(total(agreement).mul_(raised(tensors, i, i, models)).div_(mean[i, i, models]))
         return found
 
     place = n - max(1, int(n * pcb.ratio))

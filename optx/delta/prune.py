@@ -136,8 +136,8 @@ def check_stats(entries: Mapping[str, Any], stats: Mapping[str, InputStats], own
             )
 
 
-def structural(name: str, change: Tensor, p: float, q: float | None, seed: int) -> Tensor:
-    """Only round((1-p) d_in) random columns (dimension 1), the same for all rows, over q.
+def structural(name: str, change: Tensor, p: float, q: float | None, seed: int, axis: int = 1) -> Tensor:
+    """Only round((1-p) d_in) random columns, the same for all rows, over q.
 
     Args:
         name: of the tensor: it and the seed choose the columns.
@@ -145,12 +145,12 @@ def structural(name: str, change: Tensor, p: float, q: float | None, seed: int) 
         p: share dropped.
         q: None divides by the share that is kept in truth.
         seed: of the choice.
+        axis: the dimension that runs over inputs.
     """
-    if change.ndim < 2 or change.shape[1] == 0:
+    if change.ndim < 2 or change.shape[axis] == 0:
         return change
-    width = change.shape[1]
+    width = change.shape[axis]
     count = max(1, round((1.0 - p) * width))
     columns = torch.from_numpy(np.sort(ranks(seed, name, width)[:count])).to(change.device)
-    pruned = torch.zeros_like(change)
-    pruned[:, columns] = change[:, columns] / (count / width if q is None else q)
-    return pruned
+    kept = change.index_select(axis, columns) / (count / width if q is None else q)
+    return torch.zeros_like(change).index_copy_(axis, columns, kept)

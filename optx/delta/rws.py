@@ -16,9 +16,7 @@ from torch import Tensor
 
 from optx._errors import FileError, OptxError, ShapeError, near
 from optx._files import written_aside
-from optx.delta._delta import (
-    Delta,
-)
+from optx.delta._delta import Delta
 from optx.delta._patch import Patch, patch
 from optx.delta._prunes import chooser
 from optx.delta._quantize import Coded, Form, check_quantize, encode

@@ -1,4 +1,4 @@
-"""What DAREx-q divides by: found on labels, on the model's outputs, or from the inputs of its layers.
+"""What DAREx-q divides by: found on labels, on outputs, or from the inputs of layers; or learned.
 
 Source: "DARE the Extreme: Revisiting Delta-Parameter Pruning For Fine-Tuned Models", arXiv 2410.09344,
 sections 3.2 and 4, and its official code.
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from optx._errors import OptxError, check_range, near
+from optx.delta._learn_q import learned_q
 from optx.delta._mask import Dropout, key_of
 from optx.delta._stats import InputStats, call, input_stats
 from optx.delta.prune import check_p, check_stats
@@ -26,7 +27,7 @@ Score: TypeAlias = Callable[[nn.Module], float]
 Distance: TypeAlias = Callable[[Any, Any], float]
 """From a full model's output to a pruned one's on the same batch."""
 
-STRATEGIES = ("output", "val", "analytic", "mse")
+STRATEGIES = ("output", "val", "analytic", "learned", "mse")
 _GAMMA = 0.05  # the bound holds with a probability of 95 %
 _PATIENCE = 3
 _ROWS = 1 << 22  # numbers of a weight that are looked at together
@@ -82,6 +83,9 @@ def find_q(
     with _as_it_was(model), torch.no_grad():
         full = [call(model, batch) for batch in inputs]
         apart = distance or output_distance
+        if strategy == "learned":
+            with torch.enable_grad():
+                return learned_q(model, trial.changes, inputs, full, distance or _apart, p, seeds)
 
         def likeness(pruned: nn.Module) -> float:
             far = [apart(want, call(pruned, batch)) for want, batch in zip(full, inputs, strict=True)]
@@ -277,19 +281,34 @@ def output_distance(full: Any, pruned: Any) -> float:
 
     For language models (logits of three dimensions) the mean squared difference at the full model's five
     largest logits; else the mean absolute difference of the last hidden state, the logits, or the tensor.
+    A classifier of transformers tells its hidden states where a batch has ``output_hidden_states=True``.
 
     Raises:
         OptxError: the output has neither.
     """
-    logits = getattr(full, "logits", None)
+    return float(_apart(full, pruned))
+
+
+def _last_hidden_state(output: Any) -> Any:
+    states = getattr(output, "hidden_states", None)
+    return states[-1] if states else getattr(output, "last_hidden_state", None)
+
+
+def _logits(output: Any) -> Any:
+    return getattr(output, "logits", None)
+
+
+def _apart(full: Any, pruned: Any) -> Tensor:
+    """`output_distance` with its gradient."""
+    logits = _logits(full)
     if logits is not None and logits.ndim == 3:
         top = logits.float().topk(min(5, logits.shape[-1]), -1)
-        return float((pruned.logits.float().gather(-1, top.indices) - top.values).square().mean())
-    for name in ("last_hidden_state", "logits"):
-        if (value := getattr(full, name, None)) is not None:
-            return float((getattr(pruned, name).float() - value.float()).abs().mean())
+        return (pruned.logits.float().gather(-1, top.indices) - top.values).square().mean()
+    for part in (_last_hidden_state, _logits):
+        if (value := part(full)) is not None:
+            return (part(pruned).float() - value.float()).abs().mean()
     if isinstance(full, Tensor):
-        return float((pruned.float() - full.float()).abs().mean())
+        return (pruned.float() - full.float()).abs().mean()
     raise OptxError(
         f"Delta.find_q: the model gives a {type(full).__name__}, with neither logits nor last_hidden_state; "
         "pass distance=, a function of two outputs."

@@ -5,20 +5,32 @@ Source: TIES-Merging, arXiv 2306.01708, and the authors' code.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from optx._errors import check_range
+from optx.delta._changes import ByPieces, Changes, Combine, OfPiece
 from optx.delta._combine import PerModel, check_choice, elected, numbers, per_model, total, weighted
 from optx.delta._select import order_statistics
-from optx.delta.merge import Changes, Combine, MergeMethod
+from optx.delta.merge import MergeMethod
 
-Trim = tuple[int, float]
-"""How many entries are kept, and the smallest magnitude among them."""
+
+@dataclass(frozen=True)
+class Trim:
+    """What a row keeps.
+
+    Attributes:
+        size: the smallest magnitude that is kept.
+        stop: entries that equal it are kept before this place only; None: everywhere.
+    """
+
+    size: float
+    stop: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,33 +90,43 @@ class TIES(MergeMethod):
         """Find what each model keeps, and the sign elected most often."""
         weights = per_model("TIES", "weights", self.weights, changes.models)
         densities = per_model("TIES", "density", self.density, changes.models)
-        trims = self._trims(changes, densities) if self.whole else None
+        shared = self._trims(changes, densities) if self.whole else None
 
-        def trimmed(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
-            now = trims or self._trims(Changes.of(name, tensors), densities)
-            exactly = self.convention == "mergekit" and not self.whole
-            return [trim(t, kept, exactly) for t, kept in zip(tensors, now, strict=True)]
+        def trims(name: str) -> list[Trim]:
+            return shared or self._trims(changes.only(name), densities)
 
-        on_zero = 1
-        if self.convention == "paper":
-            votes = (total(weighted(trimmed(n, ts), weights)).sign() for n, ts in changes)
-            on_zero = -1 if sum(int(vote.sum(dtype=torch.float64)) for vote in votes) < 0 else 1
+        on_zero = self._usual_sign(changes, weights, trims) if self.convention == "paper" else 1
 
-        def combine(name: str, tensors: Sequence[Tensor]) -> Tensor:
-            kept = trimmed(name, tensors)
-            return elected(kept, weights, self.normalize, self.lam, on_zero)
+        def of(name: str) -> OfPiece:
+            now = trims(name)
+            return lambda tensors, begin: elected(
+                trimmed(tensors, now, begin), weights, self.normalize, self.lam, on_zero
+            )
 
-        return combine
+        return ByPieces(of)
+
+    def _usual_sign(
+        self, changes: Changes, weights: Sequence[float], trims: Callable[[str], list[Trim]]
+    ) -> int:
+        """The sign that is elected most often."""
+        votes, now = 0, list[Trim]()
+        for name, begin, tensors in changes.pieces():
+            if not begin:
+                now = trims(name)
+            vote = total(weighted(trimmed(tensors, now, begin), weights)).sign()
+            votes += int(vote.sum(dtype=torch.float64))
+        return -1 if votes < 0 else 1
 
     def _trims(self, changes: Changes, densities: Sequence[float]) -> list[Trim]:
         n = changes.numel
         kept = [self._kept(density, n) for density in densities]
         if not n or all(k in (0, n) for k in kept):
-            return [(k, 0.0) for k in kept]
+            return [Trim(0.0 if k else math.inf) for k in kept]
         # A row that needs no threshold asks for its smallest entry, which costs nothing more.
         ranks = [[n - k if k else 0] for k in kept]
-        found = order_statistics(lambda: ([t.abs() for t in ts] for _, ts in changes), ranks, n)
-        return [(k, threshold) for k, [threshold] in zip(kept, found, strict=True)]
+        found = order_statistics(lambda: ([t.abs() for t in ts] for _, _, ts in changes.pieces()), ranks, n)
+        trims = [Trim(size if k else math.inf) for k, [size] in zip(kept, found, strict=True)]
+        return _exactly(changes, kept, trims) if self.convention == "mergekit" and not self.whole else trims
 
     def _kept(self, density: float, n: int) -> int:
         if density >= 1:
@@ -114,21 +136,43 @@ class TIES(MergeMethod):
         return max(1, int(density * n)) if density > 0 else 0
 
 
-def trim(change: Tensor, kept: Trim, exactly: bool = False) -> Tensor:
-    """The largest entries by magnitude, the others 0.
+def trimmed(tensors: Sequence[Tensor], trims: Sequence[Trim], begin: int = 0) -> list[Tensor]:
+    """The largest entries by magnitude of each model's flat piece, the others 0.
 
     Args:
-        change: any shape.
-        kept: how many of the row, and the smallest magnitude among them.
-        exactly: the change is the whole row, and of entries equal to the threshold only as many are kept as
-            make the number up, the first ones.
+        tensors: one per model.
+        trims: likewise.
+        begin: place of the piece's first entry.
     """
-    count, threshold = kept
-    if not count:
-        return torch.zeros_like(change)
+    return [torch.where(_keep(t, trim, begin), t, 0.0) for t, trim in zip(tensors, trims, strict=True)]
+
+
+def _keep(change: Tensor, trim: Trim, begin: int) -> Tensor:
     size = change.abs().to(torch.float32)
-    keep = size >= threshold
-    if exactly and (over := int(keep.sum()) - count) > 0:
-        last = (size == threshold).flatten().nonzero()[-over:]
-        keep.view(-1)[last] = False
-    return torch.where(keep, change, 0.0)
+    keep = size >= trim.size
+    if trim.stop is not None and (first := max(trim.stop - begin, 0)) < len(change):
+        keep[first:] &= size[first:] != trim.size
+    return keep
+
+
+def _exactly(changes: Changes, kept: Sequence[int], trims: Sequence[Trim]) -> list[Trim]:
+    """With the places from which on an entry that equals the threshold is one too many."""
+    left = list(kept)  # how many of the entries that equal the threshold have a place
+    equal = [0] * len(kept)
+    for _, _, tensors in changes.pieces():
+        for i, (tensor, trim) in enumerate(zip(tensors, trims, strict=True)):
+            size = tensor.abs().to(torch.float32)
+            left[i] -= int((size > trim.size).sum())
+            equal[i] += int((size == trim.size).sum())
+    found = list(trims)
+    if left == equal:
+        return found
+    for _, begin, tensors in changes.pieces():
+        for i, (tensor, trim) in enumerate(zip(tensors, trims, strict=True)):
+            if left[i] < equal[i] and found[i].stop is None:
+                places = (tensor.abs().to(torch.float32) == trim.size).nonzero().flatten()
+                if len(places) > left[i]:
+                    found[i] = replace(trim, stop=begin + int(places[left[i]]))
+                left[i] -= len(places)
+                equal[i] -= len(places)
+    return found

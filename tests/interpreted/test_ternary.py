@@ -14,7 +14,8 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 def masks_of(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Random masks, and the ternary vector they stand for."""
     t = torch.randint(-1, 2, (n,), generator=torch.Generator().manual_seed(seed))
-    masks, _ = ternary_cpu.pack(t.float(), 1)
+    masks = torch.empty(2, -(-n // 64), dtype=torch.int64)
+    ternary_cpu.pack(t.float(), masks, 1)
     return masks, t
 
 

@@ -1,0 +1,73 @@
+"""What several models changed, read piece by piece, and what makes one change of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from optx.delta._safetensors import PIECE, Entry
+
+Progress = Callable[[Iterable[str]], Iterable[str]]
+Read = Callable[[int, int], Sequence[Tensor]]
+"""Each model's change of one tensor, from one place to another, flat."""
+Combine = Callable[[str, Sequence[Tensor]], Tensor]
+OfPiece = Callable[[Sequence[Tensor], int], Tensor]
+"""Merges flat pieces, one per model, that begin at a place. Two threads may call it at once."""
+
+
+class Changes:
+    """What each model changed, by name: one tensor per model, float32 (float64 for such weights).
+
+    Iterating over it is one pass over all the models' numbers, a tensor at a time; `pieces` is one in which
+    a few megabytes are in memory.
+
+    Attributes:
+        entries: shape by name.
+        models: how many there are.
+        numel: numbers of one model.
+    """
+
+    def __init__(
+        self,
+        entries: Mapping[str, Entry],
+        models: int,
+        reader: Callable[[str], Read],
+        progress: Progress = lambda names: names,
+    ) -> None:
+        self.entries, self.models = dict(entries), models
+        self.numel = sum(entry.numel for entry in self.entries.values())
+        self._reader, self._progress = reader, progress
+
+    def __iter__(self) -> Iterator[tuple[str, Sequence[Tensor]]]:
+        for name in self._progress(list(self.entries)):
+            entry = self.entries[name]
+            yield name, [t.view(entry.shape) for t in self._reader(name)(0, entry.numel)]
+
+    def pieces(self) -> Iterator[tuple[str, int, Sequence[Tensor]]]:
+        """Name, place of the first number, and each model's flat piece: `PIECE` numbers, or what is left."""
+        for name in self._progress(list(self.entries)):
+            read, numel = self._reader(name), self.entries[name].numel
+            for begin in range(0, numel, PIECE):
+                yield name, begin, read(begin, min(begin + PIECE, numel))
+
+    def only(self, name: str) -> Changes:
+        """Those of one tensor, as if it were the whole model."""
+        return Changes({name: self.entries[name]}, self.models, self._reader)
+
+
+@dataclass(frozen=True)
+class ByPieces:
+    """A `Combine` that `optx.merge` may hand flat pieces, because it works entry by entry.
+
+    Attributes:
+        of: by name, what merges a tensor's pieces. It is asked once per tensor, before the first piece, and
+            can look at all of the tensor's changes then.
+    """
+
+    of: Callable[[str], OfPiece]
+
+    def __call__(self, name: str, tensors: Sequence[Tensor]) -> Tensor:
+        """A whole tensor."""
+        return self.of(name)([tensor.reshape(-1) for tensor in tensors], 0).view(tensors[0].shape)
