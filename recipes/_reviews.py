@@ -1,4 +1,4 @@
-"""Sentences with a class each: film reviews that people found good or bad, or a file of one's own."""
+"""Sentences with a class each: reviews and tweets that people found good or bad, or a file of one's own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from . import _assets
 from ._run import device
 
-_RATINGS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+_RATINGS = {
+    "films": "movieReviewSnippets",
+    "products": "amazonReviewSnippets",
+    "news": "nytEditorialSnippets",
+    "tweets": "tweets",
+}
+"""Kinds of text, and how their files of ratings begin."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ def accuracy(model: nn.Module, data: Sentences) -> float:
     """Share of sentences that the model puts into the right class."""
     model.eval()
     right = 0
-    for index in torch.arange(len(data)).split(64):
+    for index in (data.tokens != data.pad).sum(1).argsort(stable=True).split(64):  # little padding
         batch = data.batch(index)
         right += int((model(**batch).logits.argmax(1) == batch["labels"]).sum())
     return right / len(data)
@@ -71,25 +77,66 @@ def load(tokenizer: Any, source: str | None, test: int, length: int) -> tuple[Se
         test: how many sentences are kept for testing.
         length: sentences are cut after so many tokens.
     """
-    rows = _reviews() if source is None else _own(Path(source).expanduser())
-    names = sorted({name for name, _ in rows})
-    if len(names) < 2 or len(rows) <= test:
+    rows = _judged("films") if source is None else _own(Path(source).expanduser())
+    if len({name for name, _ in rows}) < 2 or len(rows) <= test:
         raise _assets.AssetError(
-            f"--data: {source} has {len(rows)} sentences of {len(names)} classes; it takes more than --test "
-            f"({test}) of at least 2."
+            f"--data: {source} has {len(rows)} sentences of {len({name for name, _ in rows})} classes; it "
+            f"takes more than --test ({test}) of at least 2."
         )
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
-    texts = [rows[i][1] for i in order]
-    labels = torch.tensor([names.index(rows[i][0]) for i in order])
+    return _tokenised(tokenizer, _shuffled(rows), length).cut(test)
+
+
+def tasks(
+    tokenizer: Any, source: str | None, test: int, length: int
+) -> dict[str, tuple[Sentences, Sentences]]:
+    """Several tasks, each with train and test sentences.
+
+    Args:
+        tokenizer: of the model.
+        source: a folder with a file ``TASK.tsv`` of ``class<TAB>sentence`` lines for each task. If None,
+            three: whether films are found good or bad, the same of tweets, and what kind of text a sentence
+            is from; no task trains on a sentence that another is tested on.
+        test: how many sentences of each task are kept for testing.
+        length: sentences are cut after so many tokens.
+    """
+    if source is None:
+        rows = _three_tasks(test)
+    else:
+        files = sorted(Path(source).expanduser().glob("*.tsv"))
+        if len(files) < 2:
+            raise _assets.AssetError(f"--data: {source!r} must be a folder with at least two files TASK.tsv.")
+        rows = {file.stem: _shuffled(_own(file)) for file in files}
+    return {task: _tokenised(tokenizer, found, length).cut(test) for task, found in rows.items()}
+
+
+def _three_tasks(test: int) -> dict[str, list[tuple[str, str]]]:
+    """Those to be tested on first."""
+    judged = {kind: _shuffled(_judged(kind)) for kind in _RATINGS}
+    share, few = test // len(judged), min(len(rows) for rows in judged.values()) - test
+    kinds = {kind: [(kind, text) for _, text in rows] for kind, rows in judged.items()}
+    tested = _shuffled([row for rows in kinds.values() for row in rows[:share]])
+    trained = _shuffled([row for rows in kinds.values() for row in rows[test : test + few]])
+    return {"films": judged["films"], "tweets": judged["tweets"], "kind": tested + trained}
+
+
+def _shuffled(rows: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    return [rows[i] for i in order.tolist()]
+
+
+def _tokenised(tokenizer: Any, rows: list[tuple[str, str]], length: int) -> Sentences:
+    names = sorted({name for name, _ in rows})
+    labels = torch.tensor([names.index(name) for name, _ in rows])
+    texts = [text for _, text in rows]
     tokens = tokenizer(texts, truncation=True, max_length=length, padding=True, return_tensors="pt").input_ids
-    return Sentences(tokens, labels, tokenizer.pad_token_id).cut(test)
+    return Sentences(tokens, labels, tokenizer.pad_token_id)
 
 
-def _reviews() -> list[tuple[str, str]]:
-    """Sentences whose mean rating is at least 0.5 away from neutral (10,072 of 10,605)."""
+def _judged(kind: str) -> list[tuple[str, str]]:
+    """Sentences whose mean rating is at least 0.5 away from neutral (of the films, 10,072 of 10,605)."""
     [archive] = _assets.unpacked(_assets.REVIEWS).glob("*.tar.gz")
     with tarfile.open(archive) as files:
-        stream = files.extractfile(_RATINGS)
+        stream = files.extractfile(f"hutto_ICWSM_2014/{_RATINGS[kind]}_GroundTruth.txt")
         assert stream is not None  # the archive is pinned by its checksum
         lines = [line.split("\t") for line in io.TextIOWrapper(stream, encoding="utf-8")]
     rated = [(float(rating), text.strip()) for _, rating, text in lines]

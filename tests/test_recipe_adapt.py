@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import recipe_models
 import torch
 
 pytest.importorskip("transformers")
@@ -22,24 +23,7 @@ GOOD, BAD = "a warm and funny film", "a cold and dull mess"
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a BERT of one layer and a tokenizer of whole words."""
-    from transformers import BertConfig, BertModel, BertTokenizer
-
-    folder = tmp_path_factory.mktemp("encoder")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({*GOOD.split(), *BAD.split()})]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
-    config = BertConfig(
-        vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=16,
-    )
-    torch.manual_seed(0)
-    BertModel(config).save_pretrained(folder)
-    return folder
+    return recipe_models.encoder(tmp_path_factory.mktemp("encoder"), [*GOOD.split(), *BAD.split()])
 
 
 @pytest.fixture

@@ -1,0 +1,36 @@
+"""Tiny pretrained models on the disk, for recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+
+def encoder(folder: Path, words: Iterable[str], layers: int = 1, spread: float = 0.02) -> Path:
+    """A folder with a random BERT and a tokenizer of whole words.
+
+    Args:
+        folder: where to.
+        words: that the tokenizer knows.
+        layers: of the encoder.
+        spread: standard deviation of its weights.
+    """
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    known = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set(words))]
+    (folder / "vocab.txt").write_text("\n".join(known))
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(known),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        initializer_range=spread,
+    )
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(folder)
+    return folder
