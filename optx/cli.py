@@ -85,6 +85,16 @@ def bench_delta(context: typer.Context) -> None:
     importlib.import_module("optx.recipes._bench_delta").main(context.args)
 
 
+@bench.command("merge", context_settings={**_PASS_ON, "help_option_names": []})
+def bench_merge(context: typer.Context) -> None:
+    """Time merges of three models beside mergekit's."""
+    if importlib.util.find_spec("mergekit") is None:
+        raise _stop(
+            "optx bench merge: it measures beside mergekit. Type:\n    python -m pip install mergekit"
+        )
+    importlib.import_module("optx.recipes._bench_merge").main(context.args)
+
+
 @app.command()
 def doctor() -> None:
     """Show versions, devices and threads, and which paths steps take here and why."""

@@ -1,10 +1,11 @@
-"""``optx bench delta``: time and memory of pruning a fine-tuned checkpoint on the disk with DARE.
+"""``optx bench delta``: time and memory of pruning a fine-tuned checkpoint on the disk, or of merging some.
 
 Two sharded checkpoints of random weights, shaped like a Llama's, are written to a temporary folder. A process
 of its own then does ``Delta.between(base, tuned).dare(p).apply(base, out)``: it reads both and writes one.
-Its time stands beside that of copying the one checkpoint, in rounds that take turns: by ``shutil.copyfile``
-alone, which returns before the disk has the bytes, and with ``fsync``, which optx does too. Memory is the
-most that the process has held resident, above what it had after its imports and a first use of the kernels.
+(Or what ``--operation`` says; merges take the tuned one three times.) Its time stands beside that of copying
+the one checkpoint, in rounds that take turns: by ``shutil.copyfile`` alone, which returns before the disk has
+the bytes, and with ``fsync``, which optx does too. Memory is the most that the process has held resident,
+above what it had after its imports and a first use of the kernels.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,14 @@ from ._report import console
 SHARD = 500_000_000
 VOCABULARY = 32_000
 SUBJECTS = ("copy", "copy and fsync", "optx")
+MERGES: dict[str, Callable[[float], optx.MergeMethod]] = {
+    "arithmetic": lambda p: optx.TaskArithmetic(lam=0.3),
+    "ties": lambda p: optx.TIES(density=1 - p),
+    "dare-linear": lambda p: optx.DARELinear(p=p),
+    "dare-ties": lambda p: optx.DARETIES(p=p),
+    "pcb": lambda p: optx.PCB(ratio=1 - p),
+}
+OPERATIONS = ("dare", "compress", *MERGES)
 
 
 def shapes(size: float, itemsize: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -115,18 +124,33 @@ def _status(what: str) -> int:
     return 1024 * int(Path("/proc/self/status").read_text().split(f"{what}:")[1].split()[0])
 
 
-def work(folder: Path, p: float) -> dict[str, float]:
-    """What is measured, in this process."""
-    warm: dict[str, Tensor] = {"w": torch.zeros(8, dtype=torch.bfloat16), "v": torch.zeros(8)}
-    optx.Delta.between(warm, warm).dare(p).apply(warm)
+def operate(operation: str, base: Any, tuned: Any, out: Path, p: float) -> None:
+    """What is measured."""
+    if operation in MERGES:
+        optx.merge(base, [tuned] * 3, MERGES[operation](p), out)
+        return
+    delta = optx.Delta.between(base, tuned)
+    if operation == "dare":
+        delta.dare(p).apply(base, out)
+    else:
+        out.mkdir()
+        optx.compress(delta, optx.ComPEFT(density=1 - p)).save(out / "delta.compeft")
+
+
+def work(folder: Path, operation: str, p: float) -> dict[str, float]:
+    """Measure in this process, after a first time with a few numbers: for imports and compilers."""
+    draws = torch.Generator().manual_seed(0)
+    few = {name: torch.randn(1 << 12, generator=draws).bfloat16() for name in ("w", "v")}
+    operate(operation, few, {name: 2 * tensor for name, tensor in few.items()}, folder / "warm", p)
     _forget_peak()
     before, start, used = _resident(), time.perf_counter(), time.process_time()
-    optx.Delta.between(folder / "base", folder / "tuned").dare(p).apply(folder / "base", folder / "out")
+    operate(operation, folder / "base", folder / "tuned", folder / "out", p)
     seconds = {"seconds": time.perf_counter() - start, "processor": time.process_time() - used}
+    shutil.rmtree(folder / "warm")
     return {**seconds, "memory": _most_resident() - before}
 
 
-def measure(folder: Path, rounds: int, p: float) -> dict[str, list[float]]:
+def measure(folder: Path, operation: str, rounds: int, p: float) -> dict[str, list[float]]:
     """Seconds of each subject and bytes of ours, by round."""
     found: dict[str, list[float]] = {kind: [] for kind in (*SUBJECTS, "processor", "memory")}
     for number in range(rounds):
@@ -140,6 +164,8 @@ def measure(folder: Path, rounds: int, p: float) -> dict[str, list[float]]:
                     "optx.recipes._bench_delta",
                     "--work",
                     str(folder),
+                    "--operation",
+                    operation,
                     "--p",
                     str(p),
                 ]
@@ -173,14 +199,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="optx bench delta", description=__doc__)
     parser.add_argument("--size", type=float, default=2.0, help="GB of one checkpoint")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--p", type=float, default=0.9, help="share dropped")
+    parser.add_argument("--operation", choices=OPERATIONS, default="dare")
+    parser.add_argument(
+        "--p", type=float, default=0.9, help="share dropped; the others keep a density of 1 - p"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", help="where the temporary folder is made (default: the system's)")
     parser.add_argument("--json", metavar="FILE", help="write every figure to a file")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.work:
-        print(json.dumps(work(Path(options.work), options.p)))
+        print(json.dumps(work(Path(options.work), options.operation, options.p)))
         return
     if sys.platform != "linux":
         parser.error("it reads memory from /proc, so it needs Linux")
@@ -191,15 +220,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = Path(name)
         largest = write_pair(folder, options.size * 1e9, getattr(torch, options.dtype))
         size = sum(file.stat().st_size for file in (folder / "base").iterdir())
-        found = measure(folder, options.rounds, options.p)
+        found = measure(folder, options.operation, options.rounds, options.p)
     console.print(
-        f"torch {torch.__version__}, {options.dtype}, {size / 1e9:.2f} GB a checkpoint, p {options.p}, "
-        f"{options.rounds} rounds, {os.cpu_count()} cores"
+        f"{options.operation}, torch {torch.__version__}, {options.dtype}, {size / 1e9:.2f} GB a checkpoint, "
+        f"p {options.p}, {options.rounds} rounds, {os.cpu_count()} cores"
     )
     console.print(_table(found))
     most = max(found["memory"]) / 1e6
     busy = statistics.median(found["processor"])
-    console.print(f"processor time of optx, both its threads: {busy:.2f} s")
+    console.print(f"processor time of optx, all its threads: {busy:.2f} s")
     console.print(f"peak memory above the imports: {most:.0f} MB; the largest tensor: {largest / 1e6:.0f} MB")
     if options.json:
         results: dict[str, Any] = {"size": size, "largest": largest, "dtype": options.dtype, **found}

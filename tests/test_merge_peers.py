@@ -227,3 +227,13 @@ def test_dare_as_mergekit(
         )[name]
     torch.manual_seed(seed)
     same(optx.merge(base, tuned, ours), theirs)
+
+
+def test_bench_merge_times_both_libraries() -> None:
+    pytest.importorskip("mergekit.merge_methods")
+    from optx.recipes import _bench_merge
+
+    found = _bench_merge.measure(*_bench_merge.models(tensors=1, rows=4), rounds=1)
+    assert [name for name, library in found if library == "optx"] == list(_bench_merge.METHODS)
+    assert len(found) == len(_bench_merge.METHODS) + 4
+    assert all(seconds > 0 for seconds in found.values())
