@@ -401,6 +401,15 @@ def test_search_follows_the_specification() -> None:
     assert fine[0] == pytest.approx(0.3 - 0.9 * 0.05)
 
 
+def test_search_ends_though_larger_is_always_better() -> None:
+    """As for a model that pruning has ruined: the best is the base, and 1 is 2000 steps away."""
+    tried: list[float] = []
+    best = search_q.search(lambda q: tried.append(q) or q, p=0.999)  # type: ignore[func-returns-value]
+    assert best == pytest.approx(0.016)
+    assert len(tried) < 50
+    assert search_q.search(lambda q: q, p=0.999, step=0.1) == pytest.approx(1.0, abs=0.1)  # as far as asked
+
+
 def test_search_survives_nan_and_stays_within_one() -> None:
     assert search_q.search(lambda q: math.nan if q < 0.6 else q, p=0.5, step=0.05) == pytest.approx(1.0)
 

@@ -247,7 +247,8 @@ class Prunes(ABC):
                 and the pruned one. Default: mean squared difference at the full model's five largest logits
                 for language models, else mean absolute difference of last hidden states, or of logits if
                 the output has none (a classifier's has, where batches say ``output_hidden_states=True``).
-            step: of the search; None is (1 - p) / 2, followed by a search in tenths of it.
+            step: of the search from 1 - p to 1, followed by one in tenths of it. None: (1 - p) / 2, and the
+                search ends at 16 (1 - p), where next to nothing of the change is left.
             eta: of ``"analytic"``.
             seeds: of the masks.
             include: regex of the names that will be pruned.

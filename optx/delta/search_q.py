@@ -30,6 +30,7 @@ Distance: TypeAlias = Callable[[Any, Any], float]
 STRATEGIES = ("output", "val", "analytic", "learned", "mse")
 _GAMMA = 0.05  # the bound holds with a probability of 95 %
 _PATIENCE = 3
+_FARTHEST = 16
 _ROWS = 1 << 22  # numbers of a weight that are looked at together
 
 
@@ -102,7 +103,8 @@ def search(quality: Callable[[float], float], p: float, step: float | None = Non
     Args:
         quality: of a q; nan counts as worst.
         p: share dropped.
-        step: of the coarse walk; the fine one's is a tenth. None: (1 - p) / 2.
+        step: of the coarse walk; the fine one's is a tenth. None: (1 - p) / 2, and no further than
+            16 (1 - p), where a sixteenth of the change is expected; at p = 0.999, 1 is 2000 steps away.
 
     Raises:
         OptxError: step is not above 0.
@@ -112,6 +114,7 @@ def search(quality: Callable[[float], float], p: float, step: float | None = Non
         0.23
     """
     low = 1.0 - p
+    high = min(_FARTHEST * low, 1.0) if step is None else 1.0
     step = low / 2 if step is None else step
     if not step > 0:
         raise OptxError(f"Delta.find_q: step is {step!r}; it must be above 0.")
@@ -128,9 +131,9 @@ def search(quality: Callable[[float], float], p: float, step: float | None = Non
             if idle > _PATIENCE:
                 return
 
-    walk(low, 1.0 + step / 1000, step)
+    walk(low, high + step / 1000, step)
     middle = max(seen, key=lambda q: seen[q])
-    walk(max(low + 0.1 * step, middle - 0.9 * step), min(middle + step, 1.0), 0.1 * step)
+    walk(max(low + 0.1 * step, middle - 0.9 * step), min(middle + step, high), 0.1 * step)
     return max(seen, key=lambda q: seen[q])
 
 
