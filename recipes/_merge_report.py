@@ -55,14 +55,16 @@ def _trials(found: Mapping[tuple[str, ...], Any]) -> list[tuple[str, str]]:
 
 
 def _pruned(run: Run, found: dict[tuple[str, ...], Any]) -> None:
-    columns: dict[str, dict[str, str]] = {"kept whole": {}}
+    columns: dict[str, dict[str, str]] = {"p = 0": {}}
     for trained in _trained(found):
-        floor, full = (_text(_by_seed(found, trained, of)) for of in ("pretrained", "full"))
+        full = _text(_by_seed(found, trained, "full"))
         for method, p in _trials(found):
             row = f"{trained}, {method}"
-            columns["kept whole"][row] = full
+            columns["p = 0"][row] = full
             columns.setdefault(f"p = {p}", {})[row] = _text(_by_seed(found, trained, f"{method}/{p}"))
-            columns.setdefault("all dropped", {})[row] = floor
+    floors = ", ".join(
+        f"{trained} {_text(_by_seed(found, trained, 'pretrained'))}" for trained in _trained(found)
+    )
     sizes = ", ".join(
         f"{trained} {statistics.mean(one['change'] for key, one in found.items() if key[0] == trained):.1e}"
         for trained in _trained(found)
@@ -71,7 +73,8 @@ def _pruned(run: Run, found: dict[tuple[str, ...], Any]) -> None:
         f"Pruned: {run.settings['steps']} steps at lr {run.settings['lr']:g}, then a share p dropped",
         columns,
         f"Accuracy in %, mean over tasks ({run.settings['test']} test sentences each) and masks; in "
-        f"brackets the range over seeds. Root mean square of the change: {sizes}.",
+        f"brackets the range over seeds. The pretrained encoder under the experts' heads: {floors}. Root "
+        f"mean square of the change: {sizes}.",
     )
 
 
@@ -87,12 +90,12 @@ def _merged(run: Run, found: dict[tuple[str, ...], Any]) -> None:
                 columns.setdefault(task, {})[row] = f"{100 * mean:.1f}"
             columns.setdefault("mean", {})[row] = _text(_means(ones, method))
             scales = [f"{one[method]['lam']:.2g}" for one in ones if "lam" in one[method]]
-            columns.setdefault("scale by seed", {})[row] = " ".join(scales)
+            columns.setdefault("scales", {})[row] = " ".join(scales)
     _report.show(
         "Merged: one encoder for all tasks",
         columns,
         "Accuracy in %, each task under its own head, mean over seeds; in brackets the range. Experts: each "
-        f"on its own task. Scales were chosen on {run.settings['valid']} other sentences of each task.",
+        f"on its own task. Scales, by seed, were chosen on {run.settings['valid']} other sentences a task.",
     )
 
 
@@ -106,22 +109,21 @@ def _patched(_run: Run, found: dict[tuple[str, ...], Any]) -> None:
     for corruption in next(iter(found.values())):
         ones = [one[corruption] for one in found.values()]
         for count in range(len(ones[0]["curve"])):
-            columns.setdefault(f"{count} layers", {})[corruption] = _pair(
-                [one["curve"][count] for one in ones]
-            )
-        columns.setdefault("4 layers in 4 bits", {})[corruption] = _pair([one["4 bits"] for one in ones])
-        columns.setdefault("robust network", {})[corruption] = _pair([one["robust"] for one in ones])
+            columns.setdefault(f"K = {count}", {})[corruption] = _pair([one["curve"][count] for one in ones])
+        columns.setdefault("4, 4 bits", {})[corruption] = _pair([one["4 bits"] for one in ones])
+        columns.setdefault("robust", {})[corruption] = _pair([one["robust"] for one in ones])
     _report.show(
-        "Patched: digits, signature of the first layers",
+        "Patched: digits, signature of the first K layers",
         columns,
-        f"Accuracy in % on clean / corrupted digits, mean over {len(found)} seeds. In 4 bits the signature "
+        f"Accuracy in % on clean / corrupted digits, mean over {len(found)} seeds. Robust: a network trained "
+        f"on corrupted digits. In 4 bits the signature of 4 layers "
         f"is {next(iter(found.values()))['blur']['smaller']:.1f} times smaller.",
     )
 
 
 def _pair(pairs: Sequence[Sequence[float]]) -> str:
     clean, corrupted = (100 * statistics.mean(values) for values in zip(*pairs, strict=True))
-    return f"{clean:.1f} / {corrupted:.1f}"
+    return f"{clean:.0f}/{corrupted:.0f}"
 
 
 def _draw_pruned(ax: Any, found: dict[tuple[str, ...], Any]) -> None:
@@ -150,7 +152,6 @@ def _draw_merged(ax: Any, found: dict[tuple[str, ...], Any]) -> None:
         for place, values in zip(places, scores, strict=True):
             ax.plot([place] * len(values), values, "k.", markersize=3)
     ax.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names], fontsize=7)
-    ax.set_ylim(bottom=30)
     ax.legend(frameon=False, fontsize=7)
     _report.label(ax, "Merged: mean over tasks; dots are seeds", y="accuracy, %")
 
