@@ -138,9 +138,9 @@ def operate(operation: str, base: Any, tuned: Any, out: Path, p: float) -> None:
 
 
 def work(folder: Path, operation: str, p: float) -> dict[str, float]:
-    """Measure in this process, after a first time with a few numbers: for imports and compilers."""
+    """Measure in this process, after a first time with numbers enough for every kernel to be loaded."""
     draws = torch.Generator().manual_seed(0)
-    few = {name: torch.randn(1 << 12, generator=draws).bfloat16() for name in ("w", "v")}
+    few = {name: torch.randn(1 << 21, generator=draws).bfloat16() for name in ("w", "v")}
     operate(operation, few, {name: 2 * tensor for name, tensor in few.items()}, folder / "warm", p)
     _forget_peak()
     before, start, used = _resident(), time.perf_counter(), time.process_time()
