@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,8 @@ class Expert:
     def __init__(self, model: Any, file: Path, train: Sentences, valid: Sentences, test: Sentences) -> None:
         self.model: Any = model.to(device())
         self.file, self.train, self.valid, self.test = file, train, valid, test
-        self.inside = rf"{model.base_model_prefix}\..*"
-        prefix = self.inside[:-3].replace("\\", "")
+        prefix = f"{model.base_model_prefix}."
+        self.inside = re.escape(prefix) + ".*"
         self.base: dict[str, Tensor] = {
             name: tensor.clone() for name, tensor in model.state_dict().items() if name.startswith(prefix)
         }

@@ -52,6 +52,7 @@ MERGED: dict[str, Merging] = {
 def fine_tune(expert: Expert, trained: str, label: str, seed: int, args: Any, run: Run) -> bool:
     """Train an expert and write it to its file; False if interrupted."""
     encoder, head = expert.encoder_and_head()
+    # The head is new: there are no pretrained weights that AdamR could keep it near.
     groups = [{"params": encoder}, {"params": head, "lr": args.head_lr, "adamr": False}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0)
     optimizer = TRAINED[trained](optimizer, args.pull)
