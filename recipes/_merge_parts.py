@@ -23,7 +23,6 @@ def prune(methods: Mapping[str, Pruning], expert: Expert, label: str, args: Any,
         "full": expert.accuracy(expert.delta.apply(expert.base)),
         "pretrained": expert.accuracy(expert.base),
         "change": size(expert.delta),
-        "q": {},
     }
     trials = [(method, p) for method in methods for p in args.rates]
     for i in run.steps(label, 0, len(trials)):

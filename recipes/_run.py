@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from optx._files import written_aside
 
@@ -223,6 +225,12 @@ class Run:
                     return
                 yield step
                 bars.update(bar, completed=step + 1)
+
+
+def warmed_up(optimizer: Optimizer, steps: int) -> LambdaLR:
+    """A schedule: up over the first tenth of the steps, then linearly down."""
+    warmup = max(1, steps // 10)
+    return LambdaLR(optimizer, lambda s: min((s + 1) / warmup, (steps - s) / (steps - warmup + 1)))
 
 
 def median_ms(seconds: Sequence[float]) -> float:

@@ -23,7 +23,7 @@ import optx
 
 from . import _adapt_report, _assets
 from ._reviews import Sentences, accuracy, load
-from ._run import Run, chosen, clock, device, median_ms, parser
+from ._run import Run, chosen, clock, device, median_ms, parser, warmed_up
 
 HEAD = "classifier"
 
@@ -55,10 +55,7 @@ def train(arm: str, seed: int, lr: float, data: Sentences, test: Sentences, args
     model, handle = start(arm, seed, args, int(data.labels.max()) + 1)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    warmup = max(1, args.steps // 10)  # then linearly down
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min((s + 1) / warmup, (args.steps - s) / (args.steps - warmup + 1))
-    )
+    scheduler = warmed_up(optimizer, args.steps)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
     losses: list[float] = []
     for step in run.steps(f"{arm}, seed {seed}", 0, args.steps):

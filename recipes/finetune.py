@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 import optx
 
 from . import _assets, _finetune_report, _text
-from ._run import Run, chosen, clock, device, median_ms, parser, state_bytes
+from ._run import Run, chosen, clock, device, median_ms, parser, state_bytes, warmed_up
 
 # Each arm is the same loop; this is the line that changes.
 ARMS: dict[str, Callable[[Optimizer, nn.Module, int], Optimizer]] = {
@@ -40,10 +39,7 @@ def train(arm: str, data: _text.TextData, args: Any, run: Run) -> dict[str, Any]
 
     optimizer: Optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
     optimizer = ARMS[arm](optimizer, model, args.seed)
-    warmup = max(1, args.steps // 10)  # then linearly down
-    scheduler = LambdaLR(
-        optimizer, lambda s: min((s + 1) / warmup, (args.steps - s) / (args.steps - warmup + 1))
-    )
+    scheduler = warmed_up(optimizer, args.steps)
 
     log: dict[str, Any] = {"step": 0, "loss": [], "curve": [], "step_s": [], "optimizer_s": []}
     if saved := run.load(arm):

@@ -18,14 +18,13 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 import optx
 
 from . import _assets, _digits, _merge_report, _reviews
 from ._experts import Expert
 from ._merge_parts import Merging, Pruning, merge, prune
-from ._run import Run, chosen, parser
+from ._run import Run, chosen, parser, warmed_up
 
 PARTS = ("prune", "merge", "patch")
 
@@ -56,10 +55,7 @@ def fine_tune(expert: Expert, trained: str, label: str, seed: int, args: Any, ru
     groups = [{"params": encoder}, {"params": head, "lr": args.head_lr, "adamr": False}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0)
     optimizer = TRAINED[trained](optimizer, args.pull)
-    warmup = max(1, args.steps // 10)  # then linearly down
-    scheduler = LambdaLR(
-        optimizer, lambda s: min((s + 1) / warmup, (args.steps - s) / (args.steps - warmup + 1))
-    )
+    scheduler = warmed_up(optimizer, args.steps)
     order = torch.randperm(len(expert.train), generator=torch.Generator().manual_seed(seed))
     expert.model.train()
     for step in run.steps(label, 0, args.steps):

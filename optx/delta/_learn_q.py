@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from optx._errors import OptxError, near
 from optx.delta._mask import Dropout, key_of
-from optx.delta._stats import linear_axes
+from optx.delta._stats import call, linear_axes
 
 _START, _RATE, _STEPS, _PATIENCE = 1e-4, 1e-2, 200, 5
 
@@ -109,9 +109,8 @@ class _Pruned:
             factor = (q.mean() if place is None else q[place]).to(kept.device)
             start = own.to(kept.dtype) - self._changes[name]
             weights[name] = (start + kept / factor).to(own.dtype)
-        args, named = (), {}
-        if isinstance(batch, Mapping):
-            named = dict(cast(Mapping[str, Any], batch))
-        else:
-            args = tuple(cast(Sequence[Any], batch)) if isinstance(batch, tuple | list) else (batch,)
-        return torch.func.functional_call(self._model, weights, args, named)
+
+        def run(*args: Any, **named: Any) -> Any:
+            return torch.func.functional_call(self._model, weights, args, named)
+
+        return call(run, batch)

@@ -6,11 +6,8 @@ Source: LoRA, arXiv 2106.09685, section 4.1; the files are PEFT's.
 from __future__ import annotations
 
 import json
-import math
-import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,9 +16,12 @@ from optx._errors import FileError, OptxError
 from optx.delta._delta import Delta
 from optx.delta._safetensors import Entry
 from optx.delta._source import Files
+from optx.delta._sums import wide
+from optx.inject._peft_io import PREFIX
+from optx.inject._peft_read import lora_from
 
 D = TypeVar("D", bound=Delta)
-_A, _B, _PREFIX = ".lora_A.weight", ".lora_B.weight", "base_model.model."
+_A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
 def lora_delta(kind: type[D], folder: Path, target: str) -> D:
@@ -48,17 +48,15 @@ def lora_delta(kind: type[D], folder: Path, target: str) -> D:
             )
     recipe = ("lora", target, source.label, source.state)
     if target == "factors":
-        entries = {
-            n: Entry(e.shape, torch.promote_types(e.dtype, torch.float32)) for n, e in source.entries.items()
-        }
+        entries = {n: Entry(e.shape, wide(e.dtype)) for n, e in source.entries.items()}
         return kind(
             entries,
             lambda name: source.read(name).to(entries[name].dtype),
             recipe=recipe,
             piece=lambda name, begin, end: source.piece(name, begin, end).to(entries[name].dtype),
         )
-    stems = {f"{stem.removeprefix(_PREFIX)}.weight": stem for stem in pairs}
-    turned = bool(config.get("fan_in_fan_out"))
+    stems = {f"{stem.removeprefix(PREFIX)}.weight": stem for stem in pairs}
+    lora, turned = lora_from(config, {}), bool(config.get("fan_in_fan_out"))
 
     def shape(stem: str) -> tuple[int, ...]:
         outputs, inputs = source.entries[stem + _B].shape[0], source.entries[stem + _A].shape[1]
@@ -66,20 +64,7 @@ def lora_delta(kind: type[D], folder: Path, target: str) -> D:
 
     def read(name: str) -> Tensor:
         a, b = (source.read(stems[name] + end).to(torch.float32) for end in (_A, _B))
-        product = (b @ a).mul_(_scaling(config, name.removesuffix(".weight"), len(a)))
+        product = (b @ a).mul_(lora.scale_at(name.removesuffix(".weight"), len(a)))
         return product.t().contiguous() if turned else product
 
     return kind({n: Entry(shape(stem), torch.float32) for n, stem in stems.items()}, read, recipe=recipe)
-
-
-def _scaling(config: Mapping[str, Any], path: str, rank: int) -> float:
-    """What the product is multiplied by: alpha over the rank, or over its root (rsLoRA)."""
-    alpha = next(
-        (
-            value
-            for pattern, value in (config.get("alpha_pattern") or {}).items()
-            if re.fullmatch(rf"(.*\.)?({pattern})", path)
-        ),
-        config.get("lora_alpha", 8),
-    )
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)

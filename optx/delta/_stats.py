@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +113,7 @@ def linear_axes(model: nn.Module) -> dict[str, int]:
     return found
 
 
-def call(model: nn.Module, batch: Any) -> Any:
+def call(model: Callable[..., Any], batch: Any) -> Any:
     """The model's output on a batch: keyword arguments, positional ones, or a tensor."""
     if isinstance(batch, Mapping):
         return model(**batch)

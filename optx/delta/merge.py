@@ -22,7 +22,7 @@ from optx.delta._output import plan_of, write_checkpoint
 from optx.delta._prunes import chooser
 from optx.delta._safetensors import PIECE, Entry
 from optx.delta._source import Checkpoint, Files, Source, check_alike, open_source
-from optx.delta._sums import add
+from optx.delta._sums import add, wide
 
 Model: TypeAlias = Checkpoint | Delta
 
@@ -175,7 +175,7 @@ class _Inputs:
             m if isinstance(m, Delta) else open_source(m, f"models[{i}]") for i, m in enumerate(models)
         ]
         self.entries = {
-            name: Entry(entry.shape, torch.promote_types(entry.dtype, torch.float32))
+            name: Entry(entry.shape, wide(entry.dtype))
             for name, entry in self.base.entries.items()
             if entry.dtype.is_floating_point and keep(name)
         }

@@ -96,7 +96,7 @@ def read(config: dict[str, Any], tensors: Mapping[str, Tensor], model: nn.Module
     found.update(inside)
     found.update(_split(rest, more)[0])
     file.check_untied([*whole, *more])
-    injection = _lora_from(config, named) if kind is LoRA else _ia3_from(config, file.paths, named)
+    injection = lora_from(config, named) if kind is LoRA else _ia3_from(config, file.paths, named)
     return Stored(injection, {"": list(named)}, [*whole, *more], found)
 
 
@@ -278,7 +278,8 @@ class _File:
                 )
 
 
-def _lora_from(config: dict[str, Any], named: Mapping[str, dict[str, Tensor]]) -> LoRA:
+def lora_from(config: dict[str, Any], named: Mapping[str, dict[str, Tensor]]) -> LoRA:
+    """The options that PEFT's configuration names; ``named``: each module's tensors in the file, by path."""
     lora = LoRA(
         rank=config.get("r", 8),
         alpha=config.get("lora_alpha", 8),

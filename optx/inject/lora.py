@@ -52,7 +52,7 @@ class LowRank(Part):
                 f"attach: LoRA's rank={self.rank} is larger than the weight of {path!r}, ({out}, {into}). "
                 f"Use at most {min(out, into)}, or a rank_pattern that names this module if you mean it."
             )
-        self.scale = lora.alpha_at(path) / (math.sqrt(self.rank) if lora.rslora else self.rank)
+        self.scale = lora.scale_at(path, self.rank)
         self.dropout = lora.dropout
         self.A: nn.Parameter
         self.B: nn.Parameter
@@ -367,6 +367,10 @@ class LoRA(Injection):
     def alpha_at(self, path: str) -> float:
         """The alpha of one module."""
         return self.alpha_pattern.get(_pattern_of(self.alpha_pattern, path) or "", self.alpha)
+
+    def scale_at(self, path: str, rank: int) -> float:
+        """What one module's product is multiplied by: alpha over the rank, or over its root (rsLoRA)."""
+        return self.alpha_at(path) / (math.sqrt(rank) if self.rslora else rank)
 
     def part(self, module: nn.Module, path: str) -> Part:
         """One module's A and B."""
