@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optx._errors import OptxError
+from optx._numbers import as_number
 from optx._rules import Rule, rule
 from optx._transform import Group, Slot
 from optx.ops import maximum, sqrt
@@ -125,7 +127,7 @@ def _adam(group: Group, decoupled: bool) -> BaseRules:
         slots["max_exp_avg_sq"] = _WEIGHT
     update = (
         *((negate,) if group["maximize"] else ()),
-        decay,
+        *((decay,) if _decays(group) else ()),
         adam_moments,
         amsgrad_update if group["amsgrad"] else adam_update,
     )
@@ -133,12 +135,18 @@ def _adam(group: Group, decoupled: bool) -> BaseRules:
 
 
 def _sgd(group: Group) -> BaseRules:
-    start = (*((negate,) if group["maximize"] else ()), add_l2)
+    start = (*((negate,) if group["maximize"] else ()), *((add_l2,) if _decays(group) else ()))
     if group["momentum"] == 0:
         return BaseRules((), (*start, descend), counted=False)
     step = look_ahead if group["nesterov"] else take_buffer
     update = (*start, momentum_update, step, descend)
     return BaseRules((momentum_scalars,), update, {"momentum_buffer": _WEIGHT}, counted=False)
+
+
+def _decays(group: Group) -> bool:
+    """Whether weight decay does anything; torch leaves it out at 0, where 0 * inf would be nan."""
+    decay = group["weight_decay"]
+    return isinstance(decay, Tensor) or bool(decay != 0)
 
 
 # By exact type: a subclass may override anything.
@@ -150,9 +158,20 @@ _FUSED: dict[type[torch.optim.Optimizer], Callable[[Group], BaseRules]] = {
 
 
 def base_rules(base: torch.optim.Optimizer, group: Group) -> BaseRules | None:
-    """The fused form of ``base`` for one group, or None where it has none."""
+    """The fused form of ``base`` for one group, or None where it has none.
+
+    Raises:
+        OptxError: a setting of the group is no number.
+    """
     make = _FUSED.get(type(base))
-    return make(group) if make else None
+    if make is None:
+        return None
+    for key in ("lr", "eps", "weight_decay", "momentum", "dampening"):
+        if key in group and as_number(group[key]) is None:
+            raise OptxError(f"optx: a param group has {key}={group[key]!r}; it must be one number.")
+    if any(as_number(beta) is None for beta in group.get("betas", ())):
+        raise OptxError(f"optx: a param group has betas={group['betas']!r}; they must be numbers.")
+    return make(group)
 
 
 def base_numbers(group: Group) -> dict[str, float | Tensor]:
@@ -160,16 +179,28 @@ def base_numbers(group: Group) -> dict[str, float | Tensor]:
     numbers: dict[str, float | Tensor] = {}
     for key, value in group.items():
         if key == "betas":
-            numbers.update({f"beta{i + 1}": beta for i, beta in enumerate(value)})
-        elif isinstance(value, bool | int | float) or (isinstance(value, Tensor) and value.numel() == 1):
-            numbers[key] = value
+            betas = [as_number(beta) for beta in value]
+            numbers.update({f"beta{i + 1}": beta for i, beta in enumerate(betas) if beta is not None})
+        elif (number := as_number(value)) is not None:
+            numbers[key] = number
     return numbers
 
 
 def rule_numbers(group: Group, names: Iterable[str]) -> dict[str, float | Tensor]:
-    """The base's numbers, and the transforms' options among ``names`` (``adamr_weight``)."""
-    options = {name: group[name.replace(".", "_")] for name in names if "." in name}
-    return {**base_numbers(group), **options}
+    """The numbers of those names, as the group has them now: the base's, and options (``adamr_weight``).
+
+    Raises:
+        OptxError: one of them is no number any more.
+    """
+    base = base_numbers(group)
+    numbers: dict[str, float | Tensor] = {}
+    for name in names:
+        number = as_number(group.get(name.replace(".", "_"))) if "." in name else base.get(name)
+        if number is None:
+            key = "betas" if name.startswith("beta") else name.replace(".", "_")
+            raise OptxError(f"optx: a param group has {key}={group.get(key)!r}; it must be one number.")
+        numbers[name] = number
+    return numbers
 
 
 def init_base_state(state: dict[str, Any], p: Tensor, rules: BaseRules, group: Group) -> bool:

@@ -15,16 +15,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from optx._errors import OptxError
+from optx._bases import base_rules
+from optx._checks import check_group
+from optx._errors import OptxError, ShapeError
 from optx._files import written_aside
-from optx._names import is_dtensor
+from optx._names import is_dtensor, parameter_names
 from optx._state import PENDING, is_ours, saved_slots, without_ours
+from optx._transform import Slot
 
 if TYPE_CHECKING:
     from optx._wrap import Wrapped
 
 
-def _slot_keys(wrapped: Wrapped) -> dict[str, Any]:
+def _slot_keys(wrapped: Wrapped) -> dict[str, Slot]:
     """Every slot key of the optimizer's transforms, with its `Slot`."""
     return {f"optx.{t.name}.{name}": slot for t in wrapped.transforms for name, slot in t.slots.items()}
 
@@ -48,7 +51,7 @@ def pack(wrapped: Wrapped) -> dict[str, Any]:
     store = wrapped._slots  # pyright: ignore[reportPrivateUsage]
     pending: dict[Any, dict[str, Tensor]] = {}
     for key, p in _keyed(wrapped, packed).items():
-        slots = {k: v for k, v in store.pending.get(p, {}).items() if k not in unsaved}
+        slots = {k: v for k, v in store.unsettled(p).items() if k not in unsaved}
         if slots:
             pending[key] = slots
     if pending:
@@ -57,38 +60,93 @@ def pack(wrapped: Wrapped) -> dict[str, Any]:
 
 
 def unpack(wrapped: Wrapped, state_dict: dict[str, Any]) -> None:
-    """Load into the base, and the slots beside it, exactly as they were saved."""
+    """Load into the base, and the slots beside it, as they were saved; or raise, and change nothing."""
     store = wrapped._slots  # pyright: ignore[reportPrivateUsage]
+    base = wrapped.base
     known = _slot_keys(wrapped)
     ours = saved_slots(state_dict)
     keyed = _keyed(wrapped, state_dict)
+    _check_shapes(wrapped, keyed, state_dict["state"], ours, known)
     before = {p: store.of(p) for p in keyed.values()}
     numbers = [{k: v for k, v in group.items() if _is_number(wrapped, k)} for group in wrapped.param_groups]
-    _tell_differences(wrapped, state_dict, ours, known)
-    wrapped.base.load_state_dict(state_dict=without_ours(state_dict))
-    _restore_numbers(wrapped, keyed, state_dict["state"])
-    for group, kept in zip(wrapped.param_groups, numbers, strict=True):
-        for key, value in kept.items():
-            group.setdefault(key, value)
-    store.pending.clear()
-    for key, p in keyed.items():
-        slots = {k: v for k, v in before[p].items() if k in known and not known[k].derived}
-        loaded = {k: v for k, v in ours.get(key, {}).items() if k in known or k.count(".") == 1}
-        slots.update({k: v.to(p.device, copy=True) for k, v in loaded.items()})
-        if slots:
-            store.pending[p] = slots
-    # Not those that were pending when saved: their base state is still to come.
-    store.settle(p for key, p in keyed.items() if key in state_dict["state"])
+    old = base.state, base.param_groups, store.pending
+    store.pending = {}
+    try:
+        _tell_differences(wrapped, state_dict, ours, known)
+        base.load_state_dict(state_dict=without_ours(state_dict))
+        _restore_dtypes(wrapped, keyed, state_dict["state"])
+        for group, kept in zip(wrapped.param_groups, numbers, strict=True):
+            for key, value in kept.items():
+                group.setdefault(key, value)
+            check_group(group, wrapped.transforms, base)
+        for key, p in keyed.items():
+            slots = {k: v for k, v in before[p].items() if k in known and not known[k].derived}
+            loaded = {k: v for k, v in ours.get(key, {}).items() if k in known or k.count(".") == 1}
+            slots.update(
+                {k: _as_declared(v, known.get(k)).to(p.device, copy=True) for k, v in loaded.items()}
+            )
+            if slots:
+                store.pending[p] = slots
+        # Not those that were pending when saved: their base state is still to come.
+        store.settle(p for key, p in keyed.items() if key in state_dict["state"])
+    except BaseException:
+        base.state, base.param_groups, store.pending = old
+        raise
+    for p, slots in store.lasting.items():
+        slots.update({k: v for k, v in store.of(p).items() if k in slots})
+    store.derived.forget(keyed.values())  # they are looked at before the next step
 
 
-def _restore_numbers(wrapped: Wrapped, keyed: dict[Any, Tensor], saved: dict[Any, Any]) -> None:
-    """Undo torch's cast of single numbers (NAdam's ``mu_product``) to a bfloat16 weight's dtype."""
+def _check_shapes(
+    wrapped: Wrapped,
+    keyed: dict[Any, Tensor],
+    saved: Any,
+    ours: dict[Any, dict[str, Tensor]],
+    known: dict[str, Any],
+) -> None:
+    """Raise where a saved tensor has another shape than the weight that it is for."""
+    names = parameter_names(wrapped.base)
+    for group in wrapped.param_groups:
+        rules = base_rules(wrapped.base, group)
+        of_base = frozenset(rules.slots) if rules else frozenset[str]()
+        members = set(map(id, group["params"]))
+        for key, p in keyed.items():
+            if id(p) not in members:
+                continue
+            entry = saved.get(key)
+            tensors = {k: v for k, v in entry.items() if k in of_base} if isinstance(entry, dict) else {}
+            for name, slot in ours.get(key, {}).items():
+                if name in known:
+                    tensors[name] = slot if not known[name].scalar or slot.numel() != 1 else None
+            for name, t in tensors.items():
+                if isinstance(t, Tensor) and t.shape != p.shape:
+                    raise ShapeError(
+                        f"load_state_dict: parameter {names[id(p)]!r} has shape {tuple(p.shape)}, the "
+                        f"{name!r} that was saved for it has {tuple(t.shape)}. Give the optimizer its "
+                        "parameters in the order and groups of the one that was saved."
+                    )
+
+
+def _as_declared(value: Tensor, slot: Slot | None) -> Tensor:
+    """A slot in its own dtype: on the way through an unwrapped optimizer torch cast it to the weight's."""
+    return value if slot is None or slot.dtype is None else value.to(slot.dtype)
+
+
+def _restore_dtypes(wrapped: Wrapped, keyed: dict[Any, Tensor], saved: Any) -> None:
+    """Undo torch's cast of state to the weight's dtype where that is not how it was kept.
+
+    Single numbers (NAdam's ``mu_product``); and moments of fewer bits than the weight's. Moments of more bits
+    than the weight's only where our kernels serve them: another base may not.
+    """
+    served = {p for group in wrapped.param_groups if base_rules(wrapped.base, group) for p in group["params"]}
     for owner, p in keyed.items():
         entry, state = saved.get(owner), wrapped.base.state.get(p, {})
         for key, value in entry.items() if isinstance(entry, dict) else ():
             now = state.get(key)
-            tensors = isinstance(value, Tensor) and isinstance(now, Tensor)
-            if tensors and value.ndim == now.ndim == 0 and value.dtype != now.dtype:
+            if not (isinstance(value, Tensor) and isinstance(now, Tensor)) or value.dtype == now.dtype:
+                continue
+            fewer = value.dtype.itemsize < now.dtype.itemsize
+            if value.ndim == now.ndim == 0 or fewer or p in served:
                 state[key] = value.to(now.device, copy=True)
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from optx._errors import OptxError, TransformError, near
+from optx._bases import base_rules
+from optx._errors import OptxError, ShapeError, TransformError, near
 from optx._names import parameter_names
 from optx._transform import Group, Moments, Transform
 
@@ -39,7 +41,7 @@ def check_wrap(wrapped: Wrapped, groups: Sequence[Group] | None = None) -> None:
         )
     names = parameter_names(base)
     for group in new:
-        acting = _check_group(group, wrapped.transforms, base)
+        acting = check_group(group, wrapped.transforms, base)
         for p in group["params"]:
             if acting is not None:
                 _check_parameter(p, names[id(p)], acting)
@@ -86,19 +88,16 @@ def _check_transforms(transforms: Sequence[Any], wrapped_type: type) -> None:
             )
 
 
-def _check_group(group: Group, transforms: Sequence[Transform], base: Optimizer) -> Transform | None:
-    """The first transform that acts on the group's tensors, if any does."""
+def check_group(group: Group, transforms: Sequence[Transform], base: Optimizer) -> Transform | None:
+    """Raise for a key or value that no transform knows; the first transform that acts on the group."""
     known = [key for t in transforms for key in t.group_keys()]
+    for key in group:
+        _check_key(key, known, transforms, base)
     for transform in transforms:
-        for key, value in group.items():
-            option = key.removeprefix(f"{transform.name}_")
-            if option != key and key not in known:
-                raise TransformError(
-                    f"wrap: a param group has {key!r}, which is no option of {type(transform).__name__}. "
-                    f"{near(key, known)}"
-                )
-            if option != key and option in transform.options and not isinstance(value, int | float | Tensor):
-                raise TransformError(f"wrap: a param group has {key}={value!r}; it must be a number.")
+        for option in transform.options:
+            key = f"{transform.name}_{option}"
+            if key in group:
+                transform.check_option(key, group[key], f"wrap: a param group has {key}={group[key]!r}")
     enabled = [t for t in transforms if t.serves(group)]
     acting = next((t for t in enabled if t.slots or t.moments(group, base) != Moments()), None)
     if acting and group.get("differentiable", False):
@@ -107,6 +106,52 @@ def _check_group(group: Group, transforms: Sequence[Transform], base: Optimizer)
             f"transform. Set it to False, or leave the group out with {acting.name}=False."
         )
     return acting
+
+
+def _check_key(key: str, known: Sequence[str], transforms: Sequence[Transform], base: Optimizer) -> None:
+    """A key of somebody else's is none of our business, unless it reads like a misspelt one of ours."""
+    if key in known or key in base.defaults or key in _TORCH_KEYS or key.startswith("optx."):
+        return
+    owner = next((t for t in transforms if key.startswith(f"{t.name}_")), None)
+    if owner is not None:
+        raise TransformError(
+            f"wrap: a param group has {key!r}, which is no option of {type(owner).__name__}. "
+            f"{near(key, known)}"
+        )
+    plain = {_plain(k): k for k in known if not k.startswith("optx.")}
+    like = difflib.get_close_matches(_plain(key), plain, n=1, cutoff=0.8)
+    if like:
+        raise TransformError(
+            f"wrap: a param group has {key!r}, which no transform reads. Is {plain[like[0]]!r} meant?"
+        )
+
+
+# What torch itself puts into param groups, besides a base's defaults.
+_TORCH_KEYS = frozenset(
+    ("params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
+)
+
+
+def _plain(key: str) -> str:
+    return key.replace("_", "").replace("-", "").lower()
+
+
+def check_state_shapes(base: Optimizer, group: Group, parameters: Iterable[Tensor]) -> None:
+    """Raise where the base's state has another shape than its weight: torch's own kernels don't look."""
+    rules = base_rules(base, group)
+    for p in parameters if rules else ():
+        for name in rules.slots if rules else ():
+            value = base.state.get(p, {}).get(name)
+            if isinstance(value, Tensor) and value.shape != p.shape:
+                raise ShapeError(shapes_differ(parameter_names(base)[id(p)], p, f"its state {name!r}", value))
+
+
+def shapes_differ(name: str, p: Tensor, what: str, t: Tensor) -> str:
+    """The sentence that says so."""
+    return (
+        f"optx: parameter {name!r} has shape {tuple(p.shape)}, {what} has {tuple(t.shape)}. Where a weight "
+        "was grown or replaced, give its state the new shape, or delete optimizer.state[p]."
+    )
 
 
 def _check_parameter(p: Tensor, name: str, first: Transform) -> None:

@@ -49,9 +49,9 @@ def near(name: str, names: Iterable[str], count: int = 3) -> str:
 
 
 def warn(message: str) -> None:
-    """Warn at the line outside optx that led here, through however many of our own functions."""
+    """Warn at the line that led here, outside of optx and of torch, which calls hooks and our step."""
     frame, levels = sys._getframe(1), 2  # pyright: ignore[reportPrivateUsage]
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("optx."):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("optx.", "torch.")):
         frame, levels = frame.f_back, levels + 1
     warnings.warn(message, stacklevel=levels)
 

@@ -6,31 +6,32 @@ import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from optx._bases import BaseRules, base_rules, init_base_state, rule_numbers
-from optx._errors import OptxError
-from optx._names import is_dtensor
+from optx._checks import shapes_differ
+from optx._errors import OptxError, ShapeError
+from optx._memory import DTYPES, Likeness, why_not_dense, why_not_plain
+from optx._names import parameter_names
 from optx._rounding import step_key
 from optx._rules import RuleSourceError
+from optx._slots import KAHAN, Slots
+from optx._state import is_ours
 from optx._transform import Group
 from optx.kernels.layout import FRESH, Layout
 from optx.kernels.program import Program
 
-_DTYPES = {
-    torch.float32: "float32",
-    torch.float64: "float64",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}
-KAHAN = "optx.kahan"
+
+class Unfusable(Exception):
+    """Found while pointing kernels at tensors: one has no memory to point at. The message says why."""
 
 
 def why_not(base: torch.optim.Optimizer, group: Group, program: Program) -> str | None:
-    """Why a group can't take a fused path, in words; None if it can."""
+    """Why a group can't take a fused path whatever its tensors are, in words; None if it can."""
     if base_rules(base, group) is None:
         return f"{type(base).__name__} has no fused form (SGD, Adam and AdamW have)"
     if group.get("differentiable", False):
@@ -41,22 +42,41 @@ def why_not(base: torch.optim.Optimizer, group: Group, program: Program) -> str 
         except RuleSourceError as error:
             return str(error)
     devices = {p.device.type for p in group["params"]}
+    return _missing("triton" if devices == {"cuda"} else "numba")
+
+
+def why_not_tensors(group: Group, state: Any) -> str | None:
+    """Why the tensors of a group can't be served by a kernel as they are now, in words; None if they can."""
+    devices = {p.device.type for p in group["params"]}
     if not devices <= {"cpu"} and not devices <= {"cuda"}:
         return f"no fused kernels for tensors on {', '.join(sorted(devices))}"
-    missing = _missing("triton" if devices == {"cuda"} else "numba")
-    if missing:
-        return missing
-    return next(filter(None, map(_why_not_tensor, group["params"])), None)
-
-
-def _why_not_tensor(p: Tensor) -> str | None:
-    if is_dtensor(p):
-        return "a parameter is a DTensor"
-    if p.dtype not in _DTYPES:
-        return f"a parameter is {p.dtype}"
-    if p.layout != torch.strided or not _is_dense(p):
-        return f"a parameter of shape {tuple(p.shape)} has gaps in memory (strides {p.stride()})"
+    for p in group["params"]:
+        reason = why_not_weight(p) or (why_not_gradient(p.grad) if p.grad is not None else None)
+        if reason:
+            return reason
+        for key, value in state.get(p, _NOTHING).items():
+            if isinstance(value, Tensor) and not is_ours(key) and (reason := why_not_plain(value)):
+                return f"{key} of a parameter {reason}"
     return None
+
+
+def why_not_weight(p: Tensor) -> str | None:
+    """Why a parameter can't be served by a kernel."""
+    reason = why_not_plain(p)
+    if reason is None and p.dtype not in DTYPES:
+        reason = f"is {p.dtype}"
+    reason = reason or why_not_dense(p)
+    return reason and f"a parameter {reason}"
+
+
+def why_not_gradient(g: Tensor) -> str | None:
+    """Why a gradient can't be served, nor be laid out anew for a kernel."""
+    if g.layout != torch.strided:
+        return "a gradient is sparse"
+    reason = why_not_plain(g)
+    if reason is None or (type(g) is Tensor and (g.is_neg() or g.is_conj() or g._is_zerotensor())):  # pyright: ignore
+        return None  # a lazy one is computed into memory of its own
+    return f"a gradient {reason}"
 
 
 @functools.cache
@@ -64,9 +84,16 @@ def _missing(package: str) -> str | None:
     return None if importlib.util.find_spec(package) else f"{package} is not installed"
 
 
-def _is_dense(t: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory, each once, in whatever order."""
-    return t.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(t)
+@dataclass
+class _Column:
+    """What the tensors of one column of a table were when their addresses were taken."""
+
+    like: Likeness
+    addresses: list[int]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> _Column:
+        return cls(Likeness(tensors), list(map(_ADDRESS, tensors)))
 
 
 @dataclass
@@ -76,23 +103,22 @@ class _Bucket:
     members: list[Tensor]
     runner: Any  # CpuStep or TritonStep
     keys: list[str]  # where state[p] has each role after w and g, then each cell
-    roles: int  # how many of the keys are roles
-    plain: bool = False  # whether all members are contiguous
-    addresses: dict[int, list[int]] = field(default_factory=dict[int, list[int]])  # by column, as last seen
+    columns: list[_Column] = field(default_factory=list[_Column])
 
 
 class FusedGroup:
     """Runs one param group's program through compiled kernels.
 
-    Tables are rebuilt when the set of parameters with a gradient (or a dtype) changes; otherwise a step
-    only compares and rewrites addresses.
+    A step compares every tensor with what it was when its address was taken; where anything differs, all are
+    looked at again and the tables are made anew, before anything is changed.
 
     Args:
         group: the param group.
         program: what to compute.
         rules: the base's update.
         base: its state is read and, for new parameters, made as torch makes it.
-        slot: ``(p, key) -> tensor`` for the transforms' state.
+        slots: the transforms' state.
+        derived: keys of the cells that are taken from a state tensor of the base, with its name.
         rounding: for bfloat16 weights.
         triton: run Triton kernels, else Numba.
     """
@@ -103,57 +129,127 @@ class FusedGroup:
         program: Program,
         rules: BaseRules,
         base: torch.optim.Optimizer,
-        slot: Callable[[Tensor, str], Tensor],
+        slots: Slots,
+        derived: Sequence[tuple[str, str]],
         rounding: str,
         triton: bool,
     ) -> None:
         self.group, self.program, self.rules, self.base = group, program, rules, base
-        self._slot, self._rounding, self.triton = slot, rounding, triton
-        self._signature: Any = None
+        self._slots, self._rounding, self.triton = slots, rounding, triton
+        self._derived = derived
+        self._seen: list[Tensor] = []  # the active parameters that the buckets were made for
         self._buckets: list[_Bucket] = []
         self._base_keys = (*rules.slots, *(("step",) if rules.counted else ()))
         # Parameters whose base state was made since the last update, by id, and the names made.
         self._fresh: dict[int, tuple[str, ...]] = {}
+        self._was_fresh = False
         self._copies: list[Tensor] = []  # gradients laid out like their weights, alive until the update
         self.active: list[Tensor] = []
+        self.draws = False  # whether anything is rounded stochastically
         self._hypers = program.named("hyper")
 
     # ---- tables ------------------------------------------------------------------------------------
 
-    def prepare(self, key: int) -> None:
-        """Point the kernels at this step's tensors and numbers."""
+    def prepare(self, key: Callable[[], int]) -> None:
+        """Point the kernels at this step's tensors and numbers.
+
+        Args:
+            key: gives the key of this step's random draws.
+
+        Raises:
+            Unfusable: a tensor has no memory to point at; the group can be served by torch's operations.
+            OptxError: a tensor that goes with a parameter has another shape or device, or an unknown dtype.
+        """
         params: list[Tensor] = self.group["params"]
-        self.active = active = [p for p in params if p.grad is not None]
+        grads: list[Tensor | None] = [p.grad for p in params]
+        self.active = active = [p for p, g in zip(params, grads, strict=True) if g is not None]
         self._copies.clear()
-        signature = [(id(p), p.dtype, p.grad.dtype, p.numel()) for p in active]  # type: ignore[union-attr]
-        if signature != self._signature:
+        self._refresh_derived()
+        same = len(active) == len(self._seen) and all(map(is_, active, self._seen))
+        if not (same and all(map(self._point, self._buckets))):
+            self._seen = []
             self._rebuild(params)
-            self._signature = signature
+            self._seen = list(active)
         numbers: dict[str, Any] = rule_numbers(self.group, self._hypers)
+        drawn = key() if self.draws else 0
         for bucket in self._buckets:
-            self._point(bucket)
             runner = bucket.runner
             if self.triton:
                 runner.live = {
                     i: numbers[n] for i, n in enumerate(runner.columns.hypers) if _on_gpu(numbers[n])
                 }
-            else:
-                runner.set_key(key)
+            elif self.draws:
+                runner.set_key(drawn)
             plain = [0.0 if _on_gpu(v) else float(v) for v in map(numbers.__getitem__, runner.columns.hypers)]
             runner.hypers[: len(plain)] = plain
 
     def _rebuild(self, params: Sequence[Tensor]) -> None:
+        """Look at every tensor, sort the parameters by dtypes, and make the tables."""
         buckets: dict[tuple[str, ...], list[int]] = {}
         for i, p in enumerate(params):
             if p.grad is not None:
-                reason = _why_not_tensor(p)
-                if reason:
-                    raise OptxError(f"optx: after wrap(), {reason}; wrap the optimizer again.")
+                self._check_weight(p)
                 self._init(p)
-                slots = [self._find(p, self._key(name)) for name in self.program.slots]
-                dtypes = tuple(_DTYPES[t.dtype] for t in (p, p.grad, *slots))
+                slots = [self._role(p, self._key(name)) for name in self.program.slots]
+                for name in self.program.cells:
+                    self._cell(p, self._key(name))
+                dtypes = tuple(DTYPES[t.dtype] for t in (p, p.grad, *slots))
                 buckets.setdefault(dtypes, []).append(i)
+        self.draws = any("bfloat16" in (d[0], *d[2:]) for d in buckets)
         self._buckets = [self._bucket(dtypes, members, params) for dtypes, members in buckets.items()]
+        for bucket in self._buckets:
+            self._take(bucket)
+
+    def _check_weight(self, p: Tensor) -> None:
+        assert p.grad is not None
+        reason = why_not_weight(p) or why_not_gradient(p.grad)
+        if reason:
+            raise Unfusable(reason)
+        if p.grad.dtype not in DTYPES:
+            raise OptxError(
+                f"optx: the gradient of {self._name(p)} is {p.grad.dtype}, which no kernel reads."
+            )
+        self._check_fits(p, "its gradient", p.grad)
+
+    def _check_fits(self, p: Tensor, what: str, t: Tensor) -> None:
+        """What goes with a weight element by element has its shape and is where it is."""
+        if t.shape != p.shape:
+            raise ShapeError(shapes_differ(parameter_names(self.base)[id(p)], p, what, t))
+        if t.device != p.device:
+            raise OptxError(
+                f"optx: {self._name(p)} is on {p.device}, {what} is on {t.device}; move it there."
+            )
+
+    def _role(self, p: Tensor, key: str) -> Tensor:
+        """A state tensor with one element per weight element, laid out like the weight."""
+        t = self._find(p, key)
+        self._check_tensor(p, key, t)
+        self._check_fits(p, _words(key), t)
+        if t.dtype not in DTYPES:
+            raise OptxError(f"optx: {_words(key)} of {self._name(p)} is {t.dtype}, which no kernel reads.")
+        _lay_out_like(t, p)
+        return t
+
+    def _cell(self, p: Tensor, key: str) -> Tensor:
+        """A state tensor with one element per weight."""
+        t = self._find(p, key)
+        self._check_tensor(p, key, t)
+        if t.numel() != 1:
+            raise ShapeError(
+                f"optx: {_words(key)} of {self._name(p)} has shape {tuple(t.shape)}; it must be one number."
+            )
+        return t
+
+    def _check_tensor(self, p: Tensor, key: str, t: Any) -> None:
+        if not isinstance(t, Tensor):
+            raise OptxError(
+                f"optx: {_words(key)} of {self._name(p)} is a {type(t).__name__}; it must be a tensor."
+            )
+        if reason := why_not_plain(t):
+            raise Unfusable(f"{_words(key)} of a parameter {reason}")
+
+    def _name(self, p: Tensor) -> str:
+        return f"parameter {parameter_names(self.base)[id(p)]!r}"
 
     def _init(self, p: Tensor) -> None:
         """Make what is missing of the base's state."""
@@ -185,7 +281,10 @@ class FusedGroup:
 
             runner = CpuStep(self.program, layout, numels, numbers)
         keys = [self._key(name) for name in (*runner.columns.roles[2:], *runner.columns.cells)]
-        return _Bucket(members, runner, keys, len(runner.columns.roles) - 2)
+        if "kahan" in runner.columns.roles:
+            for p in members:
+                self._role(p, KAHAN)
+        return _Bucket(members, runner, keys)
 
     def _key(self, name: str) -> str:
         """Where ``state[p]`` has a role or cell."""
@@ -195,63 +294,84 @@ class FusedGroup:
 
     def _find(self, p: Tensor, key: str) -> Tensor:
         """A state tensor, made if it is not there."""
-        if key in self._base_keys:
-            self._init(p)
-            return self.base.state[p][key]
-        return self._slot(p, key)
+        return self.base.state[p][key] if key in self._base_keys else self._slots.get(p, key)
 
-    def _point(self, bucket: _Bucket) -> None:
-        """Write addresses into the table. What runs per tensor here is most of a small model's step."""
+    # ---- addresses ---------------------------------------------------------------------------------
+
+    def _take(self, bucket: _Bucket) -> None:
+        """Take the addresses of tensors that were looked at."""
         members = bucket.members
-        state = self.base.state
+        columns = [members, self._laid_out(members)]
+        columns += [[self._find(p, key) for p in members] for key in bucket.keys]
+        bucket.columns = list(map(_Column.of, columns))
+        for number, column in enumerate(bucket.columns):
+            bucket.runner.tensors[:, number] = column.addresses
+        self._mark_fresh(bucket)
+
+    def _point(self, bucket: _Bucket) -> bool:
+        """Write this step's addresses into the table; False where a tensor is not what it was.
+
+        What runs per tensor here is most of a small model's step.
+        """
+        members = bucket.members
+        state, pending = self.base.state, self._slots.store.pending
         states = [state.get(p, _NOTHING) for p in members]
-        weights = [p.data_ptr() for p in members]
-        if weights != bucket.addresses.get(0):
-            self._moved(bucket)
-        self._set(bucket, 0, weights)
-        self._set(bucket, 1, [g.data_ptr() for g in self._gradients(bucket)])
-        for column, key in enumerate(bucket.keys, start=2):
-            try:
-                tensors = [s[key] for s in states]
-                addresses = [t.data_ptr() for t in tensors]
-            except (KeyError, AttributeError):  # not there yet, or None
-                tensors = [self._find(p, key) for p in members]
-                states = [state.get(p, _NOTHING) for p in members]
-                addresses = [t.data_ptr() for t in tensors]
-            if addresses != bucket.addresses.get(column):
-                if column < 2 + bucket.roles:
-                    for t, p in zip(tensors, members, strict=True):
-                        _lay_out_like(t, p)
-                self._set(bucket, column, [t.data_ptr() for t in tensors])
-        fresh = bucket.runner.cols[:, FRESH]
-        if self._fresh or fresh.any():
-            fresh[:] = [id(p) in self._fresh for p in members]
-
-    def _moved(self, bucket: _Bucket) -> None:
-        """Weights lie elsewhere, maybe in another order: ``model.to(memory_format=...)`` sets ``.data``."""
-        for p in bucket.members:
-            if (reason := _why_not_tensor(p)) is not None:
-                raise OptxError(f"optx: after wrap(), {reason}; wrap the optimizer again.")
-        bucket.plain = all(p.is_contiguous() for p in bucket.members)
-        bucket.addresses.clear()  # so that the state is laid out like them, see _point
-
-    def _set(self, bucket: _Bucket, column: int, addresses: list[int]) -> None:
-        if addresses != bucket.addresses.get(column):
-            bucket.runner.tensors[:, column] = addresses
-            bucket.addresses[column] = addresses
-
-    def _gradients(self, bucket: _Bucket) -> list[Tensor]:
-        """The gradients in their weights' memory order; copies only where they are not."""
-        grads: list[Tensor] = [p.grad for p in bucket.members]  # type: ignore[misc]
         try:
-            if bucket.plain and all(g.is_contiguous() for g in grads):
-                return grads
-        except RuntimeError:
-            pass  # a sparse gradient has no memory order; the next line says so
-        laid_out = [_like(g, p) for g, p in zip(grads, bucket.members, strict=True)]
+            grads = self._gradients(bucket)
+            if grads is None:
+                return False
+            columns = [members, grads]
+            for key in bucket.keys:
+                if pending and is_ours(key):
+                    pairs = zip(states, members, strict=True)
+                    columns.append([s[key] if key in s else pending[p][key] for s, p in pairs])
+                else:
+                    columns.append([s[key] for s in states])
+            for number, (column, tensors) in enumerate(zip(bucket.columns, columns, strict=True)):
+                if number != 1 and not column.like(tensors):
+                    return False
+                addresses = list(map(_ADDRESS, tensors))
+                if addresses != column.addresses:
+                    # A gradient lies elsewhere in every step; one without elements lies nowhere.
+                    if number != 1 or addresses.count(0) != column.addresses.count(0):
+                        return False
+                    bucket.runner.tensors[:, number] = addresses
+                    column.addresses = addresses
+        except (KeyError, TypeError, RuntimeError):  # not there, no tensor, or one without memory
+            return False
+        self._mark_fresh(bucket)
+        return True
+
+    def _mark_fresh(self, bucket: _Bucket) -> None:
+        if self._fresh or self._was_fresh:
+            bucket.runner.cols[:, FRESH] = [id(p) in self._fresh for p in bucket.members]
+
+    def _gradients(self, bucket: _Bucket) -> list[Tensor] | None:
+        """The gradients in their weights' memory order; None where one is not as it was."""
+        grads: list[Tensor] = [p.grad for p in bucket.members]  # type: ignore[misc]
+        like = bucket.columns[1].like
+        if like(grads):
+            return grads
+        grads = self._laid_out(bucket.members)
+        return grads if like(grads) else None
+
+    def _laid_out(self, members: Sequence[Tensor]) -> list[Tensor]:
+        grads: list[Tensor] = [p.grad for p in members]  # type: ignore[misc]
+        laid_out = [_like(g, p) for g, p in zip(grads, members, strict=True)]
         # Only the copies: a gradient kept here would outlive zero_grad().
         self._copies += [new for new, g in zip(laid_out, grads, strict=True) if new is not g]
         return laid_out
+
+    # ---- numbers that are taken from the base's state --------------------------------------------------
+
+    def _sources(self, name: str) -> list[Tensor | None]:
+        state = self.base.state
+        return [state.get(p, _NOTHING).get(name) for p in self.active]
+
+    def _refresh_derived(self) -> None:
+        """Take anew what no longer goes with the state that it was taken from."""
+        for key, source in self._derived:
+            self._slots.refresh(self.active, key, self._sources(source))
 
     # ---- a step ------------------------------------------------------------------------------------
 
@@ -290,6 +410,9 @@ class FusedGroup:
         self._done()
 
     def _done(self) -> None:
+        for _, source in self._derived:
+            self._slots.store.derived.took(self.active, self._sources(source))
+        self._was_fresh = bool(self._fresh)
         self._fresh.clear()
         self._copies.clear()
 
@@ -297,13 +420,21 @@ class FusedGroup:
         """The step is skipped: take back the state that `prepare` made."""
         for p in self.active:
             for name in self._fresh.get(id(p), ()):
-                del self.base.state[p][name]
+                self.base.state[p].pop(name, None)
             if p in self.base.state and not self.base.state[p]:
                 del self.base.state[p]
-        self._done()
+        if self._fresh:
+            self._seen = []
+        self._fresh.clear()
+        self._copies.clear()
 
 
 _NOTHING: dict[str, Tensor] = {}
+_ADDRESS = Tensor.data_ptr
+
+
+def _words(key: str) -> str:
+    return f"its state {key!r}"
 
 
 def _on_gpu(value: Any) -> bool:
@@ -318,11 +449,11 @@ def _lay_out_like(t: Tensor, p: Tensor) -> None:
 
 def _like(g: Tensor, p: Tensor) -> Tensor:
     """A gradient in its weight's memory order; itself where it is already."""
-    if g.layout != torch.strided:
-        raise OptxError(
-            f"optx: a sparse gradient (shape {tuple(g.shape)}); use sparse=False in the embedding, or leave "
-            "its group out of every transform and wrap with fused=False."
-        )
-    if (g.is_contiguous() and p.is_contiguous()) or g.stride() == p.stride():
+    if g.shape != p.shape:
+        raise RuntimeError(
+            "the gradient has another shape"
+        )  # copy_ would broadcast it; looked at again, see _rebuild
+    lazy = g.is_neg() or g.is_conj() or g._is_zerotensor()  # pyright: ignore
+    if not lazy and ((g.is_contiguous() and p.is_contiguous()) or g.stride() == p.stride()):
         return g
     return torch.empty_like(p, dtype=g.dtype, requires_grad=False).copy_(g)

@@ -7,7 +7,7 @@ a step, and all slots are pending while the base's own ``step`` runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,27 +26,61 @@ def is_ours(key: object) -> bool:
 
 
 class SlotStore:
-    """The slots of one wrapped optimizer."""
+    """The slots of one wrapped optimizer.
+
+    Attributes:
+        pending: slots that are not in ``state`` yet.
+        lasting: slots that can't be made again (an anchor: the weights have moved): ``state.clear()`` resets
+            the moments, and these come back.
+        derived: whether numbers taken from the base's state are still right.
+    """
 
     def __init__(self, base: torch.optim.Optimizer) -> None:
         self.base = base
         self.pending: dict[Tensor, dict[str, Tensor]] = {}
+        self.lasting: dict[Tensor, dict[str, Tensor]] = {}
+        self.derived = Derived()
 
-    def get(self, p: Tensor, key: str, make: Callable[[], Tensor]) -> Tensor:
+    def get(self, p: Tensor, key: str, make: Callable[[], Tensor], lasting: bool = False) -> Tensor:
         """A slot, made on first use."""
         state = self.base.state
         if p in state and key in state[p]:
-            return state[p][key]
-        slots = self.pending.setdefault(p, {})
-        if key not in slots:
-            slots[key] = make()
-        return slots[key]
+            slot = state[p][key]
+        else:
+            slots = self.pending.setdefault(p, {})
+            if key not in slots:
+                kept = self.lasting.get(p, {}).get(key)
+                slots[key] = make() if kept is None else kept
+            slot = slots[key]
+        if lasting:
+            self.lasting.setdefault(p, {})[key] = slot
+        return slot
 
     def of(self, p: Tensor) -> dict[str, Tensor]:
         """All slots of a parameter."""
         state = self.base.state
         present = {k: v for k, v in state[p].items() if is_ours(k)} if p in state else {}
-        return {**present, **self.pending.get(p, {})}
+        return {**self.lasting.get(p, {}), **present, **self.pending.get(p, {})}
+
+    def unsettled(self, p: Tensor) -> dict[str, Tensor]:
+        """The slots of a parameter that ``state`` does not show."""
+        shown = self.base.state.get(p, {})
+        return {k: v for k, v in self.of(p).items() if k not in shown}
+
+    def put(self, p: Tensor, key: str, value: Tensor) -> None:
+        """Replace a slot, wherever it is."""
+        state = self.base.state
+        where = state[p] if p in state and key in state[p] else self.pending.setdefault(p, {})
+        where[key] = value
+
+    def drop(self, p: Tensor, keys: Iterable[str]) -> None:
+        """Forget some slots."""
+        for key in keys:
+            for slots in (self.base.state.get(p), self.pending.get(p), self.lasting.get(p)):
+                if slots:
+                    slots.pop(key, None)
+        if not self.pending.get(p, True):
+            del self.pending[p]
 
     def settle(self, parameters: Iterable[Tensor]) -> None:
         """Move the slots of parameters that took a step to where torch keeps state."""
@@ -93,6 +127,12 @@ class SlotStore:
             self.pending = pending
             raise
 
+    def forget(self, parameters: Iterable[Tensor]) -> None:
+        """Parameters that left the optimizer."""
+        for p in parameters:
+            self.pending.pop(p, None)
+            self.lasting.pop(p, None)
+
     def drop_base_state(self, p: Tensor, derived: Iterable[str]) -> None:
         """Forget what the base knows of a parameter; keep our slots, but for those derived from that."""
         slots = {k: v for k, v in self.of(p).items() if k not in set(derived)}
@@ -105,8 +145,49 @@ class SlotStore:
         """A parameter object was replaced (Accelerate does so): its state goes with the name."""
         if old in self.base.state and new not in self.base.state:
             self.base.state[new] = self.base.state.pop(old)
-        if old in self.pending:
-            self.pending[new] = {k: placed_like(v, new) for k, v in self.pending.pop(old).items()}
+        for slots in (self.pending, self.lasting):
+            if old in slots:
+                slots[new] = {k: placed_like(v, new) for k, v in slots.pop(old).items()}
+
+
+class Derived:
+    """Whether a number that was taken from a state tensor of the base is still right.
+
+    AdamR keeps the sum of the second moment from one step to the next. Whatever else changes that moment in
+    place counts up its version, and whatever replaces it is another object; to look costs no pass over it.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[Tensor, Tensor, int]] = {}
+
+    def stale(self, parameters: Sequence[Tensor], sources: Sequence[Tensor | None]) -> list[int]:
+        """Positions of the parameters whose source is not what it was when `took` was called."""
+        seen = self._seen
+        return [
+            i
+            for i, (p, source) in enumerate(zip(parameters, sources, strict=True))
+            if (known := seen.get(id(p))) is None
+            or known[1] is not source
+            or known[0] is not p
+            or known[2] != source._version
+        ]
+
+    def took(self, parameters: Sequence[Tensor], sources: Sequence[Tensor | None]) -> None:
+        """The numbers have just been taken from these."""
+        for p, source in zip(parameters, sources, strict=True):
+            if source is not None:
+                self._seen[id(p)] = (p, source, source._version)
+
+    def forget(self, parameters: Iterable[Tensor]) -> None:
+        """Parameters that left, or whose numbers nobody keeps up any more."""
+        for p in parameters:
+            self._seen.pop(id(p), None)
+
+
+def close_enough(kept: Tensor, anew: Tensor) -> bool:
+    """Whether a derived number is right but for the order in which it was summed; then its bits stay."""
+    a, b = float(kept), float(anew)
+    return kept.dtype == anew.dtype and (a == b or abs(a - b) <= 1e-6 * abs(b))
 
 
 def saved_slots(state_dict: dict[str, Any]) -> dict[Any, dict[str, Tensor]]:

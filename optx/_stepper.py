@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,14 +11,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from optx._base_step import run_post_hooks, step_without_hooks
 from optx._bases import base_numbers, base_rules, rule_numbers
-from optx._errors import FusedError, TransformError
+from optx._checks import check_group, check_state_shapes, shapes_differ
+from optx._errors import FusedError, OptxError, ShapeError, TransformError
 from optx._foreach import GroupRun
-from optx._fused import KAHAN, FusedGroup, why_not
+from optx._fused import FusedGroup, Unfusable, why_not, why_not_tensors
+from optx._names import parameter_names
 from optx._pipeline import build
 from optx._plan import GroupPlan, Plan
 from optx._rounding import step_key, write
+from optx._slots import Slots
 from optx._transform import Group, Transform
+from optx._undo import Undo
 from optx.kernels.program import W0, Program
 
 if TYPE_CHECKING:
@@ -30,34 +36,54 @@ _STRUCTURAL = ("amsgrad", "maximize", "nesterov", "differentiable", "decoupled_w
 
 
 class _SkipStep(Exception):
-    """Leaves a base's step from inside its closure, before it has changed anything."""
+    """Leaves a base's step from inside its closure."""
 
 
 @dataclass
 class _GroupState:
-    """One group's program and path, valid while its structure stays."""
+    """One group's program and path, valid while its structure stays.
 
+    Attributes:
+        tensors: whether it is only its tensors that no kernel can serve; they may be others in the next step.
+    """
+
+    group: Group
     structure: tuple[Any, ...]
     program: Program
     fused: FusedGroup | None
     reason: str | None
+    tensors: bool
+    derived: list[tuple[str, str]]
 
 
 class Stepper:
     """The machinery of one wrapped optimizer; remade after a load or a copy, since it holds addresses."""
 
     def __init__(self, wrapped: Wrapped) -> None:
-        self.w = wrapped
+        # Weakly: a dropped optimizer is freed at once, with its state.
+        self._wrapped = weakref.ref(wrapped)
+        self.slots = Slots(wrapped)
         self._groups: list[_GroupState] = []
+
+    @property
+    def w(self) -> Wrapped:
+        """The optimizer that this steps."""
+        wrapped = self._wrapped()
+        assert wrapped is not None
+        return wrapped
 
     # ---- paths -------------------------------------------------------------------------------------
 
     def _structure(self, group: Group) -> tuple[Any, ...]:
+        w = self.w
         flags = [group.get(key) for key in _STRUCTURAL]
         zero = [_is_zero(group.get(key, 0)) for key in ("momentum", "weight_decay")]
-        enabled = [t.serves(group) for t in self.w.transforms]
-        options = (self.w.fused, self.w.rounding, self.w.skip_nonfinite)
-        return (id(group), *options, self._sparse(group), *flags, *zero, *enabled)
+        enabled = [t.serves(group) for t in w.transforms]
+        values = (group.get(f"{t.name}_{option}") for t in w.transforms for option in t.options)
+        # A tensor among them is compared by its identity: its value is read where it is used.
+        options = [id(v) if isinstance(v, Tensor) else v for v in values]
+        settings = (w.fused, w.rounding, w.skip_nonfinite, self._sparse(group))
+        return (*settings, *flags, *zero, *enabled, *options, *group)
 
     def _sparse(self, group: Group) -> bool:
         """Whether there are sparse gradients; of the bases with a fused form, only SGD takes them."""
@@ -68,38 +94,64 @@ class Stepper:
     def _enabled(self, group: Group) -> list[Transform]:
         return [t for t in self.w.transforms if t.serves(group)]
 
-    def groups(self) -> list[_GroupState]:
-        """Every group's program and path, as its settings are now."""
+    def groups(self, retry: bool = True) -> list[_GroupState]:
+        """Every group's program and path, as its settings are now.
+
+        Args:
+            retry: look whether tensors that no kernel could serve are others now.
+        """
         groups = self.w.param_groups
         del self._groups[len(groups) :]
         for i, group in enumerate(groups):
             structure = self._structure(group)
             if i == len(self._groups):
                 self._groups.append(self._choose(i, group, structure))
-            elif self._groups[i].structure != structure:
+                continue
+            known = self._groups[i]
+            if known.group is not group or known.structure != structure:
+                chosen = self._choose(i, group, structure)
+                check_group(group, self.w.transforms, self.w.base)
+                self._groups[i] = chosen
+            elif retry and known.tensors and why_not_tensors(group, self.w.state) is None:
                 self._groups[i] = self._choose(i, group, structure)
         return self._groups
 
-    def _choose(self, index: int, group: Group, structure: tuple[Any, ...]) -> _GroupState:
+    def _choose(
+        self, index: int, group: Group, structure: tuple[Any, ...], unfusable: str | None = None
+    ) -> _GroupState:
         base, fused = self.w.base, self.w.fused
         program = self._program(group, with_base=True)
         reason = "fused=False" if fused is False else why_not(base, group, program)
-        reason = reason or ("a gradient is sparse" if self._sparse(group) else None)
+        of_tensors = None if reason else unfusable or why_not_tensors(group, self.w.state)
+        reason = reason or of_tensors
         triton = any(p.device.type == "cuda" for p in group["params"])
         if reason is None and fused in ("cpu", "triton") and fused != ("triton" if triton else "cpu"):
             triton = fused == "triton"
             if not (triton and os.environ.get("TRITON_INTERPRET") == "1"):
                 reason = f"fused={fused!r}, and the parameters are on {group['params'][0].device}"
+        if reason is not None and fused not in ("auto", False):
+            raise FusedError(f"wrap: fused={fused!r} cannot be honoured for param group {index}: {reason}.")
         if reason is not None:
-            if fused not in ("auto", False):
-                raise FusedError(
-                    f"wrap: fused={fused!r} cannot be honoured for param group {index}: {reason}."
-                )
-            return _GroupState(structure, self._program(group, with_base=False), None, reason)
-        rules = base_rules(base, group)
-        assert rules is not None
-        runner = FusedGroup(group, program, rules, base, self._slot, self.w.rounding, triton)
-        return _GroupState(structure, program, runner, None)
+            program = self._program(group, with_base=False)
+            self._check_rounding(index, group, reason)
+        derived = self._derived(group, program)
+        runner = None
+        if reason is None:
+            rules = base_rules(base, group)
+            assert rules is not None
+            runner = FusedGroup(group, program, rules, base, self.slots, derived, self.w.rounding, triton)
+        return _GroupState(group, structure, program, runner, reason, of_tensors is not None, derived)
+
+    def _check_rounding(self, index: int, group: Group, reason: str) -> None:
+        """Refuse a rounding that was asked for where the base itself writes the weights."""
+        asked = self.w.rounding if self.w.rounding_asked else "nearest"
+        if asked != "nearest" and any(p.dtype == torch.bfloat16 for p in group["params"]):
+            name = type(self.w.base).__name__
+            raise OptxError(
+                f"wrap: rounding={asked!r} cannot be honoured for param group {index}, which is not fused: "
+                f"{reason}. {name} itself writes its bfloat16 weights, and rounds to nearest. Leave rounding "
+                "out, or pass rounding='nearest'."
+            )
 
     def _program(self, group: Group, with_base: bool) -> Program:
         base = self.w.base
@@ -115,13 +167,22 @@ class Stepper:
             check_finite=self.w.skip_nonfinite,
         )
 
-    def _slot(self, p: Tensor, key: str) -> Tensor:
-        store = self.w._slots  # pyright: ignore[reportPrivateUsage]
-        if key == KAHAN:
-            return store.get(p, key, lambda: torch.zeros_like(p, requires_grad=False))
-        _, transform, name = key.split(".", 2)
-        owner = next(t for t in self.w.transforms if t.name == transform)
-        return self.w.slot(p, owner, name)
+    def _derived(self, group: Group, program: Program) -> list[tuple[str, str]]:
+        """The derived slots that this program keeps up, with their sources; others go stale: drop them."""
+        kept: list[tuple[str, str]] = []
+        written = {ref.name for call in program.observe for ref in call.writes}
+        for transform in self.w.transforms:
+            for name, slot in transform.slots.items():
+                if slot.derived and f"{transform.name}.{name}" in written:
+                    kept.append((f"optx.{transform.name}.{name}", slot.derived))
+                elif slot.derived:
+                    for p in group["params"]:
+                        self.slots.store.drop(p, [f"optx.{transform.name}.{name}"])
+        return kept
+
+    def program(self, index: int) -> Program:
+        """What the step of one param group computes."""
+        return self.groups()[index].program
 
     def plan(self) -> Plan:
         """Which path each group takes, and why."""
@@ -131,7 +192,7 @@ class Stepper:
             path = "foreach"
             if state.fused is not None:
                 path = "fused triton" if state.fused.triton else "fused cpu"
-            chain = (*map(repr, self._enabled(group)), type(self.w.base).__name__)
+            chain = (*(t.describe(group) for t in self._enabled(group)), type(self.w.base).__name__)
             passes = 1 + sum(bool(level.sums) for level in state.program.levels)
             numbers = sum(p.numel() for p in params)
             plans.append(GroupPlan(i, path, state.reason, len(params), numbers, chain, passes))
@@ -140,32 +201,59 @@ class Stepper:
     # ---- a step ------------------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Any] | None) -> tuple[Any, bool]:
-        """Take a step; the closure's loss, and whether anything was done (False: skipped)."""
-        states = self.groups()
+        """Take a step; the closure's loss, and whether anything was done (False: skipped).
+
+        An error on the way leaves weights, state, gradients and counters as they were.
+        """
+        w = self.w
         loss = None
-        inside = closure is not None and all(s.fused is None for s in states)
+        # A base with a fused form evaluates a closure once, before it does anything.
+        inside = closure is not None and base_rules(w.base, w.param_groups[0]) is None
         if closure is not None and not inside:
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            step = _Step(self, states)
+            step = self._prepared()
             try:
                 result = step.run(closure if inside else None)
             except BaseException as error:
-                for runner, _ in step.fused:
-                    runner.undo()
+                step.undo()
                 if not isinstance(error, _SkipStep):
                     raise
-                self.w.skipped_steps += 1
+                w.skipped_steps += 1
                 return (step.loss if inside else loss), False
-        for group in self.w.param_groups:
+        for group in w.param_groups:
             if "optx.step" in group:
                 group["optx.step"] += 1
+        run_post_hooks(w.base, closure)
         return (result if inside else loss), True
 
+    def _prepared(self) -> _Step:
+        """A step whose kernels are pointed at their tensors; a group that none serves goes the other way."""
+        retry = True
+        while True:
+            states = self.groups(retry)
+            retry = False
+            step = _Step(self, states)
+            for i, state in enumerate(states):
+                if state.fused is None:
+                    continue
+                try:
+                    state.fused.prepare(lambda group=state.group: self.key(group))
+                except Unfusable as error:
+                    step.undo()
+                    self._groups[i] = self._choose(i, state.group, state.structure, str(error))
+                    break
+                except BaseException:
+                    step.undo()
+                    raise
+            else:
+                return step
+
     def key(self, group: Group, part: int = 0) -> int:
-        """The key of this step's random draws in a group."""
-        return step_key(group["optx.seed"], group["optx.step"], part) if "optx.seed" in group else 0
+        """The key of this step's random draws in a group; from now on the group counts its steps."""
+        group.setdefault("optx.seed", 0)
+        return step_key(group["optx.seed"], group.setdefault("optx.step", 0), part)
 
 
 class _Step:
@@ -173,32 +261,39 @@ class _Step:
 
     def __init__(self, stepper: Stepper, states: Sequence[_GroupState]) -> None:
         self.s, self.w = stepper, stepper.w
-        pairs = list(zip(states, self.w.param_groups, strict=True))
-        self.fused = [(state.fused, group) for state, group in pairs if state.fused is not None]
-        self.loose = [(state.program, group) for state, group in pairs if state.fused is None]
-        self.levels = max((len(state.program.levels) for state, _ in pairs), default=0)
-        self.waits = any(state.program.has_totals for state, _ in pairs)
-        self.runs: list[tuple[GroupRun, Group]] = []
+        self.fused = [(state.fused, state.group) for state in states if state.fused is not None]
+        self.loose = [state for state in states if state.fused is None]
+        self.levels = max((len(state.program.levels) for state in states), default=0)
+        self.waits = any(state.program.has_totals for state in states)
+        self.runs: list[tuple[GroupRun, _GroupState]] = []
         self.originals: list[tuple[Tensor, Tensor | None]] = []
         self.starts: dict[int, list[Tensor]] = {}
-        self.before: dict[Tensor, tuple[int, Tensor]] = {}  # versions and copies, where a closure comes first
+        self.before: Undo | None = None
         self.late: dict[int, list[Tensor]] = {}  # edits that the base would have undone
         self.loss: Any = None
 
     def run(self, closure: Callable[[], Any] | None) -> Any:
-        store = self.w._slots  # pyright: ignore[reportPrivateUsage]
-        for runner, group in self.fused:
-            runner.prepare(self.s.key(group))
+        """All of it, the fused groups last: from there on nothing can fail."""
+        store = self.s.slots.store
         if closure is None:
             self._open()
             self._measure()
-        self._update_fused()
         if self.loose:
             self._run_base(closure)
+        self._update_fused()
+        for run, state in self.runs:
+            self._took(run, state)
         if store.pending:
             store.settle(p for runner, _ in self.fused for p in runner.active)
             store.settle(p for run, _ in self.runs for p in run.weights)
         return self.loss
+
+    def undo(self) -> None:
+        """Leave nothing of what was done so far."""
+        for runner, _ in self.fused:
+            runner.undo()
+        if self.before is not None:
+            self.before.restore(self.s.slots.store.pending)
 
     def _measure(self) -> None:
         """All levels of sums, totals and scalars, over all groups at once."""
@@ -216,7 +311,7 @@ class _Step:
                     totals[name] = _add(totals.get(name), value)
             incoming = totals.get("incoming_sq")
             if incoming is not None and not torch.isfinite(torch.as_tensor(incoming)):
-                raise _SkipStep
+                self._skip_if_nonfinite()
             self.w.totals.update(totals)
             for runner, _ in self.fused:
                 runner.finish(index, totals)
@@ -225,35 +320,31 @@ class _Step:
                 for level in run.program.levels[index : index + 1]:
                     run.finish(level)
 
+    def _skip_if_nonfinite(self) -> None:
+        """A sum of squares is infinite also where a float64 gradient is merely large."""
+        grads = (p.grad for group in self.w.param_groups for p in group["params"])
+        if not all(bool(torch.isfinite(g).all()) for g in grads if g is not None):
+            raise _SkipStep
+
     def _update_fused(self) -> None:
-        base = self.w.base
-        if not self.fused:
-            return
-        # The base's own step does not run, so what hangs on it is called here, once.
-        alone = not self.loose
-        for hook in base._optimizer_step_pre_hooks.values() if alone else ():  # pyright: ignore
-            hook(base, (), {})
         for runner, _ in self.fused:
             runner.update() if self.waits else runner.step()
             if runner.active:
                 torch.autograd.graph.increment_version(runner.active)
-        for hook in base._optimizer_step_post_hooks.values() if alone else ():  # pyright: ignore
-            hook(base, (), {})
-        base._opt_called = True  # type: ignore[attr-defined]  # schedulers made on the base look at it
+        self.w.base._opt_called = True  # type: ignore[attr-defined]  # schedulers made on the base look at it
 
     # ---- groups whose base runs as it is -------------------------------------------------------------
 
     def _open(self) -> None:
         """Look at the gradients of the loose groups as they are now."""
-        self.runs = [
-            (run, group) for program, group in self.loose if (run := self._open_group(program, group))
-        ]
+        opened = [(self._open_group(state), state) for state in self.loose]
+        self.runs = [(run, state) for run, state in opened if run is not None]
 
-    def _open_group(self, program: Program, group: Group) -> GroupRun | None:
-        if not (program.levels or program.update or program.observe):
-            return None
+    def _open_group(self, state: _GroupState) -> GroupRun | None:
+        program, group, slots = state.program, state.group, self.s.slots
         active: list[Tensor] = [p for p in group["params"] if p.grad is not None]
-        if not active:
+        check_state_shapes(self.w.base, group, active)
+        if not active or not (program.levels or program.update or program.observe):
             return None
         grads = [p.grad for p in active if p.grad is not None]
         for p, g in zip(active, grads, strict=True):
@@ -262,16 +353,26 @@ class _Step:
                     f"optx: a sparse gradient for a parameter of shape {tuple(p.shape)}; use sparse=False in "
                     "the embedding, or put it in a param group that leaves every transform out."
                 )
-        state = self.w.base.state
+        base_state = self.w.base.state
+        for key, source in state.derived:
+            slots.refresh(active, key, [base_state.get(p, {}).get(source) for p in active])
         cols = {"numel": [float(p.numel()) for p in active], "fresh": [0.0] * len(active)}
         if any(ref.name == "step" for call in program.calls() for ref in call.args):
-            cols["step"] = [float(state[p]["step"]) + 1.0 if state.get(p) else 1.0 for p in active]
+            cols["step"] = [float(base_state[p]["step"]) + 1.0 if base_state.get(p) else 1.0 for p in active]
         numbers = rule_numbers(group, program.named("hyper"))
-        return GroupRun(program, active, grads, _Slots(self.s, active), numbers, cols)
+        return GroupRun(program, active, grads, _StateOf(self.s, active), numbers, cols)
+
+    def _took(self, run: GroupRun, state: _GroupState) -> None:
+        """Derived numbers have been taken from the state as it is now."""
+        base_state = self.w.base.state
+        for _, source in state.derived:
+            sources = [base_state.get(p, {}).get(source) for p in run.weights]
+            self.s.slots.store.derived.took(run.weights, sources)
 
     def _rewrite(self, first: bool) -> None:
         """Gradient rules into ``p.grad`` (the person's gradients come back later), then weight rules."""
-        for number, (run, group) in enumerate(self.runs):
+        assert self.before is not None
+        for number, (run, state) in enumerate(self.runs):
             if run.program.gradient:
                 for p, new in zip(run.weights, run.rewrite_gradients(), strict=True):
                     self.originals.append((p, p.grad))
@@ -280,15 +381,21 @@ class _Step:
                 after = (*run.program.after, *run.program.observe)
                 if W0 in run.program.reads(after):
                     self.starts[number] = [p.detach().clone() for p in run.weights]
-                if any(p._version != self.before[p][0] for p in run.weights if p in self.before):
+                if run.program.weight and self._moved(run.weights):
                     self._edit_late(number, run)
                 else:
-                    self._write(run, run.edit_weights(run.program.weight), group, 0)
+                    self._write(run, run.edit_weights(run.program.weight), state.group, 0)
+
+    def _moved(self, weights: Sequence[Tensor]) -> bool:
+        assert self.before is not None
+        known = self.before.weights
+        return any(p._version != known[p][0] for p in weights if p in known)
 
     def _edit_late(self, number: int, run: GroupRun) -> None:
         """SAM moves the weights before it evaluates, and puts them back: edit what they were, after it."""
+        assert self.before is not None
         perturbed = run.weights
-        run.weights = starts = [self.before[p][1] for p in perturbed]
+        run.weights = starts = [self.before.weights[p][1] for p in perturbed]
         self.starts[number] = starts
         edited = run.edit_weights(run.program.weight)
         run.weights = perturbed
@@ -298,22 +405,30 @@ class _Step:
     def _write(self, run: GroupRun, values: list[Tensor] | None, group: Group, part: int) -> None:
         stochastic = self.w.rounding != "nearest"
         for i, (p, value) in enumerate(zip(run.weights, values or (), strict=False)):
-            write(p, value, stochastic, abs(self.s.key(group, 2 * i + part)))
+            key = abs(self.s.key(group, 2 * i + part)) if p.dtype == torch.bfloat16 else 0
+            write(p, value, stochastic, key)
 
     def _restore(self) -> None:
         for p, grad in reversed(self.originals):
             p.grad = grad
         self.originals.clear()
 
+    def _remember(self) -> Undo:
+        """Everything that the loose groups' step may change."""
+        written = {ref.name for s in self.loose for call in s.program.calls() for ref in call.writes}
+        return Undo(
+            self.w.base,
+            [p for s in self.loose for p in s.group["params"] if p.requires_grad or p.grad is not None],
+            self.s.slots.store.pending,
+            lambda key: not key.startswith("optx.") or key.removeprefix("optx.") in written,
+        )
+
     def _run_base(self, closure: Callable[[], Any] | None) -> None:
-        base = self.w.base
-        store = self.w._slots  # pyright: ignore[reportPrivateUsage]
+        base, store = self.w.base, self.s.slots.store
         everything = base.param_groups
-        params = [p for _, group in self.loose for p in group["params"]]
+        params = [p for state in self.loose for p in state.group["params"]]
         evaluations = 0
-        if closure is not None:
-            edited = [p for program, group in self.loose if program.weight for p in group["params"]]
-            self.before = {p: (p._version, p.detach().clone()) for p in edited}
+        self.before = self._remember()
 
         def evaluate() -> Any:
             nonlocal evaluations
@@ -333,21 +448,21 @@ class _Step:
                 if closure is None:
                     self._rewrite(first=True)
                 if self.fused:
-                    base.param_groups = [group for _, group in self.loose]
-                self.loss = base.step(evaluate) if closure is not None else base.step()
+                    base.param_groups = [state.group for state in self.loose]
+                self.loss = step_without_hooks(base, evaluate if closure is not None else None)
         finally:
             base.param_groups = everything
             self._restore()
-        for number, (run, group) in enumerate(self.runs):
+        for number, (run, state) in enumerate(self.runs):
             if number in self.late:
                 moved = [p.detach() + d for p, d in zip(run.weights, self.late[number], strict=True)]
-                self._write(run, moved, group, 0)
-            self._write(run, run.edit_weights(run.program.after, self.starts.get(number)), group, 1)
+                self._write(run, moved, state.group, 0)
+            self._write(run, run.edit_weights(run.program.after, self.starts.get(number)), state.group, 1)
             if run.program.observe:
                 run.observe()
 
 
-class _Slots(Mapping[str, list[Tensor]]):
+class _StateOf(Mapping[str, list[Tensor]]):
     """State tensors of some parameters by role: the base's (zeros until it has any) or a transform's."""
 
     def __init__(self, stepper: Stepper, params: Sequence[Tensor]) -> None:
@@ -355,8 +470,12 @@ class _Slots(Mapping[str, list[Tensor]]):
 
     def __getitem__(self, name: str) -> list[Tensor]:
         if "." in name:
-            slot = self._stepper._slot  # pyright: ignore[reportPrivateUsage]
-            return [slot(p, f"optx.{name}") for p in self._params]
+            slots = [self._stepper.slots.get(p, f"optx.{name}") for p in self._params]
+            for p, slot in zip(self._params, slots, strict=True):
+                if slot.shape != p.shape and slot.numel() != 1:
+                    owner = parameter_names(self._stepper.w.base)[id(p)]
+                    raise ShapeError(shapes_differ(owner, p, f"its state 'optx.{name}'", slot))
+            return slots
         state = self._stepper.w.base.state
         return [
             state[p][name] if p in state and name in state[p] else torch.zeros_like(p) for p in self._params

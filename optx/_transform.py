@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -9,6 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from optx._errors import TransformError
+from optx._numbers import as_float
 from optx._rules import Rule
 
 if TYPE_CHECKING:
@@ -25,13 +29,17 @@ class Slot:
         dtype: the dtype it is kept in, whatever the weight's dtype; None for the weight's own.
         scalar: one number per weight tensor instead of one per element.
         saved: False leaves it out of ``state_dict``; `Transform.init_slot` must then find it again.
-        derived: a function of the base's state: made anew if a loaded checkpoint lacks it.
+        derived: the state tensor of the base that this is a function of (`Transform.init_slot` computes it):
+            made anew whenever that was changed by anything but a step that keeps this up.
+        lasting: it can't be made again later (an anchor: the weights have moved), so it survives
+            ``optimizer.state.clear()``.
     """
 
     dtype: torch.dtype | None = torch.float32
     scalar: bool = False
     saved: bool = True
-    derived: bool = False
+    derived: str = ""
+    lasting: bool = False
 
     def zeros(self, p: Tensor) -> Tensor:
         """A slot of zeros for ``p``."""
@@ -41,12 +49,12 @@ class Slot:
         return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
 
 
-def like_weight(dtype: torch.dtype | None = torch.float32, saved: bool = True) -> Slot:
+def like_weight(dtype: torch.dtype | None = torch.float32, saved: bool = True, lasting: bool = False) -> Slot:
     """A slot with one element per weight element."""
-    return Slot(dtype, saved=saved)
+    return Slot(dtype, saved=saved, lasting=lasting)
 
 
-def per_tensor(dtype: torch.dtype = torch.float64, derived: bool = False) -> Slot:
+def per_tensor(dtype: torch.dtype = torch.float64, derived: str = "") -> Slot:
     """A slot with one number per weight tensor."""
     return Slot(dtype, scalar=True, derived=derived)
 
@@ -113,13 +121,75 @@ class Transform:
         name: names the state (``optx.<name>.<slot>``), the group keys (``<name>`` = False leaves a group
             out, ``<name>_<option>`` overrides an option there) and the attribute on the wrapped optimizer.
         slots: state tensors per weight.
-        options: numbers that param groups may override.
+        options: numbers that param groups may override. Each is an attribute too: setting it
+            (``opt.soft_clip.limit = 0.5``, by a schedule) sets it in every group that does not override it.
+        limits: the range of each option, both ends included.
     """
 
     name: ClassVar[str]
     slots: Mapping[str, Slot] = {}
     options: Mapping[str, float] = {}
+    limits: ClassVar[Mapping[str, tuple[float, float]]] = {}
     rules: ClassVar[Mapping[str, Any]] = {}
+    _wrapped_by: weakref.ref[Wrapped] | None = None
+
+    def _groups(self) -> list[Group]:
+        """The param groups that this serves; none before it is wrapped."""
+        wrapped = self._wrapped_by and self._wrapped_by()
+        return [group for group in wrapped.param_groups if self.serves(group)] if wrapped else []
+
+    def set_owner(self, optimizer: Wrapped | None) -> None:
+        """Tell whose groups this serves; does not keep it alive."""
+        object.__setattr__(self, "_wrapped_by", optimizer and weakref.ref(optimizer))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            k: v for k, v in vars(self).items() if k != "_wrapped_by"
+        }  # a copy is bound by its own optimizer
+
+    def __getattr__(self, name: str) -> Any:
+        # Only asked for what is no attribute: an option.
+        if not name.startswith("_") and name in self.options:
+            key, default = f"{self.name}_{name}", self.options[name]
+            values = {group.get(key, default) for group in self._groups()}
+            return values.pop() if len(values) == 1 else default
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("_") or name in ("options", "slots") or name not in self.options:
+            object.__setattr__(self, name, value)
+            return
+        self.check_option(name, value, f"{type(self).__name__}: {name} is {value!r}")
+        key, old = f"{self.name}_{name}", self.options[name]
+        self.options = {**self.options, name: value}
+        for group in self._groups():
+            if group.get(key, old) == old:
+                group[key] = value
+        if name in vars(self):
+            object.__setattr__(self, name, value)
+
+    def check_option(self, name: str, value: Any, given: str) -> None:
+        """Raise unless an option may have this value.
+
+        Args:
+            name: the option's.
+            value: given for it.
+            given: how, for the message.
+        """
+        low, high = self.limits.get(name, (-math.inf, math.inf))
+        number = as_float(value)
+        if number is None or math.isnan(number):
+            raise TransformError(f"{given}; it must be a number.")
+        if not low <= number <= high:
+            wanted = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+            raise TransformError(f"{given}; it must be {wanted}.")
+
+    def describe(self, group: Group) -> str:
+        """The transform with the numbers that are in force in a param group."""
+        if type(self).__repr__ is not Transform.__repr__:
+            return repr(self)
+        numbers = ((k, group.get(f"{self.name}_{k}", v)) for k, v in self.options.items())
+        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in numbers)})"
 
     def moments(self, group: Group, base: torch.optim.Optimizer) -> Moments:
         """The rules for one param group; by default the same for all."""
@@ -142,6 +212,12 @@ class Transform:
     def unwrap(self, optimizer: Wrapped) -> None:
         """Undo what ``bind`` did outside the optimizer's state."""
 
+    def before_step(self, optimizer: Wrapped) -> None:
+        """Called at the start of each step, after the base's hooks and before anything is measured."""
+
+    def groups_changed(self, optimizer: Wrapped) -> None:
+        """Called after param groups were added or their parameters replaced."""
+
     def after_step(self, optimizer: Wrapped) -> None:
         """Called once after each step that was not skipped."""
 
@@ -160,5 +236,5 @@ class Transform:
         return keys
 
     def __repr__(self) -> str:
-        inside = ", ".join(f"{k}={v}" for k, v in self.options.items())
+        inside = ", ".join(f"{k}={getattr(self, k)}" for k in self.options)
         return f"{type(self).__name__}({inside})"

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from operator import is_
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from optx._base_step import guard, owner_of, release, run_pre_hooks
 from optx._checks import check_wrap
+from optx._errors import OptxError, TransformError, warn
 from optx._plan import Plan
 from optx._state import SlotStore, is_ours
 from optx._stepper import Stepper
@@ -19,6 +22,7 @@ from optx.kernels.program import Program
 
 Fused = bool | Literal["auto", "cpu", "triton"]
 Rounding = Literal["stochastic", "kahan", "nearest"]
+_Settings = dict[str, Any]  # of fused, skip_nonfinite and rounding, those that were given
 
 
 class Wrapped(Optimizer):
@@ -31,38 +35,34 @@ class Wrapped(Optimizer):
         base: the wrapped optimizer.
         transforms: in order; each is also an attribute by its name (``opt.adamr``).
         skipped_steps: how many steps were skipped for a non-finite gradient.
+        skipped_last: whether the last step was.
         totals: sums over the whole optimizer taken in the last step (AdamR's ``adamr.second``).
     """
 
-    def __init__(
-        self,
-        base: Optimizer,
-        transforms: Sequence[Transform],
-        fused: Fused = "auto",
-        skip_nonfinite: bool = False,
-        rounding: Rounding = "stochastic",
-    ) -> None:
+    def __init__(self, base: Optimizer, transforms: Sequence[Transform], settings: _Settings) -> None:
         # Not Optimizer.__init__: it would make groups and state of its own.
         self.base = base
         self.transforms: tuple[Transform, ...] = ()
         self.skipped_steps = 0
+        self.skipped_last = False
         self.totals: dict[str, Any] = {}
+        self.fused, self.skip_nonfinite, self.rounding = "auto", False, "stochastic"
+        self.rounding_asked = False
         self._slots = SlotStore(base)
         self._hooks()
         self._warned_capturable_if_run_uncaptured = True
         self._known: list[list[Tensor]] = []
-        self._patch_step_function()
-        self._take_on(transforms, fused, skip_nonfinite, rounding)
+        self._removed = False
+        self._warned_idle = False
+        self._take_on(transforms, settings)
+        guard(base, self)
 
-    def _take_on(
-        self, transforms: Sequence[Transform], fused: Fused, skip_nonfinite: bool, rounding: Rounding
-    ) -> None:
+    def _take_on(self, transforms: Sequence[Transform], settings: _Settings) -> None:
         """Begin to serve these transforms; where one can't be served, nothing has changed."""
         old = dict(vars(self))
         self.transforms = (*transforms, *self.transforms)
-        self.fused: Fused = fused
-        self.rounding: Rounding = rounding
-        self.skip_nonfinite = skip_nonfinite
+        vars(self).update(settings)
+        self.rounding_asked = self.rounding_asked or "rounding" in settings
         bound: list[Transform] = []
         try:
             check_wrap(self)
@@ -73,13 +73,17 @@ class Wrapped(Optimizer):
                 vars(self).update({t.name: t for t in transforms})
                 try:
                     for transform in transforms:
+                        transform.set_owner(self)
                         transform.bind(self)
                         bound.append(transform)
+                    self._make_slots()
                     # torch's distributed checkpoint asks a base that has state (a new Adagrad) for its keys.
                     self._slots.settle([p for p in self._slots.pending if self.base.state.get(p)])
                 except BaseException:
                     for transform in reversed(bound):
                         transform.unwrap(self)
+                    for transform in transforms:
+                        transform.set_owner(None)
                     raise
         except BaseException:
             vars(self).clear()
@@ -129,6 +133,10 @@ class Wrapped(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step: the transforms' gradient rules, the base update, the transforms' weight rules.
 
+        A step happens whole or not at all: an error in the closure, a hook or the base leaves weights, state,
+        gradients and counters as they were. (For a base without a fused form its weights and state are copied
+        for the time of the step.) The base's own hooks run first, on every path.
+
         Args:
             closure: evaluates the model again and returns the loss, as in torch. A base that evaluates it
                 several times (LBFGS, SAM) gets transformed gradients every time.
@@ -137,14 +145,38 @@ class Wrapped(Optimizer):
             The closure's loss, or None.
 
         Raises:
-            OptxError: a gradient is sparse, or a parameter changed in a way no kernel serves.
+            OptxError: a gradient is sparse, a tensor of the state has another shape than its weight, or
+                `remove` was called.
         """
+        if self._removed:
+            raise OptxError("optx: step() after remove(); step the base, or wrap it again.")
+        self.skipped_last = False
+        closure = run_pre_hooks(self.base, closure)
         self._follow_parameters()
+        for transform in self.transforms:
+            transform.before_step(self)
         loss, stepped = self._stepper.step(closure)
         if stepped:
+            self._tell_idle()
             for transform in self.transforms:
                 transform.after_step(self)
+        else:
+            self.skipped_last = True
         return loss
+
+    # torch puts its hooks around the step of a class when the first is made. This is the same, and outside of
+    # it torch.compile is told to leave the step alone: it can't follow kernels that are called by address.
+    step = torch._disable_dynamo(Optimizer.profile_hook_step(step))  # pyright: ignore
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _tell_idle(self) -> None:
+        """A step without any gradient is hardly meant."""
+        if not self._warned_idle and all(p.grad is None for g in self.param_groups for p in g["params"]):
+            self._warned_idle = True
+            warn(
+                "optx: step() found no gradient on any parameter, so nothing moved. Call loss.backward() "
+                "before it, on a model whose parameters this optimizer has."
+            )
 
     def plan(self) -> Plan:
         """Which path each param group's step takes, and why; print it.
@@ -160,7 +192,7 @@ class Wrapped(Optimizer):
 
     def program(self, index: int) -> Program:
         """What the step of one param group computes, as data (see `optx.kernels.program`)."""
-        return self._stepper.groups()[index].program
+        return self._stepper.program(index)
 
     # ---- groups -------------------------------------------------------------------------------------
 
@@ -171,20 +203,17 @@ class Wrapped(Optimizer):
             OptxError: a transform cannot serve the new parameters; nothing is added.
         """
         count = len(self.param_groups)
-        self.base.add_param_group(param_group)
-        try:
-            check_wrap(self, self.param_groups[count:])
-            self._fill_groups()
-            for transform in self.transforms:
-                if transform.serves(self.param_groups[count]):
-                    for p in self.param_groups[count]["params"]:
-                        for name in transform.slots:
-                            self.slot(p, transform, name)
-            self._stepper.plan()
-        except Exception:
-            for p in self.base.param_groups.pop()["params"]:
-                self._slots.pending.pop(p, None)
-            raise
+        with self._slots.restored_on_error():
+            self.base.add_param_group(param_group)
+            try:
+                check_wrap(self, self.param_groups[count:])
+                self._fill_groups()
+                self._make_slots(self.param_groups[count:], all_of_them=True)
+                self._stepper.plan()
+            except BaseException:
+                del self.base.param_groups[count:]
+                raise
+        self._groups_changed()
 
     def served(self, transform: Transform) -> list[Tensor]:
         """The parameters of the groups that a transform is not left out of."""
@@ -196,7 +225,22 @@ class Wrapped(Optimizer):
     ) -> Tensor:
         """A transform's state tensor for ``p``, made on first use."""
         make = make or (lambda: transform.init_slot(name, p, self))
-        return self._slots.get(p, f"optx.{transform.name}.{name}", make)
+        lasting = transform.slots[name].lasting
+        return self._slots.get(p, f"optx.{transform.name}.{name}", make, lasting)
+
+    def _make_slots(self, groups: Sequence[Group] | None = None, all_of_them: bool = False) -> None:
+        """Make the slots that no rule asks for (only a transform's hooks do), or all of new groups."""
+        for i, group in enumerate(self.param_groups):
+            if groups is not None and all(group is not other for other in groups):
+                continue
+            program = self._stepper.program(i)
+            ruled = {f"optx.{name}" for name in (*program.slots, *program.cells)}
+            for transform in self.transforms:
+                for name, slot in transform.slots.items() if transform.serves(group) else ():
+                    if not slot.derived and (all_of_them or f"optx.{transform.name}.{name}" not in ruled):
+                        for p in group["params"]:
+                            if p.requires_grad:
+                                self.slot(p, transform, name)
 
     def drop_base_state(self, p: Tensor) -> None:
         """Forget the base's state of a parameter; the transforms' slots stay, but for derived ones."""
@@ -222,15 +266,25 @@ class Wrapped(Optimizer):
         for known, group in zip(self._known, self.param_groups, strict=False):
             params: list[Tensor] = group["params"]
             if len(known) == len(params):
-                for i, (old, new) in enumerate(zip(known, params, strict=True)):
-                    if old is not new:
-                        self._slots.follow(old, new)
-                        known[i] = new
-                        replaced = True
+                if all(map(is_, known, params)):
+                    continue
+                pairs = [(old, new) for old, new in zip(known, params, strict=True) if old is not new]
+                kept = set(map(id, params))
+                for old, new in pairs:
+                    self._slots.follow(old, new)
+                    if id(old) not in kept:
+                        self._slots.forget([old])
+            replaced = True
         if replaced:
             self._stepper = Stepper(self)  # a DTensor takes another path than the parameter it replaces
-        if len(self._known) != len(self.param_groups):
+        if replaced or len(self._known) != len(self.param_groups):
+            check_wrap(self, self.param_groups[len(self._known) :])
             self._fill_groups()
+            self._groups_changed()
+
+    def _groups_changed(self) -> None:
+        for transform in self.transforms:
+            transform.groups_changed(self)
 
     # ---- checkpoints --------------------------------------------------------------------------------
 
@@ -278,13 +332,21 @@ class Wrapped(Optimizer):
         self.__dict__.update(state)
         for key, value in settings.items():
             vars(self.base).setdefault(key, value)
-        self._patch_step_function()
         self._stepper = Stepper(self)
+        if not self._removed:
+            guard(self.base, self)
+        for transform in self.transforms:
+            transform.set_owner(self)
 
     def remove(self) -> Optimizer:
-        """Take the transforms off and return the base, whose state stays."""
+        """Take the transforms off and return the base, whose state stays; this can't be stepped any more."""
+        if self._removed:
+            return self.base
+        self._removed = True
+        release(self.base)
         for transform in reversed(self.transforms):
             transform.unwrap(self)
+            transform.set_owner(None)
         for state in self.base.state.values():
             for key in filter(is_ours, list(state)):
                 del state[key]
@@ -295,6 +357,7 @@ class Wrapped(Optimizer):
         return self.base
 
     def __repr__(self) -> str:
+        # Each transform with the numbers in force, see Transform.__getattr__.
         inside = "".join(f", {t!r}" for t in self.transforms)
         return f"optx.wrap({self.base!r}{inside})"
 
@@ -314,9 +377,9 @@ class _WrappedWithModes(Wrapped):
 def wrap(
     optimizer: Optimizer,
     *transforms: Transform,
-    fused: Fused = "auto",
-    skip_nonfinite: bool = False,
-    rounding: Rounding = "stochastic",
+    fused: Fused | None = None,
+    skip_nonfinite: bool | None = None,
+    rounding: Rounding | None = None,
 ) -> Wrapped:
     """Add transforms to an optimizer that a training loop already has.
 
@@ -327,23 +390,27 @@ def wrap(
 
     Args:
         optimizer: any torch optimizer, stepped before or not. One that is wrapped already takes the new
-            transforms on, before those it has, and is returned itself.
+            transforms on, before those it has, keeps its settings where none are given anew, and is returned
+            itself.
         transforms: applied in this order. All gradient rules run before any weight changes.
-        fused: ``"auto"`` takes a fused path where it can; True demands one and raises with the reason
-            otherwise; ``"cpu"`` and ``"triton"`` demand that one; False runs the base as it is.
-        skip_nonfinite: skip (and count in ``skipped_steps``) a step with an inf or nan gradient, before
-            anything has changed. Leave it False under a GradScaler, which does that itself.
+        fused: ``"auto"`` (the default) takes a fused path where it can; True demands one and raises with the
+            reason otherwise; ``"cpu"`` and ``"triton"`` demand that one; False runs the base as it is.
+        skip_nonfinite: skip a step with an inf or nan gradient (``skipped_last`` tells, ``skipped_steps``
+            counts), and leave everything as it was. Leave it False (the default) under a GradScaler, which
+            does that itself.
         rounding: how a bfloat16 weight is written after a float32 update: ``"stochastic"`` (unbiased),
             ``"kahan"`` (compensated; two more bytes per parameter) or ``"nearest"`` (torch's; loses
-            updates below half a unit in the last place).
+            updates below half a unit in the last place). By default stochastic, but where a group is not
+            fused the base writes its weights itself, to nearest; there the other two are refused.
 
     Returns:
         The wrapped optimizer.
 
     Raises:
         TransformError: no trainable parameter, a transform given twice, a base or parameter that a
-            transform can't serve.
+            transform can't serve, an optimizer that is wrapped already (pass what wrap returned).
         FusedError: ``fused`` demands a path that can't be taken.
+        OptxError: an argument out of range, or a rounding that can't be honoured.
 
     Example:
         >>> import torch, optx
@@ -352,10 +419,17 @@ def wrap(
         >>> model(torch.ones(1, 4)).sum().backward()
         >>> opt.step()
     """
+    given = {"fused": fused, "skip_nonfinite": skip_nonfinite, "rounding": rounding}
+    settings: _Settings = {key: value for key, value in given.items() if value is not None}
     if isinstance(optimizer, Wrapped):
         # Not a second layer: schedulers and hooks on the one that is there stay in force.
-        optimizer._take_on(transforms, fused, skip_nonfinite, rounding)  # pyright: ignore[reportPrivateUsage]
+        optimizer._take_on(transforms, settings)  # pyright: ignore[reportPrivateUsage]
         return optimizer
+    if isinstance(optimizer, Optimizer) and owner_of(optimizer) is not None:  # pyright: ignore
+        raise TransformError(
+            f"wrap: this {type(optimizer).__name__} is wrapped already, and two wrappers would each step it. "
+            "Pass what wrap returned, which takes more transforms on; opt.remove() takes them off."
+        )
     modes = all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
     kind = _WrappedWithModes if modes else Wrapped
-    return kind(optimizer, transforms, fused, skip_nonfinite, rounding)
+    return kind(optimizer, transforms, settings)

@@ -66,7 +66,8 @@ class Case:
 
     def wrap(self, model: nn.Module) -> optx.Wrapped:
         """The optimizer of this run."""
-        rounding: Any = self.dtype.partition("-")[2] or "nearest"
+        # What is not fused rounds as its base does; there a rounding that is asked for is refused.
+        rounding: Any = (self.dtype.partition("-")[2] if self.fused else "") or None
         base, transforms = BASES[self.base](model.parameters()), TRANSFORMS[self.transforms](model)
         return optx.wrap(base, *transforms, fused=self.fused, rounding=rounding)
 

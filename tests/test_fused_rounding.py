@@ -26,7 +26,10 @@ def step_onto(targets: Tensor, fused: Any, seed: int = 0, rounding: str = "stoch
         # torch's SGD rounds its own step; what optx writes there are its weight rules: a pull of 1 to the
         # anchor ends on it.
         pull = optx.AdamR(1.0, normalize=False, anchor={"p": targets})
-        opt = optx.wrap(torch.optim.SGD([("p", p)], lr=1.0), pull, fused=False, rounding=rounding)
+        asked = (
+            {} if rounding == "stochastic" else {"rounding": rounding}
+        )  # the default; asked for, it is refused
+        opt = optx.wrap(torch.optim.SGD([("p", p)], lr=1.0), pull, fused=False, **asked)
         p.grad_dtype = BF16
         p.grad = torch.zeros_like(p)
     opt.param_groups[0]["optx.seed"] = seed

@@ -177,9 +177,9 @@ class AdamR(Transform):
         self._warned = False
         slots: dict[str, Slot] = {}
         if not self._to_zero:
-            slots["anchor"] = like_weight(dtype=None, saved=save_anchor)
+            slots["anchor"] = like_weight(dtype=None, saved=save_anchor, lasting=True)
         if normalize:
-            slots["v_sum"] = per_tensor(torch.float64, derived=True)
+            slots["v_sum"] = per_tensor(torch.float64, derived="exp_avg_sq")
         self.slots = slots
 
     def check(self, base: torch.optim.Optimizer) -> None:

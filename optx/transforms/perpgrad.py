@@ -28,6 +28,8 @@ def projection(wg: Any, ww: Any, grad_sq: Any, numel: Any, rescale: Any) -> Any:
     left = grad_sq - c * wg
     # Nearly parallel: what is left is rounding error, and rescaling would blow it up to the full norm.
     # 1e-8 is how well the sums are known (optx.kernels.emit_cpu).
+    # A float64 gradient whose square is infinite is projected, but not rescaled.
+    left = where(left - left == 0.0, left, 0.0 * numel)
     usable = left > 1e-8 * grad_sq
     left = where(usable, left, 0.0 * left)
     ratio = sqrt(grad_sq / where(usable, left, 1.0 + 0.0 * left))
@@ -70,6 +72,7 @@ class PerpGrad(Transform):
     """
 
     name = "perp_grad"
+    limits: ClassVar = {"rescale": (0.0, 1.0)}
     rules: ClassVar = {"sums": inner_products, "scalars": projection, "gradient": project_out}
 
     def __init__(self, rescale: bool = True) -> None:

@@ -1,0 +1,110 @@
+"""What a kernel may be pointed at: tensors whose memory holds what their shape and dtype say.
+
+A kernel gets bare addresses. Whatever could make one lead elsewhere is asked of the tensor when its address
+is taken: once in full words (`why_not_plain`, `why_not_dense`), and in every later step by comparing it with
+what it was then (`Likeness`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optx._names import is_dtensor
+
+# The dtypes of elements that kernels load and store.
+DTYPES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+
+
+def why_not_plain(t: Tensor) -> str | None:
+    """Why a tensor's address does not lead to its elements, as ``is a TwoTensor, ...``; None if it does."""
+    if is_dtensor(t):
+        return "is a DTensor"
+    if answers_itself(type(t)):
+        return f"is a {type(t).__name__}, which answers torch's functions in its own way"
+    if t.layout != torch.strided:
+        return f"is sparse ({t.layout})"
+    if t.is_meta:
+        return "is on the meta device, without memory"
+    if t.is_conj() or t.is_neg():
+        return "is a lazy conjugate or negation (see Tensor.resolve_neg)"
+    if t._is_zerotensor() or torch._C._functorch.is_functorch_wrapped_tensor(t):  # pyright: ignore
+        return "has no memory of its own"
+    if torch._is_functional_tensor(t):
+        return "is a functional tensor, without memory of its own"
+    last = t.storage_offset() + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+    if t.numel() and (t.data_ptr() == 0 or t.untyped_storage().nbytes() < (last + 1) * t.element_size()):
+        return "has lost its memory (its storage was freed or shrunk)"
+    return None
+
+
+def why_not_dense(t: Tensor) -> str | None:
+    """Why a tensor's elements don't fill one stretch of memory, each once, in whatever order."""
+    if t.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(t):
+        return None
+    return f"of shape {tuple(t.shape)} has gaps in memory (strides {t.stride()})"
+
+
+@functools.cache
+def answers_itself(kind: type) -> bool:
+    """Whether a tensor type computes in its own way (torchao's weights, FakeTensor): it may lack memory."""
+    function = kind.__torch_function__  # type: ignore[attr-defined]
+    usual = (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)  # type: ignore[attr-defined]
+    dispatch = torch._C._disabled_torch_dispatch_impl
+    return getattr(function, "__func__", function) not in usual or kind.__torch_dispatch__ is not dispatch  # type: ignore[attr-defined]
+
+
+class _Compared:
+    """Compares tensors with others by what can be asked of them from Python."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._seen = [_features(t) for t in tensors]
+
+    def check(self, *tensors: Tensor) -> bool:
+        """Whether each is as its counterpart was."""
+        return [_features(t) for t in tensors] == self._seen
+
+
+def _features(t: Tensor) -> tuple[Any, ...]:
+    flags = (t.requires_grad, t.is_neg(), t.is_conj(), t._is_zerotensor())  # pyright: ignore
+    return (type(t), t.dtype, t.device, t.layout, t.shape, t.stride(), *flags)
+
+
+class Likeness:
+    """Whether tensors are like those that were looked at: type, dtype, device, shape, strides, lazy bits.
+
+    Not their addresses. One comparison in C++ serves all tensors of a column; asked from Python it would cost
+    a small model's step a quarter of its time.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._count = len(tensors)
+        self._guards: Any = _native(tensors) or _Compared(tensors)
+
+    def __call__(self, tensors: Sequence[Tensor]) -> bool:
+        return len(tensors) == self._count and self._guards.check(*tensors)
+
+
+def _native(tensors: Sequence[Tensor]) -> Any:
+    """torch's own guards, as torch.compile uses them; None where this torch has others."""
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        guards = TensorGuards(
+            *tensors,
+            dynamic_dims_sizes=[list(t.shape) for t in tensors],
+            dynamic_dims_strides=[list(t.stride()) for t in tensors],
+        )
+        # They take the same tensor twice for a mistake.
+        return guards if guards.check(*tensors) else None
+    except (ImportError, TypeError, RuntimeError, ValueError):
+        return None

@@ -1,0 +1,60 @@
+"""How the paths get at the transforms' state: by key, made on first use, made anew where it is stale."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from optx._state import SlotStore, close_enough
+
+if TYPE_CHECKING:
+    from optx._transform import Slot, Transform
+    from optx._wrap import Wrapped
+
+KAHAN = "optx.kahan"
+
+
+class Slots:
+    """The transforms' state of one wrapped optimizer, which it does not keep alive."""
+
+    def __init__(self, wrapped: Wrapped) -> None:
+        self._wrapped = weakref.ref(wrapped)
+        self.store: SlotStore = wrapped._slots  # pyright: ignore[reportPrivateUsage]
+
+    def _owner(self) -> Wrapped:
+        wrapped = self._wrapped()
+        assert wrapped is not None  # it is what runs this step
+        return wrapped
+
+    def _declared(self, key: str) -> tuple[Transform, str, Slot]:
+        _, transform, name = key.split(".", 2)
+        owner = next(t for t in self._owner().transforms if t.name == transform)
+        return owner, name, owner.slots[name]
+
+    def get(self, p: Tensor, key: str) -> Tensor:
+        """``state[p][key]``, made if it is not there."""
+        if key == KAHAN:
+            return self.store.get(p, key, lambda: torch.zeros_like(p, requires_grad=False))
+        transform, name, _ = self._declared(key)
+        return self._owner().slot(p, transform, name)
+
+    def refresh(self, parameters: Sequence[Tensor], key: str, sources: Sequence[Tensor | None]) -> None:
+        """Take numbers anew whose source in the base's state is not what it was when they were taken.
+
+        Args:
+            parameters: whose numbers.
+            key: under which they are kept.
+            sources: what they are taken from, parameter by parameter; None where the base has nothing yet.
+        """
+        derived = self.store.derived
+        for i in derived.stale(parameters, sources):
+            p = parameters[i]
+            transform, name, _ = self._declared(key)
+            kept, anew = self.get(p, key), transform.init_slot(name, p, self._owner())
+            if not close_enough(kept, anew):
+                self.store.put(p, key, anew)
+        derived.took(parameters, sources)
