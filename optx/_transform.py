@@ -142,6 +142,12 @@ class Transform:
     def unwrap(self, optimizer: Wrapped) -> None:
         """Undo what ``bind`` did outside the optimizer's state."""
 
+    def groups_changed(self, optimizer: Wrapped) -> None:
+        """Called after param groups came, by ``add_param_group`` or by hand."""
+
+    def before_step(self, optimizer: Wrapped) -> None:
+        """Called before anything of a step is measured; after every evaluation of a closure too."""
+
     def after_step(self, optimizer: Wrapped) -> None:
         """Called once after each step that was not skipped."""
 

@@ -140,11 +140,28 @@ class Wrapped(Optimizer):
             OptxError: a gradient is sparse, or a parameter changed in a way no kernel serves.
         """
         self._follow_parameters()
-        loss, stepped = self._stepper.step(closure)
+        self._before_step()
+        loss, stepped = self._stepper.step(self._then_before_step(closure))
         if stepped:
             for transform in self.transforms:
                 transform.after_step(self)
         return loss
+
+    def _before_step(self) -> None:
+        for transform in self.transforms:
+            transform.before_step(self)
+
+    def _then_before_step(self, closure: Callable[[], Any] | None) -> Callable[[], Any] | None:
+        """A closure makes new gradients, and may write them by hand."""
+        if closure is None:
+            return None
+
+        def evaluate() -> Any:
+            loss = closure()
+            self._before_step()
+            return loss
+
+        return evaluate
 
     def plan(self) -> Plan:
         """Which path each param group's step takes, and why; print it.
@@ -181,6 +198,8 @@ class Wrapped(Optimizer):
                         for name in transform.slots:
                             self.slot(p, transform, name)
             self._stepper.plan()
+            for transform in self.transforms:
+                transform.groups_changed(self)
         except Exception:
             for p in self.base.param_groups.pop()["params"]:
                 self._slots.pending.pop(p, None)
