@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from optx._base_step import run_post_hooks, step_without_hooks
+from optx._base_step import step_without_hooks
 from optx._bases import base_numbers, base_rules, rule_numbers
 from optx._checks import check_group, check_state_shapes, shapes_differ
 from optx._errors import FusedError, OptxError, ShapeError, TransformError
@@ -225,7 +225,6 @@ class Stepper:
         for group in w.param_groups:
             if "optx.step" in group:
                 group["optx.step"] += 1
-        run_post_hooks(w.base, closure)
         return (result if inside else loss), True
 
     def _prepared(self) -> _Step:

@@ -213,10 +213,10 @@ class Transform:
         """Undo what ``bind`` did outside the optimizer's state."""
 
     def before_step(self, optimizer: Wrapped) -> None:
-        """Called at the start of each step, after the base's hooks and before anything is measured."""
+        """Called before anything of a step is measured, and after every evaluation of a closure."""
 
     def groups_changed(self, optimizer: Wrapped) -> None:
-        """Called after param groups were added or their parameters replaced."""
+        """Called after param groups came, by ``add_param_group`` or by hand, or parameters were replaced."""
 
     def after_step(self, optimizer: Wrapped) -> None:
         """Called once after each step that was not skipped."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from optx._base_step import guard, owner_of, release, run_pre_hooks
+from optx._base_step import guard, owner_of, release, run_post_hooks, run_pre_hooks
 from optx._checks import check_wrap
 from optx._errors import OptxError, TransformError, warn
 from optx._plan import Plan
@@ -153,10 +153,10 @@ class Wrapped(Optimizer):
         self.skipped_last = False
         closure = run_pre_hooks(self.base, closure)
         self._follow_parameters()
-        for transform in self.transforms:
-            transform.before_step(self)
-        loss, stepped = self._stepper.step(closure)
+        self._before_step()
+        loss, stepped = self._stepper.step(self._then_before_step(closure))
         if stepped:
+            run_post_hooks(self.base, closure)
             self._tell_idle()
             for transform in self.transforms:
                 transform.after_step(self)
@@ -177,6 +177,22 @@ class Wrapped(Optimizer):
                 "optx: step() found no gradient on any parameter, so nothing moved. Call loss.backward() "
                 "before it, on a model whose parameters this optimizer has."
             )
+
+    def _before_step(self) -> None:
+        for transform in self.transforms:
+            transform.before_step(self)
+
+    def _then_before_step(self, closure: Callable[[], Any] | None) -> Callable[[], Any] | None:
+        """A closure makes new gradients, and may write them by hand."""
+        if closure is None:
+            return None
+
+        def evaluate() -> Any:
+            loss = closure()
+            self._before_step()
+            return loss
+
+        return evaluate
 
     def plan(self) -> Plan:
         """Which path each param group's step takes, and why; print it.
@@ -210,10 +226,10 @@ class Wrapped(Optimizer):
                 self._fill_groups()
                 self._make_slots(self.param_groups[count:], all_of_them=True)
                 self._stepper.plan()
+                self._groups_changed()
             except BaseException:
                 del self.base.param_groups[count:]
                 raise
-        self._groups_changed()
 
     def served(self, transform: Transform) -> list[Tensor]:
         """The parameters of the groups that a transform is not left out of."""

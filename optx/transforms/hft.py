@@ -6,23 +6,50 @@ code; the selection (section 3, category level) agrees with the re-implementatio
 
 from __future__ import annotations
 
-import warnings
+import gc
+import inspect
+import operator
+import weakref
 import zlib
-from dataclasses import replace
+from collections.abc import Generator, Iterable, Set
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from optx._errors import OptxError, TransformError
+from optx._errors import OptxError, TransformError, near, warn
 from optx._names import parameter_names
-from optx._transform import Transform
+from optx._state import is_ours
+from optx._transform import Group, Transform
 from optx.transforms._blocks import Layer, clean_names, layers_of
+from optx.transforms._flags import Flags
 from optx.transforms._half import Balance, Draw, Level, Row, Selection
 
 if TYPE_CHECKING:
     from optx._wrap import Wrapped
+
+# Whose flags a model has: an optimizer may be dropped without remove(), and its frozen half is still frozen.
+_SERVED: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Any], Flags]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class _Round:
+    """What was drawn when a round began; it stays until the next, whatever is frozen or added meanwhile.
+
+    Attributes:
+        known: the model's tensors then.
+        drawn: those that the draw decided on.
+        trained: those of them that are trained.
+        checksum: of the names that were trained then.
+    """
+
+    known: Set[str] = frozenset()
+    drawn: Set[str] = frozenset()
+    trained: Set[str] = frozenset()
+    checksum: int = 0
 
 
 class HFT(Transform):
@@ -31,18 +58,23 @@ class HFT(Transform):
     A round is one training stage: an instruction tuning, one task of a sequence. In each transformer block
     2 of the 4 attention matrices, half of the feed-forward matrices and half of the norms are trained; the
     embeddings, the head and the final norm always are. What was learned before survives better, and the
-    frozen half takes no gradient, no optimizer state and no step time: it has ``requires_grad=False``, so
-    it stays bit-identical under weight decay and momentum, and gradients set by hand (GEM's projection)
-    are dropped before each step.
+    frozen half takes no gradient and no step time: it has ``requires_grad=False``, so it stays bit-identical
+    under weight decay and momentum, and gradients set by hand (GEM's projection) are dropped before each
+    step. A param group that is added later, and a group whose ``hft`` key changes, are seen at once.
 
-    Parameters that are frozen already stay so and are not drawn from. `Wrapped.remove` restores every
-    flag. One HFT serves a model; put it on one optimizer if there are several.
+    What a person froze stays so and is not drawn from, whether before `wrap` or in the middle of a round
+    (noticed at the next step or round); thawed by hand again, it is trained, and drawn from in the next
+    round. What the round froze stays frozen until the next one, also if it is thawed by hand: a warning
+    says so. To keep such a weight frozen beyond the round, call `freeze`; to train it, `thaw`, or give its
+    group ``hft=False``. `Wrapped.remove` restores every flag to what the person wants.
+
+    One HFT serves a model; put it on one optimizer if there are several.
 
     With DDP, wrap the model first, with ``find_unused_parameters=True``, and then the optimizer: DDP
     learns of the trainable parameters when it is made. All ranks draw the same half, without
     communication.
 
-    Source: "HFT: Half Fine-Tuning for Large Language Models", arXiv 2404.18466.
+        Source: "HFT: Half Fine-Tuning for Large Language Models", arXiv 2404.18466.
 
     Args:
         model: the model that the optimizer trains; its parameter names tell blocks and categories. A
@@ -55,7 +87,10 @@ class HFT(Transform):
         seed: of the draws. The global generators are not touched.
         rounds_every: begin a new round after so many steps; None leaves it to `next_round`.
         reset_state: at a new round, drop the base's state of all parameters (each of the paper's stages
-            starts a new optimizer); False drops it only where it is frozen.
+            starts a new optimizer), so that there is state for the trained half only: of AdamW's 8 bytes
+            per number (in float32), 4. False keeps it, and a weight that is thawed goes on with the moments
+            and step count that it had; state is then held for all that was ever trained, in the end as much
+            as without HFT. It is in ``state[p]`` and in checkpoints as any other.
         balance: ``"count"``, or ``"params"`` to choose as many matrices as that, but with a share of
             numbers near ``ratio``: under grouped-query attention, 2 of 4 may be a quarter of them.
         blocks: a regular expression that matches the blocks' names, for models whose blocks are not
@@ -70,7 +105,9 @@ class HFT(Transform):
 
     Raises:
         OptxError: an argument out of range, or no blocks in the model.
-        TransformError: a parameter of the optimizer is not in the model, or nothing would be trained.
+        TransformError: a parameter of the optimizer is not in the model, another optimizer's HFT serves the
+            model, nothing would be trained, or ``reset_state=False`` with a base that moves weights without
+            a gradient by their state (LBFGS, schedulefree).
 
     Example:
         >>> import torch, optx
@@ -108,14 +145,27 @@ class HFT(Transform):
         self._draw = Draw(ratio, level, balance, int(seed))
         self._blocks = blocks
         self._steps = 0  # in this round; counted where rounds_every asks for it
-        self._checksum = 0
         self._looked_at: Any = None
         self._found: list[Layer] = []
-        self._flags: dict[str, bool] = {}  # requires_grad as the person left it
+        self._flags = Flags()
+        self._round = _Round()
+        self._groups: list[tuple[bool, list[Tensor]]] = []  # as last seen
         self._frozen: list[Tensor] = []  # the optimizer's, in this round
-        self._optimizer: Wrapped | None = None
-        self._hook: Any = None
+        self._versions: list[int] = []
+        self._eager: bool | None = None  # whether the base makes state in its constructor
+        self._loading = False
+        self._warned: set[str] = set()
+        self._optimizer: weakref.ref[Wrapped] | None = None
         self._layers()  # raises where there are no blocks
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy of (model, optimizer) serves the copied optimizer; a weak reference can't be copied.
+        return {**super().__getstate__(), "_optimizer": self._served_by()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        optimizer = state["_optimizer"]
+        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
 
     @property
     def round(self) -> int:
@@ -138,19 +188,69 @@ class HFT(Transform):
         return self.start_round(self.round + 1)
 
     def start_round(self, number: int) -> Selection:
-        """Begin round ``number``; a round's half depends only on it and the seed.
-
-        ``torch.distributed.checkpoint`` loads optimizer state for trainable parameters only: begin the saved
-        round before loading. ``load_state_dict`` needs no such help.
-        """
+        """Begin round ``number``; a round's half depends only on it, the seed, and what the person froze."""
         optimizer = self._bound("start_round")
         self._draw = replace(self._draw, round=number)
         self._steps = 0
-        return self._enter(optimizer, self.reset_state)
+        self._flags.follow()
+        self._flags.watch(self._parameters())
+        self._round = self._drawn(self._flags.unwanted(), self._left_out(optimizer))
+        self._enter(optimizer, self.reset_state)
+        return self.selected()
 
     def selected(self) -> Selection:
         """What this round trains, parameter by parameter."""
-        return self._select(self._bound("selected"))
+        optimizer = self._bound("selected")
+        if not self._loading:
+            self._follow(optimizer)
+        return Selection(self._rows(self._round, self._left_out(optimizer)), self.round)
+
+    def freeze(self, *names: str) -> None:
+        """Freeze parameters for good, by their names in `selected`, also where the round has done so already.
+
+        Raises:
+            OptxError: there is no parameter of that name; nothing is changed.
+        """
+        self._want(names, False, "freeze")
+
+    def thaw(self, *names: str) -> None:
+        """Train parameters from now on, until a next round draws otherwise.
+
+        Raises:
+            OptxError: there is no parameter of that name; nothing is changed.
+        """
+        self._want(names, True, "thaw")
+
+    @contextmanager
+    def loading(self) -> Generator[None]:
+        """Inside, everything that rounds freeze has ``requires_grad=True``: torch looks at it.
+
+        ``torch.distributed.checkpoint`` loads the state of trainable parameters only, so load in here; the
+        saved round begins with the load. Parameters that were never trained have no state:
+        ``StateDictOptions(strict=False)`` loads the others. ``load_state_dict`` needs no such help.
+
+        Example:
+            >>> import torch, optx
+            >>> from torch.distributed.checkpoint import state_dict as dcp
+            >>> model = torch.nn.Transformer(8, 2, 1, 1, 16, batch_first=True)
+            >>> opt = optx.wrap(torch.optim.AdamW(model.parameters()), optx.HFT(model))
+            >>> saved = dcp.get_optimizer_state_dict(model, opt)
+            >>> with opt.hft.loading():
+            ...     options = dcp.StateDictOptions(strict=False)
+            ...     dcp.set_optimizer_state_dict(model, opt, saved, options=options)
+        """
+        optimizer = self._bound("loading")
+        self._follow(optimizer)
+        self._loading = True
+        self._thaw_all()
+        try:
+            yield
+        finally:
+            self._loading = False
+            for p in optimizer.served(self):
+                if _only_rehearsed(_base_state(optimizer.base, p), p):
+                    optimizer.drop_base_state(p)
+            self._enter(optimizer, reset=False)
 
     # ---- the selection -----------------------------------------------------------------------------
 
@@ -172,51 +272,130 @@ class HFT(Transform):
             self._looked_at = (shapes, same)
         return self._found
 
-    def _select(self, optimizer: torch.optim.Optimizer) -> Selection:
-        params = self._parameters()
-        groups = [group for group in optimizer.param_groups if not self.serves(group)]
-        left_out = {p for group in groups for p in group["params"]}
-        for name, p in params.items():
-            self._flags.setdefault(name, p.requires_grad)
-        free = {name for name, p in params.items() if self._flags[name] and p not in left_out}
-        layers = self._layers()
-        pool = [layer for layer in layers if free.intersection(layer.tensors)]
-        trained = self._draw.of(pool)
-        rows: dict[str, Row] = {}
-        for layer in layers:
-            for tensor in layer.tensors:
-                drawn = layer.block is not None and tensor in free
-                trainable = layer.name in trained if drawn else self._flags[tensor]
-                numel = params[tensor].numel()
-                row = Row(tensor, layer.name, layer.category, layer.block or "", numel, trainable, drawn)
-                rows[tensor] = row
-        return Selection([rows[name] for name in params], self.round)
+    def _left_out(self, optimizer: torch.optim.Optimizer) -> set[str]:
+        """Names of the parameters in groups that opted out."""
+        out = {p for group in optimizer.param_groups if not self.serves(group) for p in group["params"]}
+        return {name for name, p in self._parameters().items() if p in out} if out else set()
 
-    def _enter(self, optimizer: Wrapped, reset: bool) -> Selection:
-        """Make the model and the optimizer's state those of this round."""
-        selection = self._select(optimizer)
+    def _drawn(self, unwanted: Set[str], left_out: Set[str], known: Set[str] = frozenset()) -> _Round:
+        """The draw of this round among all but what the person froze, left out, or what is known already."""
+        out = unwanted | left_out | known
+        pool = [layer for layer in self._layers() if not out.issuperset(layer.tensors)]
+        chosen = self._draw.of(pool)
+        blocks = [layer for layer in pool if layer.block is not None]
+        drawn = {t for layer in blocks for t in layer.tensors if t not in out}
+        trained = drawn & {t for layer in blocks if layer.name in chosen for t in layer.tensors}
+        names = list(self._parameters())
+        kept = [name for name in names if (name in trained if name in drawn else name not in unwanted)]
+        return _Round(frozenset(names), drawn, trained, zlib.crc32("\n".join(kept).encode()))
+
+    def _rows(self, chosen: _Round, left_out: Set[str]) -> list[Row]:
+        params, wish = self._parameters(), self._flags.wish
+        rows: dict[str, Row] = {}
+        for layer in self._layers():
+            for name in layer.tensors:
+                drawn = name in chosen.drawn and wish[name] and name not in left_out
+                trainable = name in chosen.trained if drawn else wish[name]
+                numel = params[name].numel()
+                rows[name] = Row(name, layer.name, layer.category, layer.block or "", numel, trainable, drawn)
+        return [rows[name] for name in params]
+
+    def _enter(self, optimizer: Wrapped, reset: bool) -> None:
+        """Make the flags, the gradients and the optimizer's state those of this round."""
         params = self._parameters()
-        for row in selection:
+        self._flags.watch(params)
+        for row in self._rows(self._round, self._left_out(optimizer)):
             p = params[row.name]
-            p.requires_grad_(row.trainable)
+            self._flags.set(row.name, p, row.trainable)
             if row.drawn and not row.trainable:
                 p.grad = None
         served = optimizer.served(self)
         self._frozen = [p for p in served if not p.requires_grad]
-        for p in served if reset else self._frozen:
+        dropped = served if reset else self._frozen if self.reset_state else ()
+        for p in dropped:
             optimizer.drop_base_state(p)
-        self._checksum = zlib.crc32("\n".join(selection.trainable).encode())
+        self._make_first_state(optimizer)
+        self._groups = [(self.serves(group), list(group["params"])) for group in optimizer.param_groups]
         self._tell(optimizer)
-        return selection
+
+    def _make_first_state(self, optimizer: Wrapped) -> None:
+        """For a base that makes state in its constructor (Adagrad) and looks for it in a step."""
+        base = optimizer.base
+        for group in filter(self.serves, base.param_groups):
+            lacking = [p for p in group["params"] if p.requires_grad and not _base_state(base, p)]
+            if lacking and self._makes_state_first(base):
+                for p, state in _anew(base, group, lacking).state.items():
+                    if isinstance(p, Tensor):
+                        base.state[p].update(state)
+
+    def _makes_state_first(self, base: torch.optim.Optimizer) -> bool:
+        if self._eager is None:
+            dummy = nn.Parameter(torch.zeros(1))
+            try:
+                self._eager = bool(_anew(base, base.param_groups[0], [dummy]).state.get(dummy))
+            except Exception:  # no class that is made from groups and its defaults, whatever it misses
+                self._eager = False
+        return self._eager
+
+    # ---- what the person does ----------------------------------------------------------------------
+
+    def _follow(self, optimizer: Wrapped) -> None:
+        """Take on what the person changed: flags, groups, parameter objects."""
+        if self._groups_changed(optimizer):
+            self.groups_changed(optimizer)
+            return
+        thawed = self._flags.follow()
+        if thawed:
+            self._warn_once(
+                f"HFT: {thawed[0]!r} was thawed by hand ({len(thawed)} in all), but round {self.round} holds "
+                "it frozen, and so it stays. To train it, call opt.hft.thaw(name), or put it in a param "
+                "group with hft=False."
+            )
+        held = [p for p in optimizer.served(self) if not p.requires_grad]
+        if thawed or len(held) != len(self._frozen) or not all(map(operator.is_, held, self._frozen)):
+            self._frozen = held
+
+    def _groups_changed(self, optimizer: Wrapped) -> bool:
+        groups = optimizer.param_groups
+        return len(groups) != len(self._groups) or not all(
+            self.serves(group) == served
+            and len(params) == len(group["params"])
+            and all(map(operator.is_, params, group["params"]))
+            for group, (served, params) in zip(groups, self._groups, strict=True)
+        )
+
+    def _want(self, names: Iterable[str], trainable: bool, caller: str) -> None:
+        optimizer = self._bound(caller)
+        self._follow(optimizer)
+        known = self._parameters()
+        for name in names:
+            if name not in known:
+                raise OptxError(f"HFT: {caller}({name!r}) names no parameter. {near(name, known)}")
+        self._flags.want(names, trainable)
+        if trainable:
+            self._round = replace(self._round, trained=self._round.trained | (self._round.drawn & set(names)))
+        self._enter(optimizer, reset=False)
+
+    def _thaw_all(self) -> None:
+        for name, p in self._parameters().items():
+            if self._flags.wish[name]:
+                self._flags.set(name, p, True)
+
+    def _warn_once(self, message: str) -> None:
+        kind = message.split("'", 1)[0]
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warn(message)
 
     # ---- the optimizer's side ----------------------------------------------------------------------
 
     def check(self, base: torch.optim.Optimizer) -> None:
         """Refuse another model's parameters, a DDP that would wait for frozen ones, and an empty half."""
-        if self._optimizer is None:
-            self._flags.clear()
-        elif self._optimizer.base is not base:
+        optimizer = self._served_by()
+        if optimizer is not None and optimizer.base is not base:
             raise TransformError("HFT: this HFT serves an optimizer already; one HFT serves one model.")
+        if optimizer is None:
+            self._flags = self._inherited()
         params, names = self._parameters(), parameter_names(base)
         optimized = {p for group in base.param_groups for p in group["params"]}
         foreign = sorted((names[id(p)], tuple(p.shape)) for p in optimized.difference(params.values()))
@@ -231,26 +410,81 @@ class HFT(Transform):
                 "HFT: the model is in DistributedDataParallel, which would wait for the gradients of the "
                 "frozen half. Make it with find_unused_parameters=True."
             )
-        if not any(row.trainable and params[row.name] in optimized for row in self._select(base)):
+        self._check_kept(base)
+        self._flags.follow()
+        self._flags.watch(params)
+        left_out = self._left_out(base)
+        chosen = self._round if optimizer is not None else self._drawn(self._flags.unwanted(), left_out)
+        if not any(row.trainable and params[row.name] in optimized for row in self._rows(chosen, left_out)):
             raise TransformError(
                 f"HFT: with ratio={self._draw.ratio} the optimizer has nothing to train: none of its "
                 "parameters was drawn or is outside of the blocks. Raise ratio, or give it the embeddings."
             )
 
+    def _check_kept(self, base: torch.optim.Optimizer) -> None:
+        """Refuse to keep state by which a base moves weights that have no gradient."""
+        modes = all(callable(getattr(base, name, None)) for name in ("train", "eval"))
+        if not self.reset_state and (modes or isinstance(base, torch.optim.LBFGS)):
+            why = "moves weights by their state in train() and eval()" if modes else "has one history for all"
+            raise TransformError(
+                f"HFT: reset_state=False keeps the state of frozen weights, and {type(base).__name__} {why}, "
+                "so that they would move. Leave reset_state=True."
+            )
+
+    def _inherited(self) -> Flags:
+        """The person's flags: as they are, or as an optimizer knew them that was dropped without remove()."""
+        last, flags = _SERVED.get(self.model, (None, Flags()))
+        if last is not None and last() is not None:
+            gc.collect()  # a scheduler makes a cycle of its optimizer
+            if last() is not None:
+                raise TransformError(
+                    "HFT: another optimizer's HFT serves this model, and its frozen half would look as if "
+                    "you had frozen it. Call remove() on that optimizer first."
+                )
+        return flags
+
     def bind(self, optimizer: Wrapped) -> None:
         """Freeze this round's half."""
-        self._optimizer = optimizer
-        self._hook = optimizer.register_step_pre_hook(self._drop_gradients)
+        self._optimizer = weakref.ref(optimizer)
+        _SERVED[self.model] = (self._optimizer, self._flags)
+        self._round = self._drawn(self._flags.unwanted(), self._left_out(optimizer))
+        # One history for all parameters would go on moving those that are frozen now.
+        self._enter(optimizer, reset=isinstance(optimizer.base, torch.optim.LBFGS))
+
+    def groups_changed(self, optimizer: Wrapped) -> None:
+        """Take in groups that came, parameters that were replaced, and layers that are new in the model."""
+        self._flags.follow()
+        self._flags.watch(self._parameters())
+        new = self._drawn(self._flags.unwanted(), self._left_out(optimizer), self._round.known)
+        self._round = replace(
+            self._round,
+            known=self._round.known | new.known,
+            drawn=self._round.drawn | new.drawn,
+            trained=self._round.trained | new.trained,
+        )
         self._enter(optimizer, reset=False)
 
-    def _drop_gradients(self, *_: Any) -> None:
-        """Before a step: a frozen weight may have got a gradient by hand, or from a graph made earlier."""
+    def before_step(self, optimizer: Wrapped) -> None:
+        """A frozen weight may have got a gradient by hand, or from a graph made earlier: drop it."""
+        if self._loading:
+            return
+        self._follow(optimizer)
         for p in self._frozen:
             if p.grad is not None:
                 p.grad = None
+        if not self.reset_state:
+            self._versions = [p._version for p in self._frozen]
 
     def after_step(self, optimizer: Wrapped) -> None:
         """Count the step, and begin a new round where it is time."""
+        if self._loading:
+            return
+        if not self.reset_state and self._versions != [p._version for p in self._frozen]:
+            self._warn_once(
+                "HFT: this step wrote to frozen weights, which have no gradient. If that was "
+                f"{type(optimizer.base).__name__}, they may move by the state that reset_state=False keeps: "
+                "leave reset_state=True."
+            )
         if self.rounds_every is None or _is_rehearsal(optimizer):
             return
         self._steps += 1
@@ -263,32 +497,62 @@ class HFT(Transform):
         """Return to the round that was saved."""
         group = optimizer.param_groups[0]
         seed, number = int(self._get(group, "seed", self.seed)), int(self._get(group, "round", self.round))
-        saved = self._get(group, "selection", 0)
+        saved, kept = int(self._get(group, "selection", 0)), int(self._get(group, "kept", 0))
+        same = (seed, number, saved) == (self.seed, self.round, self._round.checksum)
         self._draw = replace(self._draw, seed=seed, round=number)
         self._steps = int(self._get(group, "steps", self._steps))
+        if not self._loading:
+            self._flags.follow()
+        self._flags.watch(self._parameters())
+        if not same:
+            self._return_to(optimizer, saved)
         self._enter(optimizer, reset=False)
-        if saved not in (0, self._checksum):
-            warnings.warn(
+        if saved not in (0, self._round.checksum):
+            warn(
                 f"HFT: the checkpoint trained another half in round {number} than this HFT does. Give it the "
-                "model, ratio, level, balance and frozen parameters of the run that saved it.",
-                stacklevel=4,
+                "model, ratio, level, balance and frozen parameters of the run that saved it."
             )
+        elif not self.reset_state and kept > self._kept(optimizer):
+            warn(
+                f"HFT: the checkpoint has the state of {kept} frozen weights, and {self._kept(optimizer)} "
+                "came: torch.distributed.checkpoint loads trainable parameters only. Load inside of "
+                "`with opt.hft.loading():`."
+            )
+
+    def _return_to(self, optimizer: Wrapped, saved: int) -> None:
+        """Draw as the saved run did when its round began; frozen by hand since is not frozen then."""
+        unwanted, left_out = self._flags.unwanted(), self._left_out(optimizer)
+        nobody: set[str] = set()
+        ways = ((unwanted, left_out), (nobody, left_out), (unwanted, nobody), (nobody, nobody))
+        rounds = [self._drawn(*way) for way in ways]
+        self._round = next((one for one in rounds if one.checksum == saved), rounds[0])
+
+    def _kept(self, optimizer: Wrapped) -> int:
+        """How many frozen weights the base has state of."""
+        return sum(bool(_base_state(optimizer.base, p)) for p in self._frozen)
 
     def _get(self, group: dict[str, Any], key: str, default: int) -> int:
         return group.get(f"optx.{self.name}.{key}", default)
 
     def unwrap(self, optimizer: Wrapped) -> None:
         """Restore every ``requires_grad``."""
-        for name, p in self._parameters().items():
-            p.requires_grad_(self._flags.get(name, p.requires_grad))
-        self._flags.clear()
+        self._flags.watch(self._parameters())
+        self._flags.give_back()
+        _SERVED.pop(self.model, None)
         self._frozen.clear()
-        self._hook.remove()
+        self._groups.clear()
         self._optimizer = None
 
     def group_numbers(self) -> dict[str, float | int | bool]:
-        """Round, seed, steps in this round, and a checksum of the selection."""
-        return {"round": self.round, "seed": self.seed, "steps": self._steps, "selection": self._checksum}
+        """Round, seed, steps in this round, a checksum of the draw, and how many frozen have state."""
+        optimizer = self._served_by()
+        return {
+            "round": self.round,
+            "seed": self.seed,
+            "steps": self._steps,
+            "selection": self._round.checksum,
+            "kept": 0 if optimizer is None else self._kept(optimizer),
+        }
 
     def _tell(self, optimizer: Wrapped) -> None:
         """Write the numbers where they are saved."""
@@ -296,12 +560,17 @@ class HFT(Transform):
         for group in optimizer.param_groups:
             group.update(numbers)
 
+    def _served_by(self) -> Wrapped | None:
+        """The optimizer, held weakly: it holds this transform."""
+        return None if self._optimizer is None else self._optimizer()
+
     def _bound(self, caller: str) -> Wrapped:
-        if self._optimizer is None:
+        optimizer = self._served_by()
+        if optimizer is None:
             raise TransformError(
                 f"HFT: {caller}() needs an optimizer: opt = optx.wrap(optimizer, HFT(model))."
             )
-        return self._optimizer
+        return optimizer
 
     def __repr__(self) -> str:
         draw = self._draw
@@ -315,3 +584,23 @@ def _is_rehearsal(optimizer: torch.optim.Optimizer) -> bool:
     return not any(
         p.grad is not None and bool(p.grad.any()) for group in optimizer.param_groups for p in group["params"]
     )
+
+
+def _anew(base: torch.optim.Optimizer, group: Group, params: list[Tensor]) -> torch.optim.Optimizer:
+    """An optimizer as the base was when it was made, with the settings of a group."""
+    kind: Any = type(base)
+    known = inspect.signature(kind).parameters
+    return kind(params, **{key: value for key, value in group.items() if key in known and key != "params"})
+
+
+def _only_rehearsed(state: Group, p: Tensor) -> bool:
+    """Whether state is what torch.distributed.checkpoint's step of zeros made, and no checkpoint filled."""
+    tensors = [t for key, t in state.items() if isinstance(t, Tensor) and key != "step"]
+    of_weight = [t for t in tensors if t.ndim or not p.ndim]
+    return float(state.get("step", 0.0)) <= 1.0 and not any(bool(t.any()) for t in of_weight)
+
+
+def _base_state(base: torch.optim.Optimizer, p: Tensor) -> Group:
+    """What the base itself keeps of a parameter."""
+    state = base.state
+    return {key: value for key, value in state[p].items() if not is_ours(key)} if p in state else {}

@@ -1,0 +1,67 @@
+"""Who froze a parameter: the person, or the round. ``requires_grad`` alone does not tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+
+class Flags:
+    """What the person wants of every parameter, beside what a round has made of it.
+
+    Attributes:
+        wish: by name, ``requires_grad`` as the person left it.
+    """
+
+    def __init__(self) -> None:
+        self.wish: dict[str, bool] = {}
+        self._left: dict[str, bool] = {}  # as it was set here, or seen here
+        self._watched: list[tuple[str, nn.Parameter]] = []
+
+    def watch(self, params: Mapping[str, nn.Parameter]) -> None:
+        """Look after these parameters; objects may be others than before, names count."""
+        for name, p in params.items():
+            self.wish.setdefault(name, p.requires_grad)
+            self._left.setdefault(name, p.requires_grad)
+        self._watched = list(params.items())
+
+    def follow(self) -> list[str]:
+        """Take on what the person has changed since.
+
+        Returns:
+            What was thawed although the round holds it; it is frozen again.
+        """
+        thawed: list[str] = []
+        for name, p in self._watched:
+            now = p.requires_grad
+            if now == self._left[name]:
+                continue
+            if now and self.wish[name]:  # only a round can have frozen it
+                p.requires_grad_(False)
+                thawed.append(name)
+            else:
+                self.wish[name] = self._left[name] = now
+        return thawed
+
+    def set(self, name: str, p: nn.Parameter, trainable: bool) -> None:
+        """Make a parameter what the round wants of it."""
+        p.requires_grad_(trainable)
+        self._left[name] = trainable
+
+    def want(self, names: Iterable[str], trainable: bool) -> None:
+        """The person says it in words."""
+        self.wish.update(dict.fromkeys(names, trainable))
+
+    def give_back(self) -> None:
+        """Every parameter as the person wants it; forget them all."""
+        self.follow()
+        for name, p in self._watched:
+            p.requires_grad_(self.wish[name])
+        self.wish.clear()
+        self._left.clear()
+        self._watched.clear()
+
+    def unwanted(self) -> set[str]:
+        """What the person froze."""
+        return {name for name, wanted in self.wish.items() if not wanted}
