@@ -142,6 +142,9 @@ class Transform:
     def unwrap(self, optimizer: Wrapped) -> None:
         """Undo what ``bind`` did outside the optimizer's state."""
 
+    def before_step(self, optimizer: Wrapped) -> None:
+        """Called once before each step, when nothing of it is measured yet."""
+
     def after_step(self, optimizer: Wrapped) -> None:
         """Called once after each step that was not skipped."""
 

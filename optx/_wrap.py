@@ -140,6 +140,8 @@ class Wrapped(Optimizer):
             OptxError: a gradient is sparse, or a parameter changed in a way no kernel serves.
         """
         self._follow_parameters()
+        for transform in self.transforms:
+            transform.before_step(self)
         loss, stepped = self._stepper.step(closure)
         if stepped:
             for transform in self.transforms:
