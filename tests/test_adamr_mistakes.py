@@ -213,6 +213,19 @@ def test_weights_loaded_into_parameters_that_were_replaced_are_told() -> None:
         opt.step()
 
 
+def test_weights_that_are_not_pulled_are_not_talked_about() -> None:
+    net = make_net()
+    groups = [
+        {"params": net.first.parameters(), "adamr_weight": 0.0},
+        {"params": net.second.parameters(), "adamr": False},
+        {"params": net.norm.parameters()},
+    ]
+    opt = optx.wrap(torch.optim.AdamW(groups, lr=0.01, weight_decay=0.0), AdamR(), fused=False)
+    for layer in (net.first, net.second):
+        layer.load_state_dict({n: t + 1.0 for n, t in layer.state_dict().items()})
+    train(net, opt, range(2))
+
+
 def test_other_weights_than_the_anchors_are_what_a_file_is_for() -> None:
     net = make_net()
     base = torch.optim.AdamW(net.named_parameters(), lr=0.01, weight_decay=0.0)

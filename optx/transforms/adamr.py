@@ -289,7 +289,10 @@ class AdamR(Transform):
 
     def _tell_moved(self, optimizer: Wrapped, taken: Mapping[Tensor, Tensor]) -> None:
         """Warn of weights that are not the ones the anchors were taken from."""
-        for p in optimizer.served(self):
+        pulling = [
+            g for g in optimizer.param_groups if self.serves(g) and _number(g.get("adamr_weight")) != 0.0
+        ]
+        for p in (p for group in pulling for p in group["params"]):
             # Another object than at wrap has its anchor from there; another anchor is a checkpoint's.
             if p in taken or (self._anchors.source is None and p.requires_grad):
                 anchor = optimizer.slot(p, self, "anchor")
