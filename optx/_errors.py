@@ -48,10 +48,13 @@ def near(name: str, names: Iterable[str], count: int = 3) -> str:
     )
 
 
+_INSIDE = ("optx.", "torch.")  # schedulers, GradScaler and torch's own hooks wrap a step
+
+
 def warn(message: str) -> None:
-    """Warn at the line that led here, outside of optx and of torch, which calls hooks and our step."""
+    """Warn at the line outside optx and torch that led here, through however many of their functions."""
     frame, levels = sys._getframe(1), 2  # pyright: ignore[reportPrivateUsage]
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("optx.", "torch.")):
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(_INSIDE):
         frame, levels = frame.f_back, levels + 1
     warnings.warn(message, stacklevel=levels)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,6 +147,7 @@ def resume(case: Case, kind: str, folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    warnings.filterwarnings("ignore", "AdamR: param group", UserWarning)  # some bases decay weights too
     torch.set_num_threads(1)
     here = Path(sys.argv[1])
     mine = [case for case in cases() if case.path == sys.argv[2]]

@@ -201,18 +201,29 @@ def test_an_anchor_of_another_shape_is_named_with_both() -> None:
         optx.wrap(adam(make_net()), optx.AdamR(anchor=table))
 
 
-def test_tables_need_names_and_models_pair_up_by_position_only_if_all_do() -> None:
-    with pytest.raises(optx.TransformError, match="does not know its parameters' names"):
-        optx.wrap(adam(make_net(), names=False), optx.AdamR(anchor=make_net(1).state_dict()))
-    opt = optx.wrap(adam(make_net(), names=False), optx.AdamR(anchor=make_net(1)))
-    assert all(torch.equal(a, p) for a, p in zip(anchors(opt), make_net(1).parameters(), strict=True))
-    with pytest.raises(optx.TransformError, match="do not pair up in order"):
-        optx.wrap(adam(make_net(), names=False), optx.AdamR(anchor=nn.Linear(2, 2)))
+@pytest.mark.parametrize("order", ["same", "other"])
+def test_without_names_nothing_pairs_up_but_the_model_itself(order: str) -> None:
+    """Two models' parameters in order: with equal shapes a wrong pair would be pulled together in silence."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    groups = [{"params": part.parameters()} for part in (net if order == "same" else reversed(net))]
+    base = torch.optim.SGD(groups, lr=0.1)
+    for source in (copy.deepcopy(net), copy.deepcopy(net).state_dict(), nn.Linear(2, 2)):
+        with pytest.raises(
+            optx.TransformError, match=r"does not know its parameters' names .* or pass model="
+        ):
+            optx.wrap(base, optx.AdamR(1.0, normalize=False, anchor=source))
+    opt = optx.wrap(base, optx.AdamR(1.0, normalize=False, anchor=net), fused=False)
+    before = copy.deepcopy(net)
+    for p in net.parameters():
+        assert torch.equal(opt.slot(p, opt.adamr, "anchor"), p)
+        p.grad = torch.zeros_like(p)
+    opt.step()
+    assert same(net, before)
 
 
 def test_a_file_that_is_none(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.safetensors", Path(__file__)):
-        with pytest.raises(optx.TransformError, match=f"cannot read anchor='{path}' as a safetensors file"):
+        with pytest.raises(optx.TransformError, match=f"cannot read anchor='{path}' as a safetensors"):
             optx.wrap(adam(make_net()), optx.AdamR(anchor=path))
 
 

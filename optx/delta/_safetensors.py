@@ -308,16 +308,27 @@ def shards(path: Path) -> Iterator[Path]:
     """
     index = next(iter(sorted(path.glob("*.safetensors.index.json"))), None)
     if index is not None:
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise FileError(f"{str(index)!r} is damaged ({error}).") from None
-        for name in names:
-            if not (path / name).exists():
-                raise FileError(f"{str(index)!r} names {name!r}, which is not in the folder.")
-            yield path / name
+        yield from indexed(index)
         return
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise FileError(f"The folder {str(path)!r} has no *.safetensors file.")
     yield from files
+
+
+def indexed(index: Path) -> Iterator[Path]:
+    """The shards that an index names, beside it.
+
+    Raises:
+        FileError: the index is missing or damaged, or names a file that is missing.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except FileNotFoundError:
+        raise FileError(f"There is no file {str(index)!r}.") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FileError(f"{str(index)!r} is damaged ({error}).") from None
+    for name in names:
+        if not (index.parent / name).exists():
+            raise FileError(f"{str(index)!r} names {name!r}, which is not in the folder.")
+        yield index.parent / name

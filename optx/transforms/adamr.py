@@ -6,16 +6,18 @@ and its official code (AdamR.py).
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
+import math
+import numbers
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from optx._errors import OptxError, TransformError, check_range
-from optx._names import whole
+from optx._errors import OptxError, TransformError, check_range, warn
+from optx._names import is_dtensor, parameter_names, whole
 from optx._rules import rule
 from optx._transform import Group, Moments, Slot, Transform, like_weight, per_tensor
 from optx.ops import maximum, sign, sqrt, where
@@ -117,7 +119,7 @@ class AdamR(Transform):
 
     Adam with a decoupled decay towards the weights it started from, divided by one gradient scale of the
     whole optimizer. What fine-tuning changes stays small, so that it survives extreme pruning (DARE).
-    Use a base with ``weight_decay=0``, or both pulls act.
+    Use a base with ``weight_decay=0``, or both pulls act (a warning tells once).
 
     Source: "DARE the Extreme", arXiv 2410.09344, AdamR-L2 and AdamR-L1.
 
@@ -125,8 +127,15 @@ class AdamR(Transform):
         weight: strength of the pull. The effective rate is ``lr * weight / r``, with r the root mean
             square of the bias-corrected second moment; it must stay below 1 (a warning tells once).
         norm: ``"l2"`` pulls in proportion to the distance, ``"l1"`` by the same amount everywhere.
-        anchor: what to pull to: None, the weights as they are now; another model; a state dict; the path
-            of a safetensors file (memory-mapped); or ``"zero"``.
+        anchor: what to pull to: None, the weights as they are now, so load them before `wrap` (a warning
+            tells if they changed before the first step); another model; a state dict; a file: safetensors, a
+            folder or a list of shards or their index file, or a torch file (``.pt``, ``.bin``, read with
+            ``weights_only=True``); or ``"zero"``. Each weight is paired with the tensor of its name, never
+            by order. Anchors keep their dtype: those of a float16 or bfloat16 checkpoint are what float32
+            weights are then pulled to, rounded as they are. A model's or state dict's tensors are copied, so
+            that training, moving or averaging that model does not move the anchors; where that memory
+            matters give the file, which stays memory-mapped for weights on the CPU and must not be
+            written to then (saving to its path ends in an error).
         normalize: divide by r (needs torch's Adam, AdamW, NAdam or RAdam). False is a decoupled L2-SP
             pull that works with any base.
         model: gives the parameters' names where anchors are found by name and the optimizer was not
@@ -140,7 +149,8 @@ class AdamR(Transform):
 
     Raises:
         OptxError: an argument out of range.
-        TransformError: the base has no second moment, or an anchor is missing.
+        TransformError: the base has no second moment, an anchor is missing or no floating-point tensor, the
+            parameters' names are not known, or a file can't be read.
         ShapeError: an anchor has another shape than its weight.
 
     Example:
@@ -151,29 +161,42 @@ class AdamR(Transform):
     """
 
     name = "adamr"
+    limits: ClassVar[Mapping[str, tuple[float, float]]] = {"weight": (0.0, math.inf)}
 
     def __init__(
         self,
         weight: float = 0.05,
         norm: Literal["l2", "l1"] = "l2",
-        anchor: nn.Module | Mapping[str, Tensor] | str | PathLike[str] | None = None,
+        anchor: nn.Module
+        | Mapping[str, Tensor]
+        | str
+        | PathLike[str]
+        | Sequence[str | PathLike[str]]
+        | None = None,
         normalize: bool = True,
         *,
         model: nn.Module | None = None,
         save_anchor: bool = True,
     ) -> None:
-        check_range("AdamR", "weight", weight, 0.0)
+        number = _checked_weight(weight)
         if norm not in ("l2", "l1"):
             raise OptxError(f"AdamR: norm is {norm!r}; it must be 'l2' or 'l1'.")
+        for argument, value in (("normalize", normalize), ("save_anchor", save_anchor)):
+            if not isinstance(value, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise OptxError(f"AdamR: {argument} is {value!r}; it must be True or False.")
         if anchor is None and not save_anchor:
             raise OptxError(
                 "AdamR: save_anchor=False needs an anchor that can be found again (a model, a state dict or "
                 "a file); with anchor=None a resumed run would be pulled to the resumed weights."
             )
-        self.options = {"weight": weight}
+        self.options = {"weight": number}
         self.norm, self.normalize = norm, normalize
         self._to_zero = isinstance(anchor, str) and anchor == "zero"
         self._anchors = Anchors("AdamR", anchor, model)
+        self._warned_decay = False
+        # Anchors that are copies of the weights themselves, until the first step has looked at both.
+        self._taken: dict[Tensor, Tensor] = {}
+        self._last_second: Any = None  # the total that was there before this step
         self._warned = False
         slots: dict[str, Slot] = {}
         if not self._to_zero:
@@ -218,8 +241,70 @@ class AdamR(Transform):
         """Take the anchors now: later the weights have moved."""
         if not self._to_zero:
             served = [p for p in optimizer.served(self) if p.requires_grad or self._anchors.source is None]
-            for p, anchor in self._anchors.bind(optimizer, served).items():
+            anchors, live = self._anchors.bind(optimizer, served)
+            if live and not self.slots["anchor"].saved:
+                raise OptxError(
+                    "AdamR: save_anchor=False needs an anchor that can be found again, and anchor= is the "
+                    "model that is trained. Pass the pretrained file or a copy of the model."
+                )
+            for p, anchor in anchors.items():
                 optimizer.slot(p, self, "anchor", lambda anchor=anchor: anchor)
+            self._taken = {p: anchors[p] for p in live}
+        self._tell_decay(optimizer)
+
+    def unwrap(self, optimizer: Wrapped) -> None:
+        """Let the weights go."""
+        self._taken = {}
+
+    def before_step(self, optimizer: Wrapped) -> None:
+        """Look for what would make the pull another one than the person thinks."""
+        self._last_second = optimizer.totals.get("adamr.second")
+        self._anchors.check_files(self._present(optimizer))
+        if not self._warned_decay:
+            self._tell_decay(optimizer)
+        if self._taken and not _rehearses(optimizer):
+            taken, self._taken = self._taken, {}
+            self._tell_moved(optimizer, taken)
+
+    def after_load(self, optimizer: Wrapped) -> None:
+        """A resumed run's weights differ from its anchors, which the checkpoint brings."""
+        self._taken = {}
+
+    def _present(self, optimizer: Wrapped) -> Iterator[Tensor]:
+        """The anchors of the weights that are trained."""
+        if not self._to_zero:
+            yield from (optimizer.slot(p, self, "anchor") for p in optimizer.served(self) if p.requires_grad)
+
+    def _tell_decay(self, optimizer: Wrapped) -> None:
+        """Warn once of a base that pulls the weights to zero besides."""
+        for number, group in enumerate(optimizer.param_groups):
+            decay = _number(group.get("weight_decay", 0.0))
+            if decay and self.serves(group) and _number(group.get("adamr_weight", 1.0)) != 0.0:
+                self._warned_decay = True
+                warn(
+                    f"AdamR: param group {number} has weight_decay={decay:.6g} in the base, so both pulls "
+                    "act: to zero and to the anchors. Set weight_decay=0 there, or adamr=False."
+                )
+                return
+
+    def _tell_moved(self, optimizer: Wrapped, taken: Mapping[Tensor, Tensor]) -> None:
+        """Warn of weights that are not the ones the anchors were taken from."""
+        pulling = [
+            g for g in optimizer.param_groups if self.serves(g) and _number(g.get("adamr_weight")) != 0.0
+        ]
+        for p in (p for group in pulling for p in group["params"]):
+            # Another object than at wrap has its anchor from there; another anchor is a checkpoint's.
+            if p in taken or (self._anchors.source is None and p.requires_grad):
+                anchor = optimizer.slot(p, self, "anchor")
+                if taken.get(p, anchor) is not anchor or not _moved(p, anchor):
+                    continue
+                name = parameter_names(optimizer.base, self._anchors.model).get(id(p), "a parameter")
+                warn(
+                    f"AdamR: {name!r} changed between optx.wrap and the first step, so training is pulled "
+                    "away from the weights that it starts at. Load pretrained weights before optx.wrap, or "
+                    "pass their file or state dict as anchor=."
+                )
+                return
 
     def init_slot(self, name: str, p: Tensor, optimizer: Wrapped) -> Tensor:
         """An anchor for a parameter that came later; the sum of a second moment that is there already."""
@@ -227,29 +312,86 @@ class AdamR(Transform):
             return self._anchors.of(p, optimizer)
         state = optimizer.state.get(p, {})
         total = self.slots[name].zeros(p) if p.device.type != "mps" else torch.zeros(())
-        if "exp_avg_sq" in state:
-            total.copy_(whole(state["exp_avg_sq"].sum(dtype=total.dtype)))
+        if (second := state.get("exp_avg_sq")) is not None:
+            total.copy_(whole(second.sum(dtype=total.dtype)))
         return total
 
     def after_step(self, optimizer: Wrapped) -> None:
         """Warn once when the pull overshoots."""
-        if self._warned or not self.normalize:
+        if self._warned:
             return
-        second, numel = optimizer.totals.get("adamr.second"), optimizer.totals.get("numel")
-        if second is None or numel is None or (isinstance(second, Tensor) and second.device.type != "cpu"):
-            return  # on a GPU the question would cost a wait in every step
-        r = (float(second) / max(float(numel), 1.0)) ** 0.5 or 1.0
-        for group in optimizer.param_groups:
-            rate = float(group["lr"]) * group["adamr_weight"] / r
-            if group["adamr"] and rate > 1.0:
+        r = self._scale(optimizer)
+        for number, group in enumerate(optimizer.param_groups):
+            lr = _number(group.get("lr", 0.0))
+            weight = _number(group.get("adamr_weight", self.options["weight"]))
+            if r is None or lr is None or weight is None or not self.serves(group):
+                continue
+            if (rate := lr * weight / r) > 1.0:
                 self._warned = True
-                warnings.warn(
-                    f"AdamR: lr * weight / r is {rate:.3g}, so each step overshoots the anchor (above 2 it "
-                    "diverges). Lower weight; gradients are small (r = "
-                    f"{r:.3g}).",
-                    stacklevel=4,
+                what = "overshoots the anchor (above 2 it diverges)"
+                if self.norm == "l1":
+                    what = f"moves each weight by {rate:.3g} and overshoots the anchor where it is nearer"
+                why = f" Gradients are small (r = {r:.3g})." if self.normalize else ""
+                warn(
+                    f"AdamR: lr * weight / r is {rate:.3g} in param group {number} (lr {lr:.3g}, weight "
+                    f"{weight:.3g}, r {r:.3g}), so each step {what}. Lower weight.{why}"
                 )
                 return
+
+    def _scale(self, optimizer: Wrapped) -> float | None:
+        """This step's r; None where there is none, or where asking for it would wait for a GPU."""
+        if not self.normalize:
+            return 1.0
+        last, self._last_second = self._last_second, None
+        second = optimizer.totals.get("adamr.second")
+        if second is None or second is last:  # of an earlier step
+            return None
+        total, numel = _number(second), _number(optimizer.totals.get("numel"))
+        if total is None or not numel or total < 0.0:
+            return None
+        return math.sqrt(total / numel) or 1.0
+
+
+def _checked_weight(weight: Any) -> Any:
+    """A finite number, as a float; or a tensor with one, which a schedule on the device may change."""
+    if isinstance(weight, np.ndarray) and weight.ndim == 0:
+        weight = weight[()]
+    number = isinstance(weight, numbers.Real) and not isinstance(weight, bool | np.bool_)
+    if isinstance(weight, Tensor):
+        weight = weight.detach()
+        number = weight.numel() == 1 and weight.dtype.is_floating_point and not weight.is_meta
+    if not number or not math.isfinite(weight):
+        raise OptxError(f"AdamR: weight is {weight!r}; it must be at least 0.0, and a finite number.")
+    check_range("AdamR", "weight", weight if isinstance(weight, Tensor) else float(weight), 0.0)
+    return weight if isinstance(weight, Tensor) else float(weight)
+
+
+def _number(value: Any) -> float | None:
+    """A plain number of a group; None where reading it would wait for a GPU, or it is none."""
+    if type(value) is float:
+        return value
+    if isinstance(value, Tensor) and (value.device.type != "cpu" or value.numel() != 1):
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _rehearses(optimizer: Wrapped) -> bool:
+    """Whether this step moves nothing: torch's distributed checkpoint steps with lr 0; so do warm-ups."""
+    return all(_number(group.get("lr", 1.0)) == 0.0 for group in optimizer.param_groups)
+
+
+def _moved(p: Tensor, anchor: Tensor) -> bool:
+    """Whether a weight has other numbers than its anchor; of a sharded one, those that lie here."""
+    here: list[Any] = [t.to_local() if is_dtensor(t) else t for t in (p.detach(), anchor)]  # type: ignore[attr-defined]
+    now, then = here
+    if now.is_meta or now.shape != then.shape or (now.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return False
+    # A model that was moved or cast has not changed.
+    then = then.to(now.device, now.dtype)
+    return not torch.equal(now, then) and not torch.allclose(now, then, 0.0, 0.0, equal_nan=True)
 
 
 def _couples_decay(base: torch.optim.Optimizer, group: Group) -> bool:
