@@ -10,7 +10,7 @@ is not looked at, and written anew. The folder is the user's alone (`optx._cache
 between that and the first step, or between two functions of one module.
 """
 # Numba's insides have no types that a checker could follow.
-# pyright: reportMissingTypeStubs=false, reportPrivateUsage=false
+# pyright: reportMissingTypeStubs=false, reportPrivateUsage=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
@@ -92,12 +92,12 @@ class _Cache(NullCache):
                 return CompileResult._rebuild(target_context, *pickle.loads(payload))
         return None
 
-    def save_overload(self, sig: Any, data: Any) -> None:
+    def save_overload(self, sig: Any, cres: Any) -> None:
         """Keep the code of a signature, where there is room for it."""
-        if data.library.has_dynamic_globals or any(not part.can_cache for part in data.lifted):
+        if cres.library.has_dynamic_globals or any(not part.can_cache for part in cres.lifted):
             return
-        key = self._key(sig, data.codegen)
-        payload = dumps(data._reduce())
+        key = self._key(sig, cres.codegen)
+        payload = dumps(cres._reduce())
         with suppress(OSError):  # no home, a folder that can't be written, a full disk
             kernel_folder().write(self._name(key), _head(key, payload) + payload)
 

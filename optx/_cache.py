@@ -102,7 +102,7 @@ class PrivateFolder:
 
     As ssh has it for keys: the folder is the user's own and closed to others (what was open is closed), and
     so is each file. It is opened anew for each use and the checks are on what was opened, so that nobody can
-    exchange it in between. Windows keeps a profile's folders private by other means: there nothing is checked.
+    exchange it in between. Windows has other means; there nothing is checked.
 
     Args:
         path: made when first written to.
