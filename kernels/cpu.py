@@ -18,7 +18,6 @@ import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numba.core.types as nt
@@ -26,6 +25,8 @@ import torch
 from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from optx.kernels.emit import source
 
 I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _LLVM = {"float32": ir.FloatType(), "float64": ir.DoubleType(), "float16": ir.HalfType(), "bfloat16": I16}
@@ -245,8 +246,8 @@ def mix(b: Any, key: Any, value: Any) -> Any:
 
 @functools.cache
 def digest() -> str:
-    """Changes when this file does: Numba's disk cache sees only the file that a kernel is defined in."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+    """Changes when this file does: what is compiled of it is part of every kernel."""
+    return hashlib.sha256(source("optx.kernels", "cpu.py").encode()).hexdigest()[:12]
 
 
 # ---- threads ----------------------------------------------------------------------------------------

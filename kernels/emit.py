@@ -1,19 +1,21 @@
-"""Turns a rule's source into the text of one compiler's dialect, and keeps generated files."""
+"""Turns a rule's source into the text of one compiler's dialect, and runs generated modules."""
 
 from __future__ import annotations
 
 import ast
 import copy
 import hashlib
-import importlib.util
+import linecache
+import os
+import pkgutil
 import sys
-import tempfile
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 
-from optx._cache import cache_root
-from optx._files import written_aside
+from optx._cache import UnsafeCacheError, kernel_folder
+from optx._errors import warn
 from optx._rules import Rule
 from optx.kernels.program import Ref
 
@@ -89,49 +91,72 @@ def indent(lines: Iterable[str], depth: int) -> list[str]:
     return [("    " * depth + line) if line else line for line in lines]
 
 
-def cache_folder() -> Path:
-    """Where generated kernels live: in optx's cache folder, or where that can't be written a private one.
-
-    A read-only home is normal in containers and on clusters: then a folder of this process is used.
-    """
-    kernels = cache_root() / "kernels"
+def cache_folder() -> Path | None:
+    """Where compiled kernels are kept, made and tried; None where nothing can be kept."""
     try:
-        kernels.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=kernels):
-            return kernels
-    except OSError:
-        return Path(_private_folder())
+        folder = kernel_folder()
+        folder.probe()
+    except OSError:  # a read-only home is normal in containers and on clusters
+        return None
+    return folder.path
 
 
-_private: list[str] = []
+def source(package: str, file: str) -> str:
+    """The text of a package's file, as its loader has it: packages may lie in an archive."""
+    content = pkgutil.get_data(package, file)
+    if content is None:
+        raise FileNotFoundError(f"{package} has no {file}")
+    return content.decode()
 
 
-def _private_folder() -> str:
-    if not _private:
-        _private.append(tempfile.mkdtemp(prefix="optx-kernels-"))
-    return _private[0]
+_loading = threading.RLock()
+
+
+def _after_fork() -> None:
+    global _loading  # another thread of the parent may have held it
+    _loading = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def load_module(kind: str, text: str) -> ModuleType:
-    """Import generated text as a module from a file named after its content.
+    """Run generated text as a module. Its name is its content's, so equal text is one module.
 
-    The compilers key their disk caches by file, so equal text must always be the same untouched file.
+    The text is in memory only: a file could be another's by the time that it is read. Tracebacks, profilers
+    and Triton find it through `linecache`.
     """
     name = f"{kind}_{hashlib.sha256(text.encode()).hexdigest()[:20]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    path = cache_folder() / f"{name}.py"
-    if not path.exists() or path.read_text() != text:
-        with written_aside(path) as aside:
-            aside.write_text(text)
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    with _loading:  # a second thread must not find a module that is half executed
+        if name in sys.modules:
+            return sys.modules[name]
+        _warn_of_unsafe_cache()
+        file = f"<optx {name}>"
+        linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
+        module = ModuleType(name)
+        sys.modules[name] = module
+        try:
+            exec(compile(text, file, "exec", dont_inherit=True), module.__dict__)
+        except BaseException:
+            del sys.modules[name]
+            raise
+        return module
+
+
+_warned: set[str] = set()
+
+
+def _warn_of_unsafe_cache() -> None:
+    """Say, once, that there is a cache that isn't used. One that is merely absent is no news."""
     try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+        kernel_folder().check()
+    except UnsafeCacheError as error:
+        if str(error) not in _warned:
+            _warned.add(str(error))
+            warn(
+                f"optx: {error}, so the compiled kernels in it are not used, and compiling is done anew in "
+                "each process. Remove the folder, or set OPTX_CACHE_DIR to one of your own."
+            )
+    except OSError:
+        pass

@@ -1,6 +1,6 @@
 """Golomb codes of ternary masks on CPU, compiled by Numba; the format is that of `optx.delta._golomb`.
 
-Not to be imported: `optx.kernels.ternary_cpu` runs a copy of this file in the cache folder. A block of
+Not to be imported: `optx.kernels.ternary_cpu` runs its text. A block of
 `SPAN` numbers has a bit stream of its own, in words of 32 bits, lowest bit first: one sign bit for each
 number that is kept, then the codes of the gaps between positions, or of four positions at a time. A block is
 one piece of work.
@@ -13,9 +13,10 @@ one piece of work.
 from __future__ import annotations
 
 import numpy as np
-from numba import cfunc, njit, types
+from numba import types
 
 from optx.kernels.cpu import address, get_i64, take
+from optx.kernels.jit import cfunc, njit
 from optx.kernels.ternary_cpu import (
     DROPPED,
     FOURS,

@@ -14,21 +14,19 @@ import hashlib
 import inspect
 import struct
 from enum import IntEnum
-from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from optx.kernels import cpu
-from optx.kernels.emit import load_module
+from optx.kernels.emit import load_module, source
 from optx.signal import _stablemax_rows as torch_rows
 from optx.signal._stablemax_rows import Options, RowSums, math_dtype
 
 __all__ = ["backward", "forward"]
 
 _CHUNK = 1 << 15  # logits in one piece of work; below, one thread does it all
-_LOOPS = Path(__file__).with_name("loss_stablemax_loops.py")
 
 
 class Args(IntEnum):
@@ -112,10 +110,10 @@ def _bits(x: float) -> int:
 def _compiled(dtype: str) -> ModuleType:
     """The loops for one dtype, compiled, from the disk cache where they were compiled before."""
     default = 'DTYPE = "float32"\n'
-    text = _LOOPS.read_text()
+    text = source("optx.kernels", "loss_stablemax_loops.py")
     assert text.count(default) == 1
     text = text.replace(default, f'DTYPE = "{dtype}"\n')
-    # The cache is kept by the file's own content, so what it imports has to be part of that.
-    imported = inspect.getsource(cpu) + inspect.getsource(torch_rows.terms)
+    # The cache is kept by the text, so what it imports has to be part of that.
+    imported = cpu.digest() + inspect.getsource(torch_rows.terms)
     digest = hashlib.sha256(imported.encode()).hexdigest()
     return load_module("stablemax", f"{text}# imports {digest}\n")

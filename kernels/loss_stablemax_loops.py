@@ -1,7 +1,7 @@
 """StableMax cross-entropy on CPU: the loops over rows, compiled by Numba for one dtype of logits.
 
-Not to be imported: `optx.kernels.loss_stablemax_cpu` runs copies of this file, one per dtype, that differ in
-the value of DTYPE, since the compiler's disk cache is kept by file. Elements are read through raw addresses
+Not to be imported: `optx.kernels.loss_stablemax_cpu` runs its text once per dtype, with another
+value of DTYPE, since the compiler's disk cache is kept by file. Elements are read through raw addresses
 (`optx.kernels.cpu`).
 """
 # Numba's functions have no types that a checker could follow.
@@ -12,9 +12,10 @@ the value of DTYPE, since the compiler's disk cache is kept by file. Elements ar
 from __future__ import annotations
 
 import numpy as np
-from numba import cfunc, njit, types
+from numba import types
 
 from optx.kernels.cpu import ITEMSIZE, address, get_f64, get_i64, load, store, take
+from optx.kernels.jit import cfunc, njit
 from optx.kernels.loss_stablemax_cpu import Args
 from optx.signal._stablemax_rows import terms
 

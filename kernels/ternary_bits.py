@@ -1,6 +1,6 @@
 """Ternary masks on CPU: the loops that choose, compare and vote, compiled by Numba.
 
-Not to be imported: `optx.kernels.ternary_cpu` runs a copy of this file in the cache folder. Every kernel
+Not to be imported: `optx.kernels.ternary_cpu` runs its text. Every kernel
 takes pieces of work from a counter until none is left; a piece has places of its own for its results.
 """
 # Numba's functions have no types that a checker could follow.
@@ -11,9 +11,10 @@ takes pieces of work from a counter until none is left; a piece has places of it
 from __future__ import annotations
 
 import numpy as np
-from numba import cfunc, njit, types
+from numba import types
 
 from optx.kernels.cpu import address, get_i64, take
+from optx.kernels.jit import cfunc, njit
 from optx.kernels.ternary_cpu import (
     BLOCK,
     COARSE,

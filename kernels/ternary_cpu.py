@@ -7,6 +7,7 @@ over torch's threads (`optx.kernels.cpu`); the split never shows in the result.
 # Numba's functions have no types that a checker could follow.
 # pyright: reportMissingTypeStubs=false, reportMissingTypeArgument=false, reportCallIssue=false
 # pyright: reportPrivateImportUsage=false
+# ruff: noqa: E402
 
 from __future__ import annotations
 
@@ -16,26 +17,29 @@ import hashlib
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from enum import IntEnum
-from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from optx.kernels.available import demand
+
+demand("numba", "Compressed deltas")  # before Numba's own imports fail in their ways
 
 import numba.core.types as nt
 import torch
 from llvmlite import ir
-from numba import carray, njit
+from numba import carray
 from numba.extending import intrinsic
 from torch import Tensor
 
 from optx.kernels import cpu
-from optx.kernels.emit import load_module
+from optx.kernels.emit import load_module, source
+from optx.kernels.jit import njit
 
 BLOCK = 1 << 16  # numbers whose sums are one piece
 COARSE, FINE = 1 << 16, 1 << 15  # upper and lower halves of a float32 magnitude's 31 bits
 SPAN = 1 << 17  # numbers that share one Golomb stream
 THIRDS, DROPPED, FOURS = 32, 64, 128  # flags of a code; its lower five bits are a number of bits
 _CHUNK = 1 << 13  # words of 32 numbers in one piece of work: 256 k numbers
-_FOLDER = Path(__file__).parent
 
 
 class Dense(IntEnum):
@@ -225,7 +229,7 @@ def _call(
 def _dense(dtype: str) -> ModuleType:
     """`ternary_loops` for one dtype, compiled, from the disk cache where it was compiled before."""
     default = 'DTYPE = "float32"\n'
-    text = (_FOLDER / "ternary_loops.py").read_text()
+    text = source("optx.kernels", "ternary_loops.py")
     assert text.count(default) == 1
     return _compiled("ternary", text.replace(default, f'DTYPE = "{dtype}"\n'))
 
@@ -233,12 +237,12 @@ def _dense(dtype: str) -> ModuleType:
 @functools.cache
 def _loops(name: str) -> ModuleType:
     """`ternary_bits` or `golomb_loops`, likewise."""
-    return _compiled(name, (_FOLDER / f"{name}.py").read_text())
+    return _compiled(name, source("optx.kernels", f"{name}.py"))
 
 
 def _compiled(kind: str, text: str) -> ModuleType:
-    # The compiler's cache is kept by a file's own content, so what it imports has to be part of that.
-    imported = hashlib.sha256((cpu.digest() + Path(__file__).read_text()).encode()).hexdigest()
+    # The compiler's cache is kept by the text, so what it imports has to be part of that.
+    imported = hashlib.sha256((cpu.digest() + source("optx.kernels", "ternary_cpu.py")).encode()).hexdigest()
     return load_module(kind, f"{text}# imports {imported}\n")
 
 

@@ -12,9 +12,10 @@ value of DTYPE, since the compiler's disk cache is kept by file. Elements are wr
 from __future__ import annotations
 
 import numpy as np
-from numba import cfunc, njit, types
+from numba import types
 
 from optx.kernels.cpu import address, get_f64, get_i64, load, store, take
+from optx.kernels.jit import cfunc, njit
 from optx.kernels.ternary_cpu import Dense, array
 
 DTYPE = "float32"

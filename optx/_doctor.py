@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from optx._cache import UnsafeCacheError, kernel_folder
 from optx._plan import Plan
 from optx._wrap import Fused, wrap
+from optx.kernels.available import why_unavailable
 from optx.transforms.perpgrad import PerpGrad
 
 
@@ -59,9 +61,13 @@ def _guarded(topic: str, look: Callable[..., str], *args: object) -> Finding:
 
 def _package(name: str) -> str:
     try:
-        return str(importlib.import_module(name).__version__)
-    except ModuleNotFoundError:
+        version = str(importlib.import_module(name).__version__)
+    except ModuleNotFoundError as error:
+        if error.name != name:  # it is there, and something that it needs is not
+            raise
         return "not installed"
+    reason = why_unavailable(name) if name in ("numba", "triton") else None
+    return version if reason is None else f"{version}, not used: {reason}"
 
 
 def _devices() -> str:
@@ -82,19 +88,22 @@ def _usable_devices() -> list[str]:
 
 
 def _threads() -> str:
+    if why_unavailable("numba") is not None:
+        return f"{torch.get_num_threads()}, torch's own"
     from optx.kernels.cpu import pool_name
 
     return f"{torch.get_num_threads()}, in {pool_name()}"
 
 
 def _kernel_cache() -> str:
-    from optx.kernels.emit import cache_folder
-
-    folder = cache_folder()
-    kept = folder.name == "kernels"
-    return (
-        f"{folder}" if kept else f"{folder} (for this process only: the user's cache folder is not writable)"
-    )
+    try:
+        folder = kernel_folder()
+        folder.probe()
+    except UnsafeCacheError:
+        raise
+    except OSError as error:
+        return f"none, so each process compiles its own kernels: {error}"
+    return str(folder.path)
 
 
 def _step(base: Callable[..., Optimizer], dtype: torch.dtype, device: str) -> str:

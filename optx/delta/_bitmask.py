@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from optx.kernels.available import why_unavailable
+
 DENSE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Dtypes that the kernels write."""
 
@@ -51,7 +53,7 @@ def dense(masks: Tensor, shape: tuple[int, ...], dtype: torch.dtype, scale: floa
     made = torch.empty(shape, dtype=dtype if dtype in DENSE else torch.float32, device=device)
     if made.numel() == 0:
         return made.to(dtype)
-    if device.type == "cuda":
+    if device.type == "cuda" and why_unavailable("triton") is None:
         from optx.kernels import ternary
 
         ternary.fill(made, masks, scale)
@@ -68,9 +70,11 @@ def add_to(tensor: Tensor, masks: Tensor, scale: float) -> None:
     """``tensor += scale * t`` in place: summed in float32 (float64 for such), rounded once."""
     if tensor.numel() == 0:
         return
-    if tensor.is_contiguous() and tensor.dtype in DENSE and tensor.device.type in ("cpu", "cuda"):
+    device = tensor.device.type
+    served = device == "cpu" or (device == "cuda" and why_unavailable("triton") is None)
+    if tensor.is_contiguous() and tensor.dtype in DENSE and served:
         masks = masks.to(tensor.device)
-        if tensor.device.type == "cuda":
+        if device == "cuda":
             from optx.kernels import ternary
 
             ternary.add(tensor, masks, scale)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -19,17 +18,23 @@ import torch
 from torch import Tensor
 
 from optx.delta._buffers import empty
+from optx.kernels.available import why_unavailable
 
 _SPAN = 1 << 63
 _STEP = 0x9E3779B97F4A7C15
 _MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 
 
-@functools.cache
-def _loops() -> ModuleType:
-    from optx.kernels.emit import load_module
+def _loops() -> ModuleType | None:
+    """The compiled loops; None where torch's operations have to give the same."""
+    return _compiled() if why_unavailable("numba") is None else None
 
-    return load_module("delta_mask", Path(__file__).with_name("_mask_loops.py").read_text())
+
+@functools.cache
+def _compiled() -> ModuleType:
+    from optx.kernels.emit import load_module, source
+
+    return load_module("delta_mask", source("optx.delta", "_mask_loops.py"))
 
 
 @dataclass(frozen=True)
@@ -53,19 +58,20 @@ class Dropout:
 
     def keep(self, begin: int, count: int, device: torch.device | str = "cpu") -> Tensor:
         """Which of ``count`` elements from ``begin`` on are kept; bool, flat."""
-        if torch.device(device).type != "cpu":
+        if torch.device(device).type != "cpu" or (loops := _loops()) is None:
             return keep_torch(self.key, self.threshold, begin, count, device)
         out = torch.empty(count, dtype=torch.bool)
-        _loops().keep(out.numpy(), *self._numbers(begin))
+        loops.keep(out.numpy(), *self._numbers(begin))
         return out
 
     def scale(self, change: Tensor, begin: int = 0) -> Tensor:
         """A copy with the kept ones over q, the others 0. The first element of ``change`` is ``begin``."""
         change = change.clone(memory_format=torch.contiguous_format)
         flat = change.view(-1)
-        if flat.device.type == "cpu" and flat.dtype in (torch.float32, torch.float64):
+        loops = _loops() if flat.device.type == "cpu" else None
+        if loops is not None and flat.dtype in (torch.float32, torch.float64):
             numbers = flat.numpy()
-            _loops().scale(numbers, *self._numbers(begin), numbers.dtype.type(self.q))
+            loops.scale(numbers, *self._numbers(begin), numbers.dtype.type(self.q))
         else:
             kept = self.keep(begin, flat.numel(), flat.device)
             flat.div_(self.q).masked_fill_(~kept, 0)
@@ -77,15 +83,16 @@ class Dropout:
         With q = 1 the kept elements are those of ``new`` bit for bit, wherever ``base`` equals ``old``.
         """
         together = {(t.dtype, t.device.type) for t in (base, old, new)}
-        if together == {(torch.float32, "cpu")}:
+        loops = _loops()
+        if loops is not None and together == {(torch.float32, "cpu")}:
             out = empty(base.numel(), base.dtype)
             arrays = (t.numpy() for t in (base, old, new, out))
-            _loops().onto_f32(*arrays, *self._numbers(begin), np.float32(self.q))
+            loops.onto_f32(*arrays, *self._numbers(begin), np.float32(self.q))
             return out
-        if together == {(torch.bfloat16, "cpu")}:
+        if loops is not None and together == {(torch.bfloat16, "cpu")}:
             out = empty(base.numel(), base.dtype)
             arrays = (t.view(torch.uint16).numpy() for t in (base, old, new, out))
-            _loops().onto_bf16(*arrays, *self._numbers(begin), np.float32(self.q))
+            loops.onto_bf16(*arrays, *self._numbers(begin), np.float32(self.q))
             return out
         return self._onto_torch(base, old.to(base.device), new.to(base.device), begin)
 

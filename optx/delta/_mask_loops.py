@@ -1,7 +1,7 @@
 """Loops over the elements of a pruned difference, compiled by Numba.
 
-Not to be imported: `optx.delta._mask` runs a copy of this file from optx's cache folder, so that what was
-compiled is found again where the package itself is read-only. Float16 and float64 go through torch.
+Not to be imported: `optx.delta._mask` runs its text, where there is Numba. Float16 and
+float64 go through torch.
 """
 # Numba's functions have no types that a checker could follow.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -11,7 +11,8 @@ compiled is found again where the package itself is read-only. Float16 and float
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from optx.kernels.jit import njit
 
 STEP = np.uint64(0x9E3779B97F4A7C15)
 FIRST = np.uint64(0xBF58476D1CE4E5B9)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from optx.kernels.available import why_unavailable
 
 _FEW = 1 << 20  # so many numbers per row are sorted in memory, in one pass
 _HALF = 1 << 15
@@ -23,11 +24,34 @@ Rows = Callable[[], Iterable[Sequence[Tensor]]]
 """Begins a pass: pieces of the rows, one tensor of any shape per row, the same numbers in every pass."""
 
 
-@functools.cache
-def _loops() -> ModuleType:
-    from optx.kernels.emit import load_module
+def _loops() -> ModuleType | type[_TorchLoops]:
+    return _compiled() if why_unavailable("numba") is None else _TorchLoops
 
-    return load_module("delta_select", Path(__file__).with_name("_select_loops.py").read_text())
+
+class _TorchLoops:
+    """The same counts by torch's operations, which take four times the memory of a piece."""
+
+    @staticmethod
+    def count_high(bits: Any, counts: Any) -> None:
+        counts += torch.bincount((_keys(bits) >> 16) + _HALF, minlength=2 * _HALF).numpy()
+
+    @staticmethod
+    def count_low(bits: Any, bucket: int, counts: Any) -> None:
+        keys = _keys(bits)
+        counts += torch.bincount(keys[(keys >> 16) + _HALF == bucket] & 0xFFFF, minlength=1 << 16).numpy()
+
+
+def _keys(bits: Any) -> Tensor:
+    """Integers in the order of the numbers."""
+    numbers = torch.from_numpy(bits)
+    return numbers ^ ((numbers >> 31) & 0x7FFFFFFF)
+
+
+@functools.cache
+def _compiled() -> ModuleType:
+    from optx.kernels.emit import load_module, source
+
+    return load_module("delta_select", source("optx.delta", "_select_loops.py"))
 
 
 def order_statistics(rows: Rows, ranks: Sequence[Sequence[int]], numel: int) -> list[list[float]]:

@@ -1,7 +1,6 @@
 """Counting float32 numbers by their bits, compiled by Numba.
 
-Not to be imported: `optx.delta._select` runs a copy of this file from optx's cache folder, so that what was
-compiled is found again where the package itself is read-only.
+Not to be imported: `optx.delta._select` runs its text, where there is Numba.
 """
 # Numba's functions have no types that a checker could follow.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -10,7 +9,8 @@ compiled is found again where the package itself is read-only.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from optx.kernels.jit import njit
 
 SIGN, HIGH, LOW = np.int32(31), np.int32(16), np.int32(0xFFFF)
 POSITIVE, HALF = np.int32(0x7FFFFFFF), np.int32(1 << 15)

@@ -6,15 +6,14 @@ arXiv 2501.04697, section 4.1 (definition 4, proposition 1).
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from optx._errors import OptxError, ShapeError, check_range
+from optx.kernels.available import why_unavailable
 from optx.signal import _stablemax_rows as torch_rows
 from optx.signal._stablemax_rows import Options, RowSums, math_dtype
 
@@ -154,20 +153,15 @@ class _Path(NamedTuple):
 _TORCH = _Path(torch_rows.chunked_forward, torch_rows.chunked_backward)
 
 
-@cache
-def _has(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
-
 def _path(logits: Tensor) -> _Path:
     """Who computes: a compiled kernel for plain tensors on CPU and CUDA/ROCm, torch operations else."""
     if type(logits) not in (Tensor, nn.Parameter):
         return _TORCH
-    if logits.is_cuda and _has("triton"):
+    if logits.is_cuda and why_unavailable("triton") is None:
         from optx.kernels import loss_stablemax
 
         return _Path(loss_stablemax.forward, loss_stablemax.backward)
-    if logits.device.type == "cpu" and _has("numba"):
+    if logits.device.type == "cpu" and why_unavailable("numba") is None:
         from optx.kernels import loss_stablemax_cpu
 
         return _Path(loss_stablemax_cpu.forward, loss_stablemax_cpu.backward)
