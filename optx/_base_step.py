@@ -103,9 +103,10 @@ def step_without_hooks(base: Optimizer, closure: Callable[[], Any] | None) -> An
     step: Any = type(base).step
     own: Any = vars(base).get("step")
     replaced = own is not None and not hasattr(own, "_wrapped_by_lr_sched")
-    if not replaced and getattr(step, "__code__", None) is _HOOKED:
-        return step.__wrapped__(base, *arguments)
+    # Set aside also for super().step(): torch puts hooks around every class's step, the guard among them.
     with _hooks_set_aside(base):
+        if not replaced and getattr(step, "__code__", None) is _HOOKED:
+            return step.__wrapped__(base, *arguments)
         return base.step(*arguments)
 
 
