@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from hft_models import fresh
 from injections import ROWS, Row, move, run
 from torch import nn
 
@@ -143,3 +144,21 @@ def test_a_whole_model_goes_through_torch_save() -> None:
     again = torch.load(file, weights_only=False)
     x = torch.randn(2, 4)
     assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "transform", [lambda model: optx.PerpGrad(), lambda model: optx.HFT(model, rounds_every=1)]
+)
+def test_an_optimizer_is_freed_with_its_weights(transform: Any) -> None:
+    def stepped() -> list[weakref.ref[Any]]:
+        model = fresh()
+        opt = optx.wrap(torch.optim.AdamW(model.parameters()), transform(model))
+        for _ in range(3):
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            opt.step()
+        return [weakref.ref(opt), *refs_of(model)]
+
+    stepped()  # what a first step imports and compiles
+    gc.collect()
+    assert alive(stepped()) == 0
