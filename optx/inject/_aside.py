@@ -6,6 +6,7 @@ Source: Inside and Alongside Adapters, arXiv 2208.09847.
 from __future__ import annotations
 
 import uuid
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -143,25 +144,37 @@ class Stream:
 
     def __init__(self) -> None:
         self.key = f"optx_{uuid.uuid4().hex}"  # of the tickets
-        self.layers: list[tuple[nn.Module, Streamed]] = []
+        self._layers: list[tuple[weakref.ref[nn.Module], weakref.ref[Streamed]]] = []  # parts hold the stream
         self._forget()
 
     def _forget(self) -> None:
         _keep_out_of_graphs()
         # One dictionary per layer: a layer that returns its own input gives it two places in the stream.
-        self._links = [WeakTensorKeyDictionary() for _ in self.layers]
+        self._links = [WeakTensorKeyDictionary() for _ in self._layers]
         self._traced: tuple[Tensor, Link] | None = None
 
     def add(self, module: nn.Module, part: Streamed) -> None:
         """The next layer."""
-        self.layers.append((module, part))
+        self._layers.append((weakref.ref(module), weakref.ref(part)))
         self._forget()
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    @property
+    def layers(self) -> list[tuple[nn.Module, Streamed]]:
+        """Every layer with its part, but for those that are gone."""
+        pairs = ((module(), part()) for module, part in self._layers)
+        return [(module, part) for module, part in pairs if module is not None and part is not None]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"key": self.key, "layers": self.layers}  # a copy has no part in this one's forwards
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        self.key = state["key"]
+        self._layers = []
+        for module, part in state["layers"]:
+            self._layers.append((weakref.ref(module), weakref.ref(part)))
         self._forget()
 
     def put(self, index: int, output: Tensor, z: Tensor) -> None:
@@ -187,19 +200,25 @@ class Stream:
         link = self._links[index].get(x)
         if link is None and self._traced is not None and self._traced[0] is x:
             (_, link), self._traced = self._traced, None
-        before, here = (self.layers[i][1].path for i in (index - 1, index))
         if link is None:
+            before, here = self._paths(index)
             raise OptxError(
                 f"Aside: {here!r} was called with another tensor than the one that {before!r} returned, and "
                 "the stream between them is lost: it was exchanged (by reentrant or nested checkpointing, a "
                 f"backward hook, or code between the layers), or a layer was skipped. {WAY_OUT}"
             )
         if x.grad_fn is not None and torch.is_grad_enabled() and not link.grad:
+            before, here = self._paths(index)
             raise OptxError(
                 f"Aside: {before!r} ran without recording gradients, as reentrant checkpointing does, and "
                 f"none would reach the stream below {here!r}. {WAY_OUT}"
             )
         return link.z
+
+    def _paths(self, index: int) -> tuple[str, str]:
+        """Of the layer before, and of this one."""
+        before, here = (self._layers[i][1]() for i in (index - 1, index))
+        return before.path if before is not None else "", here.path if here is not None else ""
 
     def _go_outside(self) -> None:
         """Be the first hook before each layer and the last behind it, to see what goes between layers.
@@ -262,7 +281,7 @@ class Streamed(Beside):
 
     def note(self) -> str:
         """And its place."""
-        return f"{super().note()}, {self.index + 1} of {len(self.stream.layers)}"
+        return f"{super().note()}, {self.index + 1} of {len(self.stream)}"
 
 
 class Highway(Streamed, Bypass):

@@ -13,6 +13,7 @@ from optx._errors import OptxError, TargetError, near, warn
 from optx.inject._handle import Handle, Saved, Served, detach
 from optx.inject._injection import Composite, Injection, Site, Targets
 from optx.inject._part import RESERVED, Attached, attached
+from optx.inject._sharding import check_sites, check_whole
 from optx.inject._targets import check_servable, resolve
 
 
@@ -27,10 +28,12 @@ def attach(
     """Attach a method to modules of a model; its weights, names and class stay as they are.
 
     Args:
-        model: any module. Attach before ``torch.compile``, DDP or ``fully_shard`` see it.
+        model: any module. Attach before ``torch.compile``, DDP or ``fully_shard`` see it: what is added
+            later is in none of their buckets, and is refused.
         injection: what to add, as ``optx.LoRA(rank=8)``; or a folder that a handle or PEFT saved.
-        targets: a regex that a whole module name must match, a module type (or several), a list of names
-            (whole, or the last parts of a path), or a function of (name, module). None: what the method's
+        targets: a regex that a whole module name must match, a module type, a list of names (whole, or the
+            last parts of a path) and types, each of which must match something, or a function of
+            (name, module). None: what the method's
             paper serves, in Llama, BERT, GPT-2, ViT and ResNet models. For an injection of several
             members (`optx.MAM`), a dict by member.
         name: under which it lives on each module, if the same method is attached there twice.
@@ -41,7 +44,8 @@ def attach(
         A `Handle`; ``handle.parameters()`` are for the optimizer, ``handle.remove()`` undoes everything.
 
     Raises:
-        TargetError: nothing matches, or a matched module can't be served; the model is untouched.
+        TargetError: nothing matches, one of a list matches nothing, or a matched module can't be served, as
+            one that is sharded already; the model is untouched.
         OptxError: the name is taken on a module, or the model is wrapped already.
 
     Example:
@@ -88,11 +92,7 @@ def _check_model(model: nn.Module) -> None:
             "attach: this is a compiled model. Attach to the module itself (model._orig_mod) before its "
             "first call: torch.compile ignores hooks that are added later."
         )
-    if type(model).__name__ in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
-        raise OptxError(
-            f"attach: this is a {type(model).__name__}, which has gathered its parameters already. Attach to "
-            "the model first and wrap it then."
-        )
+    check_whole(model)
 
 
 def _members(
@@ -132,6 +132,7 @@ def _serve(
         return []
     for site in sites:
         check_servable(site, model)
+    check_sites(model, sites)
     served = [
         Served(site.path, site.module, part, injection, name or injection.name)
         for site, part in zip(sites, injection.parts(sites), strict=True)

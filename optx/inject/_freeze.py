@@ -9,7 +9,7 @@ from torch import nn
 from optx._errors import OptxError, near
 from optx.inject._handle import Handle
 from optx.inject._injection import Targets
-from optx.inject._targets import matcher
+from optx.inject._targets import check_each_matches, matcher
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -20,7 +20,7 @@ class Frozen:
 
     def __init__(self, flags: list[tuple[nn.Parameter, bool]], handles: tuple[Handle, ...]) -> None:
         self._flags = flags
-        self._waiting = list(handles)
+        self._waiting = {id(handle) for handle in handles}  # not the handles, which hold this
         for handle in handles:
             handle.on_removal(self._gone)
 
@@ -31,7 +31,7 @@ class Frozen:
         self._flags.clear()
 
     def _gone(self, handle: Handle) -> None:
-        self._waiting = [other for other in self._waiting if other is not handle]
+        self._waiting.discard(id(handle))
         if not self._waiting:
             self.restore()
 
@@ -81,6 +81,7 @@ def trainable_only(model: nn.Module, *handles: Handle, also: Targets | None = No
     if also is not None:
         matches = matcher(also)
         modules = dict(model.named_modules())
+        check_each_matches(also, list(modules.items()), "trainable_only: also")
         chosen = [module for path, module in modules.items() if path and matches(path, module)]
         if not chosen:
             raise OptxError(f"trainable_only: also={also!r} matches no module. {near(str(also), modules)}")

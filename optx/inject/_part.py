@@ -6,6 +6,7 @@ move, train, compile and save with the module they serve, and its own parameters
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -126,7 +127,8 @@ class Attached(nn.Module):
 
     def __init__(self, served: nn.Module) -> None:
         super().__init__()
-        self._served = (served,)  # a tuple, so that the served module is not a submodule of its own
+        # Weakly: the module holds this, and a model that is dropped must not wait for the cycle collector.
+        self._served = weakref.ref(served)
         self._forward: Callable[..., Any] | None = None  # one that was set on the module, not its class's
         self.originals: dict[str, Tensor] = {}
         """The module's own tensors while parts are merged into it."""
@@ -135,6 +137,20 @@ class Attached(nn.Module):
         self.versions: dict[str, tuple[int, int]] = {}
         """Address and version of the merged tensors: another means that someone changed them since."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_served": self.served}  # a copy of the model serves the copied module
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_served": weakref.ref(state["_served"])})
+
+    @property
+    def served(self) -> nn.Module:
+        """The module that all this is attached to."""
+        module = self._served()
+        if module is None:
+            raise ReferenceError("the module that this was attached to is gone")
+        return module
+
     @property
     def parts(self) -> Mapping[str, Part]:
         """The parts by name, in order."""
@@ -142,7 +158,7 @@ class Attached(nn.Module):
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """The served module's forward while a part goes around it."""
-        (module,) = self._served
+        module = self.served
         inner = self._forward or partial(type(module).forward, module)
         for part in self.parts.values():
             if part.overrides("around") and part.active:
@@ -151,7 +167,7 @@ class Attached(nn.Module):
 
     def hook(self, part: Part) -> list[RemovableHandle]:
         """Make a part that is already among the parts act."""
-        (module,) = self._served
+        module = self.served
         hooks: list[RemovableHandle] = []
         if part.overrides("before"):
             hooks.append(module.register_forward_pre_hook(part._before, with_kwargs=True))  # pyright: ignore[reportPrivateUsage]
@@ -164,7 +180,7 @@ class Attached(nn.Module):
 
     def unhook(self) -> None:
         """Give the module its own forward back once no part goes around it."""
-        (module,) = self._served
+        module = self.served
         around = any(part.overrides("around") for part in self.parts.values())
         if not around and module.__dict__.get("forward") == self.call:
             if self._forward is None:

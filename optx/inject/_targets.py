@@ -232,7 +232,8 @@ def resolve(model: nn.Module, injection: Injection, targets: Targets | None) -> 
     """The modules to serve, in the model's order, each once and each weight once.
 
     Raises:
-        TargetError: nothing matches (names near misses), or there are no defaults for this model.
+        TargetError: nothing matches, or one of a list doesn't (names near misses), or there are no defaults
+            for this model.
     """
     modules = [
         (path, module)
@@ -241,6 +242,7 @@ def resolve(model: nn.Module, injection: Injection, targets: Targets | None) -> 
     ]
     chosen = default_targets(model, injection) if targets is None else targets
     matches = matcher(chosen)
+    check_each_matches(chosen, modules)
     sites = [Site(path, module) for path, module in modules if path and matches(path, module)]
     if not sites:
         paths = [path for path, _ in modules if path]
@@ -310,6 +312,31 @@ def _any_of(targets: Sequence[Any]) -> Callable[[str, nn.Module], bool]:
     types = tuple(target for target in targets if isinstance(target, type))
     whole, ends = frozenset(names), tuple(f".{name}" for name in names)
     return lambda path, module: path in whole or path.endswith(ends) or isinstance(module, types)
+
+
+def check_each_matches(
+    targets: Targets, modules: Sequence[tuple[str, nn.Module]], owner: str = "attach: targets"
+) -> None:
+    """Raise if one of a list matches no module: what it was meant for would be left out in silence.
+
+    Raises:
+        TargetError: names what matches nothing, and what is like it.
+    """
+    if isinstance(targets, str) or not isinstance(targets, Sequence):
+        return
+    for target in dict.fromkeys(targets):
+        matches = _any_of([target])
+        if any(path and matches(path, module) for path, module in modules):
+            continue
+        if isinstance(target, type):
+            raise TargetError(
+                f"{owner} has {target.__name__} in its list, and no module is one. The model has "
+                f"{_types(modules)}."
+            )
+        pattern = not set("*+?()[]{}|^$\\").isdisjoint(target)
+        hint = " A list holds names; pass a regex as a string by itself." if pattern else ""
+        known = _near_paths(target, [path for path, _ in modules if path])
+        raise TargetError(f"{owner} has {target!r} in its list, which matches no module. {known}{hint}")
 
 
 def _each_weight_once(sites: Sequence[Site]) -> list[Site]:

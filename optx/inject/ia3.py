@@ -18,7 +18,7 @@ from optx._errors import OptxError, TargetError, near
 from optx.inject._injection import Injection, Site
 from optx.inject._part import Arguments, Part, Weights, hidden_of, new_tensor
 from optx.inject._paths import bare_path
-from optx.inject._targets import FAMILIES, matcher
+from optx.inject._targets import FAMILIES, check_each_matches, matcher
 from optx.inject._weights import features, is_conv, is_linear, is_transposed
 
 
@@ -113,7 +113,7 @@ class IA3(Injection):
 
     Raises:
         OptxError: ``feedforward`` is not a regex or a list of names.
-        TargetError: at attach, ``feedforward`` names none of the targets.
+        TargetError: at attach, ``feedforward`` names none of the targets, or one of its names does.
 
     Example:
         >>> import torch, optx
@@ -165,6 +165,9 @@ class IA3(Injection):
                 f"attach: IA3's feedforward={self.feedforward!r} is none of the targets. "
                 f"{near(str(self.feedforward), [site.path for site in sites])}"
             )
+        if isinstance(self.feedforward, tuple):
+            named = [(bare_path(site.path), site.module) for site in sites]
+            check_each_matches(self.feedforward, named, "attach: IA3's feedforward")
         return super().parts(sites)
 
 

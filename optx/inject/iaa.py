@@ -113,12 +113,13 @@ class Aside(Injection):
                     f"attach: {stack[0].path!r} has hidden states of width {widths[0]} and {site.path!r} of "
                     f"{width}, which Aside can't join into one stream. Attach to each width by itself."
                 )
-        stream = Stream()
+        stream, made = Stream(), dict[str, Part]()
         for index, site in enumerate(stack):
             part = self._streamed(site, widths[0], first=index == 0, last=index == len(stack) - 1)
             part.stream, part.index, part.last = stream, index, index == len(stack) - 1
             stream.add(site.module, part)
-        return {part.path: part for _, part in stream.layers}
+            made[part.path] = part
+        return made
 
     def _streamed(self, site: Site, width: int, *, first: bool, last: bool) -> Streamed:
         if self.variant == "highway":
