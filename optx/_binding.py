@@ -183,8 +183,9 @@ class Binder:
         m: Any = self.moments
         if not isinstance(m, Moments):
             raise self._error(f"moments() returns {m!r}; it must return optx.Moments(...).")
-        if isinstance(m.totals, str) or not all(isinstance(name, str) for name in m.totals):
-            raise self._error(f"totals is {m.totals!r}; it must be a tuple of names, as ('second',).")
+        totals: Any = m.totals
+        if isinstance(totals, str) or not all(isinstance(name, str) for name in totals):
+            raise self._error(f"totals is {totals!r}; it must be a tuple of names, as ('second',).")
         for field in dataclasses.fields(m):
             value = getattr(m, field.name)
             if field.name == "totals" or value is None:

@@ -119,7 +119,7 @@ class GroupRun:
         state: per slot name, scalar or not, one tensor per weight; written in place.
         hypers: numbers of the group.
         cols: numbers per tensor known from the start: ``numel``, ``step``, ``fresh``.
-        key: of this step's random draws, for slots in bfloat16.
+        key: gives that of this step's random draws, for slots in bfloat16; asked only where one is written.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class GroupRun:
         state: Mapping[str, Sequence[Tensor]],
         hypers: Mapping[str, Any],
         cols: Mapping[str, Sequence[float]],
-        key: int = 0,
+        key: Callable[[], int] = int,
     ) -> None:
         self.program = program
         self.weights = list(weights)
@@ -254,8 +254,10 @@ class GroupRun:
             registers[ref] = read = [_as_kept(v, s.dtype) for v, s in zip(values, slots, strict=True)]
             if store:
                 for i, (slot, value) in enumerate(zip(slots, read, strict=True)):
-                    narrow = value.to(torch.float32) if slot.dtype == torch.bfloat16 else value
-                    write(slot, narrow, True, abs(step_key(self._key, i, number)))
+                    if slot.dtype == torch.bfloat16:
+                        write(slot, value.to(torch.float32), True, abs(step_key(self._key(), i, number)))
+                    else:
+                        slot.copy_(value)
                 # What was stored exactly is read from there.
                 exact = all(s.dtype == v.dtype for s, v in zip(slots, read, strict=True))
                 self._written.pop(ref, None)

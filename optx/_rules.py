@@ -38,7 +38,8 @@ class Rule:
                 "positional arguments only, so that every compiler reads it alike."
             )
         self.reads = tuple(p.name for p in parameters)
-        for write in writes:
+        given: tuple[Any, ...] = writes
+        for write in given:
             if not isinstance(write, str) or not write.isidentifier() or writes.count(write) > 1:
                 raise TypeError(
                     f"rule {self.name!r}: writes is {writes!r}; it must be a name or a tuple of different "

@@ -357,8 +357,15 @@ class _Step:
             steps = [_base_state(base_state, p, "step") for p in active]
             cols["step"] = [1.0 if step is None else float(step) + 1.0 for step in steps]
         numbers = rule_numbers(group, program.named("hyper"))
-        key = self.s.key(group, -1)  # the weights' draws have the parts from 0 on
-        return GroupRun(program, active, grads, _StateOf(self.s, active), numbers, cols, key)
+        return GroupRun(
+            program,
+            active,
+            grads,
+            _StateOf(self.s, active),
+            numbers,
+            cols,
+            lambda: self.s.key(group, -1),  # the weights' draws have the parts from 0 on
+        )
 
     def _took(self, run: GroupRun, state: _GroupState) -> None:
         """Derived numbers have been taken from the state as it is now."""
