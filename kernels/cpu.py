@@ -28,10 +28,18 @@ from numba.extending import intrinsic
 
 from optx.kernels.emit import source
 
-I16, I32, I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
-_LLVM = {"float32": ir.FloatType(), "float64": ir.DoubleType(), "float16": ir.HalfType(), "bfloat16": I16}
-ITEMSIZE = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
-_ROLES = 32  # alias scopes made per module
+I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_LLVM = {
+    **{"float32": ir.FloatType(), "float64": ir.DoubleType(), "float16": ir.HalfType(), "bfloat16": I16},
+    **{"bool": I8, "uint8": I8, "int8": I8, "int16": I16, "int32": I32, "int64": I64},
+}
+ITEMSIZE = {
+    **{"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2},
+    **{"bool": 1, "uint8": 1, "int8": 1, "int16": 2, "int32": 4, "int64": 8},
+}
+INTEGERS = ("bool", "uint8", "int8", "int16", "int32", "int64")
+WIDE = ("float64", "int32", "int64")  # read in float64
+_ROLES = 32  # alias scopes made per module; roles that share one are taken to overlap
 
 
 # ---- addresses, counters ----------------------------------------------------------------------------
@@ -139,7 +147,7 @@ def _scopes(module: Any) -> list[tuple[Any, Any]]:
 
 
 def _tag(builder: Any, instruction: Any, role: int) -> Any:
-    scope, others = _scopes(builder.module)[role]
+    scope, others = _scopes(builder.module)[role % _ROLES]
     instruction.set_metadata("alias.scope", scope)
     instruction.set_metadata("noalias", others)
     return instruction
@@ -149,15 +157,13 @@ def _tag(builder: Any, instruction: Any, role: int) -> Any:
 def load(dtype: str, role: int) -> Any:
     """An intrinsic ``(address, index) -> float32`` (or float64) that loads one element of a role."""
     kind = _LLVM[dtype]
-    out = nt.float64 if dtype == "float64" else nt.float32
+    out = nt.float64 if dtype in WIDE else nt.float32
 
     @_typed(out, nt.int64, nt.int64)
     def load_element(builder: Any, base: Any, index: Any) -> Any:
         value = _tag(builder, builder.load(_at(builder, base, index, kind)), role)
         value.align = ITEMSIZE[dtype]
-        if dtype == "bfloat16":  # a float32 whose lower half is missing
-            return builder.bitcast(builder.shl(builder.zext(value, I32), I32(16)), _LLVM["float32"])
-        return builder.fpext(value, _LLVM["float32"]) if dtype == "float16" else value
+        return _to_float(builder, value, dtype)
 
     return load_element
 
@@ -169,18 +175,94 @@ def store(dtype: str, role: int, stochastic: bool = False) -> Any:
     ``random`` is an int32 whose lower 16 bits decide a stochastic rounding to bfloat16; else unused.
     """
     kind = _LLVM[dtype]
-    wide = nt.float64 if dtype == "float64" else nt.float32
+    wide = nt.float64 if dtype in WIDE else nt.float32
 
     @_typed(nt.void, nt.int64, nt.int64, wide, nt.int32)
     def store_element(builder: Any, base: Any, index: Any, value: Any, random: Any) -> None:
-        if dtype == "bfloat16":
-            value = _round_bfloat16(builder, value, random if stochastic else None)
-        elif dtype == "float16":
-            value = builder.fptrunc(value, kind)
+        value = _from_float(builder, value, dtype, random if stochastic else None)
         instruction = _tag(builder, builder.store(value, _at(builder, base, index, kind)), role)
         instruction.align = ITEMSIZE[dtype]
 
     return store_element
+
+
+@functools.cache
+def get_number(dtype: str) -> Any:
+    """An intrinsic ``(address) -> float64`` that reads one number."""
+    kind = _LLVM[dtype]
+
+    @_typed(nt.float64, nt.int64)
+    def get(builder: Any, base: Any) -> Any:
+        value = _to_float(builder, builder.load(_at(builder, base, I64(0), kind)), dtype)
+        return value if dtype in WIDE else builder.fpext(value, _LLVM["float64"])
+
+    return get
+
+
+@functools.cache
+def put_number(dtype: str) -> Any:
+    """An intrinsic ``(address, value)`` that stores one float64, rounded to nearest or truncated."""
+    kind = _LLVM[dtype]
+
+    @_typed(nt.void, nt.int64, nt.float64)
+    def put(builder: Any, base: Any, value: Any) -> None:
+        value = value if dtype in WIDE else builder.fptrunc(value, _LLVM["float32"])
+        builder.store(_from_float(builder, value, dtype, None), _at(builder, base, I64(0), kind))
+
+    return put
+
+
+def whole_number(dtype: str, wide: bool) -> Any:
+    """An intrinsic ``(value) -> value``: what an integer slot makes of a float32 (or float64)."""
+    return _whole_number(dtype, wide or dtype in WIDE)
+
+
+@functools.cache
+def _whole_number(dtype: str, wide: bool) -> Any:
+    kind = nt.float64 if wide else nt.float32
+
+    @_typed(kind, kind)
+    def whole(builder: Any, value: Any) -> Any:
+        kept = _to_float(builder, _from_float(builder, value, dtype, None), dtype)
+        return builder.fpext(kept, _LLVM["float64"]) if wide and dtype not in WIDE else kept
+
+    return whole
+
+
+def _to_float(b: Any, value: Any, dtype: str) -> Any:
+    """A stored number as a float32, or as a float64 where that takes one."""
+    match dtype:
+        case "bfloat16":  # a float32 whose lower half is missing
+            return b.bitcast(b.shl(b.zext(value, I32), I32(16)), _LLVM["float32"])
+        case "float16":
+            return b.fpext(value, _LLVM["float32"])
+        case "bool":
+            return b.uitofp(b.icmp_unsigned("!=", value, I8(0)), _LLVM["float32"])
+        case "uint8":
+            return b.uitofp(value, _LLVM["float32"])
+        case "int8" | "int16":
+            return b.sitofp(value, _LLVM["float32"])
+        case "int32" | "int64":
+            return b.sitofp(value, _LLVM["float64"])
+        case _:
+            return value
+
+
+def _from_float(b: Any, value: Any, dtype: str, random: Any) -> Any:
+    """A float32 or float64 as it is stored: what torch's ``copy_`` makes of it, where no bits are drawn."""
+    match dtype:
+        case "bfloat16":
+            return _round_bfloat16(b, value, random)
+        case "float16":
+            return b.fptrunc(value, _LLVM["float16"])
+        case "bool":
+            return b.zext(b.fcmp_unordered("!=", value, ir.Constant(value.type, 0.0)), I8)
+        case "uint8" | "int8" | "int16":
+            return b.trunc(b.fptosi(value, I32), _LLVM[dtype])
+        case "int32" | "int64":
+            return b.fptosi(value, _LLVM[dtype])
+        case _:
+            return value
 
 
 def _prefetch(write: bool) -> Any:

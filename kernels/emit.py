@@ -82,8 +82,13 @@ def rule_name(rule: Rule, suffix: str) -> str:
 
 def variable(ref: Ref) -> str:
     """The local variable that holds a reference's value in generated code."""
-    prefix = {"reg": "", "slot": "s_", "cell": "m_", "col": "c_", "hyper": "h_", "total": "t_"}[ref.kind]
-    return prefix + ref.name.replace(".", "_")
+    return _PREFIXES[ref.kind] + ref.name.replace(".", "_")
+
+
+_PREFIXES = {
+    **{"reg": "", "local": "l_", "slot": "s_", "cell": "m_"},
+    **{"col": "c_", "hyper": "h_", "total": "t_"},
+}
 
 
 def indent(lines: Iterable[str], depth: int) -> list[str]:

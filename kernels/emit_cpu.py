@@ -28,7 +28,7 @@ from optx.kernels.cpu_text import (
 )
 from optx.kernels.emit import indent, load_module, rule_name, rule_text, variable
 from optx.kernels.layout import Columns, Layout, partials_per_chunk
-from optx.kernels.program import W0, Call, Level, Program, Ref
+from optx.kernels.program import NUMBER_KINDS, W0, Call, Level, Program, Ref
 
 _compiling = threading.Lock()
 
@@ -81,6 +81,9 @@ class _Emitter:
         self.wide = layout.dtypes[0] == "float64"
         self.suffix = "_64" if self.wide else "_32"
         self.dtypes = dict(zip(self.table.roles, (*layout.dtypes, "bfloat16"), strict=False))
+        self.cells = {n: program.cell_dtype(n, layout.dtypes[0]) for n in program.cells}
+        # Whether a float64 (or an integer that needs one) can get into what a float32 rule computes.
+        self.mixed = self.wide or any(dtype in cpu.WIDE for dtype in self.dtypes.values())
 
     def module(self) -> list[str]:
         p = self.program
@@ -93,8 +96,8 @@ class _Emitter:
             "import numpy as np",
             "from numba import types",
             "from optx.kernels.cpu import (add_any_order, add_lanes, address, get_f32, get_f64, get_i64,",
-            "    load, mix, prefetch_read, prefetch_write, put_f32, put_f64, random_bits, store, take,",
-            "    upper_half)",
+            "    get_number, load, mix, prefetch_read, prefetch_write, put_f32, put_f64, put_number,",
+            "    random_bits, store, take, upper_half, whole_number)",
             "from optx.kernels.jit import cfunc, njit",
             "",
             "F = np.float64" if self.wide else "F = np.float32",
@@ -117,7 +120,7 @@ class _Emitter:
             if level.finish:
                 lines += self._per_tensor(f"finish_{number}", (), level.finish, ())
         lines += self._update()
-        if self.layout.counted or p.observe:
+        if self.layout.counted or p.observe or p.kept:
             lines += self._commit()
         return lines
 
@@ -134,6 +137,28 @@ class _Emitter:
             name = local(role)
             lines.append(f"load_{name} = load({dtype!r}, {number})")
             lines.append(f"store_{name} = store({dtype!r}, {number}, {dither})")
+        for name, dtype in self.cells.items():
+            if dtype != "float64":
+                lines.append(f"get_{variable(Ref('cell', name))} = get_number({dtype!r})")
+                lines.append(f"put_{variable(Ref('cell', name))} = put_number({dtype!r})")
+        whole = sorted({d for d in (*self.dtypes.values(), *self.cells.values()) if d in cpu.INTEGERS})
+        for dtype in whole:
+            lines.append(f"as_{dtype} = whole_number({dtype!r}, {self.wide})")
+            lines.append(f"as_wide_{dtype} = whole_number({dtype!r}, True)")
+        return lines
+
+    def _calls(self, calls: Iterable[Call], suffix: str) -> list[str]:
+        """Calls in order; what goes into a slot of whole numbers is one at once."""
+        lines: list[str] = []
+        for call in calls:
+            lines.append(self._call(call, suffix))
+            for ref in call.writes:
+                name = variable(ref)
+                if ref.kind == "slot" and (dtype := self.dtypes[ref.name]) in cpu.INTEGERS:
+                    lines.append(f"{name} = as_{dtype}({name})")
+                elif ref.kind == "col" and ref.name in self.program.kept:
+                    dtype = self.cells[ref.name]
+                    lines += [f"{name} = as_wide_{dtype}({name})"] if dtype in cpu.INTEGERS else []
         return lines
 
     def _call(self, call: Call, suffix: str, sums: bool = False) -> str:
@@ -150,6 +175,8 @@ class _Emitter:
                 source = f"get_f64(hypers, {self.table.hypers.index(ref.name)})"
             elif ref.kind == "total":
                 source = f"get_f64(hypers, {len(self.table.hypers) + self.table.totals.index(ref.name)})"
+            elif ref.kind == "cell":
+                source = self._get_cell(ref.name)
             else:
                 continue
             lines.append(f"{variable(ref)} = {cast.format(source)}")
@@ -210,7 +237,7 @@ class _Emitter:
     def _use(self, calls: Sequence[Call], random: bool = False) -> _Use:
         roles = self._roles(calls)
         kahan = ["kahan"] if self.layout.rounding == "kahan" and "w" in roles else []
-        numbers = {r for c in calls for r in c.args if r.kind in ("col", "hyper", "total")}
+        numbers = {r for c in calls for r in c.args if r.kind in (*NUMBER_KINDS, "cell")}
         return _Use(roles, [*roles, *kahan], sorted(numbers), random)
 
     def _reduce(self, number: int, level: Level) -> list[str]:
@@ -224,12 +251,11 @@ class _Emitter:
         use = self._use((*level.prefix, *level.sums))
         sums = [f"x_{variable(r)}" for c in level.sums for r in c.writes]
         arguments = ", ".join([*use.pointers, *map(variable, use.numbers), "start", "n"])
-        start = ["w0 = w"] if level.prefix and "w" in use.roles else []
-        prefix = [*start, *(self._call(c, self.suffix) for c in level.prefix)]
+        prefix = self._calls(level.prefix, self.suffix)
         widen = [f"{register(r)} = np.float64({register(r)})" for r in use.roles]
         load = self._loads(use.roles)
         wide = [*load, *prefix, *widen, *(self._call(c, "_sum", sums=True) for c in level.sums)]
-        if self.wide:
+        if self.mixed:
             loops = self._loop(f"{name}_chunk", arguments, wide, sums, "add_any_order")
         else:
             lanes = [*load, *prefix, *(self._call(c, "_lane", sums=True) for c in level.sums)]
@@ -282,16 +308,24 @@ class _Emitter:
         use = self._use(calls, random=bool(low) or draws_w)
         reads_start = any(ref == W0 for c in calls for ref in c.args)
         body = [*self._loads(use.roles), *(["w0 = w"] if reads_start else [])]
-        body += [self._call(c, self.suffix) for c in p.update]
+        body += self._calls(p.update, self.suffix)
         # Over a run of 128, float32 lanes lose nothing that matters, and the loop keeps its pace.
-        summed, add = ("_sum", "add_any_order") if self.wide else ("_lane", "add_lanes")
-        body += [self._call(c, summed, sums=True) for c in p.observe]
-        body += self._stores(stored, low, draws_w)
+        summed, add = ("_sum", "add_any_order") if self.mixed else ("_lane", "add_lanes")
+        observed = [self._call(c, summed, sums=True) for c in p.observe]
+        stores = self._stores(stored, low, draws_w)
+        again = [r for r in self._roles(p.observe) if r in ("w", *stored) and self._loses(r)]
+        # What is observed is what was stored.
+        body += [*stores, *self._loads(again), *observed] if again else [*observed, *stores]
         sums = [f"x_{variable(r)}" for c in p.observe for r in c.writes]
         arguments = ", ".join([*use.pointers, *map(variable, use.numbers), "start", "n", *use.key])
         loop = self._loop("update_run", arguments, body, sums, add)
         runs = self._in_runs("update", use, arguments, len(sums), ("w", "kahan", *stored))
         return [*loop, *runs, *self._callback("update", use, arguments, len(sums))]
+
+    def _loses(self, role: str) -> bool:
+        """Whether storing a role's register may round it (whole numbers are made before)."""
+        dtype = self.dtypes[role]
+        return dtype in ("bfloat16", "float16") or (dtype == "float32" and self.mixed)
 
     def _stores(self, stored: list[str], low: list[str], draws_w: bool) -> list[str]:
         """Each bfloat16 role takes 16 fresh random bits; one draw of 32 serves two."""
@@ -326,7 +360,7 @@ class _Emitter:
         made: set[Ref] = set(names)
         refs: set[Ref] = set()  # read from the tables: what no earlier line of this kernel computes
         for call in calls:
-            refs |= {r for r in call.args if r.kind in ("col", "hyper", "total") and r not in made}
+            refs |= {r for r in call.args if r.kind in NUMBER_KINDS and r not in made}
             made |= set(call.writes)
         refs |= {r for r in totals if r not in made}
         cells = sorted({r for c in calls for r in c.args if r.kind == "cell"})
@@ -339,8 +373,8 @@ class _Emitter:
             body.append(f"hypers = get_i64(args, {Args.HYPERS:d})")
         body += self._fold(names, width)
         body += self._numbers(refs, "{}")
-        body += [f"{variable(r)} = get_f64(get_i64(tensor, {self._cell(r.name)}), 0)" for r in cells]
-        body += [self._call(c, "_64") for c in calls]
+        body += [f"{variable(r)} = {self._get_cell(r.name)}" for r in cells]
+        body += self._calls(calls, "_64")
         for ref in dict.fromkeys((*names, *written)):
             body.append(f"put_f64(cols, {self.table.cols.index(ref.name)}, {variable(ref)})")
         for ref in totals:
@@ -362,15 +396,30 @@ class _Emitter:
     def _cell(self, name: str) -> int:
         return len(self.table.roles) + self.table.cells.index(name)
 
+    def _get_cell(self, name: str) -> str:
+        address = f"get_i64(tensor, {self._cell(name)})"
+        if self.cells[name] == "float64":
+            return f"get_f64({address}, 0)"
+        return f"get_{variable(Ref('cell', name))}({address})"
+
+    def _put_cell(self, name: str, value: str) -> str:
+        address = f"get_i64(tensor, {self._cell(name)})"
+        if self.cells[name] == "float64":
+            return f"put_f64({address}, 0, {value})"
+        return f"put_{variable(Ref('cell', name))}({address}, {value})"
+
     def _commit(self) -> list[str]:
         names = [r for c in self.program.observe for r in c.writes]
         body = [f"tensor = get_i64(args, {Args.TENSORS:d}) + t * {8 * self.table.row}"]
-        if self.layout.counted:
+        if self.layout.counted or self.program.kept:
             body.append(f"cols = get_i64(args, {Args.COLS:d}) + t * {8 * len(self.table.cols)}")
+        if self.layout.counted:
             step = f"get_f64(cols, {self.table.cols.index('step')})"
             body.append(f"put_f32(get_i64(tensor, {self._cell('step')}), {step})")
+        for name in self.program.kept:
+            body.append(self._put_cell(name, f"get_f64(cols, {self.table.cols.index(name)})"))
         body += self._fold(names, partials_per_chunk(self.program))
-        body += [f"put_f64(get_i64(tensor, {self._cell(r.name)}), 0, {variable(r)})" for r in names]
+        body += [self._put_cell(r.name, variable(r)) for r in names]
         return [*tensor_kernel("commit", []), *indent(body, 2)]
 
 

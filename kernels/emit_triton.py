@@ -18,7 +18,7 @@ from types import ModuleType
 
 from optx.kernels.emit import indent, load_module, rule_name, variable
 from optx.kernels.layout import Columns, Layout, partials_per_chunk
-from optx.kernels.program import Call, Level, Program, Ref
+from optx.kernels.program import NUMBER_KINDS, W0, Call, Level, Program, Ref
 from optx.kernels.triton_text import JIT, dialect, wrapped
 
 CHUNK_ROW = 4  # int64: tensor, first element, number of elements, position among the tensor's partials
@@ -29,12 +29,17 @@ _POINTERS = {
     "float64": "tl.float64",
     "float16": "tl.float16",
     "bfloat16": "tl.uint16",
+    "bool": "tl.int8",
+    **{name: f"tl.{name}" for name in ("uint8", "int8", "int16", "int32", "int64")},
 }
+_SMALL = ("uint8", "int8", "int16")
+_WIDE = ("float64", "int32", "int64")  # read in float64
 _LIBRARY = [
     *("abs", "exp", "log", "maximum", "minimum", "power", "sign", "sqrt", "where"),
-    *("dithered", "fold", "nearest", "random_bits", "read", "stream", "widen", "write"),
+    *("dithered", "fold", "get_number", "nearest", "put_number", "random_bits", "read", "stream"),
+    *("whole_number", "widen", "write"),
 ]
-_NUMBERS = ("col", "hyper", "total")
+_NUMBERS = (*NUMBER_KINDS, "cell")
 
 
 @functools.cache
@@ -68,6 +73,9 @@ class _Emitter:
         self.suffix = "_64" if self.math == "tl.float64" else "_32"
         self.dtypes = dict(zip(self.table.roles, (*layout.dtypes, "bfloat16"), strict=False))
         self.draws = draws(program, layout)
+        self.cells = {n: program.cell_dtype(n, layout.dtypes[0]) for n in program.cells}
+        # Whether a float64 (or an integer that needs one) can get into what a float32 rule computes.
+        self.mixed = self.math == "tl.float64" or any(d in _WIDE for d in self.dtypes.values())
 
     def module(self) -> list[str]:
         p = self.program
@@ -106,8 +114,37 @@ class _Emitter:
             arguments = (f"d{variable(r)}" if r.kind in _NUMBERS else variable(r) + widen for r in call.args)
         return f"{', '.join(targets)} = {rule_name(call.rule, suffix)}({', '.join(arguments)})"
 
+    def _calls(self, calls: Iterable[Call], suffix: str) -> list[str]:
+        """Calls in order; what goes into a slot of whole numbers is one at once."""
+        lines: list[str] = []
+        for call in calls:
+            lines.append(self._call(call, suffix))
+            for ref in call.writes:
+                dtype, math = "", "tl.float64"
+                if ref.kind == "slot":
+                    dtype = self.dtypes[ref.name]
+                    math = self._math_of(ref.name)
+                elif ref.kind == "col" and ref.name in self.program.kept:
+                    dtype = self.cells[ref.name]
+                if dtype == "bool":
+                    lines.append(f"{variable(ref)} = ({variable(ref)} != 0).to({math})")
+                elif dtype in (*_SMALL, "int32", "int64"):
+                    first = "tl.int32" if dtype in _SMALL else "tl.int64"
+                    lines.append(
+                        f"{variable(ref)} = whole_number({variable(ref)}, {first}, tl.{dtype}, {math})"
+                    )
+        return lines
+
+    def _math_of(self, role: str) -> str:
+        """The dtype that a role is read in."""
+        return "tl.float64" if self.dtypes[role] in _WIDE else self.math
+
     def _number(self, ref: Ref) -> str:
-        """Reads a col, hyper or total."""
+        """Reads a col, hyper, total or cell."""
+        if ref.kind == "cell":
+            dtype = self.cells[ref.name]
+            pointer = self._cell(ref.name, _POINTERS[dtype])
+            return f"tl.load({pointer})" if dtype == "float64" else f"get_number({pointer})"
         if ref.kind == "col":
             return f"tl.load(numbers + {self.table.cols.index(ref.name)})"
         if ref.kind == "hyper":
@@ -121,7 +158,7 @@ class _Emitter:
         return narrow | {f"d{variable(r)}": self._number(r) for r in sorted(_number_refs(sums))}
 
     def _loads(self, roles: Sequence[str]) -> list[str]:
-        lines = [f"{_register(r)} = read({_stream(r)} + lane, mask, {self.math})" for r in roles]
+        lines = [f"{_register(r)} = read({_stream(r)} + lane, mask, {self._math_of(r)})" for r in roles]
         if self.layout.rounding == "kahan" and "w" in roles:
             lines.insert(roles.index("w") + 1, "w += read(kahan_p + lane, mask, tl.float32)")
         return lines
@@ -209,8 +246,7 @@ class _Emitter:
         calls = (*level.prefix, *level.sums)
         roles = self._roles(calls)
         body = self._loads(roles)
-        body += ["w0 = w"] if _reads_start(calls) else []
-        body += [self._call(c, self.suffix) for c in level.prefix]
+        body += self._calls(level.prefix, self.suffix)
         body += [self._call(c, "_64", sums=True) for c in level.sums]
         sums = [variable(r) for c in level.sums for r in c.writes]
         numbers = self._block_numbers(level.prefix, level.sums)
@@ -223,30 +259,53 @@ class _Emitter:
         if "w" not in roles:
             roles.insert(0, "w")
         body = self._loads(roles)
-        body += ["w0 = w"] if _reads_start(calls) else []
-        body += [self._call(c, self.suffix) for c in p.update]
-        body += [self._call(c, "_64", sums=True) for c in p.observe]
-        body += self._stores([r for r in self.table.roles if r in p.stored_slots])
+        body += ["w0 = w"] if any(W0 in c.args for c in calls) else []
+        body += self._calls(p.update, self.suffix)
+        stored = [r for r in self.table.roles if r in p.stored_slots]
+        observed = [self._call(c, "_64", sums=True) for c in p.observe]
+        again = [r for r in self._roles(p.observe) if r in ("w", *stored) and self._loses(r)]
+        stores = self._stores(stored, again)
+        # What is observed is what was stored.
+        body += [*stores, *observed] if again else [*observed, *stores]
         sums = [variable(r) for c in p.observe for r in c.writes]
         numbers = self._block_numbers(p.update, p.observe)
         return self._chunk_kernel("update", roles, numbers, body, sums, random=bool(self.draws))
 
-    def _stores(self, stored: list[str]) -> list[str]:
+    def _loses(self, role: str) -> bool:
+        """Whether storing a role's register may round it (whole numbers are made before)."""
+        dtype = self.dtypes[role]
+        return dtype in ("bfloat16", "float16") or (dtype == "float32" and self.mixed)
+
+    def _stores(self, stored: list[str], again: list[str]) -> list[str]:
+        """Rounds and stores registers; those in ``again`` are what was stored, from then on."""
         lines: list[str] = []
         for role in ("w", *stored):
-            value = _register(role)
+            register = value = _register(role)
+            low = self.dtypes[role] == "bfloat16"
+            if low and self.mixed:
+                lines.append(f"{register} = {register}.to(tl.float32)")
             if role in self.draws:
                 bits = f"random_bits(key, start, lane, step, number, {self.draws.index(role)})"
                 value = f"dithered({value}, {bits})"
-            elif self.dtypes[role] == "bfloat16":
+            elif low:
                 value = f"nearest({value})"
+            if low and role in again and not (role == "w" and self.layout.rounding == "kahan"):
+                lines.append(f"low_{register} = {value}")
+                value = f"low_{register}"
             if role == "w" and self.layout.rounding == "kahan":
                 lines += [f"low = {value}", "tl.store(w_p + lane, low, mask)"]
-                lines.append("tl.store(kahan_p + lane, nearest(w - widen(low)), mask)")
-            elif self.dtypes[role] == "bfloat16":
+                if role in again:
+                    lines += ["rest = nearest(w - widen(low))", "tl.store(kahan_p + lane, rest, mask)"]
+                    lines.append("w = widen(low) + widen(rest)")
+                else:
+                    lines.append("tl.store(kahan_p + lane, nearest(w - widen(low)), mask)")
+            elif low:
                 lines.append(f"tl.store({_stream(role)} + lane, {value}, mask)")
+                lines += [f"{register} = widen({value})"] if role in again else []
             else:
                 lines.append(f"write({_stream(role)} + lane, {value}, mask)")
+                if role in again:
+                    lines.append(f"{register} = {value}.to({_POINTERS[self.dtypes[role]]}).to({self.math})")
         return lines
 
     # ---- tensor kernels ----------------------------------------------------------------------------
@@ -267,9 +326,7 @@ class _Emitter:
             refs.discard(Ref("col", "step"))
         body += [f"{variable(r)} = {fold}" for r, fold in self._folds(summed)]
         body += [f"{variable(r)} = {self._number(r)}" for r in sorted(refs)]
-        cells = sorted({r for c in calls for r in c.args if r.kind == "cell"})
-        body += [f"{variable(r)} = tl.load({self._cell(r.name, 'tl.float64')})" for r in cells]
-        body += [self._call(c, "_64") for c in calls]
+        body += self._calls(calls, "_64")
         results = dict.fromkeys((*summed, *(r for c in calls for r in c.writes)))
         body += [f"tl.store(numbers + {self.table.cols.index(r.name)}, {variable(r)})" for r in results]
         return [*self._tensor_kernel(name, ("hypers", "partials", "first")), *indent(body, 1)]
@@ -310,15 +367,25 @@ class _Emitter:
         at = len(self.table.roles) + self.table.cells.index(name)
         return f"tl.load(tensor + {at}).to(tl.pointer_type({dtype}))"
 
+    def _put(self, name: str, value: str) -> str:
+        """Stores a number in a cell, unless the step is skipped."""
+        dtype = self.cells[name]
+        pointer = self._cell(name, _POINTERS[dtype])
+        if dtype == "float64":
+            return f"tl.store({pointer}, {value}, keep)"
+        return f"put_number({pointer}, {value}, {dtype == 'bool'}, keep)"
+
     def _commit(self) -> list[str]:
-        """The step count, the observed sums and the count of draws become state, unless skipped."""
+        """Step count, what scalars wrote, observed sums and count of draws become state, unless skipped."""
         observed = [r for c in self.program.observe for r in c.writes]
         body: list[str] = []
         if self.layout.counted:
             step = f"tl.load(numbers + {self.table.cols.index('step')}).to(tl.float32)"
             body.append(f"tl.store({self._cell('step', 'tl.float32')}, {step}, keep)")
+        for name in self.program.kept:
+            body.append(self._put(name, f"tl.load(numbers + {self.table.cols.index(name)})"))
         for ref, total in self._folds(observed):
-            body.append(f"tl.store({self._cell(ref.name, 'tl.float64')}, {total}, keep)")
+            body.append(self._put(ref.name, total))
         if self.draws:
             body.append("tl.store(random + 1, tl.load(random + 1) + 1, keep & (t == 0))")
         if not body:
@@ -334,10 +401,6 @@ class _Emitter:
 
 def _number_refs(calls: Iterable[Call]) -> set[Ref]:
     return {r for c in calls for r in c.args if r.kind in _NUMBERS}
-
-
-def _reads_start(calls: Iterable[Call]) -> bool:
-    return any(r == Ref("reg", "w0") for c in calls for r in c.args)
 
 
 def _open_chunk(skip: bool) -> list[str]:

@@ -9,7 +9,7 @@ A step runs in this order::
                      scalars, per tensor, in float64
                      totals over the whole optimizer, then the finishing scalars
     one pass:        gradient rules, weight rules, base update, after rules, observed sums
-    commit:          the step count and the observed sums become state
+    commit:          the step count, cells that scalars wrote and the observed sums become state
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from typing import Literal, NamedTuple
 
 from optx._rules import Rule
 
-Kind = Literal["reg", "slot", "cell", "col", "hyper", "total"]
+Kind = Literal["reg", "local", "slot", "cell", "col", "hyper", "total"]
+NUMBER_KINDS: tuple[Kind, ...] = ("col", "hyper", "total")
 
 
 class Ref(NamedTuple):
@@ -28,6 +29,7 @@ class Ref(NamedTuple):
 
     Kinds:
         reg: ``w``, ``g`` or ``w0`` (the weight when the step began), in registers.
+        local: a register that is neither loaded nor stored.
         slot: a state tensor with one element per weight element.
         cell: a state tensor with one element per weight tensor.
         col: a number per tensor, computed in this step.
@@ -40,6 +42,8 @@ class Ref(NamedTuple):
 
 
 W, G, W0 = Ref("reg", "w"), Ref("reg", "g"), Ref("reg", "w0")
+# What the base makes of its gradient, where later rules read the one that it was given.
+BASE_G = Ref("local", "base_g")
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,10 @@ class Program:
     base: tuple[Call, ...]  # empty: the base optimizer is run as it is
     after: tuple[Call, ...]
     observe: tuple[Call, ...]  # summands of what was written; their writes are cells
+    # Cells that scalars wrote: until the step is over, the new value is in the col of the same name.
+    kept: tuple[str, ...] = ()
+    # Dtypes of cells that aren't float64, by name; None for the weight's.
+    cell_dtypes: tuple[tuple[str, str | None], ...] = ()
 
     @property
     def update(self) -> tuple[Call, ...]:
@@ -109,7 +117,11 @@ class Program:
     @property
     def cells(self) -> tuple[str, ...]:
         """State tensors with one element per weight tensor."""
-        return self.named("cell")
+        return tuple(dict.fromkeys((*self.named("cell"), *self.kept)))
+
+    def cell_dtype(self, name: str, weight: str) -> str:
+        """A cell's dtype, where the weight has the dtype ``weight``."""
+        return dict(self.cell_dtypes).get(name, "float64") or weight
 
     @property
     def stored_slots(self) -> frozenset[str]:

@@ -7,7 +7,10 @@ from collections.abc import Iterable
 from optx.kernels.layout import Layout
 from optx.kernels.program import Call, Program
 
-SIZES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+SIZES = {
+    **{"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2},
+    **{"bool": 1, "uint8": 1, "int8": 1, "int16": 2, "int32": 4, "int64": 8},
+}
 
 
 def call_bytes(program: Program, layout: Layout, calls: Iterable[Call], stores: bool) -> int:

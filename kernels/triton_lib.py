@@ -49,6 +49,29 @@ def write(p, x, mask):
     tl.store(p, x.to(p.dtype.element_ty), mask)
 
 
+@triton.jit
+def whole_number(x, FIRST: tl.constexpr, KEPT: tl.constexpr, MATH: tl.constexpr):
+    """What an integer slot makes of a number: truncated towards zero, by way of a wider integer."""
+    return x.to(FIRST).to(KEPT).to(MATH)
+
+
+@triton.jit
+def get_number(p):
+    """One number as float64."""
+    return read(p, None, tl.float64)
+
+
+@triton.jit
+def put_number(p, x, IS_BOOL: tl.constexpr, keep):
+    """Store one float64 in another dtype, if ``keep``; a uint16 is a bfloat16."""
+    if IS_BOOL:
+        tl.store(p, (x != 0.0).to(tl.int8), keep)
+    elif p.dtype.element_ty == tl.uint16:
+        tl.store(p, nearest(x.to(tl.float32)), keep)
+    else:
+        tl.store(p, x.to(p.dtype.element_ty), keep)
+
+
 # ---- bfloat16 ---------------------------------------------------------------------------------------
 
 

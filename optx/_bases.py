@@ -213,3 +213,41 @@ def init_base_state(state: dict[str, Any], p: Tensor, rules: BaseRules, group: G
         if state.get(name) is None:
             state[name] = slot.zeros(p)
     return fresh
+
+
+# What torch's bases without a fused form, and classes made from its bases, keep under the names of Adam's.
+_ADAM_NAMES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+_STATE: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.Adam: ("exp_avg", "exp_avg_sq", "step"),
+    torch.optim.AdamW: ("exp_avg", "exp_avg_sq", "step"),
+    torch.optim.NAdam: ("exp_avg", "exp_avg_sq", "step"),
+    torch.optim.RAdam: ("exp_avg", "exp_avg_sq", "step"),
+    torch.optim.Adamax: ("exp_avg", "step"),
+    torch.optim.SGD: (),
+    torch.optim.Adadelta: ("step",),
+    torch.optim.Adagrad: ("step",),
+    torch.optim.ASGD: ("step",),
+    torch.optim.Rprop: ("step",),
+    torch.optim.RMSprop: ("step",),
+    torch.optim.Adafactor: ("step",),
+    torch.optim.LBFGS: (),
+}
+
+
+def readable_state(base: torch.optim.Optimizer, group: Group) -> tuple[str, ...]:
+    """The names of the base's state that rules may read in one group; ``step`` where it counts.
+
+    Of a base from another library they are known once it has taken a step; before that, Adam's names and
+    ``step`` are taken on trust where the group has ``betas``.
+    """
+    rules = base_rules(base, group)
+    if rules is not None:
+        return (*rules.slots, *(("step",) if rules.counted else ()))
+    for kind, names in _STATE.items():
+        if isinstance(base, kind):
+            amsgrad = ("max_exp_avg_sq",) if group.get("amsgrad", False) and "exp_avg_sq" in names else ()
+            return (*names, *amsgrad)
+    known = [base.state[p] for p in group["params"] if base.state.get(p)]
+    if known:
+        return tuple(n for n in (*_ADAM_NAMES, "step") if all(s.get(n) is not None for s in known))
+    return (*_ADAM_NAMES, "step") if "betas" in group else ("step",)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -10,13 +11,10 @@ import torch
 from torch import Tensor
 
 from optx._names import is_dtensor, whole
+from optx._rounding import step_key, write
 from optx.kernels.program import W0, Call, G, Level, Program, Ref, W
 
 Operand = Any  # a TensorList, a number, or one number or 0-dim tensor per tensor
-
-
-class PerTensor(list[Any]):
-    """One number (or 0-dim tensor) per tensor of a `TensorList`."""
 
 
 class TensorList:
@@ -30,18 +28,19 @@ class TensorList:
         self.tensors = list(tensors)
 
     def _map(self, op: Callable[..., Tensor], *others: Operand) -> TensorList:
-        columns = [o.tensors if isinstance(o, TensorList) else o for o in others]
-        columns = [c if isinstance(c, list) else [c] * len(self.tensors) for c in columns]
-        return TensorList(op(*row) for row in zip(self.tensors, *columns, strict=True))
+        columns = [o.tensors if isinstance(o, TensorList) else [o] * len(self.tensors) for o in others]
+        kinds = {type(o) for o in (self, *others) if isinstance(o, TensorList)}
+        kind = PerTensor if kinds == {PerTensor} else TensorList
+        return kind(op(*row) for row in zip(self.tensors, *columns, strict=True))
 
     def _fast(self, name: str, op: Callable[..., Tensor], other: Operand) -> TensorList:
-        operand = other.tensors if isinstance(other, TensorList) else other
-        if isinstance(operand, PerTensor) and operand and isinstance(operand[0], Tensor):
+        if isinstance(self, PerTensor) or isinstance(other, PerTensor):
             return self._map(op, other)
+        operand = other.tensors if isinstance(other, TensorList) else other
         return TensorList(getattr(torch, f"_foreach_{name}")(self.tensors, operand))
 
     def _unary(self, name: str) -> TensorList:
-        return TensorList(getattr(torch, f"_foreach_{name}")(self.tensors))
+        return type(self)(getattr(torch, f"_foreach_{name}")(self.tensors))
 
     def __add__(self, other: Operand) -> TensorList:
         return self._fast("add", operator.add, other)
@@ -106,6 +105,10 @@ class TensorList:
         return self._map(torch.where, a, b)
 
 
+class PerTensor(TensorList):
+    """One number per tensor of a `TensorList`, as 0-dim tensors."""
+
+
 class GroupRun:
     """One step of one param group: holds the registers, numbers and state a program's calls refer to.
 
@@ -116,6 +119,7 @@ class GroupRun:
         state: per slot name, scalar or not, one tensor per weight; written in place.
         hypers: numbers of the group.
         cols: numbers per tensor known from the start: ``numel``, ``step``, ``fresh``.
+        key: gives that of this step's random draws, for slots in bfloat16; asked only where one is written.
     """
 
     def __init__(
@@ -126,6 +130,7 @@ class GroupRun:
         state: Mapping[str, Sequence[Tensor]],
         hypers: Mapping[str, Any],
         cols: Mapping[str, Sequence[float]],
+        key: Callable[[], int] = int,
     ) -> None:
         self.program = program
         self.weights = list(weights)
@@ -140,14 +145,22 @@ class GroupRun:
         self._piecewise = device.type == "cpu" and not sharded
         self._wide = torch.float32 if device.type == "mps" else torch.float64
         self.cols = {k: torch.tensor(v, dtype=self._wide, device=self.number_device) for k, v in cols.items()}
-        self.registers: dict[Ref, list[Tensor]] = {G: list(grads)}
+        # What rules per element compute in; a float64 weight asks for its own precision throughout.
+        self._math = [self._wide if w.dtype == torch.float64 else torch.float32 for w in weights]
+        self._key = key
+        self.gradients = list(grads)
+        # Slots as rules wrote them in this step, where that is more than what could be stored.
+        self._written: dict[Ref, list[Tensor]] = {}
+
+    def _registers(self, start: Sequence[Tensor] | None = None) -> dict[Ref, list[Tensor]]:
+        return {W: self.weights, W0: list(start or self.weights), G: self.gradients, **self._written}
 
     # ---- levels ------------------------------------------------------------------------------------
 
     def measure(self, level: Level) -> dict[str, Tensor]:
         """Sums and scalars of a level; returns this group's share of its totals."""
         if level.sums:
-            registers = {W: self.weights, W0: self.weights, G: self.registers[G]}
+            registers = self._registers()
             for call in level.prefix:
                 self._elementwise(call, registers)
             for call in level.sums:
@@ -163,17 +176,19 @@ class GroupRun:
 
     def _sum(self, call: Call, registers: Mapping[Ref, list[Tensor]]) -> None:
         rows: list[list[Tensor]] = []
-        for row in self._rows(call, registers):
-            pieces = [call.rule.values(*piece) for piece in self._pieces(call, row, self._wide)]
-            sums = ([summand.sum() for summand in column] for column in zip(*pieces, strict=True))
+        for i, row in enumerate(self._rows(call, registers)):
+            pieces = [self._results(call, i, piece) for piece in self._pieces(call, i, row, self._wide)]
+            sums = ([part.sum(dtype=self._wide) for part in column] for column in zip(*pieces, strict=True))
             rows.append([whole(s[0] if len(s) == 1 else torch.stack(s).sum()) for s in sums])
         for column, ref in enumerate(call.writes):
             self.cols[ref.name] = torch.stack([row[column].to(self.number_device) for row in rows])
 
     def _scalar(self, call: Call) -> None:
-        results = call.rule.values(*(self._number(ref) for ref in call.args))
+        results = _applied(call, [self._number(ref) for ref in call.args])
         for ref, value in zip(call.writes, results, strict=True):
             filled = torch.as_tensor(value, dtype=self._wide, device=self.number_device)
+            if ref.name in self.program.kept:
+                filled = _as_kept(filled, self.state[ref.name][0].dtype).to(self._wide)
             self.cols[ref.name] = filled.expand(len(self.weights))
 
     def _number(self, ref: Ref) -> Any:
@@ -189,77 +204,134 @@ class GroupRun:
 
     def rewrite_gradients(self) -> list[Tensor]:
         """Run the gradient rules; the new gradients, in the old ones' dtypes."""
-        registers = {W: self.weights, W0: self.weights, G: self.registers[G]}
+        registers = self._registers()
         for call in self.program.gradient:
-            self._elementwise(call, registers)
-        old = self.registers[G]
-        return [new.to(g.dtype) for new, g in zip(registers[G], old, strict=True)]
+            self._elementwise(call, registers, store=True)
+        old, new = self.gradients, registers[G]
+        given = [n.to(g.dtype) for n, g in zip(new, old, strict=True)]
+        if G in self.program.reads((*self.program.weight, *self.program.after, *self.program.observe)):
+            self.gradients = new
+        return given
+
+    def keep_gradients(self) -> None:
+        """Before the base's step, which may overwrite the gradients: later rules read what it was given."""
+        if G in self.program.reads((*self.program.after, *self.program.observe)):
+            self.gradients = [g.clone() for g in self.gradients]
 
     def edit_weights(self, calls: Sequence[Call], start: list[Tensor] | None = None) -> list[Tensor] | None:
         """Run rules that write weights; the new weights in full precision, None if no rule writes."""
         if not calls:
             return None
-        registers = {W: self.weights, W0: start or self.weights, G: self.registers[G]}
+        registers = self._registers(start)
         for call in calls:
-            self._elementwise(call, registers)
-        return registers[W]
+            self._elementwise(call, registers, store=True)
+        return [w.to(math) for w, math in zip(registers[W], self._math, strict=True)]
 
-    def observe(self) -> None:
-        """Sum what was written into the scalar slots."""
-        registers = {W: self.weights, W0: self.weights, G: self.registers[G]}
+    def observe(self, start: list[Tensor] | None = None) -> None:
+        """The step is done: keep what scalars wrote into cells, and the sums over what was stored."""
+        self._written.clear()
+        registers = self._registers(start)
         for call in self.program.observe:
             self._sum(call, registers)
-            for ref in call.writes:
-                for cell, value in zip(self.state[ref.name], self.cols[ref.name].unbind(), strict=True):
-                    cell.copy_(value)
+        cells = [*self.program.kept, *(ref.name for call in self.program.observe for ref in call.writes)]
+        for name in dict.fromkeys(cells):
+            for cell, value in zip(self.state[name], self.cols[name].unbind(), strict=True):
+                cell.copy_(value)
 
-    def _elementwise(self, call: Call, registers: dict[Ref, list[Tensor]]) -> None:
+    def _elementwise(self, call: Call, registers: dict[Ref, list[Tensor]], store: bool = False) -> None:
+        """Run one rule; what it writes is in ``registers`` then, and what it stores in the slots."""
         if self._lists:
             arguments = [self._list(ref, registers) for ref in call.args]
-            columns = [v.tensors for v in call.rule.values(*arguments)]
+            columns = [self._column(v) for v in _applied(call, arguments)]
         else:
-            rows = [self._one(call, row) for row in self._rows(call, registers)]
+            rows = [self._one(call, i, row) for i, row in enumerate(self._rows(call, registers))]
             columns = [[row[c] for row in rows] for c in range(len(call.writes))]
-        for ref, values in zip(call.writes, columns, strict=True):
-            if ref.kind == "reg":
+        for number, (ref, values) in enumerate(zip(call.writes, columns, strict=True)):
+            if ref.kind != "slot":
                 registers[ref] = values
-            else:
-                for slot, value in zip(self.state[ref.name], values, strict=True):
-                    slot.copy_(value)
+                continue
+            slots = self.state[ref.name]
+            registers[ref] = read = [_as_kept(v, s.dtype) for v, s in zip(values, slots, strict=True)]
+            if store:
+                for i, (slot, value) in enumerate(zip(slots, read, strict=True)):
+                    if slot.dtype == torch.bfloat16:
+                        write(slot, value.to(torch.float32), True, abs(step_key(self._key(), i, number)))
+                    else:
+                        slot.copy_(value)
+                # What was stored exactly is read from there.
+                exact = all(s.dtype == v.dtype for s, v in zip(slots, read, strict=True))
+                self._written.pop(ref, None)
+                if exact or ref not in self._reread:
+                    del registers[ref]
+                else:
+                    self._written[ref] = read
 
-    def _one(self, call: Call, row: Sequence[Any]) -> Sequence[Tensor]:
+    @functools.cached_property
+    def _reread(self) -> frozenset[Ref]:
+        """What a rule reads that an earlier one wrote."""
+        reread: set[Ref] = set()
+        written: set[Ref] = set()
+        for call in (*self.program.gradient, *self.program.weight, *self.program.after):
+            reread |= written.intersection(call.args)
+            written.update(call.writes)
+        return frozenset(reread)
+
+    def _one(self, call: Call, i: int, row: Sequence[Any]) -> Sequence[Tensor]:
         """A rule's results for one tensor."""
-        results = [call.rule.values(*piece) for piece in self._pieces(call, row, None)]
+        results = [self._results(call, i, piece) for piece in self._pieces(call, i, row, None)]
         if len(results) == 1:
             return results[0]
-        shape = next(a.shape for a in row if isinstance(a, Tensor))
-        return [torch.cat(parts).view(shape) for parts in zip(*results, strict=True)]
+        return [torch.cat(parts).view(self.weights[i].shape) for parts in zip(*results, strict=True)]
+
+    def _results(self, call: Call, i: int, arguments: Sequence[Any]) -> list[Tensor]:
+        """What a rule makes of one tensor's elements (or a piece of them), one value per element."""
+        like = next((a for a, ref in zip(arguments, call.args, strict=True) if ref.kind in _ELEMENTS), None)
+        like = self.weights[i].detach() if like is None else like
+        values: list[Tensor] = []
+        for value in _applied(call, arguments):
+            if not isinstance(value, Tensor) or value.shape != like.shape:  # a number for all elements
+                value = torch.zeros_like(like, dtype=self._math[i], requires_grad=False) + value
+            values.append(value)
+        return values
+
+    def _column(self, value: Any) -> list[Tensor]:
+        """A rule's result on lists as one tensor per weight."""
+        if isinstance(value, TensorList) and not isinstance(value, PerTensor):
+            return value.tensors
+        numbers = value.tensors if isinstance(value, PerTensor) else [value] * len(self.weights)
+        return [
+            torch.zeros_like(w, dtype=math, requires_grad=False) + number
+            for w, math, number in zip(self.weights, self._math, numbers, strict=True)
+        ]
 
     def _rows(self, call: Call, registers: Mapping[Ref, list[Tensor]]) -> Iterator[list[Any]]:
         """A call's arguments, tensor after tensor."""
         columns: list[list[Any]] = []
         for ref in call.args:
-            if ref.kind == "reg":
-                columns.append([t.detach() for t in registers[ref]])
-            elif ref.kind == "slot":
-                columns.append([t.detach() for t in self.state[ref.name]])
-            elif ref.kind == "col":
-                values = self.cols[ref.name]
-                columns.append(
-                    values.tolist() if self._as_floats else list(values.to(torch.float32).unbind())
-                )
+            if ref.kind in _ELEMENTS:
+                tensors = registers[ref] if ref in registers else self.state[ref.name]
+                columns.append([t.detach() for t in tensors])
+            elif ref.kind in ("col", "cell"):
+                values = self._number(ref)
+                columns.append(values.tolist() if self._as_floats else list(values.unbind()))
             else:
                 columns.append([self._group_number(ref)] * len(self.weights))
         for i in range(len(self.weights)):
             yield [column[i] for column in columns]
 
-    def _pieces(self, call: Call, row: Sequence[Any], dtype: torch.dtype | None) -> Iterator[list[Any]]:
-        """One tensor's arguments in at least float32 (or in ``dtype``).
+    def _pieces(
+        self, call: Call, i: int, row: Sequence[Any], dtype: torch.dtype | None
+    ) -> Iterator[list[Any]]:
+        """One tensor's arguments in the dtype of the arithmetic, or in ``dtype``.
 
         On a CPU a large tensor comes in pieces, so that what a rule makes on its way stays in cache.
         """
-        elements = [ref.kind in ("reg", "slot") for ref in call.args]
+        elements = [ref.kind in _ELEMENTS for ref in call.args]
         tensors = [a for a, is_element in zip(row, elements, strict=True) if is_element]
+
+        def full(value: Any, is_element: bool) -> Any:
+            return self._full(value, i, dtype) if is_element else value
+
         if (
             self._piecewise
             and tensors
@@ -273,18 +345,25 @@ class GroupRun:
             count = -(-tensors[0].numel() // _PIECE)
             for k in range(count):
                 yield [
-                    _full(a if part is None else part[k], part is not None, dtype)
+                    full(a if part is None else part[k], part is not None)
                     for a, part in zip(row, split, strict=True)
                 ]
         else:
-            yield [_full(a, is_element, dtype) for a, is_element in zip(row, elements, strict=True)]
+            yield [full(a, is_element) for a, is_element in zip(row, elements, strict=True)]
+
+    def _full(self, t: Tensor, i: int, dtype: torch.dtype | None = None) -> Tensor:
+        """The ``i``-th tensor's elements in the dtype of the arithmetic: see `Slot`."""
+        if dtype is None:
+            dtype = self._wide if t.dtype in _WIDE else self._math[i]
+        return t.to(dtype)
 
     def _list(self, ref: Ref, registers: Mapping[Ref, list[Tensor]]) -> Any:
-        if ref.kind in ("reg", "slot"):
-            tensors = registers[ref] if ref.kind == "reg" else self.state[ref.name]
-            return TensorList(_full(t.detach(), True, None) for t in tensors)
-        if ref.kind == "col":
-            return PerTensor(self.cols[ref.name].to(torch.float32).unbind())
+        if ref.kind in _ELEMENTS:
+            tensors = registers[ref] if ref in registers else self.state[ref.name]
+            return TensorList(self._full(t.detach(), i) for i, t in enumerate(tensors))
+        if ref.kind in ("col", "cell"):
+            numbers = self._number(ref).unbind()
+            return PerTensor(n.to(math) for n, math in zip(numbers, self._math, strict=True))
         return self._group_number(ref)
 
     def _group_number(self, ref: Ref) -> Any:
@@ -293,11 +372,23 @@ class GroupRun:
 
 
 _PIECE = 65536  # elements
+_ELEMENTS = ("reg", "slot")
+_WIDE = (torch.float64, torch.int32, torch.int64)  # read in float64
 
 
-def _full(value: Any, is_element: bool, dtype: torch.dtype | None) -> Any:
-    """A tensor in full precision; numbers as they are."""
-    if not is_element:
+def _applied(call: Call, arguments: Sequence[Any]) -> Sequence[Any]:
+    """A rule's results. Python raises where a tensor or a kernel has inf or nan: ``1.0 / limit`` with 0."""
+    try:
+        return call.rule.values(*arguments)
+    except ArithmeticError:
+        numbers = (
+            torch.tensor(a, dtype=torch.float64) if isinstance(a, int | float) else a for a in arguments
+        )
+        return call.rule.values(*numbers)
+
+
+def _as_kept(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a later rule reads of a value written into a slot: whole numbers are made at once."""
+    if dtype.is_floating_point:
         return value
-    low = value.dtype in (torch.bfloat16, torch.float16)
-    return value.to(dtype or (torch.float32 if low else value.dtype))
+    return value != 0 if dtype == torch.bool else value.to(dtype)

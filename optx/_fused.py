@@ -19,10 +19,12 @@ from optx._rounding import step_key
 from optx._rules import RuleSourceError
 from optx._slots import KAHAN, Slots
 from optx._state import is_ours
-from optx._transform import Group
+from optx._transform import SLOT_DTYPES, Group
 from optx.kernels.available import why_unavailable
 from optx.kernels.layout import FRESH, Layout
 from optx.kernels.program import Program
+
+SLOT_DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in SLOT_DTYPES}
 
 
 class Unfusable(Exception):
@@ -186,8 +188,8 @@ class FusedGroup:
                 self._init(p)
                 slots = [self._role(p, self._key(name)) for name in self.program.slots]
                 for name in self.program.cells:
-                    self._cell(p, self._key(name))
-                dtypes = tuple(DTYPES[t.dtype] for t in (p, p.grad, *slots))
+                    self._cell(p, name)
+                dtypes = tuple(SLOT_DTYPE_NAMES[t.dtype] for t in (p, p.grad, *slots))
                 buckets.setdefault(dtypes, []).append(i)
         self.draws = any("bfloat16" in (d[0], *d[2:]) for d in buckets)
         self._buckets = [self._bucket(dtypes, members, params) for dtypes, members in buckets.items()]
@@ -219,19 +221,23 @@ class FusedGroup:
         t = self._find(p, key)
         self._check_tensor(p, key, t)
         self._check_fits(p, _words(key), t)
-        if t.dtype not in DTYPES:
+        if t.dtype not in SLOT_DTYPE_NAMES:
             raise OptxError(f"optx: {_words(key)} of {self._name(p)} is {t.dtype}, which no kernel reads.")
         _lay_out_like(t, p)
         return t
 
-    def _cell(self, p: Tensor, key: str) -> Tensor:
-        """A state tensor with one element per weight."""
+    def _cell(self, p: Tensor, name: str) -> Tensor:
+        """A state tensor with one element per weight, in the dtype that kernels are made for."""
+        key = self._key(name)
         t = self._find(p, key)
         self._check_tensor(p, key, t)
         if t.numel() != 1:
             raise ShapeError(
                 f"optx: {_words(key)} of {self._name(p)} has shape {tuple(t.shape)}; it must be one number."
             )
+        wanted = self.program.cell_dtype(name, SLOT_DTYPE_NAMES[p.dtype])
+        if SLOT_DTYPE_NAMES.get(t.dtype) != wanted:
+            t.data = t.to(getattr(torch, wanted))  # from a checkpoint of another version, say
         return t
 
     def _check_tensor(self, p: Tensor, key: str, t: Any) -> None:

@@ -7,15 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from optx._bases import BaseRules
+from optx._binding import GRAD_SQ, NUMEL, REGISTERS, Binder, common_names
 from optx._errors import TransformError
 from optx._rules import Rule, rule
 from optx._transform import Moments, Transform
-from optx.kernels.program import W0, Call, G, Level, Program, Ref, W
-
-_REGISTERS = {"w": W, "g": G, "w0": W0}
-GRAD_SQ = Ref("col", "grad_sq")
-NUMEL = Ref("col", "numel")
+from optx.kernels.emit import variable
+from optx.kernels.program import BASE_G, NUMBER_KINDS, Call, G, Level, Program, Ref
 
 
 @rule(writes="grad_sq")
@@ -28,14 +28,13 @@ def square(g: Any) -> Any:
 class _Builder:
     """Collects the calls of one group, level by level."""
 
-    base_names: frozenset[str]  # state tensors of the base
-    base_hypers: frozenset[str]
-    counted: bool
+    common: Mapping[str, Ref]  # what every rule may read
     levels: list[Level] = field(default_factory=list[Level])
     gradient: list[Call] = field(default_factory=list[Call])
     weight: list[Call] = field(default_factory=list[Call])
     after: list[Call] = field(default_factory=list[Call])
     observe: list[Call] = field(default_factory=list[Call])
+    kept: list[str] = field(default_factory=list[str])
     # The level whose scalars the gradient rules so far depend on, plus one; and how many of the gradient
     # rules each level's pass must re-apply to see the gradient it sums.
     depth: int = 0
@@ -54,15 +53,19 @@ class _Builder:
     def need_grad_sq(self) -> int:
         """Make sure that the squared norm of the gradient as it stands is summed; give its level."""
         if self.grad_sq_level < 0:
-            self.sum(Call(square, (G,), (GRAD_SQ,)))
-            self.grad_sq_level = self.depth
+            self.grad_sq_level = self.sum(Call(square, (G,), (GRAD_SQ,)))
         return self.grad_sq_level
 
-    def sum(self, call: Call) -> None:
+    def sum(self, call: Call) -> int:
+        """Take a sum over what the gradient rules so far make of the gradient; give its level."""
         level = self.level(self.depth)
+        if level.sums and len(level.prefix) < len(self.gradient):
+            self.depth += 1  # that pass sees an earlier gradient
+            level = self.level(self.depth)
         if not level.sums:
             self.extend(self.depth, prefix=self.gradient)
         self.extend(self.depth, sums=[call])
+        return self.depth
 
 
 def build(
@@ -80,14 +83,18 @@ def build(
         transforms: those enabled for the group, in order.
         moments: each one's rules, by transform name.
         base: the base's update as rules; None to leave the base as it is.
-        base_names: state tensors of the base that rules may read.
+        base_names: state of the base that rules may read, ``step`` if it counts (with ``base``, that is
+            known).
         base_hypers: numbers of the base's param group that rules may read.
         check_finite: total the squared norm of the incoming gradient under the name ``grad_sq``.
 
     Raises:
-        TransformError: a rule reads a name that nothing provides.
+        TransformError: a rule reads what nothing provides, writes what its moment may not, or is none.
     """
-    b = _Builder(frozenset(base_names), frozenset(base_hypers), base.counted if base else True)
+    names = set(base_names)
+    counted = base.counted if base else "step" in names
+    common = common_names(names - {"step"}, base_hypers, counted)
+    b = _Builder(common)
     if check_finite:
         b.need_grad_sq()
         # A col of its own: later transforms may replace grad_sq.
@@ -95,20 +102,57 @@ def build(
         b.extend(0, totals=[Ref("col", "incoming_sq")])
     for transform in transforms:
         _add(b, transform, moments[transform.name])
-    base_calls: list[Call] = []
     if base:
         for r in base.scalars:
-            call = _bind_base(b, r)
+            call = _bind_base(common, r, G)
             b.extend(max(len(b.levels) - 1, 0), scalars=[call])
-        base_calls = [_bind_base(b, r) for r in base.update]
-    return Program(
+    program = Program(
         tuple(b.levels),
         tuple(b.gradient),
         tuple(b.weight),
-        tuple(base_calls),
+        _base_update(b, base) if base else (),
         tuple(b.after),
         tuple(b.observe),
+        tuple(b.kept),
+        tuple(_cell_dtypes(transforms)),
     )
+    _check_spelling(program)
+    return program
+
+
+def _cell_dtypes(transforms: Sequence[Transform]) -> Iterable[tuple[str, str | None]]:
+    for transform in transforms:
+        for name, slot in transform.slots.items():
+            if slot.scalar and slot.dtype != torch.float64:
+                dtype = None if slot.dtype is None else str(slot.dtype).removeprefix("torch.")
+                yield f"{transform.name}.{name}", dtype
+
+
+def _base_update(b: _Builder, base: BaseRules) -> tuple[Call, ...]:
+    """The base's rules; on a gradient of their own, where rules after them read the one they were given."""
+    read_later = any(G in call.args for call in (*b.after, *b.observe))
+    g, calls = G, list[Call]()
+    for r in base.update:
+        written = BASE_G if read_later and "g" in r.writes else g
+        call = _bind_base(b.common, r, g)
+        writes = tuple(written if ref == g else ref for ref in call.writes)
+        calls.append(Call(r, call.args, writes))
+        g = written
+    return tuple(calls)
+
+
+def _check_spelling(program: Program) -> None:
+    """Refuse names that would be one variable in a kernel."""
+    for kind in ("slot", "cell", *NUMBER_KINDS):
+        seen: dict[str, str] = {}
+        names = program.cells if kind == "cell" else program.named(kind)
+        for name in names:
+            other = seen.setdefault(variable(Ref(kind, name)), name)
+            if other != name:
+                raise TransformError(
+                    f"wrap: {other!r} and {name!r} (transform.name) can't be told apart in a kernel, where "
+                    "both are written with an underscore; rename a transform or what it has."
+                )
 
 
 @rule(writes="kept")
@@ -117,69 +161,43 @@ def _keep(grad_sq: Any) -> Any:
 
 
 def _add(b: _Builder, transform: Transform, m: Moments) -> None:
-    sum_names = m.sums.writes if m.sums else ()
-    scalar_names = (*(m.scalars.writes if m.scalars else ()), *(m.finish.writes if m.finish else ()))
-
-    def resolve(r: Rule, name: str) -> Ref:
-        own = f"{transform.name}.{name}"
-        if name in _REGISTERS:
-            return _REGISTERS[name]
-        if name in transform.slots:
-            return Ref("cell" if transform.slots[name].scalar else "slot", own)
-        if name == "grad_sq":
-            return GRAD_SQ
-        if name in sum_names or name in scalar_names:
-            return Ref("col", own)
-        if name in transform.options:
-            return Ref("hyper", own)
-        if name.startswith("total_") and name[6:] in m.totals:
-            return Ref("total", "numel" if name[6:] == "numel" else f"{transform.name}.{name[6:]}")
-        if (common := _common(b, name)) is not None:
-            return common
-        raise TransformError(
-            f"{transform!r}: rule {r.name!r} reads {name!r}, which is no slot {sorted(transform.slots)}, "
-            f"option {sorted(transform.options)} or earlier result of the transform, nor a name of this base "
-            f"({', '.join(sorted(b.base_names | b.base_hypers))})."
-        )
-
-    def bind(r: Rule) -> Call:
-        return Call(r, tuple(resolve(r, n) for n in r.reads), tuple(resolve(r, n) for n in r.writes))
-
+    binder = Binder(transform, m, b.common)
     level = 0
-    if m.sums:
-        level = b.depth
-        b.sum(bind(m.sums))
-    if any(r and "grad_sq" in r.reads for r in (m.scalars, m.finish)):
+    if sums := binder.call("sums"):
+        level = b.sum(sums)
+    if any(binder.reads(moment, "grad_sq") for moment in _AFTER_SUMS):
         level = max(level, b.need_grad_sq())
-    if m.scalars:
-        b.extend(level, scalars=[bind(m.scalars)])
-    totals = [NUMEL if n == "numel" else Ref("col", f"{transform.name}.{n}") for n in m.totals]
+    if any(binder.reads(moment, "grad_sq") for moment in _AFTER_SUMS[1:]):
+        own = Ref("col", f"{transform.name}.grad_sq")
+        b.extend(level, scalars=[Call(_keep, (GRAD_SQ,), (own,))])
+    scalars = binder.call("scalars")
+    b.extend(level, scalars=[scalars] if scalars else [])
+    totals = binder.totals()
     b.extend(level, totals=[t for t in totals if t not in b.level(level).totals])
-    if m.finish:
-        b.extend(level, finish=[bind(m.finish)])
-    if m.gradient:
-        call = bind(m.gradient)
-        b.gradient.append(call)
-        tells_norm = m.scalars is not None and "grad_sq" in m.scalars.writes
-        b.grad_sq_level = level if tells_norm else -1
-        if any(ref.kind in ("col", "total") and ref != NUMEL for ref in call.args):
-            b.depth = level + 1
-    b.weight.extend([bind(m.weight)] if m.weight else [])
-    b.after.extend([bind(m.after)] if m.after else [])
-    b.observe.extend([bind(m.observe)] if m.observe else [])
+    finish = binder.call("finish")
+    b.extend(level, finish=[finish] if finish else [])
+    if gradient := binder.call("gradient"):
+        b.gradient.append(gradient)
+        b.grad_sq_level = level if scalars and GRAD_SQ in scalars.writes else -1
+        if any(ref.kind in ("col", "total") and ref != NUMEL for ref in gradient.args):
+            b.depth = max(b.depth, level + 1)
+    for moment, calls in (("weight", b.weight), ("after", b.after), ("observe", b.observe)):
+        if call := binder.call(moment):
+            calls.append(call)
+    b.kept += [name for name in binder.kept if name not in b.kept]
 
 
-def _common(b: _Builder, name: str) -> Ref | None:
-    """Names that every rule may read."""
-    if name in ("numel", "fresh") or (name == "step" and b.counted):
-        return Ref("col", name)
-    if name in b.base_names:
-        return Ref("slot", name)
-    return Ref("hyper", name) if name in b.base_hypers else None
+_AFTER_SUMS = ("scalars", "finish", "gradient", "weight", "after", "observe")
 
 
-def _bind_base(b: _Builder, r: Rule) -> Call:
+def _bind_base(common: Mapping[str, Ref], r: Rule, g: Ref) -> Call:
+    """One of the base's rules, whose gradient is in ``g``."""
+
     def resolve(name: str) -> Ref:
-        return _REGISTERS.get(name) or _common(b, name) or Ref("col", f"base.{name}")
+        if name == "g":
+            return g
+        if name == "fresh":
+            return Ref("col", name)
+        return REGISTERS.get(name) or common.get(name) or Ref("col", f"base.{name}")
 
     return Call(r, tuple(resolve(n) for n in r.reads), tuple(resolve(n) for n in r.writes))

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, overload
 
 from optx import ops
+from optx._errors import TransformError
 
 
 class Rule:
@@ -37,6 +38,15 @@ class Rule:
                 "positional arguments only, so that every compiler reads it alike."
             )
         self.reads = tuple(p.name for p in parameters)
+        given: tuple[Any, ...] = writes
+        for write in given:
+            if not isinstance(write, str) or not write.isidentifier() or writes.count(write) > 1:
+                raise TypeError(
+                    f"rule {self.name!r}: writes is {writes!r}; it must be a name or a tuple of different "
+                    'names, as ("w", "seen").'
+                )
+        if not writes:
+            raise TypeError(f"rule {self.name!r}: writes is empty; name what the function returns.")
         functools.update_wrapper(self, function)
 
     def __call__(self, *args: Any) -> Any:
@@ -46,7 +56,25 @@ class Rule:
     def values(self, *args: Any) -> tuple[Any, ...]:
         """Run the rule and give its results as a tuple, also when there is one."""
         result = self.function(*args)
-        return result if len(self.writes) > 1 else (result,)
+        results = result if isinstance(result, tuple | list) else (result,)
+        count = 0 if result is None else len(results)
+        if count != len(self.writes):
+            raise TransformError(
+                f"rule {self.name!r} returns {count} value{'s' * (count != 1)}; it must return one per name "
+                f"that it writes ({', '.join(self.writes)})."
+            )
+        return tuple(results)
+
+    @functools.cached_property
+    def results(self) -> int | None:
+        """How many values the function returns, as far as its source tells."""
+        try:
+            counts = _result_counts(_parse(self), _known(self.function))
+        except (ValueError, SyntaxError):
+            return None
+        if not counts:
+            return 0
+        return next((c for c in counts if c is not None and c != len(self.writes)), None)
 
     def __repr__(self) -> str:
         return f"<rule {self.name}({', '.join(self.reads)}) -> {', '.join(self.writes)}>"
@@ -79,13 +107,16 @@ class RuleSource:
     def of(cls, rule: Rule) -> RuleSource:
         """Read the source of a rule, and check that all in it has a meaning in every compiler."""
         definition = _parse(rule)
-        scope = inspect.getclosurevars(rule.function)
-        known: dict[str, Any] = {**scope.builtins, **scope.globals, **scope.nonlocals}
+        known = _known(rule.function)
         definition = _PlainNames(known).visit(definition)
         own = {argument.arg for argument in definition.args.args}
         own |= {
             n.id for n in ast.walk(definition) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
         }
+        for name in sorted(own & _RESERVED):
+            raise RuleSourceError(
+                f"rule {rule.name!r} names something {name!r}, as kernels call a library; rename it"
+            )
         constants: dict[str, float | int | bool] = {}
         helpers: dict[str, Rule] = {}
         for node in ast.walk(definition):
@@ -100,11 +131,62 @@ class RuleSource:
                 helpers[node.id] = value
             else:
                 raise RuleSourceError(_unknown(rule, node.id))
+        if len(rule.writes) > 1 and None in _result_counts(definition, known):
+            raise RuleSourceError(
+                f"rule {rule.name!r} returns what can't be told to be {len(rule.writes)} values; write them "
+                "after return, with commas"
+            )
         return cls(definition, constants, helpers)
 
 
 # What some compiler lacks, or what means another thing on tensors than on numbers.
 _FORBIDDEN = (ast.Attribute, ast.Subscript, ast.If, ast.IfExp, ast.For, ast.While, ast.BoolOp, ast.Lambda)
+
+
+# Names that generated code gives to what it is made of.
+_RESERVED = {"F", "np", "tl"}
+
+
+def _known(function: Callable[..., Any]) -> dict[str, Any]:
+    """What the names in a function that are not its own stand for."""
+    scope = inspect.getclosurevars(function)
+    return {**scope.builtins, **scope.globals, **scope.nonlocals}
+
+
+def _result_counts(definition: ast.FunctionDef, known: dict[str, Any]) -> list[int | None]:
+    """How many values each return statement gives; None where that can't be seen."""
+    returns: list[ast.Return] = []
+    local: dict[str, ast.expr | None] = {a.arg: ast.Constant(0) for a in definition.args.args}
+    nodes: list[ast.AST] = list(definition.body)
+    while nodes:
+        node = nodes.pop(0)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda):
+            continue
+        if isinstance(node, ast.Return):
+            returns.append(node)
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            local[name] = None if name in local else node.value  # assigned twice: anything
+        nodes.extend(ast.iter_child_nodes(node))
+    return [_results(node.value, known, local) for node in returns]
+
+
+def _results(value: ast.expr | None, known: dict[str, Any], local: dict[str, ast.expr | None]) -> int | None:
+    match value:
+        case None | ast.Constant(value=None):
+            return 0
+        case ast.Tuple() | ast.List():
+            return None if any(isinstance(e, ast.Starred) for e in value.elts) else len(value.elts)
+        case ast.Name(id=name) if local.get(name) is not None:
+            return _results(local[name], known, {**local, name: None})
+        case ast.Call(func=ast.Name(id=name)) if isinstance(known.get(name), Rule):
+            return len(known[name].writes)
+        case ast.Call(func=ast.Name(id=name)) if getattr(ops, getattr(known.get(name), "__name__", ""), 0):
+            return 1
+        case ast.Call() | ast.Name() | ast.Attribute() | ast.Subscript() | ast.IfExp() | ast.Await():
+            return None
+        case _:
+            return 1
 
 
 class _PlainNames(ast.NodeTransformer):
@@ -191,19 +273,20 @@ def rule(
 
     The names of its arguments say what they are: ``w`` the weight, ``g`` the gradient, ``w0`` the weight as
     it was when the step began, a slot of the transform (one tensor per weight), or else a number (an option
-    of the param group, or what the transform's ``scalars`` computed). It may use ``+ - * / **``,
-    comparisons, local variables, numbers, other rules and the functions of `optx.ops`; no loops, no
-    ``if``, no tensor methods.
+    of the param group, or what the transform's ``scalars`` computed); `Moments` has a table. It may use
+    ``+ - * / **``, comparisons, local variables, numbers, other rules and the functions of `optx.ops`; no
+    loops, no ``if``, no tensor methods.
 
     Args:
         function: the function; it returns the new value of each name in ``writes``, in that order.
-        writes: what it returns: ``"g"``, ``"w"``, a slot, or, for sums, the names of the sums.
+        writes: what it returns: ``"g"``, ``"w"``, a slot, or, for sums, the names of the sums; `Moments` says
+            what each moment may write.
 
     Returns:
         A `Rule`, which can still be called on tensors.
 
     Raises:
-        TypeError: an argument has a default or is variadic.
+        TypeError: an argument has a default or is variadic, or ``writes`` is no name or tuple of names.
 
     Example:
         >>> import torch, optx

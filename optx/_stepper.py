@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from optx._base_step import step_without_hooks
-from optx._bases import base_numbers, base_rules, rule_numbers
+from optx._bases import base_numbers, base_rules, readable_state, rule_numbers
 from optx._checks import check_group, check_state_shapes, shapes_differ
 from optx._errors import FusedError, OptxError, ShapeError, TransformError
 from optx._foreach import GroupRun
@@ -29,8 +29,6 @@ from optx.kernels.program import W0, Program
 if TYPE_CHECKING:
     from optx._wrap import Wrapped
 
-# State that rules may read of a base without a fused form, where the base has it.
-_READABLE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 # Settings of a group that decide what its program is, not just its numbers.
 _STRUCTURAL = ("amsgrad", "maximize", "nesterov", "differentiable", "decoupled_weight_decay")
 
@@ -157,12 +155,11 @@ class Stepper:
         base = self.w.base
         rules = base_rules(base, group)
         enabled = self._enabled(group)
-        names = rules.slots if rules else (_READABLE if "betas" in group else ())
         return build(
             enabled,
             {t.name: t.moments(group, base) for t in enabled},
             rules if with_base else None,
-            names,
+            readable_state(base, group),
             base_numbers(group),
             check_finite=self.w.skip_nonfinite,
         )
@@ -357,9 +354,18 @@ class _Step:
             slots.refresh(active, key, [base_state.get(p, {}).get(source) for p in active])
         cols = {"numel": [float(p.numel()) for p in active], "fresh": [0.0] * len(active)}
         if any(ref.name == "step" for call in program.calls() for ref in call.args):
-            cols["step"] = [float(base_state[p]["step"]) + 1.0 if base_state.get(p) else 1.0 for p in active]
+            steps = [_base_state(base_state, p, "step") for p in active]
+            cols["step"] = [1.0 if step is None else float(step) + 1.0 for step in steps]
         numbers = rule_numbers(group, program.named("hyper"))
-        return GroupRun(program, active, grads, _StateOf(self.s, active), numbers, cols)
+        return GroupRun(
+            program,
+            active,
+            grads,
+            _StateOf(self.s, active),
+            numbers,
+            cols,
+            lambda: self.s.key(group, -1),  # the weights' draws have the parts from 0 on
+        )
 
     def _took(self, run: GroupRun, state: _GroupState) -> None:
         """Derived numbers have been taken from the state as it is now."""
@@ -384,6 +390,7 @@ class _Step:
                     self._edit_late(number, run)
                 else:
                     self._write(run, run.edit_weights(run.program.weight), state.group, 0)
+            run.keep_gradients()
 
     def _moved(self, weights: Sequence[Tensor]) -> bool:
         assert self.before is not None
@@ -457,8 +464,7 @@ class _Step:
                 moved = [p.detach() + d for p, d in zip(run.weights, self.late[number], strict=True)]
                 self._write(run, moved, state.group, 0)
             self._write(run, run.edit_weights(run.program.after, self.starts.get(number)), state.group, 1)
-            if run.program.observe:
-                run.observe()
+            run.observe(self.starts.get(number))
 
 
 class _StateOf(Mapping[str, list[Tensor]]):
@@ -476,15 +482,27 @@ class _StateOf(Mapping[str, list[Tensor]]):
                     raise ShapeError(shapes_differ(owner, p, f"its state 'optx.{name}'", slot))
             return slots
         state = self._stepper.w.base.state
-        return [
-            state[p][name] if p in state and name in state[p] else torch.zeros_like(p) for p in self._params
-        ]
+        found = [_base_state(state, p, name) for p in self._params]
+        return [torch.zeros_like(p) if t is None else t for t, p in zip(found, self._params, strict=True)]
 
     def __iter__(self) -> Iterator[str]:
         return iter(())
 
     def __len__(self) -> int:
         return 0
+
+
+def _base_state(state: Any, p: Tensor, name: str) -> Any:
+    """The base's state of a parameter by name; None before its first step."""
+    own = state.get(p)
+    if not own:
+        return None
+    if own.get(name) is None and name != "momentum_buffer":
+        raise TransformError(
+            f"optx: a rule reads {name!r} of the base, which keeps none for a parameter of shape "
+            f"{tuple(p.shape)} (it has {', '.join(map(repr, own))})."
+        )
+    return own.get(name)
 
 
 def _is_zero(value: Any) -> bool:

@@ -19,11 +19,21 @@ if TYPE_CHECKING:
     from optx._wrap import Wrapped
 
 Group = dict[str, Any]
+# What every path can read and write.
+_INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+SLOT_DTYPES = (*_INTEGERS, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
 class Slot:
     """One state tensor per weight.
+
+    Rules see numbers, whatever the slot's dtype: bool and integers of up to 16 bits, float16 and bfloat16
+    come as float32 (as float64 beside a float64 weight), integers of 32 and 64 bits and float64 as float64.
+    A number written into an integer slot is truncated towards zero, as by torch's ``copy_``, and one written
+    into a bool slot is kept as whether it is not 0; later rules of the same step see it so. One written into
+    a float slot is rounded once, when it is stored: to nearest, but in bfloat16 stochastically, so that a
+    slow average moves.
 
     Args:
         dtype: the dtype it is kept in, whatever the weight's dtype; None for the weight's own.
@@ -33,6 +43,9 @@ class Slot:
             made anew whenever that was changed by anything but a step that keeps this up.
         lasting: it can't be made again later (an anchor: the weights have moved), so it survives
             ``optimizer.state.clear()``.
+
+    Raises:
+        TransformError: a dtype that no rule can read: complex, quantised, of 8 or fewer float bits.
     """
 
     dtype: torch.dtype | None = torch.float32
@@ -40,6 +53,14 @@ class Slot:
     saved: bool = True
     derived: str = ""
     lasting: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in SLOT_DTYPES:
+            names = ", ".join(str(d).removeprefix("torch.") for d in SLOT_DTYPES)
+            raise TransformError(
+                f"{'per_tensor' if self.scalar else 'like_weight'}: dtype is {self.dtype!r}; it must be a "
+                f"torch dtype that rules can read ({names}), or None for the weight's."
+            )
 
     def zeros(self, p: Tensor) -> Tensor:
         """A slot of zeros for ``p``."""
@@ -63,24 +84,62 @@ def per_tensor(dtype: torch.dtype = torch.float64, derived: str = "") -> Slot:
 class Moments:
     """What a transform does in a step, as rules. Each is optional.
 
-    The names of a rule's arguments bind it: ``w``, ``g``, ``w0`` (the weight when the step began), a slot
-    of the transform, a state tensor of the base (``exp_avg_sq``), a number computed by an earlier rule of
-    the same transform, an option of the transform, or ``lr``, ``numel``, ``step`` (1 in the first step),
-    ``beta1``, ``beta2``, ``eps``, ``weight_decay`` of the base's param group, and ``grad_sq``, the
-    gradient's sum of squares at this place in the chain (one pass serves all that ask).
+    The names of a rule's arguments bind it. What a name means depends on the moment, never on the path
+    (fused or not) that a step takes:
+
+    ============ =================== ================== ==================== ================== ==============
+    name         sums                scalars, finish    gradient             weight             after, observe
+    ============ =================== ================== ==================== ================== ==============
+    ``w``        when the step began --                 when the step began  as it stands       as it stands
+    ``w0``       when the step began --                 when the step began  when the step      when the step
+                                                                             began              began
+    ``g``        as it stands        --                 as it stands, before what the base is   what the base
+                                                        and after this rule  given              was given
+    own slot     before the step     --                 as it stands         as it stands       as it stands
+    base's state before the step     --                 before the step      before the step    after the step
+    own cell     before the step     as it stands       as scalars left it   as scalars left it as scalars
+                                                                                                left it
+    ``grad_sq``  --                  sum of ``g * g``   the same number      the same number    the same
+                                     as sums see ``g``
+    a sum        --                  of this step       of this step         of this step       of this step
+    a scalar     --                  once computed      of this step         of this step       of this step
+    ``total_x``  --                  finish only        of this step         of this step       of this step
+    a number     of the group        of the group       of the group         of the group       of the group
+    may write    new names           new names, cells;  ``g``, own slots     ``w``, own slots   after: as
+                                     scalars: grad_sq                                           weight;
+                                                                                                observe: cells
+    ============ =================== ================== ==================== ================== ==============
+
+    *As it stands*: as the rules before this one, in the order of the moments and of the transforms, left it;
+    ``w`` in ``after`` is what the base made of it. ``g`` never shows what a base's own update does to its
+    gradient (momentum, coupled weight decay, ``maximize``). In ``observe``, ``w`` and all state are as they
+    were stored, rounded to their dtypes (a ``"kahan"`` weight with its compensation): what the next step
+    will read. Before, what a rule wrote in this step is not rounded yet, but see `Slot`; only what a base
+    without a fused form wrote is.
+
+    A *slot* is a `like_weight` of the transform, a *cell* a `per_tensor`. What ``scalars`` and ``finish``
+    write into a cell, and what ``observe`` sums for it, is kept once the step is done: a step that is skipped
+    keeps nothing. Where ``scalars`` did not write it, a rule reads the cell as it was before the step, in
+    ``observe`` too. Numbers of the group are the transform's options, and what is in the base's param group:
+    ``lr``, ``weight_decay``, ``eps``, ``beta1``, ``beta2``; everywhere ``numel``, and ``step`` (1 in the
+    first step) where the base counts. The base's state goes by its names (``exp_avg_sq``) and is zero before
+    a parameter's first step. A number in a rule per element is rounded to float32 (float64 where the weight
+    is), in ``scalars`` and ``finish`` all is float64. A name of the transform hides one of the base.
+
+    Whatever is not in the table is refused by `optx.wrap`, with the names of transform, rule and argument.
 
     Args:
         sums: per element; what it returns is summed over the tensor (in float64).
-        scalars: per tensor, from sums, options and scalar slots. If it returns ``grad_sq``, it promises
-            that this will be the sum of squares after its ``gradient`` rule, and saves later ones a pass.
-        totals: names of scalars to be added over the whole optimizer; ``finish`` reads them as
-            ``total_<name>``. ``numel`` may be among them.
+        scalars: per tensor, from sums, options and cells. If it returns ``grad_sq``, it promises that this
+            will be the sum of squares after its ``gradient`` rule, and saves later ones a pass.
+        totals: names of sums and scalars to be added over the whole optimizer; ``finish`` and the rules
+            after it read them as ``total_<name>``. ``numel`` may be among them.
         finish: per tensor, after the totals.
         gradient: per element, writes ``g`` (and own slots). All gradient rules run, in order, before
             any weight is touched.
         weight: per element, writes ``w`` (and own slots) before the base update.
         after: per element, writes ``w`` (and own slots) after the base update.
-        observe: per element, after everything; what it returns is summed into scalar slots of that name.
+        observe: per element, after everything; what it returns is summed into cells of that name.
     """
 
     sums: Rule | None = None

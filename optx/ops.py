@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import builtins
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,17 +26,17 @@ __all__ = ["abs", "exp", "log", "maximum", "minimum", "sign", "sqrt", "where"]
 
 def sqrt(x: Any) -> Any:
     """Square root."""
-    return x.sqrt() if hasattr(x, "sqrt") else math.sqrt(x)
+    return x.sqrt() if hasattr(x, "sqrt") else _as_ieee(math.sqrt, x, math.nan)
 
 
 def exp(x: Any) -> Any:
     """Natural exponential."""
-    return x.exp() if hasattr(x, "exp") else math.exp(x)
+    return x.exp() if hasattr(x, "exp") else _as_ieee(math.exp, x, math.inf)
 
 
 def log(x: Any) -> Any:
     """Natural logarithm."""
-    return x.log() if hasattr(x, "log") else math.log(x)
+    return x.log() if hasattr(x, "log") else _as_ieee(math.log, x, -math.inf if x == 0 else math.nan)
 
 
 def abs(x: Any) -> Any:
@@ -65,3 +66,11 @@ def maximum(a: Any, b: Any) -> Any:
 def minimum(a: Any, b: Any) -> Any:
     """The smaller of two; NaN handling is the compiler's."""
     return where(a < b, a, b)
+
+
+def _as_ieee(function: Callable[[float], float], x: float, outside: float) -> float:
+    """A function of ``math``, which raises where tensors and kernels give inf or nan."""
+    try:
+        return function(x)
+    except (ValueError, OverflowError):
+        return outside

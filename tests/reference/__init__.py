@@ -6,6 +6,8 @@ Nothing here is shared with optx: tests compare the two.
 from reference.adamr import gradient_scale as gradient_scale
 from reference.adamr import pull as pull
 from reference.loop import Reference as Reference
+from reference.moments import Acted as Acted
+from reference.moments import Part as Part
 from reference.perpgrad import perp as perp
 from reference.rounding import spacing as spacing
 from reference.torch_bases import adam_moments as adam_moments

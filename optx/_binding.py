@@ -1,0 +1,223 @@
+"""Binds the arguments and results of a transform's rules, and refuses what has no meaning in a moment.
+
+`Moments` has the table that this follows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from optx._errors import TransformError, near
+from optx._rules import Rule
+from optx._transform import Moments, Slot, Transform
+from optx.kernels.program import W0, Call, G, Ref, W
+
+REGISTERS = {"w": W, "g": G, "w0": W0}
+GRAD_SQ = Ref("col", "grad_sq")
+NUMEL = Ref("col", "numel")
+# Names that mean the same for every transform: none may call its own things so.
+_TAKEN = (*REGISTERS, "grad_sq", "numel", "fresh")
+PER_TENSOR = ("scalars", "finish")
+_RULES = ("sums", "scalars", "finish", "gradient", "weight", "after", "observe")
+
+
+class Binder:
+    """Binds the rules of one transform, in the order of the moments.
+
+    Args:
+        transform: whose rules they are.
+        moments: the rules, in one param group.
+        common: what every rule may read, by name.
+    """
+
+    def __init__(self, transform: Transform, moments: Moments, common: Mapping[str, Ref]) -> None:
+        self.transform, self.moments, self.common = transform, moments, common
+        self.made: dict[str, Ref] = {}  # what earlier rules computed
+        self.kept: list[str] = []  # cells that scalars wrote
+        self._check_names()
+        self._check_rules()
+
+    def call(self, moment: str) -> Call | None:
+        """The call of one moment; its results can be read from then on."""
+        rule: Rule | None = getattr(self.moments, moment)
+        if rule is None:
+            return None
+        args = tuple(self._read(moment, rule, name) for name in rule.reads)
+        writes = tuple(self._write(moment, rule, name) for name in rule.writes)
+        for name, ref in zip(rule.writes, writes, strict=True):
+            if ref.kind == "col" and ref != GRAD_SQ:
+                self.made[name] = ref
+        return Call(rule, args, writes)
+
+    def totals(self) -> list[Ref]:
+        """What is added over the whole optimizer; can be read as ``total_<name>`` from then on."""
+        refs: list[Ref] = []
+        for name in self.moments.totals:
+            ref = NUMEL if name == "numel" else self.made.get(name)
+            if ref is None:
+                raise self._error(
+                    f"totals has {name!r}, which neither sums nor scalars compute. "
+                    f"{near(name, ['numel', *self.made])}"
+                )
+            refs.append(ref)
+            self.made[f"total_{name}"] = Ref("total", ref.name)
+        return refs
+
+    def reads(self, moment: str, name: str) -> bool:
+        """Whether a moment's rule reads a name."""
+        rule = getattr(self.moments, moment)
+        return rule is not None and name in rule.reads
+
+    # ---- names ---------------------------------------------------------------------------------------
+
+    def _own(self, name: str) -> str:
+        return f"{self.transform.name}.{name}"
+
+    def _slots(self, scalar: bool) -> list[str]:
+        return [name for name, slot in self.transform.slots.items() if slot.scalar is scalar]
+
+    def _read(self, moment: str, rule: Rule, name: str) -> Ref:
+        element = moment not in PER_TENSOR
+        found = self._find(moment, name)
+        if found is None:
+            raise self._unknown(moment, rule, name)
+        if not element and found.kind in ("reg", "slot"):
+            raise self._error(
+                f"rule {rule.name!r} ({moment}) reads {name!r}, which has a value per element, and {moment} "
+                "runs once per tensor; take a sum of it in sums."
+            )
+        return found
+
+    def _find(self, moment: str, name: str) -> Ref | None:
+        if name in REGISTERS:
+            # Before any rule writes a weight, it is what it was when the step began.
+            return W if name == "w0" and moment in ("sums", "gradient") else REGISTERS[name]
+        if name in self.made:
+            return self.made[name]
+        if name in self.transform.slots:
+            return Ref("cell" if self.transform.slots[name].scalar else "slot", self._own(name))
+        if name == "grad_sq":
+            if moment == "sums":
+                return None
+            # Later transforms may replace the one that all share.
+            return GRAD_SQ if moment == "scalars" else Ref("col", self._own("grad_sq"))
+        if name in self.transform.options:
+            return Ref("hyper", self._own(name))
+        return self.common.get(name)
+
+    def _unknown(self, moment: str, rule: Rule, name: str) -> TransformError:
+        start = f"rule {rule.name!r} reads {name!r}"
+        if name == "grad_sq":
+            return self._error(f"{start} in sums, which are taken in the same pass; read it in scalars.")
+        computed = [m for m in _RULES if getattr(self.moments, m) and name in getattr(self.moments, m).writes]
+        if computed or name.removeprefix("total_") in self.moments.totals:
+            last = computed[0] if computed else "the totals"
+            return self._error(f"{start} in {moment}, and {last} computes it only later.")
+        transform = self.transform
+        names = [*REGISTERS, *transform.slots, *transform.options, *self.made, *self.common]
+        return self._error(
+            f"{start}, which is no slot {sorted(transform.slots)}, option {sorted(transform.options)} or "
+            f"earlier result of the transform, nor a name of this base ({', '.join(sorted(self.common))}). "
+            f"{near(name, names)}"
+        )
+
+    def _write(self, moment: str, rule: Rule, name: str) -> Ref:
+        slot = self.transform.slots.get(name)
+        own = Ref("slot", self._own(name))
+        match moment:
+            case "sums" | "scalars" | "finish":
+                if name == "grad_sq" and moment == "scalars":
+                    return GRAD_SQ
+                free = name not in (*_TAKEN, *self.transform.options) and slot is None
+                if free or (slot is not None and slot.scalar and moment != "sums"):
+                    if slot is not None:
+                        self.kept.append(self._own(name))
+                    return Ref("col", self._own(name))
+                allowed = "new names" if moment == "sums" else f"new names and cells {self._slots(True)}"
+            case "observe":
+                if slot is not None and slot.scalar:
+                    return Ref("cell", self._own(name))
+                allowed = f"cells (per_tensor slots) {self._slots(True)}"
+            case _:
+                register = "g" if moment == "gradient" else "w"
+                if name == register:
+                    return REGISTERS[name]
+                if slot is not None and not slot.scalar:
+                    return own
+                allowed = f"{register!r} and slots per element {self._slots(False)}"
+        if slot is None and name not in (*_TAKEN, *self.transform.options):
+            near_slots = near(name, self.transform.slots)
+            raise self._error(
+                f"rule {rule.name!r} ({moment}) writes {name!r}, which is no slot of the transform; {moment} "
+                f"may write {allowed} of it. {near_slots}"
+            )
+        raise self._error(
+            f"rule {rule.name!r} ({moment}) writes {name!r}; {moment} may write {allowed} of the transform."
+        )
+
+    # ---- checks --------------------------------------------------------------------------------------
+
+    def _error(self, message: str) -> TransformError:
+        return TransformError(f"{self.transform!r}: {message}")
+
+    def _check_names(self) -> None:
+        for name, slot in self.transform.slots.items():
+            value: Any = slot
+            if not isinstance(value, Slot):
+                raise self._error(
+                    f"slots[{name!r}] is {value!r}; it must be optx.like_weight() or optx.per_tensor()."
+                )
+            if name in self.transform.options:
+                raise self._error(f"{name!r} is a slot and an option; a rule could not tell which it reads.")
+        for kind, names in (("slot", self.transform.slots), ("option", self.transform.options)):
+            for name in names:
+                if not name.isidentifier() or name in _TAKEN:
+                    raise self._error(
+                        f"a {kind} is named {name!r}; it must be an identifier other than "
+                        f"{', '.join(_TAKEN)}, which mean something else in a rule."
+                    )
+
+    def _check_rules(self) -> None:
+        m: Any = self.moments
+        if not isinstance(m, Moments):
+            raise self._error(f"moments() returns {m!r}; it must return optx.Moments(...).")
+        totals: Any = m.totals
+        if isinstance(totals, str) or not all(isinstance(name, str) for name in totals):
+            raise self._error(f"totals is {totals!r}; it must be a tuple of names, as ('second',).")
+        for field in dataclasses.fields(m):
+            value = getattr(m, field.name)
+            if field.name == "totals" or value is None:
+                continue
+            if not isinstance(value, Rule):
+                name = getattr(value, "__name__", repr(value))
+                raise self._error(
+                    f"{field.name} is {name!r}, a {type(value).__name__} and no rule; decorate one function "
+                    "with @optx.rule(writes=...)."
+                )
+            self._check_results(field.name, value)
+        scalars = m.scalars
+        if scalars is not None and "grad_sq" in scalars.writes and m.gradient is None:
+            raise self._error(
+                f"rule {scalars.name!r} writes 'grad_sq', the sum of squares after the transform's "
+                "gradient rule, and there is none."
+            )
+
+    def _check_results(self, moment: str, rule: Rule) -> None:
+        count = rule.results
+        if count is not None and count != len(rule.writes):
+            raise self._error(
+                f"rule {rule.name!r} ({moment}) returns {count} value{'s' * (count != 1)}; it must return "
+                f"one per name that it writes ({', '.join(rule.writes)})."
+            )
+
+
+def common_names(names: Iterable[str], hypers: Iterable[str], counted: bool) -> dict[str, Ref]:
+    """What every transform's rules may read: the base's state, numbers of its group, of the tensor."""
+    refs = {name: Ref("hyper", name) for name in hypers}
+    refs |= {name: Ref("slot", name) for name in names}
+    refs["numel"] = NUMEL
+    if counted:
+        refs["step"] = Ref("col", "step")
+    return refs
