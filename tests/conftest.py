@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests import their shared tables by name
 
+from whose_warnings import pytest_collection, pytest_runtest_protocol  # noqa: F401
+
 settings.register_profile(
     "optx", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )

@@ -68,6 +68,12 @@ def tokens() -> Tensor:
     return torch.randint(3, 64, (2, 7), generator=torch.Generator().manual_seed(1))
 
 
+def checkpoint_layers(model: Any) -> None:
+    """transformers' activation checkpointing, by the name that its version has."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def images() -> Tensor:
     return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 

@@ -12,6 +12,7 @@ import torch
 from adapter_models import assert_close, bert, gpt2, ids, llama, moved, only, outputs, shake
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from injections import checkpoint_layers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -477,10 +478,7 @@ def test_gradients_under_checkpointing(make: Callable[[], Any]) -> None:
     plain = grads(model, handle)
     assert len(plain) == len(handle.parameters())
     assert all(float(g.abs().max()) > 0 for g in plain)
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    else:  # transformers 4
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_layers(model)
     for a, b in zip(grads(model, handle), plain, strict=True):
         assert torch.equal(a, b)
 
