@@ -74,6 +74,15 @@ def checkpoint_layers(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
+def no_dropout(model: nn.Module) -> None:
+    """In training, too; BERT's attention in transformers 4 has a number instead of a module."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif hasattr(module, "dropout_prob"):
+            module.dropout_prob = 0.0  # type: ignore[assignment]
+
+
 def images() -> Tensor:
     return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 
