@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import warnings
 from collections.abc import Callable, Generator
@@ -68,6 +69,12 @@ def scramble(model: nn.Module) -> nn.Module:
             if name.endswith("bias"):
                 p.add_(0.1 * torch.randn_like(p))
     return model
+
+
+def cache_name(model: nn.Module) -> str:
+    """What this version of transformers calls the keys and values of earlier tokens."""
+    named = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in named else "past_key_values"
 
 
 class Plain(nn.Module):

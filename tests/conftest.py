@@ -14,6 +14,8 @@ from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests import their shared tables by name
 
+from whose_warnings import pytest_collection, pytest_runtest_protocol  # noqa: F401
+
 settings.register_profile(
     "optx", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -28,3 +30,19 @@ def _threads() -> None:
     Two workers with two OpenMP threads each would wait for one another on a machine of two cores.
     """
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+# The longest, half a minute and more each: begun last, one would leave the other worker idle.
+LONGEST = (
+    "test_triton_step.py",
+    "test_every_run_resumed_in_a_new_process",
+    "test_fsdp2",
+    "test_kernels_are_cached_between_processes",
+    "test_two_processes.py",
+    "test_memory_is_that_of_pieces",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first; else in the order of the files."""
+    items.sort(key=lambda item: not any(name in item.nodeid for name in LONGEST))

@@ -68,6 +68,21 @@ def tokens() -> Tensor:
     return torch.randint(3, 64, (2, 7), generator=torch.Generator().manual_seed(1))
 
 
+def checkpoint_layers(model: Any) -> None:
+    """transformers' activation checkpointing, by the name that its version has."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def no_dropout(model: nn.Module) -> None:
+    """In training, too; BERT's attention in transformers 4 has a number instead of a module."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif hasattr(module, "dropout_prob"):
+            module.dropout_prob = 0.0  # type: ignore[assignment]
+
+
 def images() -> Tensor:
     return torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 

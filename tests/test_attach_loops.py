@@ -142,11 +142,7 @@ def test_lightning(tmp_path: Path) -> None:
         default_root_dir=tmp_path,
     )
     loader: DataLoader[Any] = DataLoader(TensorDataset(torch.randint(3, 64, (8, 7))), batch_size=4)
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Lightning's own advice on workers and deprecations
-        trainer.fit(Module(), loader)
+    trainer.fit(Module(), loader)
     assert all(not torch.equal(t, before[key]) for key, t in handle.state_dict().items())
 
 

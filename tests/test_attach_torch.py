@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from injections import ROWS, Row, bert, clone, llama, move, run, tokens
+from injections import ROWS, Row, bert, checkpoint_layers, clone, llama, move, no_dropout, run, tokens
 from torch import Tensor, nn
 
 import optx
@@ -93,17 +93,14 @@ def test_another_compiled_model_is_no_reason_to_warn() -> None:
     assert other is not None
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers' own, of its next version
 @on_transformers
 def test_activation_checkpointing(row: Row) -> None:
     model, handle = row.attached()
     optx.trainable_only(model, handle)
     model.train()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    no_dropout(model)
     wanted = gradients(model, handle)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    checkpoint_layers(model)
     assert_close(gradients(model, handle), wanted, 1e-6)
 
 

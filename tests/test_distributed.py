@@ -40,7 +40,7 @@ def two_processes(job: str, folder: Path) -> list[dict[str, Any]]:
         for rank, log in enumerate(logs)
     ]
     try:
-        codes = [process.wait(timeout=200) for process in processes]
+        codes = [process.wait(timeout=1200) for process in processes]
     finally:
         for process, log in zip(processes, logs, strict=True):
             process.kill()

@@ -47,7 +47,7 @@ def fresh_process(cache: Path) -> dict[str, Any]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=1200,
         check=False,
     )
     assert done.returncode == 0, done.stderr

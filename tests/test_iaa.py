@@ -29,7 +29,7 @@ from aside_models import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from injections import assert_same, bert, llama, move, run, snapshot, tokens
+from injections import assert_same, bert, llama, move, no_dropout, run, snapshot, tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -99,9 +99,7 @@ def test_nothing_changes_at_the_start_bit_for_bit(model: Any, variant: str) -> N
     with optx.attach(net, Aside(rank=3, variant=variant)) as handle:
         assert torch.equal(logits(net), wanted)
         net.train()
-        for module in net.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+        no_dropout(net)
         assert torch.equal(logits(net), wanted)
         move(handle)
         assert not torch.allclose(logits(net), wanted, atol=1e-3)

@@ -72,7 +72,6 @@ def trainer(folder: Path, steps: int, hft: bool = False) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("hft", [False, True], ids=["PerpGrad, AdamR", "and HFT"])
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_trainer_resumes_as_if_uninterrupted(hft: bool, tmp_path: Path) -> None:
     whole, opt = trainer(tmp_path / "whole", STEPS, hft)
     start = copy.deepcopy(dict(whole.model.named_parameters()))
@@ -255,7 +254,6 @@ def lightning_run(folder: Path, epochs: int, manual: bool, checkpoint: Path | No
 
 
 @pytest.mark.parametrize("manual", [False, True], ids=["automatic", "manual"])
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_lightning(manual: bool, tmp_path: Path) -> None:
     plain = make_net()
     opt = make(plain)

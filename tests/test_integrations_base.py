@@ -122,10 +122,8 @@ def test_lbfgs_gets_projected_gradients_at_every_evaluation() -> None:
 
 
 @pytest.mark.parametrize("name", ["AdamW", "SGD", "RMSprop", "LaProp", "ADOPT"])
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_heavyball(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import heavyball
-
+    heavyball: Any = pytest.importorskip("heavyball")  # .ci/lowest has a NumPy that is too old for it
     monkeypatch.setattr(heavyball.utils, "compile_mode", None)  # else the first step compiles for a minute
     make = lambda net: getattr(heavyball, name)(net.parameters(), lr=0.01)  # noqa: E731
     some = lambda: [PerpGrad(), AdamR(normalize=False)]  # noqa: E731

@@ -396,7 +396,8 @@ def test_embeddings_that_scale_their_rows(dora: bool, tmp_path: Path) -> None:
     handle.save(tmp_path)
     wanted = outputs(model, x)
     assert (wanted - base).abs().max() > 0.1
-    assert_close(outputs(in_peft(make(), tmp_path), x), wanted)
+    if hasattr(peft.tuners.lora.Embedding, "_get_embed_scale"):  # PEFT 0.17 does not scale the update
+        assert_close(outputs(in_peft(make(), tmp_path), x), wanted)
     handle.merge()
     assert_close(outputs(model, x), wanted)
 

@@ -67,6 +67,11 @@ def test_prefixes_of_pefts_load_here(rope: str, projected: bool, tmp_path: Path)
     config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, prefix_projection=projected)
     theirs = by_peft(llama(**ROPES[rope]), config, tmp_path)
     model = llama(**ROPES[rope])
+    if rope == "wide heads" and tensors_in(tmp_path)["prompt_embeddings"].shape[1] != 2 * 2 * 2 * 12:
+        with pytest.raises(RuntimeError):  # PEFT 0.17, whose own model can't run
+            outputs(theirs)
+        assert_refused(tmp_path, r"make heads of width 4, the model's have 12\. PEFT 0\.17", model)
+        return
     base = outputs(model)
     handle = optx.attach(model, tmp_path)
     assert (outputs(theirs) - base).abs().max() > 0.1
@@ -127,3 +132,12 @@ def test_prefixes_that_are_not_for_this_model(tmp_path: Path) -> None:
     assert_refused(tmp_path / "llama", r"has shape \(4, 32\), the model needs \(4, 48\): 3 layers", deeper)
     edit_config(tmp_path / "llama", task_type="SEQ_CLS")
     assert_refused(tmp_path / "llama", r"is for SEQ_CLS; optx reads prefix tuning of causal language models")
+
+
+def test_heads_of_another_width_are_refused(tmp_path: Path) -> None:
+    """As PEFT 0.17 saves prefixes of models whose head_dim is not hidden_size / num_attention_heads."""
+    attached(llama(), optx.PrefixTuning(length=3)).save(tmp_path)
+    edit_config(tmp_path, num_attention_heads=2)
+    assert_refused(
+        tmp_path, r"token_dim=8 and num_attention_heads=2 make heads of width 4, the model's have 8"
+    )

@@ -85,6 +85,10 @@ def test_an_adapter_of_pefts_gives_the_same_here(case: str, tmp_path: Path) -> N
     wanted = outputs(by_peft(make(), config(), tmp_path / "theirs"))
     model = make()
     assert (wanted - outputs(model)).abs().max() > 0.01
+    if case == "bert biases" and not any(key.endswith("bias") for key in tensors_in(tmp_path / "theirs")):
+        # PEFT 0.17 loses the biases that it trained: with a warning at most there, with an error here.
+        assert_refused(tmp_path / "theirs", r"'.*query\.lora_bias_delta' is missing", model)
+        return
     handle = optx.attach(model, tmp_path / "theirs")
     assert_close(outputs(model), wanted)
 

@@ -90,6 +90,13 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Mod
             f"{(length, layers * 2 * heads * width)}: {layers} layers of keys and values. It was saved for "
             "another model."
         )
+    wanted: int = getattr(sites[0].module, "head_dim", width)
+    if width != wanted:
+        raise FileError(
+            f"{where}: token_dim={config['token_dim']} and num_attention_heads={heads} make heads of width "
+            f"{width}, the model's have {wanted}. PEFT 0.17 saves so where head_dim is not hidden_size / "
+            "num_attention_heads, and can't use it either; train the prefix with a newer PEFT."
+        )
     both = prompt.view(length, layers, 2, heads, width).permute(1, 2, 3, 0, 4)
     plain = paths_of(model).plain
     found: dict[str, Tensor] = {}
