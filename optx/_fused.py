@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from operator import is_
 from typing import Any
 
@@ -157,12 +158,18 @@ class FusedGroup:
             OptxError: a tensor that goes with a parameter has another shape or device, or an unknown dtype.
         """
         params: list[Tensor] = self.group["params"]
-        grads: list[Tensor | None] = [p.grad for p in params]
-        self.active = active = [p for p, g in zip(params, grads, strict=True) if g is not None]
+        grads: list[Any] = [p.grad for p in params]
+        active = list(params)
+        if True in map(is_, grads, repeat(None)):
+            active = [p for p, g in zip(params, grads, strict=True) if g is not None]
+            grads = [g for g in grads if g is not None]
+        self.active = active
         self._copies.clear()
         self._refresh_derived()
         same = len(active) == len(self._seen) and all(map(is_, active, self._seen))
-        if not (same and all(map(self._point, self._buckets))):
+        if len(self._buckets) != 1:
+            grads = []  # each bucket asks for its own
+        if not (same and all(map(self._point, self._buckets, repeat(grads)))):
             self._seen = []
             self._rebuild(params)
             self._seen = list(active)
@@ -308,7 +315,7 @@ class FusedGroup:
             bucket.runner.tensors[:, number] = column.addresses
         self._mark_fresh(bucket)
 
-    def _point(self, bucket: _Bucket) -> bool:
+    def _point(self, bucket: _Bucket, grads: list[Tensor]) -> bool:
         """Write this step's addresses into the table; False where a tensor is not what it was.
 
         What runs per tensor here is most of a small model's step.
@@ -317,9 +324,12 @@ class FusedGroup:
         state, pending = self.base.state, self._slots.store.pending
         states = [state.get(p, _NOTHING) for p in members]
         try:
-            grads = self._gradients(bucket)
-            if grads is None:
-                return False
+            grads = grads or [p.grad for p in members]  # type: ignore[misc]
+            like = bucket.columns[1].like
+            if not like(grads):
+                grads = self._laid_out(members)
+                if not like(grads):
+                    return False
             columns = [members, grads]
             for key in bucket.keys:
                 if pending and is_ours(key):
@@ -346,16 +356,8 @@ class FusedGroup:
         if self._fresh or self._was_fresh:
             bucket.runner.cols[:, FRESH] = [id(p) in self._fresh for p in bucket.members]
 
-    def _gradients(self, bucket: _Bucket) -> list[Tensor] | None:
-        """The gradients in their weights' memory order; None where one is not as it was."""
-        grads: list[Tensor] = [p.grad for p in bucket.members]  # type: ignore[misc]
-        like = bucket.columns[1].like
-        if like(grads):
-            return grads
-        grads = self._laid_out(bucket.members)
-        return grads if like(grads) else None
-
     def _laid_out(self, members: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients in their weights' memory order."""
         grads: list[Tensor] = [p.grad for p in members]  # type: ignore[misc]
         laid_out = [_like(g, p) for g, p in zip(grads, members, strict=True)]
         # Only the copies: a gradient kept here would outlive zero_grad().

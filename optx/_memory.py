@@ -39,7 +39,7 @@ def why_not_plain(t: Tensor) -> str | None:
         return "is a lazy conjugate or negation (see Tensor.resolve_neg)"
     if t._is_zerotensor() or torch._C._functorch.is_functorch_wrapped_tensor(t):  # pyright: ignore
         return "has no memory of its own"
-    if torch._is_functional_tensor(t):
+    if torch._is_functional_tensor(t):  # pyright: ignore
         return "is a functional tensor, without memory of its own"
     last = t.storage_offset() + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
     if t.numel() and (t.data_ptr() == 0 or t.untyped_storage().nbytes() < (last + 1) * t.element_size()):
@@ -59,7 +59,7 @@ def answers_itself(kind: type) -> bool:
     """Whether a tensor type computes in its own way (torchao's weights, FakeTensor): it may lack memory."""
     function = kind.__torch_function__  # type: ignore[attr-defined]
     usual = (Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl)  # type: ignore[attr-defined]
-    dispatch = torch._C._disabled_torch_dispatch_impl
+    dispatch = torch._C._disabled_torch_dispatch_impl  # pyright: ignore
     return getattr(function, "__func__", function) not in usual or kind.__torch_dispatch__ is not dispatch  # type: ignore[attr-defined]
 
 
@@ -101,8 +101,8 @@ def _native(tensors: Sequence[Tensor]) -> Any:
 
         guards = TensorGuards(
             *tensors,
-            dynamic_dims_sizes=[list(t.shape) for t in tensors],
-            dynamic_dims_strides=[list(t.stride()) for t in tensors],
+            dynamic_dims_sizes=[list(t.shape) for t in tensors],  # type: ignore[arg-type]
+            dynamic_dims_strides=[list(t.stride()) for t in tensors],  # type: ignore[arg-type]
         )
         # They take the same tensor twice for a mistake.
         return guards if guards.check(*tensors) else None

@@ -166,9 +166,10 @@ class Derived:
         return [
             i
             for i, (p, source) in enumerate(zip(parameters, sources, strict=True))
-            if (known := seen.get(id(p))) is None
-            or known[1] is not source
+            if source is None
+            or (known := seen.get(id(p))) is None
             or known[0] is not p
+            or known[1] is not source
             or known[2] != source._version
         ]
 

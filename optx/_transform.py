@@ -192,7 +192,7 @@ class Transform:
     rules: ClassVar[Mapping[str, Any]] = {}
     _wrapped_by: weakref.ref[Wrapped] | None = None
 
-    def _groups(self) -> list[Group]:
+    def _served_groups(self) -> list[Group]:
         """The param groups that this serves; none before it is wrapped."""
         wrapped = self._wrapped_by and self._wrapped_by()
         return [group for group in wrapped.param_groups if self.serves(group)] if wrapped else []
@@ -210,7 +210,7 @@ class Transform:
         # Only asked for what is no attribute: an option.
         if not name.startswith("_") and name in self.options:
             key, default = f"{self.name}_{name}", self.options[name]
-            values = {group.get(key, default) for group in self._groups()}
+            values = {group.get(key, default) for group in self._served_groups()}
             return values.pop() if len(values) == 1 else default
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
@@ -221,7 +221,7 @@ class Transform:
         self.check_option(name, value, f"{type(self).__name__}: {name} is {value!r}")
         key, old = f"{self.name}_{name}", self.options[name]
         self.options = {**self.options, name: value}
-        for group in self._groups():
+        for group in self._served_groups():
             if group.get(key, old) == old:
                 group[key] = value
         if name in vars(self):

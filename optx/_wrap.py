@@ -46,7 +46,9 @@ class Wrapped(Optimizer):
         self.skipped_steps = 0
         self.skipped_last = False
         self.totals: dict[str, Any] = {}
-        self.fused, self.skip_nonfinite, self.rounding = "auto", False, "stochastic"
+        self.fused: Fused = "auto"
+        self.skip_nonfinite = False
+        self.rounding: Rounding = "stochastic"
         self.rounding_asked = False
         self._slots = SlotStore(base)
         self._hooks()

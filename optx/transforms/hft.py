@@ -280,7 +280,7 @@ class HFT(Transform):
     def _drawn(self, unwanted: Set[str], left_out: Set[str], known: Set[str] = frozenset()) -> _Round:
         """The draw of this round among all but what the person froze, left out, or what is known already."""
         out = unwanted | left_out | known
-        pool = [layer for layer in self._layers() if not out.issuperset(layer.tensors)]
+        pool = [layer for layer in self._layers() if not set(layer.tensors) <= out]
         chosen = self._draw.of(pool)
         blocks = [layer for layer in pool if layer.block is not None]
         drawn = {t for layer in blocks for t in layer.tensors if t not in out}
@@ -325,8 +325,7 @@ class HFT(Transform):
             lacking = [p for p in group["params"] if p.requires_grad and not _base_state(base, p)]
             if lacking and self._makes_state_first(base):
                 for p, state in _anew(base, group, lacking).state.items():
-                    if isinstance(p, Tensor):
-                        base.state[p].update(state)
+                    base.state[p].update(state)
 
     def _makes_state_first(self, base: torch.optim.Optimizer) -> bool:
         if self._eager is None:
