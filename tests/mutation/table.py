@@ -1,0 +1,94 @@
+"""Which tests concern which module; tests/test_mutation_table.py makes sure that none is missing."""
+
+from __future__ import annotations
+
+# Folders whose every module is here. The other modules of optx and kernels are here if they are sampled.
+FOLDERS = ("optx/delta", "optx/inject", "optx/signal", "optx/transforms")
+
+_STEP = "fused_cpu user_rules perpgrad adamr skip_nonfinite wrap_bases resume"
+
+# Module -> its test files, without test_ and .py, the likeliest to notice a fault first.
+TABLE = {
+    "optx/delta/_bitmask.py": "compeft golomb",
+    "optx/delta/_changes.py": "merge pcb",
+    "optx/delta/_combine.py": "arithmetic_delta merge merge_peers pcb",
+    "optx/delta/_compressed.py": "compeft",
+    "optx/delta/_golomb.py": "golomb compeft",
+    "optx/delta/_learn_q.py": "learn_q",
+    "optx/delta/_lora.py": "delta_lora",
+    "optx/delta/_mask.py": "prune delta merge",
+    "optx/delta/_mask_loops.py": "prune delta merge",
+    "optx/delta/_prunes.py": "arithmetic_delta prune learn_q delta",
+    "optx/delta/_quantize.py": "arithmetic_delta rws",
+    "optx/delta/_search.py": "merge",
+    "optx/delta/_select.py": "arithmetic_delta merge compeft",
+    "optx/delta/_select_loops.py": "merge compeft",
+    "optx/delta/_shallow.py": "rws",
+    "optx/delta/_stats.py": "prune learn_q",
+    "optx/delta/_sums.py": "arithmetic_delta delta merge prune",
+    "optx/delta/arithmetic.py": "arithmetic_delta merge merge_peers",
+    "optx/delta/compeft.py": "arithmetic_delta compeft golomb",
+    "optx/delta/dare.py": "arithmetic_delta merge merge_peers",
+    "optx/delta/pcb.py": "arithmetic_delta pcb merge",
+    "optx/delta/prune.py": "arithmetic_delta prune delta",
+    "optx/delta/rws.py": "arithmetic_delta rws",
+    "optx/delta/search_q.py": "arithmetic_delta prune",
+    "optx/delta/ties.py": "arithmetic_delta merge merge_peers pcb",
+    "optx/inject/_aside.py": "aside_stream iaa",
+    "optx/inject/_attention.py": "prefix adapters",
+    "optx/inject/_bottleneck.py": "arithmetic_inject adapters prefix",
+    "optx/inject/_embeddings.py": "arithmetic_inject lora",
+    "optx/inject/_freeze.py": "attach",
+    "optx/inject/_heads.py": "prefix adapters",
+    "optx/inject/_merge.py": "arithmetic_inject attach lora svfit ia3 flora",
+    "optx/inject/_part.py": "attach lora adapters",
+    "optx/inject/_weights.py": "arithmetic_inject lora flora svfit ia3",
+    "optx/inject/adapters.py": "arithmetic_inject adapters",
+    "optx/inject/bitfit.py": "arithmetic_inject adapters lora attach",
+    "optx/inject/flora.py": "arithmetic_inject flora",
+    "optx/inject/ia3.py": "arithmetic_inject ia3",
+    "optx/inject/iaa.py": "arithmetic_inject iaa aside_stream",
+    "optx/inject/lora.py": "arithmetic_inject lora attach",
+    "optx/inject/mam.py": "arithmetic_inject adapters prefix",
+    "optx/inject/multihead.py": "arithmetic_inject adapters prefix",
+    "optx/inject/prefix.py": "arithmetic_inject prefix",
+    "optx/inject/svfit.py": "arithmetic_inject svfit",
+    "optx/inject/unified.py": "arithmetic_inject adapters prefix",
+    "optx/signal/_stablemax_rows.py": "arithmetic_signal stablemax",
+    "optx/signal/stablemax.py": "arithmetic_signal stablemax",
+    "optx/transforms/_anchors.py": "adamr_anchors adamr",
+    "optx/transforms/_blocks.py": "hft_selection",
+    "optx/transforms/_half.py": "hft_selection hft",
+    "optx/transforms/adamr.py": "arithmetic_step adamr adamr_anchors resume",
+    "optx/transforms/hft.py": "arithmetic_step hft hft_selection",
+    "optx/transforms/perpgrad.py": "arithmetic_step perpgrad fused_cpu resume",
+    "optx/_bases.py": f"arithmetic_step {_STEP}",
+    "optx/_checkpoint.py": "resume adamr_anchors wrap_bases hft",
+    "optx/_checks.py": "errors perpgrad wrap_bases",
+    "optx/_foreach.py": f"arithmetic_step {_STEP}",
+    "optx/_fused.py": f"arithmetic_step {_STEP} fused_rounding",
+    "optx/_pipeline.py": f"arithmetic_step errors {_STEP}",
+    "optx/_rounding.py": "arithmetic_step fused_rounding",
+    "optx/_rules.py": "user_rules errors fused_cpu",
+    "optx/_state.py": "resume wrap_bases adamr_anchors hft",
+    "optx/_stepper.py": f"arithmetic_step {_STEP} fused_rounding errors",
+    "optx/_transform.py": "errors user_rules perpgrad adamr hft",
+    "optx/_wrap.py": f"arithmetic_step errors {_STEP}",
+    "kernels/emit_cpu.py": "fused_cpu user_rules fused_rounding adamr",
+    "kernels/step_cpu.py": "fused_cpu fused_memory fused_rounding",
+}
+
+# Modules of the folders that compute nothing: they read, write, match names or hold what others compute.
+_FILES = (
+    "_behind _buffers _compressed_file _delta _mergekit _output _patch _safetensors _source _storage "
+    "cli merge"
+)
+_HANDLES = (
+    "_attach _export _handle _injection _io _paths _peft_io _peft_match _peft_prefix _peft_read _report "
+    "_stored _targets"
+)
+PLUMBING = [
+    *(f"{folder}/__init__.py" for folder in FOLDERS),
+    *(f"optx/delta/{name}.py" for name in _FILES.split(" ")),
+    *(f"optx/inject/{name}.py" for name in _HANDLES.split(" ")),
+]
