@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import pytest
@@ -38,3 +39,47 @@ def test_ties_gives_entries_that_cancel_out_the_sign_elected_most_often(scope: A
     one["b"].append(-sign)
     two["b"].append(0.0)
     assert merged(ties, one, two)["a"] == [-3.0 * sign, 9.0 * sign]
+
+
+@BOTH
+@pytest.mark.parametrize("convention", ["paper", "mergekit"])
+def test_ties_keeps_as_many_of_a_float64_model(scope: Any, convention: Any) -> None:
+    """Thresholds are float32, and so is what they are compared with: float32(0.1) is larger than 0.1."""
+    ties = optx.TIES(density=0.3, scope=scope, convention=convention)
+    made = merged(ties, {"a": [0.1, 0.01, 0.02, -0.7]}, dtype=torch.float64)["a"]
+    assert made == [0.1 if convention == "paper" else 0.0, 0.0, 0.0, -0.7]
+    exactly = optx.TIES(density=0.5, scope=scope, convention=convention)
+    made = merged(exactly, {"a": [0.1, 0.01, -0.1, 0.7, 0.05, 0.1]}, dtype=torch.float64)["a"]
+    rest = 0.1 if convention == "paper" or scope == "global" else 0.0  # of equal ones, mergekit's the first
+    assert made == [0.1, 0.0, -0.1, 0.7, 0.0, rest]
+
+
+# ---- random choices -----------------------------------------------------------------------------------
+
+
+def splitmix(key: int, count: int) -> list[int]:
+    """The numbers of a tensor's stream (Steele, Lea and Flood 2014), in Python's integers."""
+    made: list[int] = []
+    for i in range(count):
+        z = (key + i * 0x9E3779B97F4A7C15) % 2**64
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        made.append(z ^ (z >> 31))
+    return made
+
+
+def key(seed: int, name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "little")
+
+
+def test_masks_and_columns_are_those_of_the_stream() -> None:
+    """What a seed draws stays the same from version to version, or a pruned model can't be made again."""
+    tuned = {"layer.weight": torch.ones(3, 40)}
+    delta = optx.Delta.between({"layer.weight": torch.zeros(3, 40)}, tuned)
+    numbers = splitmix(key(7, "layer.weight"), 120)
+    kept = delta.dare(0.6, seed=7)["layer.weight"].flatten().ne(0).tolist()
+    assert kept == [z / 2**64 < 0.4 for z in numbers]
+    columns = delta.structural(0.6, seed=7)["layer.weight"].ne(0)
+    first = sorted(range(40), key=numbers[:40].__getitem__)[:16]
+    assert columns.all(0).nonzero().flatten().tolist() == sorted(first)
+    assert int(columns.sum()) == 3 * 16
