@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import optx
 
@@ -83,3 +86,40 @@ def test_masks_and_columns_are_those_of_the_stream() -> None:
     first = sorted(range(40), key=numbers[:40].__getitem__)[:16]
     assert columns.all(0).nonzero().flatten().tolist() == sorted(first)
     assert int(columns.sum()) == 3 * 16
+
+
+# ---- PCB ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ratio", "left"), [(0.5, 2), (0.3, 1), (0.79, 3), (0.01, 1)])
+def test_pcb_keeps_whole_entries(ratio: float, left: int) -> None:
+    """The paper's: int(ratio n), at least one; of the code's, those above place int((1 - ratio) n)."""
+    change = {"a": [1.0, -2.0, 3.0, -4.0, 5.0]}
+    made = merged(optx.PCB(ratio=ratio, score="paper"), change)["a"]
+    assert [x != 0 for x in made] == [i >= 5 - left for i in range(5)]
+    made = merged(optx.PCB(ratio=ratio, score="code", clip=0.0), change)["a"]
+    assert [x != 0 for x in made] == [i > min(int(5 * (1 - ratio)), 4) for i in range(5)]
+
+
+# ---- interrupted --------------------------------------------------------------------------------------
+
+
+def test_a_signature_goes_on_only_with_what_it_began_itself(tmp_path: Path) -> None:
+    """What an interrupted `apply` has written is another signature's: none of it may stay."""
+    names = ("a", "b", "c")
+    save_file({name: torch.zeros(4) for name in names}, tmp_path / "base.safetensors")
+
+    def signature(value: float) -> optx.Signature:
+        return optx.Signature({name: torch.full((4,), value) for name in names})
+
+    def stopping(todo: Iterable[str]) -> Iterator[str]:
+        for i, name in enumerate(todo):
+            if i == 2:
+                raise KeyboardInterrupt
+            yield name
+
+    out = tmp_path / "out.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        signature(1.0).delta().apply(tmp_path / "base.safetensors", out, progress=stopping)
+    signature(2.0).delta().apply(tmp_path / "base.safetensors", out)
+    assert {name: t.tolist() for name, t in load_file(out).items()} == dict.fromkeys(names, [2.0] * 4)
