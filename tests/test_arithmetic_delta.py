@@ -123,3 +123,13 @@ def test_a_signature_goes_on_only_with_what_it_began_itself(tmp_path: Path) -> N
         signature(1.0).delta().apply(tmp_path / "base.safetensors", out, progress=stopping)
     signature(2.0).delta().apply(tmp_path / "base.safetensors", out)
     assert {name: t.tolist() for name, t in load_file(out).items()} == dict.fromkeys(names, [2.0] * 4)
+
+
+# ---- ComPEFT ------------------------------------------------------------------------------------------
+
+
+def test_compressed_moves_to_a_device_whole() -> None:
+    tuned = {"a": torch.randn(70), "b": torch.randn(3, 5), "steps": torch.tensor([3])}
+    base = {name: torch.zeros_like(t) for name, t in tuned.items()}
+    moved = optx.compress(optx.Delta.between(base, tuned)).to("meta")
+    assert {t.device.type for t in (*moved.masks.values(), *moved.whole.values())} == {"meta"}

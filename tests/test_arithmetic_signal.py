@@ -44,3 +44,8 @@ def test_stablemax_of_more_rows_than_are_taken_at_once(kind: str, subclass: bool
     assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
     off = got.grad.as_subclass(Tensor).double() - exact.grad
     assert float(off.abs().max()) <= 1e-6 * float(exact.grad.abs().max())
+
+
+def test_the_first_label_out_of_range_is_named() -> None:
+    with pytest.raises(IndexError, match=r"target 5 \(sample 1 of 3\)"):
+        optx.stablemax_cross_entropy(torch.zeros(3, 3), torch.tensor([0, 5, 7]))
