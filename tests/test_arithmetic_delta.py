@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import optx
+from optx.delta._mask import Dropout
 
 BOTH: Any = pytest.mark.parametrize("scope", ["global", "tensor"])
 
@@ -133,3 +136,25 @@ def test_compressed_moves_to_a_device_whole() -> None:
     base = {name: torch.zeros_like(t) for name, t in tuned.items()}
     moved = optx.compress(optx.Delta.between(base, tuned)).to("meta")
     assert {t.device.type for t in (*moved.masks.values(), *moved.whole.values())} == {"meta"}
+
+
+# ---- what is on another device, or in another precision -------------------------------------------------
+
+
+def test_a_mask_is_where_it_is_asked_for() -> None:
+    assert Dropout(1, 0.5, 1.0).keep(0, 5, "meta").device.type == "meta"
+
+
+@pytest.mark.parametrize("strategy", ["output", "learned", "analytic", "mse"])
+def test_q_of_a_model_in_bfloat16(strategy: Any) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 4)).to(torch.bfloat16)
+    tuned = copy.deepcopy(base)
+    with torch.no_grad():
+        for p in tuned.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    x = torch.randn(16, 12, dtype=torch.bfloat16)
+    q = optx.Delta.between(base, tuned).find_q(tuned, [x], 0.8, strategy, seeds=(0,))
+    found = list(q.values()) if isinstance(q, dict) else [q]
+    assert all(0.199 <= one <= 1.0 for one in found)
+    assert next(tuned.parameters()).dtype == torch.bfloat16

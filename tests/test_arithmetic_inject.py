@@ -78,3 +78,31 @@ def test_exports_and_deltas_under_autocast_are_the_same(tmp_path: Path) -> None:
 
     for one, other in zip(export("under", True), export("plain", False), strict=True):
         assert torch.equal(one, other)
+
+
+# ---- merging beside hooks -------------------------------------------------------------------------------
+
+LINEAR: dict[str, Any] = {"form": "linear", "modifies": "projections"}
+ADDING = {
+    "lora": optx.LoRA(rank=2),
+    "dora": optx.LoRA(rank=2, dora=True),
+    "svfit": optx.SVFit(rank=3),
+    "flora": optx.FLoRA(rank=2),
+    "parallel": optx.HiddenDelta(rank=2, **LINEAR),
+    "bitfit": optx.BitFit(),
+}
+
+
+@pytest.mark.parametrize("first", ADDING)
+@pytest.mark.parametrize("second", ADDING)
+def test_of_two_changes_that_add_either_may_be_merged_alone(first: str, second: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5)).double()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    handles = [attached(model, ADDING[n], targets="0", name=f"{n}{i}") for i, n in enumerate((first, second))]
+    both = model(x)
+    for handle in handles:
+        handle.merge()
+        torch.testing.assert_close(model(x), both, rtol=0, atol=1e-12)
+        handle.unmerge()
+        assert torch.equal(model(x), both)
