@@ -158,3 +158,29 @@ def test_q_of_a_model_in_bfloat16(strategy: Any) -> None:
     found = list(q.values()) if isinstance(q, dict) else [q]
     assert all(0.199 <= one <= 1.0 for one in found)
     assert next(tuned.parameters()).dtype == torch.bfloat16
+
+
+# ---- pruning ------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_tells_statistics_apart_that_are_nearly_the_same() -> None:
+    """An interrupted `apply` goes on where the recipe's text is the same."""
+    model = nn.Sequential(nn.Linear(6, 4))
+    delta = optx.Delta.between({"0.weight": torch.zeros(4, 6)}, {"0.weight": torch.randn(4, 6)})
+
+    def recipe(scale: float) -> str:
+        inputs = scale * torch.ones(3, 6)
+        stats = optx.analysis.input_stats(model, [inputs])
+        return repr(delta.wanda(0.5, {"0.weight": stats["0.weight"]}).recipe)
+
+    assert recipe(1.0) == recipe(1.0)
+    assert recipe(1.0) != recipe(1.000001)
+
+
+def test_eta_is_not_negative() -> None:
+    model = nn.Sequential(nn.Linear(6, 4))
+    delta = optx.Delta.between({"0.weight": torch.zeros(4, 6)}, {"0.weight": torch.randn(4, 6)})
+    assert delta.find_q(model, [torch.ones(3, 6)], 0.5, "analytic", eta=0.0)
+    for strategy in ("analytic", "output"):
+        with pytest.raises(optx.OptxError, match="eta"):
+            delta.find_q(model, [torch.ones(3, 6)], 0.5, strategy, eta=-1e-3)  # type: ignore[arg-type]

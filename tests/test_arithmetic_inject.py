@@ -106,3 +106,23 @@ def test_of_two_changes_that_add_either_may_be_merged_alone(first: str, second: 
         torch.testing.assert_close(model(x), both, rtol=0, atol=1e-12)
         handle.unmerge()
         assert torch.equal(model(x), both)
+
+
+class Detached(nn.Linear):
+    """Its output is where a backward pass ends, as with reentrant checkpointing of what comes before."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).detach().requires_grad_()
+
+
+def test_an_output_that_is_a_leaf_is_not_written_to() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Detached(6, 5))
+    handle = attached(model, optx.LoRA(rank=2), targets="0")
+    x = torch.randn(2, 3, 6)
+    part: Any = handle.served[0].part
+    wanted = x @ (model[0].weight + part.scale * part.B @ part.A).T + model[0].bias  # type: ignore[operator]
+    made = model(x)
+    torch.testing.assert_close(made, wanted)
+    made.sum().backward()
+    assert part.B.grad is not None
