@@ -47,7 +47,7 @@ BASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 
 def nudged(base: str, transform: optx.Transform, rounding: Any, start: Tensor, steps: int) -> Tensor:
-    """Weights after steps without a gradient to follow, on the foreach path."""
+    """Weights after steps without a gradient to follow, on the foreach path; None rounds stochastically."""
     p = nn.Parameter(start.clone())
     opt = optx.wrap(
         BASES[base]([{"params": [p], "weight_decay": 0.0}]), transform, rounding=rounding, fused=False
@@ -67,7 +67,7 @@ def test_nearest_drops_what_is_below_half_a_unit_and_stochastic_keeps_it_on_aver
     start, ulp, steps = torch.ones(4000, dtype=BF16), 2.0**-7, 8
     still = nudged(base, kind(ulp / 16), "nearest", start, steps)
     assert torch.equal(still, start)
-    moved = nudged(base, kind(ulp / 16), "stochastic", start, steps).double() - 1
+    moved = nudged(base, kind(ulp / 16), None, start, steps).double() - 1
     # A sum of coins that fall right once in 16: variance at most 8 / 16 ulp^2 each.
     assert float(moved.mean()) == pytest.approx(steps * ulp / 16, abs=4 * ulp * (steps / 16 / 4000) ** 0.5)
 
@@ -78,4 +78,4 @@ def test_nearest_is_torchs_own_rounding(base: str, kind: type[Before]) -> None:
     start = torch.randn(1000, generator=torch.Generator().manual_seed(0)).to(BF16)
     made = nudged(base, kind(0.0123), "nearest", start, 1)
     assert torch.equal(made, start.clone().copy_(start.float() + torch.tensor(0.0123)))
-    assert not torch.equal(made, nudged(base, kind(0.0123), "stochastic", start, 1))
+    assert not torch.equal(made, nudged(base, kind(0.0123), None, start, 1))

@@ -38,8 +38,11 @@ PRELOAD = [*_LIBRARIES.split(" "), *(f"transformers.models.{m}.modeling_{m}" for
 class Watch:
     """A pytest plugin: cheap and likely tests first, and a file that says what failed or took how long."""
 
-    def __init__(self, seconds: dict[str, float], files: list[str], slowest: float, log: Path) -> None:
-        self.seconds, self.files, self.slowest, self.log = seconds, files, slowest, log
+    def __init__(
+        self, seconds: dict[str, float], files: list[str], slowest: float, budget: float, log: Path
+    ) -> None:
+        self.seconds, self.files, self.log = seconds, files, log
+        self.slowest, self.budget = slowest, budget
         self.took: dict[str, float] = {}
         self.failed: dict[str, str] = {}
 
@@ -50,8 +53,14 @@ class Watch:
         def cost(item: Any) -> float:
             return (self.seconds.get(item.nodeid, 1.0) + 0.01) * (1 + places.get(item.path.name, 0) / 2)
 
-        items[:] = [i for i in items if self.seconds.get(i.nodeid, 0.0) <= self.slowest]
         items.sort(key=cost)
+        total, kept = 0.0, list[Any]()
+        for item in items:
+            seconds = self.seconds.get(item.nodeid, 0.0)
+            if seconds <= self.slowest and total + seconds <= self.budget:
+                kept.append(item)
+                total += seconds
+        items[:] = kept
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         """So that the test in which the process died is known."""
@@ -163,7 +172,7 @@ def main() -> None:
                     if times.get(file, {}).get("stamp") != stamp:
                         times[file] = {"stamp": stamp, **baseline(tree, file)}
                         save(out / "times.json", times)
-                results[one.key] = examine(tree, one, files, times, args.slowest)
+                results[one.key] = examine(tree, one, files, times, args.slowest, args.budget)
                 save(out / "results.json", results)
                 say(results[one.key])
     tell([(m, results[m.key]) for m in mutants if m.key in results], len(mutants))
@@ -178,6 +187,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "mutation")
     parser.add_argument("--at-most", type=int, default=None, help="examine so many, then stop")
     parser.add_argument("--slowest", type=float, default=5.0, help="leave slower tests out, seconds")
+    parser.add_argument("--budget", type=float, default=120.0, help="of tests for one mutant, seconds")
     parser.add_argument("--again", nargs="*", default=[], choices=["survived", "timeout", "killed"])
     parser.add_argument("--show", action="store_const", const=True, help="only tell what is known")
     return parser.parse_args()
@@ -201,7 +211,7 @@ def preload() -> None:
 def baseline(tree: Tree, file: str) -> dict[str, Any]:
     """How long each test of a file takes as things are, and which fail here whatever the code."""
     log = tree.folder / "log.json"
-    warm = Watch({}, [], 1e9, log)
+    warm = Watch({}, [], 1e9, 1e9, log)
     began = time.monotonic()
     ended = tree.run([file], warm, ["--timeout=120"], 900)
     record = read(log)
@@ -217,7 +227,7 @@ def baseline(tree: Tree, file: str) -> dict[str, Any]:
 
 
 def examine(
-    tree: Tree, one: Mutant, files: list[str], times: dict[str, Any], slowest: float
+    tree: Tree, one: Mutant, files: list[str], times: dict[str, Any], slowest: float, budget: float
 ) -> dict[str, Any]:
     """One mutant's fate."""
     seconds: dict[str, float] = {}
@@ -233,7 +243,7 @@ def examine(
     tree.put(one.module, one.code)
     try:
         options = ["-x", f"--timeout={max(20.0, 10 * slowest):.0f}", *out]
-        ended = tree.run(files, Watch(seconds, files, slowest, log), options, 60 + 4 * sum(known))
+        ended = tree.run(files, Watch(seconds, files, slowest, budget, log), options, 60 + 4 * min(sum(known), budget))
     finally:
         tree.put(one.module, original)
     record = read(log)
