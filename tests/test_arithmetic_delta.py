@@ -184,3 +184,60 @@ def test_eta_is_not_negative() -> None:
     for strategy in ("analytic", "output"):
         with pytest.raises(optx.OptxError, match="eta"):
             delta.find_q(model, [torch.ones(3, 6)], 0.5, strategy, eta=-1e-3)  # type: ignore[arg-type]
+
+
+# ---- several passes -----------------------------------------------------------------------------------
+
+PASSES: list[optx.MergeMethod] = [
+    optx.TaskArithmetic(),
+    optx.TIES(density=0.5),
+    optx.TIES(density=0.5, convention="mergekit"),
+    optx.TIES(density=0.5, scope="global", convention="mergekit"),
+    optx.DARETIES(0.5),
+    optx.PCB(0.5),
+    optx.PCB(0.5, scope="tensor"),
+]
+
+
+@pytest.mark.parametrize("method", PASSES, ids=repr)
+def test_a_method_says_how_many_passes_it_takes(method: optx.MergeMethod, tmp_path: Path) -> None:
+    """What a progress bar ends at: those to prepare, and the one that writes."""
+    begun: list[int] = []
+
+    def progress(names: Iterable[str]) -> Iterable[str]:
+        begun.append(1)
+        return names
+
+    many = (1 << 19) + 1  # fewer are sorted at once
+    models = [
+        {n: torch.randn(many, generator=torch.Generator().manual_seed(i)) for n in "ab"} for i in (1, 2)
+    ]
+    base = {n: torch.zeros(many) for n in "ab"}
+    optx.merge(base, models, method, tmp_path / "out.safetensors", progress=progress)
+    assert len(begun) == 1 + method.passes
+
+
+def test_pcb_of_many_entries_is_the_size_of_the_changes() -> None:
+    """Scores are means of softmaxes, not shares of one: 4096^4 times smaller, they would count as none."""
+    change = torch.randn(4096, generator=torch.Generator().manual_seed(0))
+    models = [{"a": change}, {"a": change.clone()}]
+    made = optx.merge({"a": torch.zeros(4096)}, models, optx.PCB(ratio=0.25, score="paper"))
+    assert isinstance(made, dict)
+    kept = made["a"] != 0
+    assert int(kept.sum()) == 1024
+    torch.testing.assert_close(made["a"][kept], change[kept], rtol=1e-5, atol=0)
+
+
+# ---- signatures in few levels -----------------------------------------------------------------------
+
+
+def test_signatures_are_quantized_within_what_can_be_stored() -> None:
+    with pytest.raises(optx.OptxError, match="levels"):
+        optx.Signature({}).quantize(1)
+    for size in (15.0, 15.5):
+        signature = optx.Signature({"a": torch.tensor([size, -size, 0.25])})
+        if size > 15.0:
+            with pytest.raises(optx.OptxError, match=r"up to 15\.0, and one is 15\.5"):
+                signature.quantize(256, "tanh")
+        else:
+            assert signature.quantize(256, "tanh")["a"][:2].tolist() == pytest.approx([15.0, -15.0], rel=1e-3)

@@ -126,3 +126,18 @@ def test_an_output_that_is_a_leaf_is_not_written_to() -> None:
     torch.testing.assert_close(made, wanted)
     made.sum().backward()
     assert part.B.grad is not None
+
+
+def test_a_second_merge_does_not_undo_what_a_step_did_to_the_merged_weight() -> None:
+    """It would start from the copy that the first merge has kept."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5))
+    first, second = (attached(model, optx.LoRA(rank=2), targets="0", name=n) for n in ("first", "second"))
+    first.merge()
+    with torch.no_grad():
+        model[0].weight.add_(1.0)  # type: ignore[operator]
+    before = model[0].weight.clone()  # type: ignore[operator]
+    with pytest.raises(optx.MergeError, match=r"0\.weight was changed after the merge"):
+        second.merge()
+    assert torch.equal(model[0].weight, before)  # type: ignore[arg-type]
+    assert not second.merged

@@ -22,7 +22,7 @@ from typing import Any
 # Before torch: every mutant's process is a fork of this one.
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", OMP_WAIT_POLICY="passive")
 
-from mutants import Mutant, sample
+from mutants import Mutant, planted, sample
 from table import TABLE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -156,11 +156,17 @@ def main() -> None:
     modules = [m for m in TABLE if any(fnmatch.fnmatch(m, pattern) for pattern in args.modules)]
     if not modules:
         raise SystemExit(f"no module of the table matches {' '.join(args.modules)}")
-    mutants = sample({m: (ROOT / m).read_text() for m in modules}, args.number, args.seed)
+    sources = {m: (ROOT / m).read_text() for m in modules}
     results: dict[str, dict[str, Any]] = read(out / "results.json")
     times: dict[str, dict[str, Any]] = read(out / "times.json")
-    left = [m for m in mutants if outcome_of(results, m) is None or outcome_of(results, m) in args.again]
-    if args.show is None and left:
+    left: list[Mutant] = []
+    if args.again:
+        known = [r for r in results.values() if r["outcome"] in args.again and r["module"] in sources]
+        left = [one for r in known if (one := planted(sources[r["module"]], r)) is not None]
+    elif not args.show:
+        left = [one for one in sample(sources, args.number, args.seed) if one.key not in results]
+    print(f"{len(left)} to examine", flush=True)
+    if left:
         preload()
         with tempfile.TemporaryDirectory(prefix="optx-mutation-") as folder:
             tree = Tree(Path(folder) / "tree")
@@ -175,7 +181,8 @@ def main() -> None:
                 results[one.key] = examine(tree, one, files, times, args.slowest, args.budget)
                 save(out / "results.json", results)
                 say(results[one.key])
-    tell([(m, results[m.key]) for m in mutants if m.key in results], len(mutants))
+    tell([r for r in results.values() if r["module"] in modules])
+    print(f"{len(left[args.at_most :]) if args.at_most else 0} left to examine")
 
 
 def arguments() -> argparse.Namespace:
@@ -188,7 +195,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--at-most", type=int, default=None, help="examine so many, then stop")
     parser.add_argument("--slowest", type=float, default=5.0, help="leave slower tests out, seconds")
     parser.add_argument("--budget", type=float, default=120.0, help="of tests for one mutant, seconds")
-    parser.add_argument("--again", nargs="*", default=[], choices=["survived", "timeout", "killed"])
+    parser.add_argument(
+        "--again",
+        nargs="*",
+        default=[],
+        choices=["survived", "timeout", "killed"],
+        help="examine known ones again, instead of a sample",
+    )
     parser.add_argument("--show", action="store_const", const=True, help="only tell what is known")
     return parser.parse_args()
 
@@ -243,7 +256,9 @@ def examine(
     tree.put(one.module, one.code)
     try:
         options = ["-x", f"--timeout={max(20.0, 10 * slowest):.0f}", *out]
-        ended = tree.run(files, Watch(seconds, files, slowest, budget, log), options, 60 + 4 * min(sum(known), budget))
+        ended = tree.run(
+            files, Watch(seconds, files, slowest, budget, log), options, 60 + 4 * min(sum(known), budget)
+        )
     finally:
         tree.put(one.module, original)
     record = read(log)
@@ -261,11 +276,6 @@ def examine(
         "why": why,
         "seconds": took,
     }
-
-
-def outcome_of(results: dict[str, Any], one: Mutant) -> str | None:
-    """What is known of a mutant."""
-    return results.get(one.key, {}).get("outcome")
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -289,21 +299,19 @@ def say(result: dict[str, Any]) -> None:
     )
 
 
-def tell(found: list[tuple[Mutant, dict[str, Any]]], number: int) -> None:
+def tell(found: list[dict[str, Any]]) -> None:
     """Survivors as diffs, and a table."""
-    for one, result in found:
-        if result["outcome"] == "survived":
-            print("\n" + one.diff, end="")
     counts: dict[str, Counter[str]] = {}
-    for one, result in found:
-        counts.setdefault(one.module, Counter())[result["outcome"]] += 1
+    for result in found:
+        counts.setdefault(result["module"], Counter())[result["outcome"]] += 1
+        if result["outcome"] == "survived":
+            print("\n" + result["diff"], end="")
     print(f"\n{'module':36} killed timeout survived")
     for module, count in sorted(counts.items()):
         print(f"{module:36} {count['killed']:6} {count['timeout']:7} {count['survived']:8}")
-    total = sum(counts.values(), Counter())
+    total = sum(counts.values(), Counter[str]())
     share = (total["killed"] + total["timeout"]) / max(len(found), 1)
     print(f"{'all':36} {total['killed']:6} {total['timeout']:7} {total['survived']:8}   {share:.1%} noticed")
-    print(f"{len(found)} of {number} examined")
 
 
 if __name__ == "__main__":

@@ -268,3 +268,20 @@ def sample(sources: dict[str, str], number: int, seed: int) -> list[Mutant]:
         if one is not None:
             found.append(one)
     return found
+
+
+def planted(code: str, known: dict[str, Any]) -> Mutant | None:
+    """A mutant of before in the module as it is now; None if its place is gone, or there are several."""
+    lines = [line for line in known["diff"].splitlines(keepends=True)[2:] if line[:2] != "@@"]
+    before = "".join(line[1:] for line in lines if line[0] in " -")
+    after = "".join(line[1:] for line in lines if line[0] in " +")
+    if code.count(before) != 1:
+        return None
+    changed = code.replace(before, after)
+    diff = "".join(
+        difflib.unified_diff(
+            *(c.splitlines(keepends=True) for c in (code, changed)), known["module"], known["module"], n=2
+        )
+    )
+    line = code[: code.index(before)].count("\n") + 1
+    return Mutant(known["module"], line, known["operator"], -1, changed, diff)
