@@ -79,3 +79,87 @@ def test_nearest_is_torchs_own_rounding(base: str, kind: type[Before]) -> None:
     made = nudged(base, kind(0.0123), "nearest", start, 1)
     assert torch.equal(made, start.clone().copy_(start.float() + torch.tensor(0.0123)))
     assert not torch.equal(made, nudged(base, kind(0.0123), None, start, 1))
+
+
+# ---- where slots are ------------------------------------------------------------------------------------
+
+
+@optx.rule(writes=("w", "moved"))
+def count_up(w, moved):  # type: ignore[no-untyped-def]
+    return w, moved + 1.0
+
+
+class Counts(optx.Transform):
+    """Keeps what a weight was when it was wrapped, for which no rule asks, and counts its steps."""
+
+    name = "counts"
+    rules = {"after": count_up}  # noqa: RUF012
+    slots = {"start": optx.Slot(), "moved": optx.like_weight(), "aside": optx.Slot(saved=False)}  # noqa: RUF012
+
+    def init_slot(self, name: str, p: Tensor, optimizer: Any) -> Tensor:
+        return p.detach().float().clone() if name != "moved" else super().init_slot(name, p, optimizer)
+
+
+class Watching(torch.optim.RAdam):
+    """Notes what its step finds in its state."""
+
+    seen: set[str]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        self.seen = {key for entry in self.state.values() for key in entry}
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("fused", [False, "auto"])
+@pytest.mark.parametrize("base", [Watching, torch.optim.AdamW, torch.optim.SGD])
+def test_slots_are_made_at_wrap_shown_after_a_step_and_hidden_from_the_base(base: Any, fused: Any) -> None:
+    params = [nn.Parameter(torch.full((3,), float(i + 1))) for i in range(2)]
+    opt = optx.wrap(base(params, lr=0.1), Counts(), fused=fused)
+    with torch.no_grad():
+        params[0].mul_(5.0)
+    pending = opt.state_dict()["optx_pending"]
+    assert [pending[i]["optx.counts.start"].tolist() for i in range(2)] == [[1.0] * 3, [2.0] * 3]
+    assert "optx.counts.aside" not in pending[0]
+    params[0].grad, params[1].grad = torch.ones(3), torch.ones(3)
+    opt.step()
+    params[1].grad = None
+    opt.step()
+    for p, steps in zip(params, (2.0, 1.0), strict=True):
+        assert opt.state[p]["optx.counts.moved"].tolist() == [steps] * 3
+    assert opt.state[params[0]]["optx.counts.start"].tolist() == [1.0] * 3
+    assert not opt.state_dict().get("optx_pending")
+    if base is Watching:
+        assert {"exp_avg", "exp_avg_sq"} <= opt.base.seen  # type: ignore[attr-defined]
+        assert not [key for key in opt.base.seen if key.startswith("optx")]  # type: ignore[attr-defined]
+
+
+def test_slots_follow_a_parameter_that_is_replaced_before_its_first_step() -> None:
+    """As Accelerate does: the anchor is the old object's."""
+    old = nn.Parameter(torch.ones(3))
+    opt = optx.wrap(torch.optim.SGD([old], lr=0.0), Counts())
+    new = nn.Parameter(torch.full((3,), 7.0))
+    opt.param_groups[0]["params"][0] = new
+    new.grad = torch.zeros(3)
+    opt.step()
+    assert opt.state[new]["optx.counts.start"].tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_plain_sgd_keeps_no_state_as_torchs(fused: bool) -> None:
+    p = nn.Parameter(torch.ones(3))
+    opt = optx.wrap(torch.optim.SGD([p], lr=0.1), optx.PerpGrad(), fused=fused)
+    p.grad = torch.ones(3)
+    opt.step()
+    assert dict(opt.state_dict()["state"]) == {}
+
+
+def test_the_base_is_not_stepped_by_its_old_name_and_an_idle_step_warns_once() -> None:
+    p = nn.Parameter(torch.ones(3))
+    base = torch.optim.SGD([p], lr=0.1)
+    opt = optx.wrap(base, optx.PerpGrad())
+    with pytest.raises(optx.OptxError, match=r"step\(\) was called on the SGD that optx.wrap wraps"):
+        base.step()
+    with pytest.warns(UserWarning, match="no gradient on any parameter"):
+        opt.step()
+    opt.step()  # a second warning would be an error here
