@@ -56,11 +56,13 @@ TABLE = {
     "optx/inject/unified.py": "arithmetic_inject arithmetic_options adapters prefix",
     "optx/signal/_stablemax_rows.py": "arithmetic_signal stablemax",
     "optx/signal/stablemax.py": "arithmetic_signal arithmetic_options stablemax",
-    "optx/transforms/_anchors.py": "adamr_anchors adamr",
+    "optx/transforms/_anchor_files.py": "adamr_sources adamr_anchors",
+    "optx/transforms/_anchors.py": "adamr_anchors adamr_sources adamr_mistakes adamr",
     "optx/transforms/_blocks.py": "hft_selection",
+    "optx/transforms/_flags.py": "hft_rounds hft",
     "optx/transforms/_half.py": "hft_selection hft",
-    "optx/transforms/adamr.py": "arithmetic_step arithmetic_options adamr adamr_anchors resume",
-    "optx/transforms/hft.py": "arithmetic_step hft hft_selection",
+    "optx/transforms/adamr.py": "arithmetic_step arithmetic_options adamr adamr_anchors adamr_mistakes resume",
+    "optx/transforms/hft.py": "arithmetic_step hft hft_rounds hft_selection",
     "optx/transforms/perpgrad.py": "arithmetic_step perpgrad fused_cpu resume",
     "optx/_bases.py": f"arithmetic_step {_STEP}",
     "optx/_base_step.py": f"arithmetic_step errors {_STEP}",
@@ -74,7 +76,7 @@ TABLE = {
     "optx/_rounding.py": "arithmetic_step fused_rounding",
     "optx/_rules.py": "user_rules errors fused_cpu",
     "optx/_slots.py": f"arithmetic_step {_STEP}",
-    "optx/_state.py": "resume wrap_bases adamr_anchors hft",
+    "optx/_state.py": "arithmetic_step resume wrap_bases adamr_anchors freed hft",
     "optx/_stepper.py": f"arithmetic_step {_STEP} fused_rounding errors",
     "optx/_transform.py": "errors user_rules perpgrad adamr hft",
     "optx/_undo.py": f"arithmetic_step skip_nonfinite {_STEP}",
@@ -90,7 +92,7 @@ _FILES = (
 )
 _HANDLES = (
     "_attach _export _handle _injection _io _paths _peft_io _peft_match _peft_prefix _peft_read _report "
-    "_stored _targets"
+    "_sharding _stored _targets"
 )
 PLUMBING = [
     *(f"{folder}/__init__.py" for folder in FOLDERS),
