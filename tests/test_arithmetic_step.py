@@ -163,3 +163,94 @@ def test_the_base_is_not_stepped_by_its_old_name_and_an_idle_step_warns_once() -
     with pytest.warns(UserWarning, match="no gradient on any parameter"):
         opt.step()
     opt.step()  # a second warning would be an error here
+
+
+# ---- what is kept from step to step -----------------------------------------------------------------
+
+
+def pulled(fused: bool) -> tuple[nn.Parameter, Any]:
+    """AdamW with AdamR, five steps on."""
+    p = nn.Parameter(torch.linspace(0.5, 2.0, 7))
+    opt = optx.wrap(torch.optim.AdamW([p], lr=0.05, weight_decay=0.0), optx.AdamR(weight=0.5), fused=fused)
+    run(p, opt, 5)
+    return p, opt
+
+
+def run(p: nn.Parameter, opt: Any, steps: int, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        p.grad = torch.randn(7, generator=generator)
+        opt.step()
+
+
+def scale_in_place(p: nn.Parameter, opt: Any) -> None:
+    opt.state[p]["exp_avg_sq"].mul_(9.0)
+
+
+def replace(p: nn.Parameter, opt: Any) -> None:
+    opt.state[p]["exp_avg_sq"] = opt.state[p]["exp_avg_sq"] * 9.0
+
+
+def leave_out(p: nn.Parameter, opt: Any) -> None:
+    opt.param_groups[0]["adamr"] = False
+    run(p, opt, 2, seed=3)
+    opt.param_groups[0]["adamr"] = True
+
+
+def clear(p: nn.Parameter, opt: Any) -> None:
+    opt.state.clear()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("change", [scale_in_place, replace, leave_out, clear])
+def test_after_a_change_of_its_state_adamr_steps_as_one_that_was_just_made(change: Any, fused: bool) -> None:
+    """What it keeps of the second moment is taken anew; the anchor is what it was."""
+    p, opt = pulled(fused)
+    anchor = torch.linspace(0.5, 2.0, 7)
+    change(p, opt)
+    q = nn.Parameter(p.detach().clone())
+    fresh = torch.optim.AdamW([("q", q)], lr=0.05, weight_decay=0.0)
+    if opt.state[p]:
+        names = ("step", "exp_avg", "exp_avg_sq")
+        fresh.state[q] = {name: opt.state[p][name].clone() for name in names if name in opt.state[p]}
+    other = optx.wrap(fresh, optx.AdamR(weight=0.5, anchor={"q": anchor}), fused=fused)
+    for i in range(2):
+        run(p, opt, 1, seed=10 + i)
+        run(q, other, 1, seed=10 + i)
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=0)
+
+
+def test_a_failed_first_step_leaves_the_base_as_new() -> None:
+    class Failing(torch.optim.RAdam):
+        fails = True
+
+        def step(self, closure: Any = None) -> Any:
+            result = super().step(closure)
+            if self.fails:
+                raise RuntimeError("afterwards")
+            return result
+
+    p = nn.Parameter(torch.ones(3))
+    opt = optx.wrap(Failing([p], lr=0.1), Counts())
+    p.grad = torch.ones(3)
+    with pytest.raises(RuntimeError, match="afterwards"):
+        opt.step()
+    assert torch.equal(p, torch.ones(3))
+    assert not opt.state.get(p)
+    opt.base.fails = False  # type: ignore[attr-defined]
+    opt.step()
+    assert float(opt.state[p]["step"]) == 1.0
+    assert opt.state[p]["optx.counts.moved"].tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
+def test_state_that_is_no_tensor_is_named(key: str) -> None:
+    p = nn.Parameter(torch.ones(7))
+    opt = optx.wrap(torch.optim.AdamW([p], lr=0.05), Counts(), fused=True)
+    run(p, opt, 1)
+    before = p.detach().clone()
+    opt.state[p][key] = [0.0] * 7
+    p.grad = torch.ones(7)
+    with pytest.raises(optx.OptxError, match=rf"{key}.* is a list; it must be a tensor"):
+        opt.step()
+    assert torch.equal(p, before)

@@ -61,7 +61,7 @@ TABLE = {
     "optx/transforms/_blocks.py": "hft_selection",
     "optx/transforms/_flags.py": "hft_rounds hft",
     "optx/transforms/_half.py": "hft_selection hft",
-    "optx/transforms/adamr.py": "arithmetic_step arithmetic_options adamr adamr_anchors adamr_mistakes resume",
+    "optx/transforms/adamr.py": "arithmetic_step arithmetic_options adamr adamr_anchors adamr_mistakes",
     "optx/transforms/hft.py": "arithmetic_step hft hft_rounds hft_selection",
     "optx/transforms/perpgrad.py": "arithmetic_step perpgrad fused_cpu resume",
     "optx/_bases.py": f"arithmetic_step {_STEP}",
