@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -109,23 +110,27 @@ def test_pcb_keeps_whole_entries(ratio: float, left: int) -> None:
 
 def test_a_signature_goes_on_only_with_what_it_began_itself(tmp_path: Path) -> None:
     """What an interrupted `apply` has written is another signature's: none of it may stay."""
-    names = ("a", "b", "c")
-    save_file({name: torch.zeros(4) for name in names}, tmp_path / "base.safetensors")
+    base = tmp_path / "base"
+    base.mkdir()
+    files = {"a": "model-00001-of-00002.safetensors", "c": "model-00002-of-00002.safetensors"}
+    for name, file in files.items():
+        save_file({name: torch.zeros(4)}, base / file)
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
 
     def signature(value: float) -> optx.Signature:
-        return optx.Signature({name: torch.full((4,), value) for name in names})
+        return optx.Signature({name: torch.full((4,), value) for name in files})
 
     def stopping(todo: Iterable[str]) -> Iterator[str]:
-        for i, name in enumerate(todo):
-            if i == 2:
+        for name in todo:
+            if name == "c":  # the first file is done
                 raise KeyboardInterrupt
             yield name
 
-    out = tmp_path / "out.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        signature(1.0).delta().apply(tmp_path / "base.safetensors", out, progress=stopping)
-    signature(2.0).delta().apply(tmp_path / "base.safetensors", out)
-    assert {name: t.tolist() for name, t in load_file(out).items()} == dict.fromkeys(names, [2.0] * 4)
+        signature(1.0).delta().apply(base, tmp_path / "out", progress=stopping)
+    signature(2.0).delta().apply(base, tmp_path / "out")
+    made = {name: load_file(tmp_path / "out" / file)[name].tolist() for name, file in files.items()}
+    assert made == dict.fromkeys(files, [2.0] * 4)
 
 
 # ---- ComPEFT ------------------------------------------------------------------------------------------
