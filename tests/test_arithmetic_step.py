@@ -254,3 +254,41 @@ def test_state_that_is_no_tensor_is_named(key: str) -> None:
     with pytest.raises(optx.OptxError, match=rf"{key}.* is a list; it must be a tensor"):
         opt.step()
     assert torch.equal(p, before)
+
+
+# ---- checkpoints --------------------------------------------------------------------------------------
+
+
+class Counting(torch.optim.RAdam):
+    """Keeps a number of its own in its state, beside those of the parameters, as some optimizers do."""
+
+    def step(self, closure: Any = None) -> Any:
+        self.state["steps"] = self.state.get("steps", 0) + 1
+        return super().step(closure)
+
+
+def test_state_that_belongs_to_no_parameter_is_saved_and_loaded() -> None:
+    made: list[Any] = []
+    for _ in range(2):
+        p = nn.Parameter(torch.ones(3))
+        made.append((p, optx.wrap(Counting([p], lr=0.1), Counts())))
+    (p, opt), (_, other) = made
+    p.grad = torch.ones(3)
+    opt.step()
+    other.load_state_dict(opt.state_dict())
+    assert other.state["steps"] == 1
+    assert other.state_dict()["state"][0]["optx.counts.moved"].tolist() == [1.0] * 3
+
+
+def test_moments_of_more_bits_are_loaded_as_torch_does_where_the_base_computes_itself() -> None:
+    """RAdam's own step can't take float32 moments of a bfloat16 weight; AdamW's kernel can."""
+    for base, kept in ((torch.optim.RAdam, BF16), (torch.optim.AdamW, torch.float32)):
+        p = nn.Parameter(torch.ones(3, dtype=BF16))
+        opt = optx.wrap(base([p], lr=0.1), Counts())
+        p.grad = torch.ones(3, dtype=BF16)
+        opt.step()
+        saved = opt.state_dict()
+        saved["state"][0] = {k: v.float() if k == "exp_avg" else v for k, v in saved["state"][0].items()}
+        opt.load_state_dict(saved)
+        assert opt.state[p]["exp_avg"].dtype == kept
+        opt.step()
