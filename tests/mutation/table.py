@@ -5,7 +5,7 @@ from __future__ import annotations
 # Folders whose every module is here. The other modules of optx and kernels are here if they are sampled.
 FOLDERS = ("optx/delta", "optx/inject", "optx/signal", "optx/transforms")
 
-_STEP = "fused_cpu user_rules perpgrad adamr skip_nonfinite wrap_bases resume"
+_STEP = "moments user_rules perpgrad adamr skip_nonfinite fused_cpu wrap_bases resume"
 
 # Module -> its test files, without test_ and .py, the likeliest to notice a fault first.
 TABLE = {
@@ -66,7 +66,8 @@ TABLE = {
     "optx/transforms/perpgrad.py": "arithmetic_step perpgrad fused_cpu resume",
     "optx/_bases.py": f"arithmetic_step {_STEP}",
     "optx/_base_step.py": f"arithmetic_step errors {_STEP}",
-    "optx/_checkpoint.py": "resume adamr_anchors wrap_bases hft",
+    "optx/_binding.py": f"moments errors {_STEP}",
+    "optx/_checkpoint.py": "arithmetic_step resume adamr_anchors wrap_bases hft",
     "optx/_checks.py": "errors perpgrad wrap_bases",
     "optx/_foreach.py": f"arithmetic_step {_STEP}",
     "optx/_fused.py": f"arithmetic_step {_STEP} fused_rounding",
