@@ -292,3 +292,24 @@ def test_moments_of_more_bits_are_loaded_as_torch_does_where_the_base_computes_i
         opt.load_state_dict(saved)
         assert opt.state[p]["exp_avg"].dtype == kept
         opt.step()
+
+
+# ---- settings after wrap --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("key", "value"), [("adamr_weigth", 0.1), ("adam_r", False), ("adamr_weight", -1.0)])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_setting_of_a_group_is_checked_where_it_changes(key: str, value: Any, fused: bool) -> None:
+    p, opt = pulled(fused)
+    before = p.detach().clone()
+    opt.param_groups[0][key] = value
+    p.grad = torch.ones(7)
+    with pytest.raises(optx.OptxError, match=key):
+        opt.step()
+    assert torch.equal(p, before)
+    if key != "adamr_weight":
+        del opt.param_groups[0][key]
+    else:
+        opt.param_groups[0][key] = 0.5
+    opt.step()
+    assert not torch.equal(p, before)
