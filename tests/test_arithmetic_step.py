@@ -313,3 +313,63 @@ def test_a_setting_of_a_group_is_checked_where_it_changes(key: str, value: Any, 
         opt.param_groups[0][key] = 0.5
     opt.step()
     assert not torch.equal(p, before)
+
+
+SETTINGS: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [
+    (torch.optim.SGD, {}, {"weight_decay": 0.1}),
+    (torch.optim.SGD, {"momentum": 0.9, "weight_decay": 0.1}, {"weight_decay": 0.0}),
+    (torch.optim.SGD, {"momentum": 0.9}, {"nesterov": True}),
+    (torch.optim.SGD, {"momentum": 0.9}, {"maximize": True}),
+    (torch.optim.SGD, {"momentum": 0.9}, {"momentum": 0.0}),
+    (torch.optim.Adam, {}, {"weight_decay": 0.1}),
+    (torch.optim.AdamW, {}, {"weight_decay": 0.0, "maximize": True}),
+    (torch.optim.Adam, {}, {"lr": 0.5, "betas": (0.5, 0.6), "eps": 0.1}),
+]
+
+
+@pytest.mark.parametrize(
+    ("base", "options", "later"), SETTINGS, ids=[f"{b.__name__}-{l}" for b, _, l in SETTINGS]
+)
+@pytest.mark.parametrize("fused", [False, True])
+def test_settings_that_change_between_steps_are_the_bases(
+    base: Any, options: dict[str, Any], later: dict[str, Any], fused: bool
+) -> None:
+    p, q = (nn.Parameter(torch.linspace(-1, 1, 7)) for _ in range(2))
+    opt, plain = optx.wrap(base([p], lr=0.1, **options), Counts(), fused=fused), base([q], lr=0.1, **options)
+    for changed in ({}, later, later):
+        for one in (opt, plain):
+            one.param_groups[0].update(changed)
+        run(p, opt, 2)
+        run(q, plain, 2)
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    assert opt.state[p]["optx.counts.moved"].tolist() == [6.0] * 7
+
+
+def test_a_kahan_buffer_is_loaded_without_a_word() -> None:
+    made: list[Any] = []
+    for _ in range(2):
+        p = nn.Parameter(torch.ones(7, dtype=BF16))
+        made.append((p, optx.wrap(torch.optim.AdamW([p], lr=1e-3), Counts(), fused=True, rounding="kahan")))
+    (p, opt), (q, other) = made
+    p.grad = torch.ones(7, dtype=BF16)
+    opt.step()
+    other.load_state_dict(opt.state_dict())  # a warning would be an error
+    assert torch.equal(other.state[q]["optx.kahan"], opt.state[p]["optx.kahan"])
+    assert bool(opt.state[p]["optx.kahan"].ne(0).any())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_sum_of_the_second_moment_is_not_taken_anew_in_each_step(fused: bool) -> None:
+    class Counted(optx.AdamR):
+        taken = 0
+
+        def init_slot(self, name: str, p: Tensor, optimizer: Any) -> Tensor:
+            Counted.taken += name == "v_sum"
+            return super().init_slot(name, p, optimizer)
+
+    p = nn.Parameter(torch.linspace(0.5, 2.0, 7))
+    opt = optx.wrap(torch.optim.AdamW([p], lr=0.05, weight_decay=0.0), Counted(), fused=fused)
+    run(p, opt, 3)
+    before = Counted.taken
+    run(p, opt, 5)
+    assert Counted.taken == before
