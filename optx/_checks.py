@@ -97,7 +97,7 @@ def check_group(group: Group, transforms: Sequence[Transform], base: Optimizer) 
         for option in transform.options:
             key = f"{transform.name}_{option}"
             if key in group:
-                transform.check_option(key, group[key], f"wrap: a param group has {key}={group[key]!r}")
+                transform.check_option(option, group[key], f"wrap: a param group has {key}={group[key]!r}")
     enabled = [t for t in transforms if t.serves(group)]
     acting = next((t for t in enabled if t.slots or t.moments(group, base) != Moments()), None)
     if acting and group.get("differentiable", False):

@@ -64,7 +64,9 @@ def lora_delta(kind: type[D], folder: Path, target: str) -> D:
 
     def read(name: str) -> Tensor:
         a, b = (source.read(stems[name] + end).to(torch.float32) for end in (_A, _B))
-        product = (b @ a).mul_(lora.scale_at(name.removesuffix(".weight"), len(a)))
+        with torch.autocast(a.device.type, enabled=False):
+            product = b @ a
+        product.mul_(lora.scale_at(name.removesuffix(".weight"), len(a)))
         return product.t().contiguous() if turned else product
 
     return kind({n: Entry(shape(stem), torch.float32) for n, stem in stems.items()}, read, recipe=recipe)

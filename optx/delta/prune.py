@@ -136,7 +136,7 @@ def check_stats(entries: Mapping[str, Any], stats: Mapping[str, InputStats], own
             )
 
 
-def structural(name: str, change: Tensor, p: float, q: float | None, seed: int, axis: int = 1) -> Tensor:
+def structural(name: str, change: Tensor, p: float, q: float | None, seed: int, axis: int) -> Tensor:
     """Only round((1-p) d_in) random columns, the same for all rows, over q.
 
     Args:

@@ -91,5 +91,7 @@ def _change(one: Served) -> tuple[Tensor, Tensor]:
             f"export_lora: {one.path!r} has {one.module.groups} groups, and a LoRA mixes channels of "
             "different groups. Leave it out of targets, or use handle.merge_and_unload()."
         )
-    A, B, scale = one.part.as_lora()
+    device = next(one.part.parameters()).device.type
+    with torch.autocast(device, enabled=False):
+        A, B, scale = one.part.as_lora()
     return A, B * scale

@@ -110,7 +110,8 @@ def _refold(module: nn.Module, attached: Attached, path: str, parts: Iterable[Pa
     base = Weights(wide(originals["weight"]), wide(originals["bias"]) if "bias" in originals else None)
     ordered = _in_order_of_call(attached, parts)
     now = Weights(base.weight, base.bias)
-    with torch.no_grad():
+    # A product that autocast took to bfloat16 would be in the weights for good.
+    with torch.no_grad(), torch.autocast(base.weight.device.type, enabled=False):
         for part in ordered:
             now = part.fold(module, now, base)
         if now.bias is not None and "bias" not in own:

@@ -1,0 +1,102 @@
+"""Which tests concern which module; tests/test_mutation_table.py makes sure that none is missing."""
+
+from __future__ import annotations
+
+# Folders whose every module is here. The other modules of optx and kernels are here if they are sampled.
+FOLDERS = ("optx/delta", "optx/inject", "optx/signal", "optx/transforms")
+
+_STEP = "moments user_rules perpgrad adamr skip_nonfinite fused_cpu wrap_bases resume"
+
+# Module -> its test files, without test_ and .py, the likeliest to notice a fault first.
+TABLE = {
+    "optx/delta/_bitmask.py": "arithmetic_delta compeft golomb",
+    "optx/delta/_changes.py": "merge pcb",
+    "optx/delta/_combine.py": "arithmetic_delta merge merge_peers pcb",
+    "optx/delta/_compressed.py": "arithmetic_delta compeft",
+    "optx/delta/_golomb.py": "golomb compeft",
+    "optx/delta/_learn_q.py": "arithmetic_delta learn_q",
+    "optx/delta/_lora.py": "arithmetic_inject delta_lora",
+    "optx/delta/_mask.py": "arithmetic_delta prune delta merge",
+    "optx/delta/_mask_loops.py": "arithmetic_delta prune delta merge",
+    "optx/delta/_prunes.py": "arithmetic_delta prune learn_q delta",
+    "optx/delta/_quantize.py": "arithmetic_delta rws",
+    "optx/delta/_search.py": "merge",
+    "optx/delta/_select.py": "arithmetic_delta merge compeft",
+    "optx/delta/_select_loops.py": "merge compeft",
+    "optx/delta/_shallow.py": "arithmetic_options rws",
+    "optx/delta/_stats.py": "arithmetic_delta prune learn_q",
+    "optx/delta/_sums.py": "arithmetic_delta delta merge prune",
+    "optx/delta/arithmetic.py": "arithmetic_delta arithmetic_options merge merge_peers",
+    "optx/delta/compeft.py": "arithmetic_delta arithmetic_options compeft golomb",
+    "optx/delta/dare.py": "arithmetic_delta arithmetic_options merge merge_peers",
+    "optx/delta/pcb.py": "arithmetic_delta arithmetic_options pcb merge",
+    "optx/delta/prune.py": "arithmetic_delta prune delta",
+    "optx/delta/rws.py": "arithmetic_delta rws",
+    "optx/delta/search_q.py": "arithmetic_delta prune",
+    "optx/delta/ties.py": "arithmetic_delta arithmetic_options merge merge_peers pcb",
+    "optx/inject/_aside.py": "aside_stream iaa",
+    "optx/inject/_attention.py": "prefix adapters",
+    "optx/inject/_bottleneck.py": "arithmetic_inject adapters prefix",
+    "optx/inject/_embeddings.py": "arithmetic_inject lora",
+    "optx/inject/_freeze.py": "attach",
+    "optx/inject/_heads.py": "prefix adapters",
+    "optx/inject/_merge.py": "arithmetic_inject attach lora svfit ia3 flora",
+    "optx/inject/_part.py": "arithmetic_inject attach lora adapters",
+    "optx/inject/_weights.py": "arithmetic_inject lora flora svfit ia3",
+    "optx/inject/adapters.py": "arithmetic_inject arithmetic_options adapters",
+    "optx/inject/bitfit.py": "arithmetic_inject adapters lora attach",
+    "optx/inject/flora.py": "arithmetic_inject arithmetic_options flora",
+    "optx/inject/ia3.py": "arithmetic_inject arithmetic_options ia3",
+    "optx/inject/iaa.py": "arithmetic_inject arithmetic_options iaa aside_stream",
+    "optx/inject/lora.py": "arithmetic_inject arithmetic_options lora attach",
+    "optx/inject/mam.py": "arithmetic_inject arithmetic_options adapters prefix",
+    "optx/inject/multihead.py": "arithmetic_inject arithmetic_options adapters prefix",
+    "optx/inject/prefix.py": "arithmetic_inject arithmetic_options prefix",
+    "optx/inject/svfit.py": "arithmetic_inject arithmetic_options svfit",
+    "optx/inject/unified.py": "arithmetic_inject arithmetic_options adapters prefix",
+    "optx/signal/_stablemax_rows.py": "arithmetic_signal stablemax",
+    "optx/signal/stablemax.py": "arithmetic_signal arithmetic_options stablemax",
+    "optx/transforms/_anchor_files.py": "adamr_sources adamr_anchors",
+    "optx/transforms/_anchors.py": "adamr_anchors adamr_sources adamr_mistakes adamr",
+    "optx/transforms/_blocks.py": "hft_selection",
+    "optx/transforms/_flags.py": "hft_rounds hft",
+    "optx/transforms/_half.py": "hft_selection hft",
+    "optx/transforms/adamr.py": "arithmetic_step arithmetic_options adamr adamr_anchors adamr_mistakes",
+    "optx/transforms/hft.py": "arithmetic_step hft hft_rounds hft_selection",
+    "optx/transforms/perpgrad.py": "arithmetic_step perpgrad fused_cpu resume",
+    "optx/_bases.py": f"arithmetic_step {_STEP}",
+    "optx/_base_step.py": f"arithmetic_step errors {_STEP}",
+    "optx/_binding.py": f"moments errors {_STEP}",
+    "optx/_checkpoint.py": "arithmetic_step resume adamr_anchors wrap_bases hft",
+    "optx/_checks.py": "errors perpgrad wrap_bases",
+    "optx/_foreach.py": f"arithmetic_step {_STEP}",
+    "optx/_fused.py": f"arithmetic_step {_STEP} fused_rounding",
+    "optx/_memory.py": "fused_memory fused_cpu wrap_bases errors resume",
+    "optx/_numbers.py": f"arithmetic_step {_STEP}",
+    "optx/_pipeline.py": f"arithmetic_step errors {_STEP}",
+    "optx/_rounding.py": "arithmetic_step fused_rounding",
+    "optx/_rules.py": "user_rules errors fused_cpu",
+    "optx/_slots.py": f"arithmetic_step {_STEP}",
+    "optx/_state.py": "arithmetic_step resume wrap_bases adamr_anchors freed hft",
+    "optx/_stepper.py": f"arithmetic_step {_STEP} fused_rounding errors",
+    "optx/_transform.py": "errors user_rules perpgrad adamr hft",
+    "optx/_undo.py": f"arithmetic_step skip_nonfinite {_STEP}",
+    "optx/_wrap.py": f"arithmetic_step errors {_STEP}",
+    "kernels/emit_cpu.py": "fused_cpu user_rules fused_rounding adamr",
+    "kernels/step_cpu.py": "fused_cpu fused_memory fused_rounding",
+}
+
+# Modules of the folders that compute nothing: they read, write, match names or hold what others compute.
+_FILES = (
+    "_behind _buffers _compressed_file _delta _mergekit _output _patch _safetensors _source _storage "
+    "cli merge"
+)
+_HANDLES = (
+    "_attach _export _handle _injection _io _paths _peft_io _peft_match _peft_prefix _peft_read _report "
+    "_sharding _stored _targets"
+)
+PLUMBING = [
+    *(f"{folder}/__init__.py" for folder in FOLDERS),
+    *(f"optx/delta/{name}.py" for name in _FILES.split(" ")),
+    *(f"optx/inject/{name}.py" for name in _HANDLES.split(" ")),
+]
