@@ -55,7 +55,8 @@ def _nobody() -> Guard:
 
 def owner_of(base: Optimizer) -> Any:
     """The wrapped optimizer that a base belongs to, or None."""
-    guards = (h for h in base._optimizer_step_pre_hooks.values() if isinstance(h, Guard))  # pyright: ignore
+    hooks = getattr(base, "_optimizer_step_pre_hooks", {})  # some call themselves optimizers and have none
+    guards = (h for h in hooks.values() if isinstance(h, Guard))
     return next((owner for guard in guards if (owner := guard.owner(base)) is not None), None)
 
 

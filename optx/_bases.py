@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from optx._errors import OptxError
-from optx._numbers import as_number
+from optx._numbers import as_float, as_number
 from optx._rules import Rule, rule
 from optx._transform import Group, Slot
 from optx.ops import maximum, sqrt
@@ -149,12 +149,23 @@ def _decays(group: Group) -> bool:
     return isinstance(decay, Tensor) or bool(decay != 0)
 
 
+# What the rules read of a group.
+_NEEDED = frozenset(
+    ("lr", "betas", "eps", "weight_decay", "momentum", "dampening", "amsgrad", "maximize", "nesterov")
+)
+
+
 # By exact type: a subclass may override anything.
 _FUSED: dict[type[torch.optim.Optimizer], Callable[[Group], BaseRules]] = {
     torch.optim.SGD: _sgd,
     torch.optim.Adam: lambda group: _adam(group, decoupled=False),
     torch.optim.AdamW: lambda group: _adam(group, decoupled=True),
 }
+
+
+def has_fused_form(base: torch.optim.Optimizer) -> bool:
+    """Whether the update of this optimizer is known as rules."""
+    return type(base) in _FUSED
 
 
 def base_rules(base: torch.optim.Optimizer, group: Group) -> BaseRules | None:
@@ -166,12 +177,28 @@ def base_rules(base: torch.optim.Optimizer, group: Group) -> BaseRules | None:
     make = _FUSED.get(type(base))
     if make is None:
         return None
+    missing = [key for key in base.defaults if key in _NEEDED and key not in group]
+    if missing:
+        raise OptxError(
+            f"optx: a param group of {type(base).__name__} has no {missing[0]!r}. Add groups with "
+            "add_param_group, which fills in the defaults."
+        )
     for key in ("lr", "eps", "weight_decay", "momentum", "dampening"):
         if key in group and as_number(group[key]) is None:
             raise OptxError(f"optx: a param group has {key}={group[key]!r}; it must be one number.")
-    if any(as_number(beta) is None for beta in group.get("betas", ())):
-        raise OptxError(f"optx: a param group has betas={group['betas']!r}; they must be numbers.")
+    if "betas" in group:
+        check_betas(group["betas"])
     return make(group)
+
+
+def check_betas(betas: Any) -> None:
+    """Raise unless these are two numbers from 0 to below 1, as torch's constructors want them."""
+    pair = [as_number(beta) for beta in betas] if isinstance(betas, tuple | list | Tensor) else []
+    numbers = [None if beta is None else as_float(beta) for beta in pair]
+    if len(numbers) != 2 or not all(beta is not None and 0.0 <= beta < 1.0 for beta in numbers):
+        raise OptxError(
+            f"optx: a param group has betas={betas!r}; they must be two numbers from 0 to below 1."
+        )
 
 
 def base_numbers(group: Group) -> dict[str, float | Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from optx._bases import base_rules
-from optx._checks import check_group
+from optx._checks import check_count, check_group
 from optx._errors import OptxError, ShapeError
 from optx._files import written_aside
 from optx._names import is_dtensor, parameter_names
@@ -114,6 +114,8 @@ def _check_shapes(
             if id(p) not in members:
                 continue
             entry = saved.get(key)
+            if rules and rules.counted and isinstance(entry, dict) and "step" in entry:
+                check_count(entry["step"], f"parameter {names[id(p)]!r}")
             tensors = {k: v for k, v in entry.items() if k in of_base} if isinstance(entry, dict) else {}
             for name, slot in ours.get(key, {}).items():
                 if name in known:

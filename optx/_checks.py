@@ -14,7 +14,9 @@ from torch.optim import Optimizer
 
 from optx._bases import base_rules
 from optx._errors import OptxError, ShapeError, TransformError, near
+from optx._memory import why_not_plain
 from optx._names import parameter_names
+from optx._numbers import as_number
 from optx._transform import Group, Moments, Transform
 
 if TYPE_CHECKING:
@@ -28,6 +30,11 @@ def check_wrap(wrapped: Wrapped, groups: Sequence[Group] | None = None) -> None:
         raise TransformError(
             f"wrap: optimizer is a {type(base).__name__}; it must be a torch.optim.Optimizer, as "
             "torch.optim.AdamW(model.parameters())."
+        )
+    if not hasattr(base, "_optimizer_step_pre_hooks"):
+        raise TransformError(
+            f"wrap: {type(base).__name__} is no whole torch optimizer (it never called Optimizer.__init__), "
+            "so hooks and state have no place in it. Wrap the optimizer that it holds."
         )
     _check_options(wrapped)
     _check_transforms(wrapped.transforms, type(wrapped))
@@ -140,17 +147,35 @@ def check_state_shapes(base: Optimizer, group: Group, parameters: Iterable[Tenso
     """Raise where the base's state has another shape than its weight: torch's own kernels don't look."""
     rules = base_rules(base, group)
     for p in parameters if rules else ():
+        state = base.state.get(p, {})
         for name in rules.slots if rules else ():
-            value = base.state.get(p, {}).get(name)
+            value = state.get(name)
+            if value is not None and not isinstance(value, Tensor):
+                raise OptxError(
+                    f"optx: the state {name!r} of parameter {parameter_names(base)[id(p)]!r} is a "
+                    f"{type(value).__name__}; it must be a tensor."
+                )
             if isinstance(value, Tensor) and value.shape != p.shape:
                 raise ShapeError(shapes_differ(parameter_names(base)[id(p)], p, f"its state {name!r}", value))
+        if rules and rules.counted and "step" in state:
+            check_count(state["step"], f"parameter {parameter_names(base)[id(p)]!r}")
+
+
+def check_count(value: Any, name: str) -> Any:
+    """The base's step count of a parameter, if it is one number in plain memory."""
+    plain = isinstance(value, Tensor) and why_not_plain(value) is None
+    number = as_number(value) if plain or not isinstance(value, Tensor) else None
+    if number is None:
+        what = f"a tensor of shape {tuple(value.shape)}, {value.dtype}" if plain else repr(value)
+        raise ShapeError(f"optx: the state 'step' of {name} is {what}; it must be one number.")
+    return number
 
 
 def shapes_differ(name: str, p: Tensor, what: str, t: Tensor) -> str:
     """The sentence that says so."""
     return (
         f"optx: parameter {name!r} has shape {tuple(p.shape)}, {what} has {tuple(t.shape)}. Where a weight "
-        "was grown or replaced, give its state the new shape, or delete optimizer.state[p]."
+        "was grown or replaced, give its state the new shape, or delete optimizer.state[p] to begin anew."
     )
 
 

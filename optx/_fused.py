@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from optx._bases import BaseRules, base_rules, init_base_state, rule_numbers
-from optx._checks import shapes_differ
+from optx._checks import check_count, shapes_differ
 from optx._errors import OptxError, ShapeError
 from optx._memory import DTYPES, Likeness, why_not_dense, why_not_plain
 from optx._names import parameter_names
@@ -52,13 +52,23 @@ def why_not_tensors(group: Group, state: Any) -> str | None:
     devices = {p.device.type for p in group["params"]}
     if not devices <= {"cpu"} and not devices <= {"cuda"}:
         return f"no fused kernels for tensors on {', '.join(sorted(devices))}"
+    seen: set[int] = {0}
     for p in group["params"]:
         reason = why_not_weight(p) or (why_not_gradient(p.grad) if p.grad is not None else None)
         if reason:
             return reason
+        written = [p]
         for key, value in state.get(p, _NOTHING).items():
-            if isinstance(value, Tensor) and not is_ours(key) and (reason := why_not_plain(value)):
-                return f"{key} of a parameter {reason}"
+            if isinstance(value, Tensor) and not is_ours(key):
+                if key != "step" and (reason := why_not_plain(value)):
+                    return f"{key} of a parameter {reason}"
+                written.append(value)
+        for t in written:
+            if t.device == p.device and t.numel():
+                address = t.data_ptr()
+                if address in seen:
+                    return _SHARED
+                seen.add(address)
     return None
 
 
@@ -202,6 +212,9 @@ class FusedGroup:
         self._buckets = [self._bucket(dtypes, members, params) for dtypes, members in buckets.items()]
         for bucket in self._buckets:
             self._take(bucket)
+        written = [a for b in self._buckets for c in (b.columns[0], *b.columns[2:]) for a in c.addresses if a]
+        if len(set(written)) < len(written):
+            raise Unfusable(_SHARED)
 
     def _check_weight(self, p: Tensor) -> None:
         assert p.grad is not None
@@ -228,7 +241,7 @@ class FusedGroup:
         t = self._find(p, key)
         self._check_tensor(p, key, t)
         self._check_fits(p, _words(key), t)
-        if t.dtype not in SLOT_DTYPE_NAMES:
+        if t.dtype not in (DTYPES if key in self._base_keys else SLOT_DTYPE_NAMES):
             raise OptxError(f"optx: {_words(key)} of {self._name(p)} is {t.dtype}, which no kernel reads.")
         _lay_out_like(t, p)
         return t
@@ -265,12 +278,13 @@ class FusedGroup:
         state = self.base.state[p]
         made = tuple(name for name in self._base_keys if state.get(name) is None)
         if made:
+            self._fresh[id(p)] = made  # first, so that an interrupt leaves nothing behind
             init_base_state(state, p, self.rules, self.group)
-            self._fresh[id(p)] = made
         if self.rules.counted:
+            count = check_count(state["step"], self._name(p))
             # The kernels count in float32, on the device; torch counts in float64 where that is the default.
             device = p.device if self.triton else "cpu"
-            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=device)
+            state["step"] = torch.as_tensor(count, dtype=torch.float32, device=device)
 
     def _bucket(self, dtypes: tuple[str, ...], numbers: list[int], params: Sequence[Tensor]) -> _Bucket:
         low = dtypes[0] == "bfloat16"
@@ -431,6 +445,7 @@ class FusedGroup:
         self._copies.clear()
 
 
+_SHARED = "two tensors that the step writes share their memory, and kernels write all at once"
 _NOTHING: dict[str, Tensor] = {}
 _ADDRESS = Tensor.data_ptr
 

@@ -52,6 +52,8 @@ class Slots:
         """
         derived = self.store.derived
         for i in derived.stale(parameters, sources):
+            if not isinstance(sources[i], Tensor | None):
+                continue  # what makes nothing of it says so, see FusedGroup
             p = parameters[i]
             transform, name, _ = self._declared(key)
             kept, anew = self.get(p, key), transform.init_slot(name, p, self._owner())

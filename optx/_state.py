@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optx._errors import warn
 from optx._names import placed_like
 
 PREFIX = "optx."
@@ -48,9 +49,14 @@ class SlotStore:
             slot = state[p][key]
         else:
             slots = self.pending.setdefault(p, {})
-            if key not in slots:
-                kept = self.lasting.get(p, {}).get(key)
-                slots[key] = make() if kept is None else kept
+            kept = slots.get(key, self.lasting.get(p, {}).get(key))
+            if kept is not None and lasting and kept.shape != p.shape:
+                warn(
+                    f"optx: {key!r} had shape {tuple(kept.shape)} and no place in optimizer.state; its "
+                    f"weight has shape {tuple(p.shape)} now, so it was made anew from the weight as it is."
+                )
+                kept = None
+            slots[key] = make() if kept is None else kept
             slot = slots[key]
         if lasting:
             self.lasting.setdefault(p, {})[key] = slot
@@ -127,11 +133,12 @@ class SlotStore:
             self.pending = pending
             raise
 
-    def forget(self, parameters: Iterable[Tensor]) -> None:
+    def forget(self, parameters: Sequence[Tensor]) -> None:
         """Parameters that left the optimizer."""
         for p in parameters:
             self.pending.pop(p, None)
             self.lasting.pop(p, None)
+        self.derived.forget(parameters)
 
     def drop_base_state(self, p: Tensor, derived: Iterable[str]) -> None:
         """Forget what the base knows of a parameter; keep our slots, but for those derived from that."""
@@ -147,7 +154,8 @@ class SlotStore:
             self.base.state[new] = self.base.state.pop(old)
         for slots in (self.pending, self.lasting):
             if old in slots:
-                slots[new] = {k: placed_like(v, new) for k, v in slots.pop(old).items()}
+                moved = {k: placed_like(v, new) for k, v in slots.pop(old).items()}
+                slots[new] = {**moved, **slots.get(new, {})}
 
 
 class Derived:
@@ -166,7 +174,7 @@ class Derived:
         return [
             i
             for i, (p, source) in enumerate(zip(parameters, sources, strict=True))
-            if source is None
+            if not isinstance(source, Tensor)
             or (known := seen.get(id(p))) is None
             or known[0] is not p
             or known[1] is not source
@@ -176,7 +184,7 @@ class Derived:
     def took(self, parameters: Sequence[Tensor], sources: Sequence[Tensor | None]) -> None:
         """The numbers have just been taken from these."""
         for p, source in zip(parameters, sources, strict=True):
-            if source is not None:
+            if isinstance(source, Tensor):
                 self._seen[id(p)] = (p, source, source._version)
 
     def forget(self, parameters: Iterable[Tensor]) -> None:

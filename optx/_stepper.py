@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from optx._base_step import step_without_hooks
-from optx._bases import base_numbers, base_rules, readable_state, rule_numbers
+from optx._bases import base_numbers, base_rules, has_fused_form, readable_state, rule_numbers
 from optx._checks import check_group, check_state_shapes, shapes_differ
 from optx._errors import FusedError, OptxError, ShapeError, TransformError
 from optx._foreach import GroupRun
@@ -21,7 +21,9 @@ from optx._names import parameter_names
 from optx._pipeline import build
 from optx._plan import GroupPlan, Plan
 from optx._rounding import step_key, write
+from optx._signals import uninterrupted
 from optx._slots import Slots
+from optx._state import is_ours
 from optx._transform import Group, Transform
 from optx._undo import Undo
 from optx.kernels.program import W0, Program
@@ -76,12 +78,17 @@ class Stepper:
         w = self.w
         flags = [group.get(key) for key in _STRUCTURAL]
         zero = [_is_zero(group.get(key, 0)) for key in ("momentum", "weight_decay")]
+        betas = group.get("betas")
+        if isinstance(betas, tuple | list):
+            betas = tuple(id(b) if isinstance(b, Tensor) else b for b in betas)
+        elif isinstance(betas, Tensor):
+            betas = id(betas)
         enabled = [t.serves(group) for t in w.transforms]
         values = (group.get(f"{t.name}_{option}") for t in w.transforms for option in t.options)
         # A tensor among them is compared by its identity: its value is read where it is used.
         options = [id(v) if isinstance(v, Tensor) else v for v in values]
         settings = (w.fused, w.rounding, w.skip_nonfinite, self._sparse(group))
-        return (*settings, *flags, *zero, *enabled, *options, *group)
+        return (*settings, *flags, *zero, betas, *enabled, *options, *group)
 
     def _sparse(self, group: Group) -> bool:
         """Whether there are sparse gradients; of the bases with a fused form, only SGD takes them."""
@@ -205,7 +212,7 @@ class Stepper:
         w = self.w
         loss = None
         # A base with a fused form evaluates a closure once, before it does anything.
-        inside = closure is not None and base_rules(w.base, w.param_groups[0]) is None
+        inside = closure is not None and not has_fused_form(w.base)
         if closure is not None and not inside:
             with torch.enable_grad():
                 loss = closure()
@@ -214,14 +221,12 @@ class Stepper:
             try:
                 result = step.run(closure if inside else None)
             except BaseException as error:
-                step.undo()
+                if not step.done:
+                    step.undo()
                 if not isinstance(error, _SkipStep):
                     raise
                 w.skipped_steps += 1
                 return (step.loss if inside else loss), False
-        for group in w.param_groups:
-            if "optx.step" in group:
-                group["optx.step"] += 1
         return (result if inside else loss), True
 
     def _prepared(self) -> _Step:
@@ -267,22 +272,32 @@ class _Step:
         self.before: Undo | None = None
         self.late: dict[int, list[Tensor]] = {}  # edits that the base would have undone
         self.loss: Any = None
+        self.done = False
 
     def run(self, closure: Callable[[], Any] | None) -> Any:
-        """All of it, the fused groups last: from there on nothing can fail."""
-        store = self.s.slots.store
+        """All of it, the fused groups last: from there on nothing can fail, and no signal interrupts."""
         if closure is None:
             self._open()
             self._measure()
         if self.loose:
             self._run_base(closure)
-        self._update_fused()
+        with uninterrupted():
+            self._update_fused()
+            self._conclude()
+            self.done = True
+        return self.loss
+
+    def _conclude(self) -> None:
+        """The step has been taken: count it, and put the slots where torch keeps state."""
+        store = self.s.slots.store
         for run, state in self.runs:
             self._took(run, state)
         if store.pending:
             store.settle(p for runner, _ in self.fused for p in runner.active)
             store.settle(p for run, _ in self.runs for p in run.weights)
-        return self.loss
+        for group in self.w.param_groups:
+            if "optx.step" in group:
+                group["optx.step"] += 1
 
     def undo(self) -> None:
         """Leave nothing of what was done so far."""
@@ -426,7 +441,7 @@ class _Step:
             self.w.base,
             [p for s in self.loose for p in s.group["params"] if p.requires_grad or p.grad is not None],
             self.s.slots.store.pending,
-            lambda key: not key.startswith("optx.") or key.removeprefix("optx.") in written,
+            lambda key: not is_ours(key) or key.removeprefix("optx.") in written,
         )
 
     def _run_base(self, closure: Callable[[], Any] | None) -> None:
@@ -457,7 +472,8 @@ class _Step:
                     base.param_groups = [state.group for state in self.loose]
                 self.loss = step_without_hooks(base, evaluate if closure is not None else None)
         finally:
-            base.param_groups = everything
+            if self.fused:
+                base.param_groups = everything
             self._restore()
         for number, (run, state) in enumerate(self.runs):
             if number in self.late:

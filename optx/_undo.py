@@ -27,7 +27,7 @@ class Undo:
         base: torch.optim.Optimizer,
         parameters: Iterable[Tensor],
         pending: Mapping[Tensor, dict[str, Tensor]],
-        written: Callable[[str], bool],
+        written: Callable[[Any], bool],
     ) -> None:
         self._base = base
         self._groups = [(group, dict(group)) for group in base.param_groups]

@@ -53,7 +53,7 @@ class Wrapped(Optimizer):
         self._slots = SlotStore(base)
         self._hooks()
         self._warned_capturable_if_run_uncaptured = True
-        self._known: list[list[Tensor]] = []
+        self._known: list[tuple[Group, list[Tensor]]] = []
         self._removed = False
         self._warned_idle = False
         self._take_on(transforms, settings)
@@ -135,9 +135,10 @@ class Wrapped(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One step: the transforms' gradient rules, the base update, the transforms' weight rules.
 
-        A step happens whole or not at all: an error in the closure, a hook or the base leaves weights, state,
-        gradients and counters as they were. (For a base without a fused form its weights and state are copied
-        for the time of the step.) The base's own hooks run first, on every path.
+        A step happens whole or not at all: an error in the closure, a pre-hook or the base leaves weights,
+        state, gradients and counters as they were; after one in a post-hook the step has been taken. (For a
+        base without a fused form its weights and state are copied for the time of the step.) The base's own
+        hooks run first, on every path.
 
         Args:
             closure: evaluates the model again and returns the loss, as in torch. A base that evaluates it
@@ -150,18 +151,19 @@ class Wrapped(Optimizer):
             OptxError: a gradient is sparse, a tensor of the state has another shape than its weight, or
                 `remove` was called.
         """
-        if self._removed:
-            raise OptxError("optx: step() after remove(); step the base, or wrap it again.")
+        self._check_alive("step")
         self.skipped_last = False
         closure = run_pre_hooks(self.base, closure)
         self._follow_parameters()
         self._before_step()
         loss, stepped = self._stepper.step(self._then_before_step(closure))
         if stepped:
-            run_post_hooks(self.base, closure)
+            try:
+                run_post_hooks(self.base, closure)
+            finally:  # the step has been taken, whatever a hook makes of it
+                for transform in self.transforms:
+                    transform.after_step(self)
             self._tell_idle()
-            for transform in self.transforms:
-                transform.after_step(self)
         else:
             self.skipped_last = True
         return loss
@@ -170,6 +172,13 @@ class Wrapped(Optimizer):
     # it torch.compile is told to leave the step alone: it can't follow kernels that are called by address.
     step = torch._disable_dynamo(Optimizer.profile_hook_step(step))  # pyright: ignore
     step.hooked = True  # type: ignore[attr-defined]
+
+    def _check_alive(self, what: str) -> None:
+        if self._removed:
+            raise OptxError(
+                f"optx: {what}() after remove(), which gave the plain optimizer back as opt.base. Go on with "
+                "that, or wrap it again."
+            )
 
     def _tell_idle(self) -> None:
         """A step without any gradient is hardly meant."""
@@ -220,6 +229,7 @@ class Wrapped(Optimizer):
         Raises:
             OptxError: a transform cannot serve the new parameters; nothing is added.
         """
+        self._check_alive("add_param_group")
         count = len(self.param_groups)
         with self._slots.restored_on_error():
             self.base.add_param_group(param_group)
@@ -276,29 +286,34 @@ class Wrapped(Optimizer):
             if any(p.dtype == torch.bfloat16 for p in group["params"]):
                 group.setdefault("optx.seed", 0)
                 group.setdefault("optx.step", 0)
-        self._known = [list(group["params"]) for group in self.param_groups]
+        self._known = [(group, list(group["params"])) for group in self.param_groups]
 
     def _follow_parameters(self) -> None:
         """Accelerate and FSDP2 put other parameter objects into the groups: state goes along."""
-        replaced = False
-        for known, group in zip(self._known, self.param_groups, strict=False):
-            params: list[Tensor] = group["params"]
-            if len(known) == len(params):
-                if all(map(is_, known, params)):
-                    continue
-                pairs = [(old, new) for old, new in zip(known, params, strict=True) if old is not new]
-                kept = set(map(id, params))
-                for old, new in pairs:
+        groups = self.param_groups
+        if len(self._known) == len(groups) and all(
+            len(known) == len(group["params"]) and all(map(is_, known, group["params"]))
+            for (_, known), group in zip(self._known, groups, strict=True)
+        ):
+            return
+        was = {id(p): p for _, known in self._known for p in known}
+        now = {id(p) for group in groups for p in group["params"]}
+        for i, group in enumerate(groups):
+            for old, new in zip(self._known_of(i, group), group["params"], strict=False):
+                # Only one that is new to the optimizer takes the place of one that left it.
+                if id(new) not in was and id(old) not in now:
                     self._slots.follow(old, new)
-                    if id(old) not in kept:
-                        self._slots.forget([old])
-            replaced = True
-        if replaced:
-            self._stepper = Stepper(self)  # a DTensor takes another path than the parameter it replaces
-        if replaced or len(self._known) != len(self.param_groups):
-            check_wrap(self, self.param_groups[len(self._known) :])
-            self._fill_groups()
-            self._groups_changed()
+        self._slots.forget([p for key, p in was.items() if key not in now])
+        self._stepper = Stepper(self)  # a DTensor takes another path than the parameter it replaces
+        check_wrap(self, [g for i, g in enumerate(groups) if not self._known_of(i, g)])
+        self._fill_groups()
+        self._groups_changed()
+
+    def _known_of(self, index: int, group: Group) -> list[Tensor]:
+        """What a group's parameters were, if there are as many of them: groups may have been reordered."""
+        same = [known for other, known in self._known if other is group]
+        same += [self._known[index][1]] if not same and index < len(self._known) else []
+        return same[0] if same and len(same[0]) == len(group["params"]) else []
 
     def _groups_changed(self) -> None:
         for transform in self.transforms:
@@ -310,6 +325,7 @@ class Wrapped(Optimizer):
         """The base's state dict, with the transforms' tensors and numbers in it."""
         from optx._checkpoint import pack
 
+        self._check_alive("state_dict")
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         self._follow_parameters()
@@ -325,6 +341,7 @@ class Wrapped(Optimizer):
         """
         from optx._checkpoint import unpack
 
+        self._check_alive("load_state_dict")
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         self._follow_parameters()
@@ -440,6 +457,7 @@ def wrap(
     given = {"fused": fused, "skip_nonfinite": skip_nonfinite, "rounding": rounding}
     settings: _Settings = {key: value for key, value in given.items() if value is not None}
     if isinstance(optimizer, Wrapped):
+        optimizer._check_alive("wrap")  # pyright: ignore[reportPrivateUsage]
         # Not a second layer: schedulers and hooks on the one that is there stay in force.
         optimizer._take_on(transforms, settings)  # pyright: ignore[reportPrivateUsage]
         return optimizer

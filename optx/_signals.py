@@ -1,0 +1,40 @@
+"""A stretch of Python that no signal interrupts: what arrives in it is handled at its end."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+from types import FrameType
+
+# Those whose handlers are written in Python and may raise: Ctrl-C, a scheduler's warning, a timeout.
+_NAMES = ("SIGINT", "SIGTERM", "SIGALRM", "SIGUSR1", "SIGUSR2")
+_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+
+
+@contextmanager
+def uninterrupted() -> Generator[None]:
+    """Hold Python's signal handlers off; they run, and may raise, when the block is done.
+
+    A kernel is never interrupted, but the lines between two kernels may be. Only the main thread runs
+    handlers, so elsewhere there is nothing to do.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[tuple[int, FrameType | None]] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        arrived.append((number, frame))
+
+    handlers = {number: handler for number in _SIGNALS if callable(handler := signal.getsignal(number))}
+    for number in handlers:
+        signal.signal(number, remember)
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number, frame in arrived:
+            handlers[number](number, frame)  # type: ignore[operator]
