@@ -373,3 +373,11 @@ def test_the_sum_of_the_second_moment_is_not_taken_anew_in_each_step(fused: bool
     before = Counted.taken
     run(p, opt, 5)
     assert Counted.taken == before
+
+
+def test_defaults_that_are_set_are_the_bases() -> None:
+    p, opt = pulled(fused=True)
+    opt.defaults = {**opt.defaults, "lr": 0.25}
+    assert opt.base.defaults["lr"] == 0.25
+    opt.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    assert opt.param_groups[1]["lr"] == 0.25
