@@ -376,7 +376,7 @@ def test_the_sum_of_the_second_moment_is_not_taken_anew_in_each_step(fused: bool
 
 
 def test_defaults_that_are_set_are_the_bases() -> None:
-    p, opt = pulled(fused=True)
+    _, opt = pulled(fused=True)
     opt.defaults = {**opt.defaults, "lr": 0.25}
     assert opt.base.defaults["lr"] == 0.25
     opt.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
