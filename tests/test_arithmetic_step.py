@@ -373,3 +373,27 @@ def test_the_sum_of_the_second_moment_is_not_taken_anew_in_each_step(fused: bool
     before = Counted.taken
     run(p, opt, 5)
     assert Counted.taken == before
+
+
+def test_defaults_that_are_set_are_the_bases() -> None:
+    _, opt = pulled(fused=True)
+    opt.defaults = {**opt.defaults, "lr": 0.25}
+    assert opt.base.defaults["lr"] == 0.25
+    opt.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    assert opt.param_groups[1]["lr"] == 0.25
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_skipped_first_step_leaves_nothing_that_the_next_would_use(fused: bool) -> None:
+    p, q = (nn.Parameter(torch.linspace(-1, 1, 7)) for _ in range(2))
+    opt = optx.wrap(torch.optim.AdamW([p], lr=0.1), Counts(), fused=fused, skip_nonfinite=True)
+    plain = torch.optim.AdamW([q], lr=0.1)
+    p.grad = torch.full((7,), float("inf"))
+    opt.step()
+    assert opt.skipped_last
+    assert not opt.state.get(p)
+    run(p, opt, 3)
+    run(q, plain, 3)
+    torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+    assert float(opt.state[p]["step"]) == 3.0
+    assert opt.state[p]["optx.counts.moved"].tolist() == [3.0] * 7
