@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from optx._bases import base_rules
 from optx._errors import OptxError, ShapeError, TransformError, near
-from optx._memory import why_not_plain
+from optx._memory import LOST, lost_memory, why_not_plain
 from optx._names import parameter_names
 from optx._numbers import as_number
 from optx._transform import Group, Moments, Transform
@@ -171,6 +171,29 @@ def check_count(value: Any, name: str) -> Any:
     return number
 
 
+def check_memory(base: Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Raise where memory of a weight, its gradient or its state was freed: torch's own loops crash on it."""
+    for p in parameters:
+        state = base.state.get(p, {})
+        for what, t in (
+            ("its weight", p),
+            ("its gradient", p.grad),
+            *((f"its state {k!r}", state[k]) for k in state),
+        ):
+            if isinstance(t, Tensor):
+                check_has_memory(base, p, what, t)
+
+
+def check_has_memory(base: Optimizer, p: Tensor, what: str, t: Tensor) -> None:
+    """The same for one tensor that goes with a parameter."""
+    if lost_memory(t):
+        name = parameter_names(base).get(id(p), "of no group")
+        raise OptxError(
+            f"optx: parameter {name!r}: {what} {LOST}. Give it memory again (untyped_storage().resize_, or "
+            "another tensor) before the step."
+        )
+
+
 def shapes_differ(name: str, p: Tensor, what: str, t: Tensor) -> str:
     """The sentence that says so."""
     return (
@@ -184,6 +207,10 @@ def _check_parameter(p: Tensor, name: str, first: Transform) -> None:
         raise TransformError(
             f"{type(first).__name__}: parameter {name!r} is complex ({p.dtype}). Train "
             f"torch.view_as_real of it, or put it in a param group with {first.name}=False."
+        )
+    if lost_memory(p):
+        raise TransformError(
+            f"{type(first).__name__}: parameter {name!r} {LOST}. Give it memory before wrapping."
         )
     if p.layout != torch.strided:
         raise TransformError(

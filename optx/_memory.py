@@ -41,10 +41,28 @@ def why_not_plain(t: Tensor) -> str | None:
         return "has no memory of its own"
     if torch._is_functional_tensor(t):  # pyright: ignore
         return "is a functional tensor, without memory of its own"
+    return LOST if _lost(t) else None
+
+
+LOST = "has lost its memory (its storage was freed or shrunk)"
+
+
+def lost_memory(t: Tensor) -> bool:
+    """Whether the storage behind a tensor was freed or shrunk; torch's own operations crash on such a one.
+
+    False for what never has plain memory (subclasses, meta): torch knows what to do with it, or says so.
+    """
+    if answers_itself(type(t)) or t.layout != torch.strided or t.is_meta or not t.numel():
+        return False
+    if t._is_zerotensor() or torch._C._functorch.is_functorch_wrapped_tensor(t):  # pyright: ignore
+        return False
+    return not torch._is_functional_tensor(t) and _lost(t)
+
+
+def _lost(t: Tensor) -> bool:
     last = t.storage_offset() + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
-    if t.numel() and (t.data_ptr() == 0 or t.untyped_storage().nbytes() < (last + 1) * t.element_size()):
-        return "has lost its memory (its storage was freed or shrunk)"
-    return None
+    storage = t.untyped_storage()
+    return t.numel() > 0 and (storage.data_ptr() == 0 or storage.nbytes() < (last + 1) * t.element_size())
 
 
 def why_not_dense(t: Tensor) -> str | None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from optx._checks import check_has_memory
 from optx._state import SlotStore, close_enough
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ class Slots:
                 continue  # what makes nothing of it says so, see FusedGroup
             p = parameters[i]
             transform, name, _ = self._declared(key)
+            if isinstance(source := sources[i], Tensor):
+                check_has_memory(self.store.base, p, "the base's state of it", source)
             kept, anew = self.get(p, key), transform.init_slot(name, p, self._owner())
             if not close_enough(kept, anew):
                 self.store.put(p, key, anew)

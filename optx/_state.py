@@ -66,7 +66,7 @@ class SlotStore:
         """All slots of a parameter."""
         state = self.base.state
         present = {k: v for k, v in state[p].items() if is_ours(k)} if p in state else {}
-        return {**self.lasting.get(p, {}), **present, **self.pending.get(p, {})}
+        return {**self.lasting.get(p, {}), **self.pending.get(p, {}), **present}
 
     def unsettled(self, p: Tensor) -> dict[str, Tensor]:
         """The slots of a parameter that ``state`` does not show."""
@@ -93,7 +93,9 @@ class SlotStore:
         for p in parameters:
             slots = self.pending.pop(p, None)
             if slots:
-                self.base.state[p].update(slots)
+                shown = self.base.state[p]
+                # What a person put there meanwhile (an anchor of a new shape) is newer.
+                shown.update({k: v for k, v in slots.items() if k not in shown})
 
     @contextmanager
     def hidden(self, parameters: Iterable[Tensor]) -> Generator[None]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from optx._base_step import step_without_hooks
 from optx._bases import base_numbers, base_rules, has_fused_form, readable_state, rule_numbers
-from optx._checks import check_group, check_state_shapes, shapes_differ
+from optx._checks import check_group, check_has_memory, check_memory, check_state_shapes, shapes_differ
 from optx._errors import FusedError, OptxError, ShapeError, TransformError
 from optx._foreach import GroupRun
 from optx._fused import FusedGroup, Unfusable, why_not, why_not_tensors
@@ -355,6 +355,7 @@ class _Step:
         program, group, slots = state.program, state.group, self.s.slots
         active: list[Tensor] = [p for p in group["params"] if p.grad is not None]
         check_state_shapes(self.w.base, group, active)
+        check_memory(self.w.base, active)
         if not active or not (program.levels or program.update or program.observe):
             return None
         grads = [p.grad for p in active if p.grad is not None]
@@ -493,6 +494,7 @@ class _StateOf(Mapping[str, list[Tensor]]):
         if "." in name:
             slots = [self._stepper.slots.get(p, f"optx.{name}") for p in self._params]
             for p, slot in zip(self._params, slots, strict=True):
+                check_has_memory(self._stepper.w.base, p, f"its state 'optx.{name}'", slot)
                 if slot.shape != p.shape and slot.numel() != 1:
                     owner = parameter_names(self._stepper.w.base)[id(p)]
                     raise ShapeError(shapes_differ(owner, p, f"its state 'optx.{name}'", slot))
@@ -510,7 +512,7 @@ class _StateOf(Mapping[str, list[Tensor]]):
 
 def _base_state(state: Any, p: Tensor, name: str) -> Any:
     """The base's state of a parameter by name; None before its first step."""
-    own = state.get(p)
+    own = {k: v for k, v in state.get(p, {}).items() if not is_ours(k)}
     if not own:
         return None
     if own.get(name) is None and name != "momentum_buffer":

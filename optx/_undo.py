@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optx._memory import lost_memory
+
 
 class Undo:
     """Weights, state and group numbers as they are now, to be put back after an error.
@@ -32,7 +34,7 @@ class Undo:
         self._base = base
         self._groups = [(group, dict(group)) for group in base.param_groups]
         # The version tells whether somebody moved the weight meanwhile.
-        self.weights = {p: (p._version, p.detach().clone()) for p in parameters}
+        self.weights = {p: (p._version, p.detach().clone()) for p in parameters if not lost_memory(p)}
         self._state = {
             p: _Remembered({k: (v, written(k)) for k, v in base.state[p].items()})
             for p in self.weights
@@ -101,6 +103,8 @@ def _remember(value: Any, copied: bool) -> Callable[[], Any]:
 
 
 def _remember_tensor(tensor: Tensor) -> Callable[[], Tensor]:
+    if lost_memory(tensor):  # nothing can be read from it, nor written
+        return lambda: tensor
     copy = tensor.detach().clone()
 
     def give() -> Tensor:

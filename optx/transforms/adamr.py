@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from optx._errors import OptxError, TransformError, check_range, warn
+from optx._memory import lost_memory
 from optx._names import is_dtensor, parameter_names, whole
 from optx._rules import rule
 from optx._transform import Group, Moments, Slot, Transform, like_weight, per_tensor
@@ -389,6 +390,8 @@ def _moved(p: Tensor, anchor: Tensor) -> bool:
     now, then = here
     if now.is_meta or now.shape != then.shape or (now.is_cuda and torch.cuda.is_current_stream_capturing()):
         return False
+    if any(map(lost_memory, here)):
+        return False  # the step says so
     # A model that was moved or cast has not changed.
     then = then.to(now.device, now.dtype)
     return not torch.equal(now, then) and not torch.allclose(now, then, 0.0, 0.0, equal_nan=True)
