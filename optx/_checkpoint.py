@@ -49,9 +49,12 @@ def pack(wrapped: Wrapped) -> dict[str, Any]:
             for n, entry in packed["state"].items()
         }
     store = wrapped._slots  # pyright: ignore[reportPrivateUsage]
+    store.tidy()
     pending: dict[Any, dict[str, Tensor]] = {}
     for key, p in _keyed(wrapped, packed).items():
-        slots = {k: v for k, v in store.unsettled(p).items() if k not in unsaved}
+        # Looked up in what is saved: ZeroRedundancyOptimizer's entries are not those of ``base.state``.
+        shown = packed["state"].get(key) or ()
+        slots = {k: v for k, v in store.of(p).items() if k not in unsaved and k not in shown}
         if slots:
             pending[key] = slots
     if pending:
@@ -63,6 +66,7 @@ def unpack(wrapped: Wrapped, state_dict: dict[str, Any]) -> None:
     """Load into the base, and the slots beside it, as they were saved; or raise, and change nothing."""
     store = wrapped._slots  # pyright: ignore[reportPrivateUsage]
     base = wrapped.base
+    store.tidy()
     known = _slot_keys(wrapped)
     ours = saved_slots(state_dict)
     keyed = _keyed(wrapped, state_dict)
@@ -74,6 +78,7 @@ def unpack(wrapped: Wrapped, state_dict: dict[str, Any]) -> None:
     try:
         _tell_differences(wrapped, state_dict, ours, known)
         base.load_state_dict(state_dict=without_ours(state_dict))
+        store.tidy()
         _restore_dtypes(wrapped, keyed, state_dict["state"])
         for group, kept in zip(wrapped.param_groups, numbers, strict=True):
             for key, value in kept.items():
@@ -88,7 +93,7 @@ def unpack(wrapped: Wrapped, state_dict: dict[str, Any]) -> None:
             if slots:
                 store.pending[p] = slots
         # Not those that were pending when saved: their base state is still to come.
-        store.settle(p for key, p in keyed.items() if key in state_dict["state"])
+        store.settle(p for key, p in keyed.items() if key in state_dict["state"] and p in base.state)
     except BaseException:
         base.state, base.param_groups, store.pending = old
         raise

@@ -62,16 +62,17 @@ class SlotStore:
             self.lasting.setdefault(p, {})[key] = slot
         return slot
 
+    def tidy(self) -> None:
+        """Drop entries that are None: ZeroRedundancyOptimizer leaves one for what other processes keep."""
+        state = self.base.state
+        for p in [p for p, entry in state.items() if entry is None]:
+            del state[p]
+
     def of(self, p: Tensor) -> dict[str, Tensor]:
         """All slots of a parameter."""
         state = self.base.state
         present = {k: v for k, v in state[p].items() if is_ours(k)} if p in state else {}
         return {**self.lasting.get(p, {}), **self.pending.get(p, {}), **present}
-
-    def unsettled(self, p: Tensor) -> dict[str, Tensor]:
-        """The slots of a parameter that ``state`` does not show."""
-        shown = self.base.state.get(p, {})
-        return {k: v for k, v in self.of(p).items() if k not in shown}
 
     def put(self, p: Tensor, key: str, value: Tensor) -> None:
         """Replace a slot, wherever it is."""

@@ -276,6 +276,8 @@ class _Step:
 
     def run(self, closure: Callable[[], Any] | None) -> Any:
         """All of it, the fused groups last: from there on nothing can fail, and no signal interrupts."""
+        if self.loose:
+            self.s.slots.store.tidy()
         if closure is None:
             self._open()
             self._measure()

@@ -31,30 +31,36 @@ class Undo:
         pending: Mapping[Tensor, dict[str, Tensor]],
         written: Callable[[Any], bool],
     ) -> None:
-        self._base = base
-        self._groups = [(group, dict(group)) for group in base.param_groups]
+        # Some keep the optimizer that does the work within: SAM, ZeroRedundancyOptimizer.
+        within = [v for v in vars(base).values() if isinstance(v, torch.optim.Optimizer)]
+        self._groups = [(group, dict(group)) for o in (base, *within) for group in o.param_groups]
         # The version tells whether somebody moved the weight meanwhile.
         self.weights = {p: (p._version, p.detach().clone()) for p in parameters if not lost_memory(p)}
-        self._state = {
-            p: _Remembered({k: (v, written(k)) for k, v in base.state[p].items()})
-            for p in self.weights
-            if p in base.state
-        }
+        self._states = [(o.state, self._remember(o.state, written)) for o in (base, *within)]
         self._pending = {
             p: _Remembered({k: (v, written(k)) for k, v in slots.items()}) for p, slots in pending.items()
         }
 
+    def _remember(
+        self, state: Mapping[Tensor, dict[str, Any]], written: Callable[[str], bool]
+    ) -> dict[Tensor, _Remembered]:
+        return {
+            p: _Remembered({k: (v, written(k)) for k, v in state[p].items()})
+            for p in self.weights
+            if p in state
+        }
+
     def restore(self, pending: dict[Tensor, dict[str, Tensor]]) -> None:
         """Put everything back into the tensors that held it."""
-        state = self._base.state
         with torch.no_grad():
             for p, (_, copy) in self.weights.items():
                 p.detach().copy_(copy)
-            for p in self.weights:
-                if p not in self._state:
-                    state.pop(p, None)
-            for p, remembered in self._state.items():
-                _refill(state[p], remembered.entries())
+            for state, entries in self._states:
+                for p in self.weights:
+                    if p in entries:
+                        _refill(state[p], entries[p].entries())
+                    else:
+                        state.pop(p, None)
             _refill(pending, {p: remembered.entries() for p, remembered in self._pending.items()})
         for group, numbers in self._groups:
             _refill(group, numbers)

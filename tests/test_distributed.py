@@ -50,6 +50,16 @@ def two_processes(job: str, folder: Path) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
+def test_zero_redundancy_optimizer_steps_saves_loads_and_fails_whole(tmp_path: Path) -> None:
+    """torch leaves None in ``state`` for what other processes keep, and saves its own entries, not ours."""
+    for result in two_processes("zero", tmp_path):
+        found = result["zero"]
+        assert found["slots in the file"] == 8  # an anchor for each parameter
+        assert found["anchors"] == found["failed"] == found["resumed"] == 0.0
+        assert not found["counted"]
+        assert found["off"] < 1e-6
+
+
 def test_ddp_is_one_process_on_the_joined_batch(tmp_path: Path) -> None:
     first, second = two_processes("ddp", tmp_path)
     assert {name.split(", ")[1] for name in first["ddp"]} == {"fused cpu", "foreach"}

@@ -20,10 +20,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 
 import optx
 from optx import AdamR, PerpGrad
+from optx._state import saved_slots
 
 WORLD = 2
 Make = Callable[[Iterable[Any]], torch.optim.Optimizer]
@@ -215,7 +217,53 @@ def checkpoint(rank: int, folder: Path) -> dict[str, Any]:
     return found
 
 
-JOBS = {"ddp": [ddp], "fsdp": [fsdp, replaced, local, checkpoint]}
+# ---- ZeroRedundancyOptimizer ----------------------------------------------------------------------------
+
+
+def zero(rank: int, _: Path) -> dict[str, Any]:
+    """The base's moments lie on one process each: trained, saved, loaded and gone on with; and unsharded."""
+
+    def transforms() -> list[optx.Transform]:
+        return [PerpGrad(), AdamR(weight=0.1, normalize=False)]
+
+    def make(model: nn.Module) -> optx.Wrapped:
+        base = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=0.01)
+        return optx.wrap(base, *transforms())
+
+    alone, model = net(), net()
+    train(alone, optx.wrap(BASES["AdamW"](alone.parameters()), *transforms()), range(6))
+    opt = make(model)
+    train(model, opt, range(3))
+    opt.base.consolidate_state_dict(to=0)  # type: ignore[attr-defined]
+    box = [copy.deepcopy((opt.state_dict(), model.state_dict())) if rank == 0 else None]
+    dist.broadcast_object_list(box)
+    assert box[0] is not None
+    found: dict[str, Any] = {"slots in the file": len(saved_slots(box[0][0]))}
+    other = net(seed=1)
+    fresh = make(other)
+    fresh.load_state_dict(box[0][0])
+    other.load_state_dict(box[0][1])
+    anchors = {n: fresh.slot(p, fresh.adamr, "anchor") for n, p in other.named_parameters()}
+    found["anchors"] = off(anchors, weights(net()))
+    before, held = weights(model), dict(opt.base.optim.state)  # type: ignore[attr-defined]
+    counts = [float(state["step"]) for state in held.values()]
+    hook = opt.base.optim.register_step_post_hook(lambda *_: 1 / 0)  # type: ignore[attr-defined]
+    try:
+        train(model, opt, range(3, 4))
+    except ZeroDivisionError:
+        found["failed"] = off(weights(model), before)
+        found["counted"] = [float(s["step"]) for s in opt.base.optim.state.values()] != counts  # type: ignore[attr-defined]
+    hook.remove()
+    train(model, opt, range(3, 6))
+    train(other, fresh, range(3, 6))
+    again = [copy.deepcopy(box[0][0])]
+    found |= {"off": off(weights(model), weights(alone)), "resumed": off(weights(other), weights(model))}
+    fresh.base.load_state_dict(again[0])  # behind our back; None for what other processes keep
+    train(other, fresh, range(1))
+    return found
+
+
+JOBS = {"zero": [zero], "ddp": [ddp], "fsdp": [fsdp, replaced, local, checkpoint]}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
