@@ -49,18 +49,24 @@ class SlotStore:
             slot = state[p][key]
         else:
             slots = self.pending.setdefault(p, {})
-            kept = slots.get(key, self.lasting.get(p, {}).get(key))
-            if kept is not None and lasting and kept.shape != p.shape:
-                warn(
-                    f"optx: {key!r} had shape {tuple(kept.shape)} and no place in optimizer.state; its "
-                    f"weight has shape {tuple(p.shape)} now, so it was made anew from the weight as it is."
-                )
-                kept = None
-            slots[key] = make() if kept is None else kept
+            if key not in slots:
+                kept = self._kept(p, key)
+                slots[key] = make() if kept is None else kept
             slot = slots[key]
         if lasting:
             self.lasting.setdefault(p, {})[key] = slot
         return slot
+
+    def _kept(self, p: Tensor, key: str) -> Tensor | None:
+        """A lasting slot that was taken out of ``state``; it comes back unless its weight has grown since."""
+        kept = self.lasting.get(p, {}).get(key)
+        if kept is not None and kept.shape != p.shape:
+            warn(
+                f"optx: {key!r} had shape {tuple(kept.shape)} when its state was deleted; its weight has shape "
+                f"{tuple(p.shape)} now, so it was made anew from the weight as it is."
+            )
+            return None
+        return kept
 
     def tidy(self) -> None:
         """Drop entries that are None: ZeroRedundancyOptimizer leaves one for what other processes keep."""
