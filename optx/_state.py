@@ -62,8 +62,8 @@ class SlotStore:
         kept = self.lasting.get(p, {}).get(key)
         if kept is not None and kept.shape != p.shape:
             warn(
-                f"optx: {key!r} had shape {tuple(kept.shape)} when its state was deleted; its weight has shape "
-                f"{tuple(p.shape)} now, so it was made anew from the weight as it is."
+                f"optx: {key!r} had shape {tuple(kept.shape)} when its state was deleted; its weight has "
+                f"shape {tuple(p.shape)} now, so it was made anew from the weight as it is."
             )
             return None
         return kept
