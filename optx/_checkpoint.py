@@ -57,6 +57,13 @@ def pack(wrapped: Wrapped) -> dict[str, Any]:
         slots = {k: v for k, v in store.of(p).items() if k not in unsaved and k not in shown}
         if slots:
             pending[key] = slots
+    entries = packed["state"].values()
+    if packed["state"] and all(isinstance(e, dict) and all(map(is_ours, e)) for e in entries):
+        # The base keeps nothing (plain SGD), but ours is there: then torch's distributed checkpoint asks for
+        # an entry of every trainable parameter, also of one that has never stepped.
+        keys = [key for key, p in _keyed(wrapped, packed).items() if p.requires_grad]
+        shown = {key: {**packed["state"].get(key, {}), **pending.pop(key, {})} for key in keys}
+        packed["state"] = {**packed["state"], **shown}
     if pending:
         packed[PENDING] = pending
     return packed
@@ -97,6 +104,8 @@ def unpack(wrapped: Wrapped, state_dict: dict[str, Any]) -> None:
     except BaseException:
         base.state, base.param_groups, store.pending = old
         raise
+    for transform in wrapped.transforms:
+        transform.adopt(numbers, wrapped.param_groups)
     for p, slots in store.lasting.items():
         slots.update({k: v for k, v in store.of(p).items() if k in slots})
     store.derived.forget(keyed.values())  # they are looked at before the next step

@@ -18,6 +18,7 @@ from optx._errors import FusedError, OptxError, ShapeError, TransformError
 from optx._foreach import GroupRun
 from optx._fused import FusedGroup, Unfusable, why_not, why_not_tensors
 from optx._names import parameter_names
+from optx._numbers import as_number
 from optx._pipeline import build
 from optx._plan import GroupPlan, Plan
 from optx._rounding import step_key, write
@@ -119,6 +120,8 @@ class Stepper:
                 self._groups[i] = chosen
             elif retry and known.tensors and why_not_tensors(group, self.w.state) is None:
                 self._groups[i] = self._choose(i, group, structure)
+            elif known.reason is not None and self.w.rounding_asked:
+                self._check_rounding(i, group, known.reason)  # the model may have been cast meanwhile
         return self._groups
 
     def _choose(
@@ -526,7 +529,8 @@ def _base_state(state: Any, p: Tensor, name: str) -> Any:
 
 
 def _is_zero(value: Any) -> bool:
-    return not isinstance(value, Tensor) and value == 0
+    number = as_number(value)
+    return number is not None and not isinstance(number, Tensor) and number == 0
 
 
 def _add(a: Any, b: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -226,6 +226,20 @@ class Transform:
                 group[key] = value
         if name in vars(self):
             object.__setattr__(self, name, value)
+
+    def adopt(self, before: Sequence[Group], after: Sequence[Group]) -> None:
+        """Options as a checkpoint has them, where it has the same in all groups that did not override one.
+
+        Else a schedule that is resumed would take what it set before for an override, and leave it.
+        """
+        for name, old in self.options.items():
+            key = f"{self.name}_{name}"
+            followers = [g for b, g in zip(before, after, strict=True) if b.get(key, old) == old]
+            values = [group[key] for group in followers if key in group]
+            if values and values[0] != old and all(value == values[0] for value in values):
+                self.options = {**self.options, name: values[0]}
+                if name in vars(self):
+                    object.__setattr__(self, name, values[0])
 
     def check_option(self, name: str, value: Any, given: str) -> None:
         """Raise unless an option may have this value.
