@@ -195,7 +195,7 @@ def check_has_memory(base: Optimizer, p: Tensor, what: str, t: Tensor) -> None:
 
 
 def check_memory(base: Optimizer, parameters: Iterable[Tensor]) -> None:
-    """Raise where the memory of a weight, its gradient or its state was freed: torch's own loops crash on it."""
+    """Raise where a weight's, its gradient's or its state's memory was freed: torch's own loops crash."""
     for p in parameters:
         state = base.state.get(p, {})
         for what, t in (
