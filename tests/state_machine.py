@@ -518,7 +518,11 @@ class Edits(RuleBasedStateMachine):
             t.grad = None
         with torch.no_grad():
             if how == "resize_" and t.is_contiguous():
-                t.data.resize_(SHAPES[seed % len(SHAPES)]).copy_(normal(SHAPES[seed % len(SHAPES)], seed))
+                # What `.data` does to a moment counts up no version: of that no sum taken before can know.
+                whole = t.data if isinstance(t, nn.Parameter) else t
+                whole.resize_(SHAPES[seed % len(SHAPES)]).copy_(
+                    normal(SHAPES[seed % len(SHAPES)], seed).abs()
+                )
             elif how == "t_" and t.ndim == 2:
                 t.data = t.data.t()
             elif how == "freed":
@@ -579,7 +583,13 @@ class Edits(RuleBasedStateMachine):
         name = self._key(p, key)
         self._say("state_in_place", seed=seed, at=at, key=name, how=how)
         value = self.opt.state[p][name] if name is not None else None
-        if not isinstance(value, Tensor) or name == "step" or not readable(value) or shares_memory(value, p):
+        # v_sum is a number of optx's own, that is kept up from step to step; nobody else has it right.
+        if (
+            not isinstance(value, Tensor)
+            or name in ("step", "optx.adamr.v_sum")
+            or not readable(value)
+            or shares_memory(value, p)
+        ):
             return
         if how == "data" and not isinstance(value, TwoTensor):
             value.data = normal(
@@ -798,7 +808,8 @@ class Edits(RuleBasedStateMachine):
             torch.save({"weights": [p.data for p in self.params], "optimizer": self.opt.state_dict()}, buffer)
             buffer.seek(0)
             if _safe_globals(self.opt):
-                self.opt.load_state_dict(torch.load(buffer, weights_only=True)["optimizer"])
+                saved = torch.load(buffer, weights_only=True)["optimizer"]
+                self._refused(lambda: self.opt.load_state_dict(saved), "load of what was saved")
 
 
 def _safe_globals(opt: Any) -> bool:

@@ -167,3 +167,17 @@ def test_a_zerotensor_is_a_gradient_of_zeros(fused: Any) -> None:
         opt.step()
         results.append(params[0].detach())
     assert torch.equal(*results)
+
+
+def test_a_step_without_gradients_after_a_skipped_first_one() -> None:
+    """The skipped step's tables were taken for those of a group that has no gradient now."""
+    params = [nn.Parameter(torch.arange(4.0) + i) for i in range(2)]
+    base = torch.optim.AdamW([{"params": [p]} for p in params], lr=0.1)
+    opt = optx.wrap(base, skip_nonfinite=True)
+    params[0].grad = torch.full((4,), float("nan"))
+    opt.step()
+    assert opt.skipped_last
+    params[0].grad, params[1].grad = None, torch.ones(4)
+    opt.step()
+    assert torch.equal(params[0], torch.arange(4.0))
+    assert (params[1] < torch.arange(4.0) + 1).all()
