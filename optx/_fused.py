@@ -440,7 +440,7 @@ class FusedGroup:
             if p in self.base.state and not self.base.state[p]:
                 del self.base.state[p]
         if self._fresh:
-            self._seen = []
+            self._seen, self._buckets = [], []
         self._fresh.clear()
         self._copies.clear()
 

@@ -59,6 +59,13 @@ def lost_memory(t: Tensor) -> bool:
     return not torch._is_functional_tensor(t) and _lost(t)
 
 
+def writes_overlap(t: Tensor) -> bool:
+    """Whether elements share memory (an expanded tensor), so that torch refuses to write it in place."""
+    return t.layout == torch.strided and any(
+        n > 1 and stride == 0 for n, stride in zip(t.shape, t.stride(), strict=True)
+    )
+
+
 def _lost(t: Tensor) -> bool:
     last = t.storage_offset() + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
     storage = t.untyped_storage()

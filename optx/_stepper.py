@@ -363,7 +363,9 @@ class _Step:
         check_memory(self.w.base, active)
         if not active or not (program.levels or program.update or program.observe):
             return None
-        grads = [p.grad for p in active if p.grad is not None]
+        # A ZeroTensor's arithmetic loses its dtype; with memory of its own it is a gradient like others.
+        zero = torch.Tensor._is_zerotensor  # pyright: ignore
+        grads = [p.grad.clone() if zero(p.grad) else p.grad for p in active if p.grad is not None]
         for p, g in zip(active, grads, strict=True):
             if g.layout != torch.strided:
                 raise TransformError(

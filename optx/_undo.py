@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optx._memory import lost_memory
+from optx._memory import lost_memory, writes_overlap
 
 
 class Undo:
@@ -116,7 +116,8 @@ def _remember_tensor(tensor: Tensor) -> Callable[[], Tensor]:
     def give() -> Tensor:
         if tensor.shape != copy.shape or tensor.dtype != copy.dtype:
             return copy  # it was replaced from within (.data, resize_)
-        tensor.detach().copy_(copy)
+        if not writes_overlap(tensor):
+            tensor.detach().copy_(copy)
         return tensor
 
     return give

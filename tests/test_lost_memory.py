@@ -133,3 +133,51 @@ def test_an_anchor_given_by_hand_is_not_replaced_by_the_one_before(fused: Any) -
         opt.step()
         assert torch.equal(opt.state[params[0]]["optx.adamr.anchor"], torch.zeros(6))
         assert float(opt.state[params[0]]["step"]) == count
+
+
+@pytest.mark.parametrize("which", ["weight", "exp_avg"])
+def test_a_step_that_fails_on_an_expanded_tensor_is_taken_back(which: str) -> None:
+    """torch refuses to write it; so it refused the writing back, and what came after stayed as it was."""
+    params, opt = two(False)
+    give(params)
+    opt.step()
+    if which == "weight":
+        params[1].data = torch.ones(1).expand(4)
+    else:
+        opt.state[params[1]]["exp_avg"] = torch.ones(1).expand(4)
+    before = [p.detach().clone() for p in params]
+    moment = opt.state[params[0]]["exp_avg"].clone()
+    give(params)
+    with pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):
+        opt.step()
+    assert all(torch.equal(p, w) for p, w in zip(params, before, strict=True))
+    assert torch.equal(opt.state[params[0]]["exp_avg"], moment)
+    assert [float(opt.state[p]["step"]) for p in params] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("fused", ["auto", False])
+def test_a_zerotensor_is_a_gradient_of_zeros(fused: Any) -> None:
+    """What torch computes with it is float64 where a number per tensor is."""
+    results = []
+    for lazy in (True, False):
+        params, opt = two(fused, optx.PerpGrad(), optx.AdamR())
+        give(params)
+        opt.step()
+        params[0].grad = torch._efficientzerotensor((4,)) if lazy else torch.zeros(4)  # pyright: ignore
+        opt.step()
+        results.append(params[0].detach())
+    assert torch.equal(*results)
+
+
+def test_a_step_without_gradients_after_a_skipped_first_one() -> None:
+    """The skipped step's tables were taken for those of a group that has no gradient now."""
+    params = [nn.Parameter(torch.arange(4.0) + i) for i in range(2)]
+    base = torch.optim.AdamW([{"params": [p]} for p in params], lr=0.1)
+    opt = optx.wrap(base, skip_nonfinite=True)
+    params[0].grad = torch.full((4,), float("nan"))
+    opt.step()
+    assert opt.skipped_last
+    params[0].grad, params[1].grad = None, torch.ones(4)
+    opt.step()
+    assert torch.equal(params[0], torch.arange(4.0))
+    assert (params[1] < torch.arange(4.0) + 1).all()
