@@ -56,7 +56,7 @@ def lost_memory(t: Tensor) -> bool:
         return False
     if t._is_zerotensor() or torch._C._functorch.is_functorch_wrapped_tensor(t):  # pyright: ignore
         return False
-    return not torch._is_functional_tensor(t) and _lost(t)
+    return not torch._is_functional_tensor(t) and _lost(t)  # pyright: ignore
 
 
 def writes_overlap(t: Tensor) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -53,7 +53,8 @@ class Slots:
         """
         derived = self.store.derived
         for i in derived.stale(parameters, sources):
-            if not isinstance(sources[i], Tensor | None):
+            source: Any = sources[i]
+            if source is not None and not isinstance(source, Tensor):
                 continue  # what makes nothing of it says so, see FusedGroup
             p = parameters[i]
             transform, name, _ = self._declared(key)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads leave the cores to other workers
 
@@ -32,12 +34,22 @@ def _threads() -> None:
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
+@pytest.fixture(autouse=True)
+def _nothing_compiled_stays() -> Iterator[None]:
+    """While something is compiled, `optx.attach` looks for it among all objects: 0.2 s late in a run."""
+    yield
+    frames: Any = sys.modules.get("torch._dynamo.convert_frame")
+    if frames is not None and frames.FRAME_COUNTER:
+        torch._dynamo.reset()
+
+
 # The longest, half a minute and more each: begun last, one would leave the other worker idle.
 LONGEST = (
     "test_triton_step.py",
     "test_every_run_resumed_in_a_new_process",
     "test_fsdp2",
-    "test_kernels_are_cached_between_processes",
+    "test_ddp_and_fsdp2",
+    "test_processes_without_a_home_or_a_whole_numba_or_at_once",
     "test_two_processes.py",
     "test_memory_is_that_of_pieces",
 )

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 import optx
 
 
-def llama() -> nn.Module:
+def llama(layers: int = 2) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=16,
         intermediate_size=24,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=32,
@@ -34,14 +34,14 @@ def llama() -> nn.Module:
     return LlamaForCausalLM(config).eval()
 
 
-def bert() -> nn.Module:
+def bert(layers: int = 2) -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(
         vocab_size=64,
         hidden_size=16,
         intermediate_size=24,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=32,
         attn_implementation="sdpa",
@@ -104,7 +104,7 @@ class Row:
     """
 
     label: str
-    model: Callable[[], nn.Module]
+    model: Callable[..., nn.Module]
     injection: Callable[[], optx.Injection]
     targets: Any = None
     identity: bool = True
@@ -114,9 +114,14 @@ class Row:
         torch.manual_seed(2)
         return optx.attach(model, self.injection(), self.targets, **options)
 
-    def attached(self, moved: bool = True) -> tuple[nn.Module, optx.Handle]:
+    def shortest(self) -> nn.Module:
+        """Its model with one layer, where layers have nothing to do with one another."""
+        ladder = isinstance(self.injection(), optx.Aside | optx.IAA)
+        return self.model() if ladder or self.model is cnn else self.model(layers=1)
+
+    def attached(self, moved: bool = True, model: nn.Module | None = None) -> tuple[nn.Module, optx.Handle]:
         """A model with it, moved away from its start."""
-        model = self.model()
+        model = self.model() if model is None else model
         handle = self.attach(model)
         if moved:
             move(handle)

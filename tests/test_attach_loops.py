@@ -203,10 +203,6 @@ def _ddp(rank: int) -> None:
             torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-5, msg=f"{label}: {key}")
 
 
-def test_ddp() -> None:
-    in_two_processes(_ddp)
-
-
 def _fsdp(rank: int) -> None:
     from torch.distributed.fsdp import fully_shard
 
@@ -227,5 +223,11 @@ def _fsdp(rank: int) -> None:
     assert wanted
 
 
-def test_fsdp2() -> None:
-    in_two_processes(_fsdp)
+def _both(rank: int) -> None:
+    _ddp(rank)
+    _fsdp(rank)
+
+
+def test_ddp_and_fsdp2() -> None:
+    """One start of two processes serves both."""
+    in_two_processes(_both)

@@ -391,6 +391,7 @@ def test_a_relative_folder_is_one_folder(tmp_path: Path, monkeypatch: pytest.Mon
 
 STEP = """
 import torch, optx
+torch.set_num_threads(1)
 w = torch.nn.Parameter(torch.arange(9.0))
 o = optx.wrap(torch.optim.SGD([w], lr=0.5), fused=FUSED)
 w.grad = torch.linspace(1, -2, 9)
@@ -419,6 +420,27 @@ def result(process: subprocess.Popen[str]) -> dict[str, Any]:
     return json.loads(out.splitlines()[-1])
 
 
+COUNT = """
+from numba.core import event
+compiles = []
+class Count(event.Listener):
+    def on_start(self, e): compiles.append(e)
+    def on_end(self, e): pass
+event.register("numba:compile", Count())
+"""
+
+# A cache folder that cannot be written: its place is taken by a file.
+TAKEN = """
+import os
+os.environ["OPTX_CACHE_DIR"] = TAKEN
+v = torch.nn.Parameter(torch.arange(5.0))
+o = optx.wrap(torch.optim.SGD([v], lr=0.5, momentum=0.9), fused=True)  # another kernel
+v.grad = torch.ones(5)
+o.step()
+from optx.kernels.emit import cache_folder
+shown["v"], shown["folder"] = v.tolist(), str(cache_folder())
+"""
+
 BROKEN = """
 import importlib, sys
 from pathlib import Path
@@ -445,19 +467,29 @@ for package in ("triton", "numba"):
 
 
 def test_processes_without_a_home_or_a_whole_numba_or_at_once(tmp_path: Path, cache: Path) -> None:
-    """Four processes, two at a time."""
+    """Five processes, at most two at a time: each costs seconds, and says all that it can."""
     empty = tmp_path / "empty"
     empty.mkdir()
     fused = STEP.replace("FUSED", "True")
+    counted = COUNT + fused + "\nshown['compiles'] = len(compiles)"
     # Both find nothing and write the same.
-    twins = [start(fused, OPTX_CACHE_DIR=cache, NUMBA_DISABLE_JIT="0") for _ in range(2)]
+    twins = [start(counted, OPTX_CACHE_DIR=cache, NUMBA_DISABLE_JIT="0") for _ in range(2)]
     one, two = map(result, twins)
+    assert one.pop("compiles") + two.pop("compiles") > 0
     assert one == two
     assert one["path"] == "fused cpu"
-    assert {path.suffix for path in files(cache)} == {".nbc"}  # and no part of one
+    made = files(cache)
+    assert {path.suffix for path in made} == {".nbc"}  # and no part of one
 
     homeless = "import pwd\ndef none(u): raise KeyError(u)\npwd.getpwuid = none\n" + fused
+    taken = tmp_path / "taken"
+    taken.touch()
+    homeless += TAKEN.replace("= TAKEN", f"= {str(taken)!r}")
     nowhere = start(homeless, OPTX_CACHE_DIR="", HOME=None, TMPDIR=empty)
+    warm = result(start(counted, OPTX_CACHE_DIR=cache))
+    assert warm.pop("compiles") == 0
+    assert warm == one
+    assert files(cache) == made
     broken = start(
         BROKEN.replace("FAKE", repr(str(tmp_path / "fake")))
         + STEP.replace("FUSED", "'auto'")
@@ -470,7 +502,10 @@ def test_processes_without_a_home_or_a_whole_numba_or_at_once(tmp_path: Path, ca
         + "\nexcept optx.OptxError as error: shown['ternary'] = str(error)",
         OPTX_CACHE_DIR=cache,
     )
-    assert result(nowhere) == one
+    without = result(nowhere)
+    assert without.pop("v") == [x - 0.5 for x in range(5)]
+    assert not without.pop("folder").startswith(str(taken))
+    assert without == one
     left = [path.name for path in empty.iterdir() if not path.name.startswith("torchinductor")]  # torch's own
     assert left == []  # no temporary folder stays
     got = result(broken)
