@@ -194,29 +194,6 @@ def check_has_memory(base: Optimizer, p: Tensor, what: str, t: Tensor) -> None:
         )
 
 
-def check_memory(base: Optimizer, parameters: Iterable[Tensor]) -> None:
-    """Raise where a weight's, its gradient's or its state's memory was freed: torch's own loops crash."""
-    for p in parameters:
-        state = base.state.get(p, {})
-        for what, t in (
-            ("its weight", p),
-            ("its gradient", p.grad),
-            *((f"its state {k!r}", state[k]) for k in state),
-        ):
-            if isinstance(t, Tensor):
-                check_has_memory(base, p, what, t)
-
-
-def check_has_memory(base: Optimizer, p: Tensor, what: str, t: Tensor) -> None:
-    """The same for one tensor that goes with a parameter."""
-    if lost_memory(t):
-        name = parameter_names(base).get(id(p), "of no group")
-        raise OptxError(
-            f"optx: parameter {name!r}: {what} {LOST}. Give it memory again (untyped_storage().resize_, or "
-            "another tensor) before the step."
-        )
-
-
 def shapes_differ(name: str, p: Tensor, what: str, t: Tensor) -> str:
     """The sentence that says so."""
     return (
