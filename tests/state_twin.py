@@ -118,7 +118,9 @@ def twin_step(opt: optx.Wrapped, make: Make, chain: Chain, scale: float, wide: b
                     twin.state[q] = own
                 anchor = anchors_of(opt, p)
                 # One that isn't used may be anything; where there is none it is taken from the weight.
-                used = anchor if anchor is not None and p.grad is not None else p
+                # So is one that no state shows and that has another shape (optx warns).
+                fits = anchor is not None and (anchor.shape == p.shape or ANCHOR in opt.state.get(p, {}))
+                used = anchor if anchor is not None and fits and p.grad is not None else p
                 anchors[f"{i}.{j}"] = copied(used, wide)
         transforms = chain(anchors)
         stepped = optx.wrap(twin, *transforms, fused=False) if transforms else twin

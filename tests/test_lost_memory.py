@@ -122,12 +122,10 @@ def test_groups_in_another_order_keep_what_is_their_own(fused: Any) -> None:
 
 @pytest.mark.parametrize("fused", ["auto", False])
 def test_an_anchor_given_by_hand_is_not_replaced_by_the_one_before(fused: Any) -> None:
-    """A weight that grew before its first step: what the sentence says to do helps, and lasts."""
+    """A weight that grew before its first step: what a person puts into its state lasts."""
     params, opt = two(fused, optx.AdamR())
     params[0].data = torch.ones(6)
     params[0].grad = torch.ones(6)
-    with pytest.raises(optx.ShapeError, match=r"its state 'optx\.adamr\.anchor' has \(4,\)"):
-        opt.step()
     opt.state[params[0]]["optx.adamr.anchor"] = torch.zeros(6)
     for count in (1.0, 2.0):
         opt.step()
