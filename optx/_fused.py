@@ -95,12 +95,12 @@ def why_not_gradient(g: Tensor) -> str | None:
 class _Column:
     """What the tensors of one column of a table were when their addresses were taken."""
 
-    like: Likeness
+    like: Likeness | None  # None for single numbers: at the same address they are what they were
     addresses: list[int]
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> _Column:
-        return cls(Likeness(tensors), list(map(_ADDRESS, tensors)))
+    def of(cls, tensors: Sequence[Tensor], single: bool) -> _Column:
+        return cls(None if single else Likeness(tensors), list(map(_ADDRESS, tensors)))
 
 
 @dataclass
@@ -324,7 +324,8 @@ class FusedGroup:
         members = bucket.members
         columns = [members, self._laid_out(members)]
         columns += [[self._find(p, key) for p in members] for key in bucket.keys]
-        bucket.columns = list(map(_Column.of, columns))
+        roles = len(bucket.runner.columns.roles)
+        bucket.columns = [_Column.of(tensors, i >= roles) for i, tensors in enumerate(columns)]
         for number, column in enumerate(bucket.columns):
             bucket.runner.tensors[:, number] = column.addresses
         self._mark_fresh(bucket)
@@ -340,9 +341,9 @@ class FusedGroup:
         try:
             grads = grads or [p.grad for p in members]  # type: ignore[misc]
             like = bucket.columns[1].like
-            if not like(grads):
+            if like is None or not like(grads):
                 grads = self._laid_out(members)
-                if not like(grads):
+                if like is None or not like(grads):
                     return False
             columns = [members, grads]
             for key in bucket.keys:
@@ -352,7 +353,7 @@ class FusedGroup:
                 else:
                     columns.append([s[key] for s in states])
             for number, (column, tensors) in enumerate(zip(bucket.columns, columns, strict=True)):
-                if number != 1 and not column.like(tensors):
+                if column.like is not None and number != 1 and not column.like(tensors):
                     return False
                 addresses = list(map(_ADDRESS, tensors))
                 if addresses != column.addresses:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from _signal import getsignal as current
+from _signal import signal as handle  # signal.signal makes enums of them, ten times as long as the call
 from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
@@ -28,13 +30,13 @@ def uninterrupted() -> Generator[None]:
     def remember(number: int, frame: FrameType | None) -> None:
         arrived.append((number, frame))
 
-    handlers = {number: handler for number in _SIGNALS if callable(handler := signal.getsignal(number))}
+    handlers = {number: handler for number in _SIGNALS if callable(handler := current(number))}
     for number in handlers:
-        signal.signal(number, remember)
+        handle(number, remember)
     try:
         yield
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            handle(number, handler)
         for number, frame in arrived:
             handlers[number](number, frame)  # type: ignore[operator]
