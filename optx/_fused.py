@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
-from operator import is_
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
@@ -144,6 +144,7 @@ class FusedGroup:
         self.group, self.program, self.rules, self.base = group, program, rules, base
         self._slots, self._rounding, self.triton = slots, rounding, triton
         self._derived = derived
+        self._looked: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {}  # tensors and versions as last seen
         self._seen: list[Tensor] = []  # the active parameters that the buckets were made for
         self._buckets: list[_Bucket] = []
         self._base_keys = (*rules.slots, *(("step",) if rules.counted else ()))
@@ -381,14 +382,34 @@ class FusedGroup:
 
     # ---- numbers that are taken from the base's state --------------------------------------------------
 
-    def _sources(self, name: str) -> list[Tensor | None]:
+    def _sources(self, name: str) -> list[Any]:
         state = self.base.state
         return [state.get(p, _NOTHING).get(name) for p in self.active]
 
     def _refresh_derived(self) -> None:
         """Take anew what no longer goes with the state that it was taken from."""
         for key, source in self._derived:
-            self._slots.refresh(self.active, key, self._sources(source))
+            tensors = [*self._sources(source), *self._slots.store.present(self.active, key)]
+            try:
+                versions = list(map(_VERSION, tensors))
+            except (AttributeError, RuntimeError):  # not there yet, or it counts none
+                versions = None
+            last, then = self._looked.get(key, ((), ()))
+            if (
+                versions is None
+                or len(last) != len(tensors)
+                or not all(map(is_, last, tensors))
+                or versions != then
+            ):
+                self._slots.refresh(self.active, key, tensors[: len(self.active)])
+                self._looked[key] = tensors, versions or ()
+
+    def _took_derived(self) -> None:
+        """Kernels count up no version: only what this step made is news."""
+        if self._fresh:
+            self._looked.clear()
+            for key, source in self._derived:
+                self._slots.took(self.active, key, self._sources(source))
 
     # ---- a step ------------------------------------------------------------------------------------
 
@@ -427,8 +448,7 @@ class FusedGroup:
         self._done()
 
     def _done(self) -> None:
-        for _, source in self._derived:
-            self._slots.store.derived.took(self.active, self._sources(source))
+        self._took_derived()
         self._was_fresh = bool(self._fresh)
         self._fresh.clear()
         self._copies.clear()
@@ -449,6 +469,8 @@ class FusedGroup:
 _SHARED = "two tensors that the step writes share their memory, and kernels write all at once"
 _NOTHING: dict[str, Tensor] = {}
 _ADDRESS = Tensor.data_ptr
+
+_VERSION = attrgetter("_version")
 
 
 def _words(key: str) -> str:

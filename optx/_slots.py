@@ -43,7 +43,7 @@ class Slots:
         transform, name, _ = self._declared(key)
         return self._owner().slot(p, transform, name)
 
-    def refresh(self, parameters: Sequence[Tensor], key: str, sources: Sequence[Tensor | None]) -> None:
+    def refresh(self, parameters: Sequence[Tensor], key: str, sources: Sequence[Any]) -> None:
         """Take numbers anew whose source in the base's state is not what it was when they were taken.
 
         Args:
@@ -51,16 +51,20 @@ class Slots:
             key: under which they are kept.
             sources: what they are taken from, parameter by parameter; None where the base has nothing yet.
         """
-        derived = self.store.derived
-        for i in derived.stale(parameters, sources):
-            source: Any = sources[i]
-            if source is not None and not isinstance(source, Tensor):
-                continue  # what makes nothing of it says so, see FusedGroup
-            p = parameters[i]
-            transform, name, _ = self._declared(key)
-            if isinstance(source := sources[i], Tensor):
+        stale = self.store.derived.stale(key, parameters, sources, self.store.present(parameters, key))
+        for i in stale:
+            p, source = parameters[i], sources[i]
+            if isinstance(source, Tensor):
                 check_has_memory(self.store.base, p, "the base's state of it", source)
+            elif source is not None:
+                continue  # what makes nothing of it says so, see FusedGroup
+            transform, name, _ = self._declared(key)
             kept, anew = self.get(p, key), transform.init_slot(name, p, self._owner())
             if not close_enough(kept, anew):
                 self.store.put(p, key, anew)
-        derived.took(parameters, sources)
+        if stale:
+            self.took(parameters, key, sources)
+
+    def took(self, parameters: Sequence[Tensor], key: str, sources: Sequence[Any]) -> None:
+        """The numbers have just been taken from these."""
+        self.store.derived.took(key, parameters, sources, self.store.present(parameters, key))

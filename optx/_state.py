@@ -80,6 +80,13 @@ class SlotStore:
         present = {k: v for k, v in state[p].items() if is_ours(k)} if p in state else {}
         return {**self.lasting.get(p, {}), **self.pending.get(p, {}), **present}
 
+    def present(self, parameters: Iterable[Tensor], key: str) -> list[Tensor | None]:
+        """One slot of some parameters, None where there is none yet."""
+        state, pending, nothing = self.base.state, self.pending, dict[str, Any]()
+        if not pending:
+            return [state.get(p, nothing).get(key) for p in parameters]
+        return [state.get(p, nothing).get(key, pending.get(p, nothing).get(key)) for p in parameters]
+
     def put(self, p: Tensor, key: str, value: Tensor) -> None:
         """Replace a slot, wherever it is."""
         state = self.base.state
@@ -170,36 +177,43 @@ class SlotStore:
 class Derived:
     """Whether a number that was taken from a state tensor of the base is still right.
 
-    AdamR keeps the sum of the second moment from one step to the next. Whatever else changes that moment in
-    place counts up its version, and whatever replaces it is another object; to look costs no pass over it.
+    AdamR keeps the sum of the second moment from one step to the next. Whatever else changes that moment (or
+    the sum) in place counts up its version, and whatever replaces it is another object: to look costs no pass
+    over it. An edit through ``.data`` or NumPy counts up nothing and isn't seen.
     """
 
     def __init__(self) -> None:
-        self._seen: dict[int, tuple[Tensor, Tensor, int]] = {}
+        self._seen: dict[tuple[str, int], tuple[Any, ...]] = {}
 
-    def stale(self, parameters: Sequence[Tensor], sources: Sequence[Tensor | None]) -> list[int]:
-        """Positions of the parameters whose source is not what it was when `took` was called."""
+    def stale(
+        self, key: str, parameters: Sequence[Tensor], sources: Sequence[Any], kept: Sequence[Any]
+    ) -> list[int]:
+        """Positions of the parameters whose source or number is not what it was when `took` was called."""
         seen = self._seen
         return [
             i
-            for i, (p, source) in enumerate(zip(parameters, sources, strict=True))
-            if not isinstance(source, Tensor)
-            or (known := seen.get(id(p))) is None
+            for i, (p, source, number) in enumerate(zip(parameters, sources, kept, strict=True))
+            if not (isinstance(source, Tensor) and isinstance(number, Tensor))
+            or (known := seen.get((key, id(p)))) is None
             or known[0] is not p
             or known[1] is not source
-            or known[2] != source._version
+            or known[2] is not number
+            or known[3] != source._version
+            or known[4] != number._version
         ]
 
-    def took(self, parameters: Sequence[Tensor], sources: Sequence[Tensor | None]) -> None:
+    def took(
+        self, key: str, parameters: Sequence[Tensor], sources: Sequence[Any], kept: Sequence[Any]
+    ) -> None:
         """The numbers have just been taken from these."""
-        for p, source in zip(parameters, sources, strict=True):
-            if isinstance(source, Tensor):
-                self._seen[id(p)] = (p, source, source._version)
+        for p, source, number in zip(parameters, sources, kept, strict=True):
+            if isinstance(source, Tensor) and isinstance(number, Tensor):
+                self._seen[key, id(p)] = (p, source, number, source._version, number._version)
 
     def forget(self, parameters: Iterable[Tensor]) -> None:
         """Parameters that left, or whose numbers nobody keeps up any more."""
-        for p in parameters:
-            self._seen.pop(id(p), None)
+        gone = set(map(id, parameters))
+        self._seen = {key: known for key, known in self._seen.items() if key[1] not in gone}
 
 
 def close_enough(kept: Tensor, anew: Tensor) -> bool:

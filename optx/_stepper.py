@@ -393,9 +393,9 @@ class _Step:
     def _took(self, run: GroupRun, state: _GroupState) -> None:
         """Derived numbers have been taken from the state as it is now."""
         base_state = self.w.base.state
-        for _, source in state.derived:
+        for key, source in state.derived:
             sources = [base_state.get(p, {}).get(source) for p in run.weights]
-            self.s.slots.store.derived.took(run.weights, sources)
+            self.s.slots.took(run.weights, key, sources)
 
     def _rewrite(self, first: bool) -> None:
         """Gradient rules into ``p.grad`` (the person's gradients come back later), then weight rules."""
