@@ -195,10 +195,15 @@ def check_has_memory(base: Optimizer, p: Tensor, what: str, t: Tensor) -> None:
 
 
 def shapes_differ(name: str, p: Tensor, what: str, t: Tensor) -> str:
-    """The sentence that says so."""
+    """The sentence that says so, and what helps: a slot of ours may be one that can't be made again."""
+    way_out = "give its state the new shape, or delete optimizer.state[p] to begin anew"
+    if (at := what.find("'optx.")) >= 0:
+        key = what[at + 1 :].rstrip("'")
+        way_out = f"set optimizer.state[p][{key!r}] to one of its shape"
+        way_out += f", or leave it out with {key.split('.')[1]}=False" if key.count(".") == 2 else ""
     return (
         f"optx: parameter {name!r} has shape {tuple(p.shape)}, {what} has {tuple(t.shape)}. Where a weight "
-        "was grown or replaced, give its state the new shape, or delete optimizer.state[p] to begin anew."
+        f"was grown or replaced, {way_out}."
     )
 
 

@@ -182,6 +182,8 @@ class FusedGroup:
             grads = []  # each bucket asks for its own
         if not (same and all(map(self._point, self._buckets, repeat(grads)))):
             self._seen = []
+            self._looked.clear()  # what lies elsewhere now may hold something else
+            self._refresh_derived()
             self._rebuild(params)
             self._seen = list(active)
         numbers: dict[str, Any] = rule_numbers(self.group, self._hypers)

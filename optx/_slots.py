@@ -54,11 +54,11 @@ class Slots:
         stale = self.store.derived.stale(key, parameters, sources, self.store.present(parameters, key))
         for i in stale:
             p, source = parameters[i], sources[i]
+            transform, name, slot = self._declared(key)
             if isinstance(source, Tensor):
-                check_has_memory(self.store.base, p, "the base's state of it", source)
+                check_has_memory(self.store.base, p, f"its state {slot.derived!r}", source)
             elif source is not None:
                 continue  # what makes nothing of it says so, see FusedGroup
-            transform, name, _ = self._declared(key)
             kept, anew = self.get(p, key), transform.init_slot(name, p, self._owner())
             if not close_enough(kept, anew):
                 self.store.put(p, key, anew)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optx._errors import warn
 from optx._names import placed_like
 
 PREFIX = "optx."
@@ -50,23 +49,12 @@ class SlotStore:
         else:
             slots = self.pending.setdefault(p, {})
             if key not in slots:
-                kept = self._kept(p, key)
+                kept = self.lasting.get(p, {}).get(key)
                 slots[key] = make() if kept is None else kept
             slot = slots[key]
         if lasting:
             self.lasting.setdefault(p, {})[key] = slot
         return slot
-
-    def _kept(self, p: Tensor, key: str) -> Tensor | None:
-        """A lasting slot that was taken out of ``state``; it comes back unless its weight has grown since."""
-        kept = self.lasting.get(p, {}).get(key)
-        if kept is not None and kept.shape != p.shape:
-            warn(
-                f"optx: {key!r} had shape {tuple(kept.shape)} when its state was deleted; its weight has "
-                f"shape {tuple(p.shape)} now, so it was made anew from the weight as it is."
-            )
-            return None
-        return kept
 
     def tidy(self) -> None:
         """Drop entries that are None: ZeroRedundancyOptimizer leaves one for what other processes keep."""
@@ -178,8 +166,8 @@ class Derived:
     """Whether a number that was taken from a state tensor of the base is still right.
 
     AdamR keeps the sum of the second moment from one step to the next. Whatever else changes that moment (or
-    the sum) in place counts up its version, and whatever replaces it is another object: to look costs no pass
-    over it. An edit through ``.data`` or NumPy counts up nothing and isn't seen.
+    the sum) in place counts up its version, and whatever replaces it is another object or lies elsewhere: to
+    look costs no pass over it. An edit in place through ``.data`` or NumPy counts up nothing and isn't seen.
     """
 
     def __init__(self) -> None:
@@ -198,8 +186,7 @@ class Derived:
             or known[0] is not p
             or known[1] is not source
             or known[2] is not number
-            or known[3] != source._version
-            or known[4] != number._version
+            or known[3:] != _stamps(source, number)
         ]
 
     def took(
@@ -208,12 +195,20 @@ class Derived:
         """The numbers have just been taken from these."""
         for p, source, number in zip(parameters, sources, kept, strict=True):
             if isinstance(source, Tensor) and isinstance(number, Tensor):
-                self._seen[key, id(p)] = (p, source, number, source._version, number._version)
+                self._seen[key, id(p)] = (p, source, number, *_stamps(source, number))
 
     def forget(self, parameters: Iterable[Tensor]) -> None:
         """Parameters that left, or whose numbers nobody keeps up any more."""
         gone = set(map(id, parameters))
         self._seen = {key: known for key, known in self._seen.items() if key[1] not in gone}
+
+
+def _stamps(*tensors: Tensor) -> tuple[Any, ...]:
+    """Where tensors lie, and how often they were changed in place."""
+    try:
+        return tuple(stamp for t in tensors for stamp in (t._version, t.data_ptr()))
+    except RuntimeError:  # one that lies nowhere
+        return tuple(t._version for t in tensors)
 
 
 def close_enough(kept: Tensor, anew: Tensor) -> bool:

@@ -387,7 +387,7 @@ class _Step:
             _StateOf(self.s, active),
             numbers,
             cols,
-            lambda: self.s.key(group, -1),  # the weights' draws have the parts from 0 on
+            lambda stepper=self.s: stepper.key(group, -1),  # the weights' draws have the parts from 0 on
         )
 
     def _took(self, run: GroupRun, state: _GroupState) -> None:

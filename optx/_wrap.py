@@ -55,7 +55,7 @@ class Wrapped(Optimizer):
         self._warned_capturable_if_run_uncaptured = True
         self._known: list[tuple[Group, list[Tensor]]] = []
         self._removed = False
-        self._warned_idle = False
+        self._warned_idle = self._had_gradient = False
         self._take_on(transforms, settings)
         guard(base, self)
 
@@ -152,18 +152,18 @@ class Wrapped(Optimizer):
                 `remove` was called.
         """
         self._check_alive("step")
-        self.skipped_last = False
+        self.skipped_last = self._had_gradient = False
         closure = run_pre_hooks(self.base, closure)
         self._follow_parameters()
         self._before_step()
         loss, stepped = self._stepper.step(self._then_before_step(closure))
         if stepped:
+            self._tell_idle()
             try:
                 run_post_hooks(self.base, closure)
             finally:  # the step has been taken, whatever a hook makes of it
                 for transform in self.transforms:
                     transform.after_step(self)
-            self._tell_idle()
         else:
             self.skipped_last = True
         return loss
@@ -182,7 +182,7 @@ class Wrapped(Optimizer):
 
     def _tell_idle(self) -> None:
         """A step without any gradient is hardly meant."""
-        if not self._warned_idle and all(p.grad is None for g in self.param_groups for p in g["params"]):
+        if not (self._warned_idle or self._had_gradient):
             self._warned_idle = True
             warn(
                 "optx: step() found no gradient on any parameter, so nothing moved. Call loss.backward() "
@@ -190,6 +190,8 @@ class Wrapped(Optimizer):
             )
 
     def _before_step(self) -> None:
+        # Now: some bases take the gradients away.
+        self._had_gradient |= any(p.grad is not None for g in self.param_groups for p in g["params"])
         for transform in self.transforms:
             transform.before_step(self)
 

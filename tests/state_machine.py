@@ -583,13 +583,7 @@ class Edits(RuleBasedStateMachine):
         name = self._key(p, key)
         self._say("state_in_place", seed=seed, at=at, key=name, how=how)
         value = self.opt.state[p][name] if name is not None else None
-        # v_sum is a number of optx's own, that is kept up from step to step; nobody else has it right.
-        if (
-            not isinstance(value, Tensor)
-            or name in ("step", "optx.adamr.v_sum")
-            or not readable(value)
-            or shares_memory(value, p)
-        ):
+        if not isinstance(value, Tensor) or name == "step" or not readable(value) or shares_memory(value, p):
             return
         if how == "data" and not isinstance(value, TwoTensor):
             value.data = normal(

@@ -129,7 +129,7 @@ def test_a_part_that_is_alone_says_so() -> None:
     container: Any = model[0].optx
     del model
     with pytest.raises(ReferenceError, match="the module that this was attached to is gone"):
-        _ = container.served
+        _ = container._target()
 
 
 def test_a_whole_model_goes_through_torch_save() -> None:

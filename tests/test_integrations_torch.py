@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import math
@@ -261,7 +262,8 @@ def test_zero_grad(to_none: bool, fused: Any) -> None:
         assert p.grad is (None if to_none else g)
         assert to_none or not p.grad.any()
     before = copy.deepcopy(net)
-    opt.step()
+    with pytest.warns(UserWarning, match="found no gradient") if to_none else contextlib.nullcontext():
+        opt.step()
     moved = [not torch.equal(p, q) for p, q in zip(net.parameters(), before.parameters(), strict=True)]
     assert not any(moved) if to_none else any(moved)  # AdamW decays where there is a gradient, be it zero
 

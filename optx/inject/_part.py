@@ -138,13 +138,12 @@ class Attached(nn.Module):
         """Address and version of the merged tensors: another means that someone changed them since."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_served": self.served}  # a copy of the model serves the copied module
+        return {**self.__dict__, "_served": self._target()}  # a copy of the model serves the copied module
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({**state, "_served": weakref.ref(state["_served"])})
 
-    @property
-    def served(self) -> nn.Module:
+    def _target(self) -> nn.Module:
         """The module that all this is attached to."""
         module = self._served()
         if module is None:
@@ -158,7 +157,7 @@ class Attached(nn.Module):
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """The served module's forward while a part goes around it."""
-        module = self.served
+        module = self._target()
         inner = self._forward or partial(type(module).forward, module)
         for part in self.parts.values():
             if part.overrides("around") and part.active:
@@ -167,7 +166,7 @@ class Attached(nn.Module):
 
     def hook(self, part: Part) -> list[RemovableHandle]:
         """Make a part that is already among the parts act."""
-        module = self.served
+        module = self._target()
         hooks: list[RemovableHandle] = []
         if part.overrides("before"):
             hooks.append(module.register_forward_pre_hook(part._before, with_kwargs=True))  # pyright: ignore[reportPrivateUsage]
@@ -180,7 +179,7 @@ class Attached(nn.Module):
 
     def unhook(self) -> None:
         """Give the module its own forward back once no part goes around it."""
-        module = self.served
+        module = self._target()
         around = any(part.overrides("around") for part in self.parts.values())
         if not around and module.__dict__.get("forward") == self.call:
             if self._forward is None:

@@ -76,6 +76,7 @@ TABLE = {
     "optx/_pipeline.py": f"arithmetic_step errors {_STEP}",
     "optx/_rounding.py": "arithmetic_step fused_rounding",
     "optx/_rules.py": "user_rules errors fused_cpu",
+    "optx/_signals.py": "wrap_whole",
     "optx/_slots.py": f"arithmetic_step {_STEP}",
     "optx/_state.py": "arithmetic_step resume wrap_bases adamr_anchors freed hft",
     "optx/_stepper.py": f"arithmetic_step {_STEP} fused_rounding errors",
