@@ -20,6 +20,7 @@ from optx._checks import check_count, check_group
 from optx._errors import OptxError, ShapeError
 from optx._files import written_aside
 from optx._names import is_dtensor, parameter_names
+from optx._slots import KAHAN
 from optx._state import PENDING, is_ours, saved_slots, without_ours
 from optx._transform import Slot
 
@@ -79,6 +80,7 @@ def unpack(wrapped: Wrapped, state_dict: dict[str, Any]) -> None:
     keyed = _keyed(wrapped, state_dict)
     _check_shapes(wrapped, keyed, state_dict["state"], ours, known)
     before = {p: store.of(p) for p in keyed.values()}
+    kahan = KAHAN if wrapped.rounding == "kahan" else None  # carried on unused, it would go stale
     numbers = [{k: v for k, v in group.items() if _is_number(wrapped, k)} for group in wrapped.param_groups]
     old = base.state, base.param_groups, store.pending
     store.pending = {}
@@ -93,7 +95,7 @@ def unpack(wrapped: Wrapped, state_dict: dict[str, Any]) -> None:
             check_group(group, wrapped.transforms, base)
         for key, p in keyed.items():
             slots = {k: v for k, v in before[p].items() if k in known and not known[k].derived}
-            loaded = {k: v for k, v in ours.get(key, {}).items() if k in known or k.count(".") == 1}
+            loaded = {k: v for k, v in ours.get(key, {}).items() if k in known or k == kahan}
             slots.update(
                 {k: _as_declared(v, known.get(k)).to(p.device, copy=True) for k, v in loaded.items()}
             )

@@ -101,6 +101,11 @@ def check_group(group: Group, transforms: Sequence[Transform], base: Optimizer) 
     for key in group:
         _check_key(key, known, transforms, base)
     for transform in transforms:
+        if isinstance(group.get(transform.name, True), str):
+            raise TransformError(
+                f"wrap: a param group has {transform.name}={group[transform.name]!r}; it must be True or "
+                "False."
+            )
         for option in transform.options:
             key = f"{transform.name}_{option}"
             if key in group:

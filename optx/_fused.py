@@ -176,16 +176,15 @@ class FusedGroup:
             grads = [g for g in grads if g is not None]
         self.active = active
         self._copies.clear()
-        self._refresh_derived()
         same = len(active) == len(self._seen) and all(map(is_, active, self._seen))
         if len(self._buckets) != 1:
             grads = []  # each bucket asks for its own
         if not (same and all(map(self._point, self._buckets, repeat(grads)))):
             self._seen = []
             self._looked.clear()  # what lies elsewhere now may hold something else
-            self._refresh_derived()
             self._rebuild(params)
             self._seen = list(active)
+        self._refresh_derived()  # in place, once every tensor has been looked at
         numbers: dict[str, Any] = rule_numbers(self.group, self._hypers)
         drawn = key() if self.draws else 0
         for bucket in self._buckets:

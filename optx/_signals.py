@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import signal
 import threading
-from _signal import getsignal as current
-from _signal import signal as handle  # signal.signal makes enums of them, ten times as long as the call
+from _signal import getsignal as current  # pyright: ignore[reportMissingImports]
+from _signal import signal as handle  # pyright: ignore[reportMissingImports]
 from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
 
+# (The module signal makes enums of everything, which takes ten times as long as the calls.)
 # Those whose handlers are written in Python and may raise: Ctrl-C, a scheduler's warning, a timeout.
 _NAMES = ("SIGINT", "SIGTERM", "SIGALRM", "SIGUSR1", "SIGUSR2")
 _SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))

@@ -60,7 +60,11 @@ class Slots:
             elif source is not None:
                 continue  # what makes nothing of it says so, see FusedGroup
             kept, anew = self.get(p, key), transform.init_slot(name, p, self._owner())
-            if not close_enough(kept, anew):
+            if close_enough(kept, anew):
+                continue
+            if kept.dtype == anew.dtype and kept.numel() == 1:
+                kept.copy_(anew)  # in place: a kernel may be pointed at it
+            else:
                 self.store.put(p, key, anew)
         if stale:
             self.took(parameters, key, sources)

@@ -17,7 +17,7 @@ from optx._checks import check_group, check_has_memory, check_memory, check_stat
 from optx._errors import FusedError, OptxError, ShapeError, TransformError
 from optx._foreach import GroupRun
 from optx._fused import FusedGroup, Unfusable, why_not, why_not_tensors
-from optx._names import parameter_names
+from optx._names import parameter_names, whole
 from optx._numbers import as_number
 from optx._pipeline import build
 from optx._plan import GroupPlan, Plan
@@ -338,8 +338,10 @@ class _Step:
 
     def _skip_if_nonfinite(self) -> None:
         """A sum of squares is infinite also where a float64 gradient is merely large."""
-        grads = (p.grad for group in self.w.param_groups for p in group["params"])
-        if not all(bool(torch.isfinite(g).all()) for g in grads if g is not None):
+        grads = [p.grad for group in self.w.param_groups for p in group["params"] if p.grad is not None]
+        # Every gradient on every rank, each completed over its mesh: all ranks must come to one verdict.
+        counts = [int(whole((~torch.isfinite(g)).sum())) for g in grads]
+        if any(counts):
             raise _SkipStep
 
     def _update_fused(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import weakref
 from collections.abc import Mapping, Sequence
@@ -216,6 +217,11 @@ class Transform:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_") or name in ("options", "slots") or name not in self.options:
+            like = difflib.get_close_matches(name, self.options, n=1, cutoff=0.75)
+            if like and self._wrapped_by is not None and not hasattr(self, name):
+                raise TransformError(
+                    f"{type(self).__name__}: {name!r} is no option of it. Is {like[0]!r} meant?"
+                )
             object.__setattr__(self, name, value)
             return
         self.check_option(name, value, f"{type(self).__name__}: {name} is {value!r}")
@@ -251,8 +257,9 @@ class Transform:
         """
         low, high = self.limits.get(name, (-math.inf, math.inf))
         number = as_float(value)
-        if number is None or math.isnan(number):
-            raise TransformError(f"{given}; it must be a number.")
+        switch = isinstance(self.options.get(name), bool)
+        if number is None or not math.isfinite(number) or (isinstance(value, bool) and not switch):
+            raise TransformError(f"{given}; it must be a number{'' if switch else ', and finite'}.")
         if not low <= number <= high:
             wanted = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
             raise TransformError(f"{given}; it must be {wanted}.")

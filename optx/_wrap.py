@@ -136,9 +136,9 @@ class Wrapped(Optimizer):
         """One step: the transforms' gradient rules, the base update, the transforms' weight rules.
 
         A step happens whole or not at all: an error in the closure, a pre-hook or the base leaves weights,
-        state, gradients and counters as they were; after one in a post-hook the step has been taken. (For a
-        base without a fused form its weights and state are copied for the time of the step.) The base's own
-        hooks run first, on every path.
+        state and counters as they were, and gradients as the closure left them; after one in a post-hook the
+        step has been taken. (For a base without a fused form its weights and state are copied for the time of
+        the step.) The base's own hooks run first, on every path.
 
         Args:
             closure: evaluates the model again and returns the loss, as in torch. A base that evaluates it

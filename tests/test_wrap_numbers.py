@@ -336,3 +336,29 @@ def test_options_of_a_users_own_transform_are_set_alike() -> None:
     q.grad = torch.ones(1)
     opt.step()
     assert q.tolist() == [-3.0]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), True, -0.1, "0.1"])
+def test_what_the_constructor_refuses_is_refused_everywhere(value: Any) -> None:
+    p = nn.Parameter(torch.ones(2))
+    opt = optx.wrap(torch.optim.AdamW([p], weight_decay=0), optx.AdamR(0.1), fused=False)
+    with pytest.raises(optx.OptxError, match="weight is "):
+        opt.adamr.weight = value
+    opt.param_groups[0]["adamr_weight"] = value
+    p.grad = torch.ones(2)
+    with pytest.raises(optx.OptxError, match="adamr_weight="):
+        opt.step()
+    assert torch.equal(p, torch.ones(2))
+
+
+def test_a_misspelt_option_of_a_schedule_is_an_error() -> None:
+    opt = optx.wrap(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1), optx.AdamR(0.1, normalize=False))
+    with pytest.raises(optx.OptxError, match=r"'wieght' is no option of it\. Is 'weight' meant"):
+        opt.adamr.wieght = 0.5
+    assert opt.adamr.weight == 0.1
+
+
+def test_a_word_does_not_switch_a_transform() -> None:
+    group = {"params": [nn.Parameter(torch.ones(2))], "adamr": "no"}
+    with pytest.raises(optx.OptxError, match="adamr='no'; it must be True or False"):
+        optx.wrap(torch.optim.SGD([group], lr=0.1), optx.AdamR(0.1, normalize=False))

@@ -174,3 +174,19 @@ def test_moments_in_bfloat16_come_back_as_they_are() -> None:
     opt.step()
     other.step()
     assert torch.equal(p, q)
+
+
+def test_a_compensation_that_is_not_used_is_not_carried_on() -> None:
+    """It would be added to weights that have moved meanwhile, once a kahan run takes it up again."""
+    p = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    opt = optx.wrap(torch.optim.SGD([p], lr=1e-3), rounding="kahan")
+    p.grad = torch.ones_like(p)
+    opt.step()
+    saved = opt.state_dict()
+    assert "optx.kahan" in saved["state"][0]
+    other = optx.wrap(torch.optim.SGD([p], lr=1e-3), rounding="nearest")
+    other.load_state_dict(saved)
+    assert "optx.kahan" not in other.state.get(p, {})
+    again = optx.wrap(torch.optim.SGD([p], lr=1e-3), rounding="kahan")
+    again.load_state_dict(saved)
+    assert "optx.kahan" in again.state[p]
