@@ -145,7 +145,7 @@ class FusedGroup:
         self._slots, self._rounding, self.triton = slots, rounding, triton
         self._derived = derived
         self._looked: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {}  # tensors and versions as last seen
-        self._seen: list[Tensor] = []  # the active parameters that the buckets were made for
+        self._seen: list[Tensor] | None = None  # the parameters that the buckets were made for
         self._buckets: list[_Bucket] = []
         self._base_keys = (*rules.slots, *(("step",) if rules.counted else ()))
         # Parameters whose base state was made since the last update, by id, and the names made.
@@ -176,11 +176,12 @@ class FusedGroup:
             grads = [g for g in grads if g is not None]
         self.active = active
         self._copies.clear()
-        same = len(active) == len(self._seen) and all(map(is_, active, self._seen))
+        seen = self._seen
+        same = seen is not None and len(active) == len(seen) and all(map(is_, active, seen))
         if len(self._buckets) != 1:
             grads = []  # each bucket asks for its own
         if not (same and all(map(self._point, self._buckets, repeat(grads)))):
-            self._seen = []
+            self._seen = None
             self._looked.clear()  # what lies elsewhere now may hold something else
             self._rebuild(params)
             self._seen = list(active)
@@ -462,7 +463,7 @@ class FusedGroup:
             if p in self.base.state and not self.base.state[p]:
                 del self.base.state[p]
         if self._fresh:
-            self._seen, self._buckets = [], []
+            self._seen, self._buckets = None, []
         self._fresh.clear()
         self._copies.clear()
 

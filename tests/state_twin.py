@@ -280,7 +280,7 @@ REFUSALS = (
     ),
     Allowance(
         "moment that is no tensor",
-        r"^optx: its state '.*' of parameter .* is a .*; it must be a tensor\.",
+        r"^optx: (its|the) state '.*' of parameter .* is a .*; it must be a tensor\.",
         "a kernel is pointed at memory; torch raises too.",
     ),
     Allowance(

@@ -334,3 +334,19 @@ def test_state_that_shares_memory_between_elements_is_laid_out_anew() -> None:
         step(w, o)
     assert torch.equal(p, q)
     assert torch.equal(opt.state[p]["exp_avg"], twin.state[q]["exp_avg"])
+
+
+def test_a_step_without_gradients_after_a_refused_one() -> None:
+    """The tables of before the refusal are not taken for those of no parameter at all."""
+    p = nn.Parameter(torch.ones(3))
+    opt = optx.wrap(torch.optim.SGD([p], lr=0.1, momentum=0.9))
+    p.grad = torch.ones(3)
+    opt.step()
+    kept, opt.state[p]["momentum_buffer"] = opt.state[p]["momentum_buffer"], 1.0
+    with pytest.raises(optx.OptxError, match="it must be a tensor"):
+        opt.step()
+    opt.state[p]["momentum_buffer"] = kept
+    p.grad, before = None, p.detach().clone()
+    with pytest.warns(UserWarning, match="found no gradient"):
+        opt.step()
+    assert torch.equal(p, before)
