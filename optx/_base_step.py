@@ -7,6 +7,7 @@ by us, and the base's function is called without them.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Generator
@@ -19,6 +20,7 @@ from optx._errors import OptxError
 
 # What torch puts around the step of every optimizer class.
 _HOOKED = Optimizer.profile_hook_step(lambda: None).__code__
+_DYNAMO = os.path.join("torch", "_dynamo", "eval_frame.py")
 
 
 class Guard:
@@ -102,13 +104,20 @@ def step_without_hooks(base: Optimizer, closure: Callable[[], Any] | None) -> An
     """The base's step as its class defines it: neither its hooks nor those of all optimizers run again."""
     arguments = () if closure is None else (closure,)
     step: Any = type(base).step
+    # torch.compile, once used, puts a wrapper of its own around the steps that it can't follow (LBFGS).
+    while _code(step) is not None and _code(step).co_filename.endswith(_DYNAMO):
+        step = step.__wrapped__
     own: Any = vars(base).get("step")
     replaced = own is not None and not hasattr(own, "_wrapped_by_lr_sched")
     # Set aside also for super().step(): torch puts hooks around every class's step, the guard among them.
     with _hooks_set_aside(base):
-        if not replaced and getattr(step, "__code__", None) is _HOOKED:
+        if not replaced and _code(step) is _HOOKED:
             return step.__wrapped__(base, *arguments)
         return base.step(*arguments)
+
+
+def _code(function: Any) -> Any:
+    return getattr(function, "__code__", None)
 
 
 @contextmanager

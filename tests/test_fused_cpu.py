@@ -120,6 +120,7 @@ def problems(draw_: Any) -> tuple[Case, dict[str, Any]]:
 @pytest.mark.filterwarnings(
     "ignore:AdamR. lr:UserWarning"
 )  # some pulls overshoot, and are right all the same
+@pytest.mark.filterwarnings("ignore:optx. step.. found no gradient")  # where all of them are missing
 def test_any_shapes_settings_and_groups(
     problem: tuple[Case, dict[str, Any]], missing: set[int], scale: float
 ) -> None:

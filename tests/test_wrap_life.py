@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import subprocess
+import sys
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -360,3 +362,26 @@ def test_a_step_without_any_gradient_warns_once(kind: Any, fused: Any) -> None:
         opt.step()
     opt.step()  # a warning would be an error here
     assert torch.equal(p, before)
+
+
+def test_hooks_of_all_optimizers_run_once_where_torch_compile_wrapped_a_step() -> None:
+    """Once anything was compiled, torch puts another wrapper around LBFGS's step."""
+    code = """
+import torch, optx
+from torch.optim.optimizer import register_optimizer_step_post_hook
+p = torch.nn.Parameter(torch.ones(2))
+torch.optim.LBFGS([p])  # from here on its step has torch's hooks
+torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1))
+ran = []
+register_optimizer_step_post_hook(lambda *_: ran.append(1))
+opt = optx.wrap(torch.optim.LBFGS([p]))
+def closure():
+    opt.zero_grad()
+    loss = p.square().sum()
+    loss.backward()
+    return loss
+opt.step(closure)
+print(len(ran))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=1200)
+    assert done.stdout.split() == ["1"], done.stderr
