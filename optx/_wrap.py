@@ -158,12 +158,12 @@ class Wrapped(Optimizer):
         self._before_step()
         loss, stepped = self._stepper.step(self._then_before_step(closure))
         if stepped:
-            self._tell_idle()
             try:
                 run_post_hooks(self.base, closure)
             finally:  # the step has been taken, whatever a hook makes of it
                 for transform in self.transforms:
                     transform.after_step(self)
+            self._tell_idle()  # last: where warnings are errors, it raises
         else:
             self.skipped_last = True
         return loss
