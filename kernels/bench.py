@@ -233,8 +233,7 @@ def measure(shape: str, rounds: int, peers: bool, compiled: bool, device: str) -
         subject.gradients = named
         subject.bytes = subject.bytes or _traffic(optimizer, model)
         running.append((subject, optimizer))
-    for _ in range(3):
-        for subject, optimizer in running:
+        for _ in range(3):  # before others move the weights between AdamR's wrap and its first step
             subject.give_gradients()
             optimizer.step()
     for number in range(rounds):

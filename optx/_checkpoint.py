@@ -131,7 +131,7 @@ def _check_shapes(
                 continue
             entry = saved.get(key)
             if rules and rules.counted and isinstance(entry, dict) and "step" in entry:
-                check_count(entry["step"], f"parameter {names[id(p)]!r}")
+                check_count(entry["step"], wrapped.base, p)
             tensors = {k: v for k, v in entry.items() if k in of_base} if isinstance(entry, dict) else {}
             for name, slot in ours.get(key, {}).items():
                 if name in known:

@@ -163,16 +163,17 @@ def check_state_shapes(base: Optimizer, group: Group, parameters: Iterable[Tenso
             if isinstance(value, Tensor) and value.shape != p.shape:
                 raise ShapeError(shapes_differ(parameter_names(base)[id(p)], p, f"its state {name!r}", value))
         if rules and rules.counted and "step" in state:
-            check_count(state["step"], f"parameter {parameter_names(base)[id(p)]!r}")
+            check_count(state["step"], base, p)
 
 
-def check_count(value: Any, name: str) -> Any:
+def check_count(value: Any, base: Optimizer, p: Tensor) -> Any:
     """The base's step count of a parameter, if it is one number in plain memory."""
     plain = isinstance(value, Tensor) and why_not_plain(value) is None
     number = as_number(value) if plain or not isinstance(value, Tensor) else None
     if number is None:
         what = f"a tensor of shape {tuple(value.shape)}, {value.dtype}" if plain else repr(value)
-        raise ShapeError(f"optx: the state 'step' of {name} is {what}; it must be one number.")
+        name = parameter_names(base)[id(p)]
+        raise ShapeError(f"optx: the state 'step' of parameter {name!r} is {what}; it must be one number.")
     return number
 
 

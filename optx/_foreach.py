@@ -355,7 +355,7 @@ class GroupRun:
         """The ``i``-th tensor's elements in the dtype of the arithmetic: see `Slot`."""
         if dtype is None:
             dtype = self._wide if t.dtype in _WIDE else self._math[i]
-        return t.to(dtype)
+        return t if t.dtype == dtype else t.to(dtype)
 
     def _list(self, ref: Ref, registers: Mapping[Ref, list[Tensor]]) -> Any:
         if ref.kind in _ELEMENTS:

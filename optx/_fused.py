@@ -111,6 +111,12 @@ class _Bucket:
     runner: Any  # CpuStep or TritonStep
     keys: list[str]  # where state[p] has each role after w and g, then each cell
     columns: list[_Column] = field(default_factory=list[_Column])
+    found: dict[str, list[Tensor]] = field(default_factory=dict[str, list[Tensor]])  # in a step, by key
+    # The parameters that had state, in the order of `base.state`, and where the members are among them.
+    known: list[Tensor] = field(default_factory=list[Tensor])
+    places: list[int] = field(default_factory=list[int])
+    # By key of a derived number: its sources and itself, and their versions, as last seen.
+    looked: dict[str, tuple[list[Any], list[int] | None]] = field(default_factory=dict[str, Any])
 
 
 class FusedGroup:
@@ -144,7 +150,6 @@ class FusedGroup:
         self.group, self.program, self.rules, self.base = group, program, rules, base
         self._slots, self._rounding, self.triton = slots, rounding, triton
         self._derived = derived
-        self._looked: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {}  # tensors and versions as last seen
         self._seen: list[Tensor] | None = None  # the parameters that the buckets were made for
         self._buckets: list[_Bucket] = []
         self._base_keys = (*rules.slots, *(("step",) if rules.counted else ()))
@@ -182,10 +187,11 @@ class FusedGroup:
             grads = []  # each bucket asks for its own
         if not (same and all(map(self._point, self._buckets, repeat(grads)))):
             self._seen = None
-            self._looked.clear()  # what lies elsewhere now may hold something else
             self._rebuild(params)
             self._seen = list(active)
-        self._refresh_derived()  # in place, once every tensor has been looked at
+        if self._derived:  # in place, once every tensor has been looked at
+            for bucket in self._buckets:
+                self._refresh_derived(bucket)
         numbers: dict[str, Any] = rule_numbers(self.group, self._hypers)
         drawn = key() if self.draws else 0
         for bucket in self._buckets:
@@ -284,7 +290,7 @@ class FusedGroup:
             self._fresh[id(p)] = made  # first, so that an interrupt leaves nothing behind
             init_base_state(state, p, self.rules, self.group)
         if self.rules.counted:
-            count = check_count(state["step"], self._name(p))
+            count = check_count(state["step"], self.base, p)
             # The kernels count in float32, on the device; torch counts in float64 where that is the default.
             device = p.device if self.triton else "cpu"
             state["step"] = torch.as_tensor(count, dtype=torch.float32, device=device)
@@ -331,6 +337,7 @@ class FusedGroup:
         bucket.columns = [_Column.of(tensors, i >= roles) for i, tensors in enumerate(columns)]
         for number, column in enumerate(bucket.columns):
             bucket.runner.tensors[:, number] = column.addresses
+        bucket.found = dict(zip(bucket.keys, columns[2:], strict=True))
         self._mark_fresh(bucket)
 
     def _point(self, bucket: _Bucket, grads: list[Tensor]) -> bool:
@@ -339,8 +346,7 @@ class FusedGroup:
         What runs per tensor here is most of a small model's step.
         """
         members = bucket.members
-        state, pending = self.base.state, self._slots.store.pending
-        states = [state.get(p, _NOTHING) for p in members]
+        pending, states = self._slots.store.pending, self._states(bucket)
         try:
             grads = grads or [p.grad for p in members]  # type: ignore[misc]
             like = bucket.columns[1].like
@@ -367,8 +373,26 @@ class FusedGroup:
                     column.addresses = addresses
         except (KeyError, TypeError, RuntimeError):  # not there, no tensor, or one without memory
             return False
+        bucket.found = dict(zip(bucket.keys, columns[2:], strict=True))
         self._mark_fresh(bucket)
         return True
+
+    def _states(self, bucket: _Bucket) -> list[dict[str, Tensor]]:
+        """What the base keeps of each member.
+
+        torch hashes tensors in Python, which takes longer than all comparisons of a step. Where the same
+        parameters have state in the same order as before, it is found without.
+        """
+        state, members = self.base.state, bucket.members
+        if len(state) > 2 * len(members):
+            return [state.get(p, _NOTHING) for p in members]
+        if len(state) != len(bucket.known) or not all(map(is_, state, bucket.known)):
+            places = {id(p): i for i, p in enumerate(state)}
+            if not all(id(p) in places for p in members):
+                return [state.get(p, _NOTHING) for p in members]
+            bucket.known, bucket.places = list(state), [places[id(p)] for p in members]
+        entries = list(state.values())
+        return [entries[i] for i in bucket.places]
 
     def _mark_fresh(self, bucket: _Bucket) -> None:
         if self._fresh or self._was_fresh:
@@ -384,34 +408,29 @@ class FusedGroup:
 
     # ---- numbers that are taken from the base's state --------------------------------------------------
 
-    def _sources(self, name: str) -> list[Any]:
-        state = self.base.state
-        return [state.get(p, _NOTHING).get(name) for p in self.active]
-
-    def _refresh_derived(self) -> None:
+    def _refresh_derived(self, bucket: _Bucket) -> None:
         """Take anew what no longer goes with the state that it was taken from."""
         for key, source in self._derived:
-            tensors = [*self._sources(source), *self._slots.store.present(self.active, key)]
+            kept = bucket.found[key]
+            sources: list[Any] = bucket.found.get(source) or [None] * len(kept)
+            tensors: list[Any] = [*sources, *kept]
             try:
                 versions = list(map(_VERSION, tensors))
             except (AttributeError, RuntimeError):  # not there yet, or it counts none
                 versions = None
-            last, then = self._looked.get(key, ((), ()))
-            if (
-                versions is None
-                or len(last) != len(tensors)
-                or not all(map(is_, last, tensors))
-                or versions != then
-            ):
-                self._slots.refresh(self.active, key, tensors[: len(self.active)])
-                self._looked[key] = tensors, versions or ()
+            last, then = bucket.looked.get(key, ((), None))
+            # Others with the same count are possible: `state[p][k] = state[p][k].data.mul_(2)`, twice.
+            if versions is None or versions != then or not all(map(is_, last, tensors)):
+                self._slots.refresh(bucket.members, key, sources)
+                bucket.looked[key] = tensors, versions
 
     def _took_derived(self) -> None:
         """Kernels count up no version: only what this step made is news."""
-        if self._fresh:
-            self._looked.clear()
+        for bucket in self._buckets if self._fresh else ():
+            bucket.looked.clear()
             for key, source in self._derived:
-                self._slots.took(self.active, key, self._sources(source))
+                if source in bucket.found:
+                    self._slots.took(bucket.members, key, bucket.found[source])
 
     # ---- a step ------------------------------------------------------------------------------------
 
@@ -452,8 +471,14 @@ class FusedGroup:
     def _done(self) -> None:
         self._took_derived()
         self._was_fresh = bool(self._fresh)
+        self._release()
+
+    def _release(self) -> None:
+        """Let go of what is only held during a step."""
         self._fresh.clear()
         self._copies.clear()
+        for bucket in self._buckets:
+            bucket.found = {}
 
     def undo(self) -> None:
         """The step is skipped: take back the state that `prepare` made."""
@@ -464,8 +489,7 @@ class FusedGroup:
                 del self.base.state[p]
         if self._fresh:
             self._seen, self._buckets = None, []
-        self._fresh.clear()
-        self._copies.clear()
+        self._release()
 
 
 _SHARED = "two tensors that the step writes share their memory, and kernels write all at once"

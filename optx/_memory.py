@@ -67,9 +67,13 @@ def writes_overlap(t: Tensor) -> bool:
 
 
 def _lost(t: Tensor) -> bool:
-    last = t.storage_offset() + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+    count = t.numel()
+    if not count:
+        return False
+    if not t.is_contiguous():
+        count = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
     storage = t.untyped_storage()
-    return t.numel() > 0 and (storage.data_ptr() == 0 or storage.nbytes() < (last + 1) * t.element_size())
+    return storage.data_ptr() == 0 or storage.nbytes() < (t.storage_offset() + count) * t.element_size()
 
 
 def why_not_dense(t: Tensor) -> str | None:

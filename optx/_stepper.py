@@ -26,7 +26,7 @@ from optx._signals import uninterrupted
 from optx._slots import Slots
 from optx._state import is_ours
 from optx._transform import Group, Transform
-from optx._undo import Undo
+from optx._undo import Copies, Undo
 from optx.kernels.program import W0, Program
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class Stepper:
         # Weakly: a dropped optimizer is freed at once, with its state.
         self._wrapped = weakref.ref(wrapped)
         self.slots = Slots(wrapped)
+        self.copies = Copies()
         self._groups: list[_GroupState] = []
 
     @property
@@ -303,6 +304,8 @@ class _Step:
         for group in self.w.param_groups:
             if "optx.step" in group:
                 group["optx.step"] += 1
+        if self.before is not None:
+            self.before.forget()
 
     def undo(self) -> None:
         """Leave nothing of what was done so far."""
@@ -410,23 +413,21 @@ class _Step:
             if first:
                 after = (*run.program.after, *run.program.observe)
                 if W0 in run.program.reads(after):
-                    self.starts[number] = [p.detach().clone() for p in run.weights]
-                if run.program.weight and self._moved(run.weights):
+                    same = not self.before.moved(run.weights)
+                    self.starts[number] = [
+                        self.before.weight(p) if same else p.detach().clone() for p in run.weights
+                    ]
+                if run.program.weight and self.before.moved(run.weights):
                     self._edit_late(number, run)
                 else:
                     self._write(run, run.edit_weights(run.program.weight), state.group, 0)
             run.keep_gradients()
 
-    def _moved(self, weights: Sequence[Tensor]) -> bool:
-        assert self.before is not None
-        known = self.before.weights
-        return any(p._version != known[p][0] for p in weights if p in known)
-
     def _edit_late(self, number: int, run: GroupRun) -> None:
         """SAM moves the weights before it evaluates, and puts them back: edit what they were, after it."""
         assert self.before is not None
         perturbed = run.weights
-        run.weights = starts = [self.before.weights[p][1] for p in perturbed]
+        run.weights = starts = [self.before.weight(p) for p in perturbed]
         self.starts[number] = starts
         edited = run.edit_weights(run.program.weight)
         run.weights = perturbed
@@ -448,6 +449,7 @@ class _Step:
         """Everything that the loose groups' step may change."""
         written = {ref.name for s in self.loose for call in s.program.calls() for ref in call.writes}
         return Undo(
+            self.s.copies,
             self.w.base,
             [p for s in self.loose for p in s.group["params"] if p.requires_grad or p.grad is not None],
             self.s.slots.store.pending,

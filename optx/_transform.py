@@ -217,8 +217,9 @@ class Transform:
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name.startswith("_") or name in ("options", "slots") or name not in self.options:
-            like = difflib.get_close_matches(name, self.options, n=1, cutoff=0.75)
-            if like and self._wrapped_by is not None and not hasattr(self, name):
+            new = self._wrapped_by is not None and not name.startswith("_") and not hasattr(self, name)
+            like = difflib.get_close_matches(name, self.options, n=1, cutoff=0.75) if new else []
+            if like:
                 raise TransformError(
                     f"{type(self).__name__}: {name!r} is no option of it. Is {like[0]!r} meant?"
                 )

@@ -73,6 +73,14 @@ def through_data(params: list[nn.Parameter], opt: optx.Wrapped) -> None:
     opt.state[params[0]]["exp_avg_sq"] = opt.state[params[0]]["exp_avg_sq"].data * 100.0
 
 
+def through_data_twice(params: list[nn.Parameter], opt: optx.Wrapped) -> None:
+    """Every such tensor has been written once in its life."""
+    state = opt.state[params[0]]
+    for factor in (3.0, 100.0):
+        steps(params, opt, range(80, 82))
+        state["exp_avg_sq"] = state["exp_avg_sq"].data.mul_(factor)
+
+
 def one_replaced(params: list[nn.Parameter], opt: optx.Wrapped) -> None:
     opt.state[params[1]]["exp_avg_sq"] = torch.full((7,), 9.0)
 
@@ -162,6 +170,7 @@ EDITS: dict[str, Edit] = {
         for f in (
             in_place,
             through_data,
+            through_data_twice,
             one_replaced,
             one_deleted,
             cleared,

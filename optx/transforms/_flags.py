@@ -18,6 +18,7 @@ class Flags:
         self.wish: dict[str, bool] = {}
         self._left: dict[str, bool] = {}  # as it was set here, or seen here
         self._watched: list[tuple[str, nn.Parameter]] = []
+        self._last: list[bool] = []  # the flags of all of these when `follow` last looked
 
     def watch(self, params: Mapping[str, nn.Parameter]) -> None:
         """Look after these parameters; objects may be others than before, names count."""
@@ -25,13 +26,17 @@ class Flags:
             self.wish.setdefault(name, p.requires_grad)
             self._left.setdefault(name, p.requires_grad)
         self._watched = list(params.items())
+        self._last = []
 
-    def follow(self) -> list[str]:
+    def follow(self) -> list[str] | None:
         """Take on what the person has changed since.
 
         Returns:
-            What was thawed although the round holds it; it is frozen again.
+            What was thawed although the round holds it (it is frozen again); None where no flag has changed.
         """
+        flags = [p.requires_grad for _, p in self._watched]
+        if flags == self._last:
+            return None
         thawed: list[str] = []
         for name, p in self._watched:
             now = p.requires_grad
@@ -42,12 +47,14 @@ class Flags:
                 thawed.append(name)
             else:
                 self.wish[name] = self._left[name] = now
+        self._last = [p.requires_grad for _, p in self._watched]
         return thawed
 
     def set(self, name: str, p: nn.Parameter, trainable: bool) -> None:
         """Make a parameter what the round wants of it."""
         p.requires_grad_(trainable)
         self._left[name] = trainable
+        self._last = []
 
     def want(self, names: Iterable[str], trainable: bool) -> None:
         """The person says it in words."""
@@ -61,6 +68,7 @@ class Flags:
         self.wish.clear()
         self._left.clear()
         self._watched.clear()
+        self._last = []
 
     def unwanted(self) -> set[str]:
         """What the person froze."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import inspect
-import operator
 import weakref
 import zlib
 from collections.abc import Generator, Iterable, Set
@@ -149,7 +148,7 @@ class HFT(Transform):
         self._found: list[Layer] = []
         self._flags = Flags()
         self._round = _Round()
-        self._groups: list[tuple[bool, list[Tensor]]] = []  # as last seen
+        self._served: list[bool] = []  # by group, as last seen
         self._frozen: list[Tensor] = []  # the optimizer's, in this round
         self._versions: list[int] = []
         self._eager: bool | None = None  # whether the base makes state in its constructor
@@ -315,7 +314,7 @@ class HFT(Transform):
         for p in dropped:
             optimizer.drop_base_state(p)
         self._make_first_state(optimizer)
-        self._groups = [(self.serves(group), list(group["params"])) for group in optimizer.param_groups]
+        self._served = [self.serves(group) for group in optimizer.param_groups]
         self._tell(optimizer)
 
     def _make_first_state(self, optimizer: Wrapped) -> None:
@@ -339,29 +338,20 @@ class HFT(Transform):
     # ---- what the person does ----------------------------------------------------------------------
 
     def _follow(self, optimizer: Wrapped) -> None:
-        """Take on what the person changed: flags, groups, parameter objects."""
-        if self._groups_changed(optimizer):
+        """Take on what the person changed: flags, and groups that are left out."""
+        if self._served != [self.serves(group) for group in optimizer.param_groups]:
             self.groups_changed(optimizer)
             return
         thawed = self._flags.follow()
+        if thawed is None:
+            return
         if thawed:
             self._warn_once(
                 f"HFT: {thawed[0]!r} was thawed by hand ({len(thawed)} in all), but round {self.round} holds "
                 "it frozen, and so it stays. To train it, call opt.hft.thaw(name), or put it in a param "
                 "group with hft=False."
             )
-        held = [p for p in optimizer.served(self) if not p.requires_grad]
-        if thawed or len(held) != len(self._frozen) or not all(map(operator.is_, held, self._frozen)):
-            self._frozen = held
-
-    def _groups_changed(self, optimizer: Wrapped) -> bool:
-        groups = optimizer.param_groups
-        return len(groups) != len(self._groups) or not all(
-            self.serves(group) == served
-            and len(params) == len(group["params"])
-            and all(map(operator.is_, params, group["params"]))
-            for group, (served, params) in zip(groups, self._groups, strict=True)
-        )
+        self._frozen = [p for p in optimizer.served(self) if not p.requires_grad]
 
     def _want(self, names: Iterable[str], trainable: bool, caller: str) -> None:
         optimizer = self._bound(caller)
@@ -539,7 +529,7 @@ class HFT(Transform):
         self._flags.give_back()
         _SERVED.pop(self.model, None)
         self._frozen.clear()
-        self._groups.clear()
+        self._served.clear()
         self._optimizer = None
 
     def group_numbers(self) -> dict[str, float | int | bool]:
