@@ -154,7 +154,7 @@ class Wrapped(Optimizer):
         self._check_alive("step")
         self.skipped_last = self._had_gradient = False
         closure = run_pre_hooks(self.base, closure)
-        self._follow_parameters()
+        self.follow_parameters()
         self._before_step()
         loss, stepped = self._stepper.step(self._then_before_step(closure))
         if stepped:
@@ -290,8 +290,11 @@ class Wrapped(Optimizer):
                 group.setdefault("optx.step", 0)
         self._known = [(group, list(group["params"])) for group in self.param_groups]
 
-    def _follow_parameters(self) -> None:
-        """Accelerate and FSDP2 put other parameter objects into the groups: state goes along."""
+    def follow_parameters(self) -> None:
+        """Take on what was put into the groups by hand; every step begins with it.
+
+        Accelerate and FSDP2 put other parameter objects there: state goes along.
+        """
         groups = self.param_groups
         if len(self._known) == len(groups) and all(
             len(known) == len(group["params"]) and all(map(is_, known, group["params"]))
@@ -330,7 +333,7 @@ class Wrapped(Optimizer):
         self._check_alive("state_dict")
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        self._follow_parameters()
+        self.follow_parameters()
         packed = pack(self)
         for hook in self._optimizer_state_dict_post_hooks.values():
             packed = hook(self, packed) or packed
@@ -346,7 +349,7 @@ class Wrapped(Optimizer):
         self._check_alive("load_state_dict")
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        self._follow_parameters()
+        self.follow_parameters()
         unpack(self, state_dict)
         self._stepper = Stepper(self)
         for transform in self.transforms:

@@ -338,7 +338,7 @@ class Edits(RuleBasedStateMachine):
         dtype = VARIETY.gradients[number % len(VARIETY.gradients)]
         self._say("step", seed=seed, kinds=kinds, closure=closure, dtype=dtype)
         try:
-            self.opt._follow_parameters()  # as the step does: the twin is made of what it finds then
+            self.opt.follow_parameters()  # as the step does: the twin is made of what it finds then
         except optx.OptxError as error:
             LOG.count("refused: replaced parameters")
             LOG.write(f"  {error}")
@@ -626,6 +626,8 @@ class Edits(RuleBasedStateMachine):
         new = nn.Parameter(self._new_data(data, kind, seed, VARIETY.casts[seed % len(VARIETY.casts)]))
         self._put(old, new)
         had = dict(self.opt.state.get(old, {}))
+        # One that came since the last step, with state that was moved by hand, is nobody's successor to optx.
+        moved = moved or all(old is not p for _, known in self.opt._known for p in known)
         if moved and old in self.opt.state:
             self.opt.state[new] = self.opt.state.pop(old)
         if not moved and not self._refused(self.opt.state_dict, "state_dict"):

@@ -50,7 +50,7 @@ def copied(t: Tensor, wide: bool = False) -> Tensor:
     """A tensor of its own with the same elements; in float64 if ``wide``."""
     t = t.detach()
     if not readable(t) and not t.is_meta and not isinstance(t, FakeTensor | TwoTensor):
-        return t  # of a parameter without a gradient, which nobody reads
+        return torch.zeros(t.shape, dtype=t.dtype)  # of a parameter without a gradient: no step reads it
     if isinstance(t, FakeTensor):
         return t
     new = t

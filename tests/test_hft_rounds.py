@@ -330,6 +330,7 @@ def test_a_group_that_comes_later_is_frozen_too(how: Callable[..., None], rounds
         opt.hft.next_round()
     chosen = opt.hft.selected()
     assert any(name.startswith("blocks.3") for name in chosen.frozen)
+    push(model, opt)
     how(opt, last)
     assert moved(model, opt) == set(chosen.trainable)
     assert opt.hft.selected().trainable == chosen.trainable
@@ -354,14 +355,16 @@ def test_a_group_that_comes_opted_out_changes_nothing_else() -> None:
     assert mine <= set(opt.hft.selected().trainable)
 
 
-def test_a_block_that_the_model_gets_later_is_halved_too() -> None:
+@pytest.mark.parametrize("how", [add, append, extend])
+def test_a_block_that_the_model_gets_later_is_halved_too(how: Callable[..., None]) -> None:
     model = fresh()
     opt = optx.wrap(torch.optim.SGD(model.parameters(), lr=0.1), HFT(model, ratio=0.25, seed=1))
     chosen = set(opt.hft.selected().trainable)
     new = Residual(4).blocks
     for block in new:
         model.blocks.append(block)
-    opt.add_param_group({"params": list(new.parameters())})
+    push(model, opt)
+    how(opt, list(new.parameters()))
     now = opt.hft.selected()
     added = {name for name in weights(model) if name.startswith(tuple(f"blocks.{i}" for i in range(4, 8)))}
     assert set(now.trainable) - added == chosen
@@ -375,6 +378,7 @@ def test_parameters_that_are_replaced_stay_frozen() -> None:
     opt = optx.wrap(torch.optim.SGD(model.parameters(), lr=0.1), HFT(model))
     chosen = opt.hft.selected()
     new: list[nn.Parameter] = []
+    push(model, opt)
     for name, p in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         new.append(nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad))

@@ -559,6 +559,7 @@ class HFT(Transform):
             raise TransformError(
                 f"HFT: {caller}() needs an optimizer: opt = optx.wrap(optimizer, HFT(model))."
             )
+        optimizer.follow_parameters()
         return optimizer
 
     def __repr__(self) -> str:
