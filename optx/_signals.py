@@ -9,6 +9,7 @@ from _signal import signal as handle  # pyright: ignore[reportMissingImports]
 from collections.abc import Generator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 # (The module signal makes enums of everything, which takes ten times as long as the calls.)
 # Those whose handlers are written in Python and may raise: Ctrl-C, a scheduler's warning, a timeout.
@@ -16,28 +17,51 @@ _NAMES = ("SIGINT", "SIGTERM", "SIGALRM", "SIGUSR1", "SIGUSR2")
 _SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 
-@contextmanager
-def uninterrupted() -> Generator[None]:
-    """Hold Python's signal handlers off; they run, and may raise, when the block is done.
+class Held:
+    """Python's signal handlers, held off: what arrives meanwhile is remembered, and handled by `let_go`."""
 
-    A kernel is never interrupted, but the lines between two kernels may be. Only the main thread runs
-    handlers, so elsewhere there is nothing to do.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    arrived: list[tuple[int, FrameType | None]] = []
+    def __init__(self) -> None:
+        self._handlers: dict[int, Any] = {}
+        self._arrived: list[tuple[int, FrameType | None]] = []
 
-    def remember(number: int, frame: FrameType | None) -> None:
-        arrived.append((number, frame))
+    def hold(self) -> None:
+        """From now on handlers wait. Only the main thread runs any, so elsewhere there is nothing to do."""
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {n: handler for n in _SIGNALS if callable(handler := current(n))}
+        for number in self._handlers:
+            handle(number, self._remember)
 
-    handlers = {number: handler for number in _SIGNALS if callable(handler := current(number))}
-    for number in handlers:
-        handle(number, remember)
-    try:
-        yield
-    finally:
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self._arrived.append((number, frame))
+
+    def let_go(self) -> None:
+        """Handlers run again, first for what has arrived."""
+        handlers, self._handlers = self._handlers, {}
         for number, handler in handlers.items():
             handle(number, handler)
+        arrived, self._arrived = self._arrived, []
         for number, frame in arrived:
-            handlers[number](number, frame)  # type: ignore[operator]
+            handlers[number](number, frame)
+
+    @contextmanager
+    def let_through(self) -> Generator[None]:
+        """Inside, signals interrupt again: for a person's code, which may take long."""
+        self.let_go()
+        try:
+            yield
+        finally:
+            self.hold()
+
+
+@contextmanager
+def uninterrupted() -> Generator[Held]:
+    """Hold Python's signal handlers off; they run, and may raise, when the block is done.
+
+    A kernel is never interrupted, but the lines between two kernels may be.
+    """
+    held = Held()
+    held.hold()
+    try:
+        yield held
+    finally:
+        held.let_go()

@@ -22,7 +22,7 @@ from optx._numbers import as_number
 from optx._pipeline import build
 from optx._plan import GroupPlan, Plan
 from optx._rounding import step_key, write
-from optx._signals import uninterrupted
+from optx._signals import Held, uninterrupted
 from optx._slots import Slots
 from optx._state import is_ours
 from optx._transform import Group, Transform
@@ -279,15 +279,18 @@ class _Step:
         self.done = False
 
     def run(self, closure: Callable[[], Any] | None) -> Any:
-        """All of it, the fused groups last: from there on nothing can fail, and no signal interrupts."""
+        """All of it, the fused groups last: from there on nothing can fail.
+
+        No signal interrupts what moves weights and state, except in a closure.
+        """
         if self.loose:
             self.s.slots.store.tidy()
         if closure is None:
             self._open()
             self._measure()
-        if self.loose:
-            self._run_base(closure)
-        with uninterrupted():
+        with uninterrupted() as held:
+            if self.loose:
+                self._run_base(closure, held)
             self._update_fused()
             self._conclude()
             self.done = True
@@ -456,7 +459,7 @@ class _Step:
             lambda key: not is_ours(key) or key.removeprefix("optx.") in written,
         )
 
-    def _run_base(self, closure: Callable[[], Any] | None) -> None:
+    def _run_base(self, closure: Callable[[], Any] | None, held: Held) -> None:
         base, store = self.w.base, self.s.slots.store
         everything = base.param_groups
         params = [p for state in self.loose for p in state.group["params"]]
@@ -467,7 +470,7 @@ class _Step:
             nonlocal evaluations
             self._restore()
             assert closure is not None
-            with torch.enable_grad():
+            with torch.enable_grad(), held.let_through():
                 self.loss = loss = closure()
             with torch.no_grad():  # LBFGS enables gradients around its closure
                 self._open()
