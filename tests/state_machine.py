@@ -386,8 +386,18 @@ class Edits(RuleBasedStateMachine):
         self._heal(only_weights=True)
 
     def _changed(self, before: Snapshot) -> list[str]:
-        """What changed, besides gradients that the hook scaled: those are a person's own doing."""
-        return [c for c in before.changes() if not (self.hook and c.startswith("gradient"))]
+        """What changed, besides gradients that the hook scaled: those are a person's own doing.
+
+        A sum that was wrong since a person changed what it is the sum of may be right now.
+        """
+        changes = [c for c in before.changes() if not (self.hook and c.startswith("gradient"))]
+        return [c for c in changes if not (c.endswith("v_sum") and self._is_sum(c.split()[1]))]
+
+    def _is_sum(self, place: str) -> bool:
+        group, number = map(int, place.split("."))
+        state = self.opt.state[self.opt.param_groups[group]["params"][number]]
+        total = float(numbers(state["exp_avg_sq"]).sum())
+        return abs(float(state["optx.adamr.v_sum"]) - total) <= 1e-5 * abs(total)
 
     def _explain(self, error: Exception, changes: list[str], twins: list[Outcome], sound: bool) -> None:
         """An error is optx's sentence about something that torch does not serve either, or an allowance."""
@@ -803,11 +813,12 @@ class Edits(RuleBasedStateMachine):
             return
         for p in self.params:
             p.grad = None
+        whole = all("step" in s for s in self.opt.state.values() if s)
+        if how != "torch.save" and not whole and "betas" in self.opt.param_groups[0]:
+            return  # torch's Adam asks every parameter's state for its step when it is copied or unpickled
         if how == "deepcopy":
             self.opt = copy.deepcopy(self.opt)
         elif how == "pickle":
-            if any(s and "step" not in s for s in self.opt.state.values()):
-                return  # torch's Adam asks every parameter's state for its step when it is unpickled
             self.opt = pickle.loads(pickle.dumps(self.opt))
         else:
             buffer = io.BytesIO()
