@@ -386,7 +386,7 @@ class FusedGroup:
         state, members = self.base.state, bucket.members
         if len(state) > 2 * len(members):
             return [state.get(p, _NOTHING) for p in members]
-        if len(state) != len(bucket.known) or not all(map(is_, state, bucket.known)):
+        if not bucket.places or len(state) != len(bucket.known) or not all(map(is_, state, bucket.known)):
             places = {id(p): i for i, p in enumerate(state)}
             if not all(id(p) in places for p in members):
                 return [state.get(p, _NOTHING) for p in members]

@@ -111,14 +111,11 @@ class Stepper:
         del self._groups[len(groups) :]
         for i, group in enumerate(groups):
             structure = self._structure(group)
-            if i == len(self._groups):
-                self._groups.append(self._choose(i, group, structure))
-                continue
-            known = self._groups[i]
-            if known.group is not group or known.structure != structure:
+            known = self._groups[i] if i < len(self._groups) else None
+            if known is None or known.group is not group or known.structure != structure:
                 chosen = self._choose(i, group, structure)
                 check_group(group, self.w.transforms, self.w.base)
-                self._groups[i] = chosen
+                self._groups[i : i + 1] = [chosen]
             elif retry and known.tensors and why_not_tensors(group, self.w.state) is None:
                 self._groups[i] = self._choose(i, group, structure)
             elif known.reason is not None and self.w.rounding_asked:

@@ -232,7 +232,7 @@ class Wrapped(Optimizer):
             OptxError: a transform cannot serve the new parameters; nothing is added.
         """
         self._check_alive("add_param_group")
-        count = len(self.param_groups)
+        count, known = len(self.param_groups), self._known
         with self._slots.restored_on_error():
             self.base.add_param_group(param_group)
             try:
@@ -243,6 +243,7 @@ class Wrapped(Optimizer):
                 self._groups_changed()
             except BaseException:
                 del self.base.param_groups[count:]
+                self._known = known
                 raise
 
     def served(self, transform: Transform) -> list[Tensor]:
@@ -358,6 +359,8 @@ class Wrapped(Optimizer):
             hook(self)
 
     def __getstate__(self) -> dict[str, Any]:
+        if not self._removed:
+            self.follow_parameters()  # a copy has nothing to do with what left
         # Kernels and tables hold addresses; a copy makes its own.
         state = {k: v for k, v in self.__dict__.items() if k not in ("_stepper", "step")}
         # torch's optimizers pickle groups, state and defaults only, and many subclasses lose settings.

@@ -746,7 +746,10 @@ class Edits(RuleBasedStateMachine):
     # ---- checkpoints --------------------------------------------------------------------------------
 
     def _whole(self) -> bool:
-        tensors = [t for p in self.params for t in (p, *self.opt.state.get(p, {}).values(), self._anchor(p))]
+        slots = self.opt._slots
+        tensors = [
+            t for p in self.params for t in (p, *self.opt.state.get(p, {}).values(), *slots.of(p).values())
+        ]
         return all(readable(t) and not isinstance(t, TwoTensor) for t in tensors if isinstance(t, Tensor))
 
     @edit()

@@ -63,8 +63,14 @@ def copied(t: Tensor, wide: bool = False) -> Tensor:
 
 
 def value_copied(value: Any, wide: bool = False) -> Any:
-    """A copy of an entry of ``state[p]``."""
-    return copied(value, wide) if isinstance(value, Tensor) else copy.deepcopy(value)
+    """A copy of an entry of ``state[p]``.
+
+    optx lays an expanded moment out anew, torch refuses to write it: in float64 they are compared.
+    """
+    if not isinstance(value, Tensor):
+        return copy.deepcopy(value)
+    new = copied(value, wide)
+    return new.contiguous() if wide and type(new) is Tensor else new
 
 
 def anchors_of(opt: optx.Wrapped, p: Tensor) -> Tensor | None:
@@ -148,8 +154,9 @@ def complete(own: dict[str, Any], q: Tensor, group: dict[str, Any]) -> None:
     for name in ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group.get("amsgrad") else ())):
         if own and own.get(name) is None:
             own[name] = torch.zeros_like(q.detach())
-    if own:
-        own.setdefault("step", torch.zeros(()))
+    if own:  # optx counts in a tensor whatever a person put there
+        step = own.get("step", 0.0)
+        own["step"] = step if isinstance(step, Tensor) else torch.tensor(float(step))
 
 
 def alias_of(value: Any, p: Tensor, q: Tensor, own: Any) -> Any:
@@ -287,6 +294,11 @@ REFUSALS = (
         "moment that is no float",
         r"^optx: (its state '.*'|the gradient) of parameter .* is .*, which no kernel reads\.",
         "moments kept as integers lose what they are for; torch raises where it computes with them.",
+    ),
+    Allowance(
+        "a number of ours that is none",
+        r"^optx: its state 'optx\..*' of parameter .* has shape .*; it must be one number\.",
+        "torch has no sum of the second moment that could have been given a shape.",
     ),
     Allowance(
         "option out of range",

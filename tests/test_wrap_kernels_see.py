@@ -350,3 +350,29 @@ def test_a_step_without_gradients_after_a_refused_one() -> None:
     with pytest.warns(UserWarning, match="found no gradient"):
         opt.step()
     assert torch.equal(p, before)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2])
+def test_state_is_found_after_some_or_all_of_it_was_deleted(keep: int) -> None:
+    """Where it lies among that of all parameters is remembered from step to step."""
+    params = [nn.Parameter(torch.full((3,), float(i + 1))) for i in range(3)]
+    twins = [nn.Parameter(p.detach().clone()) for p in params]
+
+    def wrapped(weights: list[nn.Parameter], fused: Any) -> optx.Wrapped:
+        base = torch.optim.AdamW([{"params": [p]} for p in weights], lr=0.1, weight_decay=0)
+        return optx.wrap(base, optx.AdamR(), fused=fused)
+
+    opt, plain = wrapped(params, "cpu"), wrapped(twins, False)
+    for t in range(6):
+        if t == 3:
+            for o, weights in ((opt, params), (plain, twins)):
+                weights.append(nn.Parameter(torch.ones(3)))
+                o.add_param_group({"params": weights[-1:]})  # its anchor waits outside of `state`
+                for p in list(o.state)[keep:]:
+                    del o.state[p]
+        for p, q in zip(params, twins, strict=True):
+            p.grad = torch.full_like(p, float(t - 2))
+            q.grad = p.grad.clone()
+        opt.step()
+        plain.step()
+        torch.testing.assert_close(params, twins)

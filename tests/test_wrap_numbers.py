@@ -362,3 +362,13 @@ def test_a_word_does_not_switch_a_transform() -> None:
     group = {"params": [nn.Parameter(torch.ones(2))], "adamr": "no"}
     with pytest.raises(optx.OptxError, match="adamr='no'; it must be True or False"):
         optx.wrap(torch.optim.SGD([group], lr=0.1), optx.AdamR(0.1, normalize=False))
+
+
+def test_a_setting_is_checked_though_a_refused_group_came_between() -> None:
+    opt = grouped()
+    opt.param_groups[0]["adamr_weight"] = -1.0
+    opt.param_groups[0]["params"][0].grad = torch.ones(3)
+    for act in (lambda: opt.add_param_group({"params": [nn.Parameter(torch.ones(1))]}), opt.step):
+        with pytest.raises(optx.TransformError, match=r"adamr_weight=-1\.0; it must be at least 0"):
+            act()
+    assert len(opt.param_groups) == 1
