@@ -45,6 +45,7 @@ def at_call(number: int, act: Callable[[], Any]) -> bool:
         pass
     finally:
         sys.setprofile(None)
+        torch.set_grad_enabled(True)  # a signal may hit `no_grad` as it ends
     return calls >= number
 
 
