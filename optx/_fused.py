@@ -153,8 +153,9 @@ class FusedGroup:
         self._seen: list[Tensor] | None = None  # the parameters that the buckets were made for
         self._buckets: list[_Bucket] = []
         self._base_keys = (*rules.slots, *(("step",) if rules.counted else ()))
-        # Parameters whose base state was made since the last update, by id, and the names made.
-        self._fresh: dict[int, tuple[str, ...]] = {}
+        # Parameters whose base state was made since the last update, by id: the names made, and whether None
+        # was there (a person's doing).
+        self._fresh: dict[int, dict[str, bool]] = {}
         self._was_fresh = False
         self._copies: list[Tensor] = []  # gradients laid out like their weights, alive until the update
         self.active: list[Tensor] = []
@@ -285,7 +286,7 @@ class FusedGroup:
         if not self._base_keys:
             return
         state = self.base.state[p]
-        made = tuple(name for name in self._base_keys if state.get(name) is None)
+        made = {name: name in state for name in self._base_keys if state.get(name) is None}
         if made:
             self._fresh[id(p)] = made  # first, so that an interrupt leaves nothing behind
             init_base_state(state, p, self.rules, self.group)
@@ -483,8 +484,11 @@ class FusedGroup:
     def undo(self) -> None:
         """The step is skipped: take back the state that `prepare` made."""
         for p in self.active:
-            for name in self._fresh.get(id(p), ()):
-                self.base.state[p].pop(name, None)
+            for name, was_none in self._fresh.get(id(p), {}).items():
+                if was_none:
+                    self.base.state[p][name] = None
+                else:
+                    self.base.state[p].pop(name, None)
             if p in self.base.state and not self.base.state[p]:
                 del self.base.state[p]
         if self._fresh:

@@ -173,6 +173,9 @@ class Derived:
     def __init__(self) -> None:
         self._seen: dict[tuple[str, int], tuple[Any, ...]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_seen": {}}  # a copy has other tensors, and looks at them itself
+
     def stale(
         self, key: str, parameters: Sequence[Tensor], sources: Sequence[Any], kept: Sequence[Any]
     ) -> list[int]:

@@ -396,6 +396,8 @@ class Edits(RuleBasedStateMachine):
     def _is_sum(self, place: str) -> bool:
         group, number = map(int, place.split("."))
         state = self.opt.state[self.opt.param_groups[group]["params"][number]]
+        if "optx.adamr.v_sum" not in state:  # it will be made anew
+            return True
         total = float(numbers(state["exp_avg_sq"]).sum())
         return abs(float(state["optx.adamr.v_sum"]) - total) <= 1e-5 * abs(total)
 
@@ -530,6 +532,8 @@ class Edits(RuleBasedStateMachine):
             if how == "resize_" and t.is_contiguous():
                 # What `.data` does to a moment counts up no version: of that no sum taken before can know.
                 whole = t.data if isinstance(t, nn.Parameter) else t
+                if not whole.untyped_storage().resizable():  # it came out of a file
+                    return
                 whole.resize_(SHAPES[seed % len(SHAPES)]).copy_(
                     normal(SHAPES[seed % len(SHAPES)], seed).abs()
                 )

@@ -322,3 +322,19 @@ def test_schedulefree_skips_whole() -> None:
     assert opt.skipped_last
     assert torch.equal(p, weights)
     assert same(list(before), list(after))
+
+
+def test_a_moment_that_a_person_took_away_is_still_away_after_a_failed_step() -> None:
+    params = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(4))]
+    opt = optx.wrap(torch.optim.AdamW(params, lr=0.1), fused="cpu")
+    for p in params:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    opt.state[params[0]]["exp_avg_sq"] = None
+    opt.state[params[1]]["exp_avg"] = torch.ones(2)
+    with pytest.raises(optx.ShapeError):
+        opt.step()
+    assert opt.state[params[0]]["exp_avg_sq"] is None
+    opt.state[params[1]]["exp_avg"] = torch.ones(4)
+    opt.step()
+    assert opt.state[params[0]]["exp_avg_sq"] is not None
