@@ -434,6 +434,8 @@ class Edits(RuleBasedStateMachine):
             state = self.opt.state.get(p, {})
             tensors = [p, p.grad, *(v for k, v in state.items() if k != "step")]
             dtype = coarsest(tensors)
+            if dtype == F64 and self.opt.totals and any(q.dtype != F64 for q in self.params):
+                dtype = F32  # AdamR's r is taken over all, and moments of others are computed in float32
             if aliased and shares_memory(p, p):
                 ways.append("aliased")
                 continue
