@@ -62,8 +62,7 @@ class Wrapped(Optimizer):
     def _take_on(self, transforms: Sequence[Transform], settings: _Settings) -> None:
         """Begin to serve these transforms; where one can't be served, nothing has changed."""
         old = dict(vars(self))
-        self.transforms = (*transforms, *self.transforms)
-        vars(self).update(settings)
+        vars(self).update(settings, transforms=(*transforms, *self.transforms))
         self.rounding_asked = self.rounding_asked or "rounding" in settings
         bound: list[Transform] = []
         try:
@@ -91,6 +90,22 @@ class Wrapped(Optimizer):
             vars(self).clear()
             vars(self).update(old)
             raise
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        held = vars(self).get(name)
+        if held is not None and held is not value:
+            if isinstance(held, Transform):
+                raise TransformError(
+                    f"optx: opt.{name} is the transform that acts in each step, and what is put over it "
+                    f"would only hide it. Set its options (opt.{name}.option = ...), or call remove() and "
+                    "wrap again."
+                )
+            if name in ("base", "transforms"):
+                raise TransformError(
+                    f"optx: opt.{name} was settled when the optimizer was wrapped: state and hooks hang "
+                    "on it. Wrap again: wrap(opt, transform) adds one, opt.remove() takes all off."
+                )
+        object.__setattr__(self, name, value)
 
     def _hooks(self) -> None:
         for moment in ("step", "state_dict", "load_state_dict"):
@@ -375,7 +390,7 @@ class Wrapped(Optimizer):
         self._stepper = Stepper(self)
         if not self._removed:
             guard(self.base, self)
-        for transform in self.transforms:
+        for transform in () if self._removed else self.transforms:
             transform.set_owner(self)
 
     def remove(self) -> Optimizer:

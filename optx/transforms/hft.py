@@ -396,8 +396,6 @@ class HFT(Transform):
     def check(self, base: torch.optim.Optimizer) -> None:
         """Refuse another model's parameters, a DDP that would wait for frozen ones, and an empty half."""
         optimizer = self._served_by()
-        if optimizer is not None and optimizer.base is not base:
-            raise TransformError("HFT: this HFT serves an optimizer already; one HFT serves one model.")
         if optimizer is None:
             self._flags = self._inherited()
         params, names = self._parameters(), parameter_names(base)
