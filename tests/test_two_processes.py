@@ -144,12 +144,30 @@ def full_checkpoint_loads_into_one_process(rank: int) -> None:
             torch.testing.assert_close(p.detach(), w, rtol=0, atol=1e-6)
 
 
+def all_ranks_skip_what_one_rank_saw(rank: int) -> None:
+    model = sharded()
+    base = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0)
+    opt = optx.wrap(base, optx.AdamR(weight=0.05), skip_nonfinite=True)
+    for bad, culprit in ((float("nan"), 1), (float("inf"), 0), (None, None), (float("nan"), 1)):
+        train(model, opt, range(1))
+        before = [local(p).clone() for p in model.parameters()]
+        if bad is not None and rank == culprit:
+            grad = next(model.parameters()).grad
+            assert grad is not None
+            local(grad).view(-1)[0] = bad
+        opt.step()
+        moved = [not torch.equal(a, local(p)) for a, p in zip(before, model.parameters(), strict=True)]
+        assert (any(moved), opt.skipped_last) == (bad is None, bad is not None)
+    assert opt.skipped_steps == 3
+
+
 CASES: list[Callable[[int], None]] = [
     ddp_equals_one_process,
     fsdp_reduces_over_the_mesh,
     unnormalised_l1_pull_on_shards,
     checkpoint_resumes_bit_for_bit,
     full_checkpoint_loads_into_one_process,
+    all_ranks_skip_what_one_rank_saw,
 ]
 
 
