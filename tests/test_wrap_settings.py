@@ -191,3 +191,87 @@ def test_what_would_hide_a_transform_is_refused() -> None:
     with pytest.raises(TransformError, match="hide it"):
         again.soft_clip = SoftClip()
     assert isinstance(opt.adamr, AdamR)
+
+
+SHOWN: dict[str, dict[str, Any]] = {
+    "rounding='kahan'": {"rounding": "kahan"},
+    "rounding='nearest'": {"rounding": "nearest"},
+    "skip_nonfinite=True": {"skip_nonfinite": True},
+    "fused='cpu'": {"fused": "cpu"},
+    "fused=True": {"fused": True},
+    "fused=False": {"fused": False},
+}
+
+
+@pytest.mark.parametrize("shown", SHOWN)
+def test_plan_and_repr_show_settings_that_are_not_the_default(shown: str) -> None:
+    model = nn.Linear(3, 2).bfloat16()
+    opt = optx.wrap(base(model), PerpGrad(), **SHOWN[shown])
+    for text in (str(opt.plan()), repr(opt)):
+        assert shown in text
+        assert [other for other in SHOWN if other in text] == [shown]
+    optx.wrap(opt, fused="auto", skip_nonfinite=False, rounding="stochastic")
+    for text in (str(opt.plan()), repr(opt)):
+        assert not [other for other in SHOWN if other in text]
+
+
+# ---- what a transform's init_slot makes --------------------------------------------------------------------
+
+
+@optx.rule(writes=("g", "trace"))
+def traced(g: Any, trace: Any, scale: Any) -> Any:
+    return g * scale + trace, g
+
+
+def making(value: Any, only: str, hooks_only: bool) -> optx.Transform:
+    class Made(optx.Transform):
+        name = "made"
+        slots: ClassVar = {"trace": optx.like_weight(), "scale": optx.per_tensor()}
+        rules: ClassVar = {} if hooks_only else {"gradient": traced}
+
+        def init_slot(self, name: str, p: torch.Tensor, optimizer: optx.Wrapped) -> Any:
+            return value(p) if name == only else super().init_slot(name, p, optimizer)
+
+    return Made()
+
+
+WRONG: dict[str, tuple[Any, str, str]] = {
+    "shape": (lambda p: torch.zeros(5), "trace", r"a tensor of shape \(5,\) .* the weight's shape, \(2, 3\)"),
+    "number": (lambda p: 0.5, "trace", r"0\.5 .* the weight's shape, \(2, 3\)"),
+    "none": (lambda p: None, "trace", r"None .* the weight's shape, \(2, 3\)"),
+    "scalar for a weight": (lambda p: p.new_zeros(()), "trace", r"shape \(\) .* the weight's shape"),
+    "turned": (lambda p: torch.zeros(3, 2), "trace", r"shape \(3, 2\) .* the weight's shape"),
+    "weight for a scalar": (torch.zeros_like, "scale", r"shape \(2, 3\) .* of one number"),
+    "number for a scalar": (lambda p: 1, "scale", "1 .* of one number"),
+    "none for a scalar": (lambda p: None, "scale", "None .* of one number"),
+}
+
+
+@pytest.mark.parametrize("fused", ["auto", False])
+@pytest.mark.parametrize("hooks_only", [False, True], ids=["ruled", "hooks only"])
+@pytest.mark.parametrize("kind", WRONG)
+def test_init_slot_that_returns_something_else_is_named_at_wrap(
+    kind: str, hooks_only: bool, fused: Any
+) -> None:
+    value, slot, said = WRONG[kind]
+    plain = base()
+    with pytest.raises(TransformError, match=rf"Made: init_slot\('{slot}'\) returned .*{said}"):
+        optx.wrap(plain, making(value, slot, hooks_only), fused=fused)
+    with_gradients(plain).step()  # it is the person's again
+    assert not [key for group in plain.param_groups for key in group if key.startswith(("made", "optx"))]
+
+
+def test_init_slot_may_give_one_number_in_any_shape() -> None:
+    opt = optx.wrap(base(), making(lambda p: torch.ones(1, 1), "scale", False), fused=False)
+    with_gradients(opt).step()
+    p = opt.param_groups[0]["params"][0]
+    assert opt.slot(p, opt.made, "scale").shape == ()
+
+
+def test_a_number_that_is_taken_anew_is_looked_at_too() -> None:
+    opt = optx.wrap(base(), AdamR(), fused=False)
+    with_gradients(opt).step()
+    object.__setattr__(opt.adamr, "init_slot", lambda *_: None)
+    opt.state[opt.param_groups[0]["params"][0]]["exp_avg_sq"].mul_(2.0)
+    with pytest.raises(TransformError, match=r"AdamR: init_slot\('v_sum'\) returned None"):
+        opt.step()
