@@ -7,6 +7,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -147,7 +148,8 @@ def full_checkpoint_loads_into_one_process(rank: int) -> None:
 def all_ranks_skip_what_one_rank_saw(rank: int) -> None:
     model = sharded()
     base = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0)
-    opt = optx.wrap(base, optx.AdamR(weight=0.05), skip_nonfinite=True)
+    # Nothing of this chain waits for the other rank after the look: a rank that went on alone says so.
+    opt = optx.wrap(base, optx.AdamR(weight=0.05, normalize=False), skip_nonfinite=True)
     for bad, culprit in ((float("nan"), 1), (float("inf"), 0), (None, None), (float("nan"), 1)):
         train(model, opt, range(1))
         before = [local(p).clone() for p in model.parameters()]
@@ -174,7 +176,7 @@ CASES: list[Callable[[int], None]] = [
 def _worker(rank: int, port: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(minutes=3))
     for case in CASES:
         try:
             case(rank)
