@@ -352,7 +352,8 @@ _SETTLED = ("name", "rules", "limits", "slots", "options")
 
 def wrapped_by(transform: Transform) -> Wrapped | None:
     """The optimizer that a transform serves, while there is one."""
-    return transform._wrapped_by and transform._wrapped_by()
+    wrapped = transform._wrapped_by  # pyright: ignore[reportPrivateUsage]
+    return wrapped and wrapped()
 
 
 def _constructor_arguments(kind: type[Transform]) -> list[str]:
