@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from optx._elementwise import why_not_elementwise
 from optx._errors import TransformError, near
 from optx._rules import Rule
 from optx._transform import Moments, Slot, Transform
@@ -46,6 +47,10 @@ class Binder:
             return None
         args = tuple(self._read(moment, rule, name) for name in rule.reads)
         writes = tuple(self._write(moment, rule, name) for name in rule.writes)
+        # One number for the whole group may be asked what it is.
+        varying = [n for n, ref in zip(rule.reads, args, strict=True) if ref.kind not in ("hyper", "total")]
+        if why := why_not_elementwise(rule, varying):
+            raise self._error(f"rule {rule.name!r} ({moment}) {why}.")
         for name, ref in zip(rule.writes, writes, strict=True):
             if ref.kind == "col" and ref != GRAD_SQ:
                 self.made[name] = ref

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import gc
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from optx._errors import OptxError, ShapeError, TransformError, near
 from optx._memory import LOST, lost_memory, why_not_plain
 from optx._names import parameter_names
 from optx._numbers import as_number
-from optx._transform import Group, Moments, Transform
+from optx._transform import Group, Moments, Transform, wrapped_by
 
 if TYPE_CHECKING:
     from optx._wrap import Wrapped
@@ -38,6 +39,7 @@ def check_wrap(wrapped: Wrapped, groups: Sequence[Group] | None = None) -> None:
         )
     _check_options(wrapped)
     _check_transforms(wrapped.transforms, type(wrapped))
+    _check_free(wrapped)
     for transform in wrapped.transforms:
         transform.check(base)
     new = base.param_groups if groups is None else groups
@@ -92,6 +94,20 @@ def _check_transforms(transforms: Sequence[Any], wrapped_type: type) -> None:
             raise TransformError(
                 f"wrap: {name!r} is given {count} times; a transform acts once per step. Use param-group "
                 "keys for other settings in some groups."
+            )
+
+
+def _check_free(wrapped: Wrapped) -> None:
+    """A transform's options, anchors and flags are those of one optimizer."""
+    for transform in wrapped.transforms:
+        if wrapped_by(transform) in (None, wrapped):
+            continue
+        gc.collect()  # a scheduler makes a cycle of its optimizer
+        if wrapped_by(transform) is not None:
+            raise TransformError(
+                f"wrap: this {transform!r} serves another optimizer already, and would take its options and "
+                f"state for its own. Make a new {type(transform).__name__}, or call remove() on that "
+                "optimizer first."
             )
 
 

@@ -62,6 +62,10 @@ def warn(message: str) -> None:
 def check_range(owner: str, argument: str, value: Any, low: float, high: float = float("inf")) -> None:
     """Raise unless ``low <= value <= high``, in one sentence."""
     number = isinstance(value, int | float) or hasattr(value, "item")  # a tensor or a NumPy number too
-    if not (number and low <= value <= high):
+    try:
+        inside = number and bool(low <= value <= high)
+    except (TypeError, ValueError, RuntimeError):  # an array of several
+        inside = False
+    if not inside:
         wanted = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
         raise OptxError(f"{owner}: {argument} is {value!r}; it must be {wanted}.")

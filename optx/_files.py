@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Generator
@@ -15,9 +16,22 @@ def written_aside(path: str | PathLike[str]) -> Generator[Path]:
     """A temporary file in the target's folder, which takes the target's name at the end.
 
     If the block raises, the temporary file is deleted and the target is what it was.
+
+    Raises:
+        OSError: nothing can be written into that folder, which it names: it isn't there (FileNotFoundError),
+            is a file (NotADirectoryError), read-only or full; or the target is a folder.
     """
     target = Path(path)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+    if target.is_dir():
+        raise IsADirectoryError(
+            errno.EISDIR, "Give the name of a file to save to; this is a folder", str(target)
+        )
+    try:
+        made = tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as error:  # it names a file that nobody asked for
+        why = f"{error.strerror}: can't write {target.name!r} into this folder"
+        raise OSError(error.errno, why, str(target.parent)) from None
+    with made as folder:
         aside = Path(folder, "part")
         aside.touch()
         mode = aside.stat().st_mode

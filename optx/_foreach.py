@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optx._errors import TransformError
 from optx._names import is_dtensor, whole
 from optx._rounding import step_key, write
 from optx.kernels.program import W0, Call, G, Level, Program, Ref, W
@@ -83,6 +84,32 @@ class TensorList:
 
     def __le__(self, other: Operand) -> TensorList:
         return self._map(operator.le, other)
+
+    def __eq__(self, other: Operand) -> TensorList:  # type: ignore[override]
+        return self._map(operator.eq, other)
+
+    def __ne__(self, other: Operand) -> TensorList:  # type: ignore[override]
+        return self._map(operator.ne, other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __and__(self, other: Operand) -> TensorList:
+        return self._map(operator.and_, other)
+
+    def __or__(self, other: Operand) -> TensorList:
+        return self._map(operator.or_, other)
+
+    __rand__ = __and__
+    __ror__ = __or__
+
+    def __invert__(self) -> TensorList:
+        return self._map(lambda a: ~a)
+
+    def __rpow__(self, other: Operand) -> TensorList:
+        return self._map(lambda a, b: b**a, other)
+
+    def __bool__(self) -> bool:
+        raise TransformError("a rule asks many elements for one answer; use optx.ops.where(condition, a, b).")
 
     def sqrt(self) -> TensorList:
         """Square roots."""
@@ -289,6 +316,11 @@ class GroupRun:
         like = self.weights[i].detach() if like is None else like
         values: list[Tensor] = []
         for value in _applied(call, arguments):
+            if isinstance(value, Tensor) and value.numel() not in (1, like.numel()):
+                raise TransformError(
+                    f"{call.rule!r} returns a tensor of shape {tuple(value.shape)} for elements of shape "
+                    f"{tuple(like.shape)}; it must return one value per element."
+                )
             if not isinstance(value, Tensor) or value.shape != like.shape:  # a number for all elements
                 value = torch.zeros_like(like, dtype=self._math[i], requires_grad=False) + value
             values.append(value)

@@ -16,6 +16,7 @@ class GroupPlan:
         numbers: how many elements in all.
         chain: the transforms and the base, in order.
         passes: reads of the gradient per step (the update, and one per level of sums).
+        settings: those of `wrap` that are not its defaults, as ``("rounding='kahan'",)``.
     """
 
     index: int
@@ -25,11 +26,13 @@ class GroupPlan:
     numbers: int
     chain: tuple[str, ...]
     passes: int
+    settings: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         size = f"{self.tensors} tensor{'s' * (self.tensors != 1)}, {self.numbers:,} numbers"
         passes = "" if self.passes == 1 else f", {self.passes} passes"
-        line = f"group {self.index}: {self.path} ({size}{passes}): {' -> '.join(self.chain)}"
+        settings = "".join(f", {setting}" for setting in self.settings)
+        line = f"group {self.index}: {self.path} ({size}{passes}{settings}): {' -> '.join(self.chain)}"
         return line if self.reason is None else f"{line}\n    not fused: {self.reason}"
 
 

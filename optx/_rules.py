@@ -76,6 +76,10 @@ class Rule:
             return 0
         return next((c for c in counts if c is not None and c != len(self.writes)), None)
 
+    def parsed(self) -> tuple[ast.FunctionDef, dict[str, Any]]:
+        """Its definition, and what the names in it that are not its own stand for."""
+        return _parse(self), _known(self.function)
+
     def __repr__(self) -> str:
         return f"<rule {self.name}({', '.join(self.reads)}) -> {', '.join(self.writes)}>"
 
@@ -120,6 +124,10 @@ class RuleSource:
         constants: dict[str, float | int | bool] = {}
         helpers: dict[str, Rule] = {}
         for node in ast.walk(definition):
+            if isinstance(node, ast.Compare) and len(node.ops) > 1:
+                raise RuleSourceError(
+                    f"rule {rule.name!r} has a chain of comparisons; write each with & between"
+                )
             if isinstance(node, _FORBIDDEN):
                 raise RuleSourceError(_unknown(rule, _called(node, own)))
             if not isinstance(node, ast.Name) or node.id in own or node.id in ops.__all__:
@@ -274,8 +282,10 @@ def rule(
     The names of its arguments say what they are: ``w`` the weight, ``g`` the gradient, ``w0`` the weight as
     it was when the step began, a slot of the transform (one tensor per weight), or else a number (an option
     of the param group, or what the transform's ``scalars`` computed); `Moments` has a table. It may use
-    ``+ - * / **``, comparisons, local variables, numbers, other rules and the functions of `optx.ops`; no
-    loops, no ``if``, no tensor methods.
+    ``+ - * / **``, comparisons with ``& | ~`` between them, local variables, numbers, other rules and the
+    functions of `optx.ops`; no loops, no tensor methods. `wrap` refuses what asks many elements for one
+    answer (``if``, ``and``, ``a < b < c``: use ``optx.ops.where``) and what looks at several (``g[0]``,
+    ``g.mean()``).
 
     Args:
         function: the function; it returns the new value of each name in ``writes``, in that order.

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from optx._checks import check_has_memory
+from optx._errors import TransformError
+from optx._names import parameter_names
 from optx._state import SlotStore, close_enough
 
 if TYPE_CHECKING:
@@ -59,7 +61,7 @@ class Slots:
                 check_has_memory(self.store.base, p, f"its state {slot.derived!r}", source)
             elif source is not None:
                 continue  # what makes nothing of it says so, see FusedGroup
-            kept, anew = self.get(p, key), transform.init_slot(name, p, self._owner())
+            kept, anew = self.get(p, key), first_value(self._owner(), transform, name, p)
             if close_enough(kept, anew):
                 continue
             if kept.dtype == anew.dtype and kept.numel() == 1:
@@ -72,3 +74,18 @@ class Slots:
     def took(self, parameters: Sequence[Tensor], key: str, sources: Sequence[Any]) -> None:
         """The numbers have just been taken from these."""
         self.store.derived.took(key, parameters, sources, self.store.present(parameters, key))
+
+
+def first_value(wrapped: Wrapped, transform: Transform, name: str, p: Tensor) -> Tensor:
+    """What a transform's `init_slot` makes of a slot; raises where that is no tensor of the slot's shape."""
+    value: Any = transform.init_slot(name, p, wrapped)
+    scalar = transform.slots[name].scalar
+    if isinstance(value, Tensor) and (value.numel() == 1 if scalar else value.shape == p.shape):
+        return value.reshape(()) if scalar and value.ndim else value
+    got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    wanted = "one number" if scalar else f"the weight's shape, {tuple(p.shape)}"
+    owner = parameter_names(wrapped.base).get(id(p), "of no group")
+    raise TransformError(
+        f"{type(transform).__name__}: init_slot({name!r}) returned {got} for parameter {owner!r}; it must "
+        f"return a tensor of {wanted}."
+    )

@@ -200,7 +200,9 @@ class Stepper:
             chain = (*(t.describe(group) for t in self._enabled(group)), type(self.w.base).__name__)
             passes = 1 + sum(bool(level.sums) for level in state.program.levels)
             numbers = sum(p.numel() for p in params)
-            plans.append(GroupPlan(i, path, state.reason, len(params), numbers, chain, passes))
+            plans.append(
+                GroupPlan(i, path, state.reason, len(params), numbers, chain, passes, self.w.settings())
+            )
         return Plan(plans)
 
     # ---- a step ------------------------------------------------------------------------------------

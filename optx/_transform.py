@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
+import sys
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -183,6 +186,8 @@ class Transform:
         slots: state tensors per weight.
         options: numbers that param groups may override. Each is an attribute too: setting it
             (``opt.soft_clip.limit = 0.5``, by a schedule) sets it in every group that does not override it.
+            Other arguments of the constructor are read at wrap time: setting one from outside afterwards
+            raises, but for properties with a setter (``opt.hft.rounds_every``).
         limits: the range of each option, both ends included.
     """
 
@@ -195,7 +200,7 @@ class Transform:
 
     def _served_groups(self) -> list[Group]:
         """The param groups that this serves; none before it is wrapped."""
-        wrapped = self._wrapped_by and self._wrapped_by()
+        wrapped = wrapped_by(self)
         return [group for group in wrapped.param_groups if self.serves(group)] if wrapped else []
 
     def set_owner(self, optimizer: Wrapped | None) -> None:
@@ -216,13 +221,13 @@ class Transform:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name.startswith("_") or name in ("options", "slots") or name not in self.options:
-            new = self._wrapped_by is not None and not name.startswith("_") and not hasattr(self, name)
-            like = difflib.get_close_matches(name, self.options, n=1, cutoff=0.75) if new else []
-            if like:
-                raise TransformError(
-                    f"{type(self).__name__}: {name!r} is no option of it. Is {like[0]!r} meant?"
-                )
+        if name.startswith("_"):
+            object.__setattr__(self, name, value)
+            return
+        if name in ("options", "slots") or name not in self.options:
+            # Its own methods may write what they like.
+            if wrapped_by(self) is not None and not _is_method_of(self, sys._getframe(1)):  # pyright: ignore
+                self._check_settable(name)
             object.__setattr__(self, name, value)
             return
         self.check_option(name, value, f"{type(self).__name__}: {name} is {value!r}")
@@ -233,6 +238,26 @@ class Transform:
                 group[key] = value
         if name in vars(self):
             object.__setattr__(self, name, value)
+
+    def _check_settable(self, name: str) -> None:
+        """Raise for what was read once, when the optimizer was wrapped: a new value would change nothing."""
+        kind = type(self)
+        if getattr(getattr(kind, name, None), "fset", None) is not None:
+            return  # a property that takes it
+        settings = _constructor_arguments(kind)
+        if name in settings or name in _SETTLED:
+            way_out = f"call remove() and wrap again with a new {kind.__name__}({name}=...)"
+            if name in _SETTLED:
+                options = ", ".join(map(repr, self.options)) or "there are none"
+                way_out = f"set an option of it by its own name ({options}), or call remove() and wrap again"
+            raise TransformError(
+                f"{kind.__name__}: {name!r} was read when the optimizer was wrapped, and setting it now "
+                f"would change nothing; {way_out}."
+            )
+        if not hasattr(self, name):
+            like = difflib.get_close_matches(name, [*self.options, *settings], n=1, cutoff=0.75)
+            if like:
+                raise TransformError(f"{kind.__name__}: {name!r} is no option of it. Is {like[0]!r} meant?")
 
     def adopt(self, before: Sequence[Group], after: Sequence[Group]) -> None:
         """Options as a checkpoint has them, where it has the same in all groups that did not override one.
@@ -319,3 +344,25 @@ class Transform:
     def __repr__(self) -> str:
         inside = ", ".join(f"{k}={getattr(self, k)}" for k in self.options)
         return f"{type(self).__name__}({inside})"
+
+
+# What a step's program is made of, beside the constructor's arguments.
+_SETTLED = ("name", "rules", "limits", "slots", "options")
+
+
+def wrapped_by(transform: Transform) -> Wrapped | None:
+    """The optimizer that a transform serves, while there is one."""
+    wrapped = transform._wrapped_by  # pyright: ignore[reportPrivateUsage]
+    return wrapped and wrapped()
+
+
+def _constructor_arguments(kind: type[Transform]) -> list[str]:
+    """The names of what a transform, or a class that it inherits from, is made with."""
+    makers = [vars(c)["__init__"] for c in kind.__mro__[:-1] if "__init__" in vars(c)]
+    return [name for maker in makers for name in list(inspect.signature(maker).parameters)[1:]]
+
+
+def _is_method_of(transform: Transform, frame: FrameType) -> bool:
+    """Whether a frame is that of one of the transform's own methods."""
+    first = frame.f_code.co_varnames[: frame.f_code.co_argcount][:1]
+    return bool(first) and frame.f_locals.get(first[0]) is transform

@@ -15,6 +15,7 @@ from optx._base_step import guard, owner_of, release, run_post_hooks, run_pre_ho
 from optx._checks import check_wrap
 from optx._errors import OptxError, TransformError, warn
 from optx._plan import Plan
+from optx._slots import first_value
 from optx._state import SlotStore, is_ours
 from optx._stepper import Stepper
 from optx._transform import Group, Transform
@@ -23,6 +24,7 @@ from optx.kernels.program import Program
 Fused = bool | Literal["auto", "cpu", "triton"]
 Rounding = Literal["stochastic", "kahan", "nearest"]
 _Settings = dict[str, Any]  # of fused, skip_nonfinite and rounding, those that were given
+_DEFAULTS: _Settings = {"fused": "auto", "skip_nonfinite": False, "rounding": "stochastic"}
 
 
 class Wrapped(Optimizer):
@@ -46,9 +48,10 @@ class Wrapped(Optimizer):
         self.skipped_steps = 0
         self.skipped_last = False
         self.totals: dict[str, Any] = {}
-        self.fused: Fused = "auto"
-        self.skip_nonfinite = False
-        self.rounding: Rounding = "stochastic"
+        self.fused: Fused
+        self.skip_nonfinite: bool
+        self.rounding: Rounding
+        vars(self).update(_DEFAULTS)
         self.rounding_asked = False
         self._slots = SlotStore(base)
         self._hooks()
@@ -62,8 +65,7 @@ class Wrapped(Optimizer):
     def _take_on(self, transforms: Sequence[Transform], settings: _Settings) -> None:
         """Begin to serve these transforms; where one can't be served, nothing has changed."""
         old = dict(vars(self))
-        self.transforms = (*transforms, *self.transforms)
-        vars(self).update(settings)
+        vars(self).update(settings, transforms=(*transforms, *self.transforms))
         self.rounding_asked = self.rounding_asked or "rounding" in settings
         bound: list[Transform] = []
         try:
@@ -91,6 +93,22 @@ class Wrapped(Optimizer):
             vars(self).clear()
             vars(self).update(old)
             raise
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        held = vars(self).get(name)
+        if held is not None and held is not value:
+            if isinstance(held, Transform):
+                raise TransformError(
+                    f"optx: opt.{name} is the transform that acts in each step, and what is put over it "
+                    f"would only hide it. Set its options (opt.{name}.option = ...), or call remove() and "
+                    "wrap again."
+                )
+            if name in ("base", "transforms"):
+                raise TransformError(
+                    f"optx: opt.{name} was settled when the optimizer was wrapped: state and hooks hang "
+                    "on it. Wrap again: wrap(opt, transform) adds one, opt.remove() takes all off."
+                )
+        object.__setattr__(self, name, value)
 
     def _hooks(self) -> None:
         for moment in ("step", "state_dict", "load_state_dict"):
@@ -219,6 +237,10 @@ class Wrapped(Optimizer):
         """
         return self._stepper.plan()
 
+    def settings(self) -> tuple[str, ...]:
+        """The arguments of `wrap` that are not its defaults, as they are written."""
+        return tuple(f"{k}={vars(self)[k]!r}" for k, v in _DEFAULTS.items() if vars(self)[k] != v)
+
     def program(self, index: int) -> Program:
         """What the step of one param group computes, as data (see `optx.kernels.program`)."""
         return self._stepper.program(index)
@@ -255,20 +277,25 @@ class Wrapped(Optimizer):
         self, p: Tensor, transform: Transform, name: str, make: Callable[[], Tensor] | None = None
     ) -> Tensor:
         """A transform's state tensor for ``p``, made on first use."""
-        make = make or (lambda: transform.init_slot(name, p, self))
+        make = make or (lambda: first_value(self, transform, name, p))
         lasting = transform.slots[name].lasting
         return self._slots.get(p, f"optx.{transform.name}.{name}", make, lasting)
 
     def _make_slots(self, groups: Sequence[Group] | None = None, all_of_them: bool = False) -> None:
-        """Make the slots that no rule asks for (only a transform's hooks do), or all of new groups."""
+        """Make the slots that no rule asks for (only a transform's hooks do), or all of new groups.
+
+        And those that a transform makes in a way of its own, so that a mistake in it is told at wrap.
+        """
         for i, group in enumerate(self.param_groups):
             if groups is not None and all(group is not other for other in groups):
                 continue
             program = self._stepper.program(i)
             ruled = {f"optx.{name}" for name in (*program.slots, *program.cells)}
             for transform in self.transforms:
+                own = type(transform).init_slot is not Transform.init_slot  # what it makes is looked at now
                 for name, slot in transform.slots.items() if transform.serves(group) else ():
-                    if not slot.derived and (all_of_them or f"optx.{transform.name}.{name}" not in ruled):
+                    key = f"optx.{transform.name}.{name}"
+                    if not slot.derived and (all_of_them or own or key not in ruled):
                         for p in group["params"]:
                             if p.requires_grad:
                                 self.slot(p, transform, name)
@@ -378,7 +405,7 @@ class Wrapped(Optimizer):
         self._stepper = Stepper(self)
         if not self._removed:
             guard(self.base, self)
-        for transform in self.transforms:
+        for transform in () if self._removed else self.transforms:
             transform.set_owner(self)
 
     def remove(self) -> Optimizer:
@@ -401,8 +428,7 @@ class Wrapped(Optimizer):
 
     def __repr__(self) -> str:
         # Each transform with the numbers in force, see Transform.__getattr__.
-        inside = "".join(f", {t!r}" for t in self.transforms)
-        return f"optx.wrap({self.base!r}{inside})"
+        return f"optx.wrap({', '.join([*map(repr, (self.base, *self.transforms)), *self.settings()])})"
 
 
 class _WrappedWithModes(Wrapped):

@@ -473,7 +473,7 @@ def test_one_hft_serves_one_optimizer() -> None:
     with pytest.raises(TransformError, match=r"HFT: selected\(\) needs an optimizer"):
         hft.selected()
     opt = optx.wrap(torch.optim.AdamW(model.parameters()), hft)
-    with pytest.raises(TransformError, match="HFT: this HFT serves an optimizer already"):
+    with pytest.raises(TransformError, match=r"wrap: this HFT\(.*\) serves another optimizer already"):
         optx.wrap(torch.optim.AdamW(model.parameters()), hft)
     with pytest.raises(OptxError, match=r"HFT: round is -1; it must be at least 0"):
         hft.start_round(-1)
@@ -507,8 +507,13 @@ def test_data_parallel_that_would_wait() -> None:
         opt = optx.wrap(torch.optim.AdamW(parallel.parameters()), HFT(parallel, rounds_every=2))
         alone = fresh()
         plain = optx.wrap(torch.optim.AdamW(alone.parameters()), HFT(alone, rounds_every=2))
+        inner = fresh()
+        outer = DistributedDataParallel(inner, find_unused_parameters=True)
+        within = optx.wrap(torch.optim.AdamW(outer.parameters()), HFT(inner, rounds_every=2))
         train(parallel, opt, 5)
         train(alone, plain, 5)
+        train(outer, within, 5)
         assert_equal(weights(model), weights(alone))
+        assert_equal(weights(inner), weights(alone))
     finally:
         dist.destroy_process_group()

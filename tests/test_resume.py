@@ -255,3 +255,20 @@ def test_another_number_of_groups_changes_nothing(tmp_path: Path) -> None:
         optx.load_optimizer(opt, tmp_path / "opt.safetensors")
     assert difference(before, opt.state_dict()) == []
     train(net, opt, range(2, 4))
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    opt = optx.wrap(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1))
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for path, kind, named in (
+        ("missing/opt.safetensors", FileNotFoundError, "missing"),
+        ("missing/deeper/opt.safetensors", FileNotFoundError, "missing/deeper"),
+        ("file/opt.safetensors", NotADirectoryError, "file"),
+        ("folder", IsADirectoryError, "folder"),
+    ):
+        with pytest.raises(kind) as raised:
+            optx.save_optimizer(opt, tmp_path / path)
+        assert raised.value.filename == str(tmp_path / named)
+        assert str(raised.value).endswith(repr(str(tmp_path / named)))
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "folder"]

@@ -7,6 +7,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -144,19 +145,38 @@ def full_checkpoint_loads_into_one_process(rank: int) -> None:
             torch.testing.assert_close(p.detach(), w, rtol=0, atol=1e-6)
 
 
+def all_ranks_skip_what_one_rank_saw(rank: int) -> None:
+    model = sharded()
+    base = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0)
+    # Nothing of this chain waits for the other rank after the look: a rank that went on alone says so.
+    opt = optx.wrap(base, optx.AdamR(weight=0.05, normalize=False), skip_nonfinite=True)
+    for bad, culprit in ((float("nan"), 1), (float("inf"), 0), (None, None), (float("nan"), 1)):
+        train(model, opt, range(1))
+        before = [local(p).clone() for p in model.parameters()]
+        if bad is not None and rank == culprit:
+            grad = next(model.parameters()).grad
+            assert grad is not None
+            local(grad).view(-1)[0] = bad
+        opt.step()
+        moved = [not torch.equal(a, local(p)) for a, p in zip(before, model.parameters(), strict=True)]
+        assert (any(moved), opt.skipped_last) == (bad is None, bad is not None)
+    assert opt.skipped_steps == 3
+
+
 CASES: list[Callable[[int], None]] = [
     ddp_equals_one_process,
     fsdp_reduces_over_the_mesh,
     unnormalised_l1_pull_on_shards,
     checkpoint_resumes_bit_for_bit,
     full_checkpoint_loads_into_one_process,
+    all_ranks_skip_what_one_rank_saw,
 ]
 
 
 def _worker(rank: int, port: int, folder: str) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(minutes=3))
     for case in CASES:
         try:
             case(rank)

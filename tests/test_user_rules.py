@@ -12,6 +12,8 @@ from torch import nn
 from user_rules import LIMIT, SHARP, Everything, SoftClip
 
 import optx
+from optx._foreach import GroupRun
+from optx.ops import where
 
 SHAPES = [(7, 3), (), (0,), (300,)]
 
@@ -149,3 +151,200 @@ def test_low_precision_weights_run_rules_in_float32() -> None:
     wanted, _ = run(SoftClip(0.1), True, F32)
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a.float(), b, rtol=2**-6, atol=2**-8)
+
+
+# ---- what is not elementwise -------------------------------------------------------------------------------
+
+
+@optx.rule(writes=("x", "y"))
+def pair(x: Any, limit: Any) -> Any:
+    return x * limit, x
+
+
+@optx.rule(writes="x")
+def asking(x: Any, limit: Any) -> Any:
+    return x if limit > 1.0 else x * 2.0
+
+
+def and_(g: Any, w: Any) -> Any:
+    return where(g > 0.0 and w > 0.0, g, w)
+
+
+def or_(g: Any, w: Any) -> Any:
+    return where(g > 0.0 or w > 0.0, g, w)
+
+
+def not_(g: Any) -> Any:
+    positive = g > 0.0
+    return where(not positive, g, -g)
+
+
+def chain(g: Any, limit: Any) -> Any:
+    return where(-limit < g < limit, g, 0.0)
+
+
+def if_(g: Any) -> Any:
+    large = g * g
+    if large > 1.0:
+        return g / large
+    return g
+
+
+def else_(g: Any, limit: Any) -> Any:
+    return limit if g > limit else g
+
+
+def while_(g: Any) -> Any:
+    while g > 1.0:
+        g = g / 2.0
+    return g
+
+
+def assert_(g: Any) -> Any:
+    assert g > 0.0
+    return g
+
+
+def in_(g: Any) -> Any:
+    return where(g in (0.0, 1.0), g, 0.0)
+
+
+def for_(g: Any) -> Any:
+    return [x * 2.0 for x in g]
+
+
+def largest(g: Any, limit: Any) -> Any:
+    return max(g, limit)
+
+
+def root(g: Any) -> Any:
+    return math.sqrt(g)
+
+
+def through_a_helper(g: Any, limit: Any) -> Any:
+    return asking(limit, g)
+
+
+def per_tensor(g: Any, numel: Any) -> Any:
+    return g if numel > 1.0 else -g
+
+
+def first(g: Any) -> Any:
+    return g[0]
+
+
+def row(w: Any, g: Any) -> Any:
+    both = g * w
+    return g - both[..., 0]
+
+
+def mean(g: Any) -> Any:
+    return g - g.mean()
+
+
+def of_torch(g: Any) -> Any:
+    return g / torch.max(g)
+
+
+ASKS = [
+    and_,
+    or_,
+    not_,
+    chain,
+    if_,
+    else_,
+    while_,
+    assert_,
+    in_,
+    for_,
+    largest,
+    root,
+    through_a_helper,
+    per_tensor,
+]
+MIXES = [first, row, mean, of_torch]
+
+
+@pytest.mark.parametrize("fused", ["auto", False])
+@pytest.mark.parametrize("function", [*ASKS, *MIXES], ids=lambda f: f.__name__)
+def test_what_is_not_elementwise_is_refused_at_wrap(function: Any, fused: Any) -> None:
+    transform = clip_of(optx.rule(function, writes="g"))
+    transform.options = {"limit": 1.0}
+    said = (
+        "one answer; use optx.ops.where" if function in ASKS else "looks at several elements, and a rule sees"
+    )
+    w = nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(optx.TransformError, match=rf"rule '{function.__name__}' \(gradient\) .*{said}"):
+        optx.wrap(torch.optim.SGD([w], lr=1.0), transform, fused=fused)
+
+
+def test_scalars_are_asked_as_little() -> None:
+    class Halves(optx.Transform):
+        name = "halves"
+        rules: ClassVar = {
+            "scalars": optx.rule(halved, writes="factor"),
+            "gradient": optx.rule(times, writes="g"),
+        }
+
+    with pytest.raises(optx.TransformError, match=r"rule 'halved' \(scalars\) has 'if'"):
+        optx.wrap(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=1.0), Halves())
+
+
+def halved(grad_sq: Any) -> Any:
+    return 0.5 if grad_sq > 1.0 else 1.0
+
+
+def times(g: Any, factor: Any) -> Any:
+    return g * factor
+
+
+def numbers_are_asked(g: Any, limit: Any, lr: Any) -> Any:
+    if limit > 0.5 and not lr > 2.0 and 0.0 < limit < 2.0 and g.dtype == torch.float32 and g is not None:
+        scaled, _ = pair(g, max(limit, 1.0))
+        return pair(scaled, limit)[0]
+    return -g
+
+
+def test_what_is_one_number_or_about_a_tensor_may_be_asked() -> None:
+    transform = clip_of(optx.rule(numbers_are_asked, writes="g"))
+    transform.options = {"limit": 1.5}
+    w = nn.Parameter(torch.zeros(2))
+    opt = optx.wrap(torch.optim.SGD([w], lr=1.0), transform)
+    assert opt.plan()[0].path == "foreach"
+    w.grad = torch.tensor([1.0, 2.0])
+    opt.step()
+    assert w.tolist() == [-2.25, -4.5]
+
+
+def between(w: Any, g: Any, limit: Any) -> Any:
+    inside = (-limit < g) & (g < limit) | (g == 2.0)
+    return where(~inside & (w != 3.0), limit, 2.0**g)
+
+
+@pytest.mark.parametrize("path", ["fused", "foreach", "lists"])
+def test_conditions_are_joined_by_operators(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if path == "lists":  # as on a device where launches cost more than memory
+        made = GroupRun.__init__
+
+        def with_lists(self: GroupRun, *args: Any) -> None:
+            made(self, *args)
+            self._lists, self._as_floats = True, False
+
+        monkeypatch.setattr(GroupRun, "__init__", with_lists)
+    transform = clip_of(optx.rule(between, writes="g"))
+    transform.options = {"limit": 1.5}
+    w = nn.Parameter(torch.tensor([0.0, 0.0, 0.0, 3.0]))
+    opt = optx.wrap(torch.optim.SGD([w], lr=1.0), transform, fused=path == "fused")
+    w.grad = torch.tensor([1.0, 2.0, 5.0, 5.0])
+    opt.step()
+    assert w.tolist() == [-2.0, -4.0, -1.5, 3.0 - 32.0]
+
+
+def test_a_result_of_another_shape_is_no_number_for_all() -> None:
+    w = nn.Parameter(torch.ones(3, 2))
+    opt = optx.wrap(torch.optim.SGD([w], lr=1.0), clip_of(optx.rule(lambda g: g[0], writes="g")))
+    w.grad = torch.ones(3, 2)
+    with pytest.raises(
+        optx.TransformError, match=r"returns a tensor of shape \(2,\) for elements of shape \(3, 2\)"
+    ):
+        opt.step()

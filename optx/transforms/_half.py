@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import operator
 import random
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -47,6 +48,8 @@ class Draw:
 
     def __post_init__(self) -> None:
         check_range("HFT", "ratio", self.ratio, 0.0, 1.0)
+        for argument in ("seed", "round"):
+            object.__setattr__(self, argument, whole_number(argument, getattr(self, argument)))
         check_range("HFT", "round", self.round, 0)
         for argument, value, choices in (
             ("level", self.level, get_args(Level)),
@@ -59,7 +62,7 @@ class Draw:
     def of(self, layers: Sequence[Layer]) -> set[str]:
         """Names of the layers to train, among those that belong to a block."""
         # Seeded by text (sha512), and used through random() only: both are promised to stay as they are.
-        rng = random.Random(f"{int(self.seed)}/{int(self.round)}")
+        rng = random.Random(f"{self.seed}/{self.round}")
         share = Fraction(str(float(self.ratio)))
         pool = [layer for layer in layers if layer.block is not None]
         if self.level == "layer":
@@ -100,6 +103,17 @@ class Draw:
         # there are few (2 of 4); where there are many, near enough.
         draws = [_shuffled(sizes, rng)[:count] for _ in range(256)]
         return set(min(draws, key=lambda names: abs(sum(sizes[name] for name in names) - target)))
+
+
+def whole_number(argument: str, value: Any, of_what: str = "") -> int:
+    """A whole number as Python, NumPy or a tensor has it."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise OptxError(f"HFT: {argument} is {value!r}; it must be a whole number{of_what}.")
+    return number
 
 
 def _nearest(x: Fraction) -> int:

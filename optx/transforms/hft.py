@@ -25,7 +25,7 @@ from optx._state import is_ours
 from optx._transform import Group, Transform
 from optx.transforms._blocks import Layer, clean_names, layers_of
 from optx.transforms._flags import Flags
-from optx.transforms._half import Balance, Draw, Level, Row, Selection
+from optx.transforms._half import Balance, Draw, Level, Row, Selection, whole_number
 
 if TYPE_CHECKING:
     from optx._wrap import Wrapped
@@ -84,7 +84,8 @@ class HFT(Transform):
         level: ``"category"`` (the paper's choice), ``"layer"`` (half of the blocks) or ``"model"``
             (half of all matrices and half of all norms, from one pool each).
         seed: of the draws. The global generators are not touched.
-        rounds_every: begin a new round after so many steps; None leaves it to `next_round`.
+        rounds_every: begin a new round after so many steps; None leaves it to `next_round`. It may be set
+            later (``opt.hft.rounds_every = 100``), the only one of these that may.
         reset_state: at a new round, drop the base's state of all parameters (each of the paper's stages
             starts a new optimizer), so that there is state for the trained half only: of AdamW's 8 bytes
             per number (in float32), 4. False keeps it, and a weight that is thawed goes on with the moments
@@ -136,12 +137,14 @@ class HFT(Transform):
         given: Any = model
         if not isinstance(given, nn.Module):
             raise OptxError(f"HFT: model is a {type(given).__name__}; it must be the model, as HFT(model).")
-        if rounds_every is not None and rounds_every < 1:
-            raise OptxError(f"HFT: rounds_every is {rounds_every!r}; it must be at least 1 step, or None.")
+        if not isinstance(reset_state, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise OptxError(f"HFT: reset_state is {reset_state!r}; it must be True or False.")
+        if blocks is not None and not isinstance(blocks, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise OptxError(f"HFT: blocks is {blocks!r}; it must be a regular expression, or None.")
         self.model = model
         self.rounds_every = rounds_every
         self.reset_state = reset_state
-        self._draw = Draw(ratio, level, balance, int(seed))
+        self._draw = Draw(ratio, level, balance, seed)
         self._blocks = blocks
         self._steps = 0  # in this round; counted where rounds_every asks for it
         self._looked_at: Any = None
@@ -170,6 +173,18 @@ class HFT(Transform):
     def round(self) -> int:
         """The current round, from 0."""
         return self._draw.round
+
+    @property
+    def rounds_every(self) -> int | None:
+        """After how many steps a new round begins; None: never by itself."""
+        return self._rounds_every
+
+    @rounds_every.setter
+    def rounds_every(self, steps: int | None) -> None:
+        number = None if steps is None else whole_number("rounds_every", steps, " of steps, or None")
+        if number is not None and number < 1:
+            raise OptxError(f"HFT: rounds_every is {steps!r}; it must be at least 1 step, or None.")
+        self._rounds_every = number
 
     @property
     def seed(self) -> int:
@@ -381,8 +396,6 @@ class HFT(Transform):
     def check(self, base: torch.optim.Optimizer) -> None:
         """Refuse another model's parameters, a DDP that would wait for frozen ones, and an empty half."""
         optimizer = self._served_by()
-        if optimizer is not None and optimizer.base is not base:
-            raise TransformError("HFT: this HFT serves an optimizer already; one HFT serves one model.")
         if optimizer is None:
             self._flags = self._inherited()
         params, names = self._parameters(), parameter_names(base)

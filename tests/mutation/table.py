@@ -66,6 +66,7 @@ TABLE = {
     "optx/transforms/perpgrad.py": "arithmetic_step perpgrad fused_cpu resume",
     "optx/_bases.py": f"arithmetic_step {_STEP}",
     "optx/_base_step.py": f"arithmetic_step errors {_STEP}",
+    "optx/_elementwise.py": "user_rules",
     "optx/_binding.py": f"moments errors {_STEP}",
     "optx/_checkpoint.py": "arithmetic_step resume adamr_anchors wrap_bases hft",
     "optx/_checks.py": "errors perpgrad wrap_bases",
