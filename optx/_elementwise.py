@@ -26,9 +26,24 @@ _MIXES = (
 _ABOUT = {"shape", "dtype", "device", "ndim", "dim", "is_floating_point", "is_complex", "is_cuda"}
 _ABOUT_CALLS = (isinstance, hasattr, callable, type)
 # What makes fewer values of many; such a result would be spread over all elements.
-_MIXING = frozenset(
-    "sum mean norm std var prod amax amin argmax argmin median any all item logsumexp dot".split()
-)
+_MIXING = {
+    "sum",
+    "mean",
+    "norm",
+    "std",
+    "var",
+    "prod",
+    "amax",
+    "amin",
+    "argmax",
+    "argmin",
+    "median",
+    "any",
+    "all",
+    "item",
+    "logsumexp",
+    "dot",
+}
 _ONE_ANSWER = (bool, int, float, any, all, sorted, max, min)
 
 
