@@ -107,13 +107,17 @@ def step_without_hooks(base: Optimizer, closure: Callable[[], Any] | None) -> An
     # torch.compile, once used, puts a wrapper of its own around the steps that it can't follow (LBFGS).
     while _code(step) is not None and _code(step).co_filename.endswith(_DYNAMO):
         step = step.__wrapped__
-    own: Any = vars(base).get("step")
-    replaced = own is not None and not hasattr(own, "_wrapped_by_lr_sched")
     # Set aside also for super().step(): torch puts hooks around every class's step, the guard among them.
     with _hooks_set_aside(base):
-        if not replaced and _code(step) is _HOOKED:
+        if not step_replaced(base) and _code(step) is _HOOKED:
             return step.__wrapped__(base, *arguments)
         return base.step(*arguments)
+
+
+def step_replaced(base: Optimizer) -> bool:
+    """Whether a person put another ``step`` on this optimizer; schedulers do so only to count."""
+    own: Any = vars(base).get("step")
+    return own is not None and not hasattr(own, "_wrapped_by_lr_sched")
 
 
 def _code(function: Any) -> Any:

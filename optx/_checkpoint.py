@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from optx._bases import base_rules
-from optx._checks import check_count, check_group
+from optx._checks import TORCH_KEYS, check_count, check_group
 from optx._errors import OptxError, ShapeError
 from optx._files import written_aside
 from optx._names import is_dtensor, parameter_names
@@ -74,6 +74,12 @@ def unpack(wrapped: Wrapped, state_dict: dict[str, Any]) -> None:
     """Load into the base, and the slots beside it, as they were saved; or raise, and change nothing."""
     store = wrapped._slots  # pyright: ignore[reportPrivateUsage]
     base = wrapped.base
+    lacking = [key for key in ("state", "param_groups") if key not in state_dict]
+    if lacking:
+        raise OptxError(
+            f"load_state_dict: this has no {lacking[0]!r}, so it is no optimizer's state dict (its keys: "
+            f"{', '.join(map(repr, list(state_dict)[:3]))})."
+        )
     store.tidy()
     known = _slot_keys(wrapped)
     ours = saved_slots(state_dict)
@@ -86,7 +92,13 @@ def unpack(wrapped: Wrapped, state_dict: dict[str, Any]) -> None:
     store.pending = {}
     try:
         _tell_differences(wrapped, state_dict, ours, known)
-        base.load_state_dict(state_dict=without_ours(state_dict))
+        try:
+            base.load_state_dict(state_dict=without_ours(state_dict))
+        except KeyError as error:  # torch's own looks for what it keeps itself
+            raise OptxError(
+                f"load_state_dict: {type(base).__name__} finds no {error} in this checkpoint. {_ANOTHER}"
+            ) from error
+        _check_groups(base, old[1])
         store.tidy()
         _restore_dtypes(wrapped, keyed, state_dict["state"])
         for group, kept in zip(wrapped.param_groups, numbers, strict=True):
@@ -143,6 +155,21 @@ def _check_shapes(
                         f"{name!r} that was saved for it has {tuple(t.shape)}. Give the optimizer its "
                         "parameters in the order and groups of the one that was saved."
                     )
+
+
+def _check_groups(base: torch.optim.Optimizer, before: list[dict[str, Any]]) -> None:
+    """Raise where loaded groups lack what the base reads: they are another optimizer's."""
+    for group, old in zip(base.param_groups, before, strict=True):
+        missing = [key for key in base.defaults if key in old and key not in group]
+        foreign = [key for key in group if key not in old and key not in TORCH_KEYS and not is_ours(key)]
+        if missing and foreign:
+            raise OptxError(
+                f"load_state_dict: the checkpoint's param groups have no {missing[0]!r}, which "
+                f"{type(base).__name__} reads, but {foreign[0]!r}. {_ANOTHER}"
+            )
+
+
+_ANOTHER = "It was saved by another optimizer; load it into one of that class."
 
 
 def _as_declared(value: Tensor, slot: Slot | None) -> Tensor:

@@ -138,7 +138,7 @@ def check_group(group: Group, transforms: Sequence[Transform], base: Optimizer) 
 
 def _check_key(key: str, known: Sequence[str], transforms: Sequence[Transform], base: Optimizer) -> None:
     """A key of somebody else's is none of our business, unless it reads like a misspelt one of ours."""
-    if key in known or key in base.defaults or key in _TORCH_KEYS or key.startswith("optx."):
+    if key in known or key in base.defaults or key in TORCH_KEYS or key.startswith("optx."):
         return
     owner = next((t for t in transforms if key.startswith(f"{t.name}_")), None)
     if owner is not None:
@@ -155,7 +155,7 @@ def _check_key(key: str, known: Sequence[str], transforms: Sequence[Transform], 
 
 
 # What torch itself puts into param groups, besides a base's defaults.
-_TORCH_KEYS = frozenset(
+TORCH_KEYS = frozenset(
     ("params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
 )
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optx._base_step import step_replaced
 from optx._bases import BaseRules, base_rules, init_base_state, rule_numbers
 from optx._checks import check_count, shapes_differ
 from optx._errors import OptxError, ShapeError
-from optx._memory import DTYPES, Likeness, why_not_dense, why_not_plain
+from optx._memory import DTYPES, Extents, Likeness, extent, why_not_dense, why_not_plain
 from optx._names import parameter_names
 from optx._rounding import step_key
 from optx._rules import RuleSourceError
@@ -36,6 +37,8 @@ def why_not(base: torch.optim.Optimizer, group: Group, program: Program) -> str 
     """Why a group can't take a fused path whatever its tensors are, in words; None if it can."""
     if base_rules(base, group) is None:
         return f"{type(base).__name__} has no fused form (SGD, Adam and AdamW have)"
+    if step_replaced(base):
+        return "its step() was replaced by another"
     if group.get("differentiable", False):
         return "differentiable=True needs autograd through the step"
     for call in program.calls():
@@ -52,24 +55,27 @@ def why_not_tensors(group: Group, state: Any) -> str | None:
     devices = {p.device.type for p in group["params"]}
     if not devices <= {"cpu"} and not devices <= {"cuda"}:
         return f"no fused kernels for tensors on {', '.join(sorted(devices))}"
-    seen: set[int] = {0}
+    written: list[Tensor] = []
+    read: list[Tensor] = []
     for p in group["params"]:
         reason = why_not_weight(p) or (why_not_gradient(p.grad) if p.grad is not None else None)
         if reason:
             return reason
-        written = [p]
+        written.append(p)
+        if p.grad is not None and why_not_plain(p.grad) is None:
+            read.append(p.grad)
         for key, value in state.get(p, _NOTHING).items():
             if isinstance(value, Tensor) and not is_ours(key):
-                if key != "step" and (reason := why_not_plain(value)):
+                reason = why_not_plain(value)
+                if key != "step" and reason:
                     return f"{key} of a parameter {reason}"
-                written.append(value)
-        for t in written:
-            if t.device == p.device and t.numel():
-                address = t.data_ptr()
-                if address in seen:
-                    return _SHARED
-                seen.add(address)
-    return None
+                if reason is None and value.device == p.device:
+                    written.append(value)
+    memory = Extents.of(written)
+    if memory.overlap:
+        return _SHARED
+    aliased = memory.meet([g.data_ptr() for g in read], [extent(g) for g in read])
+    return _ALIASED if aliased else None
 
 
 def why_not_weight(p: Tensor) -> str | None:
@@ -97,10 +103,12 @@ class _Column:
 
     like: Likeness | None  # None for single numbers: at the same address they are what they were
     addresses: list[int]
+    sizes: list[int]  # in bytes
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], single: bool) -> _Column:
-        return cls(None if single else Likeness(tensors), list(map(_ADDRESS, tensors)))
+        like = None if single else Likeness(tensors)
+        return cls(like, list(map(_ADDRESS, tensors)), list(map(extent, tensors)))
 
 
 @dataclass
@@ -152,6 +160,7 @@ class FusedGroup:
         self._derived = derived
         self._seen: list[Tensor] | None = None  # the parameters that the buckets were made for
         self._buckets: list[_Bucket] = []
+        self._written = Extents([], [])  # all that the kernels write
         self._base_keys = (*rules.slots, *(("step",) if rules.counted else ()))
         # Parameters whose base state was made since the last update, by id: the names made, and whether None
         # was there (a person's doing).
@@ -222,9 +231,14 @@ class FusedGroup:
         self._buckets = [self._bucket(dtypes, members, params) for dtypes, members in buckets.items()]
         for bucket in self._buckets:
             self._take(bucket)
-        written = [a for b in self._buckets for c in (b.columns[0], *b.columns[2:]) for a in c.addresses if a]
-        if len(set(written)) < len(written):
+        written = [c for b in self._buckets for c in (b.columns[0], *b.columns[2:])]
+        self._written = Extents(
+            [a for c in written for a in c.addresses], [n for c in written for n in c.sizes]
+        )
+        if self._written.overlap:
             raise Unfusable(_SHARED)
+        if any(self._written.meet(b.columns[1].addresses, b.columns[1].sizes) for b in self._buckets):
+            raise Unfusable(_ALIASED)
 
     def _check_weight(self, p: Tensor) -> None:
         assert p.grad is not None
@@ -370,6 +384,8 @@ class FusedGroup:
                     # A gradient lies elsewhere in every step; one without elements lies nowhere.
                     if number != 1 or addresses.count(0) != column.addresses.count(0):
                         return False
+                    if self._written.meet(addresses, column.sizes):
+                        return False
                     bucket.runner.tensors[:, number] = addresses
                     column.addresses = addresses
         except (KeyError, TypeError, RuntimeError):  # not there, no tensor, or one without memory
@@ -497,6 +513,7 @@ class FusedGroup:
 
 
 _SHARED = "two tensors that the step writes share their memory, and kernels write all at once"
+_ALIASED = "a gradient lies in memory that the step writes"
 _NOTHING: dict[str, Tensor] = {}
 _ADDRESS = Tensor.data_ptr
 

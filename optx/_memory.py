@@ -11,6 +11,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,13 +68,11 @@ def writes_overlap(t: Tensor) -> bool:
 
 
 def _lost(t: Tensor) -> bool:
-    count = t.numel()
-    if not count:
+    needed = extent(t)
+    if not needed:
         return False
-    if not t.is_contiguous():
-        count = 1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
     storage = t.untyped_storage()
-    return storage.data_ptr() == 0 or storage.nbytes() < (t.storage_offset() + count) * t.element_size()
+    return storage.data_ptr() == 0 or storage.nbytes() < t.storage_offset() * t.element_size() + needed
 
 
 def why_not_dense(t: Tensor) -> str | None:
@@ -81,6 +80,42 @@ def why_not_dense(t: Tensor) -> str | None:
     if t.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(t):
         return None
     return f"of shape {tuple(t.shape)} has gaps in memory (strides {t.stride()})"
+
+
+class Extents:
+    """The stretches of memory that some tensors lie in.
+
+    Args:
+        starts: addresses of their first elements, 0 where there are none.
+        sizes: in bytes.
+    """
+
+    def __init__(self, starts: Sequence[int], sizes: Sequence[int]) -> None:
+        spans = sorted((a, a + size) for a, size in zip(starts, sizes, strict=True) if a and size)
+        self._starts = np.array([a for a, _ in spans], np.int64)
+        self._ends = np.array([0, *(b for _, b in spans)], np.int64)
+        self.overlap = bool((self._ends[1:-1] > self._starts[1:]).any())
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Extents:
+        """Of tensors with plain memory."""
+        return cls([t.data_ptr() for t in tensors], [extent(t) for t in tensors])
+
+    def meet(self, starts: Sequence[int], sizes: Sequence[int] | np.ndarray[Any, Any]) -> bool:
+        """Whether other tensors lie partly in there; these do not overlap each other."""
+        first = np.asarray(starts, np.int64)
+        # The last stretch that begins before the end: of those before it none reaches as far.
+        before = np.searchsorted(self._starts, first + np.asarray(sizes, np.int64))
+        return bool(((self._ends[before] > first) & (first > 0)).any())
+
+
+def extent(t: Tensor) -> int:
+    """Bytes from a tensor's first element to its last."""
+    if t.is_contiguous() or not t.numel():
+        return t.numel() * t.element_size()
+    return (
+        1 + sum((n - 1) * stride for n, stride in zip(t.shape, t.stride(), strict=True))
+    ) * t.element_size()
 
 
 @functools.cache

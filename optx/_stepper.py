@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from optx._base_step import step_without_hooks
+from optx._base_step import step_replaced, step_without_hooks
 from optx._bases import base_numbers, base_rules, has_fused_form, readable_state, rule_numbers
 from optx._checks import check_group, check_has_memory, check_memory, check_state_shapes, shapes_differ
 from optx._errors import FusedError, OptxError, ShapeError, TransformError
@@ -25,7 +25,7 @@ from optx._rounding import step_key, write
 from optx._signals import Held, uninterrupted
 from optx._slots import Slots
 from optx._state import is_ours
-from optx._transform import Group, Transform
+from optx._transform import Group, Moments, Transform
 from optx._undo import Copies, Undo
 from optx.kernels.program import W0, Program
 
@@ -45,11 +45,16 @@ class _GroupState:
     """One group's program and path, valid while its structure stays.
 
     Attributes:
+        structure: of the group when the program was made.
+        values: of its options when they were last checked.
+        moments: what the transforms made of these.
         tensors: whether it is only its tensors that no kernel can serve; they may be others in the next step.
     """
 
     group: Group
     structure: tuple[Any, ...]
+    values: list[Any]
+    moments: dict[str, Moments]
     program: Program
     fused: FusedGroup | None
     reason: str | None
@@ -80,17 +85,17 @@ class Stepper:
         w = self.w
         flags = [group.get(key) for key in _STRUCTURAL]
         zero = [_is_zero(group.get(key, 0)) for key in ("momentum", "weight_decay")]
-        betas = group.get("betas")
-        if isinstance(betas, tuple | list):
-            betas = tuple(id(b) if isinstance(b, Tensor) else b for b in betas)
-        elif isinstance(betas, Tensor):
-            betas = id(betas)
         enabled = [t.serves(group) for t in w.transforms]
-        values = (group.get(f"{t.name}_{option}") for t in w.transforms for option in t.options)
+        settings = (w.fused, w.rounding, w.skip_nonfinite, self._sparse(group), step_replaced(w.base))
+        return (*settings, *flags, *zero, *enabled, *group)
+
+    def _values(self, group: Group) -> list[Any]:
+        """What a scheduler may set before every step, and a program only reads."""
+        betas = group.get("betas")
+        values = [*(betas if isinstance(betas, tuple | list) else (betas,))]
+        values += [group.get(f"{t.name}_{option}") for t in self.w.transforms for option in t.options]
         # A tensor among them is compared by its identity: its value is read where it is used.
-        options = [id(v) if isinstance(v, Tensor) else v for v in values]
-        settings = (w.fused, w.rounding, w.skip_nonfinite, self._sparse(group))
-        return (*settings, *flags, *zero, betas, *enabled, *options, *group)
+        return [id(v) if isinstance(v, Tensor) else v for v in values]
 
     def _sparse(self, group: Group) -> bool:
         """Whether there are sparse gradients; of the bases with a fused form, only SGD takes them."""
@@ -98,7 +103,8 @@ class Stepper:
             return False
         return any(p.grad is not None and p.grad.layout != torch.strided for p in group["params"])
 
-    def _enabled(self, group: Group) -> list[Transform]:
+    def enabled(self, group: Group) -> list[Transform]:
+        """The transforms that a group is not left out of."""
         return [t for t in self.w.transforms if t.serves(group)]
 
     def groups(self, retry: bool = True) -> list[_GroupState]:
@@ -116,6 +122,13 @@ class Stepper:
                 chosen = self._choose(i, group, structure)
                 check_group(group, self.w.transforms, self.w.base)
                 self._groups[i : i + 1] = [chosen]
+            elif known.values != (values := self._values(group)):
+                check_group(group, self.w.transforms, self.w.base)
+                base_rules(self.w.base, group)  # looks at the betas
+                if known.moments == self._moments(group):
+                    known.values = values
+                else:
+                    self._groups[i] = self._choose(i, group, structure)
             elif retry and known.tensors and why_not_tensors(group, self.w.state) is None:
                 self._groups[i] = self._choose(i, group, structure)
             elif known.reason is not None and self.w.rounding_asked:
@@ -146,7 +159,12 @@ class Stepper:
             rules = base_rules(base, group)
             assert rules is not None
             runner = FusedGroup(group, program, rules, base, self.slots, derived, self.w.rounding, triton)
-        return _GroupState(group, structure, program, runner, reason, of_tensors is not None, derived)
+        values, moments = self._values(group), self._moments(group)
+        tensors = of_tensors is not None
+        return _GroupState(group, structure, values, moments, program, runner, reason, tensors, derived)
+
+    def _moments(self, group: Group) -> dict[str, Moments]:
+        return {t.name: t.moments(group, self.w.base) for t in self.enabled(group)}
 
     def _check_rounding(self, index: int, group: Group, reason: str) -> None:
         """Refuse a rounding that was asked for where the base itself writes the weights."""
@@ -162,10 +180,9 @@ class Stepper:
     def _program(self, group: Group, with_base: bool) -> Program:
         base = self.w.base
         rules = base_rules(base, group)
-        enabled = self._enabled(group)
         return build(
-            enabled,
-            {t.name: t.moments(group, base) for t in enabled},
+            self.enabled(group),
+            self._moments(group),
             rules if with_base else None,
             readable_state(base, group),
             base_numbers(group),
@@ -197,7 +214,7 @@ class Stepper:
             path = "foreach"
             if state.fused is not None:
                 path = "fused triton" if state.fused.triton else "fused cpu"
-            chain = (*(t.describe(group) for t in self._enabled(group)), type(self.w.base).__name__)
+            chain = (*(t.describe(group) for t in self.enabled(group)), type(self.w.base).__name__)
             passes = 1 + sum(bool(level.sums) for level in state.program.levels)
             numbers = sum(p.numel() for p in params)
             plans.append(
@@ -221,6 +238,8 @@ class Stepper:
                 loss = closure()
         with torch.no_grad():
             step = self._prepared()
+            if not step.loose:
+                self.copies.clear()
             try:
                 result = step.run(closure if inside else None)
             except BaseException as error:
@@ -368,6 +387,8 @@ class _Step:
         active: list[Tensor] = [p for p in group["params"] if p.grad is not None]
         check_state_shapes(self.w.base, group, active)
         check_memory(self.w.base, active)
+        if not self.s.enabled(group):
+            active = self._without_sparse(active)
         if not active or not (program.levels or program.update or program.observe):
             return None
         # A ZeroTensor's arithmetic loses its dtype; with memory of its own it is a gradient like others.
@@ -396,6 +417,15 @@ class _Step:
             cols,
             lambda stepper=self.s: stepper.key(group, -1),  # the weights' draws have the parts from 0 on
         )
+
+    def _without_sparse(self, active: list[Tensor]) -> list[Tensor]:
+        """Where only `skip_nonfinite` looks at gradients, it looks at the elements that a sparse one has."""
+        sparse = [p for p in active if p.grad is not None and p.grad.layout != torch.strided]
+        if sparse and self.w.skip_nonfinite:
+            values = (p.grad.coalesce().values() for p in sparse if p.grad is not None)
+            if not all(bool(torch.isfinite(v).all()) for v in values):
+                raise _SkipStep
+        return [p for p in active if all(p is not q for q in sparse)] if sparse else active
 
     def _took(self, run: GroupRun, state: _GroupState) -> None:
         """Derived numbers have been taken from the state as it is now."""
@@ -472,6 +502,7 @@ class _Step:
             with torch.enable_grad(), held.let_through():
                 self.loss = loss = closure()
             with torch.no_grad():  # LBFGS enables gradients around its closure
+                self.loose = self.s.groups(retry=False)  # all: such a base has no fused form
                 self._open()
                 self._measure()
                 self._rewrite(first=evaluations == 0)

@@ -60,6 +60,10 @@ class Copies:
         """The step is over."""
         self._copies = {}
 
+    def clear(self) -> None:
+        """Nothing is to be copied in the next step."""
+        self._copies, self._kept = {}, {}
+
 
 def _is_plain(t: Tensor) -> bool:
     return type(t) is Tensor and t.device.type == "cpu" and t.layout == torch.strided
@@ -106,6 +110,7 @@ class Undo:
         # Some keep the optimizer that does the work within: SAM, ZeroRedundancyOptimizer.
         within = [v for v in vars(base).values() if isinstance(v, torch.optim.Optimizer)]
         self._groups = [(group, dict(group)) for o in (base, *within) for group in o.param_groups]
+        self._numbers = [(vars(o), _numbers_in(vars(o))) for o in (base, *within)]
         # The version tells whether somebody moved the weight meanwhile.
         self._weights = {p: p._version for p in parameters if not lost_memory(p)}
         for p in self._weights:
@@ -116,6 +121,10 @@ class Undo:
             for o in (base, *within)
         ]
         self._pending = self._entries(pending, pending, written)
+        for _, numbers in self._groups:
+            for key, value in numbers.items():
+                if key != "params":  # some count in a tensor there
+                    self._remember(value)
         copies.take()
 
     def _entries(
@@ -171,8 +180,10 @@ class Undo:
                     else:
                         state.pop(p, None)
             _refill(pending, {p: self._held(slots) for p, slots in self._pending.items()})
-        for group, numbers in self._groups:
-            _refill(group, numbers)
+            for group, numbers in self._groups:
+                _refill(group, {k: v if k == "params" else self._given_back(v) for k, v in numbers.items()})
+        for attributes, numbers in self._numbers:
+            attributes.update(numbers)
 
     def _held(self, entry: dict[str, Any]) -> dict[str, Any]:
         return {k: self._given_back(v) for k, v in entry.items()}
@@ -187,6 +198,11 @@ class Undo:
         elif type(value) is tuple:
             return tuple(map(self._given_back, value))
         return value
+
+
+def _numbers_in(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Counts that a base keeps in itself."""
+    return {k: v for k, v in attributes.items() if isinstance(v, int | float) or v is None}
 
 
 def _refill(target: Any, contents: Any) -> None:

@@ -155,8 +155,9 @@ class Wrapped(Optimizer):
 
         A step happens whole or not at all: an error in the closure, a pre-hook or the base leaves weights,
         state and counters as they were, and gradients as the closure left them; after one in a post-hook the
-        step has been taken. (For a base without a fused form its weights and state are copied for the time of
-        the step.) The base's own hooks run first, on every path.
+        step has been taken. (On the foreach path weights and state are copied for that, on a CPU into memory
+        that is kept from step to step. What a closure itself wrote to weights, before SGD, Adam or AdamW did
+        anything, stays, as with torch.) The base's own hooks run first, on every path.
 
         Args:
             closure: evaluates the model again and returns the loss, as in torch. A base that evaluates it
@@ -220,6 +221,7 @@ class Wrapped(Optimizer):
 
         def evaluate() -> Any:
             loss = closure()
+            self._check_alive("step")
             self._before_step()
             return loss
 
@@ -286,10 +288,11 @@ class Wrapped(Optimizer):
 
         And those that a transform makes in a way of its own, so that a mistake in it is told at wrap.
         """
-        for i, group in enumerate(self.param_groups):
-            if groups is not None and all(group is not other for other in groups):
+        wanted = None if groups is None else set(map(id, groups))
+        for state in self._stepper.groups():
+            group, program = state.group, state.program
+            if wanted is not None and id(group) not in wanted:
                 continue
-            program = self._stepper.program(i)
             ruled = {f"optx.{name}" for name in (*program.slots, *program.cells)}
             for transform in self.transforms:
                 own = type(transform).init_slot is not Transform.init_slot  # what it makes is looked at now
@@ -385,6 +388,12 @@ class Wrapped(Optimizer):
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
+    def __copy__(self) -> Wrapped:
+        raise OptxError(
+            "optx: copy.copy of a wrapped optimizer would step the same parameters twice. Use copy.deepcopy "
+            "of the model and the optimizer together."
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         if not self._removed:
             self.follow_parameters()  # a copy has nothing to do with what left
@@ -413,6 +422,7 @@ class Wrapped(Optimizer):
         if self._removed:
             return self.base
         self._removed = True
+        self._stepper.copies.clear()
         release(self.base)
         for transform in reversed(self.transforms):
             transform.unwrap(self)
