@@ -430,11 +430,14 @@ class Edits(RuleBasedStateMachine):
                 f"torch raises in every dtype ({wide.error!r}), optx stepped"
             ) from wide.error
         ways: list[str] = []
+        states = (self.opt.state.get(p, {}) for p in self.params)
+        everything = [v for state in states for k, v in state.items() if k != "step"]
+        everything += [t for p in self.params for t in (p, p.grad)]
         for i, p in enumerate(self.params):
             state = self.opt.state.get(p, {})
             tensors = [p, p.grad, *(v for k, v in state.items() if k != "step")]
             dtype = coarsest(tensors)
-            if dtype == F64 and self.opt.totals and any(q.dtype != F64 for q in self.params):
+            if dtype == F64 and self.opt.totals and coarsest(everything) != F64:
                 dtype = F32  # AdamR's r is taken over all, and moments of others are computed in float32
             if aliased and shares_memory(p, p):
                 ways.append("aliased")
