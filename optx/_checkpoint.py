@@ -160,13 +160,18 @@ def _check_shapes(
 def _check_groups(base: torch.optim.Optimizer, before: list[dict[str, Any]]) -> None:
     """Raise where loaded groups lack what the base reads: they are another optimizer's."""
     for group, old in zip(base.param_groups, before, strict=True):
-        missing = [key for key in base.defaults if key in old and key not in group]
+        missing = [k for k, v in base.defaults.items() if _is_setting(v) and k in old and k not in group]
         foreign = [key for key in group if key not in old and key not in TORCH_KEYS and not is_ours(key)]
         if missing and foreign:
             raise OptxError(
                 f"load_state_dict: the checkpoint's param groups have no {missing[0]!r}, which "
                 f"{type(base).__name__} reads, but {foreign[0]!r}. {_ANOTHER}"
             )
+
+
+def _is_setting(value: Any) -> bool:
+    """Whether a default is a number that an update reads; HeavyBall keeps much else there."""
+    return isinstance(value, int | float | tuple | Tensor) and not isinstance(value, bool)
 
 
 _ANOTHER = "It was saved by another optimizer; load it into one of that class."

@@ -8,6 +8,7 @@ hand. Neither means the same on every path, so both are refused when an optimize
 from __future__ import annotations
 
 import ast
+import functools
 import math
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -54,6 +55,12 @@ def why_not_elementwise(rule: Rule, values: Collection[str]) -> str | None:
         rule: the rule.
         values: the arguments that differ from element to element, or from tensor to tensor.
     """
+    return _why_not(rule, frozenset(values))
+
+
+@functools.lru_cache(maxsize=512)
+def _why_not(rule: Rule, values: frozenset[str]) -> str | None:
+    # Kept, since every param group binds the same rules.
     try:
         definition, known = rule.parsed()
     except RuleSourceError:
