@@ -396,8 +396,8 @@ class Edits(RuleBasedStateMachine):
     def _is_sum(self, place: str) -> bool:
         group, number = map(int, place.split("."))
         state = self.opt.state[self.opt.param_groups[group]["params"][number]]
-        if "optx.adamr.v_sum" not in state:  # it will be made anew
-            return True
+        if "optx.adamr.v_sum" not in state or not isinstance(state.get("exp_avg_sq"), Tensor):
+            return True  # it will be made anew
         total = float(numbers(state["exp_avg_sq"]).sum())
         return abs(float(state["optx.adamr.v_sum"]) - total) <= 1e-5 * abs(total)
 
@@ -439,6 +439,10 @@ class Edits(RuleBasedStateMachine):
             dtype = coarsest(tensors)
             if dtype == F64 and self.opt.totals and coarsest(everything) != F64:
                 dtype = F32  # AdamR's r is taken over all, and moments of others are computed in float32
+            if dtype == F64 and any(
+                isinstance(v, np.float32) for g in self.opt.param_groups for v in g.values()
+            ):
+                dtype = F32  # in torch's loop NumPy computes what is made of it in float32
             if aliased and shares_memory(p, p):
                 ways.append("aliased")
                 continue
@@ -481,7 +485,9 @@ class Edits(RuleBasedStateMachine):
                 p.grad = None
                 self.opt.state.pop(p, None)
                 anchor = self._anchor(p)
-                if anchor is not None and (anchor.shape != p.shape or not readable(anchor)):
+                if anchor is not None and (
+                    not isinstance(anchor, Tensor) or anchor.shape != p.shape or not readable(anchor)
+                ):
                     self.opt.state[p][ANCHOR] = p.detach().clone()
         if not only_weights:
             for group in self.opt.param_groups:
@@ -640,6 +646,10 @@ class Edits(RuleBasedStateMachine):
     def replaced(self, seed: int, at: int, kind: str, moved: bool) -> None:
         """Another object in a parameter's place; its state goes along by hand, or as optx does it."""
         self._say("replaced", seed=seed, at=at, kind=kind, moved=moved)
+        if [known for _, known in self.opt._known] != [g["params"] for g in self.opt.param_groups]:
+            self._refused(
+                self.opt.follow_parameters, "replaced parameters"
+            )  # which would be whose successor?
         old = self._at(at)
         data = old.data.a if isinstance(old.data, TwoTensor) else old.data
         new = nn.Parameter(self._new_data(data, kind, seed, VARIETY.casts[seed % len(VARIETY.casts)]))

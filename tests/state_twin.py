@@ -281,6 +281,11 @@ REFUSALS = (
         "torch has no slots; a FakeTensor has no numbers, and says so where it meets a tensor that has some.",
     ),
     Allowance(
+        "a slot on the meta device",
+        r"is not on the expected device",
+        "torch has no slots; one without memory says so where it meets one that has some.",
+    ),
+    Allowance(
         "no number",
         r"^optx: a param group has .*; (it|they) must be (one number|numbers)\.",
         "a str or None as lr; torch takes some of them until it computes with them.",
