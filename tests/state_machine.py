@@ -646,10 +646,10 @@ class Edits(RuleBasedStateMachine):
     def replaced(self, seed: int, at: int, kind: str, moved: bool) -> None:
         """Another object in a parameter's place; its state goes along by hand, or as optx does it."""
         self._say("replaced", seed=seed, at=at, kind=kind, moved=moved)
-        if [known for _, known in self.opt._known] != [g["params"] for g in self.opt.param_groups]:
-            self._refused(
-                self.opt.follow_parameters, "replaced parameters"
-            )  # which would be whose successor?
+        was = [list(map(id, known)) for _, known in self.opt._known]
+        if was != [list(map(id, group["params"])) for group in self.opt.param_groups]:
+            # After two edits at once nobody knows which parameter is whose successor.
+            self._refused(self.opt.follow_parameters, "replaced parameters")
         old = self._at(at)
         data = old.data.a if isinstance(old.data, TwoTensor) else old.data
         new = nn.Parameter(self._new_data(data, kind, seed, VARIETY.casts[seed % len(VARIETY.casts)]))
