@@ -146,6 +146,11 @@ def _check_shapes(
                 check_count(entry["step"], wrapped.base, p)
             tensors = {k: v for k, v in entry.items() if k in of_base} if isinstance(entry, dict) else {}
             for name, slot in ours.get(key, {}).items():
+                if name in known and not isinstance(slot, Tensor):
+                    raise OptxError(
+                        f"load_state_dict: the {name!r} that was saved for parameter {names[id(p)]!r} is a "
+                        f"{type(slot).__name__}; it must be a tensor."
+                    )
                 if name in known:
                     tensors[name] = slot if not known[name].scalar or slot.numel() != 1 else None
             for name, t in tensors.items():

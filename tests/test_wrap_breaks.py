@@ -7,6 +7,7 @@ import cProfile
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -273,6 +274,19 @@ def test_what_is_no_state_dict_is_told() -> None:
     opt = optx.wrap(torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1))
     with pytest.raises(optx.OptxError, match=r"no 'state'.*'weight'"):
         opt.load_state_dict(nn.Linear(2, 2).state_dict())
+
+
+@pytest.mark.parametrize("value", [np.float64(1.0), 2.0, None])
+def test_a_slot_that_is_no_tensor_is_told_at_load(value: Any) -> None:
+    p = nn.Parameter(torch.ones(3))
+    opt = optx.wrap(torch.optim.AdamW([p], weight_decay=0), optx.AdamR())
+    p.grad = torch.ones(3)
+    opt.step()
+    for slot in ("anchor", "v_sum"):
+        saved = copy.deepcopy(opt.state_dict())
+        saved["state"][0][f"optx.adamr.{slot}"] = value
+        with pytest.raises(optx.OptxError, match=f"{slot}.*must be a tensor"):
+            opt.load_state_dict(saved)
 
 
 def test_a_shallow_copy_is_refused() -> None:
