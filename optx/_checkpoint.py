@@ -145,7 +145,8 @@ def _check_shapes(
             if rules and rules.counted and isinstance(entry, dict) and "step" in entry:
                 check_count(entry["step"], wrapped.base, p)
             tensors = {k: v for k, v in entry.items() if k in of_base} if isinstance(entry, dict) else {}
-            for name, slot in ours.get(key, {}).items():
+            slots: dict[str, Any] = {**ours.get(key, {})}
+            for name, slot in slots.items():
                 if name in known and not isinstance(slot, Tensor):
                     raise OptxError(
                         f"load_state_dict: the {name!r} that was saved for parameter {names[id(p)]!r} is a "
