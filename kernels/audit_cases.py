@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 import optx.transforms
-from optx._bases import base_numbers, base_rules
-from optx._pipeline import build
-from optx._transform import Transform
 from optx.kernels.layout import Layout
 from optx.kernels.program import Program
+from optx.step.bases import base_numbers, base_rules
+from optx.step.pipeline import build
+from optx.step.transform import Transform
 
 _Base = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 _FLOAT, _HALF, _LOW = torch.float32, torch.float16, torch.bfloat16

@@ -1,7 +1,7 @@
 """What one param group's step computes, as data: rules bound to registers, tensors and numbers.
 
 Three readers share it, so that none can disagree with another about what a step means: the interpreter on
-torch tensors (`optx._foreach`), and the emitters of Numba and Triton code (`emit_cpu`, `emit_triton`).
+torch tensors (`optx.step.foreach`), and the emitters of Numba and Triton code (`emit_cpu`, `emit_triton`).
 
 A step runs in this order::
 

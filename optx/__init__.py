@@ -2,8 +2,6 @@
 
 from optx import analysis as analysis
 from optx import ops as ops
-from optx._checkpoint import load_optimizer as load_optimizer
-from optx._checkpoint import save_optimizer as save_optimizer
 from optx._errors import FileError as FileError
 from optx._errors import FusedError as FusedError
 from optx._errors import MergeError as MergeError
@@ -11,15 +9,7 @@ from optx._errors import OptxError as OptxError
 from optx._errors import ShapeError as ShapeError
 from optx._errors import TargetError as TargetError
 from optx._errors import TransformError as TransformError
-from optx._plan import Plan as Plan
 from optx._rules import rule as rule
-from optx._transform import Moments as Moments
-from optx._transform import Slot as Slot
-from optx._transform import Transform as Transform
-from optx._transform import like_weight as like_weight
-from optx._transform import per_tensor as per_tensor
-from optx._wrap import Wrapped as Wrapped
-from optx._wrap import wrap as wrap
 from optx.delta import rws as rws
 from optx.delta._compressed import Compressed as Compressed
 from optx.delta._delta import Delta as Delta
@@ -66,6 +56,16 @@ from optx.inject.svfit import SVFit as SVFit
 from optx.inject.unified import HiddenDelta as HiddenDelta
 from optx.signal.stablemax import StableMaxCrossEntropy as StableMaxCrossEntropy
 from optx.signal.stablemax import stablemax_cross_entropy as stablemax_cross_entropy
+from optx.step.checkpoint import load_optimizer as load_optimizer
+from optx.step.checkpoint import save_optimizer as save_optimizer
+from optx.step.plan import Plan as Plan
+from optx.step.transform import Moments as Moments
+from optx.step.transform import Slot as Slot
+from optx.step.transform import Transform as Transform
+from optx.step.transform import like_weight as like_weight
+from optx.step.transform import per_tensor as per_tensor
+from optx.step.wrapped import Wrapped as Wrapped
+from optx.step.wrapped import wrap as wrap
 from optx.transforms.adamr import AdamR as AdamR
 from optx.transforms.hft import HFT as HFT
 from optx.transforms.perpgrad import PerpGrad as PerpGrad

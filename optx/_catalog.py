@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optx._transform import Transform
+from optx.step.transform import Transform
 
 # The five verbs, by the package that a method lives in.
 _VERBS = {

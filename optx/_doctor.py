@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from optx._cache import UnsafeCacheError, kernel_folder
-from optx._plan import Plan
-from optx._wrap import Fused, wrap
 from optx.kernels.available import why_unavailable
+from optx.step.plan import Plan
+from optx.step.wrapped import Fused, wrap
 from optx.transforms.perpgrad import PerpGrad
 
 

@@ -499,7 +499,7 @@ class Edits(RuleBasedStateMachine):
             group["params"] = [new if p is old else p for p in group["params"]]
 
     def _anchor(self, p: Any) -> Any:
-        return self.opt._slots.of(p).get(ANCHOR)
+        return self.opt.slot_store.of(p).get(ANCHOR)
 
     # ---- weights -----------------------------------------------------------------------------------
 
@@ -765,7 +765,7 @@ class Edits(RuleBasedStateMachine):
     # ---- checkpoints --------------------------------------------------------------------------------
 
     def _whole(self) -> bool:
-        slots = self.opt._slots
+        slots = self.opt.slot_store
         tensors = [
             t for p in self.params for t in (p, *self.opt.state.get(p, {}).values(), *slots.of(p).values())
         ]

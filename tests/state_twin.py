@@ -75,7 +75,7 @@ def value_copied(value: Any, wide: bool = False) -> Any:
 
 def anchors_of(opt: optx.Wrapped, p: Tensor) -> Tensor | None:
     """The anchor of a parameter, whether ``state`` shows it yet or not."""
-    return opt._slots.of(p).get(ANCHOR)  # pyright: ignore[reportPrivateUsage]
+    return opt.slot_store.of(p).get(ANCHOR)
 
 
 @dataclass

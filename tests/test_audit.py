@@ -17,11 +17,11 @@ import torch
 pytest.importorskip("triton")
 
 import optx.transforms
-from optx._transform import Transform
 from optx.kernels import audit, audit_asm, audit_cases, emit_triton
 from optx.kernels.audit_cases import Case
 from optx.kernels.layout import Layout
 from optx.kernels.program import Program
+from optx.step.transform import Transform
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled under the interpreter"

@@ -13,7 +13,7 @@ from moment_table import BASES, Table
 from torch import Tensor, nn
 
 import optx
-from optx._foreach import GroupRun, PerTensor, TensorList
+from optx.step.foreach import GroupRun, PerTensor, TensorList
 
 CHAIN = [m.Names, m.Soften, m.SecondNames]
 

@@ -12,8 +12,8 @@ from torch import nn
 from user_rules import LIMIT, SHARP, Everything, SoftClip
 
 import optx
-from optx._foreach import GroupRun
 from optx.ops import where
+from optx.step.foreach import GroupRun
 
 SHAPES = [(7, 3), (), (0,), (300,)]
 

@@ -103,7 +103,7 @@ class Run:
             "grads": [None if p.grad is None else p.grad.clone() for p in self.params],
             "groups": [{k: copied(v) for k, v in g.items() if k != "params"} for g in self.opt.param_groups],
             "state": [copied(dict(self.opt.state.get(p, {}))) for p in self.params],
-            "pending": [copied(dict(self.opt._slots.of(p))) for p in self.params],
+            "pending": [copied(dict(self.opt.slot_store.of(p))) for p in self.params],
             "inner": [copied(dict(self.bases.inner.state.get(p, {}))) for p in self.params]
             if isinstance(self.bases, SAM)
             else [],

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from optx._errors import FileError, OptxError, ShapeError, TransformError, near
 from optx._names import is_dtensor, parameter_names, placed_like, plain_name
+from optx.step.transform import Host
 
 if TYPE_CHECKING:
-    from optx._wrap import Wrapped
     from optx.transforms._anchor_files import AnchorFiles, Stamp
 
 AnchorSource = nn.Module | Mapping[str, Any] | str | PathLike[str] | Sequence[str | PathLike[str]] | None
@@ -43,7 +43,7 @@ class Anchors:
         self._stamps: dict[str, Stamp] = {}
         self._mapped: set[int] = set()  # addresses of anchors that lie in mapped files
 
-    def bind(self, optimizer: Wrapped, parameters: list[Tensor]) -> tuple[dict[Tensor, Tensor], list[Tensor]]:
+    def bind(self, optimizer: Host, parameters: list[Tensor]) -> tuple[dict[Tensor, Tensor], list[Tensor]]:
         """The anchor of every parameter, and those whose anchor is a copy of themselves."""
         if self.source is None:
             return {p: _copy(p) for p in parameters}, parameters
@@ -52,7 +52,7 @@ class Anchors:
         anchors = {p: self._checked(p, labels[id(p)], t) for p, t in found.items()}
         return anchors, [p for p, t in found.items() if _same_memory(p, t)]
 
-    def of(self, p: Tensor, optimizer: Wrapped) -> Tensor:
+    def of(self, p: Tensor, optimizer: Host) -> Tensor:
         """The anchor of a parameter that came later (`add_param_group`)."""
         return self.bind(optimizer, [p])[0][p]
 
@@ -76,7 +76,7 @@ class Anchors:
 
     # ---- which tensor is whose ----------------------------------------------------------------------
 
-    def _find(self, optimizer: Wrapped, parameters: list[Tensor]) -> dict[Tensor, Tensor]:
+    def _find(self, optimizer: Host, parameters: list[Tensor]) -> dict[Tensor, Tensor]:
         """What the source has for each parameter; paired by name, or because it is the parameter itself."""
         source = self.source
         if isinstance(source, nn.Module):
@@ -113,7 +113,7 @@ class Anchors:
         self._stamps.update(files.stamps)
         return files
 
-    def _missing(self, names: _Names, p: Tensor, optimizer: Wrapped, table: Mapping[str, Any]) -> str:
+    def _missing(self, names: _Names, p: Tensor, optimizer: Host, table: Mapping[str, Any]) -> str:
         """Why there is no anchor for a parameter, and the way out."""
         if not names.of(p):
             if self.model is not None:
@@ -206,7 +206,7 @@ class _Names:
     only one like the name of one parameter.
     """
 
-    def __init__(self, optimizer: Wrapped, model: nn.Module | None, table: Mapping[str, Any]) -> None:
+    def __init__(self, optimizer: Host, model: nn.Module | None, table: Mapping[str, Any]) -> None:
         self._table = table
         self._names: dict[int, list[str]] = {}
         if model is not None:

@@ -10,22 +10,19 @@ import math
 import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from optx._errors import OptxError, TransformError, check_range, warn
-from optx._memory import lost_memory
 from optx._names import is_dtensor, parameter_names, whole
 from optx._rules import rule
-from optx._transform import Group, Moments, Slot, Transform, like_weight, per_tensor
 from optx.ops import maximum, sign, sqrt, where
+from optx.step.memory import lost_memory
+from optx.step.transform import Group, Host, Moments, Slot, Transform, like_weight, per_tensor
 from optx.transforms._anchors import Anchors
-
-if TYPE_CHECKING:
-    from optx._wrap import Wrapped
 
 
 @rule(writes="w")
@@ -238,7 +235,7 @@ class AdamR(Transform):
             look, then = next_largest_l2 if coupled else next_largest, correct
         return Moments(sums=look, scalars=then, totals=totals, finish=normalised_rate, weight=pull)
 
-    def bind(self, optimizer: Wrapped) -> None:
+    def bind(self, optimizer: Host) -> None:
         """Take the anchors now: later the weights have moved."""
         if not self._to_zero:
             served = [p for p in optimizer.served(self) if p.requires_grad or self._anchors.source is None]
@@ -253,11 +250,11 @@ class AdamR(Transform):
             self._taken = {p: anchors[p] for p in live}
         self._tell_decay(optimizer)
 
-    def unwrap(self, optimizer: Wrapped) -> None:
+    def unwrap(self, optimizer: Host) -> None:
         """Let the weights go."""
         self._taken = {}
 
-    def before_step(self, optimizer: Wrapped) -> None:
+    def before_step(self, optimizer: Host) -> None:
         """Look for what would make the pull another one than the person thinks."""
         self._last_second = optimizer.totals.get("adamr.second")
         self._anchors.check_files(self._present(optimizer))
@@ -267,16 +264,16 @@ class AdamR(Transform):
             taken, self._taken = self._taken, {}
             self._tell_moved(optimizer, taken)
 
-    def after_load(self, optimizer: Wrapped) -> None:
+    def after_load(self, optimizer: Host) -> None:
         """A resumed run's weights differ from its anchors, which the checkpoint brings."""
         self._taken = {}
 
-    def _present(self, optimizer: Wrapped) -> Iterator[Tensor]:
+    def _present(self, optimizer: Host) -> Iterator[Tensor]:
         """The anchors of the weights that are trained."""
         if not self._to_zero:
             yield from (optimizer.slot(p, self, "anchor") for p in optimizer.served(self) if p.requires_grad)
 
-    def _tell_decay(self, optimizer: Wrapped) -> None:
+    def _tell_decay(self, optimizer: Host) -> None:
         """Warn once of a base that pulls the weights to zero besides."""
         for number, group in enumerate(optimizer.param_groups):
             decay = _number(group.get("weight_decay", 0.0))
@@ -288,7 +285,7 @@ class AdamR(Transform):
                 )
                 return
 
-    def _tell_moved(self, optimizer: Wrapped, taken: Mapping[Tensor, Tensor]) -> None:
+    def _tell_moved(self, optimizer: Host, taken: Mapping[Tensor, Tensor]) -> None:
         """Warn of weights that are not the ones the anchors were taken from."""
         pulling = [
             g for g in optimizer.param_groups if self.serves(g) and _number(g.get("adamr_weight")) != 0.0
@@ -307,7 +304,7 @@ class AdamR(Transform):
                 )
                 return
 
-    def init_slot(self, name: str, p: Tensor, optimizer: Wrapped) -> Tensor:
+    def init_slot(self, name: str, p: Tensor, optimizer: Host) -> Tensor:
         """An anchor for a parameter that came later; the sum of a second moment that is there already."""
         if name == "anchor":
             return self._anchors.of(p, optimizer)
@@ -317,7 +314,7 @@ class AdamR(Transform):
             total.copy_(whole(second.sum(dtype=total.dtype)))
         return total
 
-    def after_step(self, optimizer: Wrapped) -> None:
+    def after_step(self, optimizer: Host) -> None:
         """Warn once when the pull overshoots."""
         if self._warned:
             return
@@ -339,7 +336,7 @@ class AdamR(Transform):
                 )
                 return
 
-    def _scale(self, optimizer: Wrapped) -> float | None:
+    def _scale(self, optimizer: Host) -> float | None:
         """This step's r; None where there is none, or where asking for it would wait for a GPU."""
         if not self.normalize:
             return 1.0
@@ -379,7 +376,7 @@ def _number(value: Any) -> float | None:
         return None
 
 
-def _rehearses(optimizer: Wrapped) -> bool:
+def _rehearses(optimizer: Host) -> bool:
     """Whether this step moves nothing: torch's distributed checkpoint steps with lr 0; so do warm-ups."""
     return all(_number(group.get("lr", 1.0)) == 0.0 for group in optimizer.param_groups)
 

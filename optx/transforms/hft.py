@@ -10,10 +10,10 @@ import gc
 import inspect
 import weakref
 import zlib
-from collections.abc import Generator, Iterable, Set
+from collections.abc import Generator, Iterable, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,14 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from optx._errors import OptxError, TransformError, near, warn
 from optx._names import parameter_names
-from optx._state import is_ours
-from optx._transform import Group, Transform
+from optx.step.state import is_ours
+from optx.step.transform import Group, Host, Transform
 from optx.transforms._blocks import Layer, clean_names, layers_of
 from optx.transforms._flags import Flags
 from optx.transforms._half import Balance, Draw, Level, Row, Selection, whole_number
-
-if TYPE_CHECKING:
-    from optx._wrap import Wrapped
 
 # Whose flags a model has: an optimizer may be dropped without remove(), and its frozen half is still frozen.
 _SERVED: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Any], Flags]] = weakref.WeakKeyDictionary()
@@ -157,7 +154,7 @@ class HFT(Transform):
         self._eager: bool | None = None  # whether the base makes state in its constructor
         self._loading = False
         self._warned: set[str] = set()
-        self._optimizer: weakref.ref[Wrapped] | None = None
+        self._optimizer: weakref.ref[Host] | None = None
         self._layers()  # raises where there are no blocks
 
     def __getstate__(self) -> dict[str, Any]:
@@ -208,7 +205,7 @@ class HFT(Transform):
         self._steps = 0
         self._flags.follow()
         self._flags.watch(self._parameters())
-        self._round = self._drawn(self._flags.unwanted(), self._left_out(optimizer))
+        self._round = self._drawn(self._flags.unwanted(), self._left_out(optimizer.param_groups))
         self._enter(optimizer, self.reset_state)
         return self.selected()
 
@@ -217,7 +214,7 @@ class HFT(Transform):
         optimizer = self._bound("selected")
         if not self._loading:
             self._follow(optimizer)
-        return Selection(self._rows(self._round, self._left_out(optimizer)), self.round)
+        return Selection(self._rows(self._round, self._left_out(optimizer.param_groups)), self.round)
 
     def freeze(self, *names: str) -> None:
         """Freeze parameters for good, by their names in `selected`, also where the round has done so already.
@@ -286,9 +283,9 @@ class HFT(Transform):
             self._looked_at = (shapes, same)
         return self._found
 
-    def _left_out(self, optimizer: torch.optim.Optimizer) -> set[str]:
+    def _left_out(self, groups: Sequence[Group]) -> set[str]:
         """Names of the parameters in groups that opted out."""
-        out = {p for group in optimizer.param_groups if not self.serves(group) for p in group["params"]}
+        out = {p for group in groups if not self.serves(group) for p in group["params"]}
         return {name for name, p in self._parameters().items() if p in out} if out else set()
 
     def _drawn(self, unwanted: Set[str], left_out: Set[str], known: Set[str] = frozenset()) -> _Round:
@@ -314,11 +311,11 @@ class HFT(Transform):
                 rows[name] = Row(name, layer.name, layer.category, layer.block or "", numel, trainable, drawn)
         return [rows[name] for name in params]
 
-    def _enter(self, optimizer: Wrapped, reset: bool) -> None:
+    def _enter(self, optimizer: Host, reset: bool) -> None:
         """Make the flags, the gradients and the optimizer's state those of this round."""
         params = self._parameters()
         self._flags.watch(params)
-        for row in self._rows(self._round, self._left_out(optimizer)):
+        for row in self._rows(self._round, self._left_out(optimizer.param_groups)):
             p = params[row.name]
             self._flags.set(row.name, p, row.trainable)
             if row.drawn and not row.trainable:
@@ -332,7 +329,7 @@ class HFT(Transform):
         self._served = [self.serves(group) for group in optimizer.param_groups]
         self._tell(optimizer)
 
-    def _make_first_state(self, optimizer: Wrapped) -> None:
+    def _make_first_state(self, optimizer: Host) -> None:
         """For a base that makes state in its constructor (Adagrad) and looks for it in a step."""
         base = optimizer.base
         for group in filter(self.serves, base.param_groups):
@@ -352,7 +349,7 @@ class HFT(Transform):
 
     # ---- what the person does ----------------------------------------------------------------------
 
-    def _follow(self, optimizer: Wrapped) -> None:
+    def _follow(self, optimizer: Host) -> None:
         """Take on what the person changed: flags, and groups that are left out."""
         if self._served != [self.serves(group) for group in optimizer.param_groups]:
             self.groups_changed(optimizer)
@@ -415,7 +412,7 @@ class HFT(Transform):
         self._check_kept(base)
         self._flags.follow()
         self._flags.watch(params)
-        left_out = self._left_out(base)
+        left_out = self._left_out(base.param_groups)
         chosen = self._round if optimizer is not None else self._drawn(self._flags.unwanted(), left_out)
         if not any(row.trainable and params[row.name] in optimized for row in self._rows(chosen, left_out)):
             raise TransformError(
@@ -445,19 +442,19 @@ class HFT(Transform):
                 )
         return flags
 
-    def bind(self, optimizer: Wrapped) -> None:
+    def bind(self, optimizer: Host) -> None:
         """Freeze this round's half."""
         self._optimizer = weakref.ref(optimizer)
         _SERVED[self.model] = (self._optimizer, self._flags)
-        self._round = self._drawn(self._flags.unwanted(), self._left_out(optimizer))
+        self._round = self._drawn(self._flags.unwanted(), self._left_out(optimizer.param_groups))
         # One history for all parameters would go on moving those that are frozen now.
         self._enter(optimizer, reset=isinstance(optimizer.base, torch.optim.LBFGS))
 
-    def groups_changed(self, optimizer: Wrapped) -> None:
+    def groups_changed(self, optimizer: Host) -> None:
         """Take in groups that came, parameters that were replaced, and layers that are new in the model."""
         self._flags.follow()
         self._flags.watch(self._parameters())
-        new = self._drawn(self._flags.unwanted(), self._left_out(optimizer), self._round.known)
+        new = self._drawn(self._flags.unwanted(), self._left_out(optimizer.param_groups), self._round.known)
         self._round = replace(
             self._round,
             known=self._round.known | new.known,
@@ -466,7 +463,7 @@ class HFT(Transform):
         )
         self._enter(optimizer, reset=False)
 
-    def before_step(self, optimizer: Wrapped) -> None:
+    def before_step(self, optimizer: Host) -> None:
         """A frozen weight may have got a gradient by hand, or from a graph made earlier: drop it."""
         if self._loading:
             return
@@ -477,7 +474,7 @@ class HFT(Transform):
         if not self.reset_state:
             self._versions = [p._version for p in self._frozen]
 
-    def after_step(self, optimizer: Wrapped) -> None:
+    def after_step(self, optimizer: Host) -> None:
         """Count the step, and begin a new round where it is time."""
         if self._loading:
             return
@@ -495,7 +492,7 @@ class HFT(Transform):
         else:
             self._tell(optimizer)
 
-    def after_load(self, optimizer: Wrapped) -> None:
+    def after_load(self, optimizer: Host) -> None:
         """Return to the round that was saved."""
         group = optimizer.param_groups[0]
         seed, number = int(self._get(group, "seed", self.seed)), int(self._get(group, "round", self.round))
@@ -521,22 +518,22 @@ class HFT(Transform):
                 "`with opt.hft.loading():`."
             )
 
-    def _return_to(self, optimizer: Wrapped, saved: int) -> None:
+    def _return_to(self, optimizer: Host, saved: int) -> None:
         """Draw as the saved run did when its round began; frozen by hand since is not frozen then."""
-        unwanted, left_out = self._flags.unwanted(), self._left_out(optimizer)
+        unwanted, left_out = self._flags.unwanted(), self._left_out(optimizer.param_groups)
         nobody: set[str] = set()
         ways = ((unwanted, left_out), (nobody, left_out), (unwanted, nobody), (nobody, nobody))
         rounds = [self._drawn(*way) for way in ways]
         self._round = next((one for one in rounds if one.checksum == saved), rounds[0])
 
-    def _kept(self, optimizer: Wrapped) -> int:
+    def _kept(self, optimizer: Host) -> int:
         """How many frozen weights the base has state of."""
         return sum(bool(_base_state(optimizer.base, p)) for p in self._frozen)
 
     def _get(self, group: dict[str, Any], key: str, default: int) -> int:
         return group.get(f"optx.{self.name}.{key}", default)
 
-    def unwrap(self, optimizer: Wrapped) -> None:
+    def unwrap(self, optimizer: Host) -> None:
         """Restore every ``requires_grad``."""
         self._flags.watch(self._parameters())
         self._flags.give_back()
@@ -556,17 +553,17 @@ class HFT(Transform):
             "kept": 0 if optimizer is None else self._kept(optimizer),
         }
 
-    def _tell(self, optimizer: Wrapped) -> None:
+    def _tell(self, optimizer: Host) -> None:
         """Write the numbers where they are saved."""
         numbers = {f"optx.{self.name}.{key}": value for key, value in self.group_numbers().items()}
         for group in optimizer.param_groups:
             group.update(numbers)
 
-    def _served_by(self) -> Wrapped | None:
+    def _served_by(self) -> Host | None:
         """The optimizer, held weakly: it holds this transform."""
         return None if self._optimizer is None else self._optimizer()
 
-    def _bound(self, caller: str) -> Wrapped:
+    def _bound(self, caller: str) -> Host:
         optimizer = self._served_by()
         if optimizer is None:
             raise TransformError(
@@ -580,7 +577,7 @@ class HFT(Transform):
         return f"HFT(ratio={draw.ratio}, level={draw.level!r}, seed={draw.seed})"
 
 
-def _is_rehearsal(optimizer: torch.optim.Optimizer) -> bool:
+def _is_rehearsal(optimizer: Host) -> bool:
     """Whether a step was torch.distributed.checkpoint's, with lr 0 and zero gradients, to make the state."""
     if any(float(group.get("lr", 1.0)) != 0.0 for group in optimizer.param_groups):
         return False

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 from optx._errors import OptxError
 from optx._rules import rule
-from optx._transform import Transform
 from optx.ops import sqrt, where
+from optx.step.transform import Transform
 
 
 @rule(writes=("wg", "ww"))

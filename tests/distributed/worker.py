@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 import optx
 from optx import AdamR, PerpGrad
-from optx._state import saved_slots
+from optx.step.state import saved_slots
 
 WORLD = 2
 Make = Callable[[Iterable[Any]], torch.optim.Optimizer]

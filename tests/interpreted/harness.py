@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optx._bases import base_numbers, base_rules, init_base_state
-from optx._pipeline import build
-from optx._transform import Transform
 from optx.kernels.layout import Layout
 from optx.kernels.program import Program
+from optx.step.bases import base_numbers, base_rules, init_base_state
+from optx.step.pipeline import build
+from optx.step.transform import Transform
 
 BAND = 64  # elements on either side: a multiple of 16 bytes for every dtype
 NAMES = {

@@ -12,10 +12,10 @@ from harness import Bucket, Setup
 from torch import Tensor
 
 from optx._rules import rule
-from optx._transform import Transform
 from optx.kernels import triton_lib as lib
 from optx.kernels.step_triton import TritonStep
 from optx.ops import abs, exp, log, maximum, minimum, sign, sqrt, where
+from optx.step.transform import Transform
 
 HALF, RATE = 0.5, 0.1
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optx._memory import lost_memory, writes_overlap
+from optx.step.memory import lost_memory, writes_overlap
 
 Restore = Callable[[], Any]  # gives an object back, holding what it held
 

@@ -10,37 +10,34 @@ import os
 import warnings
 from collections.abc import Callable
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from optx._bases import base_rules
-from optx._checks import TORCH_KEYS, check_count, check_group
 from optx._errors import OptxError, ShapeError
 from optx._files import written_aside
 from optx._names import is_dtensor, parameter_names
-from optx._slots import KAHAN
-from optx._state import PENDING, is_ours, saved_slots, without_ours
-from optx._transform import Slot
+from optx.step.bases import base_rules
+from optx.step.checks import TORCH_KEYS, check_count, check_group
+from optx.step.slots import KAHAN
+from optx.step.state import PENDING, is_ours, saved_slots, without_ours
+from optx.step.transform import Host, Slot
 
-if TYPE_CHECKING:
-    from optx._wrap import Wrapped
 
-
-def _slot_keys(wrapped: Wrapped) -> dict[str, Slot]:
+def _slot_keys(wrapped: Host) -> dict[str, Slot]:
     """Every slot key of the optimizer's transforms, with its `Slot`."""
     return {f"optx.{t.name}.{name}": slot for t in wrapped.transforms for name, slot in t.slots.items()}
 
 
-def _keyed(wrapped: Wrapped, state_dict: dict[str, Any]) -> dict[Any, Tensor]:
+def _keyed(wrapped: Host, state_dict: dict[str, Any]) -> dict[Any, Tensor]:
     """Parameters by the key a state dict gives them: torch's are numbers, distributed checkpoint's names."""
     keys = (key for group in state_dict["param_groups"] for key in group["params"])
     params = (p for group in wrapped.param_groups for p in group["params"])
     return dict(zip(keys, params, strict=False))  # the base itself refuses another number of parameters
 
 
-def pack(wrapped: Wrapped) -> dict[str, Any]:
+def pack(wrapped: Host) -> dict[str, Any]:
     """The base's state dict; slots of parameters that have not stepped yet in an entry of their own."""
     packed = wrapped.base.state_dict()
     unsaved = {key for key, slot in _slot_keys(wrapped).items() if not slot.saved}
@@ -49,7 +46,7 @@ def pack(wrapped: Wrapped) -> dict[str, Any]:
             n: {k: v for k, v in entry.items() if k not in unsaved} if isinstance(entry, dict) else entry
             for n, entry in packed["state"].items()
         }
-    store = wrapped._slots  # pyright: ignore[reportPrivateUsage]
+    store = wrapped.slot_store
     store.tidy()
     pending: dict[Any, dict[str, Tensor]] = {}
     for key, p in _keyed(wrapped, packed).items():
@@ -70,9 +67,9 @@ def pack(wrapped: Wrapped) -> dict[str, Any]:
     return packed
 
 
-def unpack(wrapped: Wrapped, state_dict: dict[str, Any]) -> None:
+def unpack(wrapped: Host, state_dict: dict[str, Any]) -> None:
     """Load into the base, and the slots beside it, as they were saved; or raise, and change nothing."""
-    store = wrapped._slots  # pyright: ignore[reportPrivateUsage]
+    store = wrapped.slot_store
     base = wrapped.base
     lacking = [key for key in ("state", "param_groups") if key not in state_dict]
     if lacking:
@@ -126,7 +123,7 @@ def unpack(wrapped: Wrapped, state_dict: dict[str, Any]) -> None:
 
 
 def _check_shapes(
-    wrapped: Wrapped,
+    wrapped: Host,
     keyed: dict[Any, Tensor],
     saved: Any,
     ours: dict[Any, dict[str, Tensor]],
@@ -188,7 +185,7 @@ def _as_declared(value: Tensor, slot: Slot | None) -> Tensor:
     return value if slot is None or slot.dtype is None else value.to(slot.dtype)
 
 
-def _restore_dtypes(wrapped: Wrapped, keyed: dict[Any, Tensor], saved: Any) -> None:
+def _restore_dtypes(wrapped: Host, keyed: dict[Any, Tensor], saved: Any) -> None:
     """Undo torch's cast of state to the weight's dtype where that is not how it was kept.
 
     Single numbers (NAdam's ``mu_product``); and moments of fewer bits than the weight's. Moments of more bits
@@ -206,13 +203,13 @@ def _restore_dtypes(wrapped: Wrapped, keyed: dict[Any, Tensor], saved: Any) -> N
                 state[key] = value.to(now.device, copy=True)
 
 
-def _is_number(wrapped: Wrapped, key: str) -> bool:
+def _is_number(wrapped: Host, key: str) -> bool:
     names = {k for t in wrapped.transforms for k in t.group_keys()}
     return key in names or is_ours(key)
 
 
 def _tell_differences(
-    wrapped: Wrapped, state_dict: dict[str, Any], ours: dict[Any, dict[str, Tensor]], known: dict[str, Any]
+    wrapped: Host, state_dict: dict[str, Any], ours: dict[Any, dict[str, Tensor]], known: dict[str, Any]
 ) -> None:
     """Warn of what one side has and the other lacks."""
     saved = {key for slots in ours.values() for key in slots if key.count(".") == 2}

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from optx._errors import OptxError
-from optx._numbers import as_float, as_number
 from optx._rules import Rule, rule
-from optx._transform import Group, Slot
 from optx.ops import maximum, sqrt
+from optx.step.numbers import as_float, as_number
+from optx.step.transform import Group, Slot
 
 
 @rule(writes="g")

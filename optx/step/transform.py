@@ -7,22 +7,23 @@ import inspect
 import math
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from optx._errors import TransformError
-from optx._numbers import as_float
 from optx._rules import Rule
-
-if TYPE_CHECKING:
-    from optx._wrap import Wrapped
+from optx.step.numbers import as_float
+from optx.step.state import SlotStore
 
 Group = dict[str, Any]
+Fused = bool | Literal["auto", "cpu", "triton"]
+Rounding = Literal["stochastic", "kahan", "nearest"]
 # What every path can read and write.
 _INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 SLOT_DTYPES = (*_INTEGERS, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -156,6 +157,56 @@ class Moments:
     observe: Rule | None = None
 
 
+class Host(Protocol):
+    """The wrapped optimizer (`optx.wrap` returns it), as those see it that work in it."""
+
+    base: Optimizer
+    transforms: tuple[Transform, ...]
+    fused: Fused
+    rounding: Rounding
+    rounding_asked: bool
+    skip_nonfinite: bool
+    skipped_steps: int
+    totals: dict[str, Any]
+
+    @property
+    def param_groups(self) -> list[Group]:
+        """The base's param groups."""
+        ...
+
+    @property
+    def state(self) -> Any:
+        """The base's state, ours within it."""
+        ...
+
+    @property
+    def slot_store(self) -> SlotStore:
+        """Where the transforms' tensors are kept."""
+        ...
+
+    def settings(self) -> tuple[str, ...]:
+        """Of `optx.wrap`'s settings, those that differ from the defaults."""
+        ...
+
+    def served(self, transform: Transform) -> list[Tensor]:
+        """The parameters of the groups that a transform is not left out of."""
+        ...
+
+    def slot(
+        self, p: Tensor, transform: Transform, name: str, make: Callable[[], Tensor] | None = None
+    ) -> Tensor:
+        """A transform's state tensor for ``p``, made on first use."""
+        ...
+
+    def drop_base_state(self, p: Tensor) -> None:
+        """Forget the base's state of a parameter."""
+        ...
+
+    def follow_parameters(self) -> None:
+        """Take on what was put into the groups by hand."""
+        ...
+
+
 class Transform:
     """A change to what an optimizer step does to the weights.
 
@@ -196,14 +247,14 @@ class Transform:
     options: Mapping[str, float] = {}
     limits: ClassVar[Mapping[str, tuple[float, float]]] = {}
     rules: ClassVar[Mapping[str, Any]] = {}
-    _wrapped_by: weakref.ref[Wrapped] | None = None
+    _wrapped_by: weakref.ref[Host] | None = None
 
     def _served_groups(self) -> list[Group]:
         """The param groups that this serves; none before it is wrapped."""
         wrapped = wrapped_by(self)
         return [group for group in wrapped.param_groups if self.serves(group)] if wrapped else []
 
-    def set_owner(self, optimizer: Wrapped | None) -> None:
+    def set_owner(self, optimizer: Host | None) -> None:
         """Tell whose groups this serves; does not keep it alive."""
         object.__setattr__(self, "_wrapped_by", optimizer and weakref.ref(optimizer))
 
@@ -304,30 +355,30 @@ class Transform:
     def check(self, base: torch.optim.Optimizer) -> None:
         """Raise a clear error, at wrap time, if this base can't be served."""
 
-    def bind(self, optimizer: Wrapped) -> None:
+    def bind(self, optimizer: Host) -> None:
         """Called once at wrap time, after all checks; may look at the parameters."""
 
     def serves(self, group: Group) -> bool:
         """Whether a param group takes part; ``<name>=False`` in it leaves it out."""
         return bool(group.get(self.name, True))
 
-    def init_slot(self, name: str, p: Tensor, optimizer: Wrapped) -> Tensor:
+    def init_slot(self, name: str, p: Tensor, optimizer: Host) -> Tensor:
         """The first value of a slot for ``p``; zeros by default."""
         return self.slots[name].zeros(p)
 
-    def unwrap(self, optimizer: Wrapped) -> None:
+    def unwrap(self, optimizer: Host) -> None:
         """Undo what ``bind`` did outside the optimizer's state."""
 
-    def before_step(self, optimizer: Wrapped) -> None:
+    def before_step(self, optimizer: Host) -> None:
         """Called before anything of a step is measured, and after every evaluation of a closure."""
 
-    def groups_changed(self, optimizer: Wrapped) -> None:
+    def groups_changed(self, optimizer: Host) -> None:
         """Called after param groups came, by ``add_param_group`` or by hand, or parameters were replaced."""
 
-    def after_step(self, optimizer: Wrapped) -> None:
+    def after_step(self, optimizer: Host) -> None:
         """Called once after each step that was not skipped."""
 
-    def after_load(self, optimizer: Wrapped) -> None:
+    def after_load(self, optimizer: Host) -> None:
         """Called after ``load_state_dict``."""
 
     def group_numbers(self) -> dict[str, float | int | bool]:
@@ -350,7 +401,7 @@ class Transform:
 _SETTLED = ("name", "rules", "limits", "slots", "options")
 
 
-def wrapped_by(transform: Transform) -> Wrapped | None:
+def wrapped_by(transform: Transform) -> Host | None:
     """The optimizer that a transform serves, while there is one."""
     wrapped = transform._wrapped_by  # pyright: ignore[reportPrivateUsage]
     return wrapped and wrapped()

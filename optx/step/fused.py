@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optx._base_step import step_replaced
-from optx._bases import BaseRules, base_rules, init_base_state, rule_numbers
-from optx._checks import check_count, shapes_differ
 from optx._errors import OptxError, ShapeError
-from optx._memory import DTYPES, Extents, Likeness, extent, why_not_dense, why_not_plain
 from optx._names import parameter_names
-from optx._rounding import step_key
 from optx._rules import RuleSourceError
-from optx._slots import KAHAN, Slots
-from optx._state import is_ours
-from optx._transform import SLOT_DTYPES, Group
 from optx.kernels.available import why_unavailable
 from optx.kernels.layout import FRESH, Layout
 from optx.kernels.program import Program
+from optx.step.base_step import step_replaced
+from optx.step.bases import BaseRules, base_rules, init_base_state, rule_numbers
+from optx.step.checks import check_count, shapes_differ
+from optx.step.memory import DTYPES, Extents, Likeness, extent, why_not_dense, why_not_plain
+from optx.step.rounding import step_key
+from optx.step.slots import KAHAN, Slots
+from optx.step.state import is_ours
+from optx.step.transform import SLOT_DTYPES, Group
 
 SLOT_DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in SLOT_DTYPES}
 

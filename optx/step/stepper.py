@@ -6,31 +6,28 @@ import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from optx._base_step import step_replaced, step_without_hooks
-from optx._bases import base_numbers, base_rules, has_fused_form, readable_state, rule_numbers
-from optx._checks import check_group, check_has_memory, check_memory, check_state_shapes, shapes_differ
 from optx._errors import FusedError, OptxError, ShapeError, TransformError
-from optx._foreach import GroupRun
-from optx._fused import FusedGroup, Unfusable, why_not, why_not_tensors
 from optx._names import parameter_names, whole
-from optx._numbers import as_number
-from optx._pipeline import build
-from optx._plan import GroupPlan, Plan
-from optx._rounding import step_key, write
-from optx._signals import Held, uninterrupted
-from optx._slots import Slots
-from optx._state import is_ours
-from optx._transform import Group, Moments, Transform
-from optx._undo import Copies, Undo
 from optx.kernels.program import W0, Program
-
-if TYPE_CHECKING:
-    from optx._wrap import Wrapped
+from optx.step.base_step import step_replaced, step_without_hooks
+from optx.step.bases import base_numbers, base_rules, has_fused_form, readable_state, rule_numbers
+from optx.step.checks import check_group, check_has_memory, check_memory, check_state_shapes, shapes_differ
+from optx.step.foreach import GroupRun
+from optx.step.fused import FusedGroup, Unfusable, why_not, why_not_tensors
+from optx.step.interrupts import Held, uninterrupted
+from optx.step.numbers import as_number
+from optx.step.pipeline import build
+from optx.step.plan import GroupPlan, Plan
+from optx.step.rounding import step_key, write
+from optx.step.slots import Slots
+from optx.step.state import is_ours
+from optx.step.transform import Group, Host, Moments, Transform
+from optx.step.undo import Copies, Undo
 
 # Settings of a group that decide what its program is, not just its numbers.
 _STRUCTURAL = ("amsgrad", "maximize", "nesterov", "differentiable", "decoupled_weight_decay")
@@ -65,7 +62,7 @@ class _GroupState:
 class Stepper:
     """The machinery of one wrapped optimizer; remade after a load or a copy, since it holds addresses."""
 
-    def __init__(self, wrapped: Wrapped) -> None:
+    def __init__(self, wrapped: Host) -> None:
         # Weakly: a dropped optimizer is freed at once, with its state.
         self._wrapped = weakref.ref(wrapped)
         self.slots = Slots(wrapped)
@@ -73,7 +70,7 @@ class Stepper:
         self._groups: list[_GroupState] = []
 
     @property
-    def w(self) -> Wrapped:
+    def w(self) -> Host:
         """The optimizer that this steps."""
         wrapped = self._wrapped()
         assert wrapped is not None

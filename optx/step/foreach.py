@@ -12,8 +12,8 @@ from torch import Tensor
 
 from optx._errors import TransformError
 from optx._names import is_dtensor, whole
-from optx._rounding import step_key, write
 from optx.kernels.program import W0, Call, G, Level, Program, Ref, W
+from optx.step.rounding import step_key, write
 
 Operand = Any  # a TensorList, a number, or one number or 0-dim tensor per tensor
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from optx._bases import BaseRules
-from optx._binding import GRAD_SQ, NUMEL, REGISTERS, Binder, common_names
 from optx._errors import TransformError
 from optx._rules import Rule, rule
-from optx._transform import Moments, Transform
 from optx.kernels.emit import variable
 from optx.kernels.program import BASE_G, NUMBER_KINDS, Call, G, Level, Program, Ref
+from optx.step.bases import BaseRules
+from optx.step.binding import GRAD_SQ, NUMEL, REGISTERS, Binder, common_names
+from optx.step.transform import Moments, Transform
 
 
 @rule(writes="grad_sq")

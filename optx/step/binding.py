@@ -12,8 +12,8 @@ from typing import Any
 from optx._elementwise import why_not_elementwise
 from optx._errors import TransformError, near
 from optx._rules import Rule
-from optx._transform import Moments, Slot, Transform
 from optx.kernels.program import W0, Call, G, Ref, W
+from optx.step.transform import Moments, Slot, Transform
 
 REGISTERS = {"w": W, "g": G, "w0": W0}
 GRAD_SQ = Ref("col", "grad_sq")

@@ -7,24 +7,21 @@ import difflib
 import gc
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from optx._bases import base_rules
 from optx._errors import OptxError, ShapeError, TransformError, near
-from optx._memory import LOST, lost_memory, why_not_plain
 from optx._names import parameter_names
-from optx._numbers import as_number
-from optx._transform import Group, Moments, Transform, wrapped_by
+from optx.step.bases import base_rules
+from optx.step.memory import LOST, lost_memory, why_not_plain
+from optx.step.numbers import as_number
+from optx.step.transform import Group, Host, Moments, Transform, wrapped_by
 
-if TYPE_CHECKING:
-    from optx._wrap import Wrapped
 
-
-def check_wrap(wrapped: Wrapped, groups: Sequence[Group] | None = None) -> None:
+def check_wrap(wrapped: Host, groups: Sequence[Group] | None = None) -> None:
     """Raise unless the base, its groups (or only the new ones) and the transforms go together."""
     base: Any = wrapped.base
     if not isinstance(base, Optimizer):
@@ -56,7 +53,7 @@ def check_wrap(wrapped: Wrapped, groups: Sequence[Group] | None = None) -> None:
                 _check_parameter(p, names[id(p)], acting)
 
 
-def _check_options(wrapped: Wrapped) -> None:
+def _check_options(wrapped: Host) -> None:
     if wrapped.fused not in (True, False, "auto", "cpu", "triton"):
         raise OptxError(
             f"wrap: fused is {wrapped.fused!r}; it must be 'auto', True, False, 'cpu' or 'triton'."
@@ -97,7 +94,7 @@ def _check_transforms(transforms: Sequence[Any], wrapped_type: type) -> None:
             )
 
 
-def _check_free(wrapped: Wrapped) -> None:
+def _check_free(wrapped: Host) -> None:
     """A transform's options, anchors and flags are those of one optimizer."""
     for transform in wrapped.transforms:
         if wrapped_by(transform) in (None, wrapped):

@@ -5,24 +5,23 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from operator import is_
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from optx._base_step import guard, owner_of, release, run_post_hooks, run_pre_hooks
-from optx._checks import check_wrap
 from optx._errors import OptxError, TransformError, warn
-from optx._plan import Plan
-from optx._slots import first_value
-from optx._state import SlotStore, is_ours
-from optx._stepper import Stepper
-from optx._transform import Group, Transform
 from optx.kernels.program import Program
+from optx.step.base_step import guard, owner_of, release, run_post_hooks, run_pre_hooks
+from optx.step.checkpoint import pack, unpack
+from optx.step.checks import check_wrap
+from optx.step.plan import Plan
+from optx.step.slots import first_value
+from optx.step.state import SlotStore, is_ours
+from optx.step.stepper import Stepper
+from optx.step.transform import Fused, Group, Rounding, Transform
 
-Fused = bool | Literal["auto", "cpu", "triton"]
-Rounding = Literal["stochastic", "kahan", "nearest"]
 _Settings = dict[str, Any]  # of fused, skip_nonfinite and rounding, those that were given
 _DEFAULTS: _Settings = {"fused": "auto", "skip_nonfinite": False, "rounding": "stochastic"}
 
@@ -53,7 +52,7 @@ class Wrapped(Optimizer):
         self.rounding: Rounding
         vars(self).update(_DEFAULTS)
         self.rounding_asked = False
-        self._slots = SlotStore(base)
+        self.slot_store = SlotStore(base)
         self._hooks()
         self._warned_capturable_if_run_uncaptured = True
         self._known: list[tuple[Group, list[Tensor]]] = []
@@ -70,7 +69,7 @@ class Wrapped(Optimizer):
         bound: list[Transform] = []
         try:
             check_wrap(self)
-            with self._slots.restored_on_error():
+            with self.slot_store.restored_on_error():
                 self._fill_groups()
                 self._stepper = Stepper(self)
                 self._stepper.plan()  # raises for fused=True that can't be honoured
@@ -82,7 +81,7 @@ class Wrapped(Optimizer):
                         bound.append(transform)
                     self._make_slots()
                     # torch's distributed checkpoint asks a base that has state (a new Adagrad) for its keys.
-                    self._slots.settle([p for p in self._slots.pending if self.base.state.get(p)])
+                    self.slot_store.settle([p for p in self.slot_store.pending if self.base.state.get(p)])
                 except BaseException:
                     for transform in reversed(bound):
                         transform.unwrap(self)
@@ -257,7 +256,7 @@ class Wrapped(Optimizer):
         """
         self._check_alive("add_param_group")
         count, known = len(self.param_groups), self._known
-        with self._slots.restored_on_error():
+        with self.slot_store.restored_on_error():
             self.base.add_param_group(param_group)
             try:
                 check_wrap(self, self.param_groups[count:])
@@ -281,7 +280,7 @@ class Wrapped(Optimizer):
         """A transform's state tensor for ``p``, made on first use."""
         make = make or (lambda: first_value(self, transform, name, p))
         lasting = transform.slots[name].lasting
-        return self._slots.get(p, f"optx.{transform.name}.{name}", make, lasting)
+        return self.slot_store.get(p, f"optx.{transform.name}.{name}", make, lasting)
 
     def _make_slots(self, groups: Sequence[Group] | None = None, all_of_them: bool = False) -> None:
         """Make the slots that no rule asks for (only a transform's hooks do), or all of new groups.
@@ -308,7 +307,7 @@ class Wrapped(Optimizer):
         derived = [
             f"optx.{t.name}.{name}" for t in self.transforms for name, s in t.slots.items() if s.derived
         ]
-        self._slots.drop_base_state(p, derived)
+        self.slot_store.drop_base_state(p, derived)
 
     def _fill_groups(self) -> None:
         """Give every group our keys, where it has none."""
@@ -338,8 +337,8 @@ class Wrapped(Optimizer):
             for old, new in zip(self._known_of(i, group), group["params"], strict=False):
                 # Only one that is new to the optimizer takes the place of one that left it.
                 if id(new) not in was and id(old) not in now:
-                    self._slots.follow(old, new)
-        self._slots.forget([p for key, p in was.items() if key not in now])
+                    self.slot_store.follow(old, new)
+        self.slot_store.forget([p for key, p in was.items() if key not in now])
         self._stepper = Stepper(self)  # a DTensor takes another path than the parameter it replaces
         check_wrap(self, [g for i, g in enumerate(groups) if not self._known_of(i, g)])
         self._fill_groups()
@@ -359,8 +358,6 @@ class Wrapped(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The base's state dict, with the transforms' tensors and numbers in it."""
-        from optx._checkpoint import pack
-
         self._check_alive("state_dict")
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
@@ -375,8 +372,6 @@ class Wrapped(Optimizer):
 
         What a transform needs and the checkpoint lacks stays as it is here, and a warning names it.
         """
-        from optx._checkpoint import unpack
-
         self._check_alive("load_state_dict")
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict

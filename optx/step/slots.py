@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from optx._checks import check_has_memory
 from optx._errors import TransformError
 from optx._names import parameter_names
-from optx._state import SlotStore, close_enough
+from optx.step.checks import check_has_memory
+from optx.step.state import SlotStore, close_enough
 
 if TYPE_CHECKING:
-    from optx._transform import Slot, Transform
-    from optx._wrap import Wrapped
+    from optx.step.transform import Host, Slot, Transform
 
 KAHAN = "optx.kahan"
 
@@ -24,11 +23,11 @@ KAHAN = "optx.kahan"
 class Slots:
     """The transforms' state of one wrapped optimizer, which it does not keep alive."""
 
-    def __init__(self, wrapped: Wrapped) -> None:
+    def __init__(self, wrapped: Host) -> None:
         self._wrapped = weakref.ref(wrapped)
-        self.store: SlotStore = wrapped._slots  # pyright: ignore[reportPrivateUsage]
+        self.store: SlotStore = wrapped.slot_store
 
-    def _owner(self) -> Wrapped:
+    def _owner(self) -> Host:
         wrapped = self._wrapped()
         assert wrapped is not None  # it is what runs this step
         return wrapped
@@ -76,7 +75,7 @@ class Slots:
         self.store.derived.took(key, parameters, sources, self.store.present(parameters, key))
 
 
-def first_value(wrapped: Wrapped, transform: Transform, name: str, p: Tensor) -> Tensor:
+def first_value(wrapped: Host, transform: Transform, name: str, p: Tensor) -> Tensor:
     """What a transform's `init_slot` makes of a slot; raises where that is no tensor of the slot's shape."""
     value: Any = transform.init_slot(name, p, wrapped)
     scalar = transform.slots[name].scalar

@@ -155,6 +155,7 @@ class Likeness:
         self._guards: Any = _native(tensors) or _Compared(tensors)
 
     def __call__(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether each is like its counterpart."""
         return len(tensors) == self._count and self._guards.check(*tensors)
 
 
