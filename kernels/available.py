@@ -11,7 +11,7 @@ import sys
 from optx._errors import OptxError
 
 # A version whose insides are others than optx knows can't be used either.
-_USED = {"numba": ("optx.kernels.emit_cpu", "optx.kernels.jit"), "triton": ("optx.kernels.step_triton",)}
+_USED = {"numba": ("optx.kernels.step.emit_cpu", "optx.kernels.jit"), "triton": ("optx.kernels.step.triton",)}
 
 
 def why_unavailable(package: str) -> str | None:

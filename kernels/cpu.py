@@ -26,7 +26,7 @@ from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from optx.kernels.emit import source
+from optx.kernels.generated import source
 
 I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _LLVM = {

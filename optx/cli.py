@@ -67,7 +67,7 @@ def list_() -> None:
 @bench.command("step", context_settings={**_PASS_ON, "help_option_names": []})
 def bench_step(context: typer.Context) -> None:
     """Time optimizer steps against torch's fused AdamW, with the floor that memory traffic sets."""
-    importlib.import_module("optx.kernels.bench").main(context.args)
+    importlib.import_module("optx.recipes._bench_step").main(context.args)
 
 
 @bench.command("attach", context_settings={**_PASS_ON, "help_option_names": []})
@@ -93,6 +93,12 @@ def bench_merge(context: typer.Context) -> None:
             "optx bench merge: it measures beside mergekit. Type:\n    python -m pip install mergekit"
         )
     importlib.import_module("optx.recipes._bench_merge").main(context.args)
+
+
+@app.command(context_settings={**_PASS_ON, "help_option_names": []})
+def audit(context: typer.Context) -> None:
+    """Compile every GPU kernel ahead of time, without a GPU, and read what it became."""
+    raise typer.Exit(importlib.import_module("optx._audit").main(context.args))
 
 
 @app.command()

@@ -54,7 +54,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 
 import optx
-from optx.kernels.emit_cpu import _compiled as compiled  # pyright: ignore[reportPrivateUsage]
+from optx.kernels.step.emit_cpu import _compiled as compiled  # pyright: ignore[reportPrivateUsage]
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 SHAPES = [(3, 4), (5,), (), (0,), (2, 3, 2, 2), (33, 3)]

@@ -17,10 +17,13 @@ import torch
 pytest.importorskip("triton")
 
 import optx.transforms
-from optx.kernels import audit, audit_asm, audit_cases, emit_triton
-from optx.kernels.audit_cases import Case
-from optx.kernels.layout import Layout
-from optx.kernels.program import Program
+from optx import _audit as audit_cases
+from optx._audit import Case
+from optx.kernels.audit import assembly as audit_asm
+from optx.kernels.audit import report as audit
+from optx.kernels.step import emit_triton
+from optx.kernels.step.layout import Layout
+from optx.kernels.step.program import Program
 from optx.step.transform import Transform
 
 pytestmark = pytest.mark.skipif(
@@ -44,7 +47,8 @@ def test_the_command_passes_and_writes_its_rows(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "optx.kernels.audit",
+        "optx.cli",
+        "audit",
         "--quick",
         "--only",
         "^PerpGrad . AdamW$",
@@ -64,13 +68,13 @@ def test_the_command_passes_and_writes_its_rows(tmp_path: Path) -> None:
 
 
 def test_it_refuses_the_interpreter_and_an_empty_selection() -> None:
-    command = [sys.executable, "-m", "optx.kernels.audit"]
+    command = [sys.executable, "-m", "optx.cli", "audit"]
     interpreted = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}
     )
     assert interpreted.returncode == 2
     assert "TRITON_INTERPRET=1" in interpreted.stderr
-    assert audit.main(["--quick", "--only", "no such program"]) == 1
+    assert audit_cases.main(["--quick", "--only", "no such program"]) == 1
 
 
 @pytest.mark.parametrize("target", [SM90, GFX942], ids=str)
@@ -127,7 +131,7 @@ def test_faults_are_found(broken: str, target: audit.Target, adamw: Case) -> Non
 
 @pytest.mark.parametrize("broken", ["hint on the offset"], indirect=True)
 def test_a_fault_is_the_exit_code(broken: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert audit.main(["--quick", "--only", "^SGD$"]) == 1
+    assert audit_cases.main(["--quick", "--only", "^SGD$"]) == 1
     assert "SGD, update on sm_90: accesses memory" in capsys.readouterr().out
 
 

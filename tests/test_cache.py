@@ -25,7 +25,8 @@ from torch import nn
 import optx
 from optx._cache import NoCacheError, PrivateFolder, UnsafeCacheError, cache_root
 from optx.delta import _mask, _select
-from optx.kernels import available, emit, jit
+from optx.kernels import available, jit
+from optx.kernels.step import text as emit
 from optx.signal import stablemax
 
 POSIX = os.name == "posix"
@@ -437,7 +438,7 @@ v = torch.nn.Parameter(torch.arange(5.0))
 o = optx.wrap(torch.optim.SGD([v], lr=0.5, momentum=0.9), fused=True)  # another kernel
 v.grad = torch.ones(5)
 o.step()
-from optx.kernels.emit import cache_folder
+from optx.kernels.generated import cache_folder
 shown["v"], shown["folder"] = v.tolist(), str(cache_folder())
 """
 
@@ -498,7 +499,7 @@ def test_processes_without_a_home_or_a_whole_numba_or_at_once(tmp_path: Path, ca
         + "\nshown['loss'] = float(optx.stablemax_cross_entropy(torch.eye(3), torch.arange(3)))"
         + "\nfrom optx.delta._mask import Dropout"
         + "\nshown['kept'] = Dropout(5, 0.5, 1.0).keep(0, 99).tolist()"
-        + "\ntry: import optx.kernels.ternary_cpu"
+        + "\ntry: import optx.kernels.ternary.cpu"
         + "\nexcept optx.OptxError as error: shown['ternary'] = str(error)",
         OPTX_CACHE_DIR=cache,
     )

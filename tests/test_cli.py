@@ -126,9 +126,9 @@ def test_every_entry_is_complete() -> None:
 
 def test_bench_step_calls_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[list[str]] = []
-    module = ModuleType("optx.kernels.bench")
+    module = ModuleType("optx.recipes._bench_step")
     module.main = given.append  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "optx.kernels.bench", module)
+    monkeypatch.setitem(sys.modules, "optx.recipes._bench_step", module)
     assert typed("bench", "step", "--quick", "--help").exit_code == 0
     assert given == [["--quick", "--help"]]
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import optx
-from optx.kernels.layout import CHUNK
+from optx.kernels.step.layout import CHUNK
 from optx.step.fused import FusedGroup
 
 # Every base and every chain; a kernel takes 1 to 3 s to compile, so not every pair.

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import optx
-from optx.kernels import emit_cpu
+from optx.kernels.step import emit_cpu
 
 
 def problem(seed: int, n: int = 70_000) -> tuple[nn.Parameter, optx.Wrapped, list[torch.Tensor]]:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from optx.delta import _golomb as golomb
-from optx.kernels import ternary_cpu
-from optx.kernels.ternary_cpu import DROPPED, FOURS, SPAN, THIRDS
+from optx.kernels.ternary import cpu as ternary_cpu
+from optx.kernels.ternary.cpu import DROPPED, FOURS, SPAN, THIRDS
 
 TABLE = {
     0.05: (4, 0.339306, 0.336397),

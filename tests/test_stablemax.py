@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from optx._errors import OptxError, ShapeError
-from optx.signal import _stablemax_rows as rows
+from optx.kernels.loss import stablemax_rows as rows
 from optx.signal import stablemax
 from optx.signal.stablemax import StableMaxCrossEntropy, stablemax_cross_entropy
 
@@ -475,9 +475,9 @@ def test_triton_kernels_equal_the_reference_in_the_interpreter():
     out = run_python(
         """
         import torch
-        from optx.kernels import loss_stablemax as kernels
-        from optx.signal import _stablemax_rows as reference
-        from optx.signal._stablemax_rows import Options
+        from optx.kernels.loss import stablemax_triton as kernels
+        from optx.kernels.loss import stablemax_rows as reference
+        from optx.kernels.loss.stablemax_rows import Options
 
         kernels._MAX_BLOCK = 256  # 1023 classes: three full blocks and a masked one
         torch.manual_seed(0)
@@ -530,7 +530,7 @@ def test_triton_kernels_compile_to_wide_loads_and_check_targets():
         import triton
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
-        from optx.kernels.loss_stablemax import audit_specs
+        from optx.kernels.loss.stablemax_triton import audit_specs
 
         for spec in audit_specs():
             if "smoothed" in spec.name:

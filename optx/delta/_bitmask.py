@@ -1,7 +1,7 @@
 """Ternary vectors as two bit masks, +1s and -1s, and what can be done with them as they are.
 
 Masks are int64 of shape (2, ceil(n / 64)): number i is bit ``i % 64`` of word ``i // 64``; bits past the last
-are 0. On the CPU they are worked on by `optx.kernels.ternary_cpu`, on a GPU by `optx.kernels.ternary`.
+are 0. On the CPU they are worked on by `optx.kernels.ternary.cpu`, on a GPU by its `dense_triton`.
 
 Source: ComPEFT, arXiv 2311.13171, section 2.2.
 """
@@ -42,7 +42,7 @@ def words(numel: int) -> int:
 
 def overlap(a: Tensor, b: Tensor) -> Overlap:
     """How two vectors of the same length meet; exact."""
-    from optx.kernels import ternary_cpu
+    from optx.kernels.ternary import cpu as ternary_cpu
 
     return Overlap(*ternary_cpu.overlap(a.cpu(), b.cpu()))
 
@@ -54,11 +54,11 @@ def dense(masks: Tensor, shape: tuple[int, ...], dtype: torch.dtype, scale: floa
     if made.numel() == 0:
         return made.to(dtype)
     if device.type == "cuda" and why_unavailable("triton") is None:
-        from optx.kernels import ternary
+        from optx.kernels.ternary import dense_triton as ternary
 
         ternary.fill(made, masks, scale)
         return made.to(dtype)
-    from optx.kernels import ternary_cpu
+    from optx.kernels.ternary import cpu as ternary_cpu
 
     if device.type == "cpu":
         ternary_cpu.fill(made, masks, scale)
@@ -75,11 +75,11 @@ def add_to(tensor: Tensor, masks: Tensor, scale: float) -> None:
     if tensor.is_contiguous() and tensor.dtype in DENSE and served:
         masks = masks.to(tensor.device)
         if device == "cuda":
-            from optx.kernels import ternary
+            from optx.kernels.ternary import dense_triton as ternary
 
             ternary.add(tensor, masks, scale)
         else:
-            from optx.kernels import ternary_cpu
+            from optx.kernels.ternary import cpu as ternary_cpu
 
             ternary_cpu.add(tensor, masks, scale)
         torch.autograd.graph.increment_version(tensor)  # the kernels write behind autograd's back

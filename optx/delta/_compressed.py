@@ -385,7 +385,7 @@ def _combined(kind: str, blobs: Sequence[Compressed], shares: Sequence[float], e
             return next(blob.whole[name] for blob in blobs if name in blob.whole)
         made = torch.empty(entries[name].shape, dtype=torch.float32)
         if made.numel():
-            from optx.kernels import ternary_cpu
+            from optx.kernels.ternary import cpu as ternary_cpu
 
             weights = torch.tensor([share * blob.scale for blob, share in having], dtype=torch.float32)
             ternary_cpu.vote(made, [blob.masks[name].cpu() for blob, _ in having], weights, elect)

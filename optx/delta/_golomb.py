@@ -3,9 +3,9 @@
 A gap g is coded with a divisor m: ``g // m`` ones, a zero, then the remainder. m is a power of two, as in
 Rice's codes, or three times one, which is up to 1.2 % shorter (at a density of 0.2: 0.928 bits per number
 instead of 0.939). Between densities of 0.34 and 0.42 no gap code comes within 2 % of the entropy: there four
-positions at a time have a Huffman code of 3 to 6 bits (`kernels/golomb_loops.py`, ``LENGTHS``). Each block of
-131,072 numbers has the code that is shortest for it; where more is kept than not, the positions of what is
-*not* kept are coded. Blocks are decoded in parallel.
+positions at a time have a Huffman code of 3 to 6 bits (``LENGTHS`` in `kernels/ternary/golomb.py`). Each
+block of 131,072 numbers has the code that is shortest for it; where more is kept than not, the positions of
+what is *not* kept are coded. Blocks are decoded in parallel.
 
 One tensor's payload, little-endian: per block a uint32 (code in the upper byte, number of nonzeros below),
 per block a uint16 (words of its stream), the streams in words of 32 bits, lowest bit first: signs (1 is
@@ -64,7 +64,7 @@ def rice_bits(density: float) -> float:
 
 def layout(masks: Tensor, numel: int) -> tuple[Tensor, int]:
     """What `encode` will write: its table of blocks, and the bytes in all."""
-    from optx.kernels import ternary_cpu
+    from optx.kernels.ternary import cpu as ternary_cpu
 
     table = ternary_cpu.measure(masks.cpu(), numel) if numel else torch.empty(0, 3, dtype=torch.int64)
     return table, 6 * len(table) + 4 * int(_starts(table)[-1])
@@ -77,7 +77,7 @@ def encode(masks: Tensor, numel: int) -> bytes:
         masks: int64 (2, words).
         numel: of the tensor.
     """
-    from optx.kernels import ternary_cpu
+    from optx.kernels.ternary import cpu as ternary_cpu
 
     if numel == 0:
         return b""
@@ -96,7 +96,7 @@ def decode(payload: bytes, numel: int) -> Tensor:
     Raises:
         ValueError: it is none of a tensor of so many numbers.
     """
-    from optx.kernels import ternary_cpu
+    from optx.kernels.ternary import cpu as ternary_cpu
 
     blocks = -(-numel // ternary_cpu.SPAN)
     if len(payload) < 6 * blocks:

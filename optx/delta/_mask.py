@@ -32,7 +32,7 @@ def _loops() -> ModuleType | None:
 
 @functools.cache
 def _compiled() -> ModuleType:
-    from optx.kernels.emit import load_module, source
+    from optx.kernels.generated import load_module, source
 
     return load_module("delta_mask", source("optx.delta", "_mask_loops.py"))
 

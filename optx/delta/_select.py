@@ -49,7 +49,7 @@ def _keys(bits: Any) -> Tensor:
 
 @functools.cache
 def _compiled() -> ModuleType:
-    from optx.kernels.emit import load_module, source
+    from optx.kernels.generated import load_module, source
 
     return load_module("delta_select", source("optx.delta", "_select_loops.py"))
 

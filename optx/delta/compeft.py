@@ -185,7 +185,7 @@ Values = Callable[[str], Iterable[tuple[int, Tensor]]]
 
 def _survey(names: list[str], values: Values, rank: int, progress: Progress) -> tuple[float, int, int]:
     """Sigma; the upper half of the threshold's bits; and how many magnitudes have a larger one."""
-    from optx.kernels import ternary_cpu
+    from optx.kernels.ternary import cpu as ternary_cpu
 
     counts = torch.zeros(torch.get_num_threads(), ternary_cpu.COARSE, dtype=torch.int64)
     number, mean, spread = 0, 0.0, 0.0
@@ -211,7 +211,7 @@ def _refine(
     names: list[str], values: Values, upper: int, rank: int, above: int, progress: Progress
 ) -> tuple[int, int, int]:
     """The threshold's bits; how many magnitudes are larger; how many are equal."""
-    from optx.kernels import ternary_cpu
+    from optx.kernels.ternary import cpu as ternary_cpu
 
     counts = torch.zeros(torch.get_num_threads(), ternary_cpu.FINE, dtype=torch.int64)
     for name in progress(names):
@@ -233,7 +233,7 @@ def _pack(
     sizes: Mapping[str, int], values: Values, threshold: int, ties: int, equal: int, progress: Progress
 ) -> tuple[dict[str, Tensor], float]:
     """The masks, with so many of the numbers that equal the threshold; the mean magnitude kept."""
-    from optx.kernels import ternary_cpu
+    from optx.kernels.ternary import cpu as ternary_cpu
 
     left = 0 if threshold == 0 or ties == equal else ties
     from_bits = threshold if threshold > 0 and ties == equal else threshold + 1

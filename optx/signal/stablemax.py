@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from optx._errors import OptxError, ShapeError, check_range
 from optx.kernels.available import why_unavailable
-from optx.signal import _stablemax_rows as torch_rows
-from optx.signal._stablemax_rows import Options, RowSums, math_dtype
+from optx.kernels.loss import stablemax_rows as torch_rows
+from optx.kernels.loss.stablemax_rows import Options, RowSums, math_dtype
 
 __all__ = ["StableMaxCrossEntropy", "stablemax_cross_entropy"]
 
@@ -158,13 +158,13 @@ def _path(logits: Tensor) -> _Path:
     if type(logits) not in (Tensor, nn.Parameter):
         return _TORCH
     if logits.is_cuda and why_unavailable("triton") is None:
-        from optx.kernels import loss_stablemax
+        from optx.kernels.loss import stablemax_triton
 
-        return _Path(loss_stablemax.forward, loss_stablemax.backward)
+        return _Path(stablemax_triton.forward, stablemax_triton.backward)
     if logits.device.type == "cpu" and why_unavailable("numba") is None:
-        from optx.kernels import loss_stablemax_cpu
+        from optx.kernels.loss import stablemax_cpu
 
-        return _Path(loss_stablemax_cpu.forward, loss_stablemax_cpu.backward)
+        return _Path(stablemax_cpu.forward, stablemax_cpu.backward)
     return _TORCH
 
 

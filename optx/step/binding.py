@@ -9,10 +9,10 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from optx._elementwise import why_not_elementwise
 from optx._errors import TransformError, near
 from optx._rules import Rule
-from optx.kernels.program import W0, Call, G, Ref, W
+from optx.kernels.step.program import W0, Call, G, Ref, W
+from optx.step.elementwise import why_not_elementwise
 from optx.step.transform import Moments, Slot, Transform
 
 REGISTERS = {"w": W, "g": G, "w0": W0}

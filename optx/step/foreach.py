@@ -12,7 +12,7 @@ from torch import Tensor
 
 from optx._errors import TransformError
 from optx._names import is_dtensor, whole
-from optx.kernels.program import W0, Call, G, Level, Program, Ref, W
+from optx.kernels.step.program import W0, Call, G, Level, Program, Ref, W
 from optx.step.rounding import step_key, write
 
 Operand = Any  # a TensorList, a number, or one number or 0-dim tensor per tensor

@@ -15,8 +15,8 @@ from optx._errors import OptxError, ShapeError
 from optx._names import parameter_names
 from optx._rules import RuleSourceError
 from optx.kernels.available import why_unavailable
-from optx.kernels.layout import FRESH, Layout
-from optx.kernels.program import Program
+from optx.kernels.step.layout import FRESH, Layout
+from optx.kernels.step.program import Program
 from optx.step.base_step import step_replaced
 from optx.step.bases import BaseRules, base_rules, init_base_state, rule_numbers
 from optx.step.checks import check_count, shapes_differ
@@ -316,13 +316,13 @@ class FusedGroup:
         members = [params[i] for i in numbers]
         numels = [p.numel() for p in members]
         if self.triton:
-            from optx.kernels.step_triton import TritonStep
+            from optx.kernels.step.triton import TritonStep
 
             runner: Any = TritonStep(self.program, layout, numels, numbers, members[0].device)
             # One key for the whole run: on the device, draws go on with the step count, also in CUDA graphs.
             runner.set_key(step_key(self.group.get("optx.seed", 0), 0), self.group.get("optx.step", 0))
         else:
-            from optx.kernels.step_cpu import CpuStep
+            from optx.kernels.step.cpu import CpuStep
 
             runner = CpuStep(self.program, layout, numels, numbers)
         keys = [self._key(name) for name in (*runner.columns.roles[2:], *runner.columns.cells)]

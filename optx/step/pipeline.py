@@ -11,8 +11,8 @@ import torch
 
 from optx._errors import TransformError
 from optx._rules import Rule, rule
-from optx.kernels.emit import variable
-from optx.kernels.program import BASE_G, NUMBER_KINDS, Call, G, Level, Program, Ref
+from optx.kernels.step.program import BASE_G, NUMBER_KINDS, Call, G, Level, Program, Ref
+from optx.kernels.step.text import variable
 from optx.step.bases import BaseRules
 from optx.step.binding import GRAD_SQ, NUMEL, REGISTERS, Binder, common_names
 from optx.step.transform import Moments, Transform

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +13,7 @@ from optx._errors import TransformError
 from optx._names import parameter_names
 from optx.step.checks import check_has_memory
 from optx.step.state import SlotStore, close_enough
-
-if TYPE_CHECKING:
-    from optx.step.transform import Host, Slot, Transform
+from optx.step.transform import Host, Slot, Transform
 
 KAHAN = "optx.kahan"
 

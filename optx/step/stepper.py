@@ -13,7 +13,7 @@ from torch import Tensor
 
 from optx._errors import FusedError, OptxError, ShapeError, TransformError
 from optx._names import parameter_names, whole
-from optx.kernels.program import W0, Program
+from optx.kernels.step.program import W0, Program
 from optx.step.base_step import step_replaced, step_without_hooks
 from optx.step.bases import base_numbers, base_rules, has_fused_form, readable_state, rule_numbers
 from optx.step.checks import check_group, check_has_memory, check_memory, check_state_shapes, shapes_differ

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from optx._errors import OptxError, TransformError, warn
-from optx.kernels.program import Program
+from optx.kernels.step.program import Program
 from optx.step.base_step import guard, owner_of, release, run_post_hooks, run_pre_hooks
 from optx.step.checkpoint import pack, unpack
 from optx.step.checks import check_wrap
@@ -243,7 +243,7 @@ class Wrapped(Optimizer):
         return tuple(f"{k}={vars(self)[k]!r}" for k, v in _DEFAULTS.items() if vars(self)[k] != v)
 
     def program(self, index: int) -> Program:
-        """What the step of one param group computes, as data (see `optx.kernels.program`)."""
+        """What the step of one param group computes, as data (see `optx.kernels.step.program`)."""
         return self._stepper.program(index)
 
     # ---- groups -------------------------------------------------------------------------------------

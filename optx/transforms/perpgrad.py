@@ -27,7 +27,7 @@ def projection(wg: Any, ww: Any, grad_sq: Any, numel: Any, rescale: Any) -> Any:
     c = where(numel > 1.0, wg / (ww + 1e-30), 0.0 * wg)
     left = grad_sq - c * wg
     # Nearly parallel: what is left is rounding error, and rescaling would blow it up to the full norm.
-    # 1e-8 is how well the sums are known (optx.kernels.emit_cpu).
+    # 1e-8 is how well the sums are known (optx.kernels.step.emit_cpu).
     # A float64 gradient whose square is infinite is projected, but not rescaled.
     left = where(left - left == 0.0, left, 0.0 * numel)
     usable = left > 1e-8 * grad_sq

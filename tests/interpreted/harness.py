@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optx.kernels.layout import Layout
-from optx.kernels.program import Program
+from optx.kernels.step.layout import Layout
+from optx.kernels.step.program import Program
 from optx.step.bases import base_numbers, base_rules, init_base_state
 from optx.step.pipeline import build
 from optx.step.transform import Transform

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from optx._rules import rule
 from optx.kernels import triton_lib as lib
-from optx.kernels.step_triton import TritonStep
+from optx.kernels.step.triton import TritonStep
 from optx.ops import abs, exp, log, maximum, minimum, sign, sqrt, where
 from optx.step.transform import Transform
 

@@ -9,8 +9,8 @@ import torch
 from harness import Base, Bucket, Setup
 from torch import Tensor
 
-from optx.kernels.step_cpu import CpuStep
-from optx.kernels.step_triton import TritonStep
+from optx.kernels.step.cpu import CpuStep
+from optx.kernels.step.triton import TritonStep
 from optx.step.transform import Transform
 from optx.transforms.adamr import AdamR
 from optx.transforms.perpgrad import PerpGrad

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from optx.kernels import ternary, ternary_cpu
+from optx.kernels.ternary import cpu as ternary_cpu
+from optx.kernels.ternary import dense_triton as ternary
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 

@@ -54,7 +54,7 @@ TABLE = {
     "optx/inject/prefix.py": "arithmetic_inject arithmetic_options prefix",
     "optx/inject/svfit.py": "arithmetic_inject arithmetic_options svfit",
     "optx/inject/unified.py": "arithmetic_inject arithmetic_options adapters prefix",
-    "optx/signal/_stablemax_rows.py": "arithmetic_signal stablemax",
+    "kernels/loss/stablemax_rows.py": "arithmetic_signal stablemax",
     "optx/signal/stablemax.py": "arithmetic_signal arithmetic_options stablemax",
     "optx/transforms/_anchor_files.py": "adamr_sources adamr_anchors",
     "optx/transforms/_anchors.py": "adamr_anchors adamr_sources adamr_mistakes adamr",
@@ -66,7 +66,7 @@ TABLE = {
     "optx/transforms/perpgrad.py": "arithmetic_step perpgrad fused_cpu resume",
     "optx/step/bases.py": f"arithmetic_step {_STEP}",
     "optx/step/base_step.py": f"arithmetic_step errors {_STEP}",
-    "optx/_elementwise.py": "user_rules",
+    "optx/step/elementwise.py": "user_rules",
     "optx/step/binding.py": f"moments errors {_STEP}",
     "optx/step/checkpoint.py": "arithmetic_step resume adamr_anchors wrap_bases hft",
     "optx/step/checks.py": "errors perpgrad wrap_bases",
@@ -84,8 +84,8 @@ TABLE = {
     "optx/step/transform.py": "errors user_rules perpgrad adamr hft",
     "optx/step/undo.py": f"arithmetic_step skip_nonfinite {_STEP}",
     "optx/step/wrapped.py": f"arithmetic_step errors {_STEP}",
-    "kernels/emit_cpu.py": "fused_cpu user_rules fused_rounding adamr",
-    "kernels/step_cpu.py": "fused_cpu fused_memory fused_rounding",
+    "kernels/step/emit_cpu.py": "fused_cpu user_rules fused_rounding adamr",
+    "kernels/step/cpu.py": "fused_cpu fused_memory fused_rounding",
 }
 
 # Modules of the folders that compute nothing: they read, write, match names or hold what others compute.

@@ -1,18 +1,21 @@
-"""The programs that the audit compiles: torch's bases in every dtype, and every transform that optx has."""
+"""``optx audit``: the programs that the kernels' audit compiles.
+
+Torch's bases in every dtype, and every transform that optx has.
+"""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 import optx.transforms
-from optx.kernels.layout import Layout
-from optx.kernels.program import Program
+from optx.kernels.audit import report
+from optx.kernels.audit.report import Case
+from optx.kernels.step.layout import Layout
 from optx.step.bases import base_numbers, base_rules
 from optx.step.pipeline import build
 from optx.step.transform import Transform
@@ -21,13 +24,9 @@ _Base = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 _FLOAT, _HALF, _LOW = torch.float32, torch.float16, torch.bfloat16
 
 
-@dataclass(frozen=True)
-class Case:
-    """A program, and how its tensors are stored."""
-
-    name: str
-    program: Program
-    layout: Layout
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    return report.main(all_cases, arguments)
 
 
 def all_cases() -> list[Case]:

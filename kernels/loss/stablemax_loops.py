@@ -1,6 +1,6 @@
 """StableMax cross-entropy on CPU: the loops over rows, compiled by Numba for one dtype of logits.
 
-Not to be imported: `optx.kernels.loss_stablemax_cpu` runs its text once per dtype, with another
+Not to be imported: `optx.kernels.loss.stablemax_cpu` runs its text once per dtype, with another
 value of DTYPE, since the compiler's disk cache is kept by file. Elements are read through raw addresses
 (`optx.kernels.cpu`).
 """
@@ -16,8 +16,8 @@ from numba import types
 
 from optx.kernels.cpu import ITEMSIZE, address, get_f64, get_i64, load, store, take
 from optx.kernels.jit import cfunc, njit
-from optx.kernels.loss_stablemax_cpu import Args
-from optx.signal._stablemax_rows import terms
+from optx.kernels.loss.stablemax_cpu import Args
+from optx.kernels.loss.stablemax_rows import terms
 
 DTYPE = "float32"
 IS_WIDE: bool = DTYPE.endswith("64")

@@ -32,7 +32,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from optx.kernels import cpu
-from optx.kernels.emit import load_module, source
+from optx.kernels.generated import load_module, source
 from optx.kernels.jit import njit
 
 BLOCK = 1 << 16  # numbers whose sums are one piece
@@ -225,24 +225,27 @@ def _call(
     cpu.run(getattr(module, name).address, ctypes.addressof(block), parallel)
 
 
+_PACKAGE = "optx.kernels.ternary"
+
+
 @functools.cache
 def _dense(dtype: str) -> ModuleType:
-    """`ternary_loops` for one dtype, compiled, from the disk cache where it was compiled before."""
+    """`dense_loops` for one dtype, compiled, from the disk cache where it was compiled before."""
     default = 'DTYPE = "float32"\n'
-    text = source("optx.kernels", "ternary_loops.py")
+    text = source(_PACKAGE, "dense_loops.py")
     assert text.count(default) == 1
-    return _compiled("ternary", text.replace(default, f'DTYPE = "{dtype}"\n'))
+    return _compiled("ternary_dense", text.replace(default, f'DTYPE = "{dtype}"\n'))
 
 
 @functools.cache
 def _loops(name: str) -> ModuleType:
-    """`ternary_bits` or `golomb_loops`, likewise."""
-    return _compiled(name, source("optx.kernels", f"{name}.py"))
+    """`masks` or `golomb`, likewise."""
+    return _compiled(f"ternary_{name}", source(_PACKAGE, f"{name}.py"))
 
 
 def _compiled(kind: str, text: str) -> ModuleType:
     # The compiler's cache is kept by the text, so what it imports has to be part of that.
-    imported = hashlib.sha256((cpu.digest() + source("optx.kernels", "ternary_cpu.py")).encode()).hexdigest()
+    imported = hashlib.sha256((cpu.digest() + source(_PACKAGE, "cpu.py")).encode()).hexdigest()
     return load_module(kind, f"{text}# imports {imported}\n")
 
 
@@ -309,7 +312,7 @@ def _select(name: str, values: Tensor, more: Mapping[Select, int | Tensor], piec
         Select.PIECES: pieces,
         Select.VALUES: values,
     }
-    _call(_loops("ternary_bits"), name, Select, {**places, **more}, pieces > 1 and blocks > 4)
+    _call(_loops("masks"), name, Select, {**places, **more}, pieces > 1 and blocks > 4)
 
 
 # ---- two vectors, many vectors --------------------------------------------------------------------------
@@ -328,7 +331,7 @@ def overlap(a: Tensor, b: Tensor) -> tuple[int, int, int, int]:
         Compare.MINUS_B: b[1],
         Compare.RESULT: result,
     }
-    _call(_loops("ternary_bits"), "overlap", Compare, places, words > 4 * step)
+    _call(_loops("masks"), "overlap", Compare, places, words > 4 * step)
     of_a, of_b, agree, clash = result.sum(0).tolist()
     return of_a, of_b, agree, clash
 
@@ -352,7 +355,7 @@ def vote(to: Tensor, masks: Sequence[Tensor], weights: Tensor, elect: bool) -> N
         Vote.WEIGHTS: weights,
         Vote.TO: to,
     }
-    _call(_loops("ternary_bits"), "vote", Vote, places, to.numel() > 32 * _CHUNK)
+    _call(_loops("masks"), "vote", Vote, places, to.numel() > 32 * _CHUNK)
 
 
 # ---- Golomb codes ---------------------------------------------------------------------------------------
@@ -388,4 +391,4 @@ def _codec(name: str, masks: Tensor, numel: int, table: Tensor, more: Mapping[Co
         Codec.MINUS: masks[1],
         Codec.TABLE: table,
     }
-    _call(_loops("golomb_loops"), name, Codec, {**places, **more}, len(table) > 1)
+    _call(_loops("golomb"), name, Codec, {**places, **more}, len(table) > 1)

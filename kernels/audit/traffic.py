@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from optx.kernels.layout import Layout
-from optx.kernels.program import Call, Program
+from optx.kernels.step.layout import Layout
+from optx.kernels.step.program import Call, Program
 
 SIZES = {
     **{"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2},

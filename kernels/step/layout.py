@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from optx.kernels.program import Program
+from optx.kernels.step.program import Program
 
 CHUNK = 65536  # elements; five float32 streams of one chunk fit a second-level cache
 

@@ -1,9 +1,9 @@
 """StableMax cross-entropy on CPU: one pass over the logits in either direction, rows over torch's threads.
 
-The loops are in `optx.kernels.loss_stablemax_loops`; the mathematics, and the two functions exported here,
-are those of `optx.signal._stablemax_rows`. Class numbers are served, with or without class weights or label
-smoothing. Class probabilities, and smoothing over weighted classes, need a logarithm per logit: torch's own
-vectorised one is the faster there, so these go to its operations.
+The loops are in `optx.kernels.loss.stablemax_loops`; the mathematics, and the two functions exported here,
+are those of `optx.kernels.loss.stablemax_rows`. Class numbers are served, with or without class weights or
+label smoothing. Class probabilities, and smoothing over weighted classes, need a logarithm per logit: torch's
+own vectorised one is the faster there, so these go to its operations.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from optx.kernels import cpu
-from optx.kernels.emit import load_module, source
-from optx.signal import _stablemax_rows as torch_rows
-from optx.signal._stablemax_rows import Options, RowSums, math_dtype
+from optx.kernels.generated import load_module, source
+from optx.kernels.loss import stablemax_rows as torch_rows
+from optx.kernels.loss.stablemax_rows import Options, RowSums, math_dtype
 
 __all__ = ["backward", "forward"]
 
@@ -49,7 +49,7 @@ class Args(IntEnum):
 
 
 def forward(logits: Tensor, target: Tensor, options: Options) -> RowSums:
-    """Loss and sums of each row; see `optx.signal._stablemax_rows.forward`.
+    """Loss and sums of each row; see `optx.kernels.loss.stablemax_rows.forward`.
 
     Args:
         logits: shape (R, C), last stride 1.
@@ -68,7 +68,7 @@ def forward(logits: Tensor, target: Tensor, options: Options) -> RowSums:
 def backward(
     grad: Tensor, logits: Tensor, target: Tensor, rest: Tensor, mass: Tensor | None, options: Options
 ) -> Tensor:
-    """Gradient of the logits; see `optx.signal._stablemax_rows.backward`."""
+    """Gradient of the logits; see `optx.kernels.loss.stablemax_rows.backward`."""
     if not _serves(target, options):
         return torch_rows.chunked_backward(grad, logits, target, rest, mass, options)
     result = torch.empty(logits.shape, dtype=logits.dtype)
@@ -110,7 +110,7 @@ def _bits(x: float) -> int:
 def _compiled(dtype: str) -> ModuleType:
     """The loops for one dtype, compiled, from the disk cache where they were compiled before."""
     default = 'DTYPE = "float32"\n'
-    text = source("optx.kernels", "loss_stablemax_loops.py")
+    text = source("optx.kernels.loss", "stablemax_loops.py")
     assert text.count(default) == 1
     text = text.replace(default, f'DTYPE = "{dtype}"\n')
     # The cache is kept by the text, so what it imports has to be part of that.

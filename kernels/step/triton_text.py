@@ -6,7 +6,7 @@ import ast
 from collections.abc import Iterable
 
 from optx._rules import Rule
-from optx.kernels.emit import rule_text
+from optx.kernels.step.text import rule_text
 
 JIT = "@triton.jit"
 

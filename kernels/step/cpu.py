@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from optx.kernels import cpu
-from optx.kernels.cpu_text import Args
-from optx.kernels.emit_cpu import compiled
-from optx.kernels.layout import Columns, Layout, partials_per_chunk, split
-from optx.kernels.program import Program
-from optx.kernels.step import Step
+from optx.kernels.step.cpu_text import Args
+from optx.kernels.step.emit_cpu import compiled
+from optx.kernels.step.layout import Columns, Layout, partials_per_chunk, split
+from optx.kernels.step.program import Program
+from optx.kernels.step.runner import Step
 
 SERIAL = 32768  # below this many elements waking other threads costs more than it saves
 

@@ -2,7 +2,7 @@
 
 Forward moves 4 bytes per float32 logit (read), backward 8 (read, and the gradient's write); `cross_entropy`
 moves 8 and 20, as its `nll_loss` hands a dense gradient on. The mathematics, and the two functions exported
-here, are those of `optx.signal._stablemax_rows`.
+here, are those of `optx.kernels.loss.stablemax_rows`.
 
 A target is either ``labels`` or ``probs``; the other one, and an absent ``weight``, is None, which Triton
 takes as a constant and compiles away.
@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from optx.signal._stablemax_rows import Options, RowSums, math_dtype, terms
+from optx.kernels.loss.stablemax_rows import Options, RowSums, math_dtype, terms
 
 __all__ = ["AuditSpec", "audit_specs", "backward", "forward"]
 
@@ -183,7 +183,7 @@ def backward_kernel(
 
 
 def forward(logits: Tensor, target: Tensor, options: Options) -> RowSums:
-    """Loss and sums of each row; see `optx.signal._stablemax_rows.forward`.
+    """Loss and sums of each row; see `optx.kernels.loss.stablemax_rows.forward`.
 
     Args:
         logits: shape (R, C), last stride 1.
@@ -201,7 +201,7 @@ def forward(logits: Tensor, target: Tensor, options: Options) -> RowSums:
 def backward(
     grad: Tensor, logits: Tensor, target: Tensor, rest: Tensor, mass: Tensor | None, options: Options
 ) -> Tensor:
-    """Gradient of the logits; see `optx.signal._stablemax_rows.backward`."""
+    """Gradient of the logits; see `optx.kernels.loss.stablemax_rows.backward`."""
     result = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if mass is not None:
         mass = mass.contiguous()

@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
-from optx.kernels.layout import Columns
-from optx.kernels.program import Program
+from optx.kernels.step.layout import Columns
+from optx.kernels.step.program import Program
 
 
 class Step(ABC):

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 import optx
-from optx.kernels.layout import Layout
-from optx.kernels.traffic import step_bytes
+from optx.kernels.audit.traffic import step_bytes
+from optx.kernels.step.layout import Layout
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from optx.kernels.emit import indent, variable
-from optx.kernels.program import Ref
+from optx.kernels.step.program import Ref
+from optx.kernels.step.text import indent, variable
 
 
 class Args(IntEnum):

@@ -13,10 +13,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from optx.kernels.emit_triton import CHUNK_ROW, compiled
-from optx.kernels.layout import CHUNK, Columns, Layout, partials_per_chunk, split
-from optx.kernels.program import Program
-from optx.kernels.step import Step
+from optx.kernels.step.emit_triton import CHUNK_ROW, compiled
+from optx.kernels.step.layout import CHUNK, Columns, Layout, partials_per_chunk, split
+from optx.kernels.step.program import Program
+from optx.kernels.step.runner import Step
 
 # Without fusion a * b + c rounds twice, as on the CPU, wherever ptxas might fuse in one copy of an expression
 # and not in another: an element's bits don't depend on whether it falls into a full block or a tail.

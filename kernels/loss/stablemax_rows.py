@@ -1,6 +1,6 @@
 """StableMax cross-entropy of a matrix of rows, in torch operations.
 
-This is the reference of the compiled kernels (`optx.kernels.loss_stablemax`, `..._cpu`), and the path itself
+This is the reference of the compiled kernels (`stablemax_triton`, `stablemax_cpu`), and the path itself
 where neither serves: under ``torch.compile``, for tensor subclasses, on other devices. All three share the
 two functions `forward` and `backward` below, argument by argument, and the elementwise `terms`.
 

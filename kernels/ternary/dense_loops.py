@@ -1,6 +1,6 @@
 """Dense tensors from ternary masks on CPU: the loops, compiled by Numba for one dtype of the tensor.
 
-Not to be imported: `optx.kernels.ternary_cpu` runs copies of this file, one per dtype, that differ in the
+Not to be imported: `optx.kernels.ternary.cpu` runs copies of this file, one per dtype, that differ in the
 value of DTYPE, since the compiler's disk cache is kept by file. Elements are written through raw addresses
 (`optx.kernels.cpu`).
 """
@@ -16,7 +16,7 @@ from numba import types
 
 from optx.kernels.cpu import address, get_f64, get_i64, load, store, take
 from optx.kernels.jit import cfunc, njit
-from optx.kernels.ternary_cpu import Dense, array
+from optx.kernels.ternary.cpu import Dense, array
 
 DTYPE = "float32"
 

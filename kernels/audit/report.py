@@ -1,4 +1,4 @@
-"""``python -m optx.kernels.audit``: what the GPU kernels compile to, without a GPU.
+"""``optx audit``: what the GPU kernels compile to, without a GPU.
 
 Compiles every Triton kernel ahead of time for NVIDIA sm_80, sm_90, sm_100 and AMD gfx942 and reads the
 machine code: registers, spills, shared memory, the width of loads and stores in the main loop, and the bytes
@@ -15,16 +15,17 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from optx.kernels.audit_asm import Machine, inspect, widths
-from optx.kernels.audit_cases import Case, all_cases
-from optx.kernels.emit_triton import compiled
-from optx.kernels.step_triton import CHUNK_WARPS, LAUNCH, TENSOR_WARPS, block_size, compiler_options
-from optx.kernels.traffic import call_bytes
+from optx.kernels.audit.assembly import Machine, inspect, widths
+from optx.kernels.audit.traffic import call_bytes
+from optx.kernels.step.emit_triton import compiled
+from optx.kernels.step.layout import Layout
+from optx.kernels.step.program import Program
+from optx.kernels.step.triton import CHUNK_WARPS, LAUNCH, TENSOR_WARPS, block_size, compiler_options
 
 ACCESS = 128  # bits: the widest access, and the narrowest allowed in a main loop
 # Memory bandwidth in bytes per second, from the vendors' data sheets.
@@ -34,6 +35,15 @@ _ARGUMENTS = {
     **dict.fromkeys(("cols", "hypers", "partials", "totals"), "*fp64"),
     "count": "i32",
 }
+
+
+@dataclass(frozen=True)
+class Case:
+    """A program, and how its tensors are stored."""
+
+    name: str
+    program: Program
+    layout: Layout
 
 
 @dataclass(frozen=True)
@@ -136,7 +146,7 @@ def _kernel(program: str, name: str, module: Any, block: int = 0, moved: float =
 
 def _loss_kernels() -> Iterator[Kernel]:
     """Those of the losses."""
-    from optx.kernels.loss_stablemax import audit_specs
+    from optx.kernels.loss.stablemax_triton import audit_specs
 
     for s in audit_specs():
         constexprs = {(s.function.arg_names.index(k),): v for k, v in s.constexprs.items()}
@@ -158,7 +168,7 @@ def _loss_kernels() -> Iterator[Kernel]:
 
 def _ternary_kernels(target: Target) -> Iterator[Kernel]:
     """Those that decode compressed deltas. A mask word is 32 bits: one per thread, 128 bytes per warp."""
-    from optx.kernels import ternary
+    from optx.kernels.ternary import dense_triton as ternary
 
     for s in ternary.audit_specs(shared=target.backend == "cuda"):
         names = s.function.arg_names
@@ -289,11 +299,14 @@ def _floors(rows: Sequence[Row]) -> Any:
     return table
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m optx.kernels.audit", description=(__doc__ or "").split("\n\n")[1]
-    )
+def main(cases: Callable[[], Sequence[Case]], arguments: Sequence[str] | None = None) -> int:
+    """The command ``optx audit``; returns the exit code.
+
+    Args:
+        cases: gives the programs to compile; from above, as kernels know no optimizer and no transform.
+        arguments: of the command line.
+    """
+    parser = argparse.ArgumentParser(prog="optx audit", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("--quick", action="store_true", help="one target per family: sm_90 and gfx942")
     parser.add_argument(
         "--only", default="", metavar="REGEX", help="programs whose name matches ('loss', 'ternary' too)"
@@ -302,9 +315,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set, under which nothing is compiled; unset it.")
-    cases = [case for case in all_cases() if re.search(options.only, case.name)]
+    chosen = [case for case in cases() if re.search(options.only, case.name)]
     losses, ternary = (bool(re.search(options.only, name)) for name in ("loss", "ternary"))
-    rows = list(_progress(audit(cases, QUICK if options.quick else TARGETS, losses, ternary)))
+    rows = list(_progress(audit(chosen, QUICK if options.quick else TARGETS, losses, ternary)))
     if options.json:
         options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
     return _tell(rows)
@@ -333,7 +346,3 @@ def _tell(rows: Sequence[Row]) -> int:
         console.print(f"{r.program}, {r.kernel} on {r.target}: {problem}", style="bold red", highlight=False)
     console.print(f"{len(rows)} kernels compiled, {len(bad)} problems.", highlight=False)
     return 1 if bad or not rows else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

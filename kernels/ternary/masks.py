@@ -1,6 +1,6 @@
 """Ternary masks on CPU: the loops that choose, compare and vote, compiled by Numba.
 
-Not to be imported: `optx.kernels.ternary_cpu` runs its text. Every kernel
+Not to be imported: `optx.kernels.ternary.cpu` runs its text. Every kernel
 takes pieces of work from a counter until none is left; a piece has places of its own for its results.
 """
 # Numba's functions have no types that a checker could follow.
@@ -15,7 +15,7 @@ from numba import types
 
 from optx.kernels.cpu import address, get_i64, take
 from optx.kernels.jit import cfunc, njit
-from optx.kernels.ternary_cpu import (
+from optx.kernels.ternary.cpu import (
     BLOCK,
     COARSE,
     FINE,

@@ -1,6 +1,6 @@
 """Golomb codes of ternary masks on CPU, compiled by Numba; the format is that of `optx.delta._golomb`.
 
-Not to be imported: `optx.kernels.ternary_cpu` runs its text. A block of
+Not to be imported: `optx.kernels.ternary.cpu` runs its text. A block of
 `SPAN` numbers has a bit stream of its own, in words of 32 bits, lowest bit first: one sign bit for each
 number that is kept, then the codes of the gaps between positions, or of four positions at a time. A block is
 one piece of work.
@@ -17,7 +17,7 @@ from numba import types
 
 from optx.kernels.cpu import address, get_i64, take
 from optx.kernels.jit import cfunc, njit
-from optx.kernels.ternary_cpu import (
+from optx.kernels.ternary.cpu import (
     DROPPED,
     FOURS,
     SPAN,

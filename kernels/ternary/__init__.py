@@ -1,0 +1,1 @@
+"""Kernels of ternary vectors: bit masks, their Golomb codes, and the dense tensors made of them."""

@@ -1,0 +1,65 @@
+"""The house as its imports draw it: no arrow points up, and none of them form a circle."""
+
+from __future__ import annotations
+
+import graphlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import grimp
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The installed shape, in which kernels/ and recipes/ lie in the package."""
+    stage = tmp_path_factory.mktemp("house")
+    skip = shutil.ignore_patterns("__pycache__")
+    for source, target in (("optx", "optx"), ("kernels", "optx/kernels"), ("recipes", "optx/recipes")):
+        shutil.copytree(ROOT / source, stage / target, ignore=skip)
+    shutil.copy(ROOT / "pyproject.toml", stage)  # with the contract
+    return stage
+
+
+def lint(house: Path) -> subprocess.CompletedProcess[str]:
+    program = "from importlinter.cli import lint_imports_command; lint_imports_command()"
+    command = [sys.executable, "-c", program, "--no-cache"]
+    environment = {**os.environ, "PYTHONPATH": str(house), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, cwd=house, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_no_import_points_up(house: Path) -> None:
+    done = lint(house)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 broken" in done.stdout
+
+
+def test_an_import_that_points_up_is_found(house: Path, tmp_path: Path) -> None:
+    bent = tmp_path / "bent"
+    shutil.copytree(house, bent)
+    with (bent / "optx/kernels/cpu.py").open("a") as file:
+        file.write("\n\ndef late():\n    from optx.step import plan\n    return plan\n")
+    done = lint(bent)
+    assert done.returncode == 1
+    assert "optx.kernels is not allowed to import optx.step" in done.stdout
+
+
+def circle(house: Path, monkeypatch: pytest.MonkeyPatch) -> list[str] | None:
+    monkeypatch.syspath_prepend(str(house))
+    graph = grimp.build_graph("optx", cache_dir=None)
+    arrows = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    try:
+        graphlib.TopologicalSorter(arrows).prepare()
+    except graphlib.CycleError as error:
+        return list(error.args[1])
+    return None
+
+
+def test_no_imports_form_a_circle(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Late ones and those for types count too."""
+    assert circle(house, monkeypatch) is None
