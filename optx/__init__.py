@@ -1,4 +1,15 @@
-"""optx: training-time methods for PyTorch, one line each."""
+"""optx: training-time methods for PyTorch, one line each.
+
+    wrap    optx.wrap(optimizer, optx.PerpGrad(), ...)        AdamR, HFT, PerpGrad
+    attach  optx.attach(model, optx.LoRA(rank=8), ...)        adapters, prefixes, BitFit, FLoRA, SVFit, ...
+    loss    optx.StableMaxCrossEntropy()                      losses
+    delta   optx.Delta(base, tuned), optx.merge(...)          pruning, compression and merging of checkpoints
+    tell    optx.analysis                                     diagnostics; they change nothing
+
+``optx list`` names every method with its paper, ``optx show NAME`` says all of one.
+"""
+
+__version__ = "0.1.0"
 
 from optx import analysis as analysis
 from optx import ops as ops

@@ -17,11 +17,9 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The installed shape, in which kernels/ and recipes/ lie in the package."""
+    """The package with what its links lead to."""
     stage = tmp_path_factory.mktemp("house")
-    skip = shutil.ignore_patterns("__pycache__")
-    for source, target in (("optx", "optx"), ("kernels", "optx/kernels"), ("recipes", "optx/recipes")):
-        shutil.copytree(ROOT / source, stage / target, ignore=skip)
+    shutil.copytree(ROOT / "optx", stage / "optx", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", stage)  # with the contract
     return stage
 
