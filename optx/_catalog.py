@@ -10,7 +10,6 @@ import importlib.metadata
 import inspect
 import pkgutil
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,8 +46,49 @@ class Entry:
     use: str
 
 
+@dataclass(frozen=True)
+class Card:
+    """All that a method says of itself.
+
+    Attributes:
+        entry: its line in the list.
+        signature: how it is called, with the defaults.
+        body: its docstring from the second paragraph on.
+        links: where its papers are.
+        shown: the commands of the recipes that use it.
+    """
+
+    entry: Entry
+    signature: str
+    body: str
+    links: list[str]
+    shown: list[str]
+
+
+def card(name: str) -> Card | None:
+    """A method by its name, in whatever case and with or without ``optx.``; None if there is none."""
+    plain = name.removeprefix("optx.").lower()
+    for thing, entry in _methods().items():
+        if entry.name.lower() != plain:
+            continue
+        doc = inspect.getdoc(thing) or ""
+        source = f"{entry.paper} {_source(doc) or _source(inspect.getdoc(inspect.getmodule(thing)) or '')}"
+        links = [f"https://arxiv.org/abs/{n}" for n in dict.fromkeys(_NUMBER.findall(source))]
+        links += re.findall(r"https?://[^\s,;)]+", source)
+        used = re.compile(rf"\boptx\.{re.escape(entry.name)}\b")
+        shown = [f"optx run {recipe}" for recipe, text in _recipe_texts() if used.search(text)]
+        signature = f"optx.{entry.name}{_defaults(thing)}"
+        return Card(entry, signature, doc.partition("\n")[2].strip(), links, shown)
+    return None
+
+
 def methods() -> list[Entry]:
     """Everything public that implements a method, by verb and name."""
+    order = list(dict.fromkeys(_VERBS.values()))
+    return sorted(_methods().values(), key=lambda entry: (order.index(entry.verb), entry.name.lower()))
+
+
+def _methods() -> dict[Any, Entry]:
     import optx
 
     names = [(name, thing) for name, thing in vars(optx).items() if not name.startswith("_")]
@@ -63,15 +103,15 @@ def methods() -> list[Entry]:
         twin = inspect.isfunction(thing) and verb == "loss" and thing.__module__ in classes
         if verb and not twin and (inspect.isclass(thing) or inspect.isfunction(thing)):
             found[thing] = Entry(name, verb, _summary(thing), _paper(thing), _use(name, verb, thing))
-    order = list(dict.fromkeys(_VERBS.values()))
-    return sorted(found.values(), key=lambda entry: (order.index(entry.verb), entry.name.lower()))
+    return found
 
 
 def recipes() -> list[Entry]:
     """The recipes, without importing them (each imports what it needs to run)."""
     return [
         Entry(name, "run", _first_line(doc), _arxiv(doc), f"optx run {name}")
-        for name, doc in sorted(_recipe_docs())
+        for name, text in _recipe_texts()
+        for doc in (ast.get_docstring(ast.parse(text)) or "",)
     ]
 
 
@@ -127,15 +167,21 @@ def _paper(thing: Any) -> str:
     return _arxiv(inspect.getdoc(thing) or "") or _arxiv(inspect.getdoc(inspect.getmodule(thing)) or "")
 
 
-def _arxiv(doc: str) -> str:
-    """The source that a docstring names: its arXiv numbers, else the line."""
+_NUMBER = re.compile(r"arXiv[ :](\d{4}\.\d{4,5})")
+
+
+def _source(doc: str) -> str:
+    """What a docstring names as its source."""
     source = re.search(
         r"^Source[^:\n]*:\s*(.+?)(?:\n\s*\n|\Z)", inspect.cleandoc(doc), re.DOTALL | re.MULTILINE
     )
-    if not source:
-        return ""
-    text = " ".join(source.group(1).split())
-    numbers = re.findall(r"arXiv[ :](\d{4}\.\d{4,5})", text)
+    return " ".join(source.group(1).split()) if source else ""
+
+
+def _arxiv(doc: str) -> str:
+    """The source that a docstring names: its arXiv numbers, else the line."""
+    text = _source(doc)
+    numbers = _NUMBER.findall(text)
     return ", ".join(f"arXiv {number}" for number in dict.fromkeys(numbers)) or text
 
 
@@ -149,20 +195,27 @@ def _use(name: str, verb: str, thing: Any) -> str:
     return f"{call}({', '.join(_required(forward)[1:])})" if forward else call
 
 
+def _defaults(thing: Any) -> inspect.Signature:
+    """A signature without annotations: the docstring says them in words."""
+    signature = inspect.signature(thing)
+    plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
+    return signature.replace(parameters=plain, return_annotation=signature.empty)
+
+
 def _required(function: Any) -> list[str]:
     plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.default is p.empty and p.kind in plain]
 
 
-def _recipe_docs() -> Iterator[tuple[str, str]]:
+def _recipe_texts() -> list[tuple[str, str]]:
+    """Name and source of every recipe."""
     import optx.recipes
 
-    for found in pkgutil.iter_modules(optx.recipes.__path__):
-        if not found.name.startswith("_"):
-            for folder in optx.recipes.__path__:
-                if (file := Path(folder) / f"{found.name}.py").exists():
-                    yield found.name, ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    names = {m.name for m in pkgutil.iter_modules(optx.recipes.__path__) if not m.name.startswith("_")}
+    folders = map(Path, optx.recipes.__path__)
+    files = [folder / f"{name}.py" for folder in folders for name in names]
+    return sorted((file.stem, file.read_text(encoding="utf-8")) for file in files if file.exists())
 
 
 def _installed(name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import textwrap
 from typing import Annotated
 
 import typer
@@ -26,6 +27,20 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 bench = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
+
+
+@app.callback(invoke_without_command=True)
+def front(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """Training-time methods for PyTorch, one line each."""
+    if version:
+        from optx import __version__
+
+        typer.echo(f"optx {__version__}")
+        raise typer.Exit
+
+
 app.add_typer(bench, name="bench")
 delta_cli.add_to(app)
 
@@ -58,10 +73,34 @@ def run(context: typer.Context, recipe: Annotated[str, typer.Argument(help="its 
 
 
 @app.command("list")
-def list_() -> None:
+def list_(word: Annotated[str, typer.Argument(help="only what has this word in its lines")] = "") -> None:
     """List the methods and the recipes: what each does, where it comes from, how it is used."""
-    _show("Methods", _catalog.methods())
-    _show("Recipes", _catalog.recipes())
+    wanted = word.lower()
+    lists = {"Methods": _catalog.methods(), "Recipes": _catalog.recipes()}
+    having = {t: [e for e in entries if wanted in str(e).lower()] for t, entries in lists.items()}
+    if not any(having.values()):
+        raise _stop(f"optx list: no method or recipe has {word!r} in its lines.")
+    for title, entries in having.items():
+        if entries:
+            _show(title, entries)
+
+
+@app.command()
+def show(method: Annotated[str, typer.Argument(help="its name, as optx list has it")]) -> None:
+    """Show a method: what it does, its arguments with the paper's values, a line to run, its paper."""
+    card = _catalog.card(method)
+    if card is None:
+        names = [entry.name for entry in _catalog.methods()]
+        raise _stop(f"optx show: there is no method {method!r}. {near(method, names)}", 2)
+    console = Console(highlight=False)
+    entry = card.entry
+    console.print(Text.assemble((entry.name, "bold"), "  ", (entry.verb, "cyan"), "  ", (entry.paper, "dim")))
+    console.print(Text(entry.summary), soft_wrap=True)
+    for text, style in ((card.signature, ""), (entry.use, "green"), (card.body, "")):
+        console.print(Text(f"\n{textwrap.indent(text, '    ')}", style), soft_wrap=True)
+    console.print()
+    for line in (*card.links, *card.shown):
+        console.print(Text(f"    {line}", "dim"), soft_wrap=True)
 
 
 @bench.command("step", context_settings={**_PASS_ON, "help_option_names": []})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import inspect
 import sys
 from types import ModuleType
 
@@ -170,3 +171,48 @@ def test_help_names_the_commands() -> None:
     shown = typed("--help").output
     for command in ("run", "list", "bench", "doctor"):
         assert command in shown
+
+
+@pytest.mark.parametrize("name", ["AdamR", "adamr", "optx.LoRA", "stablemaxcrossentropy", "PCB"])
+def test_show_is_the_methods_card(name: str) -> None:
+    shown = typed("show", name)
+    assert shown.exit_code == 0, shown.output
+    entry = next(e for e in _catalog.methods() if e.name.lower() == name.removeprefix("optx.").lower())
+    for part in (entry.name, entry.verb, entry.summary, entry.use, "https://arxiv.org/abs/"):
+        assert part in shown.output
+    assert inspect.getdoc(getattr(optx, entry.name)).splitlines()[-1].strip() in shown.output
+
+
+def test_show_has_a_card_for_every_method() -> None:
+    for entry in _catalog.methods():
+        card = _catalog.card(entry.name)
+        assert card is not None
+        assert card.entry == entry
+        assert "'Literal" not in card.signature
+
+
+def test_show_names_the_recipes_that_show_it() -> None:
+    card = _catalog.card("PerpGrad")
+    assert card is not None
+    assert "optx run grokking" in card.shown
+
+
+def test_show_of_a_wrong_name_is_told_the_near_one() -> None:
+    shown = typed("show", "AdmR")
+    assert shown.exit_code == 2
+    assert "AdamR" in shown.output
+
+
+def test_list_keeps_what_has_the_word() -> None:
+    listed = typed("list", "prefix")
+    assert "PrefixTuning" in listed.output
+    assert "AdamR" not in listed.output
+    nothing = typed("list", "no such word")
+    assert nothing.exit_code == 1
+    assert "no such word" in nothing.output
+
+
+def test_the_version_is_the_packages() -> None:
+    shown = typed("--version")
+    assert shown.output == f"optx {optx.__version__}\n"
+    assert optx.__version__ == importlib.metadata.version("optx-torch")
