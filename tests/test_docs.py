@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
 import optx
 
@@ -64,12 +66,14 @@ def test_method_shows_how_to_call_it(name: str) -> None:
     assert "Args:" in text or not inspect.signature(getattr(optx, name)).parameters
 
 
-def test_readme_transform_runs_fused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+def test_the_guides_transform_runs_fused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(
+        r"```python\n(.*?)```", (ROOT / ".github/CONTRIBUTING.md").read_text(), flags=re.DOTALL
+    )
     [block] = [b for b in blocks if "class Clip" in b]
-    (tmp_path / "readme_clip.py").write_text("import torch\nmodel = torch.nn.Linear(3, 2)\n" + block)
+    (tmp_path / "guide_clip.py").write_text("import torch\nmodel = torch.nn.Linear(3, 2)\n" + block)
     monkeypatch.syspath_prepend(tmp_path)
-    readme: Any = importlib.import_module("readme_clip")
+    readme: Any = importlib.import_module("guide_clip")
     model, opt = readme.model, readme.opt
     start = model.weight.detach().clone()
     (1000.0 * model(torch.ones(1, 3))).sum().backward()
@@ -83,3 +87,23 @@ def test_readme_lists_every_method() -> None:
     text = (ROOT / "README.md").read_text()
     missing = [name for name in METHODS if f"optx.{name}(" not in text]
     assert not missing
+
+
+def test_readme_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a model that has what they ask for, in a folder of checkpoints with the names that they use."""
+    text = (ROOT / "README.md").read_text()
+    diff = re.findall(r"```diff\n(.*?)```", text, flags=re.DOTALL)
+    blocks = ["\n".join(line[2:] for line in block.splitlines()) for block in diff]
+    blocks += re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) >= 3
+    monkeypatch.chdir(tmp_path)
+    model = nn.ModuleDict({"attn": nn.ModuleDict({"q_proj": nn.Linear(8, 8), "v_proj": nn.Linear(8, 8)})})
+    for i, name in enumerate(("base", "tuned", "a", "b")):
+        (tmp_path / name).mkdir()
+        tensors = {key: t.detach() + 0.1 * i * torch.randn_like(t) for key, t in model.state_dict().items()}
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    names: dict[str, Any] = {"torch": torch, "nn": nn, "optx": optx, "model": model}
+    for block in blocks:
+        exec(block, names)
+    assert (tmp_path / "pruned" / "model.safetensors").exists()
+    assert (tmp_path / "merged" / "model.safetensors").exists()
