@@ -96,8 +96,8 @@ _FILES = (
     "cli merge"
 )
 _HANDLES = (
-    "_attach _export _handle _injection _io _paths _peft_io _peft_match _peft_prefix _peft_read _report "
-    "_sharding _stored _targets"
+    "_attach _export _folder _handle _injection _install _paths _peft_io _peft_match _peft_prefix _peft_read "
+    "_report _served _sharding _stored _targets"
 )
 PLUMBING = [
     *(f"{folder}/__init__.py" for folder in FOLDERS),
