@@ -6,7 +6,6 @@ of the safetensors file, under ``optx``, says what to attach where; JSON, no pic
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from optx._errors import FileError, OptxError, near, warn
 from optx._files import written_aside
 from optx._names import placed_like, whole
 from optx.inject import _peft_io, _peft_read
-from optx.inject._injection import Composite, Injection
+from optx.inject._injection import Composite, Injection, values_of
 from optx.inject._paths import paths_of
 from optx.inject._served import OnModel, Served
 from optx.inject._stored import Stored, check_tensors
@@ -261,9 +260,7 @@ def _encode(value: Any) -> Any:
     """An option as JSON can hold it; an injection inside another by its class name."""
     if isinstance(value, Injection):
         options = value.options()
-        for field in dataclasses.fields(value):
-            if _holds_injection(getattr(value, field.name)):
-                options[field.name] = getattr(value, field.name)
+        options.update({name: own for name, own in values_of(value).items() if _holds_injection(own)})
         return {"injection": type(value).__name__, "options": {k: _encode(v) for k, v in options.items()}}
     if isinstance(value, Mapping):
         return {k: _encode(v) for k, v in value.items()}  # pyright: ignore[reportUnknownVariableType]

@@ -386,8 +386,9 @@ class LoRA(Injection):
 
     def parts(self, sites: Sequence[Site]) -> list[Part]:
         """One per site; warns of patterns that name none of them."""
-        for option in ("rank_pattern", "alpha_pattern"):
-            patterns: Mapping[str, Any] = getattr(self, option)
+        given: dict[str, Mapping[str, Any]]
+        given = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        for option, patterns in given.items():
             unused = [p for p in patterns if not any(_pattern_of({p: 0}, site.path) for site in sites)]
             if unused:
                 warn(

@@ -17,7 +17,7 @@ from optx.inject._attention import heads_of, kernel_of
 from optx.inject._bottleneck import adapter_part
 from optx.inject._heads import HeadAdapter, Prefix
 from optx.inject._hidden_delta import Compose, Form, HiddenDeltaOptions, Insertion, Modifies
-from optx.inject._injection import Injection, Site
+from optx.inject._injection import Injection, Site, values_of
 from optx.inject._part import Part
 
 # Where a hidden vector comes out of a module, and, in parallel, its x goes in; roles of `_targets.py`.
@@ -96,18 +96,17 @@ class HiddenDelta(HiddenDeltaOptions, Injection):
     )
 
     def __post_init__(self) -> None:
+        given = values_of(self)
         for option, allowed in _CHOICES.items():
-            if getattr(self, option) not in allowed:
+            if given[option] not in allowed:
                 wanted = ", ".join(map(repr, allowed))
-                raise OptxError(
-                    f"{self.method}: {option} is {getattr(self, option)!r}; it must be one of {wanted}."
-                )
+                raise OptxError(f"{self.method}: {option} is {given[option]!r}; it must be one of {wanted}.")
         check_range(self.method, "rank", self.rank, 1)
         check_range(self.method, "dropout", self.dropout, 0, 1)
         check_range(self.method, "std", self.std, 0)
         for option in ("mlp", "kv_heads", "head_dim"):
-            if getattr(self, option) is not None:
-                check_range(self.method, option, getattr(self, option), 1)
+            if given[option] is not None:
+                check_range(self.method, option, given[option], 1)
         if self.scale != "learned":
             check_range(self.method, "scale", self.scale, float("-inf"))
         for wrong, why in self._contradictions():
@@ -219,7 +218,7 @@ class Choice(Injection):
     def choose(self, **choices: Any) -> HiddenDelta:
         """These, and this method's own options of the same names."""
         known = {field.name for field in fields(HiddenDelta)}
-        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name in known}
+        own = {name: value for name, value in values_of(self).items() if name in known}
         return HiddenDelta(**(own | choices), method=type(self).__name__)
 
     def __post_init__(self) -> None:
