@@ -168,7 +168,7 @@ def _warn_if_compiled(model: nn.Module) -> None:
     if not compiled:
         kind = sys.modules["torch._dynamo.eval_frame"].OptimizedModule
         modules = {id(module) for module in model.modules()}
-        wrappers = (thing for thing in gc.get_objects() if type(thing) is kind)
+        wrappers = (one for one in gc.get_objects() if type(one) is kind)
         compiled = any(id(wrapper._orig_mod) in modules for wrapper in wrappers)
     if compiled:
         warn(

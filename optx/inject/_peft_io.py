@@ -21,7 +21,7 @@ from optx.inject._part import original
 from optx.inject._paths import Paths, paths_of
 from optx.inject._peft_match import any_of, kept_whole, targeted, task_of
 from optx.inject._served import OnModel
-from optx.inject._weights import is_conv, is_transposed, wide
+from optx.inject._weights import in_sum_precision, is_conv, is_transposed
 from optx.inject.bitfit import BiasShift
 from optx.inject.ia3 import IA3
 from optx.inject.lora import LoRA, LowRank
@@ -127,7 +127,7 @@ def tensors_of(handle: OnModel, tensors: Mapping[str, Tensor]) -> dict[str, Tens
         elif isinstance(one.part, BiasShift):
             delta = one.part.delta
         if delta is not None:
-            base = wide(own_tensor(one.module, "bias"))
+            base = in_sum_precision(own_tensor(one.module, "bias"))
             found[f"{PREFIX}{key}"] = base + whole(delta.detach()).to(base.dtype)
     return found
 
