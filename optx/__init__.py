@@ -41,10 +41,10 @@ from optx.delta.rws import Signature as Signature
 from optx.delta.ties import TIES as TIES
 from optx.inject._attach import attach as attach
 from optx.inject._export import export_lora as export_lora
+from optx.inject._fold_prefix import fold_prefix as fold_prefix
 from optx.inject._freeze import Frozen as Frozen
 from optx.inject._freeze import trainable_only as trainable_only
 from optx.inject._handle import Handle as Handle
-from optx.inject._heads import fold_prefix as fold_prefix
 from optx.inject._injection import Composite as Composite
 from optx.inject._injection import Injection as Injection
 from optx.inject._injection import Site as Site

@@ -7,16 +7,14 @@ Numerical Stability", ICLR 2025, arXiv 2501.04697, sections 3 and 5.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from optx._errors import OptxError, ShapeError
 from optx.delta._stats import InputStats, input_stats
-
-if TYPE_CHECKING:
-    from optx.inject._handle import Handle
+from optx.inject._handle import Handle
 
 __all__ = ["InputStats", "grad_norms", "input_stats", "nlm_alignment", "softmax_collapse"]
 

@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import optx
-from optx.inject import _io
+from optx.inject import _folder
 
 OWN, CONFIG, TENSORS = "optx_adapter.safetensors", "adapter_config.json", "adapter_model.safetensors"
 
@@ -562,7 +562,7 @@ def test_a_failure_after_attaching_takes_it_off_again(
     def fails(*_: Any) -> None:
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(_io, "_fill", fails)
+    monkeypatch.setattr(_folder, "fill", fails)
     refuses(saved(tmp_path), plain(), "no memory", RuntimeError)
 
 

@@ -9,7 +9,7 @@ import uuid
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,26 +17,37 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from optx._errors import OptxError, ShapeError
-from optx.inject._bottleneck import FORMS
+from optx.inject._hidden_delta import FORMS
 from optx.inject._injection import Site
 from optx.inject._part import Arguments, Part, hidden_of, new_tensor, output_of, with_output
 
-if TYPE_CHECKING:
-    from optx.inject.iaa import Aside
+Variant = Literal["highway", "layerwise", "bottleneck"]
+Form = Literal["relu", "gelu", "silu", "tanh", "linear"]
 
 WAY_OUT = (
     "Use checkpointing with use_reentrant=False, or optx.Aside(variant='layerwise'), which has no stream."
 )
 
 
+@dataclass(frozen=True)
+class AsideOptions:
+    """The options of `optx.Aside`, which says what each means; its parts read them from here."""
+
+    rank: int = 16
+    variant: Variant = "highway"
+    form: Form = "relu"
+    dropout: float = 0.0
+    width: int | None = None
+
+
 class Beside(Part):
     """What all variants share: the layer's input as they read it, and how they add to its output."""
 
-    def __init__(self, aside: Aside, path: str, width: int) -> None:
+    def __init__(self, options: AsideOptions, path: str, width: int) -> None:
         super().__init__()
         self.path, self.width = path, width
-        self.variant, self.rank = aside.variant, aside.rank
-        self.form, self.dropout = aside.form, aside.dropout
+        self.variant, self.rank = options.variant, options.rank
+        self.form, self.dropout = options.form, options.dropout
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """x_l, (..., width)."""
@@ -82,8 +93,8 @@ class Bypass(Beside):
     W_up and the biases are zero at the start.
     """
 
-    def __init__(self, aside: Aside, site: Site, width: int) -> None:
-        super().__init__(aside, site.path, width)
+    def __init__(self, options: AsideOptions, site: Site, width: int) -> None:
+        super().__init__(options, site.path, width)
         self.W_down = nn.Parameter(_random(site.module, self.rank, width))
         self.b_down = nn.Parameter(new_tensor(site.module, self.rank))
         self.W_up = nn.Parameter(new_tensor(site.module, width, self.rank))
@@ -303,8 +314,8 @@ class Narrow(Streamed):
     nothing to act on. U (width, rank), zero at the start, in the last layer.
     """
 
-    def __init__(self, aside: Aside, site: Site, width: int, *, first: bool, last: bool) -> None:
-        super().__init__(aside, site.path, width)
+    def __init__(self, options: AsideOptions, site: Site, width: int, *, first: bool, last: bool) -> None:
+        super().__init__(options, site.path, width)
         self.D = nn.Parameter(_random(site.module, self.rank, width))
         self.C = None if first else nn.Parameter(new_tensor(site.module, self.rank, self.rank))
         self.U = nn.Parameter(new_tensor(site.module, width, self.rank)) if last else None

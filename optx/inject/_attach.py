@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import gc
-import sys
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 
 from torch import nn
 
-from optx._errors import OptxError, TargetError, near, warn
-from optx.inject._handle import Handle, Saved, Served, detach
-from optx.inject._injection import Composite, Injection, Site, Targets
-from optx.inject._part import RESERVED, Attached, attached
-from optx.inject._sharding import check_sites, check_whole
-from optx.inject._targets import check_servable, resolve
+from optx._errors import OptxError
+from optx.inject import _folder
+from optx.inject._handle import Handle
+from optx.inject._injection import Composite, Injection, Targets
+from optx.inject._install import check_model, install
+from optx.inject._paths import paths_of
 
 
 def attach(
@@ -58,150 +57,40 @@ def attach(
         True
         >>> handle.remove()
     """
-    _check_model(model)
+    check_model(model)
     if isinstance(injection, str | PathLike):
-        from optx.inject._io import attach_saved
-
         if modules_to_save:
             raise OptxError(
                 f"attach: modules_to_save={list(modules_to_save)!r} can't be added to what "
                 f"{str(injection)!r} has saved. Leave it out, or pass the injection instead of the folder."
             )
-        return attach_saved(model, injection, targets, name=name)
+        if targets is not None:
+            raise OptxError("attach: a saved adapter says itself which modules it serves; leave targets out.")
+        return _attach_saved(model, injection, name)
     if not isinstance(injection, Injection):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise OptxError(
             f"attach: injection is {injection!r}; it must be one such as optx.LoRA(rank=8), or a folder."
         )
-    saved = [_saved(model, path) for path in modules_to_save]
-    served: list[Served] = []
-    for member, wanted in _members(injection, targets):
-        made = _serve(model, member, resolve(model, member, wanted), name, modules_to_save)
-        if not made:
-            raise TargetError("attach: every target is in modules_to_save, so nothing is left to serve.")
-        served.extend(made)
-    _check_names(served)
-    _warn_if_compiled(model)
-    _install(served)
+    served, saved = install(model, injection, targets, name, modules_to_save)
     return Handle(model, injection, served, saved)
 
 
-def _check_model(model: nn.Module) -> None:
-    inner = getattr(model, "_orig_mod", None)
-    if isinstance(inner, nn.Module):
-        raise OptxError(
-            "attach: this is a compiled model. Attach to the module itself (model._orig_mod) before its "
-            "first call: torch.compile ignores hooks that are added later."
-        )
-    check_whole(model)
-
-
-def _members(
-    injection: Injection, targets: Targets | Mapping[str, Targets] | None
-) -> list[tuple[Injection, Targets | None]]:
-    if not isinstance(injection, Composite):
-        if isinstance(targets, Mapping):
-            raise TargetError(
-                f"attach: targets is a dict, but {type(injection).__name__} has no members. Pass a regex."
-            )
-        return [(injection, targets)]
-    members = injection.members()
-    if targets is None:
-        return [(member, None) for member in members.values()]
-    if not isinstance(targets, Mapping):
-        raise TargetError(
-            f"attach: {type(injection).__name__} serves several kinds of modules; pass targets as a dict of "
-            f"{', '.join(map(repr, members))}, or None for its defaults."
-        )
-    for key in targets:
-        if key not in members:
-            raise TargetError(
-                f"attach: {type(injection).__name__} has no member {key!r}. {near(key, members)}"
-            )
-    return [(member, targets.get(key)) for key, member in members.items()]
-
-
-def _serve(
-    model: nn.Module, injection: Injection, sites: Sequence[Site], name: str | None, whole: Sequence[str]
-) -> list[Served]:
-    """What the injection and its companions will add; the model is not touched yet.
-
-    Nothing in modules that are trained whole is served; PEFT too adapts none of them.
-    """
-    sites = [site for site in sites if not any(f"{site.path}.".startswith(f"{path}.") for path in whole)]
-    if not sites:
-        return []
-    for site in sites:
-        check_servable(site, model)
-    check_sites(model, sites)
-    served = [
-        Served(site.path, site.module, part, injection, name or injection.name)
-        for site, part in zip(sites, injection.parts(sites), strict=True)
-    ]
-    for companion, others in injection.companions(model, sites):
-        served.extend(_serve(model, companion, others, name, whole))
-    return served
-
-
-def _check_names(served: Sequence[Served]) -> None:
-    taken: set[tuple[int, str]] = set()
-    for one in served:
-        container = one.module._modules.get(RESERVED)  # pyright: ignore[reportPrivateUsage]
-        if container is None and hasattr(one.module, RESERVED):
-            raise OptxError(f"attach: {one.path!r} has an attribute {RESERVED!r} of its own.")
-        names = set(container.parts) if isinstance(container, Attached) else set[str]()
-        key = (id(one.module), one.name)
-        if one.name in names or key in taken:
-            raise OptxError(
-                f"attach: {one.path!r} has a {one.name!r} attached already. Remove that one, or pass "
-                f"name={one.name + '2'!r}."
-            )
-        if not one.name.isidentifier() or hasattr(Attached, one.name):
-            raise OptxError(f"attach: name={one.name!r} must be a Python identifier that means nothing else.")
-        taken.add(key)
-
-
-def _saved(model: nn.Module, path: str) -> Saved:
-    modules = dict(model.named_modules())
-    if path not in modules or not path:
-        raise TargetError(f"attach: modules_to_save has {path!r}, no module. {near(path, modules)}")
-    module = modules[path]
-    originals = {name: t.detach().clone() for name, t in module.state_dict().items()}
-    return Saved(path, module, originals)
-
-
-def _install(served: Sequence[Served]) -> None:
-    """Add all parts and hooks; if anything fails half-way, nothing stays."""
-    done: list[Served] = []
+def _attach_saved(model: nn.Module, path: str | PathLike[str], name: str | None) -> Handle:
+    """Attach what a folder holds, to the modules it was saved for, and load its tensors."""
+    stored = _folder.read(path, model)
+    here = paths_of(model).here
+    exact = {member: _exactly(here[one] for one in paths) for member, paths in stored.served.items()}
+    targets = exact if isinstance(stored.injection, Composite) else exact[""]
+    served, saved = install(model, stored.injection, targets, name, [here[one] for one in stored.whole])
+    handle = Handle(model, stored.injection, served, saved)
     try:
-        for one in served:
-            container = attached(one.module)
-            if container is None:
-                container = Attached(one.module)
-                container.train(one.module.training)
-                one.module.add_module(RESERVED, container)
-            one.part.train(one.module.training)
-            container.add_module(one.name, one.part)
-            done.append(one)
-            one.hooks.extend(container.hook(one.part))
+        _folder.fill(handle, stored, os.fspath(path))
     except BaseException:
-        for one in reversed(done):
-            detach(one)
+        handle.remove()
         raise
+    return handle
 
 
-def _warn_if_compiled(model: nn.Module) -> None:
-    """torch.compile does not see hooks that come after a model's first compiled call."""
-    frames = sys.modules.get("torch._dynamo.convert_frame")
-    if frames is None or not frames.FRAME_COUNTER:  # nothing at all has been compiled yet
-        return
-    compiled = any(module._compiled_call_impl is not None for module in model.modules())  # pyright: ignore[reportPrivateUsage]
-    if not compiled:
-        kind = sys.modules["torch._dynamo.eval_frame"].OptimizedModule
-        modules = {id(module) for module in model.modules()}
-        wrappers = (thing for thing in gc.get_objects() if type(thing) is kind)
-        compiled = any(id(wrapper._orig_mod) in modules for wrapper in wrappers)
-    if compiled:
-        warn(
-            "optx.attach: this model has been given to torch.compile. If it has run since, the compiled code "
-            "does not know what is attached now: call torch._dynamo.reset() before its next call."
-        )
+def _exactly(paths: Iterable[str]) -> Targets:
+    wanted = frozenset(paths)
+    return lambda path, module: path in wanted

@@ -6,58 +6,33 @@ Source: arXiv 2110.04366, section 3.1, table 1 and figure 1.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from optx._errors import ShapeError
+from optx.inject._hidden_delta import FORMS, HiddenDeltaOptions, draw
 from optx.inject._part import Arguments, Part, Weights, hidden_of, new_tensor, output_of, with_output
 from optx.inject._weights import features, is_linear, is_transposed
-
-if TYPE_CHECKING:
-    from optx.inject.unified import HiddenDelta
-
-FORMS: dict[str, Callable[[Tensor], Tensor]] = {
-    "linear": lambda x: x,
-    "relu": torch.relu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "tanh": torch.tanh,
-    "softmax": lambda x: torch.softmax(x, dim=-1),
-}
-
-
-def draw(down: Tensor, up: Tensor, delta: HiddenDelta) -> None:
-    """Starting values: ``"lora"`` is the identity, ``"bert"`` is not."""
-    with torch.no_grad():
-        if delta.init == "lora":
-            bound = math.sqrt(1 / down.shape[-1])  # kaiming_uniform_ with a = sqrt(5), also for three axes
-            down.uniform_(-bound, bound)
-            up.zero_()
-        else:
-            down.normal_(std=delta.std)
-            up.normal_(std=delta.std)
 
 
 class Adapter(Part):
     """s (f(x W_down' + b_down) W_up' + b_up), with W_down (r, in) and W_up (out, r); without its place."""
 
-    def __init__(self, delta: HiddenDelta, module: nn.Module, into: int, out: int) -> None:
+    def __init__(self, options: HiddenDeltaOptions, module: nn.Module, into: int, out: int) -> None:
         super().__init__()
-        self.form, self.dropout, self.norm = delta.form, delta.dropout, delta.norm
-        self.insertion = delta.insertion
-        down, up = new_tensor(module, delta.rank, into), new_tensor(module, out, delta.rank)
-        draw(down, up, delta)
+        self.form, self.dropout, self.norm = options.form, options.dropout, options.norm
+        self.insertion = options.insertion
+        down, up = new_tensor(module, options.rank, into), new_tensor(module, out, options.rank)
+        draw(down, up, options)
         self.W_down, self.W_up = nn.Parameter(down), nn.Parameter(up)
-        self.b_down = nn.Parameter(new_tensor(module, delta.rank)) if delta.bias else None
-        self.b_up = nn.Parameter(new_tensor(module, out)) if delta.bias else None
-        learned = delta.scale == "learned"
-        self.scale = nn.Parameter(new_tensor(module) + 1) if learned else float(delta.scale)
-        normed = {"none": 0, "in": into, "out": out}[delta.norm]
+        self.b_down = nn.Parameter(new_tensor(module, options.rank)) if options.bias else None
+        self.b_up = nn.Parameter(new_tensor(module, out)) if options.bias else None
+        learned = options.scale == "learned"
+        self.scale = nn.Parameter(new_tensor(module) + 1) if learned else float(options.scale)
+        normed = {"none": 0, "in": into, "out": out}[options.norm]
         self.norm_weight = nn.Parameter(new_tensor(module, normed) + 1) if normed else None
         self.norm_bias = nn.Parameter(new_tensor(module, normed)) if normed else None
 
@@ -161,26 +136,26 @@ class LinearSequential(Sequential):
         return Weights(_rows(module, W + product @ W), _sum(bias, shift))
 
 
-def adapter_part(delta: HiddenDelta, module: nn.Module) -> Adapter | str:
+def adapter_part(options: HiddenDeltaOptions, module: nn.Module) -> Adapter | str:
     """The part for a hidden vector of one module; else what the module is instead, in words."""
     kind = type(module).__name__
-    if delta.insertion == "sequential" and kind.endswith("Norm") and not isinstance(module, nn.GroupNorm):
+    if options.insertion == "sequential" and kind.endswith("Norm") and not isinstance(module, nn.GroupNorm):
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or weight.ndim != 1:
             return f"a {kind} without a weight, so its width is not known"
-        return SecondNorm(delta, module, len(weight), len(weight))
+        return SecondNorm(options, module, len(weight), len(weight))
     inside = [one for name, one in module.named_modules() if is_linear(one) and "optx" not in name.split(".")]
     if not inside:
         return f"a {kind}"
     into, out = features(inside[0])[0], features(inside[-1])[1]
     if _adds_residual(module):
-        if delta.insertion == "sequential":
+        if options.insertion == "sequential":
             return f"a {kind}, whose output is normalised already; target its linear layer, or its norm"
-        return Residual(delta, module, out, out)
-    folds = delta.form == "linear" and delta.norm == "none" and is_linear(module)
-    if delta.insertion == "sequential":
-        return (LinearSequential if folds else Sequential)(delta, module, out, out)
-    return (LinearParallel if folds else Parallel)(delta, module, into, out)
+        return Residual(options, module, out, out)
+    folds = options.form == "linear" and options.norm == "none" and is_linear(module)
+    if options.insertion == "sequential":
+        return (LinearSequential if folds else Sequential)(options, module, out, out)
+    return (LinearParallel if folds else Parallel)(options, module, into, out)
 
 
 _RESIDUAL = "input_tensor"

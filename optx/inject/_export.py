@@ -12,8 +12,9 @@ from torch import Tensor
 
 from optx._errors import OptxError
 from optx.inject import _peft_io
-from optx.inject._handle import Handle, Served
+from optx.inject._handle import Handle
 from optx.inject._peft_match import paths_of
+from optx.inject._served import Served
 from optx.inject._weights import is_conv
 from optx.inject.lora import LoRA, LowRank
 

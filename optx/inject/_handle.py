@@ -3,43 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from optx._errors import FileError, MergeError, OptxError, near
-from optx.inject import _merge
+from optx._errors import MergeError, OptxError
+from optx.inject import _folder, _merge
 from optx.inject._injection import Injection
+from optx.inject._install import detach
 from optx.inject._part import RESERVED, Part, attached
 from optx.inject._report import Report, Row
+from optx.inject._served import Saved, Served
+from optx.inject._stored import check_tensors
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-@dataclass(eq=False)
-class Served:
-    """One module, and the part that one injection added to it."""
-
-    path: str
-    module: nn.Module
-    part: Part
-    injection: Injection
-    name: str
-    hooks: list[RemovableHandle] = field(default_factory=list[RemovableHandle])
-
-
-@dataclass(eq=False)
-class Saved:
-    """A module that is trained whole beside the adapter, and its tensors from before."""
-
-    path: str
-    module: nn.Module
-    originals: dict[str, Tensor]
 
 
 class Handle:
@@ -286,10 +266,8 @@ class Handle:
         Raises:
             OptxError: ``path`` is a file.
         """
-        from optx.inject._io import save
-
         self._check_alive("save")
-        save(self, path)
+        _folder.save(self, path)
 
     def load(self, path: str | PathLike[str]) -> None:
         """Load tensors that `save` wrote for the same injection and targets.
@@ -297,9 +275,7 @@ class Handle:
         Raises:
             FileError: the file is damaged, or for another model or injection; nothing is changed.
         """
-        from optx.inject._io import load
-
-        load(self, path)
+        _folder.load(self, path)
 
     # ---- words --------------------------------------------------------------------------------------
 
@@ -342,36 +318,6 @@ class _Disabled:
     def __exit__(self, *_: object) -> None:
         for part, enabled in self._states:
             part.enabled = enabled
-
-
-def check_tensors(
-    found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str = "state_dict"
-) -> None:
-    """Raise unless both have the same keys and shapes; names the first that differs."""
-    for key, tensor in wanted.items():
-        if key not in found:
-            raise FileError(f"{where}: {key!r} is missing. {near(key, found)}")
-        if found[key].shape != tensor.shape:
-            raise FileError(
-                f"{where}: {key!r} has shape {tuple(found[key].shape)}, the model needs "
-                f"{tuple(tensor.shape)}. It was saved for another model, or with other options."
-            )
-    for key in found:
-        if key not in wanted:
-            raise FileError(f"{where}: {key!r} has no place in this model. {near(key, wanted)}")
-
-
-def detach(one: Served) -> None:
-    """Take one part off its module, and the container with the last of them."""
-    container = attached(one.module)
-    for hook in one.hooks:
-        hook.remove()
-    one.hooks.clear()
-    if container is not None and container.parts.get(one.name) is one.part:
-        del container._modules[one.name]  # pyright: ignore[reportPrivateUsage]
-        container.unhook()
-        if not container.parts:
-            del one.module._modules[RESERVED]  # pyright: ignore[reportPrivateUsage]
 
 
 def _container(one: Served) -> Any:

@@ -6,21 +6,15 @@ Source: arXiv 2110.04366, section 3.1 and table 1.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from optx._errors import OptxError
 from optx.inject._attention import Attention, AttentionPart, Heads, spread, with_prefix
-from optx.inject._bottleneck import FORMS, draw
+from optx.inject._hidden_delta import FORMS, HiddenDeltaOptions, draw
 from optx.inject._part import new_tensor
-
-if TYPE_CHECKING:
-    from optx.inject._handle import Handle
-    from optx.inject.unified import HiddenDelta
 
 
 class Prefix(AttentionPart):
@@ -31,12 +25,12 @@ class Prefix(AttentionPart):
 
     what: ClassVar[str] = "the prefix"
 
-    def __init__(self, delta: HiddenDelta, module: nn.Module, path: str, heads: Heads) -> None:
+    def __init__(self, options: HiddenDeltaOptions, module: nn.Module, path: str, heads: Heads) -> None:
         super().__init__(path, heads)
-        self.length, self.mlp = delta.rank, delta.mlp
+        self.length, self.mlp = options.rank, options.mlp
         if self.mlp is None:
             key, value = (new_tensor(module, heads.count, self.length, heads.width) for _ in range(2))
-            draw(key, value, delta)
+            draw(key, value, options)
             self.key, self.value = nn.Parameter(key), nn.Parameter(value)
             return
         width = heads.count * heads.width
@@ -82,14 +76,14 @@ class HeadAdapter(AttentionPart):
 
     what: ClassVar[str] = "the adapter of the heads"
 
-    def __init__(self, delta: HiddenDelta, module: nn.Module, path: str, heads: Heads) -> None:
+    def __init__(self, options: HiddenDeltaOptions, module: nn.Module, path: str, heads: Heads) -> None:
         super().__init__(path, heads)
-        self.form, self.dropout = delta.form, delta.dropout
-        key, value = (new_tensor(module, heads.count, delta.rank, heads.width) for _ in range(2))
-        draw(key, value, delta)
+        self.form, self.dropout = options.form, options.dropout
+        key, value = (new_tensor(module, heads.count, options.rank, heads.width) for _ in range(2))
+        draw(key, value, options)
         self.key, self.value = nn.Parameter(key), nn.Parameter(value)
-        learned = delta.scale == "learned"
-        self.scale = nn.Parameter(new_tensor(module) + 1) if learned else float(delta.scale)
+        learned = options.scale == "learned"
+        self.scale = nn.Parameter(new_tensor(module) + 1) if learned else float(options.scale)
 
     def attend(self, call: Attention) -> Tensor:
         """Heads that share keys and values share an adapter; the query is scaled as for the softmax."""
@@ -103,43 +97,6 @@ class HeadAdapter(AttentionPart):
     def note(self) -> str:
         """Its size."""
         return f"bottleneck {self.key.shape[1]} on each of {self.heads.count} heads, {self.form}"
-
-
-def fold_prefix(handle: Handle) -> None:
-    """Replace the MLPs that make prefixes by what they make; outputs stay the same.
-
-    For after the training: an optimizer that was made before moves tensors which are no longer used. The
-    handle then saves and loads like one of ``PrefixTuning(mlp=None)``.
-
-    Args:
-        handle: of `optx.PrefixTuning`, `optx.MAM`, or any injection with a prefix that has an MLP.
-
-    Raises:
-        OptxError: the handle has no such prefix, or has been removed.
-
-    Example:
-        >>> import torch, optx
-        >>> attention = torch.nn.ModuleDict({"attn": torch.nn.MultiheadAttention(8, 2)})
-        >>> handle = optx.attach(attention, optx.PrefixTuning(length=3, mlp=16), targets="attn")
-        >>> optx.fold_prefix(handle)
-        >>> sorted(handle.state_dict())
-        ['attn.prefix.key', 'attn.prefix.value']
-    """
-    if handle.removed:
-        raise OptxError("fold_prefix: this handle has been removed from its model.")
-    todo = [one for one in handle.served if isinstance(one.part, Prefix) and one.part.mlp is not None]
-    if not todo:
-        raise OptxError(f"fold_prefix: {handle!r} has no prefix that is made by an MLP, so nothing to fold.")
-    known: dict[int, Any] = {}
-    for one in todo:
-        assert isinstance(one.part, Prefix)
-        one.part.drop_mlp()
-        one.injection = known.setdefault(id(one.injection), replace(one.injection, mlp=None))  # pyright: ignore[reportCallIssue]
-    whole: Any = handle.injection
-    if id(whole) in known:
-        handle.injection = known[id(whole)]
-    elif hasattr(whole, "mlp"):  # a composite makes its members from an option of its own
-        handle.injection = replace(whole, mlp=None)
 
 
 def _uniform(weight: Tensor) -> Tensor:

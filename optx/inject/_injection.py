@@ -82,9 +82,14 @@ class Injection(ABC):
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
 
     def __str__(self) -> str:
-        fields = [(field, getattr(self, field.name)) for field in dataclasses.fields(self)]
-        changed = [f"{field.name}={value!r}" for field, value in fields if value != _default(field)]
+        defaults = {field.name: _default(field) for field in dataclasses.fields(self)}
+        changed = [f"{name}={value!r}" for name, value in values_of(self).items() if value != defaults[name]]
         return f"{type(self).__name__}({', '.join(changed)})"
+
+
+def values_of(injection: Injection) -> dict[str, Any]:
+    """Its options by name, as they are; `Injection.options` gives plain copies of them."""
+    return {field.name: getattr(injection, field.name) for field in dataclasses.fields(injection)}
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

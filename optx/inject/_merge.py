@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from optx._errors import MergeError
 from optx.inject._part import Attached, Part, Weights
-from optx.inject._weights import wide
+from optx.inject._weights import in_sum_precision
 
 _TENSORS = ("weight", "bias")
 
@@ -107,7 +107,10 @@ def _refold(module: nn.Module, attached: Attached, path: str, parts: Iterable[Pa
     own = {name: p for name in _TENSORS if isinstance(p := getattr(module, name, None), Tensor)}
     originals = attached.originals or {name: p.detach().clone() for name, p in own.items()}
     check_untouched(module, attached, path)
-    base = Weights(wide(originals["weight"]), wide(originals["bias"]) if "bias" in originals else None)
+    base = Weights(
+        in_sum_precision(originals["weight"]),
+        in_sum_precision(originals["bias"]) if "bias" in originals else None,
+    )
     ordered = _in_order_of_call(attached, parts)
     now = Weights(base.weight, base.bias)
     # A product that autocast took to bfloat16 would be in the weights for good.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,19 +20,17 @@ from optx.inject._injection import Injection
 from optx.inject._part import original
 from optx.inject._paths import Paths, paths_of
 from optx.inject._peft_match import any_of, kept_whole, targeted, task_of
-from optx.inject._weights import is_conv, is_transposed, wide
+from optx.inject._served import OnModel
+from optx.inject._weights import in_sum_precision, is_conv, is_transposed
 from optx.inject.bitfit import BiasShift
 from optx.inject.ia3 import IA3
 from optx.inject.lora import LoRA, LowRank
 from optx.inject.prefix import PrefixTuning
 
-if TYPE_CHECKING:
-    from optx.inject._handle import Handle
-
 PREFIX = "base_model.model."
 
 
-def config_of(handle: Handle) -> dict[str, Any] | str:
+def config_of(handle: OnModel) -> dict[str, Any] | str:
     """The configuration with which PEFT does the same; or why there is none, empty for other methods."""
     injection, model = handle.injection, handle.model
     if type(injection) is PrefixTuning:
@@ -111,7 +109,7 @@ def _objection(
     return ""
 
 
-def tensors_of(handle: Handle, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def tensors_of(handle: OnModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A handle's tensors by PEFT's keys, and those that PEFT has in another form.
 
     Biases are trained here as differences to the model's; PEFT has them whole. Prefixes are one tensor there.
@@ -129,7 +127,7 @@ def tensors_of(handle: Handle, tensors: Mapping[str, Tensor]) -> dict[str, Tenso
         elif isinstance(one.part, BiasShift):
             delta = one.part.delta
         if delta is not None:
-            base = wide(own_tensor(one.module, "bias"))
+            base = in_sum_precision(own_tensor(one.module, "bias"))
             found[f"{PREFIX}{key}"] = base + whole(delta.detach()).to(base.dtype)
     return found
 
@@ -154,7 +152,7 @@ def _shorter(number: float) -> float:
     return int(number) if number == int(number) else number
 
 
-def spelled_out(injection: Injection, handle: Handle) -> dict[str, Any]:
+def spelled_out(injection: Injection, handle: OnModel) -> dict[str, Any]:
     """The options of an injection, by module where they are patterns over module names."""
     options = injection.options()
     served = [one for one in handle.served if one.injection is handle.injection]

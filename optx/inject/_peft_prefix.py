@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,10 @@ from optx._errors import FileError
 from optx.inject._heads import Prefix
 from optx.inject._paths import paths_of
 from optx.inject._peft_match import task_of
+from optx.inject._served import OnModel, Served
 from optx.inject._stored import Stored
 from optx.inject._targets import resolve
 from optx.inject.prefix import PrefixTuning
-
-if TYPE_CHECKING:
-    from optx.inject._handle import Handle, Served
 
 PROMPT = "prompt_embeddings"
 
@@ -32,7 +30,7 @@ Turn = Callable[[Tensor, int], Tensor]
 """Keys (heads, l, width) as if they stood at another position."""
 
 
-def config_of(handle: Handle) -> dict[str, Any] | str:
+def config_of(handle: OnModel) -> dict[str, Any] | str:
     """The configuration with which PEFT does the same, or why there is none."""
     injection, model = handle.injection, handle.model
     assert isinstance(injection, PrefixTuning)
@@ -60,7 +58,7 @@ def config_of(handle: Handle) -> dict[str, Any] | str:
     }
 
 
-def prompt_of(handle: Handle) -> Tensor:
+def prompt_of(handle: OnModel) -> Tensor:
     """(l, layers * 2 * heads * width): for each position, each layer's keys, then its values."""
     served = _by_layer(handle.served)
     turn = _turn(handle.model, [one.module for one in served])

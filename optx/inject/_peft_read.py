@@ -18,7 +18,7 @@ from optx.inject._paths import Paths, bare_path, paths_of
 from optx.inject._peft_io import PREFIX, own_tensor, tied_to
 from optx.inject._peft_match import any_of, is_feedforward, kept_whole, targeted
 from optx.inject._stored import Stored
-from optx.inject._weights import is_biased, wide
+from optx.inject._weights import in_sum_precision, is_biased
 from optx.inject.ia3 import IA3
 from optx.inject.lora import LoRA
 
@@ -227,7 +227,7 @@ class _File:
             if key == name:
                 found[name] = tensor
             elif name not in rest:
-                base = wide(own_tensor(module, "bias"))
+                base = in_sum_precision(own_tensor(module, "bias"))
                 if base.shape != tensor.shape:
                     raise FileError(
                         f"{self.where}: {key!r} has shape {tuple(tensor.shape)}, the model's bias "

@@ -99,12 +99,12 @@ def _around(model: nn.Module) -> str:
     own = {id(p) for p in model.parameters()}
     inside = {id(module) for module in model.modules()}
     kinds: dict[type, bool] = {}
-    for thing in gc.get_objects():
-        kind = type(thing)
+    for found in gc.get_objects():
+        kind = type(found)
         if kind not in kinds:
             kinds[kind] = issubclass(kind, nn.Module) and wrapped_by(kind) is not None
-        if kinds[kind] and id(thing) not in inside and not isinstance(thing, nn.DataParallel):
-            parts = (*thing.modules(), *thing.parameters())
+        if kinds[kind] and id(found) not in inside and not isinstance(found, nn.DataParallel):
+            parts = (*found.modules(), *found.parameters())
             if any(part is model or id(part) in own for part in parts):
                 return kind.__name__
     return ""

@@ -1,11 +1,13 @@
-"""What a file of an adapter holds, whoever wrote it."""
+"""What a file of an adapter holds, whoever wrote it, and whether it fits."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from optx._errors import FileError, near
 from optx.inject._injection import Injection
 
 
@@ -24,3 +26,20 @@ class Stored:
     served: dict[str, list[str]]
     whole: list[str]
     tensors: dict[str, Tensor]
+
+
+def check_tensors(
+    found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str = "state_dict"
+) -> None:
+    """Raise unless both have the same keys and shapes; names the first that differs."""
+    for key, tensor in wanted.items():
+        if key not in found:
+            raise FileError(f"{where}: {key!r} is missing. {near(key, found)}")
+        if found[key].shape != tensor.shape:
+            raise FileError(
+                f"{where}: {key!r} has shape {tuple(found[key].shape)}, the model needs "
+                f"{tuple(tensor.shape)}. It was saved for another model, or with other options."
+            )
+    for key in found:
+        if key not in wanted:
+            raise FileError(f"{where}: {key!r} has no place in this model. {near(key, wanted)}")

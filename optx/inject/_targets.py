@@ -44,11 +44,25 @@ class Family:
     linears: str = ""
     convolutions: str = ""
 
+    @property
+    def parts(self) -> dict[str, str]:
+        """Every pattern but the block's, by name."""
+        return {
+            "query_value": self.query_value,
+            "key_value": self.key_value,
+            "ffn_out": self.ffn_out,
+            "attention": self.attention,
+            "ffn": self.ffn,
+            "attention_out": self.attention_out,
+            "linears": self.linears,
+            "convolutions": self.convolutions,
+        }
+
     def pattern(self, role: str) -> str:
         """The regex of a role's modules, empty if the family has none."""
         if role == "block":
             return self.block
-        names = [getattr(self, part) for part in _ROLES[role]]
+        names = [self.parts[part] for part in _ROLES[role]]
         if not all(names):
             return ""
         return rf"{self.block}\.({'|'.join(names)})"
@@ -58,7 +72,7 @@ class Family:
         sign = "attention" if self.attention else "convolutions"
         if not _any_matches(self.pattern(sign), paths):
             return 0
-        return sum(_any_matches(self.pattern(part), paths) for part in _PARTS if getattr(self, part))
+        return sum(_any_matches(self.pattern(part), paths) for part, own in self.parts.items() if own)
 
 
 # What each injection serves by default, in terms of a family's parts.
@@ -76,7 +90,6 @@ _ROLES: dict[str, tuple[str, ...]] = {
     "convolutions": ("convolutions",),
     "block": (),
 }
-_PARTS = tuple(role for role, parts in _ROLES.items() if parts == (role,))
 
 # Of the families whose parts are found, a model is of the one with most of them: the first, among equals.
 FAMILIES = (

@@ -73,7 +73,7 @@ def _may_write(output: Tensor, *others: Tensor) -> bool:
     )
 
 
-def wide(tensor: Tensor) -> Tensor:
+def in_sum_precision(tensor: Tensor) -> Tensor:
     """In the precision of sums: float32, or float64 if it is."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from optx.inject.unified import Choice, Form, HiddenDelta
+from optx.inject._hidden_delta import Form
+from optx.inject.unified import Choice, HiddenDelta
 
 Position = Literal["ffn", "attention", "both"]
 

@@ -255,10 +255,10 @@ class FLoRA(Injection):
             )
         limits = [min(n, numel // n) for n in axes[:2]] + list(axes[2:])
         ranks = [min(rank, limit) for rank, limit in zip(wanted, limits, strict=True)]
-        for axis, which in enumerate(("in", "out")):
+        for axis, (which, own) in enumerate((("in", self.in_rank), ("out", self.out_rank))):
             grows_short = which == "in" and len(axes) > 2  # one channel per group, three of an image
             if ranks[axis] < wanted[axis] and not grows_short:
-                given = f"{which}_rank" if getattr(self, f"{which}_rank") else "rank"
+                given = f"{which}_rank" if own else "rank"
                 raise TargetError(
                     f"attach: FLoRA's {given}={wanted[axis]} is larger than the rank of {path!r} along its "
                     f"{which}put axis, {limits[axis]}. Use at most that."

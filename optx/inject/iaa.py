@@ -9,24 +9,30 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import nn
 
 from optx._errors import OptxError, TargetError, check_range
-from optx.inject._aside import Highway, Layerwise, Narrow, Stream, Streamed
-from optx.inject._bottleneck import FORMS
+from optx.inject._aside import (
+    AsideOptions,
+    Form,
+    Highway,
+    Layerwise,
+    Narrow,
+    Stream,
+    Streamed,
+    Variant,
+)
+from optx.inject._hidden_delta import FORMS
 from optx.inject._injection import Composite, Injection, Site
 from optx.inject._part import RESERVED, Part
 from optx.inject._weights import features, is_conv, is_linear
 from optx.inject.adapters import SequentialAdapter
 
-Variant = Literal["highway", "layerwise", "bottleneck"]
-Form = Literal["relu", "gelu", "silu", "tanh", "linear"]
-
 
 @dataclass(frozen=True)
-class Aside(Injection):
+class Aside(AsideOptions, Injection):
     """Small modules alongside the layers, joined into one trained path from the first layer to the last.
 
     Adapters inside layers get their gradient through all frozen layers above. These don't: at the start,
@@ -74,12 +80,6 @@ class Aside(Injection):
     name: ClassVar[str] = "aside"
     role: ClassVar[str] = "block"
     serves: ClassVar[str] = "the layers of a stack"
-
-    rank: int = 16
-    variant: Variant = "highway"
-    form: Form = "relu"
-    dropout: float = 0.0
-    width: int | None = None
 
     def __post_init__(self) -> None:
         check_range("Aside", "rank", self.rank, 1)

@@ -29,11 +29,11 @@ from optx.inject._weights import (
     add_product,
     conv_like,
     features,
+    in_sum_precision,
     is_biased,
     is_conv,
     is_linear,
     is_transposed,
-    wide,
 )
 from optx.inject.bitfit import BitFit
 
@@ -70,7 +70,7 @@ class LowRank(Part):
         self.bias = nn.Parameter(new_tensor(module, out)) if trains_bias else None
         self.magnitude = None
         if lora.dora:
-            norm = self.norm(wide(original(module, "weight"))).to(A.dtype)
+            norm = self.norm(in_sum_precision(original(module, "weight"))).to(A.dtype)
             self.magnitude = nn.Parameter(norm.view(1, out, *ones) if ones else norm)
 
     # ---- what linear, conv and embedding do in their own way -----------------------------------------
@@ -99,7 +99,7 @@ class LowRank(Part):
 
     def norm(self, weight: Tensor) -> Tensor:
         """(out,) row norms of W + s B A, without ever making B A."""
-        W, A, B = self.matrix(weight), wide(self.A.flatten(1)), wide(self.B.flatten(1))
+        W, A, B = self.matrix(weight), *(in_sum_precision(t.flatten(1)) for t in (self.A, self.B))
         with torch.autocast(weight.device.type, enabled=False):
             cross = ((W @ A.t()) * B).sum(1)
             square = ((B @ (A @ A.t())) * B).sum(1)
@@ -110,7 +110,7 @@ class LowRank(Part):
         """(out,) DoRA's m / |W + s B A|; the norm counts as a constant (section 4.3)."""
         assert self.magnitude is not None
         with torch.no_grad():
-            norm = self.norm(wide(weight)).to(self.magnitude.dtype)
+            norm = self.norm(in_sum_precision(weight)).to(self.magnitude.dtype)
             norm.clamp_min_(torch.finfo(norm.dtype).tiny)  # a row of zeros has magnitude 0 too: 0, not NaN
         return self.magnitude.flatten() / norm
 
@@ -386,8 +386,9 @@ class LoRA(Injection):
 
     def parts(self, sites: Sequence[Site]) -> list[Part]:
         """One per site; warns of patterns that name none of them."""
-        for option in ("rank_pattern", "alpha_pattern"):
-            patterns: Mapping[str, Any] = getattr(self, option)
+        given: dict[str, Mapping[str, Any]]
+        given = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
+        for option, patterns in given.items():
             unused = [p for p in patterns if not any(_pattern_of({p: 0}, site.path) for site in sites)]
             if unused:
                 warn(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 from torch import nn
 
@@ -16,20 +16,9 @@ from optx._errors import OptxError, TargetError, check_range
 from optx.inject._attention import heads_of, kernel_of
 from optx.inject._bottleneck import adapter_part
 from optx.inject._heads import HeadAdapter, Prefix
-from optx.inject._injection import Injection, Site
+from optx.inject._hidden_delta import Compose, Form, HiddenDeltaOptions, Insertion, Modifies
+from optx.inject._injection import Injection, Site, values_of
 from optx.inject._part import Part
-
-Form = Literal["relu", "gelu", "silu", "tanh", "linear", "softmax"]
-"""f in Δ = f(x W_down) W_up."""
-
-Modifies = Literal["ffn", "attention", "both", "projections", "heads"]
-"""Which hidden vector h is changed: the output of a sub-layer, of both, of a projection, or of each head."""
-
-Insertion = Literal["parallel", "sequential"]
-"""What x is: the input of what computes h, or h itself."""
-
-Compose = Literal["add", "scaled", "gated"]
-"""h + Δ, h + s Δ, or (1 - λ) h + λ Δ."""
 
 # Where a hidden vector comes out of a module, and, in parallel, its x goes in; roles of `_targets.py`.
 _ROLES = {
@@ -46,7 +35,7 @@ _ROLES = {
 
 
 @dataclass(frozen=True)
-class HiddenDelta(Injection):
+class HiddenDelta(HiddenDeltaOptions, Injection):
     """Change hidden vectors by Δ = f(x W_down) W_up: any point of the unified view's design space.
 
     Four choices make a method. `optx.LoRA` is the one row that has code of its own, for PEFT's options; the
@@ -106,35 +95,18 @@ class HiddenDelta(Injection):
         "scaled_dot_product_attention"
     )
 
-    form: Form = "relu"
-    modifies: Modifies = "ffn"
-    insertion: Insertion = "parallel"
-    compose: Compose = "add"
-    rank: int = 16
-    scale: float | Literal["learned"] = 1.0
-    bias: bool = True
-    norm: Literal["none", "in", "out"] = "none"
-    dropout: float = 0.0
-    init: Literal["lora", "bert"] = "lora"
-    std: float = 0.02
-    mlp: int | None = None
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    method: str = "HiddenDelta"
-
     def __post_init__(self) -> None:
+        given = values_of(self)
         for option, allowed in _CHOICES.items():
-            if getattr(self, option) not in allowed:
+            if given[option] not in allowed:
                 wanted = ", ".join(map(repr, allowed))
-                raise OptxError(
-                    f"{self.method}: {option} is {getattr(self, option)!r}; it must be one of {wanted}."
-                )
+                raise OptxError(f"{self.method}: {option} is {given[option]!r}; it must be one of {wanted}.")
         check_range(self.method, "rank", self.rank, 1)
         check_range(self.method, "dropout", self.dropout, 0, 1)
         check_range(self.method, "std", self.std, 0)
         for option in ("mlp", "kv_heads", "head_dim"):
-            if getattr(self, option) is not None:
-                check_range(self.method, option, getattr(self, option), 1)
+            if given[option] is not None:
+                check_range(self.method, option, given[option], 1)
         if self.scale != "learned":
             check_range(self.method, "scale", self.scale, float("-inf"))
         for wrong, why in self._contradictions():
@@ -246,7 +218,7 @@ class Choice(Injection):
     def choose(self, **choices: Any) -> HiddenDelta:
         """These, and this method's own options of the same names."""
         known = {field.name for field in fields(HiddenDelta)}
-        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name in known}
+        own = {name: value for name, value in values_of(self).items() if name in known}
         return HiddenDelta(**(own | choices), method=type(self).__name__)
 
     def __post_init__(self) -> None:

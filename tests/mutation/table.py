@@ -38,8 +38,10 @@ TABLE = {
     "optx/inject/_attention.py": "prefix adapters",
     "optx/inject/_bottleneck.py": "arithmetic_inject adapters prefix",
     "optx/inject/_embeddings.py": "arithmetic_inject lora",
+    "optx/inject/_fold_prefix.py": "prefix",
     "optx/inject/_freeze.py": "attach",
     "optx/inject/_heads.py": "prefix adapters",
+    "optx/inject/_hidden_delta.py": "arithmetic_inject adapters prefix",
     "optx/inject/_merge.py": "arithmetic_inject attach lora svfit ia3 flora",
     "optx/inject/_part.py": "arithmetic_inject attach lora adapters",
     "optx/inject/_weights.py": "arithmetic_inject lora flora svfit ia3",
@@ -94,8 +96,8 @@ _FILES = (
     "cli merge"
 )
 _HANDLES = (
-    "_attach _export _handle _injection _io _paths _peft_io _peft_match _peft_prefix _peft_read _report "
-    "_sharding _stored _targets"
+    "_attach _export _folder _handle _injection _install _paths _peft_io _peft_match _peft_prefix _peft_read "
+    "_report _served _sharding _stored _targets"
 )
 PLUMBING = [
     *(f"{folder}/__init__.py" for folder in FOLDERS),

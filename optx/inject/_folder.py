@@ -6,10 +6,9 @@ of the safetensors file, under ``optx``, says what to attach where; JSON, no pic
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
@@ -21,10 +20,10 @@ from optx._errors import FileError, OptxError, near, warn
 from optx._files import written_aside
 from optx._names import placed_like, whole
 from optx.inject import _peft_io, _peft_read
-from optx.inject._handle import Handle, check_tensors
-from optx.inject._injection import Composite, Injection, Targets
+from optx.inject._injection import Composite, Injection, values_of
 from optx.inject._paths import paths_of
-from optx.inject._stored import Stored
+from optx.inject._served import OnModel, Served
+from optx.inject._stored import Stored, check_tensors
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
 OWN = "optx_adapter.safetensors"
@@ -40,7 +39,7 @@ _FOR_TRAINING = ("dropout", "init", "std")
 # ---- saving -----------------------------------------------------------------------------------------
 
 
-def save(handle: Handle, path: str | PathLike[str]) -> None:
+def save(handle: OnModel, path: str | PathLike[str]) -> None:
     """Write a handle's folder. What the options can't say is found out before anything is written."""
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
@@ -73,7 +72,7 @@ def _write(file: Path, tensors: Mapping[str, Tensor], description: Mapping[str, 
         save_file(copies, aside, metadata={"format": "pt", "optx": json.dumps(description)})
 
 
-def _describe(handle: Handle) -> dict[str, Any]:
+def _describe(handle: OnModel) -> dict[str, Any]:
     """What to attach where."""
     plain = paths_of(handle.model).plain
     try:
@@ -93,11 +92,11 @@ def _describe(handle: Handle) -> dict[str, Any]:
     }
 
 
-def _by_member(handle: Handle) -> dict[str, list[str]]:
+def _by_member(handle: OnModel) -> dict[str, list[str]]:
     """Served paths by member; what an injection brings along by itself (companions) is left out."""
     injection = handle.injection
     members = injection.members() if isinstance(injection, Composite) else {"": injection}
-    groups: dict[int, list[Any]] = {}
+    groups: dict[int, list[Served]] = {}
     for one in handle.served:
         groups.setdefault(id(one.injection), []).append(one)
     waiting = list(groups.values())
@@ -109,7 +108,7 @@ def _by_member(handle: Handle) -> dict[str, list[str]]:
     return found
 
 
-def _keys(handle: Handle) -> dict[str, str]:
+def _keys(handle: OnModel) -> dict[str, str]:
     """The keys of a handle's state dict, by those of a file: bare paths, and the method's own name."""
     plain = paths_of(handle.model).plain
     keys: dict[str, str] = {}
@@ -129,35 +128,11 @@ def _keys(handle: Handle) -> dict[str, str]:
 # ---- loading ----------------------------------------------------------------------------------------
 
 
-def attach_saved(model: nn.Module, path: str | PathLike[str], targets: object, *, name: str | None) -> Handle:
-    """Attach what a folder holds, to the modules it was saved for, and load its tensors."""
-    from optx.inject._attach import attach
-
-    if targets is not None:
-        raise OptxError("attach: a saved adapter says itself which modules it serves; leave targets out.")
-    stored = _read(path, model)
-    here = paths_of(model).here
-    exact = {member: _exactly(here[one] for one in paths) for member, paths in stored.served.items()}
-    handle = attach(
-        model,
-        stored.injection,
-        exact if isinstance(stored.injection, Composite) else exact[""],
-        name=name,
-        modules_to_save=[here[one] for one in stored.whole],
-    )
-    try:
-        _fill(handle, stored, os.fspath(path))
-    except BaseException:
-        handle.remove()
-        raise
-    return handle
-
-
-def load(handle: Handle, path: str | PathLike[str]) -> None:
+def load(handle: OnModel, path: str | PathLike[str]) -> None:
     """Load a folder's tensors into a handle of the same injection."""
     if handle.removed:
         raise OptxError("load: this handle has been removed from its model. Attach again.")
-    stored = _read(path, handle.model)
+    stored = read(path, handle.model)
     where = os.fspath(path)
     own, theirs = (_effective(one, handle) for one in (handle.injection, stored.injection))
     if own["class"] != theirs["class"]:
@@ -168,15 +143,10 @@ def load(handle: Handle, path: str | PathLike[str]) -> None:
                 f"load: {where!r} was saved with {option}={value!r}, and this handle has {own[option]!r}. "
                 "optx.attach(model, path) takes the options from the file."
             )
-    _fill(handle, stored, where)
+    fill(handle, stored, where)
 
 
-def _exactly(paths: Iterable[str]) -> Targets:
-    wanted = frozenset(paths)
-    return lambda path, module: path in wanted
-
-
-def _fill(handle: Handle, stored: Stored, where: str) -> None:
+def fill(handle: OnModel, stored: Stored, where: str) -> None:
     """Copy the tensors into the handle, if every key and shape is right."""
     live, keys = handle.state_dict(), _keys(handle)
     own = {key: live[name] for key, name in keys.items()}
@@ -184,7 +154,7 @@ def _fill(handle: Handle, stored: Stored, where: str) -> None:
     handle.load_state_dict({keys[key]: placed_like(stored.tensors[key], t) for key, t in own.items()})
 
 
-def _effective(injection: Injection, handle: Handle) -> dict[str, Any]:
+def _effective(injection: Injection, handle: OnModel) -> dict[str, Any]:
     """Options in a form that is equal if what they do to the handle's modules is."""
     return {"class": type(injection).__name__, **_encode(_peft_io.spelled_out(injection, handle))}
 
@@ -192,7 +162,7 @@ def _effective(injection: Injection, handle: Handle) -> dict[str, Any]:
 # ---- reading ----------------------------------------------------------------------------------------
 
 
-def _read(path: str | PathLike[str], model: nn.Module) -> Stored:
+def read(path: str | PathLike[str], model: nn.Module) -> Stored:
     """What a folder holds; the model is not touched."""
     folder = Path(path)
     if not folder.is_dir():
@@ -290,9 +260,7 @@ def _encode(value: Any) -> Any:
     """An option as JSON can hold it; an injection inside another by its class name."""
     if isinstance(value, Injection):
         options = value.options()
-        for field in dataclasses.fields(value):
-            if _holds_injection(getattr(value, field.name)):
-                options[field.name] = getattr(value, field.name)
+        options.update({name: own for name, own in values_of(value).items() if _holds_injection(own)})
         return {"injection": type(value).__name__, "options": {k: _encode(v) for k, v in options.items()}}
     if isinstance(value, Mapping):
         return {k: _encode(v) for k, v in value.items()}  # pyright: ignore[reportUnknownVariableType]

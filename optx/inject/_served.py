@@ -1,0 +1,56 @@
+"""What an injection has put on a model, module by module, and what its files need to know of the handle."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from optx.inject._injection import Injection
+from optx.inject._part import Part
+
+
+@dataclass(eq=False)
+class Served:
+    """One module, and the part that one injection added to it."""
+
+    path: str
+    module: nn.Module
+    part: Part
+    injection: Injection
+    name: str
+    hooks: list[RemovableHandle] = field(default_factory=list[RemovableHandle])
+
+
+@dataclass(eq=False)
+class Saved:
+    """A module that is trained whole beside the adapter, and its tensors from before."""
+
+    path: str
+    module: nn.Module
+    originals: dict[str, Tensor]
+
+
+class OnModel(Protocol):
+    """An injection on a model, as files see it; `optx.Handle` is one, and forwards its saving to them."""
+
+    model: nn.Module
+    injection: Injection
+    served: list[Served]
+    saved: list[Saved]
+
+    @property
+    def removed(self) -> bool:
+        """Whether it has been taken off."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What was added, by the served module's path."""
+        ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Load what `state_dict` gave; raises before anything changes."""
+        ...
