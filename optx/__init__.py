@@ -12,12 +12,12 @@ from optx._errors import TransformError as TransformError
 from optx._rules import rule as rule
 from optx.delta import rws as rws
 from optx.delta._compressed import Compressed as Compressed
+from optx.delta._coordinate_search import Found as Found
+from optx.delta._coordinate_search import search as search
 from optx.delta._delta import Delta as Delta
+from optx.delta._first_layers import shallowest as shallowest
 from optx.delta._patch import Patch as Patch
 from optx.delta._patch import patch as patch
-from optx.delta._search import Found as Found
-from optx.delta._search import search as search
-from optx.delta._shallow import shallowest as shallowest
 from optx.delta.arithmetic import TaskArithmetic as TaskArithmetic
 from optx.delta.compeft import ComPEFT as ComPEFT
 from optx.delta.compeft import compress as compress

@@ -24,7 +24,7 @@ from torch import nn
 
 import optx
 from optx._cache import NoCacheError, PrivateFolder, UnsafeCacheError, cache_root
-from optx.delta import _mask, _select
+from optx.delta import _order_statistics, _random_mask
 from optx.kernels import available, emit, jit
 from optx.signal import stablemax
 
@@ -496,7 +496,7 @@ def test_processes_without_a_home_or_a_whole_numba_or_at_once(tmp_path: Path, ca
         # The same again through the other callers;
         + "\nshown['reasons'] = reasons"
         + "\nshown['loss'] = float(optx.stablemax_cross_entropy(torch.eye(3), torch.arange(3)))"
-        + "\nfrom optx.delta._mask import Dropout"
+        + "\nfrom optx.delta._random_mask import Dropout"
         + "\nshown['kept'] = Dropout(5, 0.5, 1.0).keep(0, 99).tolist()"
         + "\ntry: import optx.kernels.ternary_cpu"
         + "\nexcept optx.OptxError as error: shown['ternary'] = str(error)",
@@ -525,7 +525,7 @@ def test_processes_without_a_home_or_a_whole_numba_or_at_once(tmp_path: Path, ca
     ]
     loss = stablemax.stablemax_cross_entropy(torch.eye(3), torch.arange(3))
     assert got["loss"] == pytest.approx(float(loss), rel=1e-6)
-    assert got["kept"] == _mask.Dropout(5, 0.5, 1.0).keep(0, 99).tolist()
+    assert got["kept"] == _random_mask.Dropout(5, 0.5, 1.0).keep(0, 99).tolist()
     assert got["ternary"].startswith("Compressed deltas need compiled kernels, and numba can't be imported")
 
 
@@ -588,7 +588,7 @@ def test_masks_are_the_same_bits_without_numba(monkeypatch: pytest.MonkeyPatch) 
     def everything() -> list[bytes]:
         made: list[torch.Tensor] = []
         for p, q in MASKS:
-            drop = _mask.Dropout(_mask.key_of(3, "x"), p, q)
+            drop = _random_mask.Dropout(_random_mask.key_of(3, "x"), p, q)
             made += [drop.keep(11, 999).view(torch.uint8), drop.scale(new, 4).view(torch.int32)]
             made += [drop.scale(new.double()).view(torch.int64)]
             made += [drop.onto(base, old, new, 17).view(torch.int32)]
@@ -598,16 +598,18 @@ def test_masks_are_the_same_bits_without_numba(monkeypatch: pytest.MonkeyPatch) 
 
     compiled = everything()
     monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
-    monkeypatch.setattr(_mask, "_compiled", None)  # not to be called
+    monkeypatch.setattr(_random_mask, "_compiled", None)  # not to be called
     assert everything() == compiled
 
 
 def test_order_statistics_are_the_same_without_numba(no_jit: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_select, "_FEW", 10)
-    monkeypatch.setattr(_select, "_compiled", None)
+    monkeypatch.setattr(_order_statistics, "_FEW", 10)
+    monkeypatch.setattr(_order_statistics, "_compiled", None)
     numbers = torch.cat([torch.randn(5000), torch.zeros(9), -torch.zeros(9), torch.tensor([float("inf")])])
     ranks = [0, 1, 2500, 2501, 5015, 5018]
-    got = _select.order_statistics(lambda: [[part] for part in numbers.split(999)], [ranks], len(numbers))
+    got = _order_statistics.order_statistics(
+        lambda: [[part] for part in numbers.split(999)], [ranks], len(numbers)
+    )
     assert got == [numbers.sort().values[ranks].tolist()]
 
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from optx._errors import OptxError, ShapeError, check_range
 from optx.delta import _bitmask as bitmask
+from optx.delta._checkpoint_source import Checkpoint, open_source
 from optx.delta._delta import Delta
 from optx.delta._safetensors import Entry
-from optx.delta._source import Checkpoint, open_source
 
 if TYPE_CHECKING:
     from typing_extensions import Self

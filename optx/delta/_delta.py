@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from optx._errors import OptxError, ShapeError, near
-from optx.delta._output import plan_of, write_checkpoint
-from optx.delta._prunes import Plain, Prunes, chooser
+from optx.delta._checkpoint_output import plan_of, write_checkpoint
+from optx.delta._checkpoint_source import Checkpoint, Files, Source, check_same, open_source
+from optx.delta._float32_sums import add, difference, difference_dtype, total
+from optx.delta._pruning import Plain, Prunes, chooser
 from optx.delta._safetensors import Entry
-from optx.delta._source import Checkpoint, Files, Source, check_same, open_source
-from optx.delta._sums import add, difference, total, wide
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -106,7 +106,7 @@ class Delta(Prunes):
             whole = new.entries[name].dtype.is_floating_point
             return difference(old.read(name), new.read(name)) if whole else new.read(name)
 
-        entries = {n: Entry(new.entries[n].shape, wide(new.entries[n].dtype)) for n in names}
+        entries = {n: Entry(new.entries[n].shape, difference_dtype(new.entries[n].dtype)) for n in names}
         prints = {n: old.fingerprint(n) for n in names if old.entries[n].dtype.is_floating_point}
         recipe = ("between", old.label, old.state, new.label, new.state)
         made = cls(entries, read, recipe=recipe, fingerprints=prints, tied=new.tied, piece=piece)
@@ -120,7 +120,7 @@ class Delta(Prunes):
         Raises:
             FileError: the file is missing, damaged, or not a delta's.
         """
-        from optx.delta._storage import open_delta
+        from optx.delta._delta_file import open_delta
 
         entries, read, about = open_delta(Path(path))
         return cls(
@@ -380,6 +380,6 @@ class Delta(Prunes):
         Raises:
             OptxError: the file exists, or the disk is too small.
         """
-        from optx.delta._storage import save_delta
+        from optx.delta._delta_file import save_delta
 
         return save_delta(self, Path(path).expanduser())

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from optx._errors import FileError, OptxError
+from optx.delta._checkpoint_source import Files
 from optx.delta._delta import Delta
+from optx.delta._float32_sums import difference_dtype
 from optx.delta._safetensors import Entry
-from optx.delta._source import Files
-from optx.delta._sums import wide
 from optx.inject._peft_io import PREFIX
 from optx.inject._peft_read import lora_from
 
@@ -48,7 +48,7 @@ def lora_delta(kind: type[D], folder: Path, target: str) -> D:
             )
     recipe = ("lora", target, source.label, source.state)
     if target == "factors":
-        entries = {n: Entry(e.shape, wide(e.dtype)) for n, e in source.entries.items()}
+        entries = {n: Entry(e.shape, difference_dtype(e.dtype)) for n, e in source.entries.items()}
         return kind(
             entries,
             lambda name: source.read(name).to(entries[name].dtype),

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from optx.delta._changes import ByPieces, Changes, Combine
 from optx.delta._combine import PerModel, mixed, per_model
+from optx.delta._merge_method import ByPieces, Changes, Combine
 from optx.delta.merge import MergeMethod
 
 

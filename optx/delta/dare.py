@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from optx._errors import OptxError
-from optx.delta._changes import ByPieces, Changes, Combine, OfPiece
 from optx.delta._combine import PerModel, check_choice, elected, mixed, numbers, per_model, steady_rows
-from optx.delta._mask import Dropout, key_of
+from optx.delta._merge_method import ByPieces, Changes, Combine, OfPiece
+from optx.delta._random_mask import Dropout, key_of
 from optx.delta._safetensors import PIECE
 from optx.delta.merge import MergeMethod
 

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from optx._errors import OptxError, near
-from optx.delta._changes import ByPieces, Changes, Combine, Progress
+from optx.delta._checkpoint_output import plan_of, write_checkpoint
+from optx.delta._checkpoint_source import Checkpoint, Files, Source, check_alike, open_source
 from optx.delta._delta import Delta
-from optx.delta._output import plan_of, write_checkpoint
-from optx.delta._prunes import chooser
+from optx.delta._float32_sums import add, difference_dtype
+from optx.delta._merge_method import ByPieces, Changes, Combine, Progress
+from optx.delta._pruning import chooser
 from optx.delta._safetensors import PIECE, Entry
-from optx.delta._source import Checkpoint, Files, Source, check_alike, open_source
-from optx.delta._sums import add, wide
 
 Model: TypeAlias = Checkpoint | Delta
 
@@ -175,7 +175,7 @@ class _Inputs:
             m if isinstance(m, Delta) else open_source(m, f"models[{i}]") for i, m in enumerate(models)
         ]
         self.entries = {
-            name: Entry(entry.shape, wide(entry.dtype))
+            name: Entry(entry.shape, difference_dtype(entry.dtype))
             for name, entry in self.base.entries.items()
             if entry.dtype.is_floating_point and keep(name)
         }

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from optx._errors import check_range
-from optx.delta._changes import ByPieces, Changes, Combine, OfPiece
 from optx.delta._combine import PerModel, check_choice, per_model, steady_rows, total
-from optx.delta._select import order_statistics
+from optx.delta._merge_method import ByPieces, Changes, Combine, OfPiece
+from optx.delta._order_statistics import order_statistics
 from optx.delta.merge import MergeMethod
 
 Range = tuple[float, float]

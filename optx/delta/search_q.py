@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from optx._errors import OptxError, check_range, near
+from optx.delta._input_stats import InputStats, call, input_stats
 from optx.delta._learn_q import learned_q
-from optx.delta._mask import Dropout, key_of
-from optx.delta._stats import InputStats, call, input_stats
+from optx.delta._random_mask import Dropout, key_of
 from optx.delta.prune import check_p, check_stats
 
 if TYPE_CHECKING:

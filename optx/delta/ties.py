@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from optx._errors import check_range
-from optx.delta._changes import ByPieces, Changes, Combine, OfPiece
 from optx.delta._combine import PerModel, check_choice, elected, numbers, per_model, total, weighted
-from optx.delta._select import order_statistics
+from optx.delta._merge_method import ByPieces, Changes, Combine, OfPiece
+from optx.delta._order_statistics import order_statistics
 from optx.delta.merge import MergeMethod
 
 

@@ -10,22 +10,22 @@ _STEP = "moments user_rules perpgrad adamr skip_nonfinite fused_cpu wrap_bases r
 # Module -> its test files, without test_ and .py, the likeliest to notice a fault first.
 TABLE = {
     "optx/delta/_bitmask.py": "arithmetic_delta compeft golomb",
-    "optx/delta/_changes.py": "merge pcb",
     "optx/delta/_combine.py": "arithmetic_delta merge merge_peers pcb",
     "optx/delta/_compressed.py": "arithmetic_delta compeft",
+    "optx/delta/_coordinate_search.py": "merge",
+    "optx/delta/_first_layers.py": "arithmetic_options rws",
+    "optx/delta/_float32_sums.py": "arithmetic_delta delta merge prune",
     "optx/delta/_golomb.py": "golomb compeft",
+    "optx/delta/_input_stats.py": "arithmetic_delta prune learn_q",
     "optx/delta/_learn_q.py": "arithmetic_delta learn_q",
     "optx/delta/_lora.py": "arithmetic_inject delta_lora",
-    "optx/delta/_mask.py": "arithmetic_delta prune delta merge",
-    "optx/delta/_mask_loops.py": "arithmetic_delta prune delta merge",
-    "optx/delta/_prunes.py": "arithmetic_delta prune learn_q delta",
+    "optx/delta/_merge_method.py": "merge pcb",
+    "optx/delta/_order_statistics.py": "arithmetic_delta merge compeft",
+    "optx/delta/_order_statistics_loops.py": "merge compeft",
+    "optx/delta/_pruning.py": "arithmetic_delta prune learn_q delta",
     "optx/delta/_quantize.py": "arithmetic_delta rws",
-    "optx/delta/_search.py": "merge",
-    "optx/delta/_select.py": "arithmetic_delta merge compeft",
-    "optx/delta/_select_loops.py": "merge compeft",
-    "optx/delta/_shallow.py": "arithmetic_options rws",
-    "optx/delta/_stats.py": "arithmetic_delta prune learn_q",
-    "optx/delta/_sums.py": "arithmetic_delta delta merge prune",
+    "optx/delta/_random_mask.py": "arithmetic_delta prune delta merge",
+    "optx/delta/_random_mask_loops.py": "arithmetic_delta prune delta merge",
     "optx/delta/arithmetic.py": "arithmetic_delta arithmetic_options merge merge_peers",
     "optx/delta/compeft.py": "arithmetic_delta arithmetic_options compeft golomb",
     "optx/delta/dare.py": "arithmetic_delta arithmetic_options merge merge_peers",
@@ -90,8 +90,8 @@ TABLE = {
 
 # Modules of the folders that compute nothing: they read, write, match names or hold what others compute.
 _FILES = (
-    "_behind _buffers _compressed_file _delta _mergekit _output _patch _safetensors _source _storage "
-    "cli merge"
+    "_background_file _buffers _checkpoint_output _checkpoint_source _compressed_file _delta _delta_file "
+    "_mergekit _patch _safetensors cli merge"
 )
 _HANDLES = (
     "_attach _export _handle _injection _io _paths _peft_io _peft_match _peft_prefix _peft_read _report "

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from optx._errors import OptxError
 from optx.delta import prune
-from optx.delta._mask import NOTHING, Dropout
+from optx.delta._checkpoint_source import Files, Source
+from optx.delta._input_stats import InputStats, linear_axes
+from optx.delta._random_mask import NOTHING, Dropout
 from optx.delta._safetensors import Entry
-from optx.delta._source import Files, Source
-from optx.delta._stats import InputStats, linear_axes
 from optx.delta.prune import Rescale, check_p, dropouts
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from optx._errors import FileError, OptxError
-from optx.delta._output import plan_of
+from optx.delta._checkpoint_output import plan_of
 from optx.delta._safetensors import DTYPES, NAMES, Entry, Reader, Writer
 
 if TYPE_CHECKING:
