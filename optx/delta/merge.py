@@ -21,7 +21,7 @@ from optx.delta._checkpoint_source import Checkpoint, Files, Source, check_alike
 from optx.delta._delta import Delta
 from optx.delta._float32_sums import add, difference_dtype
 from optx.delta._merge_method import ByPieces, Changes, Combine, Progress
-from optx.delta._pruning import chooser
+from optx.delta._name_filter import chooser
 from optx.delta._safetensors import PIECE, Entry
 
 Model: TypeAlias = Checkpoint | Delta

@@ -19,8 +19,8 @@ from optx._files import written_aside
 from optx.delta._checkpoint_source import Checkpoint, open_source
 from optx.delta._delta import Delta
 from optx.delta._first_layers import shallowest
+from optx.delta._name_filter import chooser
 from optx.delta._patch import Patch, patch
-from optx.delta._pruning import chooser
 from optx.delta._quantize import Coded, Form, check_quantize, encode
 from optx.delta._safetensors import Entry, Reader
 
