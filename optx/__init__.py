@@ -16,6 +16,7 @@ from optx.delta._coordinate_search import Found as Found
 from optx.delta._coordinate_search import search as search
 from optx.delta._delta import Delta as Delta
 from optx.delta._first_layers import shallowest as shallowest
+from optx.delta._merge_method import MergeMethod as MergeMethod
 from optx.delta._patch import Patch as Patch
 from optx.delta._patch import patch as patch
 from optx.delta.arithmetic import TaskArithmetic as TaskArithmetic
@@ -23,7 +24,6 @@ from optx.delta.compeft import ComPEFT as ComPEFT
 from optx.delta.compeft import compress as compress
 from optx.delta.dare import DARETIES as DARETIES
 from optx.delta.dare import DARELinear as DARELinear
-from optx.delta.merge import MergeMethod as MergeMethod
 from optx.delta.merge import merge as merge
 from optx.delta.pcb import PCB as PCB
 from optx.delta.rws import Signature as Signature

@@ -23,6 +23,7 @@ TABLE = {
     "optx/delta/_merge_method.py": "merge pcb",
     "optx/delta/_name_filter.py": "delta merge rws",
     "optx/delta/_one_pass.py": "arithmetic_delta prune delta",
+    "optx/delta/_options.py": "arithmetic_options merge merge_peers pcb",
     "optx/delta/_order_statistics.py": "arithmetic_delta merge compeft",
     "optx/delta/_order_statistics_loops.py": "merge compeft",
     "optx/delta/_pruning.py": "arithmetic_delta prune learn_q delta",
