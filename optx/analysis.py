@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from optx._errors import OptxError, ShapeError
-from optx.delta._stats import InputStats, input_stats
+from optx.delta._input_stats import InputStats, input_stats
 from optx.inject._handle import Handle
 
 __all__ = ["InputStats", "grad_norms", "input_stats", "nlm_alignment", "softmax_collapse"]

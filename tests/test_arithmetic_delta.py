@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import optx
-from optx.delta._mask import Dropout
+from optx.delta._random_mask import Dropout
 
 BOTH: Any = pytest.mark.parametrize("scope", ["global", "tensor"])
 

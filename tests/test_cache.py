@@ -24,9 +24,8 @@ from torch import nn
 
 import optx
 from optx._cache import NoCacheError, PrivateFolder, UnsafeCacheError, cache_root
-from optx.delta import _mask, _select
-from optx.kernels import available, jit
-from optx.kernels.step import text as emit
+from optx.delta import _order_statistics, _random_mask
+from optx.kernels import available, generated, jit
 from optx.signal import stablemax
 
 POSIX = os.name == "posix"
@@ -64,7 +63,7 @@ def load() -> Iterator[Callable[[], tuple[int, int, int]]]:
     def load() -> tuple[int, int, int]:
         if loaded:
             sys.modules.pop(loaded.pop().__name__, None)
-        module = emit.load_module("test", text)
+        module = generated.load_module("test", text)
         loaded.append(module)
         call = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)
         first, second = module.first, module.second
@@ -330,7 +329,7 @@ def test_without_a_cache_kernels_are_compiled_all_the_same(
     assert load() == (10, 21, 0)
     assert load() == (10, 21, 0)
     assert sorted(tmp_path.rglob("*")) == before
-    assert emit.cache_folder() is None
+    assert generated.cache_folder() is None
 
 
 @posix
@@ -497,7 +496,7 @@ def test_processes_without_a_home_or_a_whole_numba_or_at_once(tmp_path: Path, ca
         # The same again through the other callers;
         + "\nshown['reasons'] = reasons"
         + "\nshown['loss'] = float(optx.stablemax_cross_entropy(torch.eye(3), torch.arange(3)))"
-        + "\nfrom optx.delta._mask import Dropout"
+        + "\nfrom optx.delta._random_mask import Dropout"
         + "\nshown['kept'] = Dropout(5, 0.5, 1.0).keep(0, 99).tolist()"
         + "\ntry: import optx.kernels.ternary.cpu"
         + "\nexcept optx.OptxError as error: shown['ternary'] = str(error)",
@@ -526,7 +525,7 @@ def test_processes_without_a_home_or_a_whole_numba_or_at_once(tmp_path: Path, ca
     ]
     loss = stablemax.stablemax_cross_entropy(torch.eye(3), torch.arange(3))
     assert got["loss"] == pytest.approx(float(loss), rel=1e-6)
-    assert got["kept"] == _mask.Dropout(5, 0.5, 1.0).keep(0, 99).tolist()
+    assert got["kept"] == _random_mask.Dropout(5, 0.5, 1.0).keep(0, 99).tolist()
     assert got["ternary"].startswith("Compressed deltas need compiled kernels, and numba can't be imported")
 
 
@@ -589,7 +588,7 @@ def test_masks_are_the_same_bits_without_numba(monkeypatch: pytest.MonkeyPatch) 
     def everything() -> list[bytes]:
         made: list[torch.Tensor] = []
         for p, q in MASKS:
-            drop = _mask.Dropout(_mask.key_of(3, "x"), p, q)
+            drop = _random_mask.Dropout(_random_mask.key_of(3, "x"), p, q)
             made += [drop.keep(11, 999).view(torch.uint8), drop.scale(new, 4).view(torch.int32)]
             made += [drop.scale(new.double()).view(torch.int64)]
             made += [drop.onto(base, old, new, 17).view(torch.int32)]
@@ -599,16 +598,18 @@ def test_masks_are_the_same_bits_without_numba(monkeypatch: pytest.MonkeyPatch) 
 
     compiled = everything()
     monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
-    monkeypatch.setattr(_mask, "_compiled", None)  # not to be called
+    monkeypatch.setattr(_random_mask, "_compiled", None)  # not to be called
     assert everything() == compiled
 
 
 def test_order_statistics_are_the_same_without_numba(no_jit: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_select, "_FEW", 10)
-    monkeypatch.setattr(_select, "_compiled", None)
+    monkeypatch.setattr(_order_statistics, "_FEW", 10)
+    monkeypatch.setattr(_order_statistics, "_compiled", None)
     numbers = torch.cat([torch.randn(5000), torch.zeros(9), -torch.zeros(9), torch.tensor([float("inf")])])
     ranks = [0, 1, 2500, 2501, 5015, 5018]
-    got = _select.order_statistics(lambda: [[part] for part in numbers.split(999)], [ranks], len(numbers))
+    got = _order_statistics.order_statistics(
+        lambda: [[part] for part in numbers.split(999)], [ranks], len(numbers)
+    )
     assert got == [numbers.sort().values[ranks].tolist()]
 
 
@@ -638,6 +639,6 @@ def test_loading_costs_little(load: Callable[[], tuple[int, int, int]]) -> None:
     times: list[float] = []
     for _ in range(20):
         started = time.perf_counter()
-        emit._warn_of_unsafe_cache()
+        generated._warn_of_unsafe_cache()
         times.append(time.perf_counter() - started)
     assert min(times) < 0.01

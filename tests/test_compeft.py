@@ -222,7 +222,7 @@ def test_files_give_what_dicts_give(tmp_path: Path) -> None:
     small.save(tmp_path / "new" / "d.cpft")
     back = Compressed.load(tmp_path / "new" / "d.cpft").delta()
     out = back.apply(tmp_path / "base.safetensors", tmp_path / "made.safetensors")
-    made, expected = optx.delta._source.open_source(out, "out"), other.delta().apply(base)
+    made, expected = optx.delta._checkpoint_source.open_source(out, "out"), other.delta().apply(base)
     assert all(torch.equal(made.read(n), t) for n, t in expected.items())
     tuned["t1"] += 1
     with pytest.raises(optx.OptxError, match="not the base that the delta was taken from: 't0'"):

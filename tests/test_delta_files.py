@@ -22,8 +22,8 @@ from torch import Tensor
 
 import optx
 from optx import Delta, FileError, OptxError
-from optx.delta import _behind, _output, _safetensors, _storage
-from optx.delta._behind import Behind
+from optx.delta import _background_file, _checkpoint_output, _delta_file, _safetensors
+from optx.delta._background_file import BackgroundFile
 from optx.delta._safetensors import Entry, Writer
 
 Usage = namedtuple("Usage", "total used free")
@@ -182,7 +182,7 @@ def test_progress_sees_every_tensor(folders: tuple[Path, Path], tmp_path: Path) 
 def test_too_small_a_disk_is_refused_first(
     folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (_output, _storage):
+    for module in (_checkpoint_output, _delta_file):
         monkeypatch.setattr(module.shutil, "disk_usage", lambda _path: Usage(1000, 900, 100))
     delta = Delta.between(*folders)
     with pytest.raises(OptxError, match=r"GB are needed in .* and 0.00 GB are free"):
@@ -214,7 +214,7 @@ def test_a_disk_that_fills_up(save: bool, tmp_path: Path, monkeypatch: pytest.Mo
             return write(self, data)
 
     with monkeypatch.context() as patch:
-        for module in (_safetensors, _behind):
+        for module in (_safetensors, _background_file):
             patch.setattr(module, "FileIO", Full)
         with pytest.raises(FileError, match="could not be written: No space left on device"):
             go("out.safetensors")
@@ -276,7 +276,7 @@ def test_after_an_error_nothing_is_called_safe(
             raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "fsync", fsync)
-    file, safe = Behind(Broken(tmp_path / "x", "w")), list[int]()
+    file, safe = BackgroundFile(Broken(tmp_path / "x", "w")), list[int]()
 
     def write() -> None:
         file.write(b"some", 0)
@@ -374,13 +374,13 @@ import sys, resource, torch
 from pathlib import Path
 from optx import Delta
 from optx.delta import _safetensors
-from optx.delta._behind import Behind
+from optx.delta._background_file import BackgroundFile
 folder = Path(sys.argv[1])
 def kilobytes(what):
     return int(Path("/proc/self/status").read_text().split(what)[1].split()[0])
 small = {"w": torch.zeros(8)}
 Delta.between(small, small).dare(0.9).apply(small)
-_safetensors.PIECE, Behind.STAGE = 1 << 16, 1 << 18
+_safetensors.PIECE, BackgroundFile.STAGE = 1 << 16, 1 << 18
 Path("/proc/self/clear_refs").write_text("5")
 before = kilobytes("VmRSS:")
 delta = Delta.between(folder / "base.safetensors", folder / "tuned.safetensors").dare(0.9)
@@ -452,13 +452,13 @@ def test_gaps_of_every_size(places: set[int], p: float, size: int) -> None:
         tensor = normal(size) * (torch.rand(size, generator=torch.Generator().manual_seed(1)) >= p)
     tensor[[place for place in places if place < size]] = 7.0
     for width in (torch.uint8, torch.uint16, torch.uint32):
-        form = _storage._Form("sparse", {})
-        gaps = _storage._gaps(tensor)
+        form = _delta_file._Form("sparse", {})
+        gaps = _delta_file._gaps(tensor)
         codes = len(gaps) + int((gaps // torch.iinfo(width).max).sum())
-        form = _storage._Form(
+        form = _delta_file._Form(
             "sparse", {"w::values": Entry((len(gaps),), F32), "w::gaps": Entry((codes,), width)}
         )
-        parts = _storage._encode("w", tensor, form)
+        parts = _delta_file._encode("w", tensor, form)
 
         class Parts:
             path = Path("x")
@@ -467,7 +467,7 @@ def test_gaps_of_every_size(places: set[int], p: float, size: int) -> None:
             def read(name: str, parts: dict[str, Tensor] = parts) -> Tensor:
                 return parts[name]
 
-        back = _storage._decode(Parts, "w", Entry((size,), F32), "sparse")  # type: ignore[arg-type]
+        back = _delta_file._decode(Parts, "w", Entry((size,), F32), "sparse")  # type: ignore[arg-type]
         assert torch.equal(back, tensor)
 
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from optx import Delta
-from optx.delta import _behind, _buffers, _safetensors
-from optx.delta._behind import Behind
+from optx.delta import _background_file, _buffers, _safetensors
+from optx.delta._background_file import BackgroundFile
 from optx.delta._safetensors import Entry, Writer
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -48,13 +48,13 @@ def test_whatever_is_written_is_there(writes: list[tuple[int, int]], path: str) 
 
     wanted, generator = bytearray(), random.Random(0)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Behind, "STAGE", 1 << 13)
+        patch.setattr(BackgroundFile, "STAGE", 1 << 13)
         file = FileIO(Path(folder) / "x", "w")
         if path == "usual":
-            patch.setattr(_behind, "_direct", lambda _file: None)
+            patch.setattr(_background_file, "_direct", lambda _file: None)
         elif path == "refused":
-            patch.setattr(_behind, "_direct", lambda file: Refuses(file.name, "r+"))
-        behind, safe = Behind(file), list[int]()
+            patch.setattr(_background_file, "_direct", lambda file: Refuses(file.name, "r+"))
+        behind, safe = BackgroundFile(file), list[int]()
         for offset, count in writes:
             data = generator.randbytes(count)
             wanted.extend(bytes(max(0, offset + count - len(wanted))) if count else b"")
@@ -69,14 +69,16 @@ def test_whatever_is_written_is_there(writes: list[tuple[int, int]], path: str) 
 
 def test_the_disk_is_written_past_the_page_cache(tmp_path: Path) -> None:
     """Where it can be: this is what makes it fast."""
-    behind = Behind(FileIO(tmp_path / "x", "w"))
+    behind = BackgroundFile(FileIO(tmp_path / "x", "w"))
     if (direct := behind._direct) is None:
         pytest.skip("the file system has no O_DIRECT")
     written: list[int] = []
     data = bytes(range(256)) * 40_000
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            _behind, "_put", lambda file, part, offset: written.append(part.nbytes * (file is direct))
+            _background_file,
+            "_put",
+            lambda file, part, offset: written.append(part.nbytes * (file is direct)),
         )
         behind.write(data, 8)
         behind.wait()

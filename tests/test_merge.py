@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import optx
-from optx.delta import _changes, _safetensors
-from optx.delta._select import order_statistics
+from optx.delta import _merge_method, _safetensors
+from optx.delta._order_statistics import order_statistics
 
 METHODS = [
     optx.TaskArithmetic(lam=0.4),
@@ -149,7 +149,7 @@ def test_threads_do_not_matter(method: optx.MergeMethod) -> None:
 class Whole(optx.MergeMethod):
     """A person's own method, which needs whole tensors."""
 
-    def prepare(self, changes: _changes.Changes) -> _changes.Combine:
+    def prepare(self, changes: _merge_method.Changes) -> _merge_method.Combine:
         norms = {name: [float(t.norm()) for t in tensors] for name, tensors in changes}
         return lambda name, tensors: tensors[norms[name].index(max(norms[name]))]
 
@@ -174,7 +174,7 @@ def test_pieces_do_not_show(method: optx.MergeMethod, tmp_path: Path, monkeypatc
     models.append({n: t + 0.1 * torch.randint(-1, 2, t.shape, generator=g) for n, t in base.items()})
     made: list[Any] = []
     for piece in (1 << 14, 1 << 20):
-        for module in (_changes, _safetensors, optx.delta.merge):
+        for module in (_merge_method, _safetensors, optx.delta.merge):
             monkeypatch.setattr(module, "PIECE", piece)
         torch.manual_seed(0)
         made.append(optx.merge(base, models, method))
@@ -187,8 +187,8 @@ def test_pieces_do_not_show(method: optx.MergeMethod, tmp_path: Path, monkeypatc
 MEASURED = """
 import ctypes, sys, torch, optx
 from pathlib import Path
-from optx.delta import _changes, _safetensors, compeft
-from optx.delta._behind import Behind
+from optx.delta import _merge_method, _safetensors, compeft
+from optx.delta._background_file import BackgroundFile
 folder = Path(sys.argv[1])
 base, models = folder / "base.safetensors", [folder / f"{i}.safetensors" for i in range(3)]
 def kilobytes(what):
@@ -199,9 +199,9 @@ methods = optx.TIES(convention="mergekit"), optx.DARETIES(rescale="l1"), optx.PC
 for method in methods:
     optx.merge(small, [tuned], method)
 optx.compress(optx.Delta.between(small, tuned))
-for module in (_changes, _safetensors, compeft):
+for module in (_merge_method, _safetensors, compeft):
     module.PIECE = 1 << 16
-Behind.STAGE = 1 << 18
+BackgroundFile.STAGE = 1 << 18
 ctypes.CDLL(None).malloc_trim(0)  # what the first time left free would hide what the second takes
 Path("/proc/self/clear_refs").write_text("5")
 before = kilobytes("VmRSS:")

@@ -221,7 +221,7 @@ def test_delta_errors_have_no_traceback(models: Any, tmp_path: Path) -> None:
 
 
 def test_delta_save_and_apply(models: dict[str, dict[str, Tensor]], tmp_path: Path) -> None:
-    pytest.importorskip("optx.delta._storage")
+    pytest.importorskip("optx.delta._delta_file")
     file = tmp_path / "delta.safetensors"
     assert typed("delta", "save", tmp_path / "base", tmp_path / "a", file).exit_code == 0
     shown = typed("delta", "apply", tmp_path / "base", file, tmp_path / "out", "--scale", "0.5")

@@ -17,20 +17,6 @@ def test_every_module_of_the_folders_is_in_the_table_or_said_to_compute_nothing(
     assert [module for module in known if not (ROOT / module).is_file()] == []
 
 
-def test_every_part_of_wraps_machinery_is_in_the_table() -> None:
-    said = {
-        "_cache",
-        "_catalog",
-        "_doctor",
-        "_errors",
-        "_files",
-        "_names",
-        "_plan",
-    }  # they tell, or find files
-    there = {path.stem for path in (ROOT / "optx").glob("_[a-z]*.py")} - said
-    assert sorted(there - {Path(module).stem for module in TABLE if module.count("/") == 1}) == []
-
-
 def test_every_module_has_tests() -> None:
     for module, names in TABLE.items():
         assert names, module

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import optx
-from optx.delta._changes import Changes
+from optx.delta._merge_method import Changes
 from optx.delta._safetensors import Entry
 from optx.delta.pcb import _code_form, _code_scores
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from optx import Delta, OptxError, ShapeError
 from optx.delta import prune, search_q
-from optx.delta._mask import Dropout, keep_torch, key_of
-from optx.delta._stats import InputStats, input_stats
+from optx.delta._input_stats import InputStats, input_stats
+from optx.delta._random_mask import Dropout, keep_torch, key_of
 from optx.delta.search_q import analytic_q, find_q, mse_q, phi
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16

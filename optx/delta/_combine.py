@@ -1,4 +1,4 @@
-"""What merging methods share: numbers per model, sums with weights, the election of signs."""
+"""How merging methods combine changes: sums with weights, and the election of signs."""
 
 from __future__ import annotations
 
@@ -6,38 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-from optx._errors import OptxError
-
-PerModel = float | Sequence[float]
-
-
-def per_model(owner: str, argument: str, value: PerModel, models: int, what: str = "models") -> list[float]:
-    """One number for each model.
-
-    Raises:
-        OptxError: as many numbers as there are no models.
-    """
-    if isinstance(value, int | float):
-        return [float(value)] * models
-    if len(value) != models:
-        raise OptxError(
-            f"{owner}: {argument} has {len(value)} numbers, and there are {models} {what}. Give one for "
-            "each, or one for all."
-        )
-    return [float(one) for one in value]
-
-
-def check_choice(owner: str, argument: str, value: object, choices: tuple[object, ...]) -> None:
-    """Raise unless an option is one of its values."""
-    if value not in choices:
-        wanted = ", ".join(repr(choice) for choice in choices if choice is not None)
-        raise OptxError(f"{owner}: {argument} is {value!r}; it must be one of {wanted}.")
-
-
-def numbers(value: PerModel) -> Sequence[float]:
-    """A number for all or one for each, as a sequence."""
-    return (value,) if isinstance(value, int | float) else value
 
 
 def weighted(tensors: Sequence[Tensor], weights: Sequence[float]) -> list[Tensor]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,37 +18,14 @@ from torch import Tensor
 
 from optx._errors import OptxError, ShapeError, check_range
 from optx.delta import _bitmask as bitmask
+from optx.delta._checkpoint_source import Checkpoint, open_source
+from optx.delta._compressed_file import describe, file_size, from_state, read, write
 from optx.delta._delta import Delta
 from optx.delta._safetensors import Entry
-from optx.delta._source import Checkpoint, open_source
+from optx.delta._signs import About, Signs, decoded
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-@dataclass(frozen=True)
-class About:
-    """What is known of a compressed delta besides its signs.
-
-    Args:
-        sigma: standard deviation of all its numbers, before.
-        alpha: the scale in units of sigma.
-        density: share that was to be kept.
-        kept_mean: mean magnitude of what was kept, before.
-        compat: see `ComPEFT`.
-        start: of an adapter: what its numbers were before training; None for a delta.
-        fingerprints: of the base's tensors.
-        tied: names that are another's tensor.
-    """
-
-    sigma: float
-    alpha: float
-    density: float
-    kept_mean: float
-    compat: str = "paper"
-    start: float | None = None
-    fingerprints: Mapping[str, str] = field(default_factory=dict[str, str])
-    tied: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 class Compressed:
@@ -92,7 +69,7 @@ class Compressed:
     @property
     def scale(self) -> float:
         """What every kept number became in magnitude: alpha * sigma, rounded to float32."""
-        return float(np.float32(self.about.alpha * self.about.sigma))
+        return self.about.scale
 
     @property
     def closest_alpha(self) -> float:
@@ -120,10 +97,8 @@ class Compressed:
     @property
     def nbytes_on_disk(self) -> int:
         """Bytes of the file that `save` writes."""
-        from optx.delta._compressed_file import file_size
-
         if self._size is None:
-            self._size = file_size(self)
+            self._size = file_size(self._parts)
         return self._size
 
     @property
@@ -157,34 +132,17 @@ class Compressed:
             whole={n: tensor.to(device) for n, tensor in self.whole.items()},
         )
 
+    @property
+    def _parts(self) -> Signs:
+        return Signs(self.entries, self.masks, self.whole, self.about, self._recipe)
+
     def _with(self, **changes: Any) -> Self:
         parts: dict[str, Any] = {"masks": self.masks, "whole": self.whole, "about": self.about, **changes}
         return type(self)(self.entries, recipe=self._recipe, **parts)
 
     def delta(self) -> Delta:
         """The decoded delta, tensor by tensor when it is asked for."""
-        entries = {name: _decoded(entry) for name, entry in self.entries.items()}
-
-        def read(name: str) -> Tensor:
-            if name in self.whole:
-                return self.whole[name]
-            return bitmask.dense(self.masks[name], entries[name].shape, entries[name].dtype, self.scale)
-
-        def piece(name: str, begin: int, end: int) -> Tensor:
-            first, last = begin // 64, bitmask.words(end)
-            masks = self.masks[name][:, first:last]
-            shape = (min(64 * last, entries[name].numel) - 64 * first,)
-            some = bitmask.dense(masks, shape, entries[name].dtype, self.scale)
-            return some[begin - 64 * first : end - 64 * first]
-
-        return Delta(
-            entries,
-            read,
-            recipe=("decoded", self.scale, self._recipe),
-            fingerprints=self.about.fingerprints,
-            tied=self.about.tied,
-            piece=piece,
-        )
+        return self._parts.difference(Delta)
 
     def decode(self) -> dict[str, Tensor]:
         """All tensors at once: an adapter's own, in its dtypes, or a delta's changes.
@@ -197,7 +155,7 @@ class Compressed:
             if name in self.whole:
                 made[name] = self.whole[name].clone()
             elif start:
-                wide = bitmask.dense(self.masks[name], entry.shape, _decoded(entry).dtype, self.scale)
+                wide = bitmask.dense(self.masks[name], entry.shape, decoded(entry).dtype, self.scale)
                 made[name] = wide.add_(start).to(entry.dtype)
             else:
                 made[name] = bitmask.dense(self.masks[name], entry.shape, entry.dtype, self.scale)
@@ -318,9 +276,7 @@ class Compressed:
             OptxError: the file exists.
             FileError: it could not be written.
         """
-        from optx.delta._compressed_file import write
-
-        return write(self, Path(path).expanduser())
+        return write(self._parts, Path(path).expanduser())
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Self:
@@ -329,15 +285,11 @@ class Compressed:
         Raises:
             FileError: no such file, cut short, or damaged; names the tensor.
         """
-        from optx.delta._compressed_file import read
-
         return cls(*read(Path(path).expanduser()))
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and one string, for ``torch.save``; loads with ``weights_only=True``."""
-        from optx.delta._compressed_file import describe
-
-        return {"compeft": describe(self), "masks": dict(self.masks), "whole": dict(self.whole)}
+        return {"compeft": describe(self._parts), "masks": dict(self.masks), "whole": dict(self.whole)}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Self:
@@ -346,15 +298,7 @@ class Compressed:
         Raises:
             FileError: it did not.
         """
-        from optx.delta._compressed_file import from_state
-
         return cls(*from_state(state))
-
-
-def _decoded(entry: Entry) -> Entry:
-    if not entry.dtype.is_floating_point:
-        return entry
-    return Entry(entry.shape, torch.promote_types(entry.dtype, torch.float32))
 
 
 def _check_shape(name: str, one: Entry, other: Entry) -> None:
@@ -372,7 +316,7 @@ def _combined(kind: str, blobs: Sequence[Compressed], shares: Sequence[float], e
     fingerprints: dict[str, str] = {}
     for blob in blobs:
         for name, entry in blob.entries.items():
-            _check_shape(name, entries.setdefault(name, _decoded(entry)), entry)
+            _check_shape(name, entries.setdefault(name, decoded(entry)), entry)
         for name, print_ in blob.about.fingerprints.items():
             if fingerprints.setdefault(name, print_) != print_:
                 raise OptxError(

@@ -17,7 +17,7 @@ import struct
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -27,27 +27,24 @@ from optx._files import written_aside
 from optx.delta import _bitmask as bitmask
 from optx.delta import _golomb as golomb
 from optx.delta._safetensors import DTYPES, NAMES, Entry
-
-if TYPE_CHECKING:
-    from optx.delta._compressed import About, Compressed
+from optx.delta._signs import About, Signs
 
 MAGIC, VERSION = b"optx-cpf", 2
 _READ = (1, 2)  # 1 has gap codes alone, which 2 has too
 _HEAD = struct.Struct("<8sII8s")
-Parts = tuple[dict[str, Entry], dict[str, Tensor], dict[str, Tensor], "About", tuple[Any, ...]]
 
 
-def describe(blob: Compressed, sizes: Mapping[str, int] | None = None) -> str:
+def describe(signs: Signs, sizes: Mapping[str, int] | None = None) -> str:
     """Everything but the masks, as JSON; ``sizes``: bytes of each payload."""
-    about = blob.about
+    about = signs.about
     rows: list[list[Any]] = []
-    for name, entry in blob.entries.items():
+    for name, entry in signs.entries.items():
         row = [name, NAMES[entry.dtype], list(entry.shape), sizes[name] if sizes else 0]
         rows.append([*row, about.fingerprints[name]] if name in about.fingerprints else row)
     table = {
         "alpha": about.alpha,
         "sigma": about.sigma,
-        "scale": blob.scale,
+        "scale": about.scale,
         "density": about.density,
         "kept_mean": about.kept_mean,
         "compat": about.compat,
@@ -59,8 +56,6 @@ def describe(blob: Compressed, sizes: Mapping[str, int] | None = None) -> str:
 
 
 def _understand(text: str) -> tuple[dict[str, Entry], About, dict[str, int]]:
-    from optx.delta._compressed import About
-
     table = json.loads(text)
     rows = table["tensors"]
     entries = {row[0]: Entry(tuple(map(int, row[2])), DTYPES[row[1]]) for row in rows}
@@ -80,15 +75,15 @@ def _understand(text: str) -> tuple[dict[str, Entry], About, dict[str, int]]:
 # ---- writing ----------------------------------------------------------------------------------------
 
 
-def _payload_sizes(blob: Compressed) -> dict[str, int]:
+def _payload_sizes(signs: Signs) -> dict[str, int]:
     return {
-        name: golomb.layout(blob.masks[name], entry.numel)[1] if name in blob.masks else entry.nbytes
-        for name, entry in blob.entries.items()
+        name: golomb.layout(signs.masks[name], entry.numel)[1] if name in signs.masks else entry.nbytes
+        for name, entry in signs.entries.items()
     }
 
 
-def _header(blob: Compressed, sizes: Mapping[str, int]) -> bytes:
-    header = zlib.compress(describe(blob, sizes).encode(), 9)
+def _header(signs: Signs, sizes: Mapping[str, int]) -> bytes:
+    header = zlib.compress(describe(signs, sizes).encode(), 9)
     return _HEAD.pack(MAGIC, VERSION, len(header), _digest(VERSION, header)) + header
 
 
@@ -96,23 +91,23 @@ def _digest(version: int, header: bytes) -> bytes:
     return hashlib.blake2b(struct.pack("<II", version, len(header)) + header, digest_size=8).digest()
 
 
-def file_size(blob: Compressed) -> int:
+def file_size(signs: Signs) -> int:
     """Bytes that `write` will write."""
-    sizes = _payload_sizes(blob)
-    return len(_header(blob, sizes)) + sum(size + 4 for size in sizes.values())
+    sizes = _payload_sizes(signs)
+    return len(_header(signs, sizes)) + sum(size + 4 for size in sizes.values())
 
 
-def write(blob: Compressed, path: Path) -> Path:
+def write(signs: Signs, path: Path) -> Path:
     """Write the file aside, then give it its name."""
     if path.exists():
         raise OptxError(f"Compressed.save: {str(path)!r} exists already. Give another name, or delete it.")
-    sizes = _payload_sizes(blob)
+    sizes = _payload_sizes(signs)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_aside(path) as aside, aside.open("wb") as file:
-            file.write(_header(blob, sizes))
-            for name in blob.entries:
-                payload = _payload(blob, name)
+            file.write(_header(signs, sizes))
+            for name in signs.entries:
+                payload = _payload(signs, name)
                 assert len(payload) == sizes[name], name
                 file.write(payload + struct.pack("<I", zlib.crc32(payload)))
             file.flush()
@@ -122,10 +117,10 @@ def write(blob: Compressed, path: Path) -> Path:
     return path
 
 
-def _payload(blob: Compressed, name: str) -> bytes:
-    if name in blob.masks:
-        return golomb.encode(blob.masks[name], blob.entries[name].numel)
-    flat = blob.whole[name].detach().cpu().contiguous().flatten()
+def _payload(signs: Signs, name: str) -> bytes:
+    if name in signs.masks:
+        return golomb.encode(signs.masks[name], signs.entries[name].numel)
+    flat = signs.whole[name].detach().cpu().contiguous().flatten()
     return flat.view(torch.uint8).numpy().tobytes()
 
 
@@ -138,7 +133,7 @@ def is_compressed(path: Path) -> bool:
         return file.read(len(MAGIC)) == MAGIC
 
 
-def read(path: Path) -> Parts:
+def read(path: Path) -> Signs:
     """The parts of a `Compressed`."""
     try:
         with path.open("rb") as file:
@@ -147,7 +142,7 @@ def read(path: Path) -> Parts:
         raise FileError(f"{str(path)!r} could not be read: {error.strerror}.") from error
 
 
-def _read(file: BinaryIO, path: Path) -> Parts:
+def _read(file: BinaryIO, path: Path) -> Signs:
     size = os.fstat(file.fileno()).st_size
     head = file.read(_HEAD.size)
     if head[:8] != MAGIC or len(head) < _HEAD.size:
@@ -181,10 +176,10 @@ def _read(file: BinaryIO, path: Path) -> Parts:
             raise FileError(f"{str(path)!r} is damaged in {name!r}: {error}.") from None
     if size != due:
         raise FileError(f"{str(path)!r} has {size} bytes; it should have {due}.")
-    return entries, masks, whole, about, ("file", digest.hex())
+    return Signs(entries, masks, whole, about, ("file", digest.hex()))
 
 
-def from_state(state: Mapping[str, Any]) -> Parts:
+def from_state(state: Mapping[str, Any]) -> Signs:
     """The parts of a `Compressed` from its `state_dict`."""
     try:
         text = state["compeft"]
@@ -197,4 +192,4 @@ def from_state(state: Mapping[str, Any]) -> Parts:
         wanted = (2, bitmask.words(entries[name].numel))
         if tuple(mask.shape) != wanted or mask.dtype != torch.int64:
             raise FileError(f"Compressed.from_state_dict: the masks of {name!r} must be int64 {wanted}.")
-    return entries, masks, whole, about, ("state", hashlib.blake2b(text.encode()).hexdigest())
+    return Signs(entries, masks, whole, about, ("state", hashlib.blake2b(text.encode()).hexdigest()))

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from optx._errors import OptxError, near
-from optx.delta._mask import Dropout, key_of
-from optx.delta._stats import call, linear_axes
+from optx.delta._input_stats import call, linear_axes
+from optx.delta._random_mask import Dropout, key_of
 
 _START, _RATE, _STEPS, _PATIENCE = 1e-4, 1e-2, 200, 5
 

@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from optx._errors import FileError, OptxError
-from optx.delta._delta import Delta
+from optx.delta._checkpoint_source import Files
+from optx.delta._difference import Difference
+from optx.delta._float32_sums import difference_dtype
 from optx.delta._safetensors import Entry
-from optx.delta._source import Files
-from optx.delta._sums import wide
 from optx.inject._peft_io import PREFIX
 from optx.inject._peft_read import lora_from
 
-D = TypeVar("D", bound=Delta)
+D = TypeVar("D", bound=Difference)
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
-def lora_delta(kind: type[D], folder: Path, target: str) -> D:
+def lora_difference(kind: type[D], folder: Path, target: str) -> D:
     """See `optx.Delta.lora`."""
     if target not in ("product", "factors"):
         raise OptxError(f"Delta.lora: target is {target!r}; it must be 'product' or 'factors'.")
@@ -48,7 +48,7 @@ def lora_delta(kind: type[D], folder: Path, target: str) -> D:
             )
     recipe = ("lora", target, source.label, source.state)
     if target == "factors":
-        entries = {n: Entry(e.shape, wide(e.dtype)) for n, e in source.entries.items()}
+        entries = {n: Entry(e.shape, difference_dtype(e.dtype)) for n, e in source.entries.items()}
         return kind(
             entries,
             lambda name: source.read(name).to(entries[name].dtype),

@@ -14,9 +14,9 @@ from typing import Any, cast
 import torch
 
 from optx._errors import FileError, OptxError, near
+from optx.delta._merge_method import MergeMethod
 from optx.delta.arithmetic import TaskArithmetic
 from optx.delta.dare import DARETIES, DARELinear
-from optx.delta.merge import MergeMethod
 from optx.delta.pcb import PCB
 from optx.delta.ties import TIES
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from optx._errors import MergeError, OptxError, ShapeError, near
-from optx.delta._combine import PerModel, check_choice, per_model
+from optx.delta._options import PerModel, check_choice, per_model
 
 Change = Mapping[str, Tensor]
 
@@ -74,7 +74,7 @@ class Patch:
         if self._overlay.takes_off(self):
             for norm, kept in self._norms.items():
                 for name, value in kept.items():
-                    cast(Tensor, getattr(norm, name)).copy_(value)
+                    _buffer(norm, name).copy_(value)
 
     def merge(self) -> None:
         """Leave the change in the weights for good, and forget what they were."""
@@ -114,8 +114,7 @@ class Patch:
                 raise OptxError("patch: recalibrate: batches is empty.")
             for norm, old in before.items():
                 for name in ("running_mean", "running_var"):
-                    new = cast(Tensor, getattr(norm, name))
-                    new.mul_(alpha).add_(old[name], alpha=1 - alpha)
+                    _buffer(norm, name).mul_(alpha).add_(old[name], alpha=1 - alpha)
                 _buffer(norm, "num_batches_tracked").copy_(old["num_batches_tracked"])
         except BaseException:
             for norm, old in before.items():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from optx._errors import OptxError
-from optx.delta._combine import check_choice
+from optx.delta._options import check_choice
 
 Form = Literal["linear", "log", "tanh"]
 _LARGEST_TANH = 15.0  # beyond it, float64's tanh is too near to 1 to be inverted

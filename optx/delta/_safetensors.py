@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from optx._errors import FileError
-from optx.delta._behind import Behind
+from optx.delta._background_file import BackgroundFile
 from optx.delta._buffers import empty, release
 
 DTYPES: dict[str, torch.dtype] = {
@@ -184,12 +184,12 @@ class Writer:
         lines = self._journal.read_text().splitlines() if self._journal.exists() else []
         if lines[:1] == [first] and self._part.exists():
             self.written = {json.loads(line) for line in lines[1:] if _whole(line)} & set(self.entries)
-            self._file = Behind(FileIO(self._part, "r+"))
+            self._file = BackgroundFile(FileIO(self._part, "r+"))
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             # The old journal goes first: it must never stand beside a new part.
             self._journal.unlink(missing_ok=True)
-            self._file = Behind(FileIO(self._part, "w+"))
+            self._file = BackgroundFile(FileIO(self._part, "w+"))
             self._journal.write_text(first + "\n")
         self._file.write(header, 0)  # each time: it was perhaps not yet on the disk when the journal began
         self._log = self._journal.open("a")

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from optx.delta._changes import ByPieces, Changes, Combine
-from optx.delta._combine import PerModel, mixed, per_model
-from optx.delta.merge import MergeMethod
+from optx.delta._combine import mixed
+from optx.delta._merge_method import ByPieces, Changes, Combine, MergeMethod
+from optx.delta._options import PerModel, per_model
 
 
 @dataclass(frozen=True)

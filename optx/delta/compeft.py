@@ -17,10 +17,10 @@ from torch import Tensor
 
 from optx._errors import OptxError, check_range
 from optx.delta import _bitmask as bitmask
+from optx.delta._checkpoint_source import Checkpoint, open_source
 from optx.delta._compressed import About, Compressed
 from optx.delta._delta import Delta
 from optx.delta._safetensors import PIECE, Entry
-from optx.delta._source import Checkpoint, open_source
 
 Progress = Callable[[Iterable[str]], Iterable[str]]
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from optx._errors import OptxError
-from optx.delta._changes import ByPieces, Changes, Combine, OfPiece
-from optx.delta._combine import PerModel, check_choice, elected, mixed, numbers, per_model, steady_rows
-from optx.delta._mask import Dropout, key_of
+from optx.delta._combine import elected, mixed, steady_rows
+from optx.delta._merge_method import ByPieces, Changes, Combine, MergeMethod, OfPiece
+from optx.delta._options import CONVENTIONS, Convention, PerModel, check_choice, numbers, per_model
+from optx.delta._random_mask import Dropout, key_of
 from optx.delta._safetensors import PIECE
-from optx.delta.merge import MergeMethod
 
 Mask = Callable[[int, Tensor], Tensor]
 """Which entries of a flat piece are kept, by the place where it begins."""
@@ -37,7 +37,7 @@ class _DARE(MergeMethod):
     seed: int = 0
     rescale: Literal["paper", "l1", "none"] | None = None
     normalize: bool = False
-    convention: Literal["paper", "mergekit"] = "paper"
+    convention: Convention = "paper"
 
     _elects: ClassVar[bool] = False
 
@@ -49,7 +49,7 @@ class _DARE(MergeMethod):
                     f"{owner}: p is {p!r}; it must be in [0, 1). p is the share DROPPED: 0.9 keeps a tenth."
                 )
         check_choice(owner, "rescale", self.rescale, ("paper", "l1", "none", None))
-        check_choice(owner, "convention", self.convention, ("paper", "mergekit"))
+        check_choice(owner, "convention", self.convention, CONVENTIONS)
 
     def prepare(self, changes: Changes) -> Combine:
         """Prune, then add or elect; needs to know nothing beforehand."""

@@ -5,7 +5,6 @@ Source: task vectors, Editing Models with Task Arithmetic, arXiv 2212.04089, sec
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from os import PathLike
@@ -16,56 +15,15 @@ import torch
 from torch import Tensor
 
 from optx._errors import OptxError, near
-from optx.delta._changes import ByPieces, Changes, Combine, Progress
+from optx.delta._checkpoint_output import plan_of, write_checkpoint
+from optx.delta._checkpoint_source import Checkpoint, Files, Source, check_alike, open_source
 from optx.delta._delta import Delta
-from optx.delta._output import plan_of, write_checkpoint
-from optx.delta._prunes import chooser
+from optx.delta._float32_sums import add, difference_dtype
+from optx.delta._merge_method import ByPieces, Changes, Combine, MergeMethod, Progress
+from optx.delta._name_filter import chooser
 from optx.delta._safetensors import PIECE, Entry
-from optx.delta._source import Checkpoint, Files, Source, check_alike, open_source
-from optx.delta._sums import add, wide
 
 Model: TypeAlias = Checkpoint | Delta
-
-
-class MergeMethod(ABC):
-    """How several changes of a model become one.
-
-    A method of your own is a class with `prepare`. Make it a dataclass: its ``repr`` names the computation,
-    by which an interrupted merge knows what it was doing.
-
-    Attributes:
-        passes: how often `prepare` goes over all tensors at most, for progress bars.
-
-    Example:
-        >>> import torch, optx
-        >>> from dataclasses import dataclass
-        >>> @dataclass(frozen=True)
-        ... class Largest(optx.MergeMethod):
-        ...     def prepare(self, changes):
-        ...         return lambda name, tensors: max(tensors, key=lambda t: float(t.norm()))
-        >>> base = {"w": torch.zeros(2)}
-        >>> optx.merge(base, [{"w": torch.ones(2)}, {"w": torch.full((2,), 3.0)}], Largest())["w"]
-        tensor([3., 3.])
-    """
-
-    passes: int = 0
-
-    @abstractmethod
-    def prepare(self, changes: Changes) -> Combine:
-        """Look at all changes, where the method needs that, and give what merges one tensor.
-
-        Args:
-            changes: of the whole model; iterating is a pass over every tensor of every model.
-
-        Returns:
-            A function of a tensor's name and its changes, one per model, not to be written to. It gives the
-            merged change, in memory of its own. Whole tensors are in memory then; a method that works entry
-            by entry saves that by giving an `optx.delta.merge.ByPieces`.
-        """
-
-    def mark(self) -> str:
-        """All that the result depends on beside the models; an interrupted merge goes on under the same."""
-        return repr(self)
 
 
 def merge(
@@ -175,7 +133,7 @@ class _Inputs:
             m if isinstance(m, Delta) else open_source(m, f"models[{i}]") for i, m in enumerate(models)
         ]
         self.entries = {
-            name: Entry(entry.shape, wide(entry.dtype))
+            name: Entry(entry.shape, difference_dtype(entry.dtype))
             for name, entry in self.base.entries.items()
             if entry.dtype.is_floating_point and keep(name)
         }

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from optx._errors import check_range
-from optx.delta._changes import ByPieces, Changes, Combine, OfPiece
-from optx.delta._combine import PerModel, check_choice, per_model, steady_rows, total
-from optx.delta._select import order_statistics
-from optx.delta.merge import MergeMethod
+from optx.delta._combine import steady_rows, total
+from optx.delta._merge_method import ByPieces, Changes, Combine, MergeMethod, OfPiece
+from optx.delta._options import SCOPES, PerModel, Scope, check_choice, per_model
+from optx.delta._order_statistics import order_statistics
 
 Range = tuple[float, float]
 Scores = Callable[[Sequence[Tensor]], list[Tensor]]
@@ -66,14 +66,14 @@ class PCB(MergeMethod):
     score: Literal["code", "paper"] = "code"
     inter: Literal["sum", "normsum", "pairwise"] = "sum"
     clip: float = 1e-4
-    scope: Literal["global", "tensor"] = "global"
+    scope: Scope = "global"
 
     def __post_init__(self) -> None:
         check_range("PCB", "ratio", self.ratio, 1e-12, 1)
         check_range("PCB", "clip", self.clip, 0, 0.49)
         check_choice("PCB", "score", self.score, ("code", "paper"))
         check_choice("PCB", "inter", self.inter, ("sum", "normsum", "pairwise"))
-        check_choice("PCB", "scope", self.scope, ("global", "tensor"))
+        check_choice("PCB", "scope", self.scope, SCOPES)
 
     @property
     def passes(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]

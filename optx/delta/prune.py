@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from optx._errors import OptxError, ShapeError, check_range, near
-from optx.delta._mask import Dropout, key_of, ranks
-from optx.delta._stats import InputStats
+from optx.delta._input_stats import InputStats
+from optx.delta._random_mask import Dropout, key_of, ranks
 
 Rescale: TypeAlias = float | Mapping[str, float] | None
 """What kept elements are divided by: None, 1 - p; a number; or one per tensor."""

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from optx._errors import OptxError, check_range, near
+from optx.delta._difference import Difference
+from optx.delta._input_stats import InputStats, call, input_stats
 from optx.delta._learn_q import learned_q
-from optx.delta._mask import Dropout, key_of
-from optx.delta._stats import InputStats, call, input_stats
+from optx.delta._random_mask import Dropout, key_of
 from optx.delta.prune import check_p, check_stats
-
-if TYPE_CHECKING:
-    from optx.delta._delta import Delta
 
 Score: TypeAlias = Callable[[nn.Module], float]
 """Of a model with pruned weights, on validation data; higher is better."""
@@ -47,7 +45,7 @@ def phi(p: float) -> float:
 
 
 def find_q(
-    delta: Delta,
+    delta: Difference,
     model: nn.Module,
     batches: Iterable[Any],
     p: float,
@@ -138,7 +136,7 @@ def search(quality: Callable[[float], float], p: float, step: float | None = Non
 
 
 def per_layer(
-    delta: Delta, stats: Mapping[str, InputStats], p: float, strategy: str, eta: float = 0.5
+    delta: Difference, stats: Mapping[str, InputStats], p: float, strategy: str, eta: float = 0.5
 ) -> dict[str, float]:
     """q by tensor name from the layers' inputs: the mean over a layer's output rows.
 
@@ -228,7 +226,7 @@ def analytic_q(total: Tensor, squares: Tensor, p: float, eta: float = 0.5) -> Te
 class _Trial:
     """A model whose weights are pruned for the time of a question; the changes are in memory, once each."""
 
-    def __init__(self, delta: Delta, model: nn.Module, p: float, seeds: Sequence[int]) -> None:
+    def __init__(self, delta: Difference, model: nn.Module, p: float, seeds: Sequence[int]) -> None:
         self.model, self.p, self.seeds = model, p, seeds
         self.own = dict(model.named_parameters()) | dict(model.named_buffers())
         self.names = [name for name in delta.floating if name in self.own]

@@ -8,16 +8,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from optx._errors import check_range
-from optx.delta._changes import ByPieces, Changes, Combine, OfPiece
-from optx.delta._combine import PerModel, check_choice, elected, numbers, per_model, total, weighted
-from optx.delta._select import order_statistics
-from optx.delta.merge import MergeMethod
+from optx.delta._combine import elected, total, weighted
+from optx.delta._merge_method import ByPieces, Changes, Combine, MergeMethod, OfPiece
+from optx.delta._options import (
+    CONVENTIONS,
+    SCOPES,
+    Convention,
+    PerModel,
+    Scope,
+    check_choice,
+    numbers,
+    per_model,
+)
+from optx.delta._order_statistics import order_statistics
 
 
 @dataclass(frozen=True)
@@ -66,15 +74,15 @@ class TIES(MergeMethod):
     density: PerModel = 0.2
     lam: float = 1.0
     weights: PerModel = 1.0
-    scope: Literal["global", "tensor"] | None = None
+    scope: Scope | None = None
     normalize: bool = True
-    convention: Literal["paper", "mergekit"] = "paper"
+    convention: Convention = "paper"
 
     def __post_init__(self) -> None:
         for density in numbers(self.density):
             check_range("TIES", "density", density, 0, 1)
-        check_choice("TIES", "scope", self.scope, ("global", "tensor", None))
-        check_choice("TIES", "convention", self.convention, ("paper", "mergekit"))
+        check_choice("TIES", "scope", self.scope, (*SCOPES, None))
+        check_choice("TIES", "convention", self.convention, CONVENTIONS)
 
     @property
     def whole(self) -> bool:

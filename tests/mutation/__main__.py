@@ -92,9 +92,7 @@ class Tree:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         skip = shutil.ignore_patterns("__pycache__", "*.egg-info", ".git", ".hypothesis", "runs")
-        shutil.copytree(ROOT, folder, ignore=skip, dirs_exist_ok=True)
-        for name in ("kernels", "recipes"):  # as they are installed
-            (folder / "optx" / name).symlink_to(folder / name)
+        shutil.copytree(ROOT, folder, symlinks=True, ignore=skip, dirs_exist_ok=True)
         self.clock = int(time.time()) - 100_000
 
     def put(self, module: str, code: str) -> None:

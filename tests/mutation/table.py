@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 # Folders whose every module is here. The other modules of optx and kernels are here if they are sampled.
-FOLDERS = ("optx/delta", "optx/inject", "optx/signal", "optx/transforms")
+FOLDERS = ("optx/step", "optx/delta", "optx/inject", "optx/signal", "optx/transforms")
 
 _STEP = "moments user_rules perpgrad adamr skip_nonfinite fused_cpu wrap_bases resume"
 
 # Module -> its test files, without test_ and .py, the likeliest to notice a fault first.
 TABLE = {
     "optx/delta/_bitmask.py": "arithmetic_delta compeft golomb",
-    "optx/delta/_changes.py": "merge pcb",
     "optx/delta/_combine.py": "arithmetic_delta merge merge_peers pcb",
     "optx/delta/_compressed.py": "arithmetic_delta compeft",
+    "optx/delta/_coordinate_search.py": "merge",
+    "optx/delta/_difference.py": "arithmetic_delta delta merge prune",
+    "optx/delta/_first_layers.py": "arithmetic_options rws",
+    "optx/delta/_float32_sums.py": "arithmetic_delta delta merge prune",
     "optx/delta/_golomb.py": "golomb compeft",
+    "optx/delta/_input_stats.py": "arithmetic_delta prune learn_q",
     "optx/delta/_learn_q.py": "arithmetic_delta learn_q",
     "optx/delta/_lora.py": "arithmetic_inject delta_lora",
-    "optx/delta/_mask.py": "arithmetic_delta prune delta merge",
-    "optx/delta/_mask_loops.py": "arithmetic_delta prune delta merge",
-    "optx/delta/_prunes.py": "arithmetic_delta prune learn_q delta",
+    "optx/delta/_merge_method.py": "merge pcb",
+    "optx/delta/_name_filter.py": "delta merge rws",
+    "optx/delta/_one_pass.py": "arithmetic_delta prune delta",
+    "optx/delta/_options.py": "arithmetic_options merge merge_peers pcb",
+    "optx/delta/_order_statistics.py": "arithmetic_delta merge compeft",
+    "optx/delta/_order_statistics_loops.py": "merge compeft",
+    "optx/delta/_pruning.py": "arithmetic_delta prune learn_q delta",
     "optx/delta/_quantize.py": "arithmetic_delta rws",
-    "optx/delta/_search.py": "merge",
-    "optx/delta/_select.py": "arithmetic_delta merge compeft",
-    "optx/delta/_select_loops.py": "merge compeft",
-    "optx/delta/_shallow.py": "arithmetic_options rws",
-    "optx/delta/_stats.py": "arithmetic_delta prune learn_q",
-    "optx/delta/_sums.py": "arithmetic_delta delta merge prune",
+    "optx/delta/_random_mask.py": "arithmetic_delta prune delta merge",
+    "optx/delta/_random_mask_loops.py": "arithmetic_delta prune delta merge",
+    "optx/delta/_signs.py": "arithmetic_delta compeft",
     "optx/delta/arithmetic.py": "arithmetic_delta arithmetic_options merge merge_peers",
     "optx/delta/compeft.py": "arithmetic_delta arithmetic_options compeft golomb",
     "optx/delta/dare.py": "arithmetic_delta arithmetic_options merge merge_peers",
@@ -74,17 +79,17 @@ TABLE = {
     "optx/step/checks.py": "errors perpgrad wrap_bases",
     "optx/step/foreach.py": f"arithmetic_step {_STEP}",
     "optx/step/fused.py": f"arithmetic_step {_STEP} fused_rounding",
-    "optx/step/memory.py": "fused_memory fused_cpu wrap_bases errors resume",
+    "optx/step/memory.py": "wrap_kernels_see wrap_breaks lost_memory fused_memory fused_cpu wrap_bases errors resume",
     "optx/step/numbers.py": f"arithmetic_step {_STEP}",
     "optx/step/pipeline.py": f"arithmetic_step errors {_STEP}",
     "optx/step/rounding.py": "arithmetic_step fused_rounding",
     "optx/_rules.py": "user_rules errors fused_cpu",
-    "optx/step/interrupts.py": "wrap_whole",
+    "optx/step/interrupts.py": "wrap_signals",
     "optx/step/slots.py": f"arithmetic_step {_STEP}",
     "optx/step/state.py": "arithmetic_step resume wrap_bases adamr_anchors freed hft",
     "optx/step/stepper.py": f"arithmetic_step {_STEP} fused_rounding errors",
     "optx/step/transform.py": "errors user_rules perpgrad adamr hft",
-    "optx/step/undo.py": f"arithmetic_step skip_nonfinite {_STEP}",
+    "optx/step/undo.py": f"wrap_whole wrap_breaks arithmetic_step skip_nonfinite {_STEP}",
     "optx/step/wrapped.py": f"arithmetic_step errors {_STEP}",
     "kernels/step/emit_cpu.py": "fused_cpu user_rules fused_rounding adamr",
     "kernels/step/cpu.py": "fused_cpu fused_memory fused_rounding",
@@ -92,8 +97,8 @@ TABLE = {
 
 # Modules of the folders that compute nothing: they read, write, match names or hold what others compute.
 _FILES = (
-    "_behind _buffers _compressed_file _delta _mergekit _output _patch _safetensors _source _storage "
-    "cli merge"
+    "_background_file _buffers _checkpoint_output _checkpoint_source _compressed_file _delta _delta_file "
+    "_mergekit _patch _safetensors cli merge"
 )
 _HANDLES = (
     "_attach _export _folder _handle _injection _install _paths _peft_io _peft_match _peft_prefix _peft_read "
@@ -101,6 +106,7 @@ _HANDLES = (
 )
 PLUMBING = [
     *(f"{folder}/__init__.py" for folder in FOLDERS),
+    "optx/step/plan.py",
     *(f"optx/delta/{name}.py" for name in _FILES.split(" ")),
     *(f"optx/inject/{name}.py" for name in _HANDLES.split(" ")),
 ]

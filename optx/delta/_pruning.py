@@ -2,68 +2,28 @@
 
 from __future__ import annotations
 
-import re
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
 from optx._errors import OptxError
-from optx.delta import prune
-from optx.delta._mask import NOTHING, Dropout
-from optx.delta._safetensors import Entry
-from optx.delta._source import Files, Source
-from optx.delta._stats import InputStats, linear_axes
+from optx.delta import prune, search_q
+from optx.delta._difference import Difference
+from optx.delta._input_stats import InputStats, linear_axes
+from optx.delta._name_filter import chooser
+from optx.delta._random_mask import NOTHING
 from optx.delta.prune import Rescale, check_p, dropouts
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from optx.delta._delta import Delta
-
 HEADS = r".*(classifier|lm_head).*"
 """Names of output layers, which pruning leaves whole: a new one has no base (arXiv 2410.09344)."""
 
 
-def _whole(_name: str) -> Dropout:
-    return NOTHING
-
-
-@dataclass(frozen=True)
-class Plain:
-    """A difference of two sources, at most pruned at random: `apply` makes the result in one pass."""
-
-    old: Source
-    new: Source
-    dropouts: Callable[[str], Dropout] = _whole
-
-    def onto(self, base: Source, name: str, begin: int, end: int) -> Tensor:
-        old, new = self.old.piece(name, begin, end), self.new.piece(name, begin, end)
-        same = base is self.old or (isinstance(base, Files) and base.label == self.old.label)
-        mine = old if same else base.piece(name, begin, end)
-        return self.dropouts(name).onto(mine, old, new, begin)
-
-
-class Prunes(ABC):
-    """What `optx.Delta` is, as far as pruning needs it, and how it prunes."""
-
-    entries: dict[str, Entry]
-    _plain: Plain | None
-
-    @property
-    @abstractmethod
-    def floating(self) -> list[str]:
-        """Names of the tensors that have a difference."""
-
-    @abstractmethod
-    def map(self, change: Callable[[str, Tensor], Tensor], recipe: tuple[Any, ...]) -> Self:
-        """Each floating tensor changed by a function of its name and itself."""
-
-    @abstractmethod
-    def _elementwise(self, change: Callable[[str, Tensor, int], Tensor], recipe: tuple[Any, ...]) -> Self:
-        """The same by pieces."""
+class Prunable(Difference):
+    """A difference with what drops parts of it, and what tells how."""
 
     def dare(
         self,
@@ -107,8 +67,8 @@ class Prunes(ABC):
             return dropout(name).scale(tensor, begin) if name in names else tensor
 
         made = self._elementwise(change, ("dare", include, exclude, *recipe))
-        if self._plain is not None and self._plain.dropouts is _whole:
-            made._plain = replace(self._plain, dropouts=lambda n: dropout(n) if n in names else NOTHING)
+        if self._one_pass is not None:
+            made._one_pass = self._one_pass.pruned(lambda n: dropout(n) if n in names else NOTHING)
         return made
 
     def magnitude(self, p: float, *, include: str | None = None, exclude: str | None = HEADS) -> Self:
@@ -269,10 +229,8 @@ class Prunes(ABC):
 
         Source: arXiv 2410.09344, sections 3.2 and 4.
         """
-        from optx.delta.search_q import find_q
-
-        return find_q(
-            cast("Delta", self),
+        return search_q.find_q(
+            self,
             model,
             batches,
             p,
@@ -308,20 +266,3 @@ class Prunes(ABC):
                 f"Delta.{method}: include={include!r} and exclude={exclude!r} leave nothing to prune."
             )
         return names
-
-
-def chooser(include: str | None, exclude: str | None) -> Callable[[str], bool]:
-    """Whether a whole name matches ``include`` and not ``exclude``.
-
-    Raises:
-        OptxError: one of them is no regular expression.
-    """
-    for option, pattern in (("include", include), ("exclude", exclude)):
-        try:
-            re.compile(pattern or "")
-        except re.error as error:
-            raise OptxError(f"Delta: {option}={pattern!r} is not a regular expression ({error}).") from None
-    return lambda name: (
-        (include is None or re.fullmatch(include, name) is not None)
-        and (exclude is None or re.fullmatch(exclude, name) is None)
-    )

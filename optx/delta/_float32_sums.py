@@ -25,6 +25,6 @@ def total(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else tensors[0] + tensors[1].to(tensors[0].device)
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def difference_dtype(dtype: torch.dtype) -> torch.dtype:
     """What differences of a dtype are computed in; integers have none."""
     return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype

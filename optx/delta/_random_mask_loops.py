@@ -1,6 +1,6 @@
 """Loops over the elements of a pruned difference, compiled by Numba.
 
-Not to be imported: `optx.delta._mask` runs its text, where there is Numba. Float16 and
+Not to be imported: `optx.delta._random_mask` runs its text, where there is Numba. Float16 and
 float64 go through torch.
 """
 # Numba's functions have no types that a checker could follow.

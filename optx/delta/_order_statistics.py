@@ -51,7 +51,7 @@ def _keys(bits: Any) -> Tensor:
 def _compiled() -> ModuleType:
     from optx.kernels.generated import load_module, source
 
-    return load_module("delta_select", source("optx.delta", "_select_loops.py"))
+    return load_module("delta_select", source("optx.delta", "_order_statistics_loops.py"))
 
 
 def order_statistics(rows: Rows, ranks: Sequence[Sequence[int]], numel: int) -> list[list[float]]:

@@ -1,6 +1,6 @@
 """Counting float32 numbers by their bits, compiled by Numba.
 
-Not to be imported: `optx.delta._select` runs its text, where there is Numba.
+Not to be imported: `optx.delta._order_statistics` runs its text, where there is Numba.
 """
 # Numba's functions have no types that a checker could follow.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false

@@ -16,18 +16,17 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from optx._errors import FileError, OptxError
-from optx.delta._output import plan_of
+from optx.delta._checkpoint_output import plan_of
+from optx.delta._compressed_file import is_compressed, read
+from optx.delta._difference import Difference
 from optx.delta._safetensors import DTYPES, NAMES, Entry, Reader, Writer
-
-if TYPE_CHECKING:
-    from optx.delta._delta import Delta
 
 Opened: TypeAlias = tuple[dict[str, Entry], Callable[[str], Tensor], dict[str, Any]]
 """Shapes and dtypes by name, a reader by name, and ``{"plan": ..., "fingerprints": {name: str}}``."""
@@ -44,7 +43,7 @@ class _Form:
     parts: Mapping[str, Entry]
 
 
-def save_delta(delta: Delta, path: Path) -> Path:
+def save_delta(delta: Difference, path: Path) -> Path:
     """Write a delta in the memory of a few tensors; killed, the same call goes on where it was.
 
     The header comes first and says how much is kept, so the delta is computed twice: once to count.
@@ -95,11 +94,8 @@ def open_delta(path: Path) -> Opened:
     Raises:
         FileError: the file is missing, damaged, of a later version, or not a delta's.
     """
-    from optx.delta._compressed import Compressed
-    from optx.delta._compressed_file import is_compressed
-
     if path.is_file() and is_compressed(path):
-        delta = Compressed.load(path).delta()
+        delta = read(path).difference(Difference)
         return delta.entries, delta.__getitem__, {"plan": delta.recipe, "fingerprints": delta.fingerprints}
     reader = Reader(path)
     about: dict[str, Any] = {}

@@ -34,7 +34,7 @@ def _loops() -> ModuleType | None:
 def _compiled() -> ModuleType:
     from optx.kernels.generated import load_module, source
 
-    return load_module("delta_mask", source("optx.delta", "_mask_loops.py"))
+    return load_module("delta_mask", source("optx.delta", "_random_mask_loops.py"))
 
 
 @dataclass(frozen=True)

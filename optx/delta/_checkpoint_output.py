@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from optx._errors import FileError, OptxError
+from optx.delta._checkpoint_source import Files, Source
 from optx.delta._safetensors import Entry, Writer
-from optx.delta._source import Files, Source
 
 Tensors = Callable[[str], Tensor | Callable[[int, int], Tensor]]
 """Gives a tensor by name; or a function of begin and end that gives its pieces, flat."""

@@ -45,7 +45,7 @@ class _Stage:
         return self.buffer[begin - self.start : end - self.start].data
 
 
-class Behind:
+class BackgroundFile:
     """A file written by a thread of its own, in the order asked for; little waits in memory.
 
     An error of either thread is raised at a later call, and nothing after it is called safe.

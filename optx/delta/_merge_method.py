@@ -1,7 +1,8 @@
-"""What several models changed, read piece by piece, and what makes one change of it."""
+"""What a merging method is, what it is given (what several models changed, read by pieces), what it gives."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -71,3 +72,44 @@ class ByPieces:
     def __call__(self, name: str, tensors: Sequence[Tensor]) -> Tensor:
         """A whole tensor."""
         return self.of(name)([tensor.reshape(-1) for tensor in tensors], 0).view(tensors[0].shape)
+
+
+class MergeMethod(ABC):
+    """How several changes of a model become one.
+
+    A method of your own is a class with `prepare`. Make it a dataclass: its ``repr`` names the computation,
+    by which an interrupted merge knows what it was doing.
+
+    Attributes:
+        passes: how often `prepare` goes over all tensors at most, for progress bars.
+
+    Example:
+        >>> import torch, optx
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Largest(optx.MergeMethod):
+        ...     def prepare(self, changes):
+        ...         return lambda name, tensors: max(tensors, key=lambda t: float(t.norm()))
+        >>> base = {"w": torch.zeros(2)}
+        >>> optx.merge(base, [{"w": torch.ones(2)}, {"w": torch.full((2,), 3.0)}], Largest())["w"]
+        tensor([3., 3.])
+    """
+
+    passes: int = 0
+
+    @abstractmethod
+    def prepare(self, changes: Changes) -> Combine:
+        """Look at all changes, where the method needs that, and give what merges one tensor.
+
+        Args:
+            changes: of the whole model; iterating is a pass over every tensor of every model.
+
+        Returns:
+            A function of a tensor's name and its changes, one per model, not to be written to. It gives the
+            merged change, in memory of its own. Whole tensors are in memory then; a method that works entry
+            by entry saves that by giving an `optx.delta.merge.ByPieces`.
+        """
+
+    def mark(self) -> str:
+        """All that the result depends on beside the models; an interrupted merge goes on under the same."""
+        return repr(self)
