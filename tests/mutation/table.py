@@ -79,7 +79,7 @@ TABLE = {
     "optx/step/checks.py": "errors perpgrad wrap_bases",
     "optx/step/foreach.py": f"arithmetic_step {_STEP}",
     "optx/step/fused.py": f"arithmetic_step {_STEP} fused_rounding",
-    "optx/step/memory.py": "wrap_kernels_see wrap_breaks lost_memory fused_memory fused_cpu wrap_bases errors resume",
+    "optx/step/memory.py": "wrap_kernels_see wrap_breaks lost_memory fused_memory fused_cpu errors resume",
     "optx/step/numbers.py": f"arithmetic_step {_STEP}",
     "optx/step/pipeline.py": f"arithmetic_step errors {_STEP}",
     "optx/step/rounding.py": "arithmetic_step fused_rounding",
