@@ -3,7 +3,7 @@
     wrap    optx.wrap(optimizer, optx.PerpGrad(), ...)        AdamR, HFT, PerpGrad
     attach  optx.attach(model, optx.LoRA(rank=8), ...)        adapters, prefixes, BitFit, FLoRA, SVFit, ...
     loss    optx.StableMaxCrossEntropy()                      losses
-    delta   optx.Delta(base, tuned), optx.merge(...)          pruning, compression and merging of checkpoints
+    delta   optx.Delta.between(base, tuned), optx.merge(...)  pruning, compression and merging of checkpoints
     tell    optx.analysis                                     diagnostics; they change nothing
 
 ``optx list`` names every method with its paper, ``optx show NAME`` says all of one.

@@ -97,8 +97,15 @@ def _methods() -> dict[Any, Entry]:
             names += [(f"{module}.{name}", getattr(part, name)) for name in getattr(part, "__all__", ())]
     classes = {thing.__module__ for _, thing in names if inspect.isclass(thing)}
     found: dict[Any, Entry] = {}
+    # What is done with a delta is a method of it; those that are a paper's name their source.
+    operations = inspect.getmembers(optx.Delta, inspect.isfunction)
+    names += [
+        (f"Delta.{name}", operation)
+        for name, operation in operations
+        if not name.startswith("_") and _source(inspect.getdoc(operation) or "")
+    ]
     for name, thing in names:
-        verb = _verb(thing)
+        verb = "delta" if name.startswith("Delta.") else _verb(thing)
         # A loss that comes as a class and as a function is one method.
         twin = inspect.isfunction(thing) and verb == "loss" and thing.__module__ in classes
         if verb and not twin and (inspect.isclass(thing) or inspect.isfunction(thing)):
@@ -187,10 +194,13 @@ def _arxiv(doc: str) -> str:
 
 def _use(name: str, verb: str, thing: Any) -> str:
     call = f"optx.{name}({', '.join(_required(thing))})"
+    if name.startswith("Delta."):
+        arguments = ", ".join(_required(thing)[1:])
+        return f"optx.Delta.between(base, tuned).{name.removeprefix('Delta.')}({arguments})"
     if verb == "wrap":
         return f"optx.wrap(optimizer, {call})"
     if verb == "attach":
-        return f"optx.attach(model, {call}, targets=...)"
+        return f"optx.attach(model, {call})"
     forward = getattr(thing, "forward", None)
     return f"{call}({', '.join(_required(forward)[1:])})" if forward else call
 
