@@ -116,7 +116,7 @@ def grad_norms(handle: Handle) -> dict[str, float]:
     alongside (`optx.Aside`) get it whole. Call it in the first steps, after ``backward()`` and before the
     gradients are cleared.
 
-    Source: Inside and Alongside Adapters, arXiv 2208.09847. Of the paper only the idea was at hand (trained parts.
+    Source: Inside and Alongside Adapters, arXiv 2208.09847.
 
     Args:
         handle: of `optx.attach`.
