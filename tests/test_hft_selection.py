@@ -27,7 +27,7 @@ from torch import nn
 import optx
 from optx import OptxError, ShapeError
 from optx.transforms._blocks import Layer, clean_names, layers_of
-from optx.transforms._half import Draw, half_reset
+from optx.transforms._half_selection import Draw, half_reset
 from optx.transforms.hft import HFT
 
 _BUILT: dict[str, list[Layer]] = {}

@@ -25,7 +25,7 @@ from optx.step.state import is_ours
 from optx.step.transform import Group, Host, Transform
 from optx.transforms._blocks import Layer, clean_names, layers_of
 from optx.transforms._flags import Flags
-from optx.transforms._half import Balance, Draw, Level, Row, Selection, whole_number
+from optx.transforms._half_selection import Balance, Draw, Level, Row, Selection, whole_number
 
 # Whose flags a model has: an optimizer may be dropped without remove(), and its frozen half is still frozen.
 _SERVED: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Any], Flags]] = weakref.WeakKeyDictionary()

@@ -67,7 +67,7 @@ TABLE = {
     "optx/transforms/_anchors.py": "adamr_anchors adamr_sources adamr_mistakes adamr",
     "optx/transforms/_blocks.py": "hft_selection",
     "optx/transforms/_flags.py": "hft_rounds hft",
-    "optx/transforms/_half.py": "hft_selection hft",
+    "optx/transforms/_half_selection.py": "hft_selection hft",
     "optx/transforms/adamr.py": "arithmetic_step arithmetic_options adamr adamr_anchors adamr_mistakes",
     "optx/transforms/hft.py": "arithmetic_step hft hft_rounds hft_selection",
     "optx/transforms/perpgrad.py": "arithmetic_step perpgrad fused_cpu resume",
