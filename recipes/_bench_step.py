@@ -10,6 +10,7 @@ import argparse
 import importlib.util
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -237,7 +238,8 @@ def measure(shape: str, rounds: int, peers: bool, compiled: bool, device: str) -
             subject.give_gradients()
             optimizer.step()
     for number in range(rounds):
-        turn = running[number % len(running) :] + running[: number % len(running)]
+        # Not in a fixed cycle: threads that torch leaves spinning would slow down whatever comes next.
+        turn = random.Random(number).sample(running, len(running))
         for subject, optimizer in turn:
             subject.give_gradients()
             subject.times.append(_timed(optimizer.step, device))
