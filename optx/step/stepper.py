@@ -136,7 +136,8 @@ class Stepper:
         self, index: int, group: Group, structure: tuple[Any, ...], unfusable: str | None = None
     ) -> _GroupState:
         base, fused = self.w.base, self.w.fused
-        program = self._program(group, with_base=True)
+        moments = self._moments(group)
+        program = self._program(group, moments, with_base=True)
         reason = "fused=False" if fused is False else why_not(base, group, program)
         of_tensors = None if reason else unfusable or why_not_tensors(group, self.w.state)
         reason = reason or of_tensors
@@ -148,7 +149,7 @@ class Stepper:
         if reason is not None and fused not in ("auto", False):
             raise FusedError(f"wrap: fused={fused!r} cannot be honoured for param group {index}: {reason}.")
         if reason is not None:
-            program = self._program(group, with_base=False)
+            program = self._program(group, moments, with_base=False)
             self._check_rounding(index, group, reason)
         derived = self._derived(group, program)
         runner = None
@@ -156,8 +157,7 @@ class Stepper:
             rules = base_rules(base, group)
             assert rules is not None
             runner = FusedGroup(group, program, rules, base, self.slots, derived, self.w.rounding, triton)
-        values, moments = self._values(group), self._moments(group)
-        tensors = of_tensors is not None
+        values, tensors = self._values(group), of_tensors is not None
         return _GroupState(group, structure, values, moments, program, runner, reason, tensors, derived)
 
     def _moments(self, group: Group) -> dict[str, Moments]:
@@ -174,12 +174,12 @@ class Stepper:
                 "out, or pass rounding='nearest'."
             )
 
-    def _program(self, group: Group, with_base: bool) -> Program:
+    def _program(self, group: Group, moments: dict[str, Moments], with_base: bool) -> Program:
         base = self.w.base
         rules = base_rules(base, group)
         return build(
             self.enabled(group),
-            self._moments(group),
+            moments,
             rules if with_base else None,
             readable_state(base, group),
             base_numbers(group),
@@ -417,12 +417,14 @@ class _Step:
 
     def _without_sparse(self, active: list[Tensor]) -> list[Tensor]:
         """Where only `skip_nonfinite` looks at gradients, it looks at the elements that a sparse one has."""
-        sparse = [p for p in active if p.grad is not None and p.grad.layout != torch.strided]
-        if sparse and self.w.skip_nonfinite:
-            values = (p.grad.coalesce().values() for p in sparse if p.grad is not None)
-            if not all(bool(torch.isfinite(v).all()) for v in values):
+        dense: list[Tensor] = []
+        for p in active:
+            g = p.grad
+            if g is None or g.layout == torch.strided:
+                dense.append(p)
+            elif self.w.skip_nonfinite and not bool(torch.isfinite(g.coalesce().values()).all()):
                 raise _SkipStep
-        return [p for p in active if all(p is not q for q in sparse)] if sparse else active
+        return dense
 
     def _took(self, run: GroupRun, state: _GroupState) -> None:
         """Derived numbers have been taken from the state as it is now."""

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from optx.step.memory import lost_memory, writes_overlap
 
-Restore = Callable[[], Any]  # gives an object back, holding what it held
-
 
 class Copies:
     """Copies of the tensors of one step, made all at once.
