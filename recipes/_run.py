@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import inspect
 import json
 import os
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+import optx
 from optx._files import written_aside
 
 from ._report import console
@@ -93,6 +95,8 @@ def environment() -> dict[str, Any]:
     where = device()
     name = torch.cuda.get_device_name() if where.type == "cuda" else platform.machine()
     return {
+        "date": datetime.date.today().isoformat(),
+        "optx": optx.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": f"{where.type} ({name})",
