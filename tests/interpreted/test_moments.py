@@ -1,4 +1,4 @@
-"""The table of `optx.Moments` on the Triton path, as `tests/test_moments.py` has it for the others."""
+"""The table of `optx.Moments` on the Triton path, as `tests/step/test_moments.py` has it for the others."""
 
 from __future__ import annotations
 

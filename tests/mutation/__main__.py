@@ -23,7 +23,7 @@ from typing import Any
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", OMP_WAIT_POLICY="passive")
 
 from mutants import Mutant, planted, sample
-from table import TABLE
+from table import TABLE, path_of
 
 ROOT = Path(__file__).resolve().parents[2]
 # What takes seconds to import, and knows nothing of optx.
@@ -169,8 +169,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="optx-mutation-") as folder:
             tree = Tree(Path(folder) / "tree")
             for one in left[: args.at_most]:
-                files = [f"tests/test_{name}.py" for name in TABLE[one.module].split()]
-                files = [f for f in files if (tree.folder / f).exists()]
+                found = (path_of(name, tree.folder) for name in TABLE[one.module].split())
+                files = [file for file in found if file]
                 for file in files:
                     stamp = (tree.folder / file).stat().st_mtime
                     if times.get(file, {}).get("stamp") != stamp:

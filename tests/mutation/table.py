@@ -1,13 +1,15 @@
-"""Which tests concern which module; tests/test_mutation_table.py makes sure that none is missing."""
+"""Which tests concern which module; tests/front/test_mutation_table.py makes sure that none is missing."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 # Folders whose every module is here. The other modules of optx and kernels are here if they are sampled.
 FOLDERS = ("optx/step", "optx/delta", "optx/inject", "optx/signal", "optx/transforms")
 
 _STEP = "moments user_rules perpgrad adamr skip_nonfinite fused_cpu wrap_bases resume"
 
-# Module -> its test files, without test_ and .py, the likeliest to notice a fault first.
+# Module -> its test files, without their folder, test_ and .py, the likeliest to notice a fault first.
 TABLE = {
     "optx/delta/_bitmask.py": "arithmetic_delta compeft golomb",
     "optx/delta/_combine.py": "arithmetic_delta merge merge_peers pcb",
@@ -110,3 +112,9 @@ PLUMBING = [
     *(f"optx/delta/{name}.py" for name in _FILES.split(" ")),
     *(f"optx/inject/{name}.py" for name in _HANDLES.split(" ")),
 ]
+
+
+def path_of(name: str, root: Path) -> str | None:
+    """A test file by its name in the table, relative to ``root``: names stand once over all folders."""
+    found = [path for path in root.glob(f"tests/*/test_{name}.py") if path.parent.name != "interpreted"]
+    return found[0].relative_to(root).as_posix() if found else None

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-FOLDER = Path(__file__).parent / "interpreted"
+FOLDER = Path(__file__).parents[1] / "interpreted"
 
 
 def test_interpreted_kernels() -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 import optx
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PUBLIC = sorted(name for name in vars(optx) if not name.startswith("_"))
 PROTOCOLS = (optx.Transform, optx.Injection, optx.Composite, optx.MergeMethod)
 METHODS = [

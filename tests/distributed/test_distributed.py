@@ -29,7 +29,7 @@ UNSERVED[True] = UNSERVED[False] | {
     "schedulefree.SGD",
     "pytorch_optimizer.StableAdamW",
 }
-WORKER = Path(__file__).parent / "distributed" / "worker.py"
+WORKER = Path(__file__).with_name("worker.py")
 
 
 def two_processes(job: str, folder: Path) -> list[dict[str, Any]]:

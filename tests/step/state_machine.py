@@ -3,7 +3,7 @@
 Run by `test_state_machine.py` in a process of its own, since a kernel that is pointed at the wrong memory
 ends it; for a long run::
 
-    python tests/state_machine.py --examples 1000 --steps 30 --seed 7 --variety full
+    python tests/step/state_machine.py --examples 1000 --steps 30 --seed 7 --variety full
 
 Every rule is written to ``--log`` before it acts: the last lines of a crashed run tell what it died of.
 """

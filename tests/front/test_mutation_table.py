@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mutation.table import FOLDERS, PLUMBING, TABLE
+from mutation.table import FOLDERS, PLUMBING, TABLE, path_of
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_every_module_of_the_folders_is_in_the_table_or_said_to_compute_nothing() -> None:
@@ -20,4 +20,4 @@ def test_every_module_of_the_folders_is_in_the_table_or_said_to_compute_nothing(
 def test_every_module_has_tests() -> None:
     for module, names in TABLE.items():
         assert names, module
-        assert [n for n in names.split() if not (ROOT / "tests" / f"test_{n}.py").is_file()] == []
+        assert [n for n in names.split() if path_of(n, ROOT) is None] == []

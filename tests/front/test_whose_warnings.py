@@ -193,7 +193,8 @@ def test_what_others_cause_is_listed(tmp_path: Path) -> None:
         "from whose_warnings import pytest_collection, pytest_runtest_protocol"
     )
     (tmp_path / "pytest.ini").write_text("[pytest]\nfilterwarnings = always")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(tmp_path)])}
+    folders = [*Path(__file__).parents[:2], tmp_path]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert "1 failed, 6 passed" in run.stdout, run.stdout

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LOWEST = ROOT / ".ci" / "lowest.txt"
 NOT_TRIED = {"torch", "triton"}  # of older ones there is no small build
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 import subprocess
 import sys
@@ -286,7 +285,7 @@ def test_start_round_and_the_same_half_again() -> None:
 
 SCRIPT = """
 import sys, torch
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {folders!r}
 from test_hft import *
 torch.set_num_threads(1)
 base, fused, checkpoint, result = sys.argv[1:]
@@ -334,7 +333,7 @@ def test_resume_in_a_new_process_is_bit_identical(base: str, fused: str, tmp_pat
         "trainable": list(half_opt.hft.selected().trainable),
     }
     torch.save(saved, tmp_path / "checkpoint.pt")
-    script = SCRIPT.format(tests=os.path.dirname(__file__))
+    script = SCRIPT.format(folders=[str(folder) for folder in Path(__file__).parents[:2]])
     files = [str(tmp_path / "checkpoint.pt"), str(tmp_path / "result.pt")]
     subprocess.run([sys.executable, "-c", script, base, fused, *files], check=True, timeout=1200)
     result = torch.load(files[1], weights_only=True)

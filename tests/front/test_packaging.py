@@ -14,7 +14,7 @@ import torch
 
 import optx
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 USE = """
 import optx
 from optx.kernels.step.program import Program
