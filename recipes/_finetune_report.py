@@ -1,57 +1,146 @@
-"""The finetune recipe's table and picture, from its results."""
+"""The finetune recipe's table, answers and picture, from its results."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from rich.box import SIMPLE
+from rich.table import Table
 
 from . import _report
 from ._run import Run
 
+SHOWN = 3
+"""Answers that are shown; results.json has all."""
+
+
+def line(arm: str, point: dict[str, float]) -> str:
+    """A point of an arm's curve, while it trains."""
+    return (
+        f"{arm}, step {point['step']}: held out {point['held_out']:.3f}, drift {point['drift_general']:.3f} "
+        f"(general English), {point['drift_answers']:.3f} (its answers)"
+    )
+
+
+def of(results: dict[str, Any], arm: str) -> list[dict[str, Any]]:
+    """An arm's results, a seed each."""
+    return [found for key, found in results["arms"].items() if key.split("/")[0] == arm]
+
+
+def arms_of(results: dict[str, Any]) -> list[str]:
+    """The arms that there are results of."""
+    return list(dict.fromkeys(key.split("/")[0] for key in results["arms"]))
+
+
+def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows: a column per arm, a row per number; over seeds, their mean and range."""
+    arms = arms_of(results)
+    first = of(results, arms[0])
+
+    def row(name: str, form: str, number: Callable[[dict[str, Any]], float]) -> list[str]:
+        return [name, *(_spread(form, [number(found) for found in of(results, arm)]) for arm in arms)]
+
+    def ratio(name: str, key: str) -> list[str]:
+        whole = statistics.mean(found[key] for found in first)
+        return row(name, "{:.2f}", lambda found: found[key] / whole)
+
+    def last(key: str) -> Callable[[dict[str, Any]], float]:
+        return lambda found: found["curve"][-1][key]
+
+    return ["", *arms], [
+        row("held-out loss", "{:.3f}", last("held_out")),
+        row("drift, general", "{:.3f}", last("drift_general")),
+        row("drift, answers", "{:.3f}", last("drift_answers")),
+        row("tokens kept", "{:.1%}", last("same_tokens")),
+        row("general loss", "{:.3f}", last("general")),
+        row("L2 moved", "{:.2f}", lambda found: found["distance"]),
+        row("gradients", "{:,.0f} MB", lambda found: found["gradient_bytes"] / 1e6),
+        row("optimizer state", "{:,.0f} MB", lambda found: found["state_bytes"] / 1e6),
+        ratio("optimizer step", "optimizer_ms"),
+        ratio("training step", "step_ms"),
+    ]
+
+
+def caption(results: dict[str, Any]) -> str:
+    """What the rows of the table are."""
+    before = results["before"]
+    return (
+        f"Losses before: {before['held_out']:.3f} held out, {before['general']:.3f} on general English. "
+        "Drift: KL(pretrained || tuned) of the next token in nats a token, on general English and on the "
+        f"model's own answers to {len(before['prompts'])} prompts, made before. Tokens kept: the share of "
+        f"those answers still chosen. Times: medians, ratios to {arms_of(results)[0]}."
+    )
+
+
+def title(results: dict[str, Any]) -> str:
+    """The setting."""
+    settings, seeds = results["settings"], len(of(results, arms_of(results)[0]))
+    size = f"{settings['batch']} x {settings['length']}"
+    return (
+        f"{settings['steps']} steps of {size} tokens, lr {settings['lr']:g}, {seeds} seed{'s' * (seeds > 1)}"
+    )
+
+
+def _spread(form: str, numbers: Sequence[float]) -> str:
+    """Mean and range; one number if they don't differ as written."""
+    low, high = form.format(min(numbers)), form.format(max(numbers))
+    mean = form.format(statistics.mean(numbers))
+    return mean if low == high else f"{mean} ({low} to {high})"
+
 
 def report(run: Run, arms: Sequence[str]) -> None:
-    """Print the table, draw the picture, and add the derived numbers to results.json."""
-    before, results = run.results["before"], {arm: run.results["arms"][arm] for arm in arms}
-    first = results[arms[0]]
-    for result in results.values():
-        _, held_out, general = result["curve"][-1]
-        result["held_out"] = held_out
-        result["forgetting"] = general - before["general"]
-        result["optimizer_ratio"] = result["optimizer_ms"] / first["optimizer_ms"]
-        result["step_ratio"] = result["step_ms"] / first["step_ms"]
+    """Print answers and table, and draw the picture."""
     run.write()
-    _report.show(
-        f"{run.settings['steps']} steps, lr {run.settings['lr']:g}, seed {run.settings['seed']}",
-        {arm: _row(result, before) for arm, result in results.items()},
-        f"Before: {before['held_out']:.3f} held out, {before['general']:.3f} general English. Forgetting: "
-        f"general English after minus before; below 0, it got better. Times: medians, ratios to {arms[0]}.",
-    )
-    _draw(run, results)
+    chosen = {key: found for key, found in run.results["arms"].items() if key.split("/")[0] in arms}
+    results = run.results | {"arms": chosen}
+    _answers(results)
+    headers, rows = table(results)
+    _report.show_rows(title(results), headers, rows, caption(results))
+    _draw(results, run)
 
 
-def _row(result: dict[str, Any], before: dict[str, float]) -> dict[str, str]:
-    return {
-        "held-out loss": f"{result['held_out']:.3f} ({result['held_out'] - before['held_out']:+.3f})",
-        "forgetting": f"{result['forgetting']:+.4f}",
-        "L2 moved": f"{result['distance']:.3f}",
-        "optimizer state": f"{result['state_bytes'] / 1e6:,.0f} MB",
-        "optimizer step": f"{result['optimizer_ms']:.0f} ms ({result['optimizer_ratio']:.2f}x)",
-        "train step": f"{result['step_ms']:.0f} ms ({result['step_ratio']:.2f}x)",
-    }
+def _answers(results: dict[str, Any]) -> None:
+    """Some answers before and after, side by side; of the first seed."""
+    before = results["before"]
+    told = {"before": before["answers"]}
+    told |= {arm: of(results, arm)[0]["answers"] for arm in arms_of(results)}
+    for i, prompt in enumerate(before["prompts"][:SHOWN]):
+        side_by_side = Table(box=SIMPLE)
+        for name in told:
+            side_by_side.add_column(name, ratio=1, overflow="fold")
+        side_by_side.add_row(*(texts[i] for texts in told.values()))
+        _report.console.print(prompt, style="bold")
+        _report.console.print(side_by_side)
 
 
-def _draw(run: Run, results: dict[str, Any]) -> None:
-    figure, axes = _report.canvas(3)
-    before = run.results["before"]
-    for colour, (arm, result) in zip(_report.COLOURS, results.items(), strict=False):
-        steps, held_out, general = zip(
-            [0, before["held_out"], before["general"]], *result["curve"], strict=True
-        )
-        axes[0, 0].plot(steps, held_out, "o-", color=colour, label=arm, markersize=3)
-        axes[0, 1].plot(steps, general, "o-", color=colour, markersize=3)
-    axes[0, 0].legend(frameon=False, fontsize=8)
-    _report.label(axes[0, 0], "Learned: loss on held-out text", "step", "nats per token")
-    _report.label(axes[0, 1], "Kept: loss on general English", "step", "nats per token")
-    _report.bars(axes[0, 2], {arm: result["forgetting"] for arm, result in results.items()})
-    _report.label(axes[0, 2], "Forgetting (general English, after minus before)", y="nats per token")
+_KINDS = {"drift_general": "on general English", "drift_answers": "on its own answers"}
+
+
+def _draw(results: dict[str, Any], run: Run) -> None:
+    """Drift against held-out loss along training: a line per arm, the mean over seeds; thin ones per seed."""
+    figure, axes = _report.canvas(len(_KINDS))
+    before = {"step": 0} | results["before"]
+    for ax, (kind, where) in zip(axes[0], _KINDS.items(), strict=True):
+        for colour, arm in zip(_report.COLOURS, arms_of(results), strict=False):
+            curves = [[before, *found["curve"]] for found in of(results, arm)]
+            for curve in curves if len(curves) > 1 else []:
+                ax.plot(*_points(curve, kind), color=colour, linewidth=0.6, alpha=0.5)
+            x, y = zip(*(_mean(points, kind) for points in zip(*curves, strict=True)), strict=True)
+            ax.plot(x, y, "o-", color=colour, label=arm, markersize=3)
+            ax.plot(x[-1], y[-1], "D", color=colour, markersize=6)
+        ax.invert_xaxis()
+        ax.set_ylim(bottom=0)
+        _report.label(ax, f"Drift {where}", "loss on held-out text (right: learned more)", "nats a token")
+    axes[0, 0].legend(frameon=False, fontsize=8, title="diamonds: after training", title_fontsize=8)
     _report.save(figure, run.folder / "finetune.png")
+
+
+def _points(curve: Sequence[dict[str, float]], kind: str) -> tuple[list[float], list[float]]:
+    return [point["held_out"] for point in curve], [point[kind] for point in curve]
+
+
+def _mean(points: Sequence[dict[str, float]], kind: str) -> tuple[float, float]:
+    held_out, drift = _points(points, kind)
+    return statistics.mean(held_out), statistics.mean(drift)

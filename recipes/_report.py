@@ -24,11 +24,20 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 
 def show(title: str, arms: Mapping[str, Mapping[str, str]], caption: str | None = None) -> None:
     """Print a table: one column per arm, and one line for each of the numbers that the first arm has."""
+    numbers = next(iter(arms.values()))
+    rows = [[number, *(arm[number] for arm in arms.values())] for number in numbers]
+    show_rows(title, ["", *arms], rows, caption)
+
+
+def show_rows(
+    title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None
+) -> None:
+    """Print a table, given row by row; what stands right of the first column is numbers."""
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE)
-    for column in ("", *arms):
-        table.add_column(column, justify="right" if column else "left")
-    for number in next(iter(arms.values())):
-        table.add_row(number, *(arm[number] for arm in arms.values()))
+    for i, header in enumerate(headers):
+        table.add_column(header, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
 
 

@@ -246,3 +246,9 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of all tensors in an optimizer's state, a transform's own included."""
     tensors = (v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def gradient_bytes(optimizer: Optimizer) -> int:
+    """Bytes of all gradients that there are: what is frozen has none."""
+    weights = (p for group in optimizer.param_groups for p in group["params"])
+    return sum(p.grad.numel() * p.grad.element_size() for p in weights if p.grad is not None)

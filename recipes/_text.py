@@ -23,10 +23,6 @@ class TextData(NamedTuple):
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
         return self.train[order[torch.arange(step * size, (step + 1) * size) % len(order)]].to(device())
 
-    def losses(self, model: nn.Module) -> tuple[float, float]:
-        """The model's loss on the held-out text, and on general English."""
-        return loss_on(model, self.held_out), loss_on(model, self.general)
-
 
 def load(tokenizer: Any, args: Any) -> TextData:
     """The first 90 % of ``args.data`` to train on; blocks spread over the rest, and over ``args.general``.

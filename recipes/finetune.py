@@ -1,8 +1,10 @@
-"""Fine-tune SmolLM2-135M on Shakespeare, with and without methods that keep what the model knew.
+"""Fine-tune SmolLM2-135M on Shakespeare, with and without methods that keep what the model was.
 
 Three arms of equal length: AdamW; AdamW + HFT, which trains a random half of the matrices; AdamW + HFT +
-AdamR, which also pulls the weights to where they were. For each: loss on held-out Shakespeare; forgetting
-(loss on general English minus what it was before); L2 distance from the pretrained weights; memory; times.
+AdamR, which also pulls the weights to where they were. For each: the loss on held-out Shakespeare; drift,
+KL(pretrained || tuned) in nats a token, on general English and on the model's own answers to a dozen prompts
+(made before tuning); the share of those answers' tokens that it would still choose; some answers before and
+after; the loss on general English; memory; times.
 
 Source: HFT, arXiv 2404.18466; AdamR, arXiv 2410.09344.
 """
@@ -10,7 +12,8 @@ Source: HFT, arXiv 2404.18466; AdamR, arXiv 2410.09344.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,8 +21,8 @@ from torch.optim import Optimizer
 
 import optx
 
-from . import _assets, _finetune_report, _text
-from ._run import Run, chosen, clock, device, median_ms, parser, state_bytes, warmed_up
+from . import _assets, _drift, _finetune_report, _text
+from ._run import Run, chosen, clock, device, gradient_bytes, median_ms, parser, state_bytes, warmed_up
 
 # Each arm is the same loop; this is the line that changes.
 ARMS: dict[str, Callable[[Optimizer, nn.Module, int], Optimizer]] = {
@@ -31,25 +34,47 @@ ARMS: dict[str, Callable[[Optimizer, nn.Module, int], Optimizer]] = {
 }
 
 
-def train(arm: str, data: _text.TextData, args: Any, run: Run) -> dict[str, Any] | None:
+class Measures(NamedTuple):
+    """What an arm is measured with.
+
+    Attributes:
+        data: the text to learn.
+        drift: from the pretrained model.
+        tokenizer: the model's.
+        asked: the prompts.
+    """
+
+    data: _text.TextData
+    drift: _drift.Drift
+    tokenizer: Any
+    asked: Sequence[str]
+
+    def point(self, model: nn.Module) -> dict[str, float]:
+        """Where the model is now."""
+        return {"held_out": _text.loss_on(model, self.data.held_out)} | self.drift.measure(model)
+
+
+def train(arm: str, seed: int, measures: Measures, args: Any, run: Run) -> dict[str, Any] | None:
     """Fine-tune from the pretrained weights with one arm's optimizer; None if interrupted."""
-    torch.manual_seed(args.seed)
+    torch.manual_seed(seed)
     model = _assets.language_model(args.model)[0].to(device())
     pretrained = [p.detach().clone() for p in model.parameters()]
 
     optimizer: Optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)
-    optimizer = ARMS[arm](optimizer, model, args.seed)
+    optimizer = ARMS[arm](optimizer, model, seed)
     scheduler = warmed_up(optimizer, args.steps)
 
+    key = f"{arm}/{seed}"
     log: dict[str, Any] = {"step": 0, "loss": [], "curve": [], "step_s": [], "optimizer_s": []}
-    if saved := run.load(arm):
+    if saved := run.load(key):
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         scheduler.load_state_dict(saved["scheduler"])
         log = saved["log"]
 
-    for step in run.steps(arm, log["step"], args.steps):
-        tokens = data.batch(step, args.batch, args.seed)
+    looked_at = {args.steps * part // 4 for part in (1, 2, 3, 4)}
+    for step in run.steps(f"{arm}, seed {seed}", log["step"], args.steps):
+        tokens = measures.data.batch(step, args.batch, seed)
         started = clock()
         loss = model(input_ids=tokens, labels=tokens).loss
         optimizer.zero_grad()
@@ -62,14 +87,13 @@ def train(arm: str, data: _text.TextData, args: Any, run: Run) -> dict[str, Any]
         log["step_s"].append(ended - started)
         log["optimizer_s"].append(ended - before)
         log["step"] = step + 1
-        if log["step"] in {args.steps // 3, args.steps * 2 // 3, args.steps}:
-            held_out, general = data.losses(model)
-            log["curve"].append([log["step"], held_out, general])
-            run.say(f"{arm}, step {log['step']}: held out {held_out:.3f}, general English {general:.3f}")
+        if log["step"] in looked_at:
+            log["curve"].append({"step": log["step"]} | measures.point(model))
+            run.say(_finetune_report.line(arm, log["curve"][-1]))
 
     if log["step"] < args.steps:
         states = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-        run.save(arm, {"log": log} | {name: part.state_dict() for name, part in states.items()})
+        run.save(key, {"log": log} | {name: part.state_dict() for name, part in states.items()})
         return None
     pairs = zip(model.parameters(), pretrained, strict=True)
     moved = sum(float((now.detach() - before).square().sum()) for now, before in pairs)
@@ -77,9 +101,11 @@ def train(arm: str, data: _text.TextData, args: Any, run: Run) -> dict[str, Any]
         "loss": log["loss"],
         "curve": log["curve"],
         "distance": moved**0.5,
+        "gradient_bytes": gradient_bytes(optimizer),
         "state_bytes": state_bytes(optimizer),
         "optimizer_ms": median_ms(log["optimizer_s"]),
         "step_ms": median_ms(log["step_s"]),
+        "answers": _drift.answers(model, measures.tokenizer, measures.asked, args.answer_length).texts,
     }
 
 
@@ -88,30 +114,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser(
         "finetune",
         __doc__ or "",
-        steps=40,
+        steps=32,
+        seeds={"type": int, "default": 1, "help": "how many seeds, from --seed on"},
         model={"help": "hub name or folder of a causal language model (default: SmolLM2-135M-Instruct)"},
         data={"help": "text file, folder of *.txt or hub data set to train on (default: Shakespeare)"},
         general={"help": "the same, of text that the model knew (default: 300 news articles)"},
+        prompts={"type": Path, "help": "text file with a prompt a line (default: a dozen of daily life)"},
         arms={"default": ",".join(ARMS), "help": "which, comma-separated"},
-        # AdamW's best of 5e-5, 1e-4 and 2e-4, by loss on held-out Shakespeare
+        # AdamW's best of 5e-5, 1e-4 and 2e-4 by loss on held-out Shakespeare, with a seed that is in no table
         lr={"type": float, "default": 1e-4, "help": "peak learning rate of all arms"},
         batch={"type": int, "default": 1, "help": "blocks a step"},
         length={"type": int, "default": 256, "help": "tokens of a block"},
+        answer_length={"type": int, "default": 48, "help": "tokens of an answer, at most"},
         eval_blocks={"type": int, "default": 8, "help": "blocks of each text that losses are measured on"},
         resume={"action": "store_true", "help": "go on with an interrupted run"},
     ).parse_args(argv)
     arms = chosen(args.arms, ARMS)
-    settings = {k: v for k, v in vars(args).items() if k not in ("arms", "out", "resume")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("arms", "seeds", "out", "resume")}
+    settings["prompts"] = None if args.prompts is None else str(args.prompts)
+    asked = _drift.prompts(args.prompts)
     run = Run(args.out, settings, args.resume)
     model, tokenizer = _assets.language_model(args.model)
+    model.to(device())
     data = _text.load(tokenizer, args)
+    own = _drift.answers(model, tokenizer, asked, args.answer_length)
+    measures = Measures(data, _drift.Drift(model, data.general, own), tokenizer, asked)
     if "before" not in run.results:
-        run.results["before"] = dict(
-            zip(("held_out", "general"), data.losses(model.to(device())), strict=True)
-        )
+        run.results["before"] = measures.point(model) | {"prompts": list(asked), "answers": own.texts}
     del model
-    for arm in arms:
-        run.part(arm, train, arm, data, args, run)
+    for seed in range(args.seed, args.seed + args.seeds):
+        for arm in arms:
+            run.part(f"{arm}/{seed}", train, arm, seed, measures, args, run)
     run.checkpoint.unlink(missing_ok=True)
     _finetune_report.report(run, arms)
 

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-from optx.recipes import _finetune_report, _run, finetune, grokking
+from optx.recipes import _drift, _run, finetune, grokking
 
 WORDS = (
     "the king is dead and the crown lies upon the ground while a cold wind blows from the sea " * 80
@@ -48,7 +48,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=64,
+        max_position_embeddings=256,
         attention_dropout=0.1,  # so that a resumed run needs torch's random state too
     )
     LlamaForCausalLM(config).save_pretrained(folder)
@@ -67,7 +67,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture
 def options(llama: Path, texts: tuple[Path, Path]) -> list[str]:
     data, general = map(str, texts)
-    small = ["--steps", "6", "--length", "32", "--eval-blocks", "4", "--lr", "0.01"]
+    small = ["--steps", "8", "--length", "32", "--eval-blocks", "4", "--lr", "0.01", "--answer-length", "6"]
     return ["--model", str(llama), "--data", data, "--general", general, *small]
 
 
@@ -76,27 +76,38 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 def test_finetune(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    finetune.main([*options, "--out", str(tmp_path)])
+    finetune.main([*options, "--seeds", "2", "--out", str(tmp_path)])
     found = results(tmp_path)
-    assert list(found["arms"]) == list(finetune.ARMS)
-    assert found["settings"]["steps"] == 6
+    assert list(found["arms"]) == [f"{arm}/{seed}" for seed in (0, 1) for arm in finetune.ARMS]
+    assert found["settings"]["steps"] == 8
     assert found["environment"]["torch"] == torch.__version__
+    before = found["before"]
+    assert before["drift_general"] == pytest.approx(0, abs=1e-6)
+    assert before["drift_answers"] == pytest.approx(0, abs=1e-6)
+    assert before["same_tokens"] == 1
     for arm in found["arms"].values():
-        assert len(arm["loss"]) == 6
-        assert [point[0] for point in arm["curve"]] == [2, 4, 6]
-        assert arm["forgetting"] == arm["curve"][-1][2] - found["before"]["general"]
+        assert len(arm["loss"]) == 8
+        assert [point["step"] for point in arm["curve"]] == [2, 4, 6, 8]
+        assert all(point["drift_general"] > 0 < point["drift_answers"] for point in arm["curve"])
+        assert len(arm["answers"]) == len(before["answers"]) == 12
         assert arm["distance"] > 0
-    adamw, hft, adamr = found["arms"].values()
-    assert adamw["held_out"] < found["before"]["held_out"]
-    assert adamw["optimizer_ratio"] == adamw["step_ratio"] == 1
+    adamw, hft, adamr = list(found["arms"].values())[:3]
+    assert adamw["curve"][-1]["held_out"] < before["held_out"]
     assert hft["state_bytes"] < adamw["state_bytes"]
+    assert hft["gradient_bytes"] < adamw["gradient_bytes"] == 4 * parameters(options)
     assert hft["distance"] < adamw["distance"]
     assert adamr["distance"] < hft["distance"]
     assert (tmp_path / "finetune.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "checkpoint.pt").exists()
     shown = capsys.readouterr().out
-    assert "forgetting" in shown
+    assert "drift, answers" in shown
     assert "adamw+hft+adamr" in shown
+    assert _drift.PROMPTS[0] in shown
+
+
+def parameters(options: list[str]) -> int:
+    model, _ = finetune._assets.language_model(options[options.index("--model") + 1])
+    return sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("arm", list(finetune.ARMS))
@@ -115,8 +126,8 @@ def test_interrupted_and_resumed_is_uninterrupted(
     torch.manual_seed(1234)  # whatever happened meanwhile
     finetune.main([*again, "--resume"])
 
-    whole, parts = (results(tmp_path / name)["arms"][arm] for name in ("whole", "parts"))
-    for name in ("loss", "curve", "distance", "state_bytes", "forgetting"):
+    whole, parts = (results(tmp_path / name)["arms"][f"{arm}/0"] for name in ("whole", "parts"))
+    for name in ("loss", "curve", "distance", "state_bytes", "gradient_bytes", "answers"):
         assert whole[name] == parts[name]  # bit for bit: JSON keeps floats exactly
     assert not (tmp_path / "parts" / "checkpoint.pt").exists()
 
@@ -136,11 +147,11 @@ def interrupt_in_step(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_resume_keeps_finished_arms(options: list[str], tmp_path: Path) -> None:
     finetune.main([*options, "--arms", "adamw", "--out", str(tmp_path)])
-    first = results(tmp_path)["arms"]["adamw"]
+    first = results(tmp_path)["arms"]["adamw/0"]
     finetune.main([*options, "--arms", "adamw,adamw+hft", "--out", str(tmp_path), "--resume"])
     found = results(tmp_path)["arms"]
-    assert found["adamw"] == first  # the times too: it was not run again
-    assert list(found) == ["adamw", "adamw+hft"]
+    assert found["adamw/0"] == first  # the times too: it was not run again
+    assert list(found) == ["adamw/0", "adamw+hft/0"]
 
 
 def test_resume_refuses_other_settings(options: list[str], tmp_path: Path) -> None:
@@ -214,13 +225,3 @@ def test_stablemax_is_the_softmax_of_its_logits() -> None:
     target = torch.arange(5)
     expected = torch.nn.functional.cross_entropy(grokking.to_softmax(logits), target)
     torch.testing.assert_close(stablemax_cross_entropy(logits, target), expected)
-
-
-def test_report_of_one_arm(tmp_path: Path) -> None:
-    """A picture and a table of what results.json holds, whatever the arms are called."""
-    run = _run.Run(tmp_path, {"steps": 2, "lr": 0.1, "seed": 0}, resume=False)
-    run.results["before"] = {"held_out": 2.0, "general": 3.0}
-    log = {"curve": [[2, 1.5, 3.25]], "distance": 0.5, "state_bytes": 8, "optimizer_ms": 2.0, "step_ms": 4.0}
-    run.results["arms"]["a"] = log
-    _finetune_report.report(run, ["a"])
-    assert results(tmp_path)["arms"]["a"]["forgetting"] == 0.25
