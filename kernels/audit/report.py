@@ -25,7 +25,8 @@ from optx.kernels.audit.traffic import call_bytes
 from optx.kernels.step.emit_triton import compiled
 from optx.kernels.step.layout import Layout
 from optx.kernels.step.program import Program
-from optx.kernels.step.triton import CHUNK_WARPS, LAUNCH, TENSOR_WARPS, block_size, compiler_options
+from optx.kernels.step.triton import CHUNK_WARPS, TENSOR_WARPS, block_size, compiler_options
+from optx.kernels.triton_lib import LAUNCH
 
 ACCESS = 128  # bits: the widest access, and the narrowest allowed in a main loop
 # Memory bandwidth in bytes per second, from the vendors' data sheets.

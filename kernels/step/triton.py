@@ -17,10 +17,8 @@ from optx.kernels.step.emit_triton import CHUNK_ROW, compiled
 from optx.kernels.step.layout import CHUNK, Columns, Layout, partials_per_chunk, split
 from optx.kernels.step.program import Program
 from optx.kernels.step.runner import Step
+from optx.kernels.triton_lib import LAUNCH
 
-# Without fusion a * b + c rounds twice, as on the CPU, wherever ptxas might fuse in one copy of an expression
-# and not in another: an element's bits don't depend on whether it falls into a full block or a tail.
-LAUNCH = {"num_stages": 1, "enable_fp_fusion": False}
 CHUNK_WARPS = 4
 TENSOR_WARPS = 1
 ENOUGH_CHUNKS = 1024  # programs that fill the largest devices

@@ -20,8 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optx.kernels.step.triton import LAUNCH
-from optx.kernels.triton_lib import nearest, read
+from optx.kernels.triton_lib import LAUNCH, nearest, read
 
 BLOCK, TURNS, WARPS = 4096, 16, 4
 
