@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from optx._errors import FileError, OptxError
+from optx._safetensors import Entry
 from optx.delta._checkpoint_source import Files, Source
-from optx.delta._safetensors import Entry, Writer
+from optx.delta._safetensors_writer import Writer
 
 Tensors = Callable[[str], Tensor | Callable[[int, int], Tensor]]
 """Gives a tensor by name; or a function of begin and end that gives its pieces, flat."""

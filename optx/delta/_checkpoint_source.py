@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from optx._errors import FileError, OptxError, ShapeError, near
-from optx.delta._safetensors import Entry, Reader, shards
+from optx._safetensors import Entry, Reader, shards
 
 Checkpoint: TypeAlias = nn.Module | Mapping[str, Tensor] | str | PathLike[str]
 """A module, a state dict, a safetensors file, or a folder with one or several of them."""

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from optx._errors import OptxError, ShapeError, check_range
+from optx._safetensors import Entry
 from optx.delta import _bitmask as bitmask
 from optx.delta._checkpoint_source import Checkpoint, open_source
 from optx.delta._compressed_file import describe, file_size, from_state, read, write
 from optx.delta._delta import Delta
-from optx.delta._safetensors import Entry
 from optx.delta._signs import About, Signs, decoded
 
 if TYPE_CHECKING:

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from optx._errors import FileError, OptxError
 from optx._files import written_aside
+from optx._safetensors import DTYPES, NAMES, Entry
 from optx.delta import _bitmask as bitmask
 from optx.delta import _golomb as golomb
-from optx.delta._safetensors import DTYPES, NAMES, Entry
 from optx.delta._signs import About, Signs
 
 MAGIC, VERSION = b"optx-cpf", 2

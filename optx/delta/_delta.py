@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor
 
 from optx._errors import OptxError, ShapeError, near
+from optx._safetensors import Entry
 from optx.delta._checkpoint_output import plan_of, write_checkpoint
 from optx.delta._checkpoint_source import Checkpoint, Files, Source, check_same, open_source
 from optx.delta._delta_file import open_delta, save_delta
@@ -22,7 +23,6 @@ from optx.delta._lora import lora_difference
 from optx.delta._name_filter import chooser
 from optx.delta._one_pass import OnePass
 from optx.delta._pruning import Prunable
-from optx.delta._safetensors import Entry
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from optx._errors import FileError, OptxError
+from optx._safetensors import DTYPES, NAMES, Entry, Reader
 from optx.delta._checkpoint_output import plan_of
 from optx.delta._compressed_file import is_compressed, read
 from optx.delta._difference import Difference
-from optx.delta._safetensors import DTYPES, NAMES, Entry, Reader, Writer
+from optx.delta._safetensors_writer import Writer
 
 Opened: TypeAlias = tuple[dict[str, Entry], Callable[[str], Tensor], dict[str, Any]]
 """Shapes and dtypes by name, a reader by name, and ``{"plan": ..., "fingerprints": {name: str}}``."""

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from optx._errors import OptxError, ShapeError, near
+from optx._safetensors import Entry
 from optx.delta._float32_sums import total
 from optx.delta._name_filter import chooser
 from optx.delta._one_pass import OnePass
-from optx.delta._safetensors import Entry
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from optx._errors import FileError, OptxError
+from optx._safetensors import Entry
 from optx.delta._checkpoint_source import Files
 from optx.delta._difference import Difference
 from optx.delta._float32_sums import difference_dtype
-from optx.delta._safetensors import Entry
 from optx.inject._peft_io import PREFIX
 from optx.inject._peft_read import lora_from
 

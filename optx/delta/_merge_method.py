@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from optx.delta._safetensors import PIECE, Entry
+from optx._buffers import PIECE
+from optx._safetensors import Entry
 
 Progress = Callable[[Iterable[str]], Iterable[str]]
 Read = Callable[[int, int], Sequence[Tensor]]

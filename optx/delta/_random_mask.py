@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optx.delta._buffers import empty
+from optx._buffers import empty
 from optx.kernels.available import why_unavailable
 
 _SPAN = 1 << 63

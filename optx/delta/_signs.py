@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from optx._safetensors import Entry
 from optx.delta import _bitmask as bitmask
 from optx.delta._difference import Difference
-from optx.delta._safetensors import Entry
 
 D = TypeVar("D", bound=Difference)
 

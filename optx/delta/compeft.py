@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from optx._buffers import PIECE
 from optx._errors import OptxError, check_range
+from optx._safetensors import Entry
 from optx.delta import _bitmask as bitmask
 from optx.delta._checkpoint_source import Checkpoint, open_source
 from optx.delta._compressed import About, Compressed
 from optx.delta._delta import Delta
-from optx.delta._safetensors import PIECE, Entry
 
 Progress = Callable[[Iterable[str]], Iterable[str]]
 

@@ -14,12 +14,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from optx._buffers import PIECE
 from optx._errors import OptxError
 from optx.delta._combine import elected, mixed, steady_rows
 from optx.delta._merge_method import ByPieces, Changes, Combine, MergeMethod, OfPiece
 from optx.delta._options import CONVENTIONS, Convention, PerModel, check_choice, numbers, per_model
 from optx.delta._random_mask import Dropout, key_of
-from optx.delta._safetensors import PIECE
 
 Mask = Callable[[int, Tensor], Tensor]
 """Which entries of a flat piece are kept, by the place where it begins."""

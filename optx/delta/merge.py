@@ -14,14 +14,15 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from optx._buffers import PIECE
 from optx._errors import OptxError, near
+from optx._safetensors import Entry
 from optx.delta._checkpoint_output import plan_of, write_checkpoint
 from optx.delta._checkpoint_source import Checkpoint, Files, Source, check_alike, open_source
 from optx.delta._delta import Delta
 from optx.delta._float32_sums import add, difference_dtype
 from optx.delta._merge_method import ByPieces, Changes, Combine, MergeMethod, Progress
 from optx.delta._name_filter import chooser
-from optx.delta._safetensors import PIECE, Entry
 
 Model: TypeAlias = Checkpoint | Delta
 

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from optx._errors import FileError, OptxError, ShapeError, near
 from optx._files import written_aside
+from optx._safetensors import Entry, Reader
 from optx.delta._checkpoint_source import Checkpoint, open_source
 from optx.delta._delta import Delta
 from optx.delta._first_layers import shallowest
 from optx.delta._name_filter import chooser
 from optx.delta._patch import Patch, patch
 from optx.delta._quantize import Coded, Form, check_quantize, encode
-from optx.delta._safetensors import Entry, Reader
 
 __all__ = ["Patch", "Signature", "extract", "patch", "shallowest"]
 

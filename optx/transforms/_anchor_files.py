@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from optx._errors import FileError
+from optx._safetensors import Reader, indexed, shards
 
 Stamp = tuple[int, int, int, int]
 """What tells that a file was written to: device, inode, size, time."""
@@ -82,8 +83,6 @@ def overwritten(path: str, stamp: Stamp) -> bool:
 
 def _files_of(path: Path) -> list[Path]:
     """The files that a folder or an index stands for."""
-    from optx.delta._safetensors import indexed, shards
-
     if path.name.endswith(".index.json"):
         return list(indexed(path))
     if not path.is_dir():
@@ -98,8 +97,6 @@ def _files_of(path: Path) -> list[Path]:
 
 def _safetensors_file(path: Path) -> dict[str, Callable[[], Any]]:
     from safetensors import SafetensorError, safe_open
-
-    from optx.delta._safetensors import Reader
 
     reader = Reader(path)
     if "optx" in reader.metadata:

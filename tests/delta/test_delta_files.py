@@ -22,9 +22,10 @@ from torch import Tensor
 
 import optx
 from optx import Delta, FileError, OptxError
-from optx.delta import _background_file, _checkpoint_output, _delta_file, _safetensors
+from optx._safetensors import Entry
+from optx.delta import _background_file, _checkpoint_output, _delta_file, _safetensors_writer
 from optx.delta._background_file import BackgroundFile
-from optx.delta._safetensors import Entry, Writer
+from optx.delta._safetensors_writer import Writer
 
 Usage = namedtuple("Usage", "total used free")
 F32, BF16 = torch.float32, torch.bfloat16
@@ -111,7 +112,7 @@ def test_files_folders_dicts_and_modules_are_the_same(folders: tuple[Path, Path]
 @pytest.mark.parametrize("what", ["plain", "dare", "times", "magnitude", "sum", "scaled"])
 def test_pieces_are_the_whole(what: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: Any) -> None:
     """Files are worked on by pieces, dicts whole; the pieces here are small and odd."""
-    monkeypatch.setattr(_safetensors, "PIECE", 77)
+    monkeypatch.setattr(_safetensors_writer, "PIECE", 77)
     base, tuned = state(0, dtype=dtype), state(9, dtype=dtype)
     for name, tensors in (("base", base), ("tuned", tuned)):
         save_file(tensors, tmp_path / f"{name}.safetensors")
@@ -204,9 +205,9 @@ def test_a_disk_that_fills_up(save: bool, tmp_path: Path, monkeypatch: pytest.Mo
         return delta.save(out) if save else delta.apply(tmp_path / "base.safetensors", out)  # type: ignore[return-value]
 
     wanted = go("wanted.safetensors").read_bytes()
-    write, left = _safetensors.FileIO.write, [30_000]
+    write, left = _safetensors_writer.FileIO.write, [30_000]
 
-    class Full(_safetensors.FileIO):
+    class Full(_safetensors_writer.FileIO):
         def write(self, data: Any) -> int:
             left[0] -= len(data)
             if left[0] < 0:
@@ -214,7 +215,7 @@ def test_a_disk_that_fills_up(save: bool, tmp_path: Path, monkeypatch: pytest.Mo
             return write(self, data)
 
     with monkeypatch.context() as patch:
-        for module in (_safetensors, _background_file):
+        for module in (_safetensors_writer, _background_file):
             patch.setattr(module, "FileIO", Full)
         with pytest.raises(FileError, match="could not be written: No space left on device"):
             go("out.safetensors")
@@ -313,15 +314,15 @@ KILLED = """
 import os, random, signal, sys, time, torch
 from pathlib import Path
 from optx import Delta
-from optx.delta import _safetensors
+from optx.delta import _safetensors_writer
 torch.set_num_threads(1)
-_safetensors.Writer.FLUSH = 20_000
+_safetensors_writer.Writer.FLUSH = 20_000
 folder, kind = Path(sys.argv[1]), sys.argv[2]
-plain = _safetensors.Writer._note
+plain = _safetensors_writer.Writer._note
 def slow(self, name):
     plain(self, name)
     time.sleep(0.004)
-_safetensors.Writer._note = slow
+_safetensors_writer.Writer._note = slow
 def work(name):
     delta = Delta.between(folder / "base", folder / "tuned").dare(0.5)
     delta.apply(folder / "base", folder / name) if kind == "apply" else delta.save(folder / name)
@@ -373,14 +374,14 @@ MEASURED = """
 import sys, resource, torch
 from pathlib import Path
 from optx import Delta
-from optx.delta import _safetensors
+from optx.delta import _safetensors_writer
 from optx.delta._background_file import BackgroundFile
 folder = Path(sys.argv[1])
 def kilobytes(what):
     return int(Path("/proc/self/status").read_text().split(what)[1].split()[0])
 small = {"w": torch.zeros(8)}
 Delta.between(small, small).dare(0.9).apply(small)
-_safetensors.PIECE, BackgroundFile.STAGE = 1 << 16, 1 << 18
+_safetensors_writer.PIECE, BackgroundFile.STAGE = 1 << 16, 1 << 18
 Path("/proc/self/clear_refs").write_text("5")
 before = kilobytes("VmRSS:")
 delta = Delta.between(folder / "base.safetensors", folder / "tuned.safetensors").dare(0.9)

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from optx import Delta
-from optx.delta import _background_file, _buffers, _safetensors
+from optx import Delta, _buffers
+from optx._safetensors import Entry
+from optx.delta import _background_file, _safetensors_writer
 from optx.delta._background_file import BackgroundFile
-from optx.delta._safetensors import Entry, Writer
+from optx.delta._safetensors_writer import Writer
 
 F32, BF16 = torch.float32, torch.bfloat16
 
@@ -107,7 +108,7 @@ def test_an_error_in_the_last_piece_is_not_lost(tmp_path: Path) -> None:
         return torch.zeros(end - begin)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_safetensors, "PIECE", 4)
+        patch.setattr(_safetensors_writer, "PIECE", 4)
         patch.setattr(Writer, "FLUSH", 1)
         writer = Writer(tmp_path / "x.safetensors", {"a": Entry((10,), F32)}, {}, "plan")
         writer.write_pieces("a", piece)
@@ -131,7 +132,7 @@ def test_pieces_and_threads_do_not_matter(
     save_file(base, tmp_path / "base.safetensors")
     save_file(tuned, tmp_path / "tuned.safetensors")
     wanted = Delta.between(base, tuned).dare(0.5).apply(base)
-    monkeypatch.setattr(_safetensors, "PIECE", size)
+    monkeypatch.setattr(_safetensors_writer, "PIECE", size)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import optx
-from optx.delta import _merge_method, _safetensors
+from optx.delta import _merge_method, _safetensors_writer
 from optx.delta._order_statistics import order_statistics
 
 METHODS = [
@@ -174,7 +174,7 @@ def test_pieces_do_not_show(method: optx.MergeMethod, tmp_path: Path, monkeypatc
     models.append({n: t + 0.1 * torch.randint(-1, 2, t.shape, generator=g) for n, t in base.items()})
     made: list[Any] = []
     for piece in (1 << 14, 1 << 20):
-        for module in (_merge_method, _safetensors, optx.delta.merge):
+        for module in (_merge_method, _safetensors_writer, optx.delta.merge):
             monkeypatch.setattr(module, "PIECE", piece)
         torch.manual_seed(0)
         made.append(optx.merge(base, models, method))
@@ -187,7 +187,7 @@ def test_pieces_do_not_show(method: optx.MergeMethod, tmp_path: Path, monkeypatc
 MEASURED = """
 import ctypes, sys, torch, optx
 from pathlib import Path
-from optx.delta import _merge_method, _safetensors, compeft
+from optx.delta import _merge_method, _safetensors_writer, compeft
 from optx.delta._background_file import BackgroundFile
 folder = Path(sys.argv[1])
 base, models = folder / "base.safetensors", [folder / f"{i}.safetensors" for i in range(3)]
@@ -199,7 +199,7 @@ methods = optx.TIES(convention="mergekit"), optx.DARETIES(rescale="l1"), optx.PC
 for method in methods:
     optx.merge(small, [tuned], method)
 optx.compress(optx.Delta.between(small, tuned))
-for module in (_merge_method, _safetensors, compeft):
+for module in (_merge_method, _safetensors_writer, compeft):
     module.PIECE = 1 << 16
 BackgroundFile.STAGE = 1 << 18
 ctypes.CDLL(None).malloc_trim(0)  # what the first time left free would hide what the second takes

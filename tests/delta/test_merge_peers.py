@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import optx
+from optx._safetensors import Entry
 from optx.delta._combine import elected
 from optx.delta._merge_method import Changes
-from optx.delta._safetensors import Entry
 from optx.delta.dare import rescaling
 
 BASE = torch.ones(4)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import optx
+from optx._safetensors import Entry
 from optx.delta._merge_method import Changes
-from optx.delta._safetensors import Entry
 from optx.delta.pcb import _code_form, _code_scores
 
 T0 = torch.tensor([0.1, -0.2, 0.3, -0.4, 0.5, 0.6, -0.7, 0.8, -0.9, 1.0])

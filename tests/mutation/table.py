@@ -99,8 +99,8 @@ TABLE = {
 
 # Modules of the folders that compute nothing: they read, write, match names or hold what others compute.
 _FILES = (
-    "_background_file _buffers _checkpoint_output _checkpoint_source _compressed_file _delta _delta_file "
-    "_mergekit _patch _safetensors cli merge"
+    "_background_file _checkpoint_output _checkpoint_source _compressed_file _delta _delta_file "
+    "_mergekit _patch _safetensors_writer cli merge"
 )
 _HANDLES = (
     "_attach _export _folder _handle _injection _install _paths _peft_io _peft_match _peft_prefix _peft_read "

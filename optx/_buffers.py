@@ -12,6 +12,8 @@ from torch import Tensor
 
 _Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
+PIECE = 1 << 20
+"""Numbers of a tensor that are worked on at once, where a computation is element by element."""
 SIZE = 1 << 22
 """Bytes of each buffer; what is larger, or so small that it wastes one, gets memory of its own."""
 KEPT = 16
