@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 # Folders whose every module is here. The other modules of optx and kernels are here if they are sampled.
-FOLDERS = ("optx/step", "optx/delta", "optx/inject", "optx/signal", "optx/transforms")
+FOLDERS = ("optx/step", "optx/delta", "optx/inject", "optx/signal", "optx/transforms", "optx/analysis")
 
 _STEP = "moments user_rules perpgrad adamr skip_nonfinite fused_cpu wrap_bases resume"
 
 # Module -> its test files, without their folder, test_ and .py, the likeliest to notice a fault first.
 TABLE = {
+    "optx/analysis/gradients.py": "analysis iaa",
+    "optx/analysis/softmax.py": "analysis",
     "optx/delta/_bitmask.py": "arithmetic_delta compeft golomb",
     "optx/delta/_combine.py": "arithmetic_delta merge merge_peers pcb",
     "optx/delta/_compressed.py": "arithmetic_delta compeft",

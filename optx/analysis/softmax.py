@@ -1,0 +1,79 @@
+"""Whether a softmax still tells classes apart in the numbers that it is computed in.
+
+Source of `softmax_collapse`: Prieto, Barsbey, Mediano, Birdal, "Grokking at the Edge of Numerical
+Stability", ICLR 2025, arXiv 2501.04697, sections 3 and 5.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from optx._errors import OptxError, ShapeError
+
+
+def softmax_collapse(logits: Tensor, target: Tensor, ignore_index: int = -100) -> float:
+    """Fraction of samples whose softmax has collapsed: only the true class's term is left in its sum.
+
+    A sample has collapsed when, in the dtype of the logits,
+    ``sum_k exp(z_k - max z) == exp(z_y - max z)`` (arXiv 2501.04697, definition 2): its cross-entropy is
+    exactly 0 and so is its gradient at the true class. In float32 this takes every other logit being more
+    than about 16.6 below, in float16 7.6, in bfloat16 5.5, in float64 36.7. So pass logits in the dtype
+    in which the loss sees them (inside autocast `cross_entropy` sees float32).
+
+    Args:
+        logits: unnormalised scores, shape (C,), (N, C) or (N, C, d1, ...), any float dtype.
+        target: class numbers, any integer dtype, shape (), (N,) or (N, d1, ...).
+        ignore_index: samples with this class number are not counted.
+
+    Returns:
+        A number in [0, 1]; nan if no sample counts.
+
+    Raises:
+        ShapeError: target does not fit the logits.
+        OptxError: logits are not floating, or target is not of an integer dtype.
+        IndexError: a class number is out of range.
+
+    Example:
+        >>> import torch
+        >>> logits = torch.tensor([[20.0, 0.0, 0.0], [2.0, 0.0, 0.0]])
+        >>> softmax_collapse(logits, torch.tensor([0, 0]))
+        0.5
+    """
+    class_dim = 0 if logits.ndim == 1 else 1
+    _check_samples(logits, target, class_dim)
+    counts = target != ignore_index
+    label = torch.where(counts, target, 0).to(torch.int64)
+    if bool(((label < 0) | (label >= logits.shape[class_dim])).any()):
+        raise IndexError(
+            f"softmax_collapse: target has class numbers from {int(label.min())} to {int(label.max())}; with "
+            f"{logits.shape[class_dim]} classes they must be in 0..{logits.shape[class_dim] - 1}, or "
+            f"ignore_index={ignore_index}."
+        )
+    with torch.no_grad():
+        # out of autocast: it would compute exp and sum in float32
+        with torch.autocast(logits.device.type, enabled=False):
+            z = logits.detach()
+            terms = (z - z.amax(class_dim, keepdim=True)).exp_()
+            own = terms.gather(class_dim, label.unsqueeze(class_dim)).squeeze(class_dim)
+            collapsed = (terms.sum(class_dim) == own) & counts
+        return float(collapsed.sum() / counts.sum())
+
+
+def _check_samples(logits: Tensor, target: Tensor, class_dim: int) -> None:
+    if not logits.is_floating_point() or logits.ndim == 0 or logits.shape[class_dim] == 0:
+        raise OptxError(
+            f"softmax_collapse: logits have shape {tuple(logits.shape)} and dtype {logits.dtype}; they must "
+            "be floating, of shape (C,), (N, C) or (N, C, d1, ...), with at least one class."
+        )
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise OptxError(
+            f"softmax_collapse: target has dtype {target.dtype}; it must hold class numbers, of an integer "
+            "dtype."
+        )
+    wanted = logits.shape[:class_dim] + logits.shape[class_dim + 1 :]
+    if target.shape != wanted:
+        raise ShapeError(
+            f"softmax_collapse: target has shape {tuple(target.shape)}; for logits of shape "
+            f"{tuple(logits.shape)} it must be {tuple(wanted)}."
+        )
