@@ -62,6 +62,11 @@ def owner_of(base: Optimizer) -> Any:
     return next((owner for guard in guards if (owner := guard.owner(base)) is not None), None)
 
 
+def has_modes(base: Optimizer) -> bool:
+    """Whether a base moves its weights in ``train()`` and ``eval()``, as schedulefree's do."""
+    return all(callable(getattr(base, name, None)) for name in ("train", "eval"))
+
+
 def guard(base: Optimizer, owner: Any) -> None:
     """Let the base be stepped by its owner only."""
     release(base)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from optx._errors import OptxError, TransformError, warn
 from optx.kernels.step.program import Program
-from optx.step.base_step import guard, owner_of, release, run_post_hooks, run_pre_hooks
+from optx.step.base_step import guard, has_modes, owner_of, release, run_post_hooks, run_pre_hooks
 from optx.step.checkpoint import pack, unpack
 from optx.step.checks import check_wrap
 from optx.step.plan import Plan
@@ -505,6 +505,5 @@ def wrap(
             f"wrap: this {type(optimizer).__name__} is wrapped already, and two wrappers would each step it. "
             "Pass what wrap returned, which takes more transforms on; opt.remove() takes them off."
         )
-    modes = all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
-    kind = _WrappedWithModes if modes else Wrapped
+    kind = _WrappedWithModes if has_modes(optimizer) else Wrapped
     return kind(optimizer, transforms, settings)

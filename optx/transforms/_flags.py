@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
+
+from optx._errors import TransformError
 
 
 class Flags:
@@ -73,3 +78,30 @@ class Flags:
     def unwanted(self) -> set[str]:
         """What the person froze."""
         return {name for name, wanted in self.wish.items() if not wanted}
+
+
+# Whose flags a model has: an optimizer may be dropped without remove(), and its frozen half is still frozen.
+_SERVED: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Any], Flags]] = weakref.WeakKeyDictionary()
+
+
+def serve(model: nn.Module, optimizer: weakref.ref[Any], flags: Flags) -> None:
+    """From now on a model's flags are those of this optimizer's rounds."""
+    _SERVED[model] = (optimizer, flags)
+
+
+def serve_no_more(model: nn.Module) -> None:
+    """They are the person's again."""
+    _SERVED.pop(model, None)
+
+
+def inherited_flags(model: nn.Module) -> Flags:
+    """The person's flags: as they are, or as an optimizer knew them that was dropped without remove()."""
+    last, flags = _SERVED.get(model, (None, Flags()))
+    if last is not None and last() is not None:
+        gc.collect()  # a scheduler makes a cycle of its optimizer
+        if last() is not None:
+            raise TransformError(
+                "HFT: another optimizer's HFT serves this model, and its frozen half would look as if "
+                "you had frozen it. Call remove() on that optimizer first."
+            )
+    return flags

@@ -6,46 +6,29 @@ code; the selection (section 3, category level) agrees with the re-implementatio
 
 from __future__ import annotations
 
-import gc
-import inspect
 import weakref
-import zlib
 from collections.abc import Generator, Iterable, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from optx._errors import OptxError, TransformError, near, warn
 from optx._names import parameter_names
-from optx.step.state import is_ours
 from optx.step.transform import Group, Host, Transform
-from optx.transforms._blocks import Layer, clean_names, layers_of
-from optx.transforms._flags import Flags
+from optx.transforms._flags import Flags, inherited_flags, serve, serve_no_more
+from optx.transforms._frozen_half import (
+    FirstState,
+    FrozenHalf,
+    check_state_may_stay,
+    is_rehearsal,
+    only_rehearsed,
+)
 from optx.transforms._half_selection import Balance, Draw, Level, Row, Selection, whole_number
-
-# Whose flags a model has: an optimizer may be dropped without remove(), and its frozen half is still frozen.
-_SERVED: weakref.WeakKeyDictionary[nn.Module, tuple[weakref.ref[Any], Flags]] = weakref.WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class _Round:
-    """What was drawn when a round began; it stays until the next, whatever is frozen or added meanwhile.
-
-    Attributes:
-        known: the model's tensors then.
-        drawn: those that the draw decided on.
-        trained: those of them that are trained.
-        checksum: of the names that were trained then.
-    """
-
-    known: Set[str] = frozenset()
-    drawn: Set[str] = frozenset()
-    trained: Set[str] = frozenset()
-    checksum: int = 0
+from optx.transforms._rounds import ModelLayers, Round, SavedRound, draw_round, named_parameters
 
 
 class HFT(Transform):
@@ -142,20 +125,17 @@ class HFT(Transform):
         self.rounds_every = rounds_every
         self.reset_state = reset_state
         self._draw = Draw(ratio, level, balance, seed)
-        self._blocks = blocks
         self._steps = 0  # in this round; counted where rounds_every asks for it
-        self._looked_at: Any = None
-        self._found: list[Layer] = []
+        self._layers = ModelLayers(blocks)
         self._flags = Flags()
-        self._round = _Round()
+        self._round = Round()
         self._served: list[bool] = []  # by group, as last seen
-        self._frozen: list[Tensor] = []  # the optimizer's, in this round
-        self._versions: list[int] = []
-        self._eager: bool | None = None  # whether the base makes state in its constructor
+        self._frozen = FrozenHalf()
+        self._first_state = FirstState()
         self._loading = False
         self._warned: set[str] = set()
         self._optimizer: weakref.ref[Host] | None = None
-        self._layers()  # raises where there are no blocks
+        self._layers.of(model)  # raises where there are no blocks
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of (model, optimizer) serves the copied optimizer; a weak reference can't be copied.
@@ -204,7 +184,7 @@ class HFT(Transform):
         self._draw = replace(self._draw, round=number)
         self._steps = 0
         self._flags.follow()
-        self._flags.watch(self._parameters())
+        self._flags.watch(named_parameters(self.model))
         self._round = self._drawn(self._flags.unwanted(), self._left_out(optimizer.param_groups))
         self._enter(optimizer, self.reset_state)
         return self.selected()
@@ -259,61 +239,29 @@ class HFT(Transform):
         finally:
             self._loading = False
             for p in optimizer.served(self):
-                if _only_rehearsed(_base_state(optimizer.base, p), p):
+                if only_rehearsed(optimizer.base, p):
                     optimizer.drop_base_state(p)
             self._enter(optimizer, reset=False)
 
     # ---- the selection -----------------------------------------------------------------------------
 
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        """By clean name, each once; read anew each time, since parameter objects may be replaced."""
-        named = dict(self.model.named_parameters())
-        clean = clean_names(named)
-        return {clean[name]: p for name, p in named.items()}
-
-    def _layers(self) -> list[Layer]:
-        named = dict(self.model.named_parameters(remove_duplicate=False))
-        clean = clean_names(named)
-        first: dict[Tensor, str] = {}
-        same = {clean[name]: first.setdefault(p, clean[name]) for name, p in named.items()}
-        shapes = {clean[name]: tuple(p.shape) for name, p in named.items()}
-        if (shapes, same) != self._looked_at:  # with 10,000 experts it takes a second
-            again = {name: other for name, other in same.items() if name != other}
-            self._found = layers_of(shapes, self._blocks, again)
-            self._looked_at = (shapes, same)
-        return self._found
-
     def _left_out(self, groups: Sequence[Group]) -> set[str]:
         """Names of the parameters in groups that opted out."""
         out = {p for group in groups if not self.serves(group) for p in group["params"]}
-        return {name for name, p in self._parameters().items() if p in out} if out else set()
+        return {name for name, p in named_parameters(self.model).items() if p in out} if out else set()
 
-    def _drawn(self, unwanted: Set[str], left_out: Set[str], known: Set[str] = frozenset()) -> _Round:
+    def _drawn(self, unwanted: Set[str], left_out: Set[str], known: Set[str] = frozenset()) -> Round:
         """The draw of this round among all but what the person froze, left out, or what is known already."""
-        out = unwanted | left_out | known
-        pool = [layer for layer in self._layers() if not set(layer.tensors) <= out]
-        chosen = self._draw.of(pool)
-        blocks = [layer for layer in pool if layer.block is not None]
-        drawn = {t for layer in blocks for t in layer.tensors if t not in out}
-        trained = drawn & {t for layer in blocks if layer.name in chosen for t in layer.tensors}
-        names = list(self._parameters())
-        kept = [name for name in names if (name in trained if name in drawn else name not in unwanted)]
-        return _Round(frozenset(names), drawn, trained, zlib.crc32("\n".join(kept).encode()))
+        layers, names = self._layers.of(self.model), named_parameters(self.model)
+        return draw_round(self._draw, layers, names, unwanted, left_out | known)
 
-    def _rows(self, chosen: _Round, left_out: Set[str]) -> list[Row]:
-        params, wish = self._parameters(), self._flags.wish
-        rows: dict[str, Row] = {}
-        for layer in self._layers():
-            for name in layer.tensors:
-                drawn = name in chosen.drawn and wish[name] and name not in left_out
-                trainable = name in chosen.trained if drawn else wish[name]
-                numel = params[name].numel()
-                rows[name] = Row(name, layer.name, layer.category, layer.block or "", numel, trainable, drawn)
-        return [rows[name] for name in params]
+    def _rows(self, chosen: Round, left_out: Set[str]) -> list[Row]:
+        layers, params = self._layers.of(self.model), named_parameters(self.model)
+        return chosen.rows(layers, params, self._flags.wish, left_out)
 
     def _enter(self, optimizer: Host, reset: bool) -> None:
         """Make the flags, the gradients and the optimizer's state those of this round."""
-        params = self._parameters()
+        params = named_parameters(self.model)
         self._flags.watch(params)
         for row in self._rows(self._round, self._left_out(optimizer.param_groups)):
             p = params[row.name]
@@ -321,31 +269,13 @@ class HFT(Transform):
             if row.drawn and not row.trainable:
                 p.grad = None
         served = optimizer.served(self)
-        self._frozen = [p for p in served if not p.requires_grad]
-        dropped = served if reset else self._frozen if self.reset_state else ()
+        self._frozen.take(served)
+        dropped = served if reset else self._frozen.tensors if self.reset_state else ()
         for p in dropped:
             optimizer.drop_base_state(p)
-        self._make_first_state(optimizer)
+        self._first_state.make(optimizer.base, filter(self.serves, optimizer.base.param_groups))
         self._served = [self.serves(group) for group in optimizer.param_groups]
         self._tell(optimizer)
-
-    def _make_first_state(self, optimizer: Host) -> None:
-        """For a base that makes state in its constructor (Adagrad) and looks for it in a step."""
-        base = optimizer.base
-        for group in filter(self.serves, base.param_groups):
-            lacking = [p for p in group["params"] if p.requires_grad and not _base_state(base, p)]
-            if lacking and self._makes_state_first(base):
-                for p, state in _anew(base, group, lacking).state.items():
-                    base.state[p].update(state)
-
-    def _makes_state_first(self, base: torch.optim.Optimizer) -> bool:
-        if self._eager is None:
-            dummy = nn.Parameter(torch.zeros(1))
-            try:
-                self._eager = bool(_anew(base, base.param_groups[0], [dummy]).state.get(dummy))
-            except Exception:  # no class that is made from groups and its defaults, whatever it misses
-                self._eager = False
-        return self._eager
 
     # ---- what the person does ----------------------------------------------------------------------
 
@@ -363,22 +293,22 @@ class HFT(Transform):
                 "it frozen, and so it stays. To train it, call opt.hft.thaw(name), or put it in a param "
                 "group with hft=False."
             )
-        self._frozen = [p for p in optimizer.served(self) if not p.requires_grad]
+        self._frozen.take(optimizer.served(self))
 
     def _want(self, names: Iterable[str], trainable: bool, caller: str) -> None:
         optimizer = self._bound(caller)
         self._follow(optimizer)
-        known = self._parameters()
+        known = named_parameters(self.model)
         for name in names:
             if name not in known:
                 raise OptxError(f"HFT: {caller}({name!r}) names no parameter. {near(name, known)}")
         self._flags.want(names, trainable)
         if trainable:
-            self._round = replace(self._round, trained=self._round.trained | (self._round.drawn & set(names)))
+            self._round = self._round.with_thawed(names)
         self._enter(optimizer, reset=False)
 
     def _thaw_all(self) -> None:
-        for name, p in self._parameters().items():
+        for name, p in named_parameters(self.model).items():
             if self._flags.wish[name]:
                 self._flags.set(name, p, True)
 
@@ -394,8 +324,8 @@ class HFT(Transform):
         """Refuse another model's parameters, a DDP that would wait for frozen ones, and an empty half."""
         optimizer = self._served_by()
         if optimizer is None:
-            self._flags = self._inherited()
-        params, names = self._parameters(), parameter_names(base)
+            self._flags = inherited_flags(self.model)
+        params, names = named_parameters(self.model), parameter_names(base)
         optimized = {p for group in base.param_groups for p in group["params"]}
         foreign = sorted((names[id(p)], tuple(p.shape)) for p in optimized.difference(params.values()))
         if foreign:
@@ -409,7 +339,8 @@ class HFT(Transform):
                 "HFT: the model is in DistributedDataParallel, which would wait for the gradients of the "
                 "frozen half. Make it with find_unused_parameters=True."
             )
-        self._check_kept(base)
+        if not self.reset_state:
+            check_state_may_stay(base)
         self._flags.follow()
         self._flags.watch(params)
         left_out = self._left_out(base.param_groups)
@@ -420,32 +351,10 @@ class HFT(Transform):
                 "parameters was drawn or is outside of the blocks. Raise ratio, or give it the embeddings."
             )
 
-    def _check_kept(self, base: torch.optim.Optimizer) -> None:
-        """Refuse to keep state by which a base moves weights that have no gradient."""
-        modes = all(callable(getattr(base, name, None)) for name in ("train", "eval"))
-        if not self.reset_state and (modes or isinstance(base, torch.optim.LBFGS)):
-            why = "moves weights by their state in train() and eval()" if modes else "has one history for all"
-            raise TransformError(
-                f"HFT: reset_state=False keeps the state of frozen weights, and {type(base).__name__} {why}, "
-                "so that they would move. Leave reset_state=True."
-            )
-
-    def _inherited(self) -> Flags:
-        """The person's flags: as they are, or as an optimizer knew them that was dropped without remove()."""
-        last, flags = _SERVED.get(self.model, (None, Flags()))
-        if last is not None and last() is not None:
-            gc.collect()  # a scheduler makes a cycle of its optimizer
-            if last() is not None:
-                raise TransformError(
-                    "HFT: another optimizer's HFT serves this model, and its frozen half would look as if "
-                    "you had frozen it. Call remove() on that optimizer first."
-                )
-        return flags
-
     def bind(self, optimizer: Host) -> None:
         """Freeze this round's half."""
         self._optimizer = weakref.ref(optimizer)
-        _SERVED[self.model] = (self._optimizer, self._flags)
+        serve(self.model, self._optimizer, self._flags)
         self._round = self._drawn(self._flags.unwanted(), self._left_out(optimizer.param_groups))
         # One history for all parameters would go on moving those that are frozen now.
         self._enter(optimizer, reset=isinstance(optimizer.base, torch.optim.LBFGS))
@@ -453,14 +362,9 @@ class HFT(Transform):
     def groups_changed(self, optimizer: Host) -> None:
         """Take in groups that came, parameters that were replaced, and layers that are new in the model."""
         self._flags.follow()
-        self._flags.watch(self._parameters())
+        self._flags.watch(named_parameters(self.model))
         new = self._drawn(self._flags.unwanted(), self._left_out(optimizer.param_groups), self._round.known)
-        self._round = replace(
-            self._round,
-            known=self._round.known | new.known,
-            drawn=self._round.drawn | new.drawn,
-            trained=self._round.trained | new.trained,
-        )
+        self._round = self._round.with_new(new)
         self._enter(optimizer, reset=False)
 
     def before_step(self, optimizer: Host) -> None:
@@ -468,23 +372,21 @@ class HFT(Transform):
         if self._loading:
             return
         self._follow(optimizer)
-        for p in self._frozen:
-            if p.grad is not None:
-                p.grad = None
+        self._frozen.drop_gradients()
         if not self.reset_state:
-            self._versions = [p._version for p in self._frozen]
+            self._frozen.watch()
 
     def after_step(self, optimizer: Host) -> None:
         """Count the step, and begin a new round where it is time."""
         if self._loading:
             return
-        if not self.reset_state and self._versions != [p._version for p in self._frozen]:
+        if not self.reset_state and self._frozen.written():
             self._warn_once(
                 "HFT: this step wrote to frozen weights, which have no gradient. If that was "
                 f"{type(optimizer.base).__name__}, they may move by the state that reset_state=False keeps: "
                 "leave reset_state=True."
             )
-        if self.rounds_every is None or _is_rehearsal(optimizer):
+        if self.rounds_every is None or is_rehearsal(optimizer):
             return
         self._steps += 1
         if self._steps >= self.rounds_every:
@@ -494,26 +396,24 @@ class HFT(Transform):
 
     def after_load(self, optimizer: Host) -> None:
         """Return to the round that was saved."""
-        group = optimizer.param_groups[0]
-        seed, number = int(self._get(group, "seed", self.seed)), int(self._get(group, "round", self.round))
-        saved, kept = int(self._get(group, "selection", 0)), int(self._get(group, "kept", 0))
-        same = (seed, number, saved) == (self.seed, self.round, self._round.checksum)
-        self._draw = replace(self._draw, seed=seed, round=number)
-        self._steps = int(self._get(group, "steps", self._steps))
+        saved = SavedRound(self.round, self.seed, self._steps).found_in(optimizer.param_groups[0], self.name)
+        same = saved[:2] == (self.round, self.seed) and saved.selection == self._round.checksum
+        self._draw = replace(self._draw, seed=saved.seed, round=saved.round)
+        self._steps = saved.steps
         if not self._loading:
             self._flags.follow()
-        self._flags.watch(self._parameters())
+        self._flags.watch(named_parameters(self.model))
         if not same:
-            self._return_to(optimizer, saved)
+            self._return_to(optimizer, saved.selection)
         self._enter(optimizer, reset=False)
-        if saved not in (0, self._round.checksum):
+        if saved.selection not in (0, self._round.checksum):
             warn(
-                f"HFT: the checkpoint trained another half in round {number} than this HFT does. Give it the "
-                "model, ratio, level, balance and frozen parameters of the run that saved it."
+                f"HFT: the checkpoint trained another half in round {saved.round} than this HFT does. Give "
+                "it the model, ratio, level, balance and frozen parameters of the run that saved it."
             )
-        elif not self.reset_state and kept > self._kept(optimizer):
+        elif not self.reset_state and saved.kept > (came := self._frozen.with_state(optimizer.base)):
             warn(
-                f"HFT: the checkpoint has the state of {kept} frozen weights, and {self._kept(optimizer)} "
+                f"HFT: the checkpoint has the state of {saved.kept} frozen weights, and {came} "
                 "came: torch.distributed.checkpoint loads trainable parameters only. Load inside of "
                 "`with opt.hft.loading():`."
             )
@@ -526,32 +426,20 @@ class HFT(Transform):
         rounds = [self._drawn(*way) for way in ways]
         self._round = next((one for one in rounds if one.checksum == saved), rounds[0])
 
-    def _kept(self, optimizer: Host) -> int:
-        """How many frozen weights the base has state of."""
-        return sum(bool(_base_state(optimizer.base, p)) for p in self._frozen)
-
-    def _get(self, group: dict[str, Any], key: str, default: int) -> int:
-        return group.get(f"optx.{self.name}.{key}", default)
-
     def unwrap(self, optimizer: Host) -> None:
         """Restore every ``requires_grad``."""
-        self._flags.watch(self._parameters())
+        self._flags.watch(named_parameters(self.model))
         self._flags.give_back()
-        _SERVED.pop(self.model, None)
-        self._frozen.clear()
+        serve_no_more(self.model)
+        self._frozen.take(())
         self._served.clear()
         self._optimizer = None
 
     def group_numbers(self) -> dict[str, float | int | bool]:
         """Round, seed, steps in this round, a checksum of the draw, and how many frozen have state."""
         optimizer = self._served_by()
-        return {
-            "round": self.round,
-            "seed": self.seed,
-            "steps": self._steps,
-            "selection": self._round.checksum,
-            "kept": 0 if optimizer is None else self._kept(optimizer),
-        }
+        kept = 0 if optimizer is None else self._frozen.with_state(optimizer.base)
+        return SavedRound(self.round, self.seed, self._steps, self._round.checksum, kept)._asdict()
 
     def _tell(self, optimizer: Host) -> None:
         """Write the numbers where they are saved."""
@@ -575,32 +463,3 @@ class HFT(Transform):
     def __repr__(self) -> str:
         draw = self._draw
         return f"HFT(ratio={draw.ratio}, level={draw.level!r}, seed={draw.seed})"
-
-
-def _is_rehearsal(optimizer: Host) -> bool:
-    """Whether a step was torch.distributed.checkpoint's, with lr 0 and zero gradients, to make the state."""
-    if any(float(group.get("lr", 1.0)) != 0.0 for group in optimizer.param_groups):
-        return False
-    return not any(
-        p.grad is not None and bool(p.grad.any()) for group in optimizer.param_groups for p in group["params"]
-    )
-
-
-def _anew(base: torch.optim.Optimizer, group: Group, params: list[Tensor]) -> torch.optim.Optimizer:
-    """An optimizer as the base was when it was made, with the settings of a group."""
-    kind: Any = type(base)
-    known = inspect.signature(kind).parameters
-    return kind(params, **{key: value for key, value in group.items() if key in known and key != "params"})
-
-
-def _only_rehearsed(state: Group, p: Tensor) -> bool:
-    """Whether state is what torch.distributed.checkpoint's step of zeros made, and no checkpoint filled."""
-    tensors = [t for key, t in state.items() if isinstance(t, Tensor) and key != "step"]
-    of_weight = [t for t in tensors if t.ndim or not p.ndim]
-    return float(state.get("step", 0.0)) <= 1.0 and not any(bool(t.any()) for t in of_weight)
-
-
-def _base_state(base: torch.optim.Optimizer, p: Tensor) -> Group:
-    """What the base itself keeps of a parameter."""
-    state = base.state
-    return {key: value for key, value in state[p].items() if not is_ours(key)} if p in state else {}
