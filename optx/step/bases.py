@@ -177,6 +177,14 @@ def base_rules(base: torch.optim.Optimizer, group: Group) -> BaseRules | None:
     make = _FUSED.get(type(base))
     if make is None:
         return None
+    check_settings(base, group)
+    return make(group)
+
+
+def check_settings(base: torch.optim.Optimizer, group: Group) -> None:
+    """Raise unless a group has what the rules of its base read, if it has any, and all of it is numbers."""
+    if not has_fused_form(base):
+        return
     missing = [key for key in base.defaults if key in _NEEDED and key not in group]
     if missing:
         raise OptxError(
@@ -188,7 +196,6 @@ def base_rules(base: torch.optim.Optimizer, group: Group) -> BaseRules | None:
             raise OptxError(f"optx: a param group has {key}={group[key]!r}; it must be one number.")
     if "betas" in group:
         check_betas(group["betas"])
-    return make(group)
 
 
 def check_betas(betas: Any) -> None:

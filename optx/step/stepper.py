@@ -1,62 +1,33 @@
-"""Runs a step: picks each group's path, keeps the order of moments, and hides our state from the base."""
+"""Runs a step: keeps the order of moments over all groups, and hides our state from the base."""
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optx._errors import FusedError, OptxError, ShapeError, TransformError
+from optx._errors import ShapeError, TransformError
 from optx._names import parameter_names, whole
-from optx.kernels.step.program import W0, Program
-from optx.step.base_step import step_replaced, step_without_hooks
-from optx.step.bases import base_numbers, base_rules, has_fused_form, readable_state, rule_numbers
-from optx.step.checks import check_group, check_has_memory, check_memory, check_state_shapes, shapes_differ
+from optx.kernels.step.program import W0
+from optx.step.base_step import step_without_hooks
+from optx.step.bases import has_fused_form, rule_numbers
+from optx.step.checks import check_has_memory, check_memory, check_state_shapes, shapes_differ
 from optx.step.foreach import GroupRun
-from optx.step.fused import FusedGroup, Unfusable, why_not, why_not_tensors
+from optx.step.fused import Unfusable
 from optx.step.interrupts import Held, uninterrupted
-from optx.step.numbers import as_number
-from optx.step.pipeline import build
-from optx.step.plan import GroupPlan, Plan
+from optx.step.paths import GroupPath, Paths
 from optx.step.rounding import step_key, write
 from optx.step.slots import Slots
 from optx.step.state import is_ours
-from optx.step.transform import Group, Host, Moments, Transform
+from optx.step.transform import Group, Host
 from optx.step.undo import Copies, Undo
-
-# Settings of a group that decide what its program is, not just its numbers.
-_STRUCTURAL = ("amsgrad", "maximize", "nesterov", "differentiable", "decoupled_weight_decay")
 
 
 class _SkipStep(Exception):
     """Leaves a base's step from inside its closure."""
-
-
-@dataclass
-class _GroupState:
-    """One group's program and path, valid while its structure stays.
-
-    Attributes:
-        structure: of the group when the program was made.
-        values: of its options when they were last checked.
-        moments: what the transforms made of these.
-        tensors: whether it is only its tensors that no kernel can serve; they may be others in the next step.
-    """
-
-    group: Group
-    structure: tuple[Any, ...]
-    values: list[Any]
-    moments: dict[str, Moments]
-    program: Program
-    fused: FusedGroup | None
-    reason: str | None
-    tensors: bool
-    derived: list[tuple[str, str]]
 
 
 class Stepper:
@@ -67,166 +38,21 @@ class Stepper:
         self._wrapped = weakref.ref(wrapped)
         self.slots = Slots(wrapped)
         self.copies = Copies()
-        self._groups: list[_GroupState] = []
+        self.paths = Paths(wrapped, self.slots)
 
     @property
-    def w(self) -> Host:
+    def wrapped(self) -> Host:
         """The optimizer that this steps."""
         wrapped = self._wrapped()
         assert wrapped is not None
         return wrapped
-
-    # ---- paths -------------------------------------------------------------------------------------
-
-    def _structure(self, group: Group) -> tuple[Any, ...]:
-        w = self.w
-        flags = [group.get(key) for key in _STRUCTURAL]
-        zero = [_is_zero(group.get(key, 0)) for key in ("momentum", "weight_decay")]
-        enabled = [t.serves(group) for t in w.transforms]
-        settings = (w.fused, w.rounding, w.skip_nonfinite, self._sparse(group), step_replaced(w.base))
-        return (*settings, *flags, *zero, *enabled, *group)
-
-    def _values(self, group: Group) -> list[Any]:
-        """What a scheduler may set before every step, and a program only reads."""
-        betas = group.get("betas")
-        values = [*(betas if isinstance(betas, tuple | list) else (betas,))]
-        values += [group.get(f"{t.name}_{option}") for t in self.w.transforms for option in t.options]
-        # A tensor among them is compared by its identity: its value is read where it is used.
-        return [id(v) if isinstance(v, Tensor) else v for v in values]
-
-    def _sparse(self, group: Group) -> bool:
-        """Whether there are sparse gradients; of the bases with a fused form, only SGD takes them."""
-        if type(self.w.base) is not torch.optim.SGD or group.get("differentiable", False):
-            return False
-        return any(p.grad is not None and p.grad.layout != torch.strided for p in group["params"])
-
-    def enabled(self, group: Group) -> list[Transform]:
-        """The transforms that a group is not left out of."""
-        return [t for t in self.w.transforms if t.serves(group)]
-
-    def groups(self, retry: bool = True) -> list[_GroupState]:
-        """Every group's program and path, as its settings are now.
-
-        Args:
-            retry: look whether tensors that no kernel could serve are others now.
-        """
-        groups = self.w.param_groups
-        del self._groups[len(groups) :]
-        for i, group in enumerate(groups):
-            structure = self._structure(group)
-            known = self._groups[i] if i < len(self._groups) else None
-            if known is None or known.group is not group or known.structure != structure:
-                chosen = self._choose(i, group, structure)
-                check_group(group, self.w.transforms, self.w.base)
-                self._groups[i : i + 1] = [chosen]
-            elif known.values != (values := self._values(group)):
-                check_group(group, self.w.transforms, self.w.base)
-                base_rules(self.w.base, group)  # looks at the betas
-                if known.moments == self._moments(group):
-                    known.values = values
-                else:
-                    self._groups[i] = self._choose(i, group, structure)
-            elif retry and known.tensors and why_not_tensors(group, self.w.state) is None:
-                self._groups[i] = self._choose(i, group, structure)
-            elif known.reason is not None and self.w.rounding_asked:
-                self._check_rounding(i, group, known.reason)  # the model may have been cast meanwhile
-        return self._groups
-
-    def _choose(
-        self, index: int, group: Group, structure: tuple[Any, ...], unfusable: str | None = None
-    ) -> _GroupState:
-        base, fused = self.w.base, self.w.fused
-        moments = self._moments(group)
-        program = self._program(group, moments, with_base=True)
-        reason = "fused=False" if fused is False else why_not(base, group, program)
-        of_tensors = None if reason else unfusable or why_not_tensors(group, self.w.state)
-        reason = reason or of_tensors
-        triton = any(p.device.type == "cuda" for p in group["params"])
-        if reason is None and fused in ("cpu", "triton") and fused != ("triton" if triton else "cpu"):
-            triton = fused == "triton"
-            if not (triton and os.environ.get("TRITON_INTERPRET") == "1"):
-                reason = f"fused={fused!r}, and the parameters are on {group['params'][0].device}"
-        if reason is not None and fused not in ("auto", False):
-            raise FusedError(f"wrap: fused={fused!r} cannot be honoured for param group {index}: {reason}.")
-        if reason is not None:
-            program = self._program(group, moments, with_base=False)
-            self._check_rounding(index, group, reason)
-        derived = self._derived(group, program)
-        runner = None
-        if reason is None:
-            rules = base_rules(base, group)
-            assert rules is not None
-            runner = FusedGroup(group, program, rules, base, self.slots, derived, self.w.rounding, triton)
-        values, tensors = self._values(group), of_tensors is not None
-        return _GroupState(group, structure, values, moments, program, runner, reason, tensors, derived)
-
-    def _moments(self, group: Group) -> dict[str, Moments]:
-        return {t.name: t.moments(group, self.w.base) for t in self.enabled(group)}
-
-    def _check_rounding(self, index: int, group: Group, reason: str) -> None:
-        """Refuse a rounding that was asked for where the base itself writes the weights."""
-        asked = self.w.rounding if self.w.rounding_asked else "nearest"
-        if asked != "nearest" and any(p.dtype == torch.bfloat16 for p in group["params"]):
-            name = type(self.w.base).__name__
-            raise OptxError(
-                f"wrap: rounding={asked!r} cannot be honoured for param group {index}, which is not fused: "
-                f"{reason}. {name} itself writes its bfloat16 weights, and rounds to nearest. Leave rounding "
-                "out, or pass rounding='nearest'."
-            )
-
-    def _program(self, group: Group, moments: dict[str, Moments], with_base: bool) -> Program:
-        base = self.w.base
-        rules = base_rules(base, group)
-        return build(
-            self.enabled(group),
-            moments,
-            rules if with_base else None,
-            readable_state(base, group),
-            base_numbers(group),
-            check_finite=self.w.skip_nonfinite,
-        )
-
-    def _derived(self, group: Group, program: Program) -> list[tuple[str, str]]:
-        """The derived slots that this program keeps up, with their sources; others go stale: drop them."""
-        kept: list[tuple[str, str]] = []
-        written = {ref.name for call in program.observe for ref in call.writes}
-        for transform in self.w.transforms:
-            for name, slot in transform.slots.items():
-                if slot.derived and f"{transform.name}.{name}" in written:
-                    kept.append((f"optx.{transform.name}.{name}", slot.derived))
-                elif slot.derived:
-                    for p in group["params"]:
-                        self.slots.store.drop(p, [f"optx.{transform.name}.{name}"])
-        return kept
-
-    def program(self, index: int) -> Program:
-        """What the step of one param group computes."""
-        return self.groups()[index].program
-
-    def plan(self) -> Plan:
-        """Which path each group takes, and why."""
-        plans: list[GroupPlan] = []
-        for i, (state, group) in enumerate(zip(self.groups(), self.w.param_groups, strict=True)):
-            params: list[Tensor] = group["params"]
-            path = "foreach"
-            if state.fused is not None:
-                path = "fused triton" if state.fused.triton else "fused cpu"
-            chain = (*(t.describe(group) for t in self.enabled(group)), type(self.w.base).__name__)
-            passes = 1 + sum(bool(level.sums) for level in state.program.levels)
-            numbers = sum(p.numel() for p in params)
-            plans.append(
-                GroupPlan(i, path, state.reason, len(params), numbers, chain, passes, self.w.settings())
-            )
-        return Plan(plans)
-
-    # ---- a step ------------------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Any] | None) -> tuple[Any, bool]:
         """Take a step; the closure's loss, and whether anything was done (False: skipped).
 
         An error on the way leaves weights, state, gradients and counters as they were.
         """
-        w = self.w
+        w = self.wrapped
         loss = None
         # A base with a fused form evaluates a closure once, before it does anything.
         inside = closure is not None and not has_fused_form(w.base)
@@ -252,7 +78,7 @@ class Stepper:
         """A step whose kernels are pointed at their tensors; a group that none serves goes the other way."""
         retry = True
         while True:
-            states = self.groups(retry)
+            states = self.paths.groups(retry)
             retry = False
             step = _Step(self, states)
             for i, state in enumerate(states):
@@ -262,7 +88,7 @@ class Stepper:
                     state.fused.prepare(lambda group=state.group: self.key(group))
                 except Unfusable as error:
                     step.undo()
-                    self._groups[i] = self._choose(i, state.group, state.structure, str(error))
+                    self.paths.leave_kernels(i, str(error))
                     break
                 except BaseException:
                     step.undo()
@@ -279,13 +105,13 @@ class Stepper:
 class _Step:
     """One step over all groups. Fused groups run their kernels; the others share one run of the base."""
 
-    def __init__(self, stepper: Stepper, states: Sequence[_GroupState]) -> None:
-        self.s, self.w = stepper, stepper.w
+    def __init__(self, stepper: Stepper, states: Sequence[GroupPath]) -> None:
+        self.stepper, self.wrapped = stepper, stepper.wrapped
         self.fused = [(state.fused, state.group) for state in states if state.fused is not None]
         self.loose = [state for state in states if state.fused is None]
         self.levels = max((len(state.program.levels) for state in states), default=0)
         self.waits = any(state.program.has_totals for state in states)
-        self.runs: list[tuple[GroupRun, _GroupState]] = []
+        self.runs: list[tuple[GroupRun, GroupPath]] = []
         self.originals: list[tuple[Tensor, Tensor | None]] = []
         self.starts: dict[int, list[Tensor]] = {}
         self.before: Undo | None = None
@@ -299,7 +125,7 @@ class _Step:
         No signal interrupts what moves weights and state, except in a closure.
         """
         if self.loose:
-            self.s.slots.store.tidy()
+            self.stepper.slots.store.tidy()
         if closure is None:
             self._open()
             self._measure()
@@ -313,13 +139,13 @@ class _Step:
 
     def _conclude(self) -> None:
         """The step has been taken: count it, and put the slots where torch keeps state."""
-        store = self.s.slots.store
+        store = self.stepper.slots.store
         for run, state in self.runs:
             self._took(run, state)
         if store.pending:
             store.settle(p for runner, _ in self.fused for p in runner.active)
             store.settle(p for run, _ in self.runs for p in run.weights)
-        for group in self.w.param_groups:
+        for group in self.wrapped.param_groups:
             if "optx.step" in group:
                 group["optx.step"] += 1
         if self.before is not None:
@@ -330,7 +156,7 @@ class _Step:
         for runner, _ in self.fused:
             runner.undo()
         if self.before is not None:
-            self.before.restore(self.s.slots.store.pending)
+            self.before.restore(self.stepper.slots.store.pending)
 
     def _measure(self) -> None:
         """All levels of sums, totals and scalars, over all groups at once."""
@@ -349,7 +175,7 @@ class _Step:
             incoming = totals.get("incoming_sq")
             if incoming is not None and not torch.isfinite(torch.as_tensor(incoming)):
                 self._skip_if_nonfinite()
-            self.w.totals.update(totals)
+            self.wrapped.totals.update(totals)
             for runner, _ in self.fused:
                 runner.finish(index, totals)
             for run, _ in self.runs:
@@ -359,7 +185,7 @@ class _Step:
 
     def _skip_if_nonfinite(self) -> None:
         """A sum of squares is infinite also where a float64 gradient is merely large."""
-        grads = [p.grad for group in self.w.param_groups for p in group["params"] if p.grad is not None]
+        grads = [p.grad for group in self.wrapped.param_groups for p in group["params"] if p.grad is not None]
         # Every gradient on every rank, each completed over its mesh: all ranks must come to one verdict.
         counts = [int(whole((~torch.isfinite(g)).sum())) for g in grads]
         if any(counts):
@@ -370,7 +196,7 @@ class _Step:
             runner.update() if self.waits else runner.step()
             if runner.active:
                 torch.autograd.graph.increment_version(runner.active)
-        self.w.base._opt_called = True  # type: ignore[attr-defined]  # schedulers made on the base look at it
+        self.wrapped.base._opt_called = True  # type: ignore[attr-defined]  # schedulers made on the base look at it
 
     # ---- groups whose base runs as it is -------------------------------------------------------------
 
@@ -379,12 +205,12 @@ class _Step:
         opened = [(self._open_group(state), state) for state in self.loose]
         self.runs = [(run, state) for run, state in opened if run is not None]
 
-    def _open_group(self, state: _GroupState) -> GroupRun | None:
-        program, group, slots = state.program, state.group, self.s.slots
+    def _open_group(self, state: GroupPath) -> GroupRun | None:
+        program, group, slots = state.program, state.group, self.stepper.slots
         active: list[Tensor] = [p for p in group["params"] if p.grad is not None]
-        check_state_shapes(self.w.base, group, active)
-        check_memory(self.w.base, active)
-        if not self.s.enabled(group):
+        check_state_shapes(self.wrapped.base, group, active)
+        check_memory(self.wrapped.base, active)
+        if not self.stepper.paths.enabled(group):
             active = self._without_sparse(active)
         if not active or not (program.levels or program.update or program.observe):
             return None
@@ -397,7 +223,7 @@ class _Step:
                     f"optx: a sparse gradient for a parameter of shape {tuple(p.shape)}; use sparse=False in "
                     "the embedding, or put it in a param group that leaves every transform out."
                 )
-        base_state = self.w.base.state
+        base_state = self.wrapped.base.state
         for key, source in state.derived:
             slots.refresh(active, key, [base_state.get(p, {}).get(source) for p in active])
         cols = {"numel": [float(p.numel()) for p in active], "fresh": [0.0] * len(active)}
@@ -409,10 +235,12 @@ class _Step:
             program,
             active,
             grads,
-            _StateOf(self.s, active),
+            _StateOf(self.stepper, active),
             numbers,
             cols,
-            lambda stepper=self.s: stepper.key(group, -1),  # the weights' draws have the parts from 0 on
+            lambda stepper=self.stepper: stepper.key(
+                group, -1
+            ),  # the weights' draws have the parts from 0 on
         )
 
     def _without_sparse(self, active: list[Tensor]) -> list[Tensor]:
@@ -422,16 +250,16 @@ class _Step:
             g = p.grad
             if g is None or g.layout == torch.strided:
                 dense.append(p)
-            elif self.w.skip_nonfinite and not bool(torch.isfinite(g.coalesce().values()).all()):
+            elif self.wrapped.skip_nonfinite and not bool(torch.isfinite(g.coalesce().values()).all()):
                 raise _SkipStep
         return dense
 
-    def _took(self, run: GroupRun, state: _GroupState) -> None:
+    def _took(self, run: GroupRun, state: GroupPath) -> None:
         """Derived numbers have been taken from the state as it is now."""
-        base_state = self.w.base.state
+        base_state = self.wrapped.base.state
         for key, source in state.derived:
             sources = [base_state.get(p, {}).get(source) for p in run.weights]
-            self.s.slots.took(run.weights, key, sources)
+            self.stepper.slots.took(run.weights, key, sources)
 
     def _rewrite(self, first: bool) -> None:
         """Gradient rules into ``p.grad`` (the person's gradients come back later), then weight rules."""
@@ -466,9 +294,9 @@ class _Step:
             self.late[number] = [new - old for new, old in zip(edited, starts, strict=True)]
 
     def _write(self, run: GroupRun, values: list[Tensor] | None, group: Group, part: int) -> None:
-        stochastic = self.w.rounding != "nearest"
+        stochastic = self.wrapped.rounding != "nearest"
         for i, (p, value) in enumerate(zip(run.weights, values or (), strict=False)):
-            key = abs(self.s.key(group, 2 * i + part)) if p.dtype == torch.bfloat16 else 0
+            key = abs(self.stepper.key(group, 2 * i + part)) if p.dtype == torch.bfloat16 else 0
             write(p, value, stochastic, key)
 
     def _restore(self) -> None:
@@ -480,15 +308,15 @@ class _Step:
         """Everything that the loose groups' step may change."""
         written = {ref.name for s in self.loose for call in s.program.calls() for ref in call.writes}
         return Undo(
-            self.s.copies,
-            self.w.base,
+            self.stepper.copies,
+            self.wrapped.base,
             [p for s in self.loose for p in s.group["params"] if p.requires_grad or p.grad is not None],
-            self.s.slots.store.pending,
+            self.stepper.slots.store.pending,
             lambda key: not is_ours(key) or key.removeprefix("optx.") in written,
         )
 
     def _run_base(self, closure: Callable[[], Any] | None, held: Held) -> None:
-        base, store = self.w.base, self.s.slots.store
+        base, store = self.wrapped.base, self.stepper.slots.store
         everything = base.param_groups
         params = [p for state in self.loose for p in state.group["params"]]
         evaluations = 0
@@ -501,7 +329,7 @@ class _Step:
             with torch.enable_grad(), held.let_through():
                 self.loss = loss = closure()
             with torch.no_grad():  # LBFGS enables gradients around its closure
-                self.loose = self.s.groups(retry=False)  # all: such a base has no fused form
+                self.loose = self.stepper.paths.groups(retry=False)  # all: such a base has no fused form
                 self._open()
                 self._measure()
                 self._rewrite(first=evaluations == 0)
@@ -537,12 +365,12 @@ class _StateOf(Mapping[str, list[Tensor]]):
         if "." in name:
             slots = [self._stepper.slots.get(p, f"optx.{name}") for p in self._params]
             for p, slot in zip(self._params, slots, strict=True):
-                check_has_memory(self._stepper.w.base, p, f"its state 'optx.{name}'", slot)
+                check_has_memory(self._stepper.wrapped.base, p, f"its state 'optx.{name}'", slot)
                 if slot.shape != p.shape and slot.numel() != 1:
-                    owner = parameter_names(self._stepper.w.base)[id(p)]
+                    owner = parameter_names(self._stepper.wrapped.base)[id(p)]
                     raise ShapeError(shapes_differ(owner, p, f"its state 'optx.{name}'", slot))
             return slots
-        state = self._stepper.w.base.state
+        state = self._stepper.wrapped.base.state
         found = [_base_state(state, p, name) for p in self._params]
         return [torch.zeros_like(p) if t is None else t for t, p in zip(found, self._params, strict=True)]
 
@@ -564,11 +392,6 @@ def _base_state(state: Any, p: Tensor, name: str) -> Any:
             f"{tuple(p.shape)} (it has {', '.join(map(repr, own))})."
         )
     return own.get(name)
-
-
-def _is_zero(value: Any) -> bool:
-    number = as_number(value)
-    return number is not None and not isinstance(number, Tensor) and number == 0
 
 
 def _add(a: Any, b: Any) -> Any:

@@ -72,7 +72,7 @@ class Wrapped(Optimizer):
             with self.slot_store.restored_on_error():
                 self._fill_groups()
                 self._stepper = Stepper(self)
-                self._stepper.plan()  # raises for fused=True that can't be honoured
+                self._stepper.paths.plan()  # raises for fused=True that can't be honoured
                 vars(self).update({t.name: t for t in transforms})
                 try:
                     for transform in transforms:
@@ -236,7 +236,7 @@ class Wrapped(Optimizer):
             group 0: foreach (1 tensor, 2 numbers, 2 passes): PerpGrad(rescale=True) -> RAdam
                 not fused: RAdam has no fused form (SGD, Adam and AdamW have)
         """
-        return self._stepper.plan()
+        return self._stepper.paths.plan()
 
     def settings(self) -> tuple[str, ...]:
         """The arguments of `wrap` that are not its defaults, as they are written."""
@@ -244,7 +244,7 @@ class Wrapped(Optimizer):
 
     def program(self, index: int) -> Program:
         """What the step of one param group computes, as data (see `optx.kernels.step.program`)."""
-        return self._stepper.program(index)
+        return self._stepper.paths.program(index)
 
     # ---- groups -------------------------------------------------------------------------------------
 
@@ -262,7 +262,7 @@ class Wrapped(Optimizer):
                 check_wrap(self, self.param_groups[count:])
                 self._fill_groups()
                 self._make_slots(self.param_groups[count:], all_of_them=True)
-                self._stepper.plan()
+                self._stepper.paths.plan()
                 self._groups_changed()
             except BaseException:
                 del self.base.param_groups[count:]
@@ -288,7 +288,7 @@ class Wrapped(Optimizer):
         And those that a transform makes in a way of its own, so that a mistake in it is told at wrap.
         """
         wanted = None if groups is None else set(map(id, groups))
-        for state in self._stepper.groups():
+        for state in self._stepper.paths.groups():
             group, program = state.group, state.program
             if wanted is not None and id(group) not in wanted:
                 continue

@@ -87,6 +87,7 @@ TABLE = {
     "optx/step/fused.py": f"arithmetic_step {_STEP} fused_rounding",
     "optx/step/memory.py": "wrap_kernels_see wrap_breaks lost_memory fused_memory fused_cpu errors resume",
     "optx/step/numbers.py": f"arithmetic_step {_STEP}",
+    "optx/step/paths.py": f"arithmetic_step {_STEP} fused_rounding errors",
     "optx/step/pipeline.py": f"arithmetic_step errors {_STEP}",
     "optx/step/rounding.py": "arithmetic_step fused_rounding",
     "optx/_rules.py": "user_rules errors fused_cpu",

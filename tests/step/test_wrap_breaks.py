@@ -142,12 +142,12 @@ def test_numbers_set_before_every_step_do_not_remake_the_tables() -> None:
     opt = optx.wrap(torch.optim.AdamW([p], lr=0.1, weight_decay=0), optx.AdamR(), fused="cpu")
     p.grad = torch.ones(2)
     opt.step()
-    kernels = opt._stepper.groups()[0].fused
+    kernels = opt._stepper.paths.groups()[0].fused
     for t in range(3):
         opt.adamr.weight = 0.1 * t  # 0 at first
         opt.param_groups[0]["betas"] = (0.8 + 0.05 * t, 0.99)
         opt.step()
-    assert opt._stepper.groups()[0].fused is kernels
+    assert opt._stepper.paths.groups()[0].fused is kernels
     opt.param_groups[0]["betas"] = (1.5, 0.99)
     for _ in range(2):
         with pytest.raises(optx.OptxError, match="betas"):

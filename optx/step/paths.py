@@ -1,0 +1,222 @@
+"""Which path each param group's step takes: its program, and the kernels that run it where some can."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optx._errors import FusedError, OptxError
+from optx.kernels.step.program import Program
+from optx.step.base_step import step_replaced
+from optx.step.bases import base_numbers, base_rules, check_settings, readable_state
+from optx.step.checks import check_group
+from optx.step.fused import FusedGroup, why_not, why_not_tensors
+from optx.step.numbers import as_number
+from optx.step.pipeline import build
+from optx.step.plan import GroupPlan, Plan
+from optx.step.slots import Slots
+from optx.step.transform import Group, Host, Moments, Transform
+
+# Settings of a group that decide what its program is, not just its numbers.
+_STRUCTURAL = ("amsgrad", "maximize", "nesterov", "differentiable", "decoupled_weight_decay")
+
+
+@dataclass
+class GroupPath:
+    """One group's program and path, valid while its structure stays.
+
+    Attributes:
+        structure: of the group when the program was made.
+        values: of its options when they were last checked.
+        moments: what the transforms made of these.
+        tensors: whether it is only its tensors that no kernel can serve; they may be others in the next step.
+    """
+
+    group: Group
+    structure: tuple[Any, ...]
+    values: list[Any]
+    moments: dict[str, Moments]
+    program: Program
+    fused: FusedGroup | None
+    reason: str | None
+    tensors: bool
+    derived: list[tuple[str, str]]
+
+
+class Paths:
+    """The programs and paths of one wrapped optimizer's groups, chosen anew where what decides them changed.
+
+    Args:
+        wrapped: the optimizer, which this does not keep alive.
+        slots: its transforms' state.
+    """
+
+    def __init__(self, wrapped: Host, slots: Slots) -> None:
+        self._wrapped = weakref.ref(wrapped)
+        self._slots = slots
+        self._groups: list[GroupPath] = []
+
+    @property
+    def wrapped(self) -> Host:
+        """The optimizer that these are of."""
+        wrapped = self._wrapped()
+        assert wrapped is not None
+        return wrapped
+
+    def _structure(self, group: Group) -> tuple[Any, ...]:
+        w = self.wrapped
+        flags = [group.get(key) for key in _STRUCTURAL]
+        zero = [_is_zero(group.get(key, 0)) for key in ("momentum", "weight_decay")]
+        enabled = [t.serves(group) for t in w.transforms]
+        settings = (w.fused, w.rounding, w.skip_nonfinite, self._sparse(group), step_replaced(w.base))
+        return (*settings, *flags, *zero, *enabled, *group)
+
+    def _values(self, group: Group) -> list[Any]:
+        """What a scheduler may set before every step, and a program only reads."""
+        betas = group.get("betas")
+        values = [*(betas if isinstance(betas, tuple | list) else (betas,))]
+        values += [group.get(f"{t.name}_{option}") for t in self.wrapped.transforms for option in t.options]
+        # A tensor among them is compared by its identity: its value is read where it is used.
+        return [id(v) if isinstance(v, Tensor) else v for v in values]
+
+    def _sparse(self, group: Group) -> bool:
+        """Whether there are sparse gradients; of the bases with a fused form, only SGD takes them."""
+        if type(self.wrapped.base) is not torch.optim.SGD or group.get("differentiable", False):
+            return False
+        return any(p.grad is not None and p.grad.layout != torch.strided for p in group["params"])
+
+    def enabled(self, group: Group) -> list[Transform]:
+        """The transforms that a group is not left out of."""
+        return [t for t in self.wrapped.transforms if t.serves(group)]
+
+    def groups(self, retry: bool = True) -> list[GroupPath]:
+        """Every group's program and path, as its settings are now.
+
+        Args:
+            retry: look whether tensors that no kernel could serve are others now.
+        """
+        groups = self.wrapped.param_groups
+        del self._groups[len(groups) :]
+        for i, group in enumerate(groups):
+            structure = self._structure(group)
+            known = self._groups[i] if i < len(self._groups) else None
+            if known is None or known.group is not group or known.structure != structure:
+                chosen = self._choose(i, group, structure)
+                check_group(group, self.wrapped.transforms, self.wrapped.base)
+                self._groups[i : i + 1] = [chosen]
+            elif known.values != (values := self._values(group)):
+                check_group(group, self.wrapped.transforms, self.wrapped.base)
+                check_settings(self.wrapped.base, group)
+                if known.moments == self._moments(group):
+                    known.values = values
+                else:
+                    self._groups[i] = self._choose(i, group, structure)
+            elif retry and known.tensors and why_not_tensors(group, self.wrapped.state) is None:
+                self._groups[i] = self._choose(i, group, structure)
+            elif known.reason is not None and self.wrapped.rounding_asked:
+                self._check_rounding(i, group, known.reason)  # the model may have been cast meanwhile
+        return self._groups
+
+    def _choose(
+        self, index: int, group: Group, structure: tuple[Any, ...], unfusable: str | None = None
+    ) -> GroupPath:
+        base, fused = self.wrapped.base, self.wrapped.fused
+        moments = self._moments(group)
+        program = self._program(group, moments, with_base=True)
+        reason = "fused=False" if fused is False else why_not(base, group, program)
+        of_tensors = None if reason else unfusable or why_not_tensors(group, self.wrapped.state)
+        reason = reason or of_tensors
+        triton = any(p.device.type == "cuda" for p in group["params"])
+        if reason is None and fused in ("cpu", "triton") and fused != ("triton" if triton else "cpu"):
+            triton = fused == "triton"
+            if not (triton and os.environ.get("TRITON_INTERPRET") == "1"):
+                reason = f"fused={fused!r}, and the parameters are on {group['params'][0].device}"
+        if reason is not None and fused not in ("auto", False):
+            raise FusedError(f"wrap: fused={fused!r} cannot be honoured for param group {index}: {reason}.")
+        if reason is not None:
+            program = self._program(group, moments, with_base=False)
+            self._check_rounding(index, group, reason)
+        derived = self._derived(group, program)
+        runner = None
+        if reason is None:
+            rules = base_rules(base, group)
+            assert rules is not None
+            runner = FusedGroup(
+                group, program, rules, base, self._slots, derived, self.wrapped.rounding, triton
+            )
+        values, tensors = self._values(group), of_tensors is not None
+        return GroupPath(group, structure, values, moments, program, runner, reason, tensors, derived)
+
+    def _moments(self, group: Group) -> dict[str, Moments]:
+        return {t.name: t.moments(group, self.wrapped.base) for t in self.enabled(group)}
+
+    def _check_rounding(self, index: int, group: Group, reason: str) -> None:
+        """Refuse a rounding that was asked for where the base itself writes the weights."""
+        asked = self.wrapped.rounding if self.wrapped.rounding_asked else "nearest"
+        if asked != "nearest" and any(p.dtype == torch.bfloat16 for p in group["params"]):
+            name = type(self.wrapped.base).__name__
+            raise OptxError(
+                f"wrap: rounding={asked!r} cannot be honoured for param group {index}, which is not fused: "
+                f"{reason}. {name} itself writes its bfloat16 weights, and rounds to nearest. Leave rounding "
+                "out, or pass rounding='nearest'."
+            )
+
+    def _program(self, group: Group, moments: dict[str, Moments], with_base: bool) -> Program:
+        base = self.wrapped.base
+        rules = base_rules(base, group)
+        return build(
+            self.enabled(group),
+            moments,
+            rules if with_base else None,
+            readable_state(base, group),
+            base_numbers(group),
+            check_finite=self.wrapped.skip_nonfinite,
+        )
+
+    def _derived(self, group: Group, program: Program) -> list[tuple[str, str]]:
+        """The derived slots that this program keeps up, with their sources; others go stale: drop them."""
+        kept: list[tuple[str, str]] = []
+        written = {ref.name for call in program.observe for ref in call.writes}
+        for transform in self.wrapped.transforms:
+            for name, slot in transform.slots.items():
+                if slot.derived and f"{transform.name}.{name}" in written:
+                    kept.append((f"optx.{transform.name}.{name}", slot.derived))
+                elif slot.derived:
+                    for p in group["params"]:
+                        self._slots.store.drop(p, [f"optx.{transform.name}.{name}"])
+        return kept
+
+    def leave_kernels(self, index: int, reason: str) -> None:
+        """Have a group served by torch's operations after all: a kernel can't be pointed at a tensor."""
+        known = self._groups[index]
+        self._groups[index] = self._choose(index, known.group, known.structure, reason)
+
+    def program(self, index: int) -> Program:
+        """What the step of one param group computes."""
+        return self.groups()[index].program
+
+    def plan(self) -> Plan:
+        """Which path each group takes, and why."""
+        plans: list[GroupPlan] = []
+        for i, (state, group) in enumerate(zip(self.groups(), self.wrapped.param_groups, strict=True)):
+            params: list[Tensor] = group["params"]
+            path = "foreach"
+            if state.fused is not None:
+                path = "fused triton" if state.fused.triton else "fused cpu"
+            chain = (*(t.describe(group) for t in self.enabled(group)), type(self.wrapped.base).__name__)
+            passes = 1 + sum(bool(level.sums) for level in state.program.levels)
+            numbers = sum(p.numel() for p in params)
+            plans.append(
+                GroupPlan(i, path, state.reason, len(params), numbers, chain, passes, self.wrapped.settings())
+            )
+        return Plan(plans)
+
+
+def _is_zero(value: Any) -> bool:
+    number = as_number(value)
+    return number is not None and not isinstance(number, Tensor) and number == 0
