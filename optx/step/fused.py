@@ -1,4 +1,4 @@
-"""The fused paths: whether a param group can take one, and the tables that point a kernel at its tensors."""
+"""The fused paths: the tables that point kernels at a param group's tensors, and the steps over them."""
 
 from __future__ import annotations
 
@@ -11,90 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optx._errors import OptxError, ShapeError
-from optx._names import parameter_names
-from optx._rules import RuleSourceError
-from optx.kernels.available import why_unavailable
 from optx.kernels.step.layout import FRESH, Layout
 from optx.kernels.step.program import Program
-from optx.step.base_step import step_replaced
-from optx.step.bases import BaseRules, base_rules, init_base_state, rule_numbers
-from optx.step.checks import check_count, shapes_differ
-from optx.step.memory import DTYPES, Extents, Likeness, extent, why_not_dense, why_not_plain
+from optx.step.bases import BaseRules, rule_numbers
+from optx.step.fusable import ALIASED, SHARED, Unfusable
+from optx.step.group_tensors import SLOT_DTYPE_NAMES, GroupTensors
+from optx.step.memory import Extents, Likeness, extent
 from optx.step.rounding import step_key
 from optx.step.slots import KAHAN, Slots
 from optx.step.state import is_ours
-from optx.step.transform import SLOT_DTYPES, Group
-
-SLOT_DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in SLOT_DTYPES}
-
-
-class Unfusable(Exception):
-    """Found while pointing kernels at tensors: one has no memory to point at. The message says why."""
-
-
-def why_not(base: torch.optim.Optimizer, group: Group, program: Program) -> str | None:
-    """Why a group can't take a fused path whatever its tensors are, in words; None if it can."""
-    if base_rules(base, group) is None:
-        return f"{type(base).__name__} has no fused form (SGD, Adam and AdamW have)"
-    if step_replaced(base):
-        return "its step() was replaced by another"
-    if group.get("differentiable", False):
-        return "differentiable=True needs autograd through the step"
-    for call in program.calls():
-        try:
-            _ = call.rule.source
-        except RuleSourceError as error:
-            return str(error)
-    devices = {p.device.type for p in group["params"]}
-    return why_unavailable("triton" if devices == {"cuda"} else "numba")
-
-
-def why_not_tensors(group: Group, state: Any) -> str | None:
-    """Why the tensors of a group can't be served by a kernel as they are now, in words; None if they can."""
-    devices = {p.device.type for p in group["params"]}
-    if not devices <= {"cpu"} and not devices <= {"cuda"}:
-        return f"no fused kernels for tensors on {', '.join(sorted(devices))}"
-    written: list[Tensor] = []
-    read: list[Tensor] = []
-    for p in group["params"]:
-        reason = why_not_weight(p) or (why_not_gradient(p.grad) if p.grad is not None else None)
-        if reason:
-            return reason
-        written.append(p)
-        if p.grad is not None and why_not_plain(p.grad) is None:
-            read.append(p.grad)
-        for key, value in state.get(p, _NOTHING).items():
-            if isinstance(value, Tensor) and not is_ours(key):
-                reason = why_not_plain(value)
-                if key != "step" and reason:
-                    return f"{key} of a parameter {reason}"
-                if reason is None and value.device == p.device:
-                    written.append(value)
-    memory = Extents.of(written)
-    if memory.overlap:
-        return _SHARED
-    aliased = memory.meet([g.data_ptr() for g in read], [extent(g) for g in read])
-    return _ALIASED if aliased else None
-
-
-def why_not_weight(p: Tensor) -> str | None:
-    """Why a parameter can't be served by a kernel."""
-    reason = why_not_plain(p)
-    if reason is None and p.dtype not in DTYPES:
-        reason = f"is {p.dtype}"
-    reason = reason or why_not_dense(p)
-    return reason and f"a parameter {reason}"
-
-
-def why_not_gradient(g: Tensor) -> str | None:
-    """Why a gradient can't be served, nor be laid out anew for a kernel."""
-    if g.layout != torch.strided:
-        return "a gradient is sparse"
-    reason = why_not_plain(g)
-    if reason is None or (type(g) is Tensor and (g.is_neg() or g.is_conj() or g._is_zerotensor())):  # pyright: ignore
-        return None  # a lazy one is computed into memory of its own
-    return f"a gradient {reason}"
+from optx.step.transform import Group
 
 
 @dataclass
@@ -161,10 +87,8 @@ class FusedGroup:
         self._seen: list[Tensor] | None = None  # the parameters that the buckets were made for
         self._buckets: list[_Bucket] = []
         self._written = Extents([], [])  # all that the kernels write
-        self._base_keys = (*rules.slots, *(("step",) if rules.counted else ()))
-        # Parameters whose base state was made since the last update, by id: the names made, and whether None
-        # was there (a person's doing).
-        self._fresh: dict[int, dict[str, bool]] = {}
+        self._tensors = GroupTensors(group, program, rules, base, slots, triton)
+        self._fresh = self._tensors.fresh
         self._was_fresh = False
         self._copies: list[Tensor] = []  # gradients laid out like their weights, alive until the update
         self.active: list[Tensor] = []
@@ -217,14 +141,15 @@ class FusedGroup:
 
     def _rebuild(self, params: Sequence[Tensor]) -> None:
         """Look at every tensor, sort the parameters by dtypes, and make the tables."""
+        tensors = self._tensors
         buckets: dict[tuple[str, ...], list[int]] = {}
         for i, p in enumerate(params):
             if p.grad is not None:
-                self._check_weight(p)
-                self._init(p)
-                slots = [self._role(p, self._key(name)) for name in self.program.slots]
+                tensors.check_weight(p)
+                tensors.make_missing(p)
+                slots = [tensors.role(p, tensors.key(name)) for name in self.program.slots]
                 for name in self.program.cells:
-                    self._cell(p, name)
+                    tensors.cell(p, name)
                 dtypes = tuple(SLOT_DTYPE_NAMES[t.dtype] for t in (p, p.grad, *slots))
                 buckets.setdefault(dtypes, []).append(i)
         self.draws = any("bfloat16" in (d[0], *d[2:]) for d in buckets)
@@ -236,79 +161,9 @@ class FusedGroup:
             [a for c in written for a in c.addresses], [n for c in written for n in c.sizes]
         )
         if self._written.overlap:
-            raise Unfusable(_SHARED)
+            raise Unfusable(SHARED)
         if any(self._written.meet(b.columns[1].addresses, b.columns[1].sizes) for b in self._buckets):
-            raise Unfusable(_ALIASED)
-
-    def _check_weight(self, p: Tensor) -> None:
-        assert p.grad is not None
-        reason = why_not_weight(p) or why_not_gradient(p.grad)
-        if reason:
-            raise Unfusable(reason)
-        if p.grad.dtype not in DTYPES:
-            raise OptxError(
-                f"optx: the gradient of {self._name(p)} is {p.grad.dtype}, which no kernel reads."
-            )
-        self._check_fits(p, "its gradient", p.grad)
-
-    def _check_fits(self, p: Tensor, what: str, t: Tensor) -> None:
-        """What goes with a weight element by element has its shape and is where it is."""
-        if t.shape != p.shape:
-            raise ShapeError(shapes_differ(parameter_names(self.base)[id(p)], p, what, t))
-        if t.device != p.device:
-            raise OptxError(
-                f"optx: {self._name(p)} is on {p.device}, {what} is on {t.device}; move it there."
-            )
-
-    def _role(self, p: Tensor, key: str) -> Tensor:
-        """A state tensor with one element per weight element, laid out like the weight."""
-        t = self._find(p, key)
-        self._check_tensor(p, key, t)
-        self._check_fits(p, _words(key), t)
-        if t.dtype not in (DTYPES if key in self._base_keys else SLOT_DTYPE_NAMES):
-            raise OptxError(f"optx: {_words(key)} of {self._name(p)} is {t.dtype}, which no kernel reads.")
-        _lay_out_like(t, p)
-        return t
-
-    def _cell(self, p: Tensor, name: str) -> Tensor:
-        """A state tensor with one element per weight, in the dtype that kernels are made for."""
-        key = self._key(name)
-        t = self._find(p, key)
-        self._check_tensor(p, key, t)
-        if t.numel() != 1:
-            raise ShapeError(
-                f"optx: {_words(key)} of {self._name(p)} has shape {tuple(t.shape)}; it must be one number."
-            )
-        wanted = self.program.cell_dtype(name, SLOT_DTYPE_NAMES[p.dtype])
-        if SLOT_DTYPE_NAMES.get(t.dtype) != wanted:
-            t.data = t.to(getattr(torch, wanted))  # from a checkpoint of another version, say
-        return t
-
-    def _check_tensor(self, p: Tensor, key: str, t: Any) -> None:
-        if not isinstance(t, Tensor):
-            raise OptxError(
-                f"optx: {_words(key)} of {self._name(p)} is a {type(t).__name__}; it must be a tensor."
-            )
-        if reason := why_not_plain(t):
-            raise Unfusable(f"{_words(key)} of a parameter {reason}")
-
-    def _name(self, p: Tensor) -> str:
-        return f"parameter {parameter_names(self.base)[id(p)]!r}"
-
-    def _init(self, p: Tensor) -> None:
-        """Make what is missing of the base's state."""
-        if not self._base_keys:
-            return
-        state = self.base.state[p]
-        made = {name: name in state for name in self._base_keys if state.get(name) is None}
-        if made:
-            self._fresh[id(p)] = made  # first, so that an interrupt leaves nothing behind
-            init_base_state(state, p, self.rules, self.group)
-        if self.rules.counted:
-            count = check_count(state["step"], self.base, p)
-            # The kernels count in float32, on the device; torch counts in float64 where that is the default.
-            device = p.device if self.triton else "cpu"
-            state["step"] = torch.as_tensor(count, dtype=torch.float32, device=device)
+            raise Unfusable(ALIASED)
 
     def _bucket(self, dtypes: tuple[str, ...], numbers: list[int], params: Sequence[Tensor]) -> _Bucket:
         low = dtypes[0] == "bfloat16"
@@ -325,21 +180,11 @@ class FusedGroup:
             from optx.kernels.step.cpu import CpuStep
 
             runner = CpuStep(self.program, layout, numels, numbers)
-        keys = [self._key(name) for name in (*runner.columns.roles[2:], *runner.columns.cells)]
+        keys = [self._tensors.key(name) for name in (*runner.columns.roles[2:], *runner.columns.cells)]
         if "kahan" in runner.columns.roles:
             for p in members:
-                self._role(p, KAHAN)
+                self._tensors.role(p, KAHAN)
         return _Bucket(members, runner, keys)
-
-    def _key(self, name: str) -> str:
-        """Where ``state[p]`` has a role or cell."""
-        if name in self._base_keys:
-            return name
-        return KAHAN if name == "kahan" else f"optx.{name}"
-
-    def _find(self, p: Tensor, key: str) -> Tensor:
-        """A state tensor, made if it is not there."""
-        return self.base.state[p][key] if key in self._base_keys else self._slots.get(p, key)
 
     # ---- addresses ---------------------------------------------------------------------------------
 
@@ -347,7 +192,7 @@ class FusedGroup:
         """Take the addresses of tensors that were looked at."""
         members = bucket.members
         columns = [members, self._laid_out(members)]
-        columns += [[self._find(p, key) for p in members] for key in bucket.keys]
+        columns += [[self._tensors.find(p, key) for p in members] for key in bucket.keys]
         roles = len(bucket.runner.columns.roles)
         bucket.columns = [_Column.of(tensors, i >= roles) for i, tensors in enumerate(columns)]
         for number, column in enumerate(bucket.columns):
@@ -499,39 +344,20 @@ class FusedGroup:
 
     def undo(self) -> None:
         """The step is skipped: take back the state that `prepare` made."""
-        for p in self.active:
-            for name, was_none in self._fresh.get(id(p), {}).items():
-                if was_none:
-                    self.base.state[p][name] = None
-                else:
-                    self.base.state[p].pop(name, None)
-            if p in self.base.state and not self.base.state[p]:
-                del self.base.state[p]
+        self._tensors.take_back(self.active)
         if self._fresh:
             self._seen, self._buckets = None, []
         self._release()
 
 
-_SHARED = "two tensors that the step writes share their memory, and kernels write all at once"
-_ALIASED = "a gradient lies in memory that the step writes"
 _NOTHING: dict[str, Tensor] = {}
 _ADDRESS = Tensor.data_ptr
 
 _VERSION = attrgetter("_version")
 
 
-def _words(key: str) -> str:
-    return f"its state {key!r}"
-
-
 def _on_gpu(value: Any) -> bool:
     return isinstance(value, Tensor) and value.device.type != "cpu"
-
-
-def _lay_out_like(t: Tensor, p: Tensor) -> None:
-    """A state tensor in another memory order (from a checkpoint, say) is laid out like its weight."""
-    if not (t.is_contiguous() and p.is_contiguous()) and t.stride() != p.stride():
-        t.data = torch.empty_like(p, dtype=t.dtype, requires_grad=False).copy_(t)
 
 
 def _like(g: Tensor, p: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from optx.kernels.step.program import Program
 from optx.step.base_step import step_replaced
 from optx.step.bases import base_numbers, base_rules, check_settings, readable_state
 from optx.step.checks import check_group
-from optx.step.fused import FusedGroup, why_not, why_not_tensors
+from optx.step.fusable import why_not, why_not_tensors
+from optx.step.fused import FusedGroup
 from optx.step.numbers import as_number
 from optx.step.pipeline import build
 from optx.step.plan import GroupPlan, Plan

@@ -16,7 +16,7 @@ from optx.step.base_step import step_without_hooks
 from optx.step.bases import has_fused_form, rule_numbers
 from optx.step.checks import check_has_memory, check_memory, check_state_shapes, shapes_differ
 from optx.step.foreach import GroupRun
-from optx.step.fused import Unfusable
+from optx.step.fusable import Unfusable
 from optx.step.interrupts import Held, uninterrupted
 from optx.step.paths import GroupPath, Paths
 from optx.step.rounding import step_key, write

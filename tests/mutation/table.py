@@ -85,6 +85,8 @@ TABLE = {
     "optx/step/checks.py": "errors perpgrad wrap_bases",
     "optx/step/foreach.py": f"arithmetic_step {_STEP}",
     "optx/step/fused.py": f"arithmetic_step {_STEP} fused_rounding",
+    "optx/step/fusable.py": "wrap_kernels_see wrap_breaks fused_memory fused_cpu errors",
+    "optx/step/group_tensors.py": f"arithmetic_step {_STEP} wrap_kernels_see wrap_breaks errors",
     "optx/step/memory.py": "wrap_kernels_see wrap_breaks lost_memory fused_memory fused_cpu errors resume",
     "optx/step/numbers.py": f"arithmetic_step {_STEP}",
     "optx/step/paths.py": f"arithmetic_step {_STEP} fused_rounding errors",

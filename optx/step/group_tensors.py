@@ -1,0 +1,160 @@
+"""What kernels are given of each parameter: the tensors that belong to it, found or made, and looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optx._errors import OptxError, ShapeError
+from optx._names import parameter_names
+from optx.kernels.step.program import Program
+from optx.step.bases import BaseRules, init_base_state
+from optx.step.checks import check_count, shapes_differ
+from optx.step.fusable import Unfusable, why_not_gradient, why_not_weight
+from optx.step.memory import DTYPES, why_not_plain
+from optx.step.slots import KAHAN, Slots
+from optx.step.transform import SLOT_DTYPES, Group
+
+SLOT_DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in SLOT_DTYPES}
+
+
+class GroupTensors:
+    """The tensors that go with a param group's parameters.
+
+    Args:
+        group: the param group.
+        program: names roles (one element per weight element) and cells (one number per weight).
+        rules: the base's update.
+        base: its state is read and, for new parameters, made as torch makes it.
+        slots: the transforms' state.
+        triton: whether Triton kernels are given them, else Numba's.
+
+    Attributes:
+        fresh: parameters whose base state was made since the last update, by id: the names made, and whether
+            None was there (a person's doing).
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        program: Program,
+        rules: BaseRules,
+        base: torch.optim.Optimizer,
+        slots: Slots,
+        triton: bool,
+    ) -> None:
+        self._group, self._program, self._rules, self._base = group, program, rules, base
+        self._slots, self._triton = slots, triton
+        self._base_keys = (*rules.slots, *(("step",) if rules.counted else ()))
+        self.fresh: dict[int, dict[str, bool]] = {}
+
+    def check_weight(self, p: Tensor) -> None:
+        """Raise unless kernels can take the weight and its gradient.
+
+        Raises:
+            Unfusable: they can't, and torch's operations can.
+            OptxError: the gradient does not go with the weight, or has an unknown dtype.
+        """
+        assert p.grad is not None
+        reason = why_not_weight(p) or why_not_gradient(p.grad)
+        if reason:
+            raise Unfusable(reason)
+        if p.grad.dtype not in DTYPES:
+            raise OptxError(
+                f"optx: the gradient of {self._name(p)} is {p.grad.dtype}, which no kernel reads."
+            )
+        self._check_fits(p, "its gradient", p.grad)
+
+    def _check_fits(self, p: Tensor, what: str, t: Tensor) -> None:
+        """What goes with a weight element by element has its shape and is where it is."""
+        if t.shape != p.shape:
+            raise ShapeError(shapes_differ(parameter_names(self._base)[id(p)], p, what, t))
+        if t.device != p.device:
+            raise OptxError(
+                f"optx: {self._name(p)} is on {p.device}, {what} is on {t.device}; move it there."
+            )
+
+    def role(self, p: Tensor, key: str) -> Tensor:
+        """A state tensor with one element per weight element, laid out like the weight."""
+        t = self.find(p, key)
+        self._check_tensor(p, key, t)
+        self._check_fits(p, _words(key), t)
+        if t.dtype not in (DTYPES if key in self._base_keys else SLOT_DTYPE_NAMES):
+            raise OptxError(f"optx: {_words(key)} of {self._name(p)} is {t.dtype}, which no kernel reads.")
+        _lay_out_like(t, p)
+        return t
+
+    def cell(self, p: Tensor, name: str) -> Tensor:
+        """A state tensor with one element per weight, in the dtype that kernels are made for."""
+        key = self.key(name)
+        t = self.find(p, key)
+        self._check_tensor(p, key, t)
+        if t.numel() != 1:
+            raise ShapeError(
+                f"optx: {_words(key)} of {self._name(p)} has shape {tuple(t.shape)}; it must be one number."
+            )
+        wanted = self._program.cell_dtype(name, SLOT_DTYPE_NAMES[p.dtype])
+        if SLOT_DTYPE_NAMES.get(t.dtype) != wanted:
+            t.data = t.to(getattr(torch, wanted))  # from a checkpoint of another version, say
+        return t
+
+    def _check_tensor(self, p: Tensor, key: str, t: Any) -> None:
+        if not isinstance(t, Tensor):
+            raise OptxError(
+                f"optx: {_words(key)} of {self._name(p)} is a {type(t).__name__}; it must be a tensor."
+            )
+        if reason := why_not_plain(t):
+            raise Unfusable(f"{_words(key)} of a parameter {reason}")
+
+    def _name(self, p: Tensor) -> str:
+        return f"parameter {parameter_names(self._base)[id(p)]!r}"
+
+    def make_missing(self, p: Tensor) -> None:
+        """Make what is missing of the base's state."""
+        if not self._base_keys:
+            return
+        state = self._base.state[p]
+        made = {name: name in state for name in self._base_keys if state.get(name) is None}
+        if made:
+            self.fresh[id(p)] = made  # first, so that an interrupt leaves nothing behind
+            init_base_state(state, p, self._rules, self._group)
+        if self._rules.counted:
+            count = check_count(state["step"], self._base, p)
+            # The kernels count in float32, on the device; torch counts in float64 where that is the default.
+            device = p.device if self._triton else "cpu"
+            state["step"] = torch.as_tensor(count, dtype=torch.float32, device=device)
+
+    def key(self, name: str) -> str:
+        """Where ``state[p]`` has a role or cell."""
+        if name in self._base_keys:
+            return name
+        return KAHAN if name == "kahan" else f"optx.{name}"
+
+    def find(self, p: Tensor, key: str) -> Tensor:
+        """A state tensor, made if it is not there."""
+        return self._base.state[p][key] if key in self._base_keys else self._slots.get(p, key)
+
+    def take_back(self, parameters: Iterable[Tensor]) -> None:
+        """Take back the state that `make_missing` made."""
+        state = self._base.state
+        for p in parameters:
+            for name, was_none in self.fresh.get(id(p), {}).items():
+                if was_none:
+                    state[p][name] = None
+                else:
+                    state[p].pop(name, None)
+            if p in state and not state[p]:
+                del state[p]
+
+
+def _words(key: str) -> str:
+    return f"its state {key!r}"
+
+
+def _lay_out_like(t: Tensor, p: Tensor) -> None:
+    """A state tensor in another memory order (from a checkpoint, say) is laid out like its weight."""
+    if not (t.is_contiguous() and p.is_contiguous()) and t.stride() != p.stride():
+        t.data = torch.empty_like(p, dtype=t.dtype, requires_grad=False).copy_(t)
