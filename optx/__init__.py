@@ -75,8 +75,8 @@ from optx.step.transform import Slot as Slot
 from optx.step.transform import Transform as Transform
 from optx.step.transform import like_weight as like_weight
 from optx.step.transform import per_tensor as per_tensor
+from optx.step.wrap import wrap as wrap
 from optx.step.wrapped import Wrapped as Wrapped
-from optx.step.wrapped import wrap as wrap
 from optx.transforms.adamr import AdamR as AdamR
 from optx.transforms.hft import HFT as HFT
 from optx.transforms.perpgrad import PerpGrad as PerpGrad

@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from optx._cache import UnsafeCacheError, kernel_folder
 from optx.kernels.available import why_unavailable
 from optx.step.plan import Plan
-from optx.step.wrapped import Fused, wrap
+from optx.step.transform import Fused
+from optx.step.wrap import wrap
 from optx.transforms.perpgrad import PerpGrad
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from optx._errors import TransformError
 from optx._names import parameter_names
+from optx.kernels.step.program import Program
 from optx.step.checks import check_has_memory
 from optx.step.state import SlotStore, close_enough
-from optx.step.transform import Host, Slot, Transform
+from optx.step.transform import Group, Host, Slot, Transform
 
 KAHAN = "optx.kahan"
 
@@ -71,6 +72,23 @@ class Slots:
     def took(self, parameters: Sequence[Tensor], key: str, sources: Sequence[Any]) -> None:
         """The numbers have just been taken from these."""
         self.store.derived.took(key, parameters, sources, self.store.present(parameters, key))
+
+
+def make_slots(wrapped: Host, programs: Iterable[tuple[Group, Program]], all_of_them: bool = False) -> None:
+    """Make the slots that no rule asks for (only a transform's hooks do), or all of new groups.
+
+    And those that a transform makes in a way of its own, so that a mistake in it is told at wrap.
+    """
+    for group, program in programs:
+        ruled = {f"optx.{name}" for name in (*program.slots, *program.cells)}
+        for transform in wrapped.transforms:
+            own = type(transform).init_slot is not Transform.init_slot  # what it makes is looked at now
+            for name, slot in transform.slots.items() if transform.serves(group) else ():
+                key = f"optx.{transform.name}.{name}"
+                if not slot.derived and (all_of_them or own or key not in ruled):
+                    for p in group["params"]:
+                        if p.requires_grad:
+                            wrapped.slot(p, transform, name)
 
 
 def first_value(wrapped: Host, transform: Transform, name: str, p: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""`wrap`: an optimizer that is another optimizer plus transforms, and shares its groups and state."""
+"""What `wrap` returns: an optimizer that is another one plus transforms, and shares its groups and state."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from torch.optim import Optimizer
 
 from optx._errors import OptxError, TransformError, warn
 from optx.kernels.step.program import Program
-from optx.step.base_step import guard, has_modes, owner_of, release, run_post_hooks, run_pre_hooks
+from optx.step.base_step import guard, has_modes, release, run_post_hooks, run_pre_hooks
 from optx.step.checkpoint import pack, unpack
 from optx.step.checks import check_wrap
+from optx.step.known_groups import Known, gone, known_of, replaced
 from optx.step.plan import Plan
-from optx.step.slots import first_value
+from optx.step.slots import first_value, make_slots
 from optx.step.state import SlotStore, is_ours
 from optx.step.stepper import Stepper
 from optx.step.transform import Fused, Group, Rounding, Transform
 
-_Settings = dict[str, Any]  # of fused, skip_nonfinite and rounding, those that were given
-_DEFAULTS: _Settings = {"fused": "auto", "skip_nonfinite": False, "rounding": "stochastic"}
+Settings = dict[str, Any]  # of fused, skip_nonfinite and rounding, those that were given
+_DEFAULTS: Settings = {"fused": "auto", "skip_nonfinite": False, "rounding": "stochastic"}
 
 
 class Wrapped(Optimizer):
@@ -40,7 +41,7 @@ class Wrapped(Optimizer):
         totals: sums over the whole optimizer taken in the last step (AdamR's ``adamr.second``).
     """
 
-    def __init__(self, base: Optimizer, transforms: Sequence[Transform], settings: _Settings) -> None:
+    def __init__(self, base: Optimizer, transforms: Sequence[Transform], settings: Settings) -> None:
         # Not Optimizer.__init__: it would make groups and state of its own.
         self.base = base
         self.transforms: tuple[Transform, ...] = ()
@@ -55,13 +56,13 @@ class Wrapped(Optimizer):
         self.slot_store = SlotStore(base)
         self._hooks()
         self._warned_capturable_if_run_uncaptured = True
-        self._known: list[tuple[Group, list[Tensor]]] = []
+        self._known: Known = []
         self._removed = False
         self._warned_idle = self._had_gradient = False
         self._take_on(transforms, settings)
         guard(base, self)
 
-    def _take_on(self, transforms: Sequence[Transform], settings: _Settings) -> None:
+    def _take_on(self, transforms: Sequence[Transform], settings: Settings) -> None:
         """Begin to serve these transforms; where one can't be served, nothing has changed."""
         old = dict(vars(self))
         vars(self).update(settings, transforms=(*transforms, *self.transforms))
@@ -79,7 +80,7 @@ class Wrapped(Optimizer):
                         transform.set_owner(self)
                         transform.bind(self)
                         bound.append(transform)
-                    self._make_slots()
+                    make_slots(self, self._programs())
                     # torch's distributed checkpoint asks a base that has state (a new Adagrad) for its keys.
                     self.slot_store.settle([p for p in self.slot_store.pending if self.base.state.get(p)])
                 except BaseException:
@@ -261,7 +262,7 @@ class Wrapped(Optimizer):
             try:
                 check_wrap(self, self.param_groups[count:])
                 self._fill_groups()
-                self._make_slots(self.param_groups[count:], all_of_them=True)
+                make_slots(self, self._programs()[count:], all_of_them=True)
                 self._stepper.paths.plan()
                 self._groups_changed()
             except BaseException:
@@ -282,25 +283,8 @@ class Wrapped(Optimizer):
         lasting = transform.slots[name].lasting
         return self.slot_store.get(p, f"optx.{transform.name}.{name}", make, lasting)
 
-    def _make_slots(self, groups: Sequence[Group] | None = None, all_of_them: bool = False) -> None:
-        """Make the slots that no rule asks for (only a transform's hooks do), or all of new groups.
-
-        And those that a transform makes in a way of its own, so that a mistake in it is told at wrap.
-        """
-        wanted = None if groups is None else set(map(id, groups))
-        for state in self._stepper.paths.groups():
-            group, program = state.group, state.program
-            if wanted is not None and id(group) not in wanted:
-                continue
-            ruled = {f"optx.{name}" for name in (*program.slots, *program.cells)}
-            for transform in self.transforms:
-                own = type(transform).init_slot is not Transform.init_slot  # what it makes is looked at now
-                for name, slot in transform.slots.items() if transform.serves(group) else ():
-                    key = f"optx.{transform.name}.{name}"
-                    if not slot.derived and (all_of_them or own or key not in ruled):
-                        for p in group["params"]:
-                            if p.requires_grad:
-                                self.slot(p, transform, name)
+    def _programs(self) -> list[tuple[Group, Program]]:
+        return [(path.group, path.program) for path in self._stepper.paths.groups()]
 
     def drop_base_state(self, p: Tensor) -> None:
         """Forget the base's state of a parameter; the transforms' slots stay, but for derived ones."""
@@ -331,24 +315,13 @@ class Wrapped(Optimizer):
             for (_, known), group in zip(self._known, groups, strict=True)
         ):
             return
-        was = {id(p): p for _, known in self._known for p in known}
-        now = {id(p) for group in groups for p in group["params"]}
-        for i, group in enumerate(groups):
-            for old, new in zip(self._known_of(i, group), group["params"], strict=False):
-                # Only one that is new to the optimizer takes the place of one that left it.
-                if id(new) not in was and id(old) not in now:
-                    self.slot_store.follow(old, new)
-        self.slot_store.forget([p for key, p in was.items() if key not in now])
+        for old, new in replaced(self._known, groups):
+            self.slot_store.follow(old, new)
+        self.slot_store.forget(gone(self._known, groups))
         self._stepper = Stepper(self)  # a DTensor takes another path than the parameter it replaces
-        check_wrap(self, [g for i, g in enumerate(groups) if not self._known_of(i, g)])
+        check_wrap(self, [g for i, g in enumerate(groups) if not known_of(self._known, i, g)])
         self._fill_groups()
         self._groups_changed()
-
-    def _known_of(self, index: int, group: Group) -> list[Tensor]:
-        """What a group's parameters were, if there are as many of them: groups may have been reordered."""
-        same = [known for other, known in self._known if other is group]
-        same += [self._known[index][1]] if not same and index < len(self._known) else []
-        return same[0] if same and len(same[0]) == len(group["params"]) else []
 
     def _groups_changed(self) -> None:
         for transform in self.transforms:
@@ -448,62 +421,6 @@ class _WrappedWithModes(Wrapped):
         return cast(Any, self.base).eval()
 
 
-def wrap(
-    optimizer: Optimizer,
-    *transforms: Transform,
-    fused: Fused | None = None,
-    skip_nonfinite: bool | None = None,
-    rounding: Rounding | None = None,
-) -> Wrapped:
-    """Add transforms to an optimizer that a training loop already has.
-
-    The result is a ``torch.optim.Optimizer`` that shares the base's ``param_groups``, ``state`` and
-    ``defaults``; schedulers, GradScaler, checkpoints and Accelerate see one optimizer. Where the base is
-    torch's SGD, Adam or AdamW and every rule is elementwise, the whole step is one fused kernel
-    (`Wrapped.plan` tells).
-
-    Args:
-        optimizer: any torch optimizer, stepped before or not. One that is wrapped already takes the new
-            transforms on, before those it has, keeps its settings where none are given anew, and is returned
-            itself.
-        transforms: applied in this order. All gradient rules run before any weight changes.
-        fused: ``"auto"`` (the default) takes a fused path where it can; True demands one and raises with the
-            reason otherwise; ``"cpu"`` and ``"triton"`` demand that one; False runs the base as it is.
-        skip_nonfinite: skip a step with an inf or nan gradient (``skipped_last`` tells, ``skipped_steps``
-            counts), and leave everything as it was. Leave it False (the default) under a GradScaler, which
-            does that itself.
-        rounding: how a bfloat16 weight is written after a float32 update: ``"stochastic"`` (unbiased),
-            ``"kahan"`` (compensated; two more bytes per parameter) or ``"nearest"`` (torch's; loses
-            updates below half a unit in the last place). By default stochastic, but where a group is not
-            fused the base writes its weights itself, to nearest; there the other two are refused.
-
-    Returns:
-        The wrapped optimizer.
-
-    Raises:
-        TransformError: no trainable parameter, a transform given twice, a base or parameter that a
-            transform can't serve, an optimizer that is wrapped already (pass what wrap returned).
-        FusedError: ``fused`` demands a path that can't be taken.
-        OptxError: an argument out of range, or a rounding that can't be honoured.
-
-    Example:
-        >>> import torch, optx
-        >>> model = torch.nn.Linear(4, 2)
-        >>> opt = optx.wrap(torch.optim.AdamW(model.parameters(), lr=1e-3), optx.PerpGrad())
-        >>> model(torch.ones(1, 4)).sum().backward()
-        >>> opt.step()
-    """
-    given = {"fused": fused, "skip_nonfinite": skip_nonfinite, "rounding": rounding}
-    settings: _Settings = {key: value for key, value in given.items() if value is not None}
-    if isinstance(optimizer, Wrapped):
-        optimizer._check_alive("wrap")  # pyright: ignore[reportPrivateUsage]
-        # Not a second layer: schedulers and hooks on the one that is there stay in force.
-        optimizer._take_on(transforms, settings)  # pyright: ignore[reportPrivateUsage]
-        return optimizer
-    if isinstance(optimizer, Optimizer) and owner_of(optimizer) is not None:  # pyright: ignore
-        raise TransformError(
-            f"wrap: this {type(optimizer).__name__} is wrapped already, and two wrappers would each step it. "
-            "Pass what wrap returned, which takes more transforms on; opt.remove() takes them off."
-        )
-    kind = _WrappedWithModes if has_modes(optimizer) else Wrapped
-    return kind(optimizer, transforms, settings)
+def class_for(base: Optimizer) -> type[Wrapped]:
+    """The class with the methods that others look for on this base."""
+    return _WrappedWithModes if has_modes(base) else Wrapped

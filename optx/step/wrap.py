@@ -1,0 +1,70 @@
+"""`wrap`: takes transforms on, on a plain optimizer or on one that has some."""
+
+from __future__ import annotations
+
+from torch.optim import Optimizer
+
+from optx._errors import TransformError
+from optx.step.base_step import owner_of
+from optx.step.transform import Fused, Rounding, Transform
+from optx.step.wrapped import Settings, Wrapped, class_for
+
+
+def wrap(
+    optimizer: Optimizer,
+    *transforms: Transform,
+    fused: Fused | None = None,
+    skip_nonfinite: bool | None = None,
+    rounding: Rounding | None = None,
+) -> Wrapped:
+    """Add transforms to an optimizer that a training loop already has.
+
+    The result is a ``torch.optim.Optimizer`` that shares the base's ``param_groups``, ``state`` and
+    ``defaults``; schedulers, GradScaler, checkpoints and Accelerate see one optimizer. Where the base is
+    torch's SGD, Adam or AdamW and every rule is elementwise, the whole step is one fused kernel
+    (`Wrapped.plan` tells).
+
+    Args:
+        optimizer: any torch optimizer, stepped before or not. One that is wrapped already takes the new
+            transforms on, before those it has, keeps its settings where none are given anew, and is returned
+            itself.
+        transforms: applied in this order. All gradient rules run before any weight changes.
+        fused: ``"auto"`` (the default) takes a fused path where it can; True demands one and raises with the
+            reason otherwise; ``"cpu"`` and ``"triton"`` demand that one; False runs the base as it is.
+        skip_nonfinite: skip a step with an inf or nan gradient (``skipped_last`` tells, ``skipped_steps``
+            counts), and leave everything as it was. Leave it False (the default) under a GradScaler, which
+            does that itself.
+        rounding: how a bfloat16 weight is written after a float32 update: ``"stochastic"`` (unbiased),
+            ``"kahan"`` (compensated; two more bytes per parameter) or ``"nearest"`` (torch's; loses
+            updates below half a unit in the last place). By default stochastic, but where a group is not
+            fused the base writes its weights itself, to nearest; there the other two are refused.
+
+    Returns:
+        The wrapped optimizer.
+
+    Raises:
+        TransformError: no trainable parameter, a transform given twice, a base or parameter that a
+            transform can't serve, an optimizer that is wrapped already (pass what wrap returned).
+        FusedError: ``fused`` demands a path that can't be taken.
+        OptxError: an argument out of range, or a rounding that can't be honoured.
+
+    Example:
+        >>> import torch, optx
+        >>> model = torch.nn.Linear(4, 2)
+        >>> opt = optx.wrap(torch.optim.AdamW(model.parameters(), lr=1e-3), optx.PerpGrad())
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> opt.step()
+    """
+    given = {"fused": fused, "skip_nonfinite": skip_nonfinite, "rounding": rounding}
+    settings: Settings = {key: value for key, value in given.items() if value is not None}
+    if isinstance(optimizer, Wrapped):
+        optimizer._check_alive("wrap")  # pyright: ignore[reportPrivateUsage]
+        # Not a second layer: schedulers and hooks on the one that is there stay in force.
+        optimizer._take_on(transforms, settings)  # pyright: ignore[reportPrivateUsage]
+        return optimizer
+    if isinstance(optimizer, Optimizer) and owner_of(optimizer) is not None:  # pyright: ignore
+        raise TransformError(
+            f"wrap: this {type(optimizer).__name__} is wrapped already, and two wrappers would each step it. "
+            "Pass what wrap returned, which takes more transforms on; opt.remove() takes them off."
+        )
+    return class_for(optimizer)(optimizer, transforms, settings)
