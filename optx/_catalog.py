@@ -94,7 +94,7 @@ def _methods() -> dict[Any, Entry]:
     names = [(name, thing) for name, thing in vars(optx).items() if not name.startswith("_")]
     for module in ("analysis", "scaling"):
         if part := _module(f"optx.{module}"):
-            names += [(f"{module}.{name}", getattr(part, name)) for name in getattr(part, "__all__", ())]
+            names += [(f"{module}.{name}", vars(part)[name]) for name in part.__all__]
     classes = {thing.__module__ for _, thing in names if inspect.isclass(thing)}
     found: dict[Any, Entry] = {}
     # What is done with a delta is a method of it; those that are a paper's name their source.

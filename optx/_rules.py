@@ -189,7 +189,7 @@ def _results(value: ast.expr | None, known: dict[str, Any], local: dict[str, ast
             return _results(local[name], known, {**local, name: None})
         case ast.Call(func=ast.Name(id=name)) if isinstance(known.get(name), Rule):
             return len(known[name].writes)
-        case ast.Call(func=ast.Name(id=name)) if getattr(ops, getattr(known.get(name), "__name__", ""), 0):
+        case ast.Call(func=ast.Name(id=name)) if getattr(known.get(name), "__name__", "") in vars(ops):
             return 1
         case ast.Call() | ast.Name() | ast.Attribute() | ast.Subscript() | ast.IfExp() | ast.Await():
             return None
@@ -211,7 +211,7 @@ class _PlainNames(ast.NodeTransformer):
     def _plain(self, node: ast.expr) -> ast.AST:
         value = self._value(node)
         name = getattr(value, "__name__", None)
-        if name in ops.__all__ and value in (getattr(ops, name), abs):
+        if name in ops.__all__ and value in (vars(ops)[name], abs):
             return ast.copy_location(ast.Name(name, ast.Load()), node)
         return node
 

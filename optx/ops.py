@@ -24,6 +24,14 @@ import torch
 __all__ = ["abs", "exp", "log", "maximum", "minimum", "sign", "sqrt", "where"]
 
 
+class Several:
+    """Many tensors in the place of one, as rules are called on where launches cost more than memory."""
+
+    def where_(self, a: Any, b: Any) -> Any:
+        """``a`` where this (boolean) one holds, else ``b``."""
+        raise NotImplementedError
+
+
 def sqrt(x: Any) -> Any:
     """Square root."""
     return x.sqrt() if hasattr(x, "sqrt") else _as_ieee(math.sqrt, x, math.nan)
@@ -51,7 +59,7 @@ def sign(x: Any) -> Any:
 
 def where(condition: Any, a: Any, b: Any) -> Any:
     """``a`` where ``condition`` holds, else ``b``; both are evaluated."""
-    if hasattr(condition, "where_"):  # a TensorList
+    if isinstance(condition, Several):
         return condition.where_(a, b)
     if isinstance(condition, torch.Tensor):
         return torch.where(condition, a, b)

@@ -135,7 +135,7 @@ def kernels(case: Case, target: Target) -> Iterator[Kernel]:
 
 
 def _kernel(program: str, name: str, module: Any, block: int = 0, moved: float = 0.0) -> Kernel:
-    function = getattr(module, name)
+    function = vars(module)[name]
     names = list(function.arg_names)
     constexprs = {"BLOCK": block, "ALIGNED": True} if block else {}
     signature = {n: "constexpr" if n in constexprs else _ARGUMENTS[n] for n in names}

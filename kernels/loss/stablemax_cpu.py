@@ -97,7 +97,7 @@ def _run(
     places = {Args.LOGITS: logits, Args.LABELS: target, **places}
     values |= {at: tensor.data_ptr() for at, tensor in places.items()}
     block = (ctypes.c_int64 * len(Args))(*(values.get(at, 0) for at in Args))
-    kernel: int = getattr(_compiled(str(logits.dtype).removeprefix("torch.")), direction).address
+    kernel: int = vars(_compiled(str(logits.dtype).removeprefix("torch.")))[direction].address
     cpu.run(kernel, ctypes.addressof(block), parallel=rows * classes > _CHUNK)
 
 

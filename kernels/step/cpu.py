@@ -55,11 +55,8 @@ class CpuStep(Step):
         self._args[Args.SUM] = len(self._chunks) - 1
         self._args[Args.TENSOR_HIGH] = count
         self._parallel = sum(numels) > SERIAL
-        self._kernels = {
-            name: int(getattr(self._module, name).address)
-            for name in dir(self._module)
-            if hasattr(getattr(self._module, name), "address")
-        }
+        contents = vars(self._module).items()
+        self._kernels = {name: int(one.address) for name, one in contents if hasattr(one, "address")}
 
     def set_key(self, key: int) -> None:
         """The key of this step's random draws."""

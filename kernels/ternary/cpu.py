@@ -222,7 +222,7 @@ def _call(
     """Run a kernel with its argument block; tensors are given as their addresses."""
     plain = {at: value.data_ptr() if isinstance(value, Tensor) else value for at, value in values.items()}
     block = (ctypes.c_int64 * (1 + max(layout)))(*(plain.get(at, 0) for at in range(1 + max(layout))))
-    cpu.run(getattr(module, name).address, ctypes.addressof(block), parallel)
+    cpu.run(vars(module)[name].address, ctypes.addressof(block), parallel)
 
 
 _PACKAGE = "optx.kernels.ternary"

@@ -138,8 +138,12 @@ class StableMaxCrossEntropy(nn.Module):
 
     def extra_repr(self) -> str:
         """What differs from the defaults."""
-        options = {"ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0}
-        shown = [f"{k}={getattr(self, k)!r}" for k, default in options.items() if getattr(self, k) != default]
+        options = (
+            ("ignore_index", self.ignore_index, -100),
+            ("reduction", self.reduction, "mean"),
+            ("label_smoothing", self.label_smoothing, 0.0),
+        )
+        shown = [f"{name}={value!r}" for name, value, default in options if value != default]
         return ", ".join(["weighted"] * (self.weight is not None) + shown)
 
 

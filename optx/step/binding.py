@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -21,7 +20,6 @@ NUMEL = Ref("col", "numel")
 # Names that mean the same for every transform: none may call its own things so.
 _TAKEN = (*REGISTERS, "grad_sq", "numel", "fresh")
 PER_TENSOR = ("scalars", "finish")
-_RULES = ("sums", "scalars", "finish", "gradient", "weight", "after", "observe")
 
 
 class Binder:
@@ -42,7 +40,7 @@ class Binder:
 
     def call(self, moment: str) -> Call | None:
         """The call of one moment; its results can be read from then on."""
-        rule: Rule | None = getattr(self.moments, moment)
+        rule = self.rules[moment]
         if rule is None:
             return None
         args = tuple(self._read(moment, rule, name) for name in rule.reads)
@@ -72,7 +70,7 @@ class Binder:
 
     def reads(self, moment: str, name: str) -> bool:
         """Whether a moment's rule reads a name."""
-        rule = getattr(self.moments, moment)
+        rule = self.rules[moment]
         return rule is not None and name in rule.reads
 
     # ---- names ---------------------------------------------------------------------------------------
@@ -116,7 +114,7 @@ class Binder:
         start = f"rule {rule.name!r} reads {name!r}"
         if name == "grad_sq":
             return self._error(f"{start} in sums, which are taken in the same pass; read it in scalars.")
-        computed = [m for m in _RULES if getattr(self.moments, m) and name in getattr(self.moments, m).writes]
+        computed = [m for m, own in self.rules.items() if own and name in own.writes]
         if computed or name.removeprefix("total_") in self.moments.totals:
             last = computed[0] if computed else "the totals"
             return self._error(f"{start} in {moment}, and {last} computes it only later.")
@@ -191,17 +189,18 @@ class Binder:
         totals: Any = m.totals
         if isinstance(totals, str) or not all(isinstance(name, str) for name in totals):
             raise self._error(f"totals is {totals!r}; it must be a tuple of names, as ('second',).")
-        for field in dataclasses.fields(m):
-            value = getattr(m, field.name)
-            if field.name == "totals" or value is None:
+        self.rules = _rules_of(m)
+        given: dict[str, Any] = self.rules
+        for moment, value in given.items():
+            if value is None:
                 continue
             if not isinstance(value, Rule):
                 name = getattr(value, "__name__", repr(value))
                 raise self._error(
-                    f"{field.name} is {name!r}, a {type(value).__name__} and no rule; decorate one function "
+                    f"{moment} is {name!r}, a {type(value).__name__} and no rule; decorate one function "
                     "with @optx.rule(writes=...)."
                 )
-            self._check_results(field.name, value)
+            self._check_results(moment, value)
         scalars = m.scalars
         if scalars is not None and "grad_sq" in scalars.writes and m.gradient is None:
             raise self._error(
@@ -216,6 +215,19 @@ class Binder:
                 f"rule {rule.name!r} ({moment}) returns {count} value{'s' * (count != 1)}; it must return "
                 f"one per name that it writes ({', '.join(rule.writes)})."
             )
+
+
+def _rules_of(m: Moments) -> dict[str, Rule | None]:
+    """By moment, in the order in which they come."""
+    return {
+        "sums": m.sums,
+        "scalars": m.scalars,
+        "finish": m.finish,
+        "gradient": m.gradient,
+        "weight": m.weight,
+        "after": m.after,
+        "observe": m.observe,
+    }
 
 
 def common_names(names: Iterable[str], hypers: Iterable[str], counted: bool) -> dict[str, Ref]:

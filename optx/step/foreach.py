@@ -13,12 +13,13 @@ from torch import Tensor
 from optx._errors import TransformError
 from optx._names import is_dtensor, whole
 from optx.kernels.step.program import W0, Call, G, Level, Program, Ref, W
+from optx.ops import Several
 from optx.step.rounding import step_key, write
 
 Operand = Any  # a TensorList, a number, or one number or 0-dim tensor per tensor
 
 
-class TensorList:
+class TensorList(Several):
     """A list of tensors with the arithmetic of one, by torch's ``_foreach`` functions where they exist.
 
     It is what a rule is called on where launches cost more than memory: one launch per operation serves

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,10 +44,23 @@ class _Builder:
             self.levels.append(Level())
         return self.levels[index]
 
-    def extend(self, index: int, **more: Iterable[Any]) -> None:
+    def extend(
+        self,
+        index: int,
+        prefix: Iterable[Call] = (),
+        sums: Iterable[Call] = (),
+        scalars: Iterable[Call] = (),
+        totals: Iterable[Ref] = (),
+        finish: Iterable[Call] = (),
+    ) -> None:
         old = self.level(index)
-        parts: dict[str, Any] = {k: (*getattr(old, k), *v) for k, v in more.items()}
-        self.levels[index] = dataclasses.replace(old, **parts)
+        self.levels[index] = Level(
+            (*old.prefix, *prefix),
+            (*old.sums, *sums),
+            (*old.scalars, *scalars),
+            (*old.totals, *totals),
+            (*old.finish, *finish),
+        )
 
     def need_grad_sq(self) -> int:
         """Make sure that the squared norm of the gradient as it stands is summed; give its level."""

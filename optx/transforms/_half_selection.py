@@ -48,8 +48,8 @@ class Draw:
 
     def __post_init__(self) -> None:
         check_range("HFT", "ratio", self.ratio, 0.0, 1.0)
-        for argument in ("seed", "round"):
-            object.__setattr__(self, argument, whole_number(argument, getattr(self, argument)))
+        for argument, number in (("seed", self.seed), ("round", self.round)):
+            object.__setattr__(self, argument, whole_number(argument, number))
         check_range("HFT", "round", self.round, 0)
         for argument, value, choices in (
             ("level", self.level, get_args(Level)),
