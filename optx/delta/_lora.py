@@ -17,8 +17,8 @@ from optx._safetensors import Entry
 from optx.delta._checkpoint_source import Files
 from optx.delta._difference import Difference
 from optx.delta._float32_sums import difference_dtype
-from optx.inject._peft_io import PREFIX
 from optx.inject._peft_read import lora_from
+from optx.inject._peft_write import PREFIX
 
 D = TypeVar("D", bound=Difference)
 _A, _B = ".lora_A.weight", ".lora_B.weight"

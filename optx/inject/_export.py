@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from optx._errors import OptxError
-from optx.inject import _peft_io
+from optx.inject import _peft_write
 from optx.inject._handle import Handle
 from optx.inject._peft_match import paths_of
 from optx.inject._served import Served
@@ -54,7 +54,7 @@ def export_lora(handle: Handle, path: str | PathLike[str]) -> None:
     if handle.removed:
         raise OptxError("export_lora: this handle has been removed from its model. Attach again.")
     twin = _as_lora_handle(handle)
-    config = _peft_io.config_of(twin)
+    config = _peft_write.config_of(twin)
     if isinstance(config, str):
         raise OptxError(f"export_lora: PEFT can't read this adapter, as {config}.")
     twin.save(path)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from optx._errors import FileError, OptxError, near, warn
 from optx._files import written_aside
 from optx._names import placed_like, whole
-from optx.inject import _peft_io, _peft_read
+from optx.inject import _peft_read, _peft_write
 from optx.inject._injection import Composite, Injection, values_of
 from optx.inject._paths import paths_of
 from optx.inject._served import OnModel, Served
@@ -45,7 +45,7 @@ def save(handle: OnModel, path: str | PathLike[str]) -> None:
     if folder.exists() and not folder.is_dir():
         raise OptxError(f"save: {os.fspath(path)!r} is a file; pass the name of a folder.")
     description = _describe(handle)
-    config = _peft_io.config_of(handle)
+    config = _peft_write.config_of(handle)
     live = handle.state_dict()
     tensors = {key: live[name] for key, name in _keys(handle).items()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def save(handle: OnModel, path: str | PathLike[str]) -> None:
         _write(folder / OWN, tensors, description)
         stale = (CONFIG, TENSORS)
     else:
-        _write(folder / TENSORS, _peft_io.tensors_of(handle, tensors), {**description, "config": config})
+        _write(folder / TENSORS, _peft_write.tensors_of(handle, tensors), {**description, "config": config})
         with written_aside(folder / CONFIG) as aside:
             aside.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         stale = (OWN,)
@@ -156,7 +156,7 @@ def fill(handle: OnModel, stored: Stored, where: str) -> None:
 
 def _effective(injection: Injection, handle: OnModel) -> dict[str, Any]:
     """Options in a form that is equal if what they do to the handle's modules is."""
-    return {"class": type(injection).__name__, **_encode(_peft_io.spelled_out(injection, handle))}
+    return {"class": type(injection).__name__, **_encode(_peft_write.spelled_out(injection, handle))}
 
 
 # ---- reading ----------------------------------------------------------------------------------------

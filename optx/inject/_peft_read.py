@@ -15,8 +15,8 @@ from optx.inject import _peft_prefix
 from optx.inject._injection import Injection
 from optx.inject._part import RESERVED
 from optx.inject._paths import Paths, bare_path, paths_of
-from optx.inject._peft_io import PREFIX, own_tensor, tied_to
 from optx.inject._peft_match import any_of, is_feedforward, kept_whole, targeted
+from optx.inject._peft_write import PREFIX, own_tensor, tied_to
 from optx.inject._stored import Stored
 from optx.inject._weights import in_sum_precision, is_biased
 from optx.inject.ia3 import IA3
