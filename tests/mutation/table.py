@@ -112,8 +112,8 @@ _FILES = (
     "_mergekit _patch _safetensors_writer cli merge"
 )
 _HANDLES = (
-    "_attach _export _folder _handle _injection _install _paths _peft_write _peft_match _peft_prefix _peft_read "
-    "_report _served _sharding _stored _targets"
+    "_attach _export _folder _handle _injection _install _paths _peft_match _peft_prefix _peft_read "
+    "_peft_write _report _served _sharding _stored _targets"
 )
 PLUMBING = [
     *(f"{folder}/__init__.py" for folder in FOLDERS),
