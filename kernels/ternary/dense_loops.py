@@ -45,17 +45,28 @@ def _fill_word(to, at, count, plus, minus, scale):
         write(to, at + bit, _term(plus, minus, bit, scale), NONE)
 
 
+@njit(error_model="numpy")
+def _arguments(args):
+    """Numbers, words of a turn, the tensor's address, the scale, words in all, and both masks."""
+    n, words = get_i64(args, Dense.NUMEL), (get_i64(args, Dense.NUMEL) + 31) // 32
+    plus = array(get_i64(args, Dense.PLUS), words, np.uint32)
+    minus = array(get_i64(args, Dense.MINUS), words, np.uint32)
+    return (
+        n,
+        get_i64(args, Dense.STEP),
+        get_i64(args, Dense.TO),
+        F(get_f64(args, Dense.SCALE)),
+        words,
+        plus,
+        minus,
+    )
+
+
 @cfunc(types.void(types.voidptr), error_model="numpy", cache=True)
 def add(pointer):
     """Every element plus its term, chunk by chunk."""
     args = address(pointer)
-    n, step, to = get_i64(args, Dense.NUMEL), get_i64(args, Dense.STEP), get_i64(args, Dense.TO)
-    scale = F(get_f64(args, Dense.SCALE))
-    words = (n + 31) // 32
-    plus, minus = (
-        array(get_i64(args, Dense.PLUS), words, np.uint32),
-        array(get_i64(args, Dense.MINUS), words, np.uint32),
-    )
+    n, step, to, scale, words, plus, minus = _arguments(args)
     while True:
         start = take(args) * step
         if start >= words:
@@ -71,13 +82,7 @@ def add(pointer):
 def fill(pointer):
     """Every element set to its term."""
     args = address(pointer)
-    n, step, to = get_i64(args, Dense.NUMEL), get_i64(args, Dense.STEP), get_i64(args, Dense.TO)
-    scale = F(get_f64(args, Dense.SCALE))
-    words = (n + 31) // 32
-    plus, minus = (
-        array(get_i64(args, Dense.PLUS), words, np.uint32),
-        array(get_i64(args, Dense.MINUS), words, np.uint32),
-    )
+    n, step, to, scale, words, plus, minus = _arguments(args)
     while True:
         start = take(args) * step
         if start >= words:
