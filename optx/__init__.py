@@ -56,6 +56,7 @@ from optx.inject.adapters import ScaledParallelAdapter as ScaledParallelAdapter
 from optx.inject.adapters import SequentialAdapter as SequentialAdapter
 from optx.inject.bitfit import BitFit as BitFit
 from optx.inject.flora import FLoRA as FLoRA
+from optx.inject.hidden_delta import HiddenDelta as HiddenDelta
 from optx.inject.ia3 import IA3 as IA3
 from optx.inject.iaa import IAA as IAA
 from optx.inject.iaa import Aside as Aside
@@ -64,7 +65,6 @@ from optx.inject.mam import MAM as MAM
 from optx.inject.multihead import MultiHeadParallelAdapter as MultiHeadParallelAdapter
 from optx.inject.prefix import PrefixTuning as PrefixTuning
 from optx.inject.svfit import SVFit as SVFit
-from optx.inject.unified import HiddenDelta as HiddenDelta
 from optx.signal.stablemax import StableMaxCrossEntropy as StableMaxCrossEntropy
 from optx.signal.stablemax import stablemax_cross_entropy as stablemax_cross_entropy
 from optx.step.checkpoint import load_optimizer as load_optimizer

@@ -239,8 +239,8 @@ def _dense(dtype: str) -> ModuleType:
 
 @functools.cache
 def _loops(name: str) -> ModuleType:
-    """`masks` or `golomb`, likewise."""
-    return _compiled(f"ternary_{name}", source(_PACKAGE, f"{name}.py"))
+    """`masks_loops` or `golomb_loops`, likewise."""
+    return _compiled(f"ternary_{name}", source(_PACKAGE, f"{name}_loops.py"))
 
 
 def _compiled(kind: str, text: str) -> ModuleType:

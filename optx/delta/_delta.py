@@ -18,11 +18,11 @@ from optx._safetensors import Entry
 from optx.delta._checkpoint_output import plan_of, write_checkpoint
 from optx.delta._checkpoint_source import Checkpoint, Files, Source, check_same, open_source
 from optx.delta._delta_file import open_delta, save_delta
+from optx.delta._delta_pruning import Prunable
 from optx.delta._float32_sums import add, difference, difference_dtype
 from optx.delta._lora import lora_difference
 from optx.delta._name_filter import chooser
 from optx.delta._one_pass import OnePass
-from optx.delta._pruning import Prunable
 
 if TYPE_CHECKING:
     from typing_extensions import Self

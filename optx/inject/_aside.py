@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from optx._errors import OptxError, ShapeError
-from optx.inject._hidden_delta import FORMS
+from optx.inject._hidden_delta_options import FORMS
 from optx.inject._injection import Site
 from optx.inject._part import Arguments, Part, hidden_of, new_tensor, output_of, with_output
 

@@ -13,7 +13,7 @@ from optx.inject import _folder
 from optx.inject._handle import Handle
 from optx.inject._injection import Composite, Injection, Targets
 from optx.inject._install import check_model, install
-from optx.inject._paths import paths_of
+from optx.inject._module_paths import paths_of
 
 
 def attach(

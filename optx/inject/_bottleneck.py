@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from optx._errors import ShapeError
-from optx.inject._hidden_delta import FORMS, HiddenDeltaOptions, draw
+from optx.inject._hidden_delta_options import FORMS, HiddenDeltaOptions, draw
 from optx.inject._part import Arguments, Part, Weights, hidden_of, new_tensor, output_of, with_output
 from optx.inject._weights import features, is_linear, is_transposed
 

@@ -21,7 +21,7 @@ from optx._files import written_aside
 from optx._names import placed_like, whole
 from optx.inject import _peft_read, _peft_write
 from optx.inject._injection import Composite, Injection, values_of
-from optx.inject._paths import paths_of
+from optx.inject._module_paths import paths_of
 from optx.inject._served import OnModel, Served
 from optx.inject._stored import Stored, check_tensors
 

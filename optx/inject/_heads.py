@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from optx.inject._attention import Attention, AttentionPart, Heads, spread, with_prefix
-from optx.inject._hidden_delta import FORMS, HiddenDeltaOptions, draw
+from optx.inject._hidden_delta_options import FORMS, HiddenDeltaOptions, draw
 from optx.inject._part import new_tensor
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
+from optx.inject._module_paths import paths_of
 from optx.inject._part import RESERVED
-from optx.inject._paths import paths_of
 from optx.inject._weights import is_linear
 
 # Modules that PEFT trains whole without being asked, by task.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from optx._errors import FileError
 from optx.inject._heads import Prefix
-from optx.inject._paths import paths_of
+from optx.inject._module_paths import paths_of
 from optx.inject._peft_match import task_of
 from optx.inject._served import OnModel, Served
 from optx.inject._stored import Stored

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from optx._errors import FileError, near, warn
 from optx.inject import _peft_prefix
 from optx.inject._injection import Injection
+from optx.inject._module_paths import Paths, bare_path, paths_of
 from optx.inject._part import RESERVED
-from optx.inject._paths import Paths, bare_path, paths_of
 from optx.inject._peft_match import any_of, is_feedforward, kept_whole, targeted
 from optx.inject._peft_write import PREFIX, own_tensor, tied_to
 from optx.inject._stored import Stored

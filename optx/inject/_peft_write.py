@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from optx._names import whole
 from optx.inject import _peft_prefix
 from optx.inject._injection import Injection
+from optx.inject._module_paths import Paths, paths_of
 from optx.inject._part import original
-from optx.inject._paths import Paths, paths_of
 from optx.inject._peft_match import any_of, kept_whole, targeted, task_of
 from optx.inject._served import OnModel
 from optx.inject._weights import in_sum_precision, is_conv, is_transposed

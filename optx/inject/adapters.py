@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from optx.inject._hidden_delta import Form
-from optx.inject.unified import Choice, HiddenDelta
+from optx.inject._hidden_delta_options import Form
+from optx.inject.hidden_delta import Choice, HiddenDelta
 
 Position = Literal["ffn", "attention", "both"]
 

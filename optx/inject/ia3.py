@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from optx._errors import OptxError, TargetError, near
 from optx.inject._injection import Injection, Site
+from optx.inject._module_paths import bare_path
 from optx.inject._part import Arguments, Part, Weights, hidden_of, new_tensor
-from optx.inject._paths import bare_path
 from optx.inject._targets import FAMILIES, check_each_matches, matcher
 from optx.inject._weights import features, is_conv, is_linear, is_transposed
 

@@ -24,7 +24,7 @@ from optx.inject._aside import (
     Streamed,
     Variant,
 )
-from optx.inject._hidden_delta import FORMS
+from optx.inject._hidden_delta_options import FORMS
 from optx.inject._injection import Composite, Injection, Site
 from optx.inject._part import RESERVED, Part
 from optx.inject._weights import features, is_conv, is_linear

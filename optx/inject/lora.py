@@ -23,8 +23,8 @@ from torch.nn import functional as F
 from optx._errors import MergeError, OptxError, TargetError, check_range, warn
 from optx.inject._embeddings import peculiar, rows
 from optx.inject._injection import Injection, Site
+from optx.inject._module_paths import bare_path
 from optx.inject._part import RESERVED, Part, Weights, attached, hidden_of, new_tensor, original
-from optx.inject._paths import bare_path
 from optx.inject._weights import (
     add_product,
     conv_like,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from optx._errors import check_range
-from optx.inject.unified import Choice, HiddenDelta
+from optx.inject.hidden_delta import Choice, HiddenDelta
 
 
 @dataclass(frozen=True)

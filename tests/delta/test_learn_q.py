@@ -13,8 +13,8 @@ from test_prune import Holder, normal, pair
 
 from optx import Delta, OptxError
 from optx.delta import search_q
+from optx.delta._delta_pruning import HEADS
 from optx.delta._input_stats import linear_axes
-from optx.delta._pruning import HEADS
 
 
 @pytest.mark.parametrize("kind", ["encoder", "decoder", "conv1d"])

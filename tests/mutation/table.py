@@ -30,7 +30,7 @@ TABLE = {
     "optx/delta/_options.py": "arithmetic_options merge merge_peers pcb",
     "optx/delta/_order_statistics.py": "arithmetic_delta merge compeft",
     "optx/delta/_order_statistics_loops.py": "merge compeft",
-    "optx/delta/_pruning.py": "arithmetic_delta prune learn_q delta",
+    "optx/delta/_delta_pruning.py": "arithmetic_delta prune learn_q delta",
     "optx/delta/_quantize.py": "arithmetic_delta rws",
     "optx/delta/_random_mask.py": "arithmetic_delta prune delta merge",
     "optx/delta/_random_mask_loops.py": "arithmetic_delta prune delta merge",
@@ -50,7 +50,7 @@ TABLE = {
     "optx/inject/_fold_prefix.py": "prefix",
     "optx/inject/_freeze.py": "attach",
     "optx/inject/_heads.py": "prefix adapters",
-    "optx/inject/_hidden_delta.py": "arithmetic_inject adapters prefix",
+    "optx/inject/_hidden_delta_options.py": "arithmetic_inject adapters prefix",
     "optx/inject/_merge.py": "arithmetic_inject attach lora svfit ia3 flora",
     "optx/inject/_part.py": "arithmetic_inject attach lora adapters",
     "optx/inject/_weights.py": "arithmetic_inject lora flora svfit ia3",
@@ -64,7 +64,7 @@ TABLE = {
     "optx/inject/multihead.py": "arithmetic_inject arithmetic_options adapters prefix",
     "optx/inject/prefix.py": "arithmetic_inject arithmetic_options prefix",
     "optx/inject/svfit.py": "arithmetic_inject arithmetic_options svfit",
-    "optx/inject/unified.py": "arithmetic_inject arithmetic_options adapters prefix",
+    "optx/inject/hidden_delta.py": "arithmetic_inject arithmetic_options adapters prefix",
     "kernels/loss/stablemax_rows.py": "arithmetic_signal stablemax",
     "optx/signal/stablemax.py": "arithmetic_signal arithmetic_options stablemax",
     "optx/transforms/_anchor_files.py": "adamr_sources adamr_anchors",
@@ -112,7 +112,7 @@ _FILES = (
     "_mergekit _patch _safetensors_writer cli merge"
 )
 _HANDLES = (
-    "_attach _export _folder _handle _injection _install _paths _peft_match _peft_prefix _peft_read "
+    "_attach _export _folder _handle _injection _install _module_paths _peft_match _peft_prefix _peft_read "
     "_peft_write _report _served _sharding _stored _targets"
 )
 PLUMBING = [

@@ -16,7 +16,7 @@ from optx._errors import OptxError, TargetError, check_range
 from optx.inject._attention import heads_of, kernel_of
 from optx.inject._bottleneck import adapter_part
 from optx.inject._heads import HeadAdapter, Prefix
-from optx.inject._hidden_delta import Compose, Form, HiddenDeltaOptions, Insertion, Modifies
+from optx.inject._hidden_delta_options import Compose, Form, HiddenDeltaOptions, Insertion, Modifies
 from optx.inject._injection import Injection, Site, values_of
 from optx.inject._part import Part
 
