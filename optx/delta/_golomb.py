@@ -4,8 +4,8 @@ A gap g is coded with a divisor m: ``g // m`` ones, a zero, then the remainder. 
 Rice's codes, or three times one, which is up to 1.2 % shorter (at a density of 0.2: 0.928 bits per number
 instead of 0.939). Between densities of 0.34 and 0.42 no gap code comes within 2 % of the entropy: there four
 positions at a time have a Huffman code of 3 to 6 bits (``LENGTHS`` in `kernels/ternary/golomb_loops.py`).
-Each block of 131,072 numbers has the code that is shortest for it; where more is kept than not, the positions of
-what is *not* kept are coded. Blocks are decoded in parallel.
+Each block of 131,072 numbers has the code that is shortest for it; where more is kept than not, the positions
+of what is *not* kept are coded. Blocks are decoded in parallel.
 
 One tensor's payload, little-endian: per block a uint32 (code in the upper byte, number of nonzeros below),
 per block a uint16 (words of its stream), the streams in words of 32 bits, lowest bit first: signs (1 is
