@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 
@@ -69,3 +69,10 @@ def check_range(owner: str, argument: str, value: Any, low: float, high: float =
     if not inside:
         wanted = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
         raise OptxError(f"{owner}: {argument} is {value!r}; it must be {wanted}.")
+
+
+def check_choice(owner: str, argument: str, value: object, choices: Collection[object]) -> None:
+    """Raise unless an option is one of its values."""
+    if value not in choices:
+        wanted = ", ".join(repr(choice) for choice in choices if choice is not None)
+        raise OptxError(f"{owner}: {argument} is {value!r}; it must be one of {wanted}.")

@@ -32,13 +32,6 @@ def per_model(owner: str, argument: str, value: PerModel, models: int, what: str
     return [float(one) for one in value]
 
 
-def check_choice(owner: str, argument: str, value: object, choices: tuple[object, ...]) -> None:
-    """Raise unless an option is one of its values."""
-    if value not in choices:
-        wanted = ", ".join(repr(choice) for choice in choices if choice is not None)
-        raise OptxError(f"{owner}: {argument} is {value!r}; it must be one of {wanted}.")
-
-
 def numbers(value: PerModel) -> Sequence[float]:
     """A number for all or one for each, as a sequence."""
     return (value,) if isinstance(value, int | float) else value

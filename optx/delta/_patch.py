@@ -9,8 +9,8 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from optx._errors import MergeError, OptxError, ShapeError, near
-from optx.delta._options import PerModel, check_choice, per_model
+from optx._errors import MergeError, OptxError, ShapeError, check_choice, near
+from optx.delta._options import PerModel, per_model
 
 Change = Mapping[str, Tensor]
 

@@ -8,8 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from optx._errors import OptxError
-from optx.delta._options import check_choice
+from optx._errors import OptxError, check_choice
 
 Form = Literal["linear", "log", "tanh"]
 _LARGEST_TANH = 15.0  # beyond it, float64's tanh is too near to 1 to be inverted

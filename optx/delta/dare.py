@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from optx._buffers import PIECE
-from optx._errors import OptxError
+from optx._errors import OptxError, check_choice
 from optx.delta._combine import elected, mixed, steady_rows
 from optx.delta._merge_method import ByPieces, Changes, Combine, MergeMethod, OfPiece
-from optx.delta._options import CONVENTIONS, Convention, PerModel, check_choice, numbers, per_model
+from optx.delta._options import CONVENTIONS, Convention, PerModel, numbers, per_model
 from optx.delta._random_mask import Dropout, key_of
 
 Mask = Callable[[int, Tensor], Tensor]

@@ -15,10 +15,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from optx._errors import check_range
+from optx._errors import check_choice, check_range
 from optx.delta._combine import steady_rows, total
 from optx.delta._merge_method import ByPieces, Changes, Combine, MergeMethod, OfPiece
-from optx.delta._options import SCOPES, PerModel, Scope, check_choice, per_model
+from optx.delta._options import SCOPES, PerModel, Scope, per_model
 from optx.delta._order_statistics import order_statistics
 
 Range = tuple[float, float]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from optx._errors import check_range
+from optx._errors import check_choice, check_range
 from optx.delta._combine import elected, total, weighted
 from optx.delta._merge_method import ByPieces, Changes, Combine, MergeMethod, OfPiece
 from optx.delta._options import (
@@ -21,7 +21,6 @@ from optx.delta._options import (
     Convention,
     PerModel,
     Scope,
-    check_choice,
     numbers,
     per_model,
 )

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, get_args
 
 from torch import nn
 
-from optx._errors import OptxError, TargetError, check_range
+from optx._errors import OptxError, TargetError, check_choice, check_range
 from optx.inject._attention import heads_of, kernel_of
 from optx.inject._bottleneck import adapter_part
 from optx.inject._heads import HeadAdapter, Prefix
@@ -98,9 +98,7 @@ class HiddenDelta(HiddenDeltaOptions, Injection):
     def __post_init__(self) -> None:
         given = values_of(self)
         for option, allowed in _CHOICES.items():
-            if given[option] not in allowed:
-                wanted = ", ".join(map(repr, allowed))
-                raise OptxError(f"{self.method}: {option} is {given[option]!r}; it must be one of {wanted}.")
+            check_choice(self.method, option, given[option], allowed)
         check_range(self.method, "rank", self.rank, 1)
         check_range(self.method, "dropout", self.dropout, 0, 1)
         check_range(self.method, "std", self.std, 0)

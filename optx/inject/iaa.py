@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
-from optx._errors import OptxError, TargetError, check_range
+from optx._errors import TargetError, check_choice, check_range
 from optx.inject._aside import (
     AsideOptions,
     Form,
@@ -86,8 +86,8 @@ class Aside(AsideOptions, Injection):
         check_range("Aside", "dropout", self.dropout, 0, 1)
         if self.width is not None:
             check_range("Aside", "width", self.width, 1)
-        _check_choice("variant", self.variant, ["highway", "layerwise", "bottleneck"])
-        _check_choice("form", self.form, [form for form in FORMS if form != "softmax"])
+        check_choice("Aside", "variant", self.variant, ["highway", "layerwise", "bottleneck"])
+        check_choice("Aside", "form", self.form, [form for form in FORMS if form != "softmax"])
 
     def part(self, module: nn.Module, path: str) -> Part:
         """One layer's, as a stack of its own."""
@@ -204,9 +204,3 @@ def _width(site: Site) -> int:
         f"attach: {site.path!r} is a {type(site.module).__name__} that begins with neither a linear module "
         "nor a norm, so Aside can't tell the width of its hidden states. Pass optx.Aside(width=...)."
     )
-
-
-def _check_choice(option: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        wanted = ", ".join(map(repr, choices))
-        raise OptxError(f"Aside: {option} is {value!r}; it must be one of {wanted}.")

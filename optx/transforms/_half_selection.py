@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from optx._errors import OptxError, ShapeError, check_range, near
+from optx._errors import OptxError, ShapeError, check_choice, check_range, near
 from optx.transforms._blocks import VECTORS, Layer, clean_names, grouped, layers_of
 
 Level = Literal["category", "layer", "model"]
@@ -51,13 +51,8 @@ class Draw:
         for argument, number in (("seed", self.seed), ("round", self.round)):
             object.__setattr__(self, argument, whole_number(argument, number))
         check_range("HFT", "round", self.round, 0)
-        for argument, value, choices in (
-            ("level", self.level, get_args(Level)),
-            ("balance", self.balance, get_args(Balance)),
-        ):
-            if value not in choices:
-                wanted = ", ".join(map(repr, choices))
-                raise OptxError(f"HFT: {argument} is {value!r}; it must be one of {wanted}.")
+        check_choice("HFT", "level", self.level, get_args(Level))
+        check_choice("HFT", "balance", self.balance, get_args(Balance))
 
     def of(self, layers: Sequence[Layer]) -> set[str]:
         """Names of the layers to train, among those that belong to a block."""
