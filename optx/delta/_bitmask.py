@@ -84,6 +84,6 @@ def add_to(tensor: Tensor, masks: Tensor, scale: float) -> None:
             ternary_cpu.add(tensor, masks, scale)
         torch.autograd.graph.increment_version(tensor)  # the kernels write behind autograd's back
         return
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    change = dense(masks.cpu(), tuple(tensor.shape), wide, scale).to(tensor.device)
-    tensor.copy_(tensor.to(wide).add_(change))
+    sum_dtype = torch.promote_types(tensor.dtype, torch.float32)
+    change = dense(masks.cpu(), tuple(tensor.shape), sum_dtype, scale).to(tensor.device)
+    tensor.copy_(tensor.to(sum_dtype).add_(change))

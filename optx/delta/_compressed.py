@@ -155,8 +155,8 @@ class Compressed:
             if name in self.whole:
                 made[name] = self.whole[name].clone()
             elif start:
-                wide = bitmask.dense(self.masks[name], entry.shape, decoded(entry).dtype, self.scale)
-                made[name] = wide.add_(start).to(entry.dtype)
+                summed = bitmask.dense(self.masks[name], entry.shape, decoded(entry).dtype, self.scale)
+                made[name] = summed.add_(start).to(entry.dtype)
             else:
                 made[name] = bitmask.dense(self.masks[name], entry.shape, entry.dtype, self.scale)
         return {**made, **{name: made[first] for name, first in self.about.tied.items() if first in made}}

@@ -314,10 +314,10 @@ def _sum(under: Tensor, terms: Sequence[tuple[float, Tensor]]) -> Tensor:
     """Under + factor * change + ..., rounded once; without changes, every bit of it."""
     if not terms:
         return under
-    wide = under.to(torch.promote_types(under.dtype, torch.float32), copy=True)
+    summed = under.to(torch.promote_types(under.dtype, torch.float32), copy=True)
     for factor, change in terms:
-        wide.add_(change.to(wide.device, wide.dtype), alpha=factor)
-    return wide.to(under.dtype)
+        summed.add_(change.to(summed.device, summed.dtype), alpha=factor)
+    return summed.to(under.dtype)
 
 
 def _stamp(tensor: Tensor) -> tuple[int, int]:

@@ -98,12 +98,12 @@ class Dropout:
 
     def _onto_torch(self, base: Tensor, old: Tensor, new: Tensor, begin: int) -> Tensor:
         kept = self.keep(begin, base.numel(), base.device)
-        wide = torch.promote_types(torch.promote_types(new.dtype, old.dtype), torch.float32)
-        change = (new.to(wide) - old.to(wide)).div_(self.q)
-        wide = torch.promote_types(base.dtype, wide)
-        moved = (base.to(wide) + change).to(base.dtype)
+        sum_dtype = torch.promote_types(torch.promote_types(new.dtype, old.dtype), torch.float32)
+        change = (new.to(sum_dtype) - old.to(sum_dtype)).div_(self.q)
+        sum_dtype = torch.promote_types(base.dtype, sum_dtype)
+        moved = (base.to(sum_dtype) + change).to(base.dtype)
         if self.q == 1.0:
-            moved = torch.where(base.to(wide) == old.to(wide), new.to(base.dtype), moved)
+            moved = torch.where(base.to(sum_dtype) == old.to(sum_dtype), new.to(base.dtype), moved)
         return torch.where(kept, moved, base)
 
     def _numbers(self, begin: int) -> tuple[np.uint64, np.uint64, np.uint64]:

@@ -31,7 +31,7 @@ def _kept(state, threshold):
 
 
 @njit(inline="always")
-def _wide(bits):
+def _float32_of(bits):
     """The bits of a bfloat16 as float32."""
     return np.uint32(np.uint32(bits) << B16).view(np.float32)  # shifts give uint64
 
@@ -74,6 +74,6 @@ def onto_bf16(base, old, new, out, begin, key, threshold, q):
     """The same on the bits of bfloat16, with one rounding at the end."""
     start, whole = key + begin * STEP, q == np.float32(1)
     for i in range(out.shape[0]):
-        sum_ = _wide(base[i]) + (_wide(new[i]) - _wide(old[i])) / q
+        sum_ = _float32_of(base[i]) + (_float32_of(new[i]) - _float32_of(old[i])) / q
         moved = new[i] if whole and base[i] == old[i] else _narrow(sum_)
         out[i] = moved if _kept(start + np.uint64(i) * STEP, threshold) else base[i]

@@ -167,8 +167,8 @@ def _as_delta(what: Delta | Checkpoint, start: float) -> tuple[Delta, dict[str, 
     def moved(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor
-        wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-        return wide - start if start else wide
+        change = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        return change - start if start else change
 
     made = Delta(
         source.entries,

@@ -109,16 +109,16 @@ def _merged(
         return source.read(name)
     if name not in inputs.entries:
         return lambda begin, end: source.piece(name, begin, end).to(own)
-    read, wide = inputs.reader(name), torch.promote_types(entry.dtype, own)
+    read, sum_dtype = inputs.reader(name), torch.promote_types(entry.dtype, own)
     if not isinstance(combine, ByPieces):
         before = source.read(name)
         changes = [change.view(entry.shape) for change in read(0, entry.numel, before.reshape(-1))]
-        return add(before.to(wide), combine(name, changes)).to(own)
+        return add(before.to(sum_dtype), combine(name, changes)).to(own)
     merge_piece = combine.of(name)
 
     def piece(begin: int, end: int) -> Tensor:
         before = source.piece(name, begin, end)
-        return add(before.to(wide), merge_piece(read(begin, end, before), begin)).to(own)
+        return add(before.to(sum_dtype), merge_piece(read(begin, end, before), begin)).to(own)
 
     return piece
 
@@ -198,7 +198,7 @@ class _Inputs:
 
         It takes the base's piece too, where that has been read already.
         """
-        wide = self.entries[name].dtype
+        sum_dtype = self.entries[name].dtype
         readers = [
             _reader(model, places[name]) if name in places else None
             for model, places in zip(self.models, self._places, strict=True)
@@ -206,12 +206,12 @@ class _Inputs:
 
         def read(begin: int, end: int, before: Tensor | None = None) -> list[Tensor]:
             before = self.base.piece(name, begin, end) if before is None else before
-            start, found = before.to(wide), list[Tensor]()
+            start, found = before.to(sum_dtype), list[Tensor]()
             for i, (model, reader) in enumerate(zip(self.models, readers, strict=True)):
                 if reader is None:
                     found.append(torch.zeros_like(start))
                     continue
-                own = reader(begin, end).to(before.device, wide)
+                own = reader(begin, end).to(before.device, sum_dtype)
                 found.append(own if isinstance(model, Delta) else own - start)
                 if not _finite(found[-1]):
                     raise OptxError(
