@@ -76,7 +76,8 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 def test_finetune(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    finetune.main([*options, "--seeds", "2", "--out", str(tmp_path)])
+    every = ",".join(finetune.ARMS)
+    finetune.main([*options, "--seeds", "2", "--arms", every, "--out", str(tmp_path)])
     found = results(tmp_path)
     assert list(found["arms"]) == [f"{arm}/{seed}" for seed in (0, 1) for arm in finetune.ARMS]
     assert found["settings"]["steps"] == 8
@@ -91,7 +92,9 @@ def test_finetune(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
         assert all(point["drift_general"] > 0 < point["drift_answers"] for point in arm["curve"])
         assert len(arm["answers"]) == len(before["answers"]) == 12
         assert arm["distance"] > 0
-    adamw, hft, adamr = list(found["arms"].values())[:3]
+    adamw, hft, adamr, halved = list(found["arms"].values())[:4]
+    assert halved["distance"] < adamw["distance"]
+    assert halved["state_bytes"] == adamw["state_bytes"]
     assert adamw["curve"][-1]["held_out"] < before["held_out"]
     assert hft["state_bytes"] < adamw["state_bytes"]
     assert hft["gradient_bytes"] < adamw["gradient_bytes"] == 4 * parameters(options)
