@@ -35,7 +35,7 @@ def show_rows(
     """Print a table, given row by row; what stands right of the first column is numbers."""
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE)
     for i, header in enumerate(headers):
-        table.add_column(header, justify="right" if i else "left")
+        table.add_column(header, justify="right" if i else "left", no_wrap=i == 0)
     for row in rows:
         table.add_row(*row)
     console.print(table)
