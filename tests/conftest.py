@@ -34,6 +34,12 @@ def _threads() -> None:
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
+@pytest.fixture
+def one_thread(_threads: None) -> None:
+    """Where tensors are tiny: two threads would mostly wait for each other."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _nothing_compiled_stays() -> Iterator[None]:
     """While something is compiled, `optx.attach` looks for it among all objects: 0.2 s late in a run."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_models import bert, llama
+from delta_cases import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -16,10 +17,6 @@ import optx
 from optx import Delta, OptxError, ShapeError
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def state(seed: int, dtype: torch.dtype = F32) -> dict[str, Tensor]:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from adapter_models import gpt2, llama
+from delta_cases import normal
+from prune_cases import Holder
 from safetensors.torch import load_file, save_file
-from test_prune import Holder, normal
 
 import optx
 from optx import Delta, OptxError

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from delta_cases import normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -23,10 +24,6 @@ from optx.delta._background_file import BackgroundFile
 from optx.delta._safetensors_writer import Writer
 
 F32, BF16 = torch.float32, torch.bfloat16
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def state(seed: int) -> dict[str, Tensor]:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from adapter_models import bert, gpt2, llama
-from test_prune import Holder, normal, pair
+from delta_cases import normal
+from prune_cases import Holder, pair
 
 from optx import Delta, OptxError
 from optx.delta import search_q

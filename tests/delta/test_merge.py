@@ -1,8 +1,7 @@
-"""optx.merge itself: forms of checkpoints, thresholds over whole models, files, errors, the search."""
+"""optx.merge itself: forms of checkpoints, thresholds over whole models, errors."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -12,57 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from delta_cases import equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from merge_cases import METHODS, folder, model, tuned
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 import optx
 from optx.delta import _merge_method, _safetensors_writer
 from optx.delta._order_statistics import order_statistics
-
-METHODS = [
-    optx.TaskArithmetic(lam=0.4),
-    optx.TIES(density=0.3),
-    optx.TIES(density=0.3, convention="mergekit"),
-    optx.DARELinear(p=0.5),
-    optx.DARETIES(p=0.5, convention="mergekit"),
-    optx.PCB(ratio=0.3),
-    optx.PCB(ratio=0.3, score="paper"),
-]
-
-
-def model(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    shapes = {"embed.weight": (11, 6), "layer.weight": (6, 6), "layer.bias": (6,), "scale": ()}
-    made = {name: torch.randn(shape, generator=g).to(dtype) for name, shape in shapes.items()}
-    return {**made, "steps": torch.tensor(seed), "mask": torch.tensor([True, False])}
-
-
-def tuned(base: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return {
-        n: t + 0.1 * torch.randn(t.shape, generator=g).to(t.dtype) if t.is_floating_point() else t.clone()
-        for n, t in base.items()
-    }
-
-
-def equal(a: Any, b: Any) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) and a[n].dtype == b[n].dtype for n in a)
-
-
-def folder(path: Path, tensors: dict[str, Tensor]) -> Path:
-    """Two shards with an index, and a configuration."""
-    path.mkdir()
-    names = list(tensors)
-    files = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
-    for file, part in files.items():
-        save_file({n: tensors[n] for n in part}, path / file)
-    where = {n: file for file, part in files.items() for n in part}
-    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    (path / "config.json").write_text("{}")
-    return path
-
 
 # ---- exact order statistics ----------------------------------------------------------------------------
 
@@ -300,113 +258,6 @@ def test_include_exclude_and_dtype() -> None:
     torch.testing.assert_close(wide["scale"], models[0]["scale"], rtol=1e-6, atol=1e-6)
 
 
-# ---- killed and gone on with ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "method", [*METHODS[1:], optx.DARELinear(0.5, seed=-1, convention="mergekit")], ids=repr
-)
-@pytest.mark.parametrize("sharded", [False, True])
-def test_interrupted_merges_go_on(method: optx.MergeMethod, sharded: bool, tmp_path: Path) -> None:
-    base = model(0)
-    inputs = [base, tuned(base, 1), tuned(base, 2)]
-    paths = [folder(tmp_path / f"{i}", sd) for i, sd in enumerate(inputs)]
-    out, suffix = tmp_path / "out", "" if sharded else ".safetensors"
-    torch.manual_seed(7)
-    whole = optx.merge(paths[0], paths[1:], method, out.with_name(f"whole{suffix}"))
-
-    class Stop(Exception):
-        pass
-
-    def stopping(names: Any) -> Any:
-        todo = list(names)
-        for i, name in enumerate(todo):
-            if i == 2 and "steps" in todo:  # no pass over the changes has integers: it is being written
-                raise Stop
-            yield name
-
-    target = out.with_name(f"out{suffix}")
-    torch.manual_seed(7)
-    with pytest.raises(Stop):
-        optx.merge(paths[0], paths[1:], method, target, progress=stopping)
-    assert not target.exists()
-    torch.manual_seed(7)
-    optx.merge(paths[0], paths[1:], method, target)
-    for file in sorted(Path(whole).glob("*.safetensors")) if sharded else [Path(whole)]:
-        assert file.read_bytes() == (target / file.name if sharded else target).read_bytes()
-    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
-
-
-KILLED = """
-import os, sys, torch, optx
-torch.set_num_threads(1)
-count = 0
-def progress(names):
-    global count
-    for name in names:
-        count += 1
-        if count == int(sys.argv[4]):
-            os.kill(os.getpid(), 9)
-        yield name
-optx.merge(sys.argv[1], [sys.argv[2]], optx.TIES(density=0.5), sys.argv[3], progress=progress)
-"""
-
-
-def test_numbers_that_are_not_finite_leave_nothing_behind(tmp_path: Path) -> None:
-    """The same call could never be gone on with; what a full disk stopped can (test_delta_files)."""
-    base = model(0)
-    bad = {**tuned(base, 1), "layer.weight": torch.full((6, 6), torch.inf)}
-    paths = [folder(tmp_path / n, sd) for n, sd in (("base", base), ("bad", bad))]
-    before = set(tmp_path.iterdir())
-    for target in ("out", "out.safetensors"):
-        with pytest.raises(optx.OptxError, match=r"change of 'layer.weight' in models\[0\] is not finite"):
-            optx.merge(paths[0], paths[1:], optx.TaskArithmetic(), tmp_path / target)
-        assert set(tmp_path.iterdir()) == before
-
-
-def test_a_folder_says_its_new_dtype(tmp_path: Path) -> None:
-    """transformers loads it in that dtype; dtypes inside a configuration change too."""
-    transformers: Any = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=40
-    )
-    for name, seed in (("base", 0), ("a", 1)):
-        torch.manual_seed(seed)
-        transformers.LlamaForCausalLM(config).float().save_pretrained(tmp_path / name)
-    told = json.loads((tmp_path / "base" / "config.json").read_text())
-    assert told["dtype"] == "float32"
-    told["inner"] = {"torch_dtype": "float32", "list": [{"dtype": "x"}]}
-    (tmp_path / "base" / "config.json").write_text(json.dumps(told))
-    for dtype in (torch.bfloat16, torch.float16, None):
-        out = optx.merge(
-            tmp_path / "base", [tmp_path / "a"], optx.TaskArithmetic(0.5), tmp_path / f"{dtype}", dtype=dtype
-        )
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(out)
-        assert loaded.dtype == loaded.config.dtype == (dtype or torch.float32)
-        name = str(dtype or torch.float32).removeprefix("torch.")
-        said = json.loads((Path(out) / "config.json").read_text())
-        inner = {"torch_dtype": name, "list": [{"dtype": "x"}]}
-        assert said == {**told, "dtype": name, "inner": inner}
-    (tmp_path / "base" / "config.json").write_text('{"model_type": "llama"}')  # one that says nothing
-    out = optx.merge(
-        tmp_path / "base", [tmp_path / "a"], optx.TIES(), tmp_path / "silent", dtype=torch.bfloat16
-    )
-    assert transformers.AutoConfig.from_pretrained(out).dtype == torch.bfloat16
-
-
-def test_kill_9_leaves_no_half_file(tmp_path: Path) -> None:
-    base = model(0)
-    a, b = folder(tmp_path / "a", base), folder(tmp_path / "b", tuned(base, 1))
-    whole = optx.merge(a, [b], optx.TIES(density=0.5), tmp_path / "whole")
-    out = tmp_path / "out"
-    killed = subprocess.run([sys.executable, "-c", KILLED, a, b, out, "12"], env={**os.environ})
-    assert killed.returncode == -9
-    assert not out.exists()
-    optx.merge(a, [b], optx.TIES(density=0.5), out)
-    for file in Path(whole).iterdir():
-        assert file.read_bytes() == (out / file.name).read_bytes()
-
-
 # ---- errors --------------------------------------------------------------------------------------------
 
 
@@ -470,63 +321,3 @@ def test_options_out_of_range(kind: Any, options: dict[str, Any], message: str) 
     with pytest.raises(optx.OptxError) as caught:
         kind(**options)
     assert message in str(caught.value)
-
-
-# ---- the search ----------------------------------------------------------------------------------------
-
-
-def test_search_finds_the_best_number_within_its_budget() -> None:
-    calls: list[float] = []
-
-    def score(lam: float) -> float:
-        calls.append(lam)
-        return -((lam - 1.37) ** 2)
-
-    found = optx.search(score, {"lam": (0.0, 2.0)}, budget=25)
-    assert abs(found.best["lam"] - 1.37) < 0.005
-    assert len(calls) == len(set(calls)) == len(found.history) <= 25
-    assert found.history[0][0] == {"lam": 1.0}
-    assert found == optx.search(score, {"lam": (0.0, 2.0)}, budget=25)
-    assert len(optx.search(score, {"lam": (0.0, 2.0)}, budget=3).history) == 3
-
-
-def test_search_over_several_numbers() -> None:
-    def loss(a: float, b: float, c: float) -> float:
-        return (a - 0.3) ** 2 + 2 * (b - 0.8) ** 2 + 0.3 * a * b + (c != 3)
-
-    found = optx.search(
-        loss, {"a": (0, 1), "b": (0, 1), "c": [1, 2, 3]}, budget=120, start={"a": 0.9}, maximize=False
-    )
-    best = min(loss(a / 100, b / 100, 3) for a in range(101) for b in range(101))
-    assert found.score <= best + 1e-3
-    assert found.best["c"] == 3
-    assert found.history[0][0]["a"] == 0.9
-
-
-def test_search_ends_when_a_list_is_tried() -> None:
-    found = optx.search(lambda lam: lam, {"lam": [0.1, 0.5, 0.3]}, budget=100)
-    assert (found.best, len(found.history)) == ({"lam": 0.5}, 3)
-
-
-def test_search_prefers_a_number_to_nan() -> None:
-    found = optx.search(lambda x: float("nan") if x > 0.4 else x, {"x": (0.0, 1.0)}, budget=30)
-    assert 0.3 < found.best["x"] <= 0.4
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (({}, 5), "space is empty"),
-        (({"x": (1, 0)}, 5), "space['x'] is (1, 0); it must be (low, high) with low < high"),
-        (({"x": []}, 5), "space['x'] is []"),
-        (({"x": (0, 1)}, 0), "search: budget is 0"),
-    ],
-)
-def test_search_errors(arguments: Any, message: str) -> None:
-    with pytest.raises(optx.OptxError) as caught:
-        optx.search(lambda x: x, *arguments)
-    assert message in str(caught.value)
-    with pytest.raises(optx.OptxError, match="evaluate gave None at"):
-        optx.search(lambda x: None, {"x": (0, 1)}, 3)  # type: ignore[arg-type,return-value]
-    with pytest.raises(optx.OptxError, match="start has x=2"):
-        optx.search(lambda x: x, {"x": (0, 1)}, 3, start={"x": 2})

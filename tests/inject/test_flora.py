@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-import pickle
 import string
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,21 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from weight_modules import MODULES, TOKENS, resnet, serve
 
 import optx
 from optx import FLoRA
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-def serve(module: nn.Module, injection: FLoRA, scale: float = 0.0) -> tuple[Any, optx.Handle]:
-    model = nn.Sequential(module)
-    handle = optx.attach(model, injection, targets="0")
-    if scale:
-        move(handle, scale)
-    return model, handle
 
 
 def explicit(part: Any) -> Tensor:
@@ -47,60 +37,6 @@ def explicit(part: Any) -> Tensor:
 def in_first(part: Any, weight: Tensor) -> Tensor:
     return weight if part.transposed else weight.transpose(0, 1)
 
-
-def resnet() -> nn.Module:
-    """Named as torchvision's and timm's are: layer<i>.<j>.conv<k>, downsample.0."""
-
-    class Block(nn.Module):
-        def __init__(self, width: int, out: int) -> None:
-            super().__init__()
-            self.conv1 = nn.Conv2d(width, out, 3, stride=2, padding=1, bias=False)
-            self.bn1 = nn.BatchNorm2d(out)
-            self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
-            self.bn2 = nn.BatchNorm2d(out)
-            self.downsample = nn.Sequential(nn.Conv2d(width, out, 1, stride=2), nn.BatchNorm2d(out))
-
-        def forward(self, x: Tensor) -> Tensor:
-            inner = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-            return F.relu(inner + self.downsample(x))
-
-    class ResNet(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
-            self.layer1 = nn.Sequential(Block(8, 8))
-            self.layer2 = nn.Sequential(Block(8, 16))
-            self.fc = nn.Linear(16, 5)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.fc(self.layer2(self.layer1(self.conv1(x))).mean((2, 3)))
-
-    torch.manual_seed(0)
-    return ResNet().eval()
-
-
-TOKENS = torch.arange(24).view(2, 12) % 64
-PIXELS = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
-IMAGES = torch.randn(2, 4, 9, 8, generator=torch.Generator().manual_seed(3))
-
-
-def conv(kind: Any, **more: Any) -> Any:
-    return lambda: kind(4, 6, 3, **more)
-
-
-MODULES: dict[str, tuple[Any, Tensor]] = {
-    "linear": (lambda: nn.Linear(4, 6), IMAGES.movedim(1, -1)),
-    "linear without bias": (lambda: nn.Linear(4, 6, bias=False), IMAGES.movedim(1, -1)),
-    "conv1d": (conv(nn.Conv1d, stride=2, padding=1), IMAGES[0].movedim(1, 0)),
-    "conv2d": (conv(nn.Conv2d, stride=2, padding=1, dilation=2), IMAGES),
-    "conv2d without a batch": (conv(nn.Conv2d), IMAGES[0]),
-    "conv2d circular": (conv(nn.Conv2d, padding=2, padding_mode="circular"), IMAGES),
-    "conv2d same reflect": (conv(nn.Conv2d, padding="same", padding_mode="reflect"), IMAGES),
-    "conv2d in groups": (conv(nn.Conv2d, groups=2, padding=1, padding_mode="replicate"), IMAGES),
-    "conv2d 3 x 2": (lambda: nn.Conv2d(4, 6, (3, 2), stride=(1, 2)), IMAGES),
-    "conv3d": (conv(nn.Conv3d, padding=1), IMAGES[..., None]),
-    "embedding": (lambda: nn.Embedding(64, 6, padding_idx=3), TOKENS),
-}
 
 # ---- 1 to 8: the specification's properties ------------------------------------------------------------
 
@@ -397,142 +333,3 @@ def test_options_come_back_from_a_file() -> None:
 
     injection = FLoRA(rank=4, kernel_rank=(2, 3), init="orthonormal")
     assert FLoRA.from_options(json.loads(json.dumps(injection.options()))) == injection
-
-
-# ---- where a model goes --------------------------------------------------------------------------------
-
-REAL: dict[str, tuple[Any, Tensor, FLoRA]] = {
-    "llama": (lambda: llama(use_cache=False), TOKENS, FLoRA(rank=3)),
-    "resnet": (resnet, PIXELS, FLoRA(rank=3, kernel_rank=None)),
-}
-
-
-def out_of(output: Any) -> Tensor:
-    return getattr(output, "logits", output)
-
-
-def train(model: nn.Module, x: Tensor, opt: torch.optim.Optimizer, steps: range) -> None:
-    for step in steps:
-        out = out_of(model(x.roll(step, -1)))
-        F.cross_entropy(out.flatten(0, -2), torch.arange(out.numel() // out.shape[-1]) % 5).backward()
-        opt.step()
-        opt.zero_grad()
-
-
-@pytest.mark.parametrize("kind", REAL)
-def test_state_goes_to_a_fresh_model_and_a_resumed_run_is_the_same_run(kind: str, tmp_path: Path) -> None:
-    build, x, injection = REAL[kind]
-
-    def start(seed: int) -> tuple[nn.Module, optx.Handle, torch.optim.Optimizer]:
-        model = build()
-        torch.manual_seed(seed)
-        handle = optx.attach(model, injection)
-        optx.trainable_only(model, handle)
-        return model, handle, torch.optim.AdamW(handle.parameters(), lr=1e-2)
-
-    whole, _, opt = start(1)
-    train(whole, x, opt, range(6))
-    first, handle, opt = start(1)
-    train(first, x, opt, range(3))
-    torch.save({"adapter": handle.state_dict(), "opt": opt.state_dict()}, tmp_path / "half.pt")
-    second, other, opt = start(2)
-    saved = torch.load(tmp_path / "half.pt", weights_only=True)
-    other.load_state_dict(saved["adapter"])
-    assert torch.equal(out_of(second(x)), out_of(first(x)))
-    opt.load_state_dict(saved["opt"])
-    train(second, x, opt, range(3, 6))
-    assert torch.equal(out_of(second(x)), out_of(whole(x)))
-    assert not torch.equal(out_of(second(x)), out_of(first(x)))
-
-
-@pytest.mark.parametrize("kind", REAL)
-def test_compiles_in_one_graph(kind: str) -> None:
-    build, x, injection = REAL[kind]
-    model = build()
-    handle = optx.attach(model, injection)
-    move(handle)
-    compiled = out_of(torch.compile(model, fullgraph=True, backend="aot_eager")(x))
-    plain = out_of(model(x))
-    torch.testing.assert_close(compiled, plain, rtol=1e-5, atol=1e-5)
-    grads = [torch.autograd.grad(out.square().mean(), handle.parameters()) for out in (plain, compiled)]
-    torch.testing.assert_close(grads[1], grads[0], rtol=1e-3, atol=1e-5)
-    torch._dynamo.reset()
-
-
-@pytest.mark.parametrize("kind", ["linear", "conv2d", "conv2d in groups"])
-def test_activation_checkpointing_deepcopy_pickle_and_functional_call(kind: str) -> None:
-    build, x = MODULES[kind]
-    model, handle = serve(build(), FLoRA(rank=2, dropout=0.5), 0.3)
-    x = x.clone().requires_grad_()
-    torch.manual_seed(0)
-    plain = torch.autograd.grad(model(x).square().sum(), [x, *handle.parameters()])
-    torch.manual_seed(0)
-    again: Any = checkpoint(model, x, use_reentrant=False)
-    again = torch.autograd.grad(again.square().sum(), [x, *handle.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
-    model.eval()
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(twin(x), model(x))
-        with torch.no_grad():
-            twin[0].optx.flora.core.zero_()
-        assert not torch.equal(twin(x), model(x))
-    zero = {"0.optx.flora.core": torch.zeros_like(part_of(handle).core)}
-    assert torch.equal(torch.func.functional_call(model, zero, (x,)), model[0].forward(x))
-
-
-@pytest.mark.parametrize("kind", ["linear", "conv2d", "conv2d in groups"])
-def test_dropout_is_on_the_updates_input_while_training(kind: str) -> None:
-    build, x = MODULES[kind]
-    model, handle = serve(build(), FLoRA(rank=2, dropout=0.999999), 0.3)
-    bare = model[0].forward(x)
-    assert torch.equal(model(x), bare)
-    model.eval()
-    assert not torch.allclose(model(x), bare, atol=1e-3)
-    assert len(handle) == 1
-
-
-@pytest.mark.parametrize("kind", ["linear", "conv2d", "conv2d in groups", "embedding"])
-def test_bf16_autocast(kind: str) -> None:
-    build, x = MODULES[kind]
-    model, handle = serve(build(), FLoRA(rank=2))
-    with torch.autocast("cpu", BF16):
-        bare = model[0].forward(x)
-        assert torch.equal(model(x), bare)
-    move(handle)
-    with torch.autocast("cpu", BF16):  # another one, for it keeps the weights it has cast
-        low = model(x)
-        assert low.dtype == bare.dtype
-        low.float().square().sum().backward()
-    full = model(x)
-    torch.testing.assert_close(low.float(), full, rtol=0, atol=0.03 * full.abs().max().item())
-    assert part_of(handle).core.grad.abs().max() > 0
-
-
-def test_linears_form_no_matrix_of_the_weights_size() -> None:
-    model, handle = serve(nn.Linear(300, 200), FLoRA(rank=2), 0.1)
-    shapes: list[tuple[int, ...]] = []
-    own = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, Tensor) and out.untyped_storage().data_ptr() not in own:
-                shapes.append(tuple(out.shape))
-            return out
-
-    with Watch():
-        model(torch.randn(3, 300))
-    assert (3, 200) in shapes
-    assert max(map(math.prod, shapes)) == 3 * 300
-    assert len(handle) == 1
-
-
-def test_convolutions_of_a_resnet_train_in_fewer_numbers_than_they_have() -> None:
-    model = resnet()
-    handle = optx.attach(model, FLoRA(rank=3))
-    optx.trainable_only(model, handle)
-    opt = torch.optim.AdamW(handle.parameters(), lr=1e-2)
-    labels = torch.tensor([0, 1])
-    before = F.cross_entropy(model(PIXELS), labels).item()
-    train(model, PIXELS, opt, range(0, 12))
-    assert F.cross_entropy(model(PIXELS), labels).item() < before - 0.1

@@ -36,10 +36,7 @@ from torch.nn import functional as F
 import optx
 from optx import IAA, Aside, LoRA, MergeError, OptxError, SequentialAdapter, ShapeError, TargetError
 
-
-@pytest.fixture(autouse=True)
-def _one_thread(_threads: None) -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- the equations ----------------------------------------------------------------------------------------

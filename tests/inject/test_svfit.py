@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from weight_modules import IMAGES, MODULES, TOKENS
 
 import optx
 from optx import SVFit
@@ -39,28 +40,7 @@ def effective(handle: optx.Handle) -> Tensor:
     return weight
 
 
-TOKENS = torch.arange(24).view(2, 12) % 64
-
 # ---- 1 to 8: the specification's properties ------------------------------------------------------------
-
-
-def conv(kind: Any, **more: Any) -> Any:
-    return lambda: kind(4, 6, 3, **more)
-
-
-IMAGES = torch.randn(2, 4, 9, 8, generator=torch.Generator().manual_seed(3))
-MODULES: dict[str, tuple[Any, Tensor]] = {
-    "linear": (lambda: nn.Linear(4, 6), IMAGES.movedim(1, -1)),
-    "linear without bias": (lambda: nn.Linear(4, 6, bias=False), IMAGES.movedim(1, -1)),
-    "conv1d": (conv(nn.Conv1d, stride=2, padding=1), IMAGES[0].movedim(1, 0)),
-    "conv2d": (conv(nn.Conv2d, stride=2, padding=1, dilation=2), IMAGES),
-    "conv2d without a batch": (conv(nn.Conv2d), IMAGES[0]),
-    "conv2d circular": (conv(nn.Conv2d, padding=2, padding_mode="circular"), IMAGES),
-    "conv2d same reflect": (conv(nn.Conv2d, padding="same", padding_mode="reflect"), IMAGES),
-    "conv2d in groups": (conv(nn.Conv2d, groups=2, padding=1), IMAGES),
-    "conv3d": (conv(nn.Conv3d, padding=1), IMAGES[..., None]),
-    "embedding": (lambda: nn.Embedding(64, 6), TOKENS),
-}
 
 
 @pytest.mark.parametrize("kind", MODULES)

@@ -21,9 +21,7 @@ import optx
 BY_LABEL = {row.label: row for row in ROWS}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_threads: None) -> None:
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Sentences(Dataset[dict[str, Tensor]]):

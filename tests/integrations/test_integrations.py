@@ -18,9 +18,7 @@ from optx import AdamR, PerpGrad
 STEPS = 6
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_threads: None) -> None:
-    torch.set_num_threads(1)  # tensors are tiny, and two threads wait for each other on a busy machine
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(net: nn.Module, **options: Any) -> optx.Wrapped:

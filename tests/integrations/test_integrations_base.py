@@ -17,9 +17,7 @@ from optx import AdamR, PerpGrad
 both_paths = pytest.mark.parametrize("path", ["auto", False], ids=["fused", "foreach"])
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_threads: None) -> None:
-    torch.set_num_threads(1)  # tensors are tiny, and two threads wait for each other on a busy machine
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def close(a: nn.Module, b: nn.Module, off: float = 1e-6) -> bool:

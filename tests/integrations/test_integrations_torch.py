@@ -21,9 +21,7 @@ from optx import AdamR, PerpGrad
 both_paths = pytest.mark.parametrize("fused", ["auto", False], ids=["fused", "foreach"])
 
 
-@pytest.fixture(autouse=True)
-def _one_thread(_threads: None) -> None:
-    torch.set_num_threads(1)  # tensors are tiny, and two threads wait for each other on a busy machine
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def both() -> list[optx.Transform]:

@@ -22,10 +22,7 @@ WORDS = (
 ).strip()
 
 
-@pytest.fixture(autouse=True)
-def one_thread(_threads: None) -> None:
-    """At this size, two threads mostly wait for each other."""
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

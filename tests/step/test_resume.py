@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import pytest
 import resume_cases
 import torch
-from bases import make_net, train
+from bases import flat, make_net, train
 from resume_cases import FILES, Case, cases
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -25,14 +25,6 @@ from torch import nn
 import optx
 
 HERE = Path(__file__).parent
-
-
-def flat(tree: Any, name: str = "") -> dict[str, Any]:
-    """The leaves of a state dict by path."""
-    if isinstance(tree, dict | list | tuple):
-        pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
-        return {k: v for key, value in pairs for k, v in flat(value, f"{name}/{key}").items()}
-    return {name: tree}
 
 
 def difference(a: Any, b: Any) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 import warnings
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from bases import BASES, Base, loss_of, make_net, same, set_train, train
+from bases import BASES, Base, loss_of, make_net, same, set_train, through_a_file, train
 from torch import nn
 
 import optx
@@ -111,14 +110,6 @@ def test_state_dict_hooks_run_once(base: Base) -> None:
     assert calls == ["pre", "post", "load pre", "load post"]
 
 
-def saved(state: Any) -> Any:
-    """Through a file, as data only."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 @every_base
 @pytest.mark.parametrize("fused", ["auto", False], ids=["auto", "foreach"])
 def test_resume_is_bit_identical(base: Base, fused: Any) -> None:
@@ -126,7 +117,7 @@ def test_resume_is_bit_identical(base: Base, fused: Any) -> None:
         pytest.skip("torch's LBFGS itself does not resume bit for bit")
     whole, _ = run(base, 6, fused=fused)
     half, opt = run(base, 3, fused=fused)
-    checkpoint = saved({"net": half.state_dict(), "opt": opt.state_dict()})
+    checkpoint = through_a_file({"net": half.state_dict(), "opt": opt.state_dict()})
     net = make_net(seed=7)
     again = wrapped(base, net, fused=fused)
     net.load_state_dict(checkpoint["net"])
@@ -243,7 +234,7 @@ def test_checkpoints_load_between_wrapped_and_unwrapped(base: Base) -> None:
     net, opt = run(base, 3)
     plain_net = make_net(seed=3)
     plain = base.make(plain_net.parameters())
-    plain.load_state_dict(saved(opt.state_dict()))
+    plain.load_state_dict(through_a_file(opt.state_dict()))
     plain_net.load_state_dict(net.state_dict())
     train(plain_net, plain, range(3, 5), base.closure)
     fresh_net = make_net()
@@ -251,7 +242,7 @@ def test_checkpoints_load_between_wrapped_and_unwrapped(base: Base) -> None:
     train(fresh_net, fresh, range(2), base.closure)
     anchor = opt.slot(net.scale, opt.adamr, "anchor").clone()
     with pytest.warns(UserWarning, match=r"checkpoint has no optx\.adamr\.anchor"):
-        opt.load_state_dict(saved(fresh.state_dict()))
+        opt.load_state_dict(through_a_file(fresh.state_dict()))
     assert torch.equal(opt.slot(net.scale, opt.adamr, "anchor"), anchor)
     train(net, opt, range(5, 7), base.closure)
     assert opt.param_groups[0]["adamr_weight"] == 0.05
@@ -294,5 +285,5 @@ def test_muon_which_takes_matrices_only() -> None:
     whole, _ = train_matrices(SOME, range(6))
     assert not same(plain, whole)
     half, opt = train_matrices(SOME, range(3))
-    checkpoint = saved({"net": half.state_dict(), "opt": opt.state_dict()})
+    checkpoint = through_a_file({"net": half.state_dict(), "opt": opt.state_dict()})
     assert same(whole, train_matrices(SOME, range(3, 6), checkpoint)[0])

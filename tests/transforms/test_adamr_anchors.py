@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from bases import Net, make_net, same, train
+from bases import Net, make_net, same, through_a_file, train
 from fused_cases import BF16
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -27,13 +26,6 @@ def adam(net: nn.Module, names: bool = True) -> torch.optim.Optimizer:
 def anchors(opt: optx.Wrapped) -> list[Tensor]:
     params = [p for group in opt.param_groups for p in group["params"]]
     return [opt.slot(p, opt.adamr, "anchor") for p in params]
-
-
-def saved(state: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def file_of(net: nn.Module, folder: Path) -> Path:
@@ -102,7 +94,7 @@ def test_float32_anchors_of_bfloat16_weights_stay_float32(fused: bool) -> None:
     train(net, opt, range(2))
     assert {a.dtype for a in anchors(opt)} == {torch.float32}
     again = optx.wrap(adam(make_net(3, BF16)), optx.AdamR(WEIGHT), fused=fused)
-    again.load_state_dict(saved(opt.state_dict()))
+    again.load_state_dict(through_a_file(opt.state_dict()))
     assert all(torch.equal(a, b) for a, b in zip(anchors(again), anchors(opt), strict=True))
 
 
@@ -117,7 +109,7 @@ def test_a_resumed_run_keeps_the_first_anchors(fused: bool, rounds: int) -> None
     opt = optx.wrap(adam(net), optx.AdamR(WEIGHT), fused=fused)
     train(net, opt, range(rounds))
     for order in ("weights, wrap, state", "wrap, weights, state"):
-        checkpoint = saved({"net": net.state_dict(), "opt": opt.state_dict()})
+        checkpoint = through_a_file({"net": net.state_dict(), "opt": opt.state_dict()})
         resumed = make_net(9)
         if order.startswith("weights"):
             resumed.load_state_dict(checkpoint["net"])
@@ -141,7 +133,7 @@ def test_anchors_that_are_not_saved_are_found_again(fused: bool, tmp_path: Path)
     train(whole, wrap(whole), range(5))
     opt = wrap(net)
     train(net, opt, range(2))
-    state = saved(opt.state_dict())
+    state = through_a_file(opt.state_dict())
     assert not [k for entry in state["state"].values() for k in entry if "anchor" in k]
     assert "optx.adamr.anchor" in next(iter(opt.state.values()))  # saving has not taken it away
     again = wrap(resumed)

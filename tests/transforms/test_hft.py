@@ -1,20 +1,16 @@
-"""HFT: what stays bit-identical, what a round costs, and what a checkpoint carries."""
+"""HFT: what stays bit-identical, what a round costs, and what is refused."""
 
 from __future__ import annotations
 
 import copy
-import pickle
-import subprocess
-import sys
 from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hft_models import Residual, assert_equal, encoder, fresh, weights
-from torch import Tensor, nn
+from hft_runs import BASES, X, Y, train, with_state
+from torch import nn
 
 import optx
 from optx import OptxError, TransformError
@@ -59,30 +55,8 @@ def test_a_group_that_opts_out_is_trained_as_if_hft_were_not_there() -> None:
     assert all(p.requires_grad and opt.state[p]["exp_avg"] is old for p, old in zip(out, before, strict=True))
 
 
-# ---- training --------------------------------------------------------------------------------------------
+# ---- training ------------------------------------------------------------------------------------------
 
-X = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
-Y = torch.randint(0, 3, (16,), generator=torch.Generator().manual_seed(2))
-
-
-def train(model: nn.Module, opt: Any, steps: int) -> None:
-    for _ in range(steps):
-        nn.functional.cross_entropy(model(X.to(next(model.parameters()).dtype)), Y).backward()
-        opt.step()
-        opt.zero_grad()
-
-
-def with_state(opt: Any) -> int:
-    """How many tensors the base keeps state for (with other transforms' slots aside)."""
-    return sum(any(not str(key).startswith("optx.") for key in state) for state in opt.state.values())
-
-
-BASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
-    "Adam amsgrad": lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=0.1, amsgrad=True),
-    "SGD": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, weight_decay=0.1),
-    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9, weight_decay=0.1),
-}
 PATHS = [("AdamW", "auto"), ("SGD", "auto"), *((name, False) for name in BASES)]
 
 
@@ -279,138 +253,6 @@ def test_start_round_and_the_same_half_again() -> None:
     assert three.round == opt.hft.round == 3
     assert three.trainable != zero.trainable
     assert opt.hft.start_round(0).trainable == zero.trainable
-
-
-# ---- checkpoints -----------------------------------------------------------------------------------------
-
-SCRIPT = """
-import sys, torch
-sys.path[:0] = {folders!r}
-from test_hft import *
-torch.set_num_threads(1)
-base, fused, checkpoint, result = sys.argv[1:]
-model = fresh()
-opt = optx.wrap(BASES[base](model.parameters()), HFT(model, rounds_every=4, seed=99),
-                fused="auto" if fused == "auto" else False)
-saved = torch.load(checkpoint, weights_only=True)
-model.load_state_dict(saved["model"])
-opt.load_state_dict(saved["opt"])
-assert (opt.hft.round, opt.hft.seed, opt.hft.selected().trainable) == (1, 5, tuple(saved["trainable"]))
-train(model, opt, 5)
-torch.save({{"model": model.state_dict(), "opt": opt.state_dict(), "round": opt.hft.round}}, result)
-"""
-
-
-def flat(tree: Any, name: str = "") -> dict[str, Any]:
-    if isinstance(tree, dict | list | tuple):
-        pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
-        return {k: v for key, value in pairs for k, v in flat(value, f"{name}.{key}").items()}
-    return {name: tree}
-
-
-@pytest.mark.parametrize(("base", "fused"), [("AdamW", "auto"), ("SGD", "False")])
-def test_resume_in_a_new_process_is_bit_identical(base: str, fused: str, tmp_path: Path) -> None:
-    """Property 6: saved in the middle of round 1, resumed, across the border to round 2."""
-
-    def start() -> tuple[nn.Module, Any]:
-        model = fresh()
-        hft = HFT(model, rounds_every=4, seed=5)
-        path: Any = "auto" if fused == "auto" else False
-        return model, optx.wrap(BASES[base](model.parameters()), hft, fused=path)
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        model, opt = start()
-        train(model, opt, 10)
-        half, half_opt = start()
-        train(half, half_opt, 5)
-    finally:
-        torch.set_num_threads(threads)
-    saved = {
-        "model": half.state_dict(),
-        "opt": half_opt.state_dict(),
-        "trainable": list(half_opt.hft.selected().trainable),
-    }
-    torch.save(saved, tmp_path / "checkpoint.pt")
-    script = SCRIPT.format(folders=[str(folder) for folder in Path(__file__).parents[:2]])
-    files = [str(tmp_path / "checkpoint.pt"), str(tmp_path / "result.pt")]
-    subprocess.run([sys.executable, "-c", script, base, fused, *files], check=True, timeout=1200)
-    result = torch.load(files[1], weights_only=True)
-    assert result["round"] == opt.hft.round == 2
-    assert_equal(result["model"], dict(model.state_dict()))
-    ours, theirs = flat(opt.state_dict()), flat(result["opt"])
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        assert torch.equal(value, theirs[name]) if isinstance(value, Tensor) else value == theirs[name], name
-
-
-def test_a_plain_checkpoint_loads_without_the_frozen_half() -> None:
-    model, plain = fresh(), fresh()
-    base = BASES["AdamW"](plain.parameters())
-    train(plain, base, 2)
-    opt = optx.wrap(BASES["AdamW"](model.parameters()), HFT(model, seed=4))
-    opt.hft.next_round()
-    opt.load_state_dict(base.state_dict())
-    assert (opt.hft.round, opt.hft.seed) == (1, 4)
-    assert with_state(opt) == len(opt.hft.selected().trainable)
-
-
-def test_a_checkpoint_of_another_selection_warns() -> None:
-    model, other = fresh(), fresh()
-    opt = optx.wrap(BASES["AdamW"](model.parameters()), HFT(model))
-    wider = optx.wrap(BASES["AdamW"](other.parameters()), HFT(other, ratio=0.9))
-    wider.load_state_dict(copy.deepcopy(wider.state_dict()))
-    with pytest.warns(UserWarning, match="the checkpoint trained another half in round 0"):
-        opt.load_state_dict(wider.state_dict())
-
-
-def test_distributed_checkpoint() -> None:
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-
-    def start() -> tuple[nn.Module, Any]:
-        model = fresh()
-        return model, optx.wrap(BASES["AdamW"](model.parameters()), HFT(model, rounds_every=4))
-
-    model, opt = start()
-    train(model, opt, 5)
-    saved = copy.deepcopy((model.state_dict(), get_optimizer_state_dict(model, opt)))
-    other, resumed = start()
-    other.load_state_dict(saved[0])
-    resumed.hft.start_round(1)  # DCP restores state of trainable parameters only
-    set_optimizer_state_dict(other, resumed, saved[1])
-    assert (resumed.hft.round, resumed.param_groups[0]["optx.hft.steps"]) == (1, 1)
-    train(model, opt, 5)
-    train(other, resumed, 5)
-    assert opt.hft.round == resumed.hft.round == 2
-    assert_equal(weights(model), weights(other))
-
-
-@pytest.mark.parametrize(
-    "how", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))], ids=["copy", "pickle"]
-)
-def test_a_copy_goes_its_own_way(how: Callable[[Any], Any]) -> None:
-    model = fresh()
-    opt = optx.wrap(BASES["AdamW"](model.parameters()), HFT(model, rounds_every=2))
-    train(model, opt, 3)
-    other, copied = how((model, opt))
-    assert copied.hft is not opt.hft
-    assert copied.hft.model is other
-    before = weights(model)
-    for p in other.parameters():
-        p.grad = torch.ones_like(p)
-    other.zero_grad()
-    train(other, copied, 3)
-    assert_equal(weights(model), before)
-    assert (opt.hft.round, copied.hft.round) == (1, 3)
-    train(model, opt, 3)
-    assert_equal(weights(model), weights(other))
-    frozen = copied.hft.selected().frozen
-    start = weights(other)
-    for p in other.parameters():
-        p.grad = torch.ones_like(p)
-    copied.step()
-    assert all(torch.equal(start[name], other.get_parameter(name)) for name in frozen)
 
 
 # ---- with other transforms -------------------------------------------------------------------------------
