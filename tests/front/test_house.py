@@ -1,9 +1,10 @@
-"""The house as its imports draw it: no arrow points up, and none of them form a circle."""
+"""The house as its imports draw it: no arrow points up, none form a circle; and its tests, one law a file."""
 
 from __future__ import annotations
 
 import graphlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -61,3 +62,25 @@ def circle(house: Path, monkeypatch: pytest.MonkeyPatch) -> list[str] | None:
 def test_no_imports_form_a_circle(house: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Late ones and those for types count too."""
     assert circle(house, monkeypatch) is None
+
+
+def test_no_file_of_tests_is_long() -> None:
+    """One of several laws is read for all of them, run for all of them, and grows: it is split by law."""
+    lines = {path: path.read_text().count("\n") for path in (ROOT / "tests").rglob("*.py")}
+    assert len(lines) > 100
+    assert [f"{path.relative_to(ROOT)}: {n}" for path, n in lines.items() if n > 500] == []
+
+
+def named_tests() -> set[str]:
+    """The files of tests that pages name as evidence, and that CI runs with the lowest versions."""
+    pages = ("README.md", "CHANGELOG.md", "recipes/README.md", "tests/mutation/README.md")
+    named = {name for page in pages for name in re.findall(r"tests/[\w/]+\.py", (ROOT / page).read_text())}
+    [listed] = re.findall(r"^tests=\(.*?^\)$", (ROOT / ".ci/lowest").read_text(), re.DOTALL | re.MULTILINE)
+    command = ["bash", "-c", f"{listed}\nprintf '%s\\n' \"${{tests[@]}}\""]  # braces expand as they do there
+    return named | set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+
+
+def test_tests_that_are_named_are_there() -> None:
+    named = named_tests()
+    assert len(named) > 40
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
