@@ -118,6 +118,13 @@ def bench_attach(context: typer.Context) -> None:
     importlib.import_module("optx.recipes._bench_attach").main(context.args)
 
 
+@bench.command("hft", context_settings={**_PASS_ON, "help_option_names": []})
+def bench_hft(context: typer.Context) -> None:
+    """Time what HFT's frozen half saves of a training step, part by part, beside the least it could take."""
+    _need("recipes", "optx bench hft: it needs")
+    importlib.import_module("optx.recipes._bench_hft").main(context.args)
+
+
 @bench.command("delta", context_settings={**_PASS_ON, "help_option_names": []})
 def bench_delta(context: typer.Context) -> None:
     """Prune a checkpoint on the disk with DARE; time beside copying it, and peak memory."""
