@@ -73,10 +73,10 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 def test_finetune(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    every = ",".join(finetune.ARMS)
-    finetune.main([*options, "--seeds", "2", "--arms", every, "--out", str(tmp_path)])
+    every = [*finetune.ARMS, "adamw@0.5"]
+    finetune.main([*options, "--seeds", "2", "--arms", ",".join(every), "--out", str(tmp_path)])
     found = results(tmp_path)
-    assert list(found["arms"]) == [f"{arm}/{seed}" for seed in (0, 1) for arm in finetune.ARMS]
+    assert list(found["arms"]) == [f"{arm}/{seed}" for seed in (0, 1) for arm in every]
     assert found["settings"]["steps"] == 8
     assert found["environment"]["torch"] == torch.__version__
     before = found["before"]
@@ -163,6 +163,9 @@ def test_resume_refuses_other_settings(options: list[str], tmp_path: Path) -> No
 def test_unknown_arm_and_short_text(options: list[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="--arms: adam is none of adamw, adamw"):
         finetune.main([*options, "--arms", "adam", "--out", str(tmp_path)])
+    for factor in ("x", "0", "-1", "inf", "nan"):
+        with pytest.raises(SystemExit, match="after @ stands a factor on the learning rate"):
+            finetune.main([*options, "--arms", f"adamw,adamw@{factor}", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="has only"):
         finetune.main([*options, "--length", "100000", "--out", str(tmp_path)])
 
