@@ -46,6 +46,8 @@ def project_out(w: Any, g: Any, coefficient: Any, scale: Any) -> Any:
 class PerpGrad(Transform):
     """Remove from every gradient its component along the weight itself (perpGrad).
 
+    g becomes g - (<w, g> / <w, w>) w, with the norm it had.
+
     Stops "naive loss minimisation", the growth of logits along the weight direction after the training
     set is fitted. Acts per tensor, on the gradient that the base optimizer sees; decoupled weight decay is
     untouched. Two departures from the official code: a one-element tensor is left alone (it would be
@@ -60,6 +62,18 @@ class PerpGrad(Transform):
 
     Group keys:
         ``perp_grad=False`` leaves a param group out; ``perp_grad_rescale`` overrides ``rescale``.
+
+    Paper values:
+        ``rescale=True``: the authors' code (the default). Modular addition, an MLP without biases: AdamW, lr
+            0.01 or 0.005, betas (0.9, 0.99), no weight decay, full batch (figures 1 and 6); a transformer: lr
+            1e-3.
+        ``rescale=False``: definition 7, equation 12.
+
+    Limits: Weight decay that is part of the gradient (`torch.optim.Adam`, SGD) comes after the projection and
+    points along the weight again: use AdamW's, or none. Without a fused form of the base, a step is slow on a
+    CPU.
+
+    Evidence: ``optx run grokking``; ``test_perpgrad.py``, ``test_paper_values.py``.
 
     Example:
         >>> import torch, optx
