@@ -167,6 +167,14 @@ class FLoRA(Injection):
     A module gets ``core``, (J_in, J_out, *J_kernel), and ``factors``: (in / groups, J_in), (out, J_out) and
     (k, J_k) for each kernel axis. Half-precision weights get float32 ones.
 
+    Paper values:
+        ``scale=1.0, init="kaiming_rank"``: the authors' code (the defaults). Ranks and scales of the paper's
+            models are in tables that could not be checked.
+
+    Limits: On a matrix it reaches the same updates as a LoRA of rank J; only how they are trained differs.
+
+    Evidence: ``optx run adapt``; ``test_flora.py``.
+
     Raises:
         OptxError: an option out of range.
         TargetError: at attach, a rank larger than the weight.

@@ -100,6 +100,8 @@ class ScaledInput(Scale):
 class IA3(Injection):
     """Infused adapter by inhibiting and amplifying: one trained scale per key, value and FFN channel.
 
+    y = l * (W x) for keys and values, y = W (l * x) in the FFN, with l the scales.
+
     Args:
         feedforward: which of the targets are feed-forward modules: their input is scaled, where that of the
             others is their output. A regex that a whole module name must match, or names (whole, or the last
@@ -110,6 +112,14 @@ class IA3(Injection):
     values, and the second linear module of the FFN. Where one module computes queries, keys and values
     together (GPT-2, timm), all three are scaled, as in PEFT. Scales start at one: no output changes. One
     vector per module: (out, 1), or (1, in) for feed-forward modules; float32 on half-precision weights.
+
+    Paper values:
+        ``feedforward=None``: keys, values and the FFN's inner activation, as in the paper's T0 (the default).
+            The authors' code trains at lr 3e-3 for 1000 steps.
+
+    Limits: It scales what is there and adds nothing: the smallest budget, and the least room.
+
+    Evidence: ``test_ia3.py``, ``test_peft_io.py``; no recipe.
 
     Raises:
         OptxError: ``feedforward`` is not a regex or a list of names.

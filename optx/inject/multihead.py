@@ -31,6 +31,15 @@ class MultiHeadParallelAdapter(Choice):
     ``key`` and ``value`` have the shape (heads of keys and values, r, head width): query heads that share
     keys and values share an adapter.
 
+    Paper values:
+        The paper compares it with prefix tuning at the same number of weights (section 4.4) and recommends no
+        width.
+
+    Limits: As of `optx.PrefixTuning`: attention must call torch's scaled_dot_product_attention. It can't be
+    merged.
+
+    Evidence: ``test_prefix.py``; no recipe.
+
     Raises:
         OptxError: an option out of range.
         TargetError: at attach, a module that is no attention or computes it otherwise; at a call, one that

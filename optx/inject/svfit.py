@@ -148,6 +148,17 @@ class SVFit(Injection):
     1e-1, ten to a hundred times that of LoRA. With DDP, pass it ``broadcast_buffers=False``: it would send
     the frozen numbers at every call.
 
+    Paper values:
+        ``rank=None``: what the paper's count says of RoBERTa-base (the default): 768 numbers for each query
+            and value matrix, 16 times fewer than LoRA's at rank 8.
+        ``energy=0.99``: "over 99 % of the matrix's information" (abstract). Learning rates could not be
+            checked.
+
+    Limits: It can't turn singular directions, only weigh them. The frozen directions take about twice the
+    memory of the weight at full rank; a kept copy comes on top while merged.
+
+    Evidence: ``optx run adapt``; ``test_svfit.py``.
+
     Raises:
         OptxError: an option out of range, or both given.
         TargetError: at attach, a rank larger than the weight's, or a weight that has no SVD.
