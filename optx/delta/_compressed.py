@@ -48,8 +48,6 @@ class Compressed:
         tensor([-4.7610, -4.7610, -4.7610,  0.0000])
         >>> small.nonzeros, round(small.distance(small.scaled(2)), 4)
         (4, 9.5219)
-
-    Source: arXiv 2311.13171, section 2.2.
     """
 
     def __init__(
@@ -252,7 +250,8 @@ class Compressed:
     def ties(blobs: Sequence[Compressed]) -> Delta:
         """Each position's sign by a vote weighted by the scales, then the mean of the scales that have it.
 
-        A position where the votes cancel goes to +, as in mergekit; where nobody votes it is 0.
+        As TIES-Merging does (arXiv 2306.01708), on ternary deltas. A position where the votes cancel goes
+        to +, as in mergekit; where nobody votes it is 0.
 
         Args:
             blobs: at least one.
@@ -260,8 +259,6 @@ class Compressed:
         Raises:
             OptxError: none given, or other bases.
             ShapeError: a tensor has two shapes; names it.
-
-        Source: TIES-Merging, arXiv 2306.01708, on ternary deltas as in arXiv 2311.13171.
         """
         return _combined("ties", blobs, [1.0] * len(blobs), elect=True)
 

@@ -47,8 +47,6 @@ class Delta(Prunable):
         >>> half = 0.5 * delta
         >>> half.apply(base)["w"][0]
         tensor([0.5000, 0.5000, 0.5000])
-
-    Source: arXiv 2212.04089, section 2.
     """
 
     # ---- making one ---------------------------------------------------------------------------------
@@ -119,6 +117,15 @@ class Delta(Prunable):
                 ``lora_B`` by their keys in the file, as a change from 0, so that `dare` gives each factor a
                 mask of its own: the expected product stays, and the noise of both compounds. The scaling
                 counts in the product only.
+
+        Paper values:
+            ``target="product"``: one change of each weight, as DARE prunes any (the default). Which of the
+                two DAREx prunes could not be checked.
+
+        Limits: Linear layers only. Factors that are pruned apart lose their low rank's advantage: they are
+        saved entry by entry.
+
+        Evidence: ``test_delta_lora.py``; no recipe.
 
         Raises:
             OptxError: it has more than LoRA factors of linear layers (DoRA, biases, embeddings, whole

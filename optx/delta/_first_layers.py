@@ -21,6 +21,13 @@ def shallowest(model: nn.Module, count: int) -> list[str]:
         model: any module.
         count: how many layers; at least 1.
 
+    Paper values:
+        ``count=7``: VGG16 (authors' code). In ResNet50 the stem is one, and each bottleneck block is one.
+
+    Limits: It goes by the order of the state dict, which is not always the order of the computation.
+
+    Evidence: ``test_rws.py``; no recipe.
+
     Raises:
         OptxError: the model has fewer layers.
 

@@ -60,6 +60,13 @@ def merge(
     Returns:
         A new state dict, or the path that was written. The inputs stay as they are.
 
+    Paper values:
+        Those of the method that is given: each has its own.
+
+    Limits: All models must be of one base and one architecture; optimizer state is not merged.
+
+    Evidence: ``optx run merge``; ``test_merge.py``, ``test_merge_peers.py``, ``test_merge_cli.py``.
+
     Raises:
         OptxError: names differ, an option doesn't fit the number of models, numbers that are not finite, or
             ``out`` exists.
