@@ -29,6 +29,15 @@ def softmax_collapse(logits: Tensor, target: Tensor, ignore_index: int = -100) -
     Returns:
         A number in [0, 1]; nan if no sample counts.
 
+    Paper values:
+        There is nothing to set. Computed in the dtype that the loss sees.
+
+    Limits: Only of classes; it says that gradients are gone, not why logits grew.
+
+    Evidence: ``optx run grokking``; ``test_analysis.py``.
+
+    Source: "Grokking at the Edge of Numerical Stability", arXiv 2501.04697, definition 2.
+
     Raises:
         ShapeError: target does not fit the logits.
         OptxError: logits are not floating, or target is not of an integer dtype.
