@@ -1,6 +1,7 @@
 """What optx offers, read off its own public names and docstrings: nothing here is kept by hand.
 
-A method's docstring begins with what it does; a line ``Source: ...`` in it or in its module names the paper.
+A method is whatever is public and names its paper, by ``Source: ...`` in its docstring; what it does is the
+first line.
 """
 
 from __future__ import annotations
@@ -10,13 +11,12 @@ import importlib.metadata
 import inspect
 import pkgutil
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optx.step.transform import Transform
-
-# The five verbs, by the package that a method lives in.
+# The five verbs, by where a method is public, else by the package that it lives in.
 _VERBS = {
     "optx.transforms": "wrap",
     "optx.inject": "attach",
@@ -24,6 +24,16 @@ _VERBS = {
     "optx.delta": "delta",
     "optx.scaling": "tell",
     "optx.analysis": "tell",
+}
+# What an operation of an object is called on; other objects by their own name.
+_OBJECTS = {"Delta": "optx.Delta.between(base, tuned)"}
+# What is done with an object of a class; with others nothing more.
+_FRAMES = {
+    "Transform": "optx.wrap(optimizer, {})",
+    "Injection": "optx.attach(model, {})",
+    "Composite": "optx.attach(model, {})",
+    "MergeMethod": "optx.merge(base, models, {})",
+    "ComPEFT": "optx.compress(delta, {})",
 }
 
 
@@ -68,11 +78,11 @@ class Card:
 def card(name: str) -> Card | None:
     """A method by its name, in whatever case and with or without ``optx.``; None if there is none."""
     plain = name.removeprefix("optx.").lower()
-    for thing, entry in _methods().items():
+    for thing, entry in _methods():
         if entry.name.lower() != plain:
             continue
         doc = inspect.getdoc(thing) or ""
-        source = f"{entry.paper} {_source(doc) or _source(inspect.getdoc(inspect.getmodule(thing)) or '')}"
+        source = _source(doc)
         links = [f"https://arxiv.org/abs/{n}" for n in dict.fromkeys(_NUMBER.findall(source))]
         links += re.findall(r"https?://[^\s,;)]+", source)
         used = re.compile(rf"\boptx\.{re.escape(entry.name)}\b")
@@ -85,32 +95,37 @@ def card(name: str) -> Card | None:
 def methods() -> list[Entry]:
     """Everything public that implements a method, by verb and name."""
     order = list(dict.fromkeys(_VERBS.values()))
-    return sorted(_methods().values(), key=lambda entry: (order.index(entry.verb), entry.name.lower()))
+    return sorted((entry for _, entry in _methods()), key=lambda e: (order.index(e.verb), e.name.lower()))
 
 
-def _methods() -> dict[Any, Entry]:
+def public() -> Iterator[tuple[str, Any]]:
+    """Every public name but modules, with what it names: of optx, and of its modules that list theirs."""
     import optx
 
-    names = [(name, thing) for name, thing in vars(optx).items() if not name.startswith("_")]
-    for module in ("analysis", "scaling"):
-        if part := _module(f"optx.{module}"):
-            names += [(f"{module}.{name}", vars(part)[name]) for name in part.__all__]
-    classes = {thing.__module__ for _, thing in names if inspect.isclass(thing)}
+    for name, thing in list(vars(optx).items()):
+        if inspect.ismodule(thing):
+            yield from ((f"{name}.{each}", vars(thing)[each]) for each in vars(thing).get("__all__", ()))
+        elif not name.startswith("_"):
+            yield name, thing
+
+
+def _methods() -> list[tuple[Any, Entry]]:
+    """Each once, under its shortest name."""
     found: dict[Any, Entry] = {}
-    # What is done with a delta is a method of it; those that are a paper's name their source.
-    operations = inspect.getmembers(optx.Delta, inspect.isfunction)
-    names += [
-        (f"Delta.{name}", operation)
-        for name, operation in operations
-        if not name.startswith("_") and _source(inspect.getdoc(operation) or "")
-    ]
-    for name, thing in names:
-        verb = "delta" if name.startswith("Delta.") else _verb(thing)
-        # A loss that comes as a class and as a function is one method.
-        twin = inspect.isfunction(thing) and verb == "loss" and thing.__module__ in classes
-        if verb and not twin and (inspect.isclass(thing) or inspect.isfunction(thing)):
-            found[thing] = Entry(name, verb, _summary(thing), _paper(thing), _use(name, verb, thing))
-    return found
+    for name, thing in sorted([*public(), *_operations()], key=lambda pair: len(pair[0])):
+        doc = inspect.getdoc(thing) or ""
+        verb = _VERBS.get(f"optx.{name.partition('.')[0]}") or _verb(thing)
+        if verb and callable(thing) and thing not in found and _source(doc):
+            found[thing] = Entry(name, verb, _first_line(doc), _arxiv(doc), _use(name, thing))
+    return list(found.items())
+
+
+def _operations() -> Iterator[tuple[str, Any]]:
+    """The methods, in Python's sense, of the public classes."""
+    for owner, thing in public():
+        if inspect.isclass(thing):
+            members = inspect.getmembers(thing, inspect.isroutine)
+            yield from ((f"{owner}.{name}", part) for name, part in members if not name.startswith("_"))
 
 
 def recipes() -> list[Entry]:
@@ -144,34 +159,13 @@ def install_command(extra: str) -> str:
     )
 
 
-def _module(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        return None
-
-
 def _verb(thing: Any) -> str | None:
-    if thing is Transform:
-        return None
     module = str(getattr(thing, "__module__", ""))
-    if module.rpartition(".")[2].startswith("_"):  # shared machinery, not a method
-        return None
     return next((verb for package, verb in _VERBS.items() if f"{module}.".startswith(f"{package}.")), None)
-
-
-def _summary(thing: Any) -> str:
-    return _first_line(inspect.getdoc(thing) or "")
 
 
 def _first_line(doc: str) -> str:
     return doc.strip().partition("\n")[0]
-
-
-def _paper(thing: Any) -> str:
-    return _arxiv(inspect.getdoc(thing) or "") or _arxiv(inspect.getdoc(inspect.getmodule(thing)) or "")
 
 
 _NUMBER = re.compile(r"arXiv[ :](\d{4}\.\d{4,5})")
@@ -192,30 +186,42 @@ def _arxiv(doc: str) -> str:
     return ", ".join(f"arXiv {number}" for number in dict.fromkeys(numbers)) or text
 
 
-def _use(name: str, verb: str, thing: Any) -> str:
-    call = f"optx.{name}({', '.join(_required(thing))})"
-    if name.startswith("Delta."):
-        arguments = ", ".join(_required(thing)[1:])
-        return f"optx.Delta.between(base, tuned).{name.removeprefix('Delta.')}({arguments})"
-    if verb == "wrap":
-        return f"optx.wrap(optimizer, {call})"
-    if verb == "attach":
-        return f"optx.attach(model, {call})"
-    forward = getattr(thing, "forward", None)
-    return f"{call}({', '.join(_required(forward)[1:])})" if forward else call
+def _use(name: str, thing: Any) -> str:
+    owner, _, last = name.rpartition(".")
+    bound = len(_parameters(thing)) < len(inspect.signature(thing).parameters)  # on an object
+    called = f"{_OBJECTS.get(owner, owner.lower())}.{last}" if bound else f"optx.{name}"
+    call = f"{called}({', '.join(_required(thing))})"
+    if forward := getattr(thing, "forward", None):
+        return f"{call}({', '.join(_required(forward))})"
+    kinds = [kind.__name__ for kind in getattr(thing, "__mro__", ())]
+    return next((_FRAMES[kind] for kind in kinds if kind in _FRAMES), "{}").format(call)
 
 
 def _defaults(thing: Any) -> inspect.Signature:
-    """A signature without annotations: the docstring says them in words."""
-    signature = inspect.signature(thing)
-    plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
-    return signature.replace(parameters=plain, return_annotation=signature.empty)
+    """A signature without annotations, which the docstring says in words, and with dots for made defaults."""
+    plain = [p.replace(annotation=p.empty, default=_shown(p.default)) for p in _parameters(thing)]
+    return inspect.Signature(plain)
+
+
+class _Dots:
+    def __repr__(self) -> str:
+        return "..."
+
+
+def _shown(default: Any) -> Any:
+    made = callable(default) and default is not inspect.Parameter.empty
+    return _Dots() if made or type(default).__module__ == "dataclasses" else default
+
+
+def _parameters(thing: Any) -> list[inspect.Parameter]:
+    """Those that a caller gives: without self."""
+    every = list(inspect.signature(thing).parameters.values())
+    return every[1:] if every and every[0].name == "self" else every
 
 
 def _required(function: Any) -> list[str]:
     plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(function).parameters.values()
-    return [p.name for p in parameters if p.default is p.empty and p.kind in plain]
+    return [p.name for p in _parameters(function) if p.default is p.empty and p.kind in plain]
 
 
 def _recipe_texts() -> list[tuple[str, str]]:

@@ -99,8 +99,9 @@ def show(method: Annotated[str, typer.Argument(help="its name, as optx list has 
     for text, style in ((card.signature, ""), (entry.use, "green"), (card.body, "")):
         console.print(Text(f"\n{textwrap.indent(text, '    ')}", style), soft_wrap=True)
     console.print()
-    for line in (*card.links, *card.shown):
-        console.print(Text(f"    {line}", "dim"), soft_wrap=True)
+    for label, lines in (("paper", card.links), ("run", card.shown)):
+        for line in lines:
+            console.print(Text(f"    {label:<7}{line}", "dim"), soft_wrap=True)
 
 
 @bench.command("step", context_settings={**_PASS_ON, "help_option_names": []})

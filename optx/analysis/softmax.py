@@ -19,7 +19,7 @@ def softmax_collapse(logits: Tensor, target: Tensor, ignore_index: int = -100) -
     ``sum_k exp(z_k - max z) == exp(z_y - max z)`` (arXiv 2501.04697, definition 2): its cross-entropy is
     exactly 0 and so is its gradient at the true class. In float32 this takes every other logit being more
     than about 16.6 below, in float16 7.6, in bfloat16 5.5, in float64 36.7. So pass logits in the dtype
-    in which the loss sees them (inside autocast `cross_entropy` sees float32).
+    in which the loss sees them (inside autocast torch's loss sees float32).
 
     Args:
         logits: unnormalised scores, shape (C,), (N, C) or (N, C, d1, ...), any float dtype.

@@ -142,7 +142,7 @@ class Prunable(Difference):
 
         Limits: It needs inputs, and a tensor at a time in memory. What is kept is not rescaled.
 
-        Evidence: ``test_prune.py``; no recipe.
+        Evidence: ``optx run merge``; ``test_prune.py``.
 
         Example:
             >>> import torch, optx

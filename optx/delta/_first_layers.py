@@ -26,7 +26,7 @@ def shallowest(model: nn.Module, count: int) -> list[str]:
 
     Limits: It goes by the order of the state dict, which is not always the order of the computation.
 
-    Evidence: ``test_rws.py``; no recipe.
+    Evidence: ``optx run merge``; ``test_rws.py``.
 
     Raises:
         OptxError: the model has fewer layers.

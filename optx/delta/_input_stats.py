@@ -70,7 +70,7 @@ def input_stats(model: nn.Module, batches: Iterable[Any]) -> dict[str, InputStat
 
     Limits: Linear layers only, and what they are given in these batches.
 
-    Evidence: ``test_prune.py``; no recipe.
+    Evidence: ``optx run merge``; ``test_prune.py``.
 
     Raises:
         OptxError: there is no batch, or no linear layer was called.

@@ -41,16 +41,14 @@ class HiddenDelta(HiddenDeltaOptions, Injection):
     Four choices make a method. `optx.LoRA` is the one row that has code of its own, for PEFT's options; the
     other classes are choices of these, and this class serves for what has no name:
 
-    ========================  =======  ===========  ==========  =======
-    method                    form     modifies     insertion   compose
-    ========================  =======  ===========  ==========  =======
-    PrefixTuning              softmax  heads        parallel    gated
-    SequentialAdapter         relu     both or ffn  sequential  add
-    LoRA                      linear   projections  parallel    scaled
-    ParallelAdapter           relu     ffn          parallel    add
-    MultiHeadParallelAdapter  relu     heads        parallel    add
-    ScaledParallelAdapter     relu     ffn          parallel    scaled
-    ========================  =======  ===========  ==========  =======
+    | method                   | form    | modifies    | insertion  | compose |
+    |--------------------------|---------|-------------|------------|---------|
+    | PrefixTuning             | softmax | heads       | parallel   | gated   |
+    | SequentialAdapter        | relu    | both or ffn | sequential | add     |
+    | LoRA                     | linear  | projections | parallel   | scaled  |
+    | ParallelAdapter          | relu    | ffn         | parallel   | add     |
+    | MultiHeadParallelAdapter | relu    | heads       | parallel   | add     |
+    | ScaledParallelAdapter    | relu    | ffn         | parallel   | scaled  |
 
     Args:
         form: f: ``"relu"``, ``"gelu"``, ``"silu"``, ``"tanh"``, ``"linear"`` or, at the heads, ``"softmax"``.

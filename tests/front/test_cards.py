@@ -1,0 +1,178 @@
+"""What `optx list` and `optx show` say of each method, against the method itself, README and the tests."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import optx
+from optx import _catalog
+
+ROOT = Path(__file__).parents[2]
+TESTS = {file.name for file in (ROOT / "tests").rglob("test_*.py")}
+METHODS = {entry.name: thing for thing, entry in _catalog._methods()}
+every_method = pytest.mark.parametrize("name", METHODS)
+
+
+def doc(name: str) -> str:
+    return inspect.getdoc(METHODS[name]) or ""
+
+
+def paragraph(name: str, title: str) -> str:
+    """``Title: ...`` up to the next empty line, on one line."""
+    found = re.search(rf"^{title}: (.+?)(?:\n\s*\n|\Z)", doc(name), re.DOTALL | re.MULTILINE)
+    return " ".join(found[1].split()) if found else ""
+
+
+def paper_values(name: str) -> str:
+    found = re.search(r"^Paper values:\n((?:    .*\n)+)", doc(name) + "\n", re.MULTILINE)
+    return found[1] if found else ""
+
+
+def clauses(text: str) -> list[str]:
+    """What one ``(the default)`` speaks of: an item, or its part up to a semicolon."""
+    items = re.split(r"^    (?=\S)", text, flags=re.MULTILINE)
+    return [" ".join(part.split()) for item in items for part in item.split(";") if part.strip()]
+
+
+def parameters(name: str) -> dict[str, inspect.Parameter]:
+    return {p.name: p for p in _catalog._parameters(METHODS[name])}
+
+
+# ---- the sections ---------------------------------------------------------------------------------------
+
+
+@every_method
+def test_a_method_says_all_that_a_card_has(name: str) -> None:
+    assert paper_values(name)
+    assert paragraph(name, "Limits").endswith(".")
+    assert paragraph(name, "Evidence")
+    assert paragraph(name, "Source")
+    assert f"{name.rpartition('.')[2]}(" in doc(name).partition("Example:")[2]
+
+
+@every_method
+def test_every_argument_is_explained(name: str) -> None:
+    section = re.search(r"^Args:\n((?:(?:    .*)?\n)+)", doc(name) + "\n", re.MULTILINE)
+    explained = re.findall(r"^    (\w+): ", section[1], re.MULTILINE) if section else []
+    assert sorted(explained) == sorted(parameters(name))
+
+
+# ---- the paper's values ---------------------------------------------------------------------------------
+
+
+def layers() -> nn.Sequential:
+    return nn.Sequential(*[nn.Linear(4, 4) for _ in range(8)])
+
+
+def spans(clause: str) -> list[dict[str, Any]]:
+    """The arguments of each ``name=value, ...`` of a clause."""
+    texts = re.findall(r"``(\w+=.+?)``", clause)
+    return [eval(f"dict({text})", {"optx": optx, "model": layers()}) for text in texts]
+
+
+VALUES = [
+    pytest.param(name, given, id=f"{name}({', '.join(given)})-{number}")
+    for name in METHODS
+    for number, given in enumerate(one for part in clauses(paper_values(name)) for one in spans(part))
+]
+
+
+def adapter(folder: Path) -> Path:
+    optx.attach(layers(), optx.LoRA(rank=2), targets="0").save(folder / "adapter")
+    return folder / "adapter"
+
+
+# What a method needs besides the paper's values.
+NEEDED: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "HFT": lambda _: {"model": nn.Transformer(8, 2, 1, 1, 16, batch_first=True)},
+    "compress": lambda _: {"what": {"a": torch.randn(64)}},
+    "patch": lambda _: {"model": layers(), "signatures": [dict(layers().state_dict())]},
+    "rws.extract": lambda _: {"pretrained": layers(), "standard": layers(), "robust": layers()},
+    "shallowest": lambda _: {"model": layers()},
+    "Delta.find_q": lambda _: {"model": layers(), "batches": [torch.randn(3, 4)], "p": 0.95},
+    "Delta.wanda": lambda _: {"stats": optx.analysis.input_stats(layers(), [torch.randn(3, 4)])},
+    "Delta.lora": lambda folder: {"adapter": adapter(folder)},
+}
+
+
+@pytest.mark.parametrize(("name", "given"), VALUES)
+def test_a_papers_value_is_accepted(name: str, given: dict[str, Any], tmp_path: Path) -> None:
+    assert given.keys() <= parameters(name).keys()
+    method = METHODS[name]
+    if len(parameters(name)) < len(inspect.signature(method).parameters):
+        method = method.__get__(optx.Delta.between(layers(), layers()))
+    method(**NEEDED.get(name, lambda _: {})(tmp_path), **given)
+
+
+@every_method
+def test_what_is_called_a_default_is_one(name: str) -> None:
+    """And what is not, is none: a value of the paper that is ours says so."""
+    for clause in clauses(paper_values(name)):
+        ours = [
+            all(parameters(name)[key].default == value for key, value in one.items()) for one in spans(clause)
+        ]
+        if ours:
+            assert all(ours) == bool(re.search(r"\(the defaults?\)", clause)), clause
+
+
+def test_most_methods_have_values_to_try() -> None:
+    """Else the section's form has changed, and the two tests above look at nothing."""
+    assert len({value.values[0] for value in VALUES}) >= 0.6 * len(METHODS)
+
+
+# ---- evidence -------------------------------------------------------------------------------------------
+
+
+def recipe_text(recipe: str) -> str:
+    """A recipe's source, with that of the private modules that are its own."""
+    folder, shared = ROOT / "recipes", {"_run", "_report", "_assets"}
+    text = (folder / f"{recipe}.py").read_text(encoding="utf-8")
+    parts = sorted(set(re.findall(r"\b_[a-z]\w+", text)) - shared)
+    files = [folder / f"{part}.py" for part in parts]
+    return "\n".join([text, *(file.read_text(encoding="utf-8") for file in files if file.exists())])
+
+
+@every_method
+def test_the_evidence_is_there(name: str) -> None:
+    evidence = paragraph(name, "Evidence")
+    recipes, files = re.findall(r"``optx run (\w+)``", evidence), re.findall(r"``(test_\w+\.py)``", evidence)
+    assert set(files) <= TESTS
+    assert recipes or "no recipe" in evidence
+    card = _catalog.card(name)
+    assert card is not None
+    assert {shown.removeprefix("optx run ") for shown in card.shown} <= set(recipes)
+    for recipe in recipes:
+        word = "MAM" if f"within `optx.MAM`, ``optx run {recipe}``" in evidence else name.rpartition(".")[2]
+        assert re.search(rf"\b{word}\b", recipe_text(recipe))
+
+
+# ---- README ---------------------------------------------------------------------------------------------
+
+
+def table() -> str:
+    return (ROOT / "README.md").read_text(encoding="utf-8").partition("## Methods")[2].partition("\n## ")[0]
+
+
+def in_readme() -> set[str]:
+    """The names that the table calls; those that begin with a dot are operations of a delta."""
+    called = set(re.findall(r"\boptx\.([\w.]+)\(", table()))
+    return called | {
+        f"Delta.{name}" for name in re.findall(r"(?:between\(base, tuned\)|`)\.(\w+)\(", table())
+    }
+
+
+@every_method
+def test_readme_has_what_the_list_has(name: str) -> None:
+    assert name in in_readme()
+
+
+def test_the_list_has_what_readme_has() -> None:
+    assert in_readme() - {"wrap", "attach", "Delta.between"} <= METHODS.keys()
