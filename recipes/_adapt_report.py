@@ -7,47 +7,50 @@ from collections.abc import Sequence
 from typing import Any
 
 from . import _report
+from ._report import Table, by_seed
 from ._run import Run
 
 
-def _of(run: Run, arm: str) -> list[dict[str, Any]]:
-    return [result for key, result in run.results["arms"].items() if key.split("/")[0] == arm]
+def tables(results: dict[str, Any]) -> list[Table]:
+    """Accuracy, size and time, one arm a row."""
+    settings, arms, times = results["settings"], by_seed(results["arms"]), results["step_ms"]
+    first = next(iter(arms))
+    rows = [
+        (
+            arm,
+            f"{statistics.mean(scores):.1f} %",
+            ", ".join(f"{score:.1f}" for score in scores),
+            f"{found[0]['trainable']:,}",
+            f"{found[0]['bytes'] / 1e6:.2f} MB",
+            f"{times[arm] / times[first]:.2f}",
+        )
+        for arm, found in arms.items()
+        for scores in [_scores(found)]
+    ]
+    # The deviation of a share of so many sentences, at the accuracy of them all.
+    share = statistics.mean(score for found in arms.values() for score in _scores(found)) / 100
+    noise = 100 * (share * (1 - share) / settings["test"]) ** 0.5
+    return [
+        Table(
+            ("", "accuracy", "by seed", "trained", "on disk", "step"),
+            rows,
+            f"{settings['steps']} steps of {settings['batch']} sentences",
+            f"Accuracy on {settings['test']} held-out sentences, whose standard error is {noise:.1f} points. "
+            "Trained: numbers, the head's too. Step: time of a training step, median, as a ratio to "
+            f"{first}'s, the arms in turn.",
+        )
+    ]
 
 
-def report(run: Run, arms: Sequence[str]) -> None:
+def report(run: Run) -> None:
     """Print the table and draw the picture."""
-    times = run.results["step_ms"]
-    columns: dict[str, dict[str, str]] = {}
-    for arm in arms:
-        results = _of(run, arm)
-        scores = [100 * result["accuracy"] for result in results]
-        line = {
-            "accuracy": f"{statistics.mean(scores):.1f} %",
-            "by seed": " / ".join(f"{score:.1f}" for score in scores),
-            "trained": f"{results[0]['trainable']:,}",
-            "on disk": f"{results[0]['bytes'] / 1e6:.2f} MB",
-            "step": f"{times[arm] / times[arms[0]]:.2f}x",
-        }
-        for name, value in line.items():
-            columns.setdefault(name, {})[arm] = value
-    settings = run.settings
-    _report.show(
-        f"{settings['steps']} steps of {settings['batch']} sentences",
-        columns,
-        f"Accuracy on {settings['test']} held-out sentences. Trained: numbers, the head's too. Step: of "
-        f"training, median, ratio to {arms[0]}, the arms in turn.",
-    )
-    _draw(run, arms)
-
-
-def _draw(run: Run, arms: Sequence[str]) -> None:
+    _report.tell(tables(run.results))
     figure, axes = _report.canvas(1)
     ax = axes[0, 0]
-    for i, arm in enumerate(arms):
-        results = _of(run, arm)
-        scores = [100 * result["accuracy"] for result in results]
+    for i, (arm, found) in enumerate(by_seed(run.results["arms"]).items()):
+        scores = _scores(found)
         colour = _report.COLOURS[i % len(_report.COLOURS)]
-        x = results[0]["trainable"]
+        x = found[0]["trainable"]
         ax.plot([x] * len(scores), scores, "o", color=colour, markersize=3, alpha=0.6)
         ax.plot(x, statistics.mean(scores), "D", color=colour)
         ax.annotate(arm, (x, statistics.mean(scores)), xytext=(6, -3), textcoords="offset points", fontsize=8)
@@ -55,6 +58,10 @@ def _draw(run: Run, arms: Sequence[str]) -> None:
     ax.margins(x=0.2)
     _report.label(ax, "Held-out accuracy; dots are seeds", "numbers trained", "%")
     _report.save(figure, run.folder / "adapt.png")
+
+
+def _scores(found: Sequence[dict[str, Any]]) -> list[float]:
+    return [100 * result["accuracy"] for result in found]
 
 
 def sweep(run: Run, arms: Sequence[str]) -> None:

@@ -63,6 +63,11 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     ]
 
 
+def tables(results: dict[str, Any]) -> list[_report.Table]:
+    """The same as the terminal and the results page show it."""
+    return [_report.Table(*table(results), title(results), caption(results))]
+
+
 def caption(results: dict[str, Any]) -> str:
     """What the rows of the table are."""
     before = results["before"]
@@ -96,8 +101,7 @@ def report(run: Run, arms: Sequence[str]) -> None:
     chosen = {key: found for key, found in run.results["arms"].items() if key.split("/")[0] in arms}
     results = run.results | {"arms": chosen}
     _answers(results)
-    headers, rows = table(results)
-    _report.show_rows(title(results), headers, rows, caption(results))
+    _report.tell(tables(results))
     _draw(results, run)
 
 

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from . import _report
+from ._report import Table, by_seed
 from ._run import Run
 
 GENERALISED = 0.95
 
 
-def report(run: Run, arms: Sequence[str], keys: Sequence[str]) -> None:
-    """Print the table, draw the picture, and add the epochs of generalisation to results.json.
+def tables(results: dict[str, Any]) -> list[Table]:
+    """How each arm ended, one number a seed."""
+    settings = results["settings"]
+    return [
+        Table(
+            ("", "train, %", "test, %", "95 % in test at", "collapsed, max %", "gradient, min"),
+            [(arm, *_cells(logs)) for arm, logs in by_seed(results["arms"]).items()],
+            f"a + b mod {settings['p']}, {settings['steps']} epochs",
+            f"One number per seed, measured every {settings['every']} epochs. Accuracies are the last ones. "
+            "Collapsed: training samples whose normaliser is the true class's term alone.",
+        )
+    ]
 
-    Args:
-        run: with the curves of every run under ``results["arms"]``.
-        arms: in order.
-        keys: the runs, as ``arm/seed``.
-    """
-    logs = {arm: [run.results["arms"][key] for key in keys if key.split("/")[0] == arm] for arm in arms}
-    run.results["generalised_at"] = {arm: [first_epoch(log) for log in found] for arm, found in logs.items()}
+
+def report(run: Run) -> None:
+    """Print the table, draw the picture, and add the epochs of generalisation to results.json."""
+    arms = by_seed(run.results["arms"])
+    run.results["generalised_at"] = {arm: [first_epoch(log) for log in logs] for arm, logs in arms.items()}
     run.write()
-    _report.show(
-        f"a + b mod {run.settings['p']}, {run.settings['steps']} epochs",
-        {arm: _row(found) for arm, found in logs.items()},
-        f"One number per seed, measured every {run.settings['every']} epochs. Accuracies are the last ones. "
-        "Collapsed: training samples whose normaliser is the true class's term alone.",
-    )
-    _draw(run, logs)
+    _report.tell(tables(run.results))
+    _draw(run, arms)
 
 
 def first_epoch(log: dict[str, list[float]]) -> int | None:
@@ -37,17 +41,15 @@ def first_epoch(log: dict[str, list[float]]) -> int | None:
     return next((int(epoch) for epoch, accuracy in measured if accuracy >= GENERALISED), None)
 
 
-def _row(logs: Sequence[dict[str, list[float]]]) -> dict[str, str]:
+def _cells(logs: Sequence[dict[str, list[float]]]) -> Iterator[str]:
     def each(values: Iterable[float | None], form: str) -> str:
         return "/".join("never" if value is None else form.format(value) for value in values)
 
-    return {
-        "train, %": each((100 * log["train"][-1] for log in logs), "{:.1f}"),
-        "test, %": each((100 * log["test"][-1] for log in logs), "{:.1f}"),
-        "95 % in test at": each((first_epoch(log) for log in logs), "{}"),
-        "collapsed, max %": each((100 * max(log["collapse"]) for log in logs), "{:.1f}"),
-        "gradient, min": each((min(log["gradient"]) for log in logs), "{:.0e}"),
-    }
+    yield each((100 * log["train"][-1] for log in logs), "{:.1f}")
+    yield each((100 * log["test"][-1] for log in logs), "{:.1f}")
+    yield each((first_epoch(log) for log in logs), "{}")
+    yield each((100 * max(log["collapse"]) for log in logs), "{:.1f}")
+    yield each((min(log["gradient"]) for log in logs), "{:.0e}")
 
 
 def _draw(run: Run, logs: dict[str, Any]) -> None:

@@ -3,30 +3,43 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from . import _report
+from ._merge_parts import LAMBDAS
+from ._report import Table, ranged
 from ._run import Run
+
+TELLING = "0.99"
+"""The share dropped at which the methods part; a report says by seed what it costs."""
 
 MARKS = {"AdamW": "o-", "AdamR": "s--"}
 
 
-def report(run: Run, parts: Sequence[str]) -> None:
+def tables(results: dict[str, Any]) -> list[Table]:
+    """One for each part that was run."""
+    made = {"prune": _pruned, "merge": _merged, "patch": _patched}
+    return [made[part](results["settings"], found) for part, found in _parts(results).items()]
+
+
+def report(run: Run) -> None:
     """Print a table for each part and draw the picture."""
-    shown = {part: _found(run, part) for part in parts}
-    for part, found in shown.items():
-        {"prune": _pruned, "merge": _merged, "patch": _patched}[part](run, found)
-    figure, axes = _report.canvas(len(shown))
-    for ax, (part, found) in zip(axes[0], shown.items(), strict=True):
+    _report.tell(tables(run.results))
+    parts = _parts(run.results)
+    figure, axes = _report.canvas(len(parts))
+    for ax, (part, found) in zip(axes[0], parts.items(), strict=True):
         {"prune": _draw_pruned, "merge": _draw_merged, "patch": _draw_patched}[part](ax, found)
     _report.save(figure, run.folder / "merge.png")
 
 
-def _found(run: Run, part: str) -> dict[tuple[str, ...], Any]:
-    """Results of one part, by the rest of their key: optimizer, task and seed, as far as it has them."""
-    keyed = {tuple(key.split("/")): found for key, found in run.results["arms"].items()}
-    return {key[1:]: found for key, found in keyed.items() if key[0] == part}
+def _parts(results: dict[str, Any]) -> dict[str, dict[tuple[str, ...], Any]]:
+    """Results by part, and by the rest of their key: optimizer, task and seed, as far as it has them."""
+    parts: dict[str, dict[tuple[str, ...], Any]] = {}
+    for key, found in results["arms"].items():
+        part, *rest = key.split("/")
+        parts.setdefault(part, {})[tuple(rest)] = found
+    return {part: parts[part] for part in ("prune", "merge", "patch") if part in parts}
 
 
 def _by_seed(found: Mapping[tuple[str, ...], Any], trained: str, of: str) -> list[float]:
@@ -44,8 +57,7 @@ def _trained(found: Iterable[tuple[str, ...]]) -> list[str]:
 
 
 def _text(values: Sequence[float]) -> str:
-    """Mean, and what the seeds range over."""
-    return f"{statistics.mean(values):.1f} ({min(values):.0f}-{max(values):.0f})"
+    return ranged(values, "{:.1f}", "{:.0f}")
 
 
 def _trials(found: Mapping[tuple[str, ...], Any]) -> list[tuple[str, str]]:
@@ -54,48 +66,70 @@ def _trials(found: Mapping[tuple[str, ...], Any]) -> list[tuple[str, str]]:
     return [(m, p) for m, _, p in (key.partition("/") for key in one) if p]
 
 
-def _pruned(run: Run, found: dict[tuple[str, ...], Any]) -> None:
-    columns: dict[str, dict[str, str]] = {"p = 0": {}}
+def _pruned(settings: Mapping[str, Any], found: dict[tuple[str, ...], Any]) -> Table:
+    rates = list(dict.fromkeys(p for _, p in _trials(found)))
+    rows: list[Sequence[str]] = []
     for trained in _trained(found):
-        full = _text(_by_seed(found, trained, "full"))
-        for method, p in _trials(found):
-            row = f"{trained}, {method}"
-            columns["p = 0"][row] = full
-            columns.setdefault(f"p = {p}", {})[row] = _text(_by_seed(found, trained, f"{method}/{p}"))
-    floors = ", ".join(
-        f"{trained} {_text(_by_seed(found, trained, 'pretrained'))}" for trained in _trained(found)
-    )
-    sizes = ", ".join(
-        f"{trained} {statistics.mean(one['change'] for key, one in found.items() if key[0] == trained):.1e}"
-        for trained in _trained(found)
-    )
-    _report.show(
-        f"Pruned: {run.settings['steps']} steps at lr {run.settings['lr']:g}, then a share p dropped",
-        columns,
-        f"Accuracy in %, mean over tasks ({run.settings['test']} test sentences each) and masks; in "
-        f"brackets the range over seeds. The pretrained encoder under the experts' heads: {floors}. Root "
-        f"mean square of the change: {sizes}.",
+        full = _by_seed(found, trained, "full")
+        rows.append((f"{trained}, whole", _text(full), *[""] * len(rates)))
+        for method in dict.fromkeys(method for method, _ in _trials(found)):
+            scores = [_by_seed(found, trained, f"{method}/{p}") for p in rates]
+            rows.append((f"{trained}, {method}", "", *map(_text, scores)))
+    return Table(
+        ("", "p = 0", *(f"p = {p}" for p in rates)),
+        rows,
+        f"Pruned: {settings['steps']} steps at lr {settings['lr']:g}, then a share p of the change dropped",
+        f"Accuracy in %, mean over tasks ({settings['test']} test sentences each) and {settings['masks']} "
+        "masks; in brackets the range over seeds. The pretrained encoder under the experts' heads: "
+        f"{_each(found, lambda t: _text(_by_seed(found, t, 'pretrained')))}. Root mean square of the change: "
+        f"{_each(found, lambda t: f'{_change(found, t):.1e}')}.{_lost(found, rates)}",
     )
 
 
-def _merged(run: Run, found: dict[tuple[str, ...], Any]) -> None:
-    columns: dict[str, dict[str, str]] = {}
+def _each(found: Mapping[tuple[str, ...], Any], say: Callable[[str], str]) -> str:
+    return ", ".join(f"{trained} {say(trained)}" for trained in _trained(found))
+
+
+def _change(found: Mapping[tuple[str, ...], Any], trained: str) -> float:
+    return statistics.mean(one["change"] for key, one in found.items() if key[0] == trained)
+
+
+def _lost(found: dict[tuple[str, ...], Any], rates: Sequence[str]) -> str:
+    """What dropping costs at the rate at which the methods part."""
+    if TELLING not in rates:
+        return ""
+    costs: list[str] = []
+    for trained in _trained(found):
+        for method in dict.fromkeys(method for method, _ in _trials(found)):
+            full, scores = _by_seed(found, trained, "full"), _by_seed(found, trained, f"{method}/{TELLING}")
+            lost = [a - b for a, b in zip(full, scores, strict=True)]
+            costs.append(f"{trained}, {method} {statistics.mean(lost):.1f} ({_listed(lost)})")
+    return f" Points lost at p = {TELLING}, mean and by seed: {'; '.join(costs)}."
+
+
+def _listed(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.1f}" for value in values)
+
+
+def _merged(settings: Mapping[str, Any], found: dict[tuple[str, ...], Any]) -> Table:
+    rows: list[Sequence[str]] = []
+    tasks: list[str] = []
     for trained in _trained(found):
         ones = [one for key, one in found.items() if key[0] == trained]
+        tasks = list(ones[0]["experts"]["accuracy"])
         for method in ones[0]:
-            row = f"{trained}, {method}"
-            scores = [one[method]["accuracy"] for one in ones]
-            for task in scores[0]:
-                mean = statistics.mean(score[task] for score in scores)
-                columns.setdefault(task, {})[row] = f"{100 * mean:.1f}"
-            columns.setdefault("mean", {})[row] = _text(_means(ones, method))
-            scales = [f"{one[method]['lam']:.2g}" for one in ones if "lam" in one[method]]
-            columns.setdefault("scales", {})[row] = " ".join(scales)
-    _report.show(
+            means = _means(ones, method)
+            each = [100 * statistics.mean(one[method]["accuracy"][task] for one in ones) for task in tasks]
+            scales = ", ".join(f"{one[method]['lam']:.2g}" for one in ones if "lam" in one[method])
+            cells = (f"{statistics.mean(means):.1f}", _listed(means), *(f"{e:.1f}" for e in each), scales)
+            rows.append((f"{trained}, {method}", *cells))
+    return Table(
+        ("", "mean", "by seed", *tasks, "scales"),
+        rows,
         "Merged: one encoder for all tasks",
-        columns,
-        "Accuracy in %, each task under its own head, mean over seeds; in brackets the range. Experts: each "
-        f"on its own task. Scales, by seed, were chosen on {run.settings['valid']} other sentences a task.",
+        "Accuracy in %, each task under its own head, mean over seeds. Experts: each on its own task. "
+        f"Scales, by seed, were chosen on {settings['valid']} other sentences a task, of "
+        f"{', '.join(f'{lam:.2g}' for lam in LAMBDAS)}.",
     )
 
 
@@ -104,26 +138,26 @@ def _means(ones: Sequence[Any], method: str) -> list[float]:
     return [100 * statistics.mean(one[method]["accuracy"].values()) for one in ones]
 
 
-def _patched(_run: Run, found: dict[tuple[str, ...], Any]) -> None:
-    columns: dict[str, dict[str, str]] = {}
+def _patched(_settings: Mapping[str, Any], found: dict[tuple[str, ...], Any]) -> Table:
+    rows: list[Sequence[str]] = []
     for corruption in next(iter(found.values())):
         ones = [one[corruption] for one in found.values()]
-        for count in range(len(ones[0]["curve"])):
-            columns.setdefault(f"K = {count}", {})[corruption] = _pair([one["curve"][count] for one in ones])
-        columns.setdefault("4, 4 bits", {})[corruption] = _pair([one["4 bits"] for one in ones])
-        columns.setdefault("robust", {})[corruption] = _pair([one["robust"] for one in ones])
-    _report.show(
+        curve = (_pair([one["curve"][count] for one in ones]) for count in range(len(ones[0]["curve"])))
+        last = (_pair([one[name] for one in ones]) for name in ("4 bits", "robust"))
+        rows.append((corruption, *curve, *last))
+    return Table(
+        ("", *(f"K = {count}" for count in range(len(rows[0]) - 3)), "4, 4 bits", "robust"),
+        rows,
         "Patched: digits, signature of the first K layers",
-        columns,
         f"Accuracy in % on clean / corrupted digits, mean over {len(found)} seeds. Robust: a network trained "
         f"on corrupted digits. In 4 bits the signature of 4 layers "
-        f"is {next(iter(found.values()))['blur']['smaller']:.1f} times smaller.",
+        f"is {next(iter(next(iter(found.values())).values()))['smaller']:.1f} times smaller.",
     )
 
 
 def _pair(pairs: Sequence[Sequence[float]]) -> str:
     clean, corrupted = (100 * statistics.mean(values) for values in zip(*pairs, strict=True))
-    return f"{clean:.0f}/{corrupted:.0f}"
+    return f"{clean:.0f} / {corrupted:.0f}"
 
 
 def _draw_pruned(ax: Any, found: dict[tuple[str, ...], Any]) -> None:

@@ -1,14 +1,16 @@
-"""What a recipe shows: tables on the terminal and one picture."""
+"""What a recipe shows: tables, on the terminal and on the results page, and one picture."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from optx._files import written_aside
 
@@ -22,23 +24,64 @@ console = Console(highlight=False)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 
 
-def show(title: str, arms: Mapping[str, Mapping[str, str]], caption: str | None = None) -> None:
-    """Print a table: one column per arm, and one line for each of the numbers that the first arm has."""
-    numbers = next(iter(arms.values()))
-    rows = [[number, *(arm[number] for arm in arms.values())] for number in numbers]
-    show_rows(title, ["", *arms], rows, caption)
+@dataclass(frozen=True)
+class Table:
+    """What was measured, as words: the terminal and the results page show the same ones.
+
+    Args:
+        headers: of the columns; the first is that of the rows' names.
+        rows: a name, and a cell for each other column.
+        title: in one line.
+        note: sentences under it: what the columns are, and what else follows from the results.
+    """
+
+    headers: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+    note: str = ""
+
+    def laid(self) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+        """Headers and rows; turned by a quarter where a row has more numbers than there are rows."""
+        if len(self.headers) <= len(self.rows) + 1:
+            return self.headers, self.rows
+        turned = list(zip(self.headers, *self.rows, strict=True))
+        return turned[0], turned[1:]
 
 
-def show_rows(
-    title: str, headers: Sequence[str], rows: Sequence[Sequence[str]], caption: str | None = None
-) -> None:
-    """Print a table, given row by row; what stands right of the first column is numbers."""
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE)
-    for i, header in enumerate(headers):
-        table.add_column(header, justify="right" if i else "left", no_wrap=i == 0)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
+def tell(tables: Iterable[Table]) -> None:
+    """Print tables."""
+    for one in tables:
+        headers, rows = one.laid()
+        shown = RichTable(box=SIMPLE)
+        for number, header in enumerate(headers):
+            shown.add_column(header, justify="right" if number else "left", no_wrap=not number)
+        for row in rows:
+            shown.add_row(*row)
+        # Not as the table's own title and caption: those are as narrow as it is.
+        console.print(one.title, style="bold", markup=False)
+        console.print(shown)
+        console.print(one.note + "\n", markup=False)
+
+
+def by_seed(arms: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """The results of every arm, one for each seed; their keys are ``arm/seed``."""
+    found: dict[str, list[Any]] = {}
+    for key, result in arms.items():
+        found.setdefault(key.rpartition("/")[0], []).append(result)
+    return found
+
+
+def ranged(values: Sequence[float], form: str = "{:.3f}", ends: str | None = None) -> str:
+    """The mean and, in brackets, the least and the most of a number that every seed has.
+
+    Args:
+        values: one a seed.
+        form: of the mean.
+        ends: of the others, if another.
+    """
+    mean = form.format(statistics.mean(values))
+    low, high = ((ends or form).format(v) for v in (min(values), max(values)))
+    return f"{mean} ({low} to {high})" if len(values) > 1 else mean
 
 
 def canvas(columns: int, rows: int = 1) -> tuple[Figure, Any]:

@@ -8,11 +8,12 @@ import inspect
 import json
 import os
 import platform
+import shlex
 import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -68,6 +69,31 @@ def _positive(text: str) -> int:
     return number
 
 
+NOT_SETTINGS = ("arms", "parts", "seeds", "out", "resume", "json", "threads", "folder", "work")
+"""Options that say how much is run, how fast and where to, and not what comes out."""
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that results depend on, as results.json has them."""
+    found = {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in found.items()}
+
+
+def command(options: argparse.ArgumentParser, settings: Mapping[str, Any]) -> str:
+    """What one types for these settings today: the options that differ from their defaults."""
+    words = [options.prog]
+    for name, default in defaults(options).items():
+        if (value := settings.get(name, default)) != default:
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            words += [f"--{name.replace('_', '-')}", *(shlex.quote(f"{v}") for v in values)]
+    return " ".join(words)
+
+
+def defaults(options: argparse.ArgumentParser) -> dict[str, Any]:
+    """Every option's default, as results.json would have it."""
+    return json.loads(json.dumps(vars(options.parse_args([])), default=str))
+
+
 def chosen(text: str, known: Iterable[str]) -> list[str]:
     """A comma-separated choice, such as ``--arms adamw,adamw+hft``."""
     known = list(known)
@@ -93,7 +119,8 @@ def clock() -> float:
 def environment() -> dict[str, Any]:
     """What measurements depend on, for results.json."""
     where = device()
-    name = torch.cuda.get_device_name() if where.type == "cuda" else platform.machine()
+    processor = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    name = torch.cuda.get_device_name() if where.type == "cuda" else processor
     return {
         "date": datetime.date.today().isoformat(),
         "optx": optx.__version__,

@@ -12,6 +12,7 @@ FLoRA, arXiv 2405.14739.
 from __future__ import annotations
 
 import tempfile
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from torch import nn
 import optx
 
 from . import _adapt_report, _assets
+from ._report import by_seed
 from ._reviews import Sentences, accuracy, load
-from ._run import Run, chosen, clock, device, median_ms, parser, warmed_up
+from ._run import Run, chosen, clock, device, median_ms, parser, settings_of, warmed_up
 
 HEAD = "classifier"
 
@@ -103,9 +105,9 @@ def step_times(arms: Sequence[str], data: Sentences, args: Any, rounds: int = 12
     return {arm: median_ms(seconds[2:]) for arm, seconds in times.items()}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run all arms with all seeds and report."""
-    args = parser(
+def options() -> ArgumentParser:
+    """The recipe's command line."""
+    return parser(
         "adapt",
         __doc__ or "",
         steps=120,
@@ -118,10 +120,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         test={"type": int, "default": 500, "help": "sentences kept for testing"},
         sweep={"help": "factors on the learning rates, as 0.3,1,3: one run each with seed 100, and a table"},
         resume={"action": "store_true", "help": "keep the finished arms and seeds of an interrupted run"},
-    ).parse_args(argv)
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run all arms with all seeds and report."""
+    args = options().parse_args(argv)
     arms = chosen(args.arms, ARMS)
-    settings = {k: v for k, v in vars(args).items() if k not in ("arms", "seeds", "out", "resume")}
-    run = Run(args.out, settings, args.resume)
+    run = Run(args.out, settings_of(args), args.resume)
     data, test = load(_assets.classifier(args.model, 2)[1], args.data, args.test, args.length)
     if args.sweep:  # rates are chosen on sentences that are neither trained on nor in the table
         data, test = data.cut(args.test)
@@ -132,10 +138,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             for lr in (factor * ARMS[arm][1] for factor in factors):
                 key = f"{arm}/{lr:g}/{seed}" if args.sweep else f"{arm}/{seed}"
                 run.part(key, train, arm, seed, lr, data, test, args, run)
-    if not args.sweep and "step_ms" not in run.results:
-        run.results["step_ms"] = step_times(arms, data, args)
+    if args.sweep:
+        _adapt_report.sweep(run, arms)
+        return
+    measured = list(by_seed(run.results["arms"]))
+    if set(run.results.get("step_ms", ())) != set(measured):
+        run.results["step_ms"] = step_times(measured, data, args)
         run.write()
-    (_adapt_report.sweep if args.sweep else _adapt_report.report)(run, arms)
+    _adapt_report.report(run)
 
 
 if __name__ == "__main__":

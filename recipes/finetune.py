@@ -12,6 +12,7 @@ Source: HFT, arXiv 2404.18466; AdamR, arXiv 2410.09344.
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ from ._run import (
     gradient_bytes,
     median_ms,
     parser,
+    settings_of,
     state_bytes,
     warmed_up,
 )
@@ -135,9 +137,9 @@ def train(arm: str, seed: int, measures: Measures, args: Any, run: Run) -> dict[
     }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the arms one after the other and report."""
-    args = parser(
+def options() -> ArgumentParser:
+    """The recipe's command line."""
+    return parser(
         "finetune",
         __doc__ or "",
         steps=32,
@@ -154,13 +156,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         answer_length={"type": int, "default": 48, "help": "tokens of an answer, at most"},
         eval_blocks={"type": int, "default": 8, "help": "blocks of each text that losses are measured on"},
         resume={"action": "store_true", "help": "go on with an interrupted run"},
-    ).parse_args(argv)
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the arms one after the other and report."""
+    args = options().parse_args(argv)
     arms = list(dict.fromkeys(name.strip() for name in args.arms.split(",") if name.strip()))
     chosen(",".join(arm_and_factor(arm)[0] for arm in arms), ARMS)
-    settings = {k: v for k, v in vars(args).items() if k not in ("arms", "seeds", "out", "resume")}
-    settings["prompts"] = None if args.prompts is None else str(args.prompts)
     asked = _drift.prompts(args.prompts)
-    run = Run(args.out, settings, args.resume)
+    run = Run(args.out, settings_of(args), args.resume)
     model, tokenizer = _assets.language_model(args.model)
     model.to(device())
     data = _text.load(tokenizer, args)

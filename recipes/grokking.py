@@ -13,6 +13,7 @@ Source: "Grokking at the Edge of Numerical Stability", arXiv 2501.04697.
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -26,7 +27,7 @@ import optx
 from optx.analysis import nlm_alignment, softmax_collapse
 
 from . import _grokking_report
-from ._run import Run, chosen, device, parser
+from ._run import Run, chosen, device, parser, settings_of
 
 
 def to_softmax(logits: Tensor) -> Tensor:
@@ -95,9 +96,9 @@ def train(arm: str, seed: int, args: Any, run: Run) -> dict[str, list[float]] | 
     return None if run.interrupt.wanted else log
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run all arms with all seeds and report."""
-    args = parser(
+def options() -> ArgumentParser:
+    """The recipe's command line."""
+    return parser(
         "grokking",
         __doc__ or "",
         steps=2000,
@@ -111,16 +112,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         model={"help": "has no meaning here: the model is a small MLP, trained from scratch"},
         data={"help": "has no meaning here: the data is all of modular addition"},
         resume={"action": "store_true", "help": "keep the finished arms and seeds of an interrupted run"},
-    ).parse_args(argv)
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run all arms with all seeds and report."""
+    args = options().parse_args(argv)
     if args.model or args.data:
         raise SystemExit("grokking brings its own model and data; --model and --data have no meaning here.")
     arms = chosen(args.arms, ARMS)
-    settings = {k: v for k, v in vars(args).items() if k not in ("arms", "seeds", "out", "resume")}
-    run = Run(args.out, settings, args.resume)
-    keys = {(arm, seed): f"{arm}/{seed}" for arm in arms for seed in range(args.seed, args.seed + args.seeds)}
-    for (arm, seed), key in keys.items():
-        run.part(key, train, arm, seed, args, run)
-    _grokking_report.report(run, arms, list(keys.values()))
+    run = Run(args.out, settings_of(args), args.resume)
+    for arm in arms:
+        for seed in range(args.seed, args.seed + args.seeds):
+            run.part(f"{arm}/{seed}", train, arm, seed, args, run)
+    _grokking_report.report(run)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ arXiv 2306.01708; PCB-Merging, arXiv 2410.02396; Robust Weight Signatures, arXiv
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ import optx
 from . import _assets, _digits, _merge_report, _reviews
 from ._experts import Expert
 from ._merge_parts import Merging, Pruning, merge, prune
-from ._run import Run, chosen, parser, warmed_up
+from ._run import Run, chosen, parser, settings_of, warmed_up
 
 PARTS = ("prune", "merge", "patch")
+TASKS = ("films", "tweets", "kind")
 
 # Each is the same training loop, pruning or merge; these are the lines that change.
 TRAINED: dict[str, Callable[[Optimizer, float], Optimizer]] = {
@@ -46,6 +48,13 @@ MERGED: dict[str, Merging] = {
     "DARE-TIES": lambda lam: optx.DARETIES(p=0.9, lam=lam),
     "PCB": lambda lam: optx.PCB(ratio=0.1, lam=lam),
 }
+
+# Keys of a whole run's results, without the seed.
+ARMS = [
+    *(f"prune/{trained}/{task}" for trained in TRAINED for task in TASKS),
+    *(f"merge/{trained}" for trained in TRAINED),
+    "patch",
+]
 
 
 def fine_tune(expert: Expert, trained: str, label: str, seed: int, args: Any, run: Run) -> bool:
@@ -101,9 +110,9 @@ def of_seed(seed: int, trained: str, data: Any, args: Any, run: Run) -> None:
         expert.file.unlink()
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run all parts with all seeds and report."""
-    args = parser(
+def options() -> ArgumentParser:
+    """The recipe's command line."""
+    return parser(
         "merge",
         __doc__ or "",
         steps=120,
@@ -121,17 +130,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         valid={"type": int, "default": 120, "help": "sentences of each task kept to choose scales by"},
         test={"type": int, "default": 300, "help": "sentences of each task kept for testing"},
         resume={"action": "store_true", "help": "keep the finished parts of an interrupted run"},
-    ).parse_args(argv)
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run all parts with all seeds and report."""
+    args = options().parse_args(argv)
     args.parts = chosen(args.parts, PARTS)
-    settings = {k: v for k, v in vars(args).items() if k not in ("parts", "seeds", "out", "resume")}
-    run = Run(args.out, settings, args.resume)
+    run = Run(args.out, settings_of(args), args.resume)
     data = _reviews.tasks(_assets.classifier(args.model, 2)[1], args.data, args.test, args.length)
     for seed in range(args.seed, args.seed + args.seeds):
         for trained in TRAINED:
             of_seed(seed, trained, data, args, run)
         if "patch" in args.parts:
             run.part(f"patch/{seed}", _digits.measure, seed, _digits.EPOCHS, run)
-    _merge_report.report(run, args.parts)
+    _merge_report.report(run)
 
 
 if __name__ == "__main__":
