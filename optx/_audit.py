@@ -26,7 +26,9 @@ _FLOAT, _HALF, _LOW = torch.float32, torch.float16, torch.bfloat16
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-    return report.main(all_cases, arguments)
+    from optx.recipes._run import environment
+
+    return report.main(all_cases, arguments, environment)
 
 
 def all_cases() -> list[Case]:

@@ -7,37 +7,43 @@ library takes above that is its overhead.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import statistics
 import time
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 
 import optx
 
+from . import _bench
 from ._assets import language_model
-from ._report import console
+from ._report import Table, console, tell
+from ._run import device
 
 # The seven projections of every Llama layer.
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass
-class Subject:
-    """One way to adapt the model."""
+class Measured:
+    """What one way to adapt the model takes."""
 
     name: str
-    model: nn.Module
     times: list[float] = field(default_factory=list[float])
     saved: int = 0
     """Bytes of activations that the backward keeps."""
+
+
+@dataclass
+class Subject(Measured):
+    """One way to adapt the model."""
+
+    model: nn.Module = field(kw_only=True)
 
 
 def _frozen(base: nn.Module) -> nn.Module:
@@ -96,9 +102,9 @@ def saved_bytes(model: nn.Module, ids: Tensor) -> int:
 def measure(base: nn.Module, ids: Tensor, rank: int, rounds: int, dora: bool) -> list[Subject]:
     """Time the three subjects in turn; the zero comes first."""
     subjects = [
-        Subject("frozen model", _frozen(base)),
-        Subject("PEFT", _peft(base, rank, dora)),
-        Subject("optx", _optx(base, rank, dora)),
+        Subject("frozen model", model=_frozen(base)),
+        Subject("PEFT", model=_peft(base, rank, dora)),
+        Subject("optx", model=_optx(base, rank, dora)),
     ]
     for subject in subjects:
         subject.model.train()
@@ -110,58 +116,58 @@ def measure(base: nn.Module, ids: Tensor, rank: int, rounds: int, dora: bool) ->
     return subjects
 
 
-def overheads(subjects: Sequence[Subject], statistic: Callable[[Sequence[float]], float]) -> list[float]:
+def overheads(subjects: Sequence[Measured], statistic: Callable[[Sequence[float]], float]) -> list[float]:
     """What each subject takes above the zero, as a share of PEFT's."""
     zero, peft = (statistic(s.times) for s in subjects[:2])
     return [(statistic(s.times) - zero) / (peft - zero) for s in subjects]
 
 
-def _table(title: str, subjects: Sequence[Subject]) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for column in ("overhead, min", "overhead, median", "step / frozen", "saved activations", "above frozen"):
-        table.add_column(column, justify="right")
+def tables(results: dict[str, Any]) -> list[Table]:
+    """Time above the frozen model's, and the activations kept."""
+    settings = results["settings"]
+    subjects = [Measured(**one) for one in results["subjects"]]
     lows, middles = overheads(subjects, min), overheads(subjects, statistics.median)
+    rows: list[Sequence[str]] = []
     for subject, low, middle in zip(subjects, lows, middles, strict=True):
         step = statistics.median(a / b for a, b in zip(subject.times, subjects[0].times, strict=True))
-        above = subject.saved - subjects[0].saved
-        table.add_row(
-            subject.name,
-            f"{low:.2f}",
-            f"{middle:.2f}",
-            f"{step:.2f}",
-            f"{subject.saved / 1e6:.1f} MB",
-            f"{above / 1e6:.1f} MB",
+        kept = (f"{n / 1e6:.1f} MB" for n in (subject.saved, subject.saved - subjects[0].saved))
+        rows.append((subject.name, f"{middle:.2f}", f"{low:.2f}", f"{step:.2f}", *kept))
+    return [
+        Table(
+            ("", "overhead, median", "overhead, min", "step / frozen", "saved activations", "above frozen"),
+            rows,
+            f"{'DoRA' if settings['dora'] else 'LoRA'} of rank {settings['rank']} on {', '.join(TARGETS)}",
+            f"Forward and backward of {settings['batch']} x {settings['tokens']} tokens, in "
+            f"{settings['rounds']} rounds. Overhead: what a step takes above the frozen one's, as share of "
+            "PEFT's.",
         )
-    return table
+    ]
+
+
+def options() -> ArgumentParser:
+    """The benchmark's command line."""
+    return _bench.parser(
+        "attach",
+        __doc__,
+        model={"help": "hub name or folder of a Llama-like model (default: SmolLM2-135M)"},
+        rank={"type": int, "default": 8},
+        tokens={"type": int, "default": 256, "help": "of each sequence"},
+        batch={"type": int, "default": 1, "help": "sequences"},
+        rounds={"type": int, "default": 20},
+        dora={"action": "store_true", "help": "DoRA in both"},
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark; see ``optx bench attach --help``."""
-    parser = argparse.ArgumentParser(prog="optx bench attach", description=__doc__)
-    parser.add_argument("--model", help="hub name or folder of a Llama-like model (default: SmolLM2-135M)")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=256, help="of each sequence")
-    parser.add_argument("--batch", type=int, default=1, help="sequences")
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--dora", action="store_true", help="DoRA in both")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", metavar="FILE", help="write every time to a file")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    base = language_model(options.model)[0].to(device).requires_grad_(False)
-    ids = torch.randint(0, base.config.vocab_size, (options.batch, options.tokens), device=device)
-    subjects = measure(base, ids, options.rank, options.rounds, options.dora)
-    console.print(
-        f"torch {torch.__version__}, {device}, {options.threads} threads, {options.rounds} rounds, "
-        f"{options.batch} x {options.tokens} tokens"
-    )
-    what = f"{'DoRA' if options.dora else 'LoRA'} of rank {options.rank} on {', '.join(TARGETS)}"
-    console.print(_table(f"{what}; overhead above the frozen model, in PEFT's", subjects))
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump([{"name": s.name, "saved": s.saved, "times": s.times} for s in subjects], file)
+    args = _bench.parsed(options(), arguments)
+    base = language_model(args.model)[0].to(device()).requires_grad_(False)
+    ids = torch.randint(0, base.config.vocab_size, (args.batch, args.tokens), device=device())
+    subjects = measure(base, ids, args.rank, args.rounds, args.dora)
+    measured = [{"name": s.name, "saved": s.saved, "times": s.times} for s in subjects]
+    found = _bench.results(options(), args, subjects=measured)
+    console.print(_bench.heading(found))
+    tell(tables(found))
 
 
 if __name__ == "__main__":

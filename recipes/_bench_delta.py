@@ -10,7 +10,6 @@ above what it had after its imports and a first use of the kernels.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -19,18 +18,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from safetensors.torch import save_file
 from torch import Tensor
 
 import optx
 
-from ._report import console
+from . import _bench
+from ._report import Table, console, tell
 
 SHARD = 500_000_000
 VOCABULARY = 32_000
@@ -158,19 +158,7 @@ def measure(folder: Path, operation: str, rounds: int, p: float) -> dict[str, li
         for kind in SUBJECTS[first:] + SUBJECTS[:first]:
             os.sync()  # what the one before left to be written is not this one's
             if kind == "optx":
-                command = [
-                    sys.executable,
-                    "-m",
-                    "optx.recipes._bench_delta",
-                    "--work",
-                    str(folder),
-                    "--operation",
-                    operation,
-                    "--p",
-                    str(p),
-                ]
-                result = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-                ours = json.loads(result.splitlines()[-1])
+                ours = _in_its_own_process(folder, operation, p)
                 found["optx"].append(ours["seconds"])
                 found["processor"].append(ours["processor"])
                 found["memory"].append(ours["memory"])
@@ -180,59 +168,80 @@ def measure(folder: Path, operation: str, rounds: int, p: float) -> dict[str, li
     return found
 
 
-def _table(found: dict[str, list[float]]) -> Table:
-    table = Table(title="time, and as a share of copying (medians over rounds)", title_justify="left")
-    for column in ("", "median s", "fastest s", "/ copy", "/ copy and fsync"):
-        table.add_column(column, justify="left" if not column else "right")
-    for kind in SUBJECTS:
+def _in_its_own_process(folder: Path, operation: str, p: float) -> dict[str, float]:
+    what = ["--work", str(folder), "--operation", operation, "--p", str(p)]
+    command = [sys.executable, "-m", "optx.recipes._bench_delta", *what]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def tables(results: dict[str, Any]) -> list[Table]:
+    """Time beside copying, and memory, one operation a row."""
+    settings = results["settings"]
+    rows: list[Sequence[str]] = []
+    for operation, found in results["operations"].items():
         ratios = [
-            statistics.median(a / b for a, b in zip(found[kind], found[other], strict=True))
-            for other in ("copy", "copy and fsync")
+            statistics.median(a / b for a, b in zip(found["optx"], found[other], strict=True))
+            for other in ("copy and fsync", "copy")
         ]
-        cells = [statistics.median(found[kind]), min(found[kind]), *ratios]
-        table.add_row(kind, *(f"{cell:.2f}" for cell in cells))
-    return table
+        times = [statistics.median(found[kind]) for kind in ("optx", "processor")]
+        memory = f"{max(found['memory']) / 1e6:.0f} MB"
+        rows.append((operation, *(f"{number:.2f}" for number in (*ratios, *times)), memory))
+    return [
+        Table(
+            ("", "time / copy and fsync", "time / copy", "seconds", "processor", "peak memory"),
+            rows,
+            f"A {settings['dtype']} checkpoint of {results['size'] / 1e9:.2f} GB, p = {settings['p']}",
+            f"Medians of {settings['rounds']} rounds: time as a share of copying the checkpoint, with and "
+            "without waiting for the disk; seconds by the clock and of all threads. Memory: the most, above "
+            f"the interpreter and its imports; the largest tensor: {results['largest'] / 1e6:.0f} MB. dare "
+            "and compress change one checkpoint, the others merge three.",
+        )
+    ]
+
+
+def options() -> ArgumentParser:
+    """The benchmark's command line."""
+    made = _bench.parser(
+        "delta",
+        __doc__,
+        size={"type": float, "default": 2.0, "help": "GB of one checkpoint"},
+        dtype={"choices": ("bfloat16", "float32"), "default": "bfloat16"},
+        operation={"default": "dare", "help": f"comma-separated, of {', '.join(OPERATIONS)}"},
+        p={"type": float, "default": 0.9, "help": "share dropped; the others keep a density of 1 - p"},
+        rounds={"type": int, "default": 5},
+        folder={"help": "where the temporary folder is made (default: the system's)"},
+    )
+    made.add_argument("--work", help=SUPPRESS)
+    return made
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark; see ``optx bench delta --help``."""
-    parser = argparse.ArgumentParser(prog="optx bench delta", description=__doc__)
-    parser.add_argument("--size", type=float, default=2.0, help="GB of one checkpoint")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--operation", choices=OPERATIONS, default="dare")
-    parser.add_argument(
-        "--p", type=float, default=0.9, help="share dropped; the others keep a density of 1 - p"
-    )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", help="where the temporary folder is made (default: the system's)")
-    parser.add_argument("--json", metavar="FILE", help="write every figure to a file")
-    parser.add_argument("--work", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.work:
-        print(json.dumps(work(Path(options.work), options.operation, options.p)))
+    args = _bench.parsed(options(), arguments)
+    if args.work:
+        print(json.dumps(work(Path(args.work), args.operation, args.p)))
         return
-    if sys.platform != "linux":
-        parser.error("it reads memory from /proc, so it needs Linux")
-    free, needed = shutil.disk_usage(options.folder or tempfile.gettempdir()).free, 3.1e9 * options.size
-    if free < needed:
-        parser.error(f"--size {options.size} needs {needed / 1e9:.1f} GB of disk; {free / 1e9:.1f} are free")
-    with tempfile.TemporaryDirectory(prefix="optx-bench-", dir=options.folder) as name:
+    _refuse(args)
+    with tempfile.TemporaryDirectory(prefix="optx-bench-", dir=args.folder) as name:
         folder = Path(name)
-        largest = write_pair(folder, options.size * 1e9, getattr(torch, options.dtype))
+        largest = write_pair(folder, args.size * 1e9, getattr(torch, args.dtype))
         size = sum(file.stat().st_size for file in (folder / "base").iterdir())
-        found = measure(folder, options.operation, options.rounds, options.p)
-    console.print(
-        f"{options.operation}, torch {torch.__version__}, {options.dtype}, {size / 1e9:.2f} GB a checkpoint, "
-        f"p {options.p}, {options.rounds} rounds, {os.cpu_count()} cores"
-    )
-    console.print(_table(found))
-    most = max(found["memory"]) / 1e6
-    busy = statistics.median(found["processor"])
-    console.print(f"processor time of optx, all its threads: {busy:.2f} s")
-    console.print(f"peak memory above the imports: {most:.0f} MB; the largest tensor: {largest / 1e6:.0f} MB")
-    if options.json:
-        results: dict[str, Any] = {"size": size, "largest": largest, "dtype": options.dtype, **found}
-        Path(options.json).write_text(json.dumps(results))
+        measured = {o: measure(folder, o, args.rounds, args.p) for o in args.operation.split(",")}
+    found = _bench.results(options(), args, size=size, largest=largest, operations=measured)
+    console.print(_bench.heading(found))
+    tell(tables(found))
+
+
+def _refuse(args: Namespace) -> None:
+    """Stop before anything is written."""
+    if unknown := [name for name in args.operation.split(",") if name not in OPERATIONS]:
+        options().error(f"--operation: {unknown[0]!r} is not one of {', '.join(OPERATIONS)}")
+    if sys.platform != "linux":
+        options().error("it reads memory from /proc, so it needs Linux")
+    free, needed = shutil.disk_usage(args.folder or tempfile.gettempdir()).free, 3.1e9 * args.size
+    if free < needed:
+        options().error(f"--size {args.size} needs {needed / 1e9:.1f} GB of disk; {free / 1e9:.1f} are free")
 
 
 if __name__ == "__main__":

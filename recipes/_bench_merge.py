@@ -5,21 +5,22 @@ Random bfloat16 weights; the sums of both libraries are float32. Both run in one
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 import optx
 
-from ._report import console
+from . import _bench
+from ._report import Table, console, tell
 
 MODELS = 3
+COLUMNS = 1024
 Weights = dict[str, Tensor]
 
 # optx's method, under mergekit's conventions where it has it, and mergekit's name and parameters for it.
@@ -37,9 +38,10 @@ METHODS: dict[str, tuple[optx.MergeMethod, tuple[str, dict[str, float]] | None]]
 
 
 def models(tensors: int, rows: int) -> tuple[Weights, list[Weights]]:
-    """A base and fine-tunings of it, with so many matrices of (rows, 1024)."""
+    """A base and fine-tunings of it, with so many matrices of (rows, COLUMNS)."""
     draws = torch.Generator().manual_seed(0)
-    base = {f"layer{i}.weight": torch.randn(rows, 1024, generator=draws).bfloat16() for i in range(tensors)}
+    names = [f"layer{i}.weight" for i in range(tensors)]
+    base = {name: torch.randn(rows, COLUMNS, generator=draws).bfloat16() for name in names}
 
     def tuned() -> Weights:
         return {n: (t + 0.01 * torch.randn(t.shape, generator=draws)).bfloat16() for n, t in base.items()}
@@ -76,26 +78,45 @@ def measure(base: Weights, tuned: list[Weights], rounds: int) -> dict[tuple[str,
     return {key: statistics.median(found) for key, found in seconds.items()}
 
 
+def tables(results: dict[str, Any]) -> list[Table]:
+    """Time per number, and as a share of mergekit's."""
+    settings, seconds = results["settings"], results["seconds"]
+    size = settings["tensors"] * settings["rows"] * COLUMNS
+    rows: list[Sequence[str]] = []
+    for name, found in seconds.items():
+        ours, theirs = found["optx"], found.get("mergekit")
+        cells = [f"{theirs / size / MODELS * 1e9:.1f}", f"{ours / theirs:.2f}"] if theirs else ["", ""]
+        rows.append((name, f"{ours / size / MODELS * 1e9:.1f}", *cells))
+    return [
+        Table(
+            ("", "optx: ns per number of a tuned model", "mergekit", "optx / mergekit"),
+            rows,
+            f"Merging {MODELS} models of {size / 1e6:.1f} million numbers each, in memory",
+            f"Medians of {settings['rounds']} rounds, under mergekit's conventions where it has the method.",
+        )
+    ]
+
+
+def options() -> ArgumentParser:
+    """The benchmark's command line."""
+    return _bench.parser(
+        "merge",
+        __doc__,
+        tensors={"type": int, "default": 8, "help": "matrices of a model"},
+        rows={"type": int, "default": 2048, "help": f"of each matrix; columns are {COLUMNS}"},
+        rounds={"type": int, "default": 3},
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark; see ``optx bench merge --help``."""
-    parser = argparse.ArgumentParser(prog="optx bench merge", description=__doc__)
-    parser.add_argument("--tensors", type=int, default=8, help="matrices of a model")
-    parser.add_argument("--rows", type=int, default=2048, help="of each matrix; columns are 1024")
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args(arguments)
-    base, tuned = models(options.tensors, options.rows)
-    found = measure(base, tuned, options.rounds)
-    numbers = MODELS * sum(tensor.numel() for tensor in base.values())
-    table = Table(
-        title=f"merging {MODELS} models, {numbers / MODELS:,.0f} numbers each", title_justify="left"
-    )
-    for column in ("", "optx: ns per number of a tuned model", "mergekit", "optx / mergekit"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name in METHODS:
-        ours, theirs = found[name, "optx"], found.get((name, "mergekit"))
-        cells = [f"{theirs / numbers * 1e9:.1f}", f"{ours / theirs:.2f}"] if theirs else ["", ""]
-        table.add_row(name, f"{ours / numbers * 1e9:.1f}", *cells)
-    console.print(table)
+    args = _bench.parsed(options(), arguments)
+    seconds: dict[str, dict[str, float]] = {}
+    for (method, library), median in measure(*models(args.tensors, args.rows), args.rounds).items():
+        seconds.setdefault(method, {})[library] = median
+    found = _bench.results(options(), args, seconds=seconds)
+    console.print(_bench.heading(found))
+    tell(tables(found))
 
 
 if __name__ == "__main__":

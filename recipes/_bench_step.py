@@ -6,9 +6,7 @@ ratio to ``torch.optim.AdamW(fused=True)`` of the same round, its minimum and me
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 import os
 import random
 import statistics
@@ -16,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +25,10 @@ from torch import Tensor, nn
 import optx
 from optx.kernels.audit.traffic import step_bytes
 from optx.kernels.step.layout import Layout
+
+from . import _bench
+from ._report import Table, console, tell
+from ._run import device
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -276,65 +279,68 @@ def first_step_seconds() -> tuple[float, float]:
     return cold, warm
 
 
-def _table(title: str, results: Sequence[Subject]) -> Any:
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    table.add_column("step")
-    for column in ("min", "median", "floor", "median / floor", "bytes"):
-        table.add_column(column, justify="right")
-    reference = results[0].times
-    for subject in results:
-        low = min(subject.times) / min(reference)
-        middle = statistics.median(a / b for a, b in zip(subject.times, reference, strict=True))
-        floor = subject.bytes / ADAMW_BYTES if subject.bytes else None
-        table.add_row(
-            subject.name,
-            f"{low:.2f}",
-            f"{middle:.2f}",
-            f"{floor:.2f}" if floor else "",
-            f"{middle / floor:.2f}" if floor else "",
-            f"{subject.bytes:.0f}" if subject.bytes else "",
+def tables(results: dict[str, Any]) -> list[Table]:
+    """Ratios to torch's fused AdamW on every list of shapes, beside the floor."""
+    shapes: dict[str, dict[str, Any]] = {
+        shape: {one["name"]: one for one in found} for shape, found in results["shapes"].items()
+    }
+    first = next(iter(shapes.values()))
+    rows: list[Sequence[str]] = []
+    for name in first:
+        floors = (found[name]["bytes"] for found in shapes.values())
+        floor = dict.fromkeys(f"{moved / ADAMW_BYTES:.2f}" for moved in floors if moved)
+        rows.append((name, ", ".join(floor), *(_ratios(found, name) for found in shapes.values())))
+    seconds = results["first_step_seconds"]
+    return [
+        Table(
+            ("step", "floor", *(SHAPES[shape][0] for shape in shapes)),
+            rows,
+            "A step's time, as a ratio to torch.optim.AdamW(fused=True)",
+            f"Median and, in brackets, least of {results['settings']['rounds']} rounds or more, the subjects "
+            "in turn in one process, float32; transforms are around AdamW. Floor: bytes that must move, in "
+            f"units of AdamW's {ADAMW_BYTES} per parameter; more where shapes differ. A process's first "
+            f"step takes {seconds['cold']:.1f} s, compiling, and {seconds['warm']:.1f} s from the disk cache "
+            "afterwards.",
         )
-    return table
+    ]
+
+
+def _ratios(found: dict[str, Any], name: str) -> str:
+    reference = next(iter(found.values()))["times"]
+    times = found[name]["times"]
+    middle = statistics.median(a / b for a, b in zip(times, reference, strict=True))
+    return f"{middle:.2f} ({min(times) / min(reference):.2f})"
+
+
+def options() -> ArgumentParser:
+    """The benchmark's command line."""
+    return _bench.parser(
+        "step",
+        __doc__,
+        shapes={"default": "big,smollm2,small", "help": f"of {', '.join(SHAPES)}"},
+        rounds={"type": int, "default": 30},
+        no_peers={"action": "store_true", "help": "leave out other libraries and the foreach path"},
+        compile={"action": "store_true", "help": "add torch.compile (its first step takes minutes)"},
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark; see ``optx bench step --help``."""
-    from rich.console import Console
-
-    parser = argparse.ArgumentParser(prog="optx bench step", description=__doc__)
-    parser.add_argument("--shapes", default="big,smollm2,small", help=f"of {', '.join(SHAPES)}")
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument(
-        "--no-peers", action="store_true", help="leave out other libraries and the foreach path"
-    )
-    parser.add_argument(
-        "--compile", action="store_true", help="add torch.compile (its first step takes minutes)"
-    )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", metavar="FILE", help="write every time to a file")
-    options = parser.parse_args(arguments)
-    names = options.shapes.split(",")
-    unknown = [name for name in names if name not in SHAPES]
-    if unknown:
-        parser.error(f"--shapes: {unknown[0]!r} is not one of {', '.join(SHAPES)}")
-    torch.set_num_threads(options.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    console = Console()
-    console.print(f"torch {torch.__version__}, {device}, {options.threads} threads, {options.rounds} rounds")
-    everything: dict[str, Any] = {"torch": torch.__version__, "device": device, "threads": options.threads}
+    args = _bench.parsed(options(), arguments)
+    names = args.shapes.split(",")
+    if unknown := [name for name in names if name not in SHAPES]:
+        options().error(f"--shapes: {unknown[0]!r} is not one of {', '.join(SHAPES)}")
+    measured: dict[str, Any] = {}
     for name in names:
-        rounds = options.rounds if name != "small" else 10 * options.rounds
-        results = measure(name, rounds, not options.no_peers, options.compile, device)
-        console.print(_table(f"{SHAPES[name][0]} tensors, ratio to torch.optim.AdamW(fused=True)", results))
-        everything[name] = [{"name": s.name, "bytes": s.bytes, "times": s.times} for s in results]
+        rounds = args.rounds if name != "small" else 10 * args.rounds
+        console.print(f"{SHAPES[name][0]} tensors, {rounds} rounds")
+        subjects = measure(name, rounds, not args.no_peers, args.compile, device().type)
+        measured[name] = [{"name": s.name, "bytes": s.bytes, "times": s.times} for s in subjects]
     cold, warm = first_step_seconds()
-    console.print(f"first step of a process: {cold:.2f} s compiling, {warm:.2f} s from the disk cache")
-    everything["first_step_seconds"] = {"cold": cold, "warm": warm}
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(everything, file)
+    seconds = {"cold": cold, "warm": warm}
+    found = _bench.results(options(), args, shapes=measured, first_step_seconds=seconds)
+    console.print(_bench.heading(found))
+    tell(tables(found))
 
 
 if __name__ == "__main__":

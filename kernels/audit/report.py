@@ -15,7 +15,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -284,44 +284,74 @@ def traffic(rows: Iterable[Row]) -> dict[str, float]:
     return {p: max(b for (program, _), b in passes.items() if program == p) for p in programs}
 
 
+FLOORS = "A step's traffic, and the milliseconds per billion parameters that it takes at least"
+
+
+def floors(moved: Mapping[str, float]) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows of what the bytes per parameter of each program take on each device."""
+    rows = [
+        [program, f"{count:g}", *(f"{count * 1e12 / bandwidth:.1f}" for bandwidth in DEVICES.values())]
+        for program, count in moved.items()
+    ]
+    return ["program", "bytes per parameter", *DEVICES], rows
+
+
 def _floors(rows: Sequence[Row]) -> Any:
     from rich.table import Table
 
-    table = Table(
-        title="A step's traffic, and the milliseconds per billion parameters that it takes at least"
-    )
-    table.add_column("program", no_wrap=True)
-    table.add_column("bytes per parameter", justify="right")
-    for device in DEVICES:
-        table.add_column(device, justify="right")
-    for program, moved in traffic(rows).items():
-        floors = [f"{moved * 1e9 / bandwidth * 1e3:.1f}" for bandwidth in DEVICES.values()]
-        table.add_row(program, f"{moved:g}", *floors)
+    headers, lines = floors(traffic(rows))
+    table = Table(title=FLOORS)
+    table.add_column(headers[0], no_wrap=True)
+    for header in headers[1:]:
+        table.add_column(header, justify="right")
+    for line in lines:
+        table.add_row(*line)
     return table
 
 
-def main(cases: Callable[[], Sequence[Case]], arguments: Sequence[str] | None = None) -> int:
-    """The command ``optx audit``; returns the exit code.
-
-    Args:
-        cases: gives the programs to compile; from above, as kernels know no optimizer and no transform.
-        arguments: of the command line.
-    """
+def options() -> argparse.ArgumentParser:
+    """The command line of ``optx audit``."""
     parser = argparse.ArgumentParser(prog="optx audit", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("--quick", action="store_true", help="one target per family: sm_90 and gfx942")
     parser.add_argument(
         "--only", default="", metavar="REGEX", help="programs whose name matches ('loss', 'ternary' too)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to a file")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(
+    cases: Callable[[], Sequence[Case]],
+    arguments: Sequence[str] | None = None,
+    about: Callable[[], Mapping[str, Any]] = dict,
+) -> int:
+    """The command ``optx audit``; returns the exit code.
+
+    Args:
+        cases: gives the programs to compile; from above, as kernels know no optimizer and no transform.
+        arguments: of the command line.
+        about: gives what is written beside the rows, as the day and the versions.
+    """
+    parser = options()
+    args = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set, under which nothing is compiled; unset it.")
-    chosen = [case for case in cases() if re.search(options.only, case.name)]
-    losses, ternary = (bool(re.search(options.only, name)) for name in ("loss", "ternary"))
-    rows = list(_progress(audit(chosen, QUICK if options.quick else TARGETS, losses, ternary)))
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    chosen = [case for case in cases() if re.search(args.only, case.name)]
+    losses, ternary = (bool(re.search(args.only, name)) for name in ("loss", "ternary"))
+    rows = list(_progress(audit(chosen, QUICK if args.quick else TARGETS, losses, ternary)))
+    if args.json:
+        settings = {"quick": args.quick, "only": args.only}
+        found: dict[str, Any] = {"settings": settings, "environment": {**about()}, "traffic": traffic(rows)}
+        found["rows"] = [_written(row) for row in rows]
+        args.json.write_text(json.dumps(found, indent=1) + "\n")
     return _tell(rows)
+
+
+def _written(row: Row) -> dict[str, Any]:
+    """Without the single accesses: their widths and their sum are in the row."""
+    written = asdict(row)
+    del written["machine"]["loop"]
+    return written
 
 
 def _progress(rows: Iterator[Row]) -> Iterator[Row]:

@@ -57,7 +57,7 @@ def test_the_command_passes_and_writes_its_rows(tmp_path: Path) -> None:
     ]
     run = subprocess.run(command, capture_output=True, text=True, timeout=1200)
     assert run.returncode == 0, run.stdout + run.stderr
-    rows = json.loads(file.read_text())
+    rows = json.loads(file.read_text())["rows"]
     assert {r["target"] for r in rows} == {"sm_90", "gfx942"}
     assert {r["kernel"] for r in rows} == {"reduce_0", "scalars_0", "update", "commit"}
     moved = {(r["target"], r["kernel"]): r["bytes"] for r in rows}
