@@ -1,0 +1,220 @@
+"""Short trainings whose losses are kept: what golden/test_golden.py compares and golden/record.py records.
+
+Every public transform, injection, loss and merge method has some, found by introspection; each runs on a tiny
+causal language model and, all but losses and merges, on all-MiniLM-L6-v2, in float32 on one thread.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import itertools
+import json
+import math
+import platform
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import llvmlite.binding
+import torch
+from torch import Tensor, nn
+
+import optx
+
+FOLDER = Path(__file__).parent / "golden" / "losses"
+STEPS = 20
+TOLERANCE = 1e-6
+"""Of losses on another platform, relative."""
+SENTENCES = ["a quiet film, warm and funny", "it never finds its way out of the fog"]
+
+# Options by method and variant. A method that is not here has one variant, its class called without any.
+OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "AdamR": {"L2": {"weight": 0.05}, "L1": {"weight": 0.01, "norm": "l1"}},
+    "Aside": {"highway": {}, "layerwise": {"variant": "layerwise"}, "bottleneck": {"variant": "bottleneck"}},
+    "HFT": {"": {"rounds_every": 8}},
+    "LoRA": {"LoRA": {}, "rsLoRA": {"rslora": True}, "DoRA": {"dora": True}},
+}
+
+
+def methods() -> dict[str, type]:
+    """All public methods that have golden runs, by name."""
+    kinds = (optx.Transform, optx.Injection, optx.MergeMethod)
+    return {
+        name: thing
+        for name, thing in vars(optx).items()
+        if inspect.isclass(thing)
+        and (issubclass(thing, kinds) or thing.__module__.startswith("optx.signal."))
+        and thing not in (*kinds, optx.Composite)
+    }
+
+
+class Setup(NamedTuple):
+    """A model and what it is trained on.
+
+    Attributes:
+        forward: logits, classes in the last dimension.
+    """
+
+    model: Any
+    forward: Callable[[Any], Tensor]
+    target: Tensor
+    lr: float
+
+
+def tiny() -> Setup:
+    """A Llama of two layers, with biases; next-token prediction."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+        attention_bias=True,
+        mlp_bias=True,
+        initializer_range=0.2,
+        attn_implementation="sdpa",
+    )
+    torch.manual_seed(0)
+    tokens = torch.arange(48).mul(7).remainder(59).view(4, 12) + 3
+    model = LlamaForCausalLM(config).eval()
+    return Setup(model, lambda model: model(tokens[:, :-1]).logits, tokens[:, 1:], lr=1e-3)
+
+
+@functools.cache
+def _minilm() -> tuple[Any, dict[str, Tensor]]:
+    from optx.recipes import _assets
+
+    torch.manual_seed(0)  # of the head
+    model, tokenizer = _assets.classifier(None, 2)
+    model.bert.encoder.layer = model.bert.encoder.layer[:3]
+    model.bert.embeddings.requires_grad_(False)  # half of the numbers, and most of a step's time
+    return model.eval(), dict(tokenizer(SENTENCES, padding=True, return_tensors="pt"))
+
+
+def minilm() -> Setup:
+    """The first three of its layers, over frozen embeddings; two sentences.
+
+    Their states are still so alike there that they are of one class: told apart, they have hardly a gradient.
+    """
+    model, batch = _minilm()
+    return Setup(copy.deepcopy(model), lambda model: model(**batch).logits, torch.tensor([1, 1]), lr=3e-5)
+
+
+MODELS = {"tiny": tiny, "minilm": minilm}
+
+
+def train(setup: Setup, optimizer: torch.optim.Optimizer, criterion: Callable[..., Tensor]) -> list[float]:
+    """The loss of each step."""
+    losses: list[float] = []
+    for _ in range(STEPS):
+        loss = criterion(setup.forward(setup.model).flatten(0, -2), setup.target.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def transformed(cls: type, options: dict[str, Any], setup: Setup, fused: bool) -> list[float]:
+    """Everything is trained, by AdamW within `optx.wrap`."""
+    model = inspect.signature(cls).parameters.get("model")
+    needed = {"model": setup.model} if model is not None and model.default is model.empty else {}
+    trained = [p for p in setup.model.parameters() if p.requires_grad]
+    base = torch.optim.AdamW(trained, lr=setup.lr, weight_decay=0.0)
+    optimizer = optx.wrap(base, cls(**needed, **options), fused=fused)
+    return train(setup, optimizer, nn.functional.cross_entropy)
+
+
+def injected(cls: type, options: dict[str, Any], setup: Setup) -> list[float]:
+    """What is added is trained, by AdamW, at ten times the rate of a whole model."""
+    torch.manual_seed(1)
+    handle = optx.attach(setup.model, cls(**options))
+    optx.trainable_only(setup.model, handle)
+    optimizer = torch.optim.AdamW(handle.parameters(), lr=10 * setup.lr)
+    return train(setup, optimizer, nn.functional.cross_entropy)
+
+
+def guided(cls: type, options: dict[str, Any], setup: Setup) -> list[float]:
+    """Everything is trained, by AdamW, on a loss of optx's."""
+    return train(setup, torch.optim.AdamW(setup.model.parameters(), lr=setup.lr), cls(**options))
+
+
+def merged(cls: type, options: dict[str, Any], setup: Setup) -> list[float]:
+    """The loss of a merge of two to five models that lie around the base."""
+    generator = torch.Generator().manual_seed(1)
+    base = {name: t.clone() for name, t in setup.model.state_dict().items()}
+    models = [
+        {name: t + 0.05 * torch.randn(t.shape, generator=generator) for name, t in base.items()}
+        for _ in range(5)
+    ]
+    losses: list[float] = []
+    for count in range(2, 6):
+        setup.model.load_state_dict(optx.merge(base, models[:count], cls(**options)))
+        with torch.no_grad():
+            logits = setup.forward(setup.model).flatten(0, -2)
+            losses.append(nn.functional.cross_entropy(logits, setup.target.flatten()).item())
+    return losses
+
+
+def runs(name: str) -> dict[str, Callable[[], list[float]]]:
+    """A method's runs by label."""
+    cls = methods()[name]
+    found: dict[str, Callable[[], list[float]]] = {}
+
+    def add(label: str, run: Callable[..., list[float]], options: Any, model: str, *more: Any) -> None:
+        found[", ".join(filter(None, (model, label)))] = lambda: run(cls, options, MODELS[model](), *more)
+
+    for variant, options in OPTIONS.get(name, {"": {}}).items():
+        models = ["tiny", "minilm"] if not found else ["tiny"]  # the larger one for the first variant alone
+        if issubclass(cls, optx.Transform):
+            add(f"{variant} foreach".strip(), transformed, options, "tiny", False)
+            for model in models:
+                add(variant, transformed, options, model, True)
+        elif issubclass(cls, optx.Injection):
+            for model in models:
+                add(variant, injected, options, model)
+        else:
+            add(variant, merged if issubclass(cls, optx.MergeMethod) else guided, options, "tiny")
+    return found
+
+
+def platform_here() -> dict[str, str]:
+    """What the last bits of a run depend on."""
+    libraries = {name: version(name) for name in ("torch", "numba", "transformers")}
+    return {
+        **libraries,
+        "machine": f"{platform.system()} {platform.machine()}",
+        "processor": llvmlite.binding.get_host_cpu_name(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def recorded(name: str) -> dict[str, Any]:
+    """The file of a method: ``optx``, ``platform`` and ``losses`` by run."""
+    return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+def first_difference(old: Sequence[float], new: Sequence[float]) -> int | None:
+    """The first step at which two runs are not equal, if there is one."""
+    pairs = itertools.zip_longest(old, new)
+    return next((step for step, (before, now) in enumerate(pairs) if before != now), None)
+
+
+def apart(old: Sequence[float], new: Sequence[float]) -> float:
+    """How far two runs are apart at most, relative; a nan is as far as it gets."""
+    if len(old) != len(new):
+        return math.inf
+    pairs = [abs(now - before) / abs(before) for before, now in zip(old, new, strict=True)]
+    return math.inf if any(map(math.isnan, pairs)) else max(pairs)
+
+
+def one_thread() -> None:
+    """Sums over threads have another order."""
+    torch.set_num_threads(1)
