@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,46 @@ sys.path.insert(0, str(Path(__file__).parent))  # tests import their shared tabl
 
 from whose_warnings import pytest_collection, pytest_runtest_protocol  # noqa: F401
 
+# The same examples in every run where people work; in CI, or with --hypothesis-seed, they are drawn.
 settings.register_profile(
-    "optx", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+    "fixed", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
-settings.load_profile("optx")
+settings.register_profile(
+    "drawn", settings.get_profile("fixed"), derandomize=False, database=None, print_blob=True
+)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.hookimpl(tryfirst=True)  # before hypothesis's own looks for the seed
+def pytest_configure(config: pytest.Config) -> None:
+    """Draw a seed in CI; a worker has that of the first process."""
+    if config.option.hypothesis_seed is None:
+        in_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
+        drawn = str(random.SystemRandom().randrange(2**32)) if in_ci else None
+        config.option.hypothesis_seed = getattr(config, "workerinput", {"seed": drawn})["seed"]
+    settings.load_profile("fixed" if config.option.hypothesis_seed is None else "drawn")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Give a worker the seed."""
+    node.workerinput["seed"] = node.config.option.hypothesis_seed
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Say what repeats the run; -q hides pytest's header."""
+    seed = session.config.option.hypothesis_seed
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    if seed is not None and terminal is not None:
+        terminal.write_line(f"hypothesis draws its examples anew; to repeat these: --hypothesis-seed={seed}")
+
+
+@pytest.fixture
+def drawn_seed(request: pytest.FixtureRequest) -> int | None:
+    """The seed of this run's examples; None where they are fixed."""
+    seed = request.config.option.hypothesis_seed
+    return None if seed is None else zlib.crc32(str(seed).encode())
 
 
 @pytest.fixture(autouse=True)

@@ -11,11 +11,12 @@ from pathlib import Path
 EXAMPLES = 40
 
 
-def test_no_edit_crashes_a_step_or_makes_it_wrong(tmp_path: Path) -> None:
+def test_no_edit_crashes_a_step_or_makes_it_wrong(tmp_path: Path, drawn_seed: int | None) -> None:
     """In a process of its own, whose death is a failure that shows what it did last."""
+    seed = 3 if drawn_seed is None else drawn_seed
     log, counts = tmp_path / "log", tmp_path / "counts.json"
     script = Path(__file__).with_name("state_machine.py")
-    arguments = ["--examples", str(EXAMPLES), "--seed", "3", "--log", str(log), "--counts", str(counts)]
+    arguments = ["--examples", str(EXAMPLES), "--seed", str(seed), "--log", str(log), "--counts", str(counts)]
     done = subprocess.run(
         [sys.executable, "-X", "faulthandler", str(script), *arguments],
         capture_output=True,
@@ -27,7 +28,7 @@ def test_no_edit_crashes_a_step_or_makes_it_wrong(tmp_path: Path) -> None:
     start = max((i for i, line in enumerate(lines) if line.startswith("start ")), default=0)
     sequence = "\n".join(lines[start:])
     how = f"died of signal {-done.returncode}" if done.returncode < 0 else "found a disagreement"
-    assert done.returncode == 0, f"{how}, after\n{sequence}\n{done.stderr[-6000:]}"
+    assert done.returncode == 0, f"{how} with --seed {seed}, after\n{sequence}\n{done.stderr[-6000:]}"
     found = json.loads(counts.read_text())
     # It has done something: examples, rules, steps that agreed and steps that were refused.
     assert found["examples"] >= EXAMPLES

@@ -72,8 +72,10 @@ def test_orthogonal_to_the_weight_and_as_long_as_before(
     stretched = norm(g) / norm(left) if rescale else 1.0
     assert abs(float(w.double() @ got)) <= 1e-6 * max(1.0, stretched) * norm(w) * norm(g)
     wanted = norm(g) if rescale else norm(left)
-    # What cancels in g - c w leaves 2^-24 of |g| per element: 1e-5 where a hundredth of g is left.
-    assert norm(got) == pytest.approx(wanted, rel=1e-5 + 2e-7 * norm(g) / norm(left))
+    # What cancels in g - c w leaves 2^-24 of |g| per element: 1e-5 where a hundredth of g is left. The factor
+    # is of |g|^2 less c <w, g>, which are known to 1e-8 (optx.kernels.step.emit_cpu).
+    ratio = norm(g) / norm(left)
+    assert norm(got) == pytest.approx(wanted, rel=1e-5 + 2e-7 * ratio + 1e-8 * ratio**2)
 
 
 @both
