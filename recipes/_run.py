@@ -50,6 +50,7 @@ def parser(name: str, doc: str, steps: int, **options: dict[str, Any]) -> argpar
     made.add_argument("--steps", type=_positive, default=steps, help="optimizer steps of each arm")
     made.add_argument("--seed", type=int, default=0, help="of the data order and all random draws")
     made.add_argument("--out", type=Path, default=Path("runs") / name, help="folder for results and picture")
+    made.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
     for option, keywords in options.items():
         made.add_argument(f"--{option.replace('_', '-')}", **keywords)
     return made
@@ -163,21 +164,36 @@ class Run:
 
     Args:
         folder: where to write; made if missing.
-        settings: what must be the same for results to be comparable and for a checkpoint to be continued.
-        resume: go on with what the folder holds; otherwise begin again.
+        settings: what must be the same for results to be comparable and for a checkpoint to be continued; but
+            ``overwrite`` among them lets a new run replace the one that the folder holds, at its first write.
+        resume: go on with what the folder holds.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any], resume: bool) -> None:
-        self.folder, self.settings, self.resume = folder, settings, resume
+        self.folder, self.resume = folder, resume
+        self.settings = {name: value for name, value in settings.items() if name != "overwrite"}
         self.interrupt = Interrupt()
-        self.results: dict[str, Any] = {"settings": settings, "environment": environment(), "arms": {}}
+        self.results: dict[str, Any] = {"settings": self.settings, "environment": environment(), "arms": {}}
+        self._check_folder(resume or settings.get("overwrite", False))
         folder.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            self.checkpoint.unlink(missing_ok=True)
-        elif self.json.exists():
+        self._replaces = not resume  # the checkpoint that is there is of another run
+        if resume and self.json.exists():
             found = json.loads(self.json.read_text())
             self._compare(found["settings"])
             self.results = found
+
+    def _check_folder(self, may_be_used: bool) -> None:
+        """Raise if the folder has something that this run would write over."""
+        names = (self.json, self.checkpoint, *sorted(self.folder.glob("*.png")))
+        if self.folder.exists() and not self.folder.is_dir():
+            raise SettingsError(f"--out: {self.folder} is a file. Give the name of a folder.")
+        if may_be_used:
+            return
+        if earlier := next((path.name for path in names if path.exists()), None):
+            raise SettingsError(
+                f"--out: {self.folder} has a {earlier} of an earlier run. Give another --out, --resume to go "
+                "on with that run, or --overwrite to replace it."
+            )
 
     @property
     def json(self) -> Path:
@@ -212,6 +228,9 @@ class Run:
 
     def write(self) -> None:
         """Write results.json."""
+        if self._replaces:
+            self.checkpoint.unlink(missing_ok=True)
+            self._replaces = False
         with written_aside(self.json) as aside:
             aside.write_text(json.dumps(self.results, indent=2) + "\n")
 
@@ -223,6 +242,7 @@ class Run:
             torch.save(kept, file)
             file.flush()
             os.fsync(file.fileno())
+        self._replaces = False
         self.write()
         console.print(f"Stopped in arm {arm}; the same command with --resume goes on from there.")
 

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from optx._errors import OptxError
 from optx.delta._delta import Delta
 from optx.delta._mergekit import read_config
+from optx.delta._overwrite import output
 from optx.delta.merge import merge as merge_
 
 app = typer.Typer(help="Take, prune, save and apply what fine-tuning changed.", no_args_is_help=True)
@@ -25,6 +26,7 @@ Include = Annotated[str | None, typer.Option(help="regex of the names to take; f
 Exclude = Annotated[str | None, typer.Option(help="regex of the names to leave")]
 P = Annotated[float, typer.Option("--p", help="share DROPPED, 0 <= p < 1")]
 Seed = Annotated[int, typer.Option(help="of the random masks")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an OUT that exists, once done")]
 
 
 def add_to(main: typer.Typer) -> None:
@@ -37,6 +39,7 @@ def merge(
     config: Annotated[Path, typer.Argument(help="YAML file, as mergekit's")],
     out: Out,
     seed: Seed = 0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Merge models as a YAML file says: mergekit's format, for task_arithmetic, ties, dare_*, and pcb.
 
@@ -46,17 +49,25 @@ def merge(
         what = read_config(config, seed)
         for note in what.notes:
             _say(f"Note: {note}")
-        with _bar(1 + what.method.passes) as bar:
-            merge_(what.base, what.models, what.method, out, dtype=what.dtype, progress=bar)
+        inputs = [config, what.base, *what.models]
+        with output(out, overwrite, inputs) as path, _bar(1 + what.method.passes) as bar:
+            merge_(what.base, what.models, what.method, path, dtype=what.dtype, progress=bar)
     _say(f"Merged {len(what.models)} models into {out}.")
 
 
 @app.command()
-def save(base: Base, tuned: Tuned, out: Out, include: Include = None, exclude: Exclude = None) -> None:
+def save(
+    base: Base,
+    tuned: Tuned,
+    out: Out,
+    include: Include = None,
+    exclude: Exclude = None,
+    overwrite: Overwrite = False,
+) -> None:
     """Write what fine-tuning changed as a file of its own."""
-    with _plainly("optx delta save"):
-        made = _between(base, tuned, include, exclude).save(out)
-    _say(f"Wrote {made} ({made.stat().st_size:,} bytes).")
+    with _plainly("optx delta save"), output(out, overwrite, [base, tuned]) as path:
+        _between(base, tuned, include, exclude).save(path)
+    _say(f"Wrote {out} ({out.expanduser().stat().st_size:,} bytes).")
 
 
 @app.command("apply")
@@ -65,12 +76,13 @@ def apply_(
     delta: Annotated[Path, typer.Argument(help="a file that `optx delta save` wrote")],
     out: Out,
     scale: Annotated[float, typer.Option(help="of the change")] = 1.0,
+    overwrite: Overwrite = False,
 ) -> None:
     """Add a saved change to its base."""
-    with _plainly("optx delta apply"):
+    with _plainly("optx delta apply"), output(out, overwrite, [base, delta]) as path:
         loaded = Delta.load(delta)
         with _bar(1) as bar:
-            loaded.apply(base, out, scale=scale, progress=bar)
+            loaded.apply(base, path, scale=scale, progress=bar)
     _say(f"Wrote {out}.")
 
 
@@ -84,24 +96,31 @@ def dare(
     seed: Seed = 0,
     include: Include = None,
     exclude: Exclude = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Drop a share of the change at random, rescale the rest, and add it to the base (DARE)."""
-    with _plainly("optx delta dare"):
+    with _plainly("optx delta dare"), output(out, overwrite, [base, tuned]) as path:
         pruned = _between(base, tuned).dare(p, q, seed=seed, include=include, **_given(exclude=exclude))
         with _bar(1) as bar:
-            pruned.apply(base, out, progress=bar)
+            pruned.apply(base, path, progress=bar)
     _say(f"Wrote {out}; {p:.4g} of the change was dropped.")
 
 
 @app.command()
 def magnitude(
-    base: Base, tuned: Tuned, out: Out, p: P = 0.9, include: Include = None, exclude: Exclude = None
+    base: Base,
+    tuned: Tuned,
+    out: Out,
+    p: P = 0.9,
+    include: Include = None,
+    exclude: Exclude = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Drop the smallest of the change, tensor by tensor, and add the rest to the base."""
-    with _plainly("optx delta magnitude"):
+    with _plainly("optx delta magnitude"), output(out, overwrite, [base, tuned]) as path:
         pruned = _between(base, tuned).magnitude(p, include=include, **_given(exclude=exclude))
         with _bar(1) as bar:
-            pruned.apply(base, out, progress=bar)
+            pruned.apply(base, path, progress=bar)
     _say(f"Wrote {out}; {p:.4g} of the change was dropped.")
 
 
