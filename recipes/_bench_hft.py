@@ -12,14 +12,13 @@ needed, down to the first. (What frozen norms save, some thousandths of the back
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import mmap
 import os
 import random
 import statistics
 import time
+from argparse import ArgumentParser
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,21 +26,20 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 import optx
 
+from . import _bench, _hft_report
 from ._assets import language_model
 from ._bench_step import ADAMW_BYTES
-from ._report import console
+from ._report import Table, console, tell
 from ._run import state_bytes
 from ._step_profile import MARK, Operation, Shape, quickest, sides, warm_up
 
-_PAGE = mmap.PAGESIZE
-PARTS = ("forward", "backward", "step")
+PARTS = _hft_report.PARTS
 Clock = Callable[[], float]
 
 
@@ -223,7 +221,7 @@ def needless(reference: Subject, frozen: Mapping[Shape, int]) -> float:
 
 
 def floors(both: Sequence[Subject]) -> dict[str, float]:
-    """For each part of a step, and for all of it: the least that HFT could take, in AdamW's time."""
+    """The least that HFT could take, in AdamW's time: of each part, of all, and of weight gradients alone."""
     adamw, hft = both
     numbers = [sum(p.numel() for p in subject.trained) for subject in both]
     ratios = {
@@ -232,168 +230,81 @@ def floors(both: Sequence[Subject]) -> dict[str, float]:
         "step": numbers[1] / numbers[0],
     }
     whole = sum(adamw.least(part) for part in PARTS)
-    return {**ratios, "all": sum(ratios[part] * adamw.least(part) for part in PARTS) / whole}
+    left = 1 - needless(adamw, frozen_matrices(hft.model)) / adamw.kind("backward: weight gradients")
+    return {
+        **ratios,
+        "all": sum(ratios[part] * adamw.least(part) for part in PARTS) / whole,
+        "weight gradients": left,
+    }
 
 
-def _kinds(both: Sequence[Subject]) -> list[str]:
-    """Kinds of work, in the order of a step and then by AdamW's time."""
-    adamw = both[0]
-    kinds = dict.fromkeys(o.kind for subject in both for o in subject.operations)
-    return sorted(kinds, key=lambda kind: (PARTS.index(kind.partition(":")[0]), -adamw.kind(kind)))
+# ---- the command -----------------------------------------------------------------------------------------
 
 
-# ---- tables ----------------------------------------------------------------------------------------------
+def tables(results: dict[str, Any]) -> list[Table]:
+    """What is counted, what is timed, and where the time goes."""
+    return _hft_report.tables(results)
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
-
-
-def _counted(work: Sequence[Work]) -> Table:
-    """What torch computed, beside what it must."""
-    adamw, hft = work
-    table = _table("Counted, one step", "AdamW", "AdamW + HFT", "ratio", "floor")
-    must = adamw.backward - adamw.weight_gradients + hft.weight_gradients
-    inputs = adamw.backward - adamw.weight_gradients
-    rows = [
-        ("forward, GFLOP", adamw.forward, hft.forward, adamw.forward, 1e9),
-        ("backward, GFLOP", adamw.backward, hft.backward, must, 1e9),
-        ("  gradients of inputs", inputs, hft.backward - hft.weight_gradients, inputs, 1e9),
-        ("  gradients of weights", *(w.weight_gradients for w in work), hft.weight_gradients, 1e9),
-        (
-            "forward + backward, GFLOP",
-            *(w.forward + w.backward for w in work),
-            adamw.forward + must,
-            1e9,
-        ),
-        ("gradients, MB", *(w.gradient_bytes for w in work), hft.gradient_bytes, 1e6),
-        ("optimizer state, MB", *(w.state_bytes for w in work), hft.state_bytes, 1e6),
-        ("moved by the optimizer, MB", *(w.step_bytes for w in work), hft.step_bytes, 1e6),
-    ]
-    for name, a, h, least, unit in rows:
-        table.add_row(name, f"{a / unit:.1f}", f"{h / unit:.1f}", f"{h / a:.3f}", f"{least / a:.3f}")
-    return table
-
-
-def _timed(both: Sequence[Subject], floor: Mapping[str, float]) -> Table:
-    """The parts of a step without the profiler."""
-    table = _table(
-        "Timed, minimum over the rounds; in brackets, how far the median is above it",
-        *("AdamW, ms", "AdamW + HFT, ms", "ratio", "of medians", "floor", "pages touched first, MB"),
+def options() -> ArgumentParser:
+    """The benchmark's command line."""
+    return _bench.parser(
+        "hft",
+        __doc__,
+        model={"help": "hub name or folder of a causal language model (default: SmolLM2-135M)"},
+        ratio={"type": float, "default": 0.5, "help": "share that HFT trains"},
+        level={"default": "category", "choices": ("category", "layer", "model")},
+        seed={"type": int, "default": 0, "help": "of HFT's draw"},
+        tokens={"type": int, "default": 256, "help": "of each sequence"},
+        batch={"type": int, "default": 1, "help": "sequences"},
+        rounds={"type": int, "default": 12},
+        profiled={"type": int, "default": 4, "help": "rounds under the profiler"},
+        keep={"action": "store_true", "help": "zero_grad(set_to_none=False): gradients stay in place"},
+        cpu_time={"action": "store_true", "help": "processor time (with --threads 1, on a busy machine)"},
     )
-    for name, parts in {**{part: (part,) for part in PARTS}, "all": PARTS}.items():
-        least = [sum(s.least(part) for part in parts) for s in both]
-        middle = [sum(statistics.median(s.times[part]) for part in parts) for s in both]
-        times = (f"{1e3 * a:.0f} (+{b / a - 1:.0%})" for a, b in zip(least, middle, strict=True))
-        pages = (sum(statistics.median(s.faults[part]) for part in parts) * _PAGE / 1e6 for s in both)
-        table.add_row(
-            name,
-            *times,
-            f"{least[1] / least[0]:.3f}",
-            f"{middle[1] / middle[0]:.3f}",
-            f"{floor[name]:.3f}",
-            " / ".join(f"{page:.0f}" for page in pages),
-        )
-    return table
-
-
-def _profiled(both: Sequence[Subject], floor: Mapping[str, float]) -> Table:
-    """Where the time goes."""
-    adamw, hft = both
-    table = _table(
-        "Under the profiler: every operation's own time, its minimum over the rounds",
-        *("AdamW, ms", "share", "AdamW + HFT, ms", "ratio", "floor"),
-    )
-    left = needless(adamw, frozen_matrices(hft.model)) / adamw.kind("backward: weight gradients")
-    floors = {"backward: weight gradients": 1 - left, "step: all": floor["step"]}
-    for kind in _kinds(both):
-        a, h = adamw.kind(kind), hft.kind(kind)
-        share, least = a / adamw.kind(""), floors.get(kind, 1.0)
-        table.add_row(
-            kind, f"{1e3 * a:.1f}", f"{share:.1%}", f"{1e3 * h:.1f}", f"{h / a:.3f}", f"{least:.3f}"
-        )
-    return table
-
-
-def _operations(both: Sequence[Subject], number: int) -> Table:
-    """The longest operations that are no matrix product."""
-    table = _table("Other operations of the backward", "AdamW, ms", "calls", "AdamW + HFT, ms", "calls")
-    times: list[dict[str, list[float]]] = [{}, {}]
-    for subject, found in zip(both, times, strict=True):
-        for o in subject.operations:
-            if o.kind.startswith("backward") and not o.kind.endswith("gradients"):
-                found.setdefault(f"{o.kind.removeprefix('backward: ')}: {o.name}", []).append(o.seconds)
-    for name in sorted(times[0], key=lambda name: -sum(times[0][name]))[:number]:
-        calls = (found.get(name, []) for found in times)
-        table.add_row(name, *(cell for c in calls for cell in (f"{1e3 * sum(c):.1f}", str(len(c)))))
-    return table
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark; see ``optx bench hft --help``."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="optx bench hft", description=__doc__, formatter_class=form)
-    parser.add_argument(
-        "--model", help="hub name or folder of a causal language model (default: SmolLM2-135M)"
-    )
-    parser.add_argument("--ratio", type=float, default=0.5, help="share that HFT trains")
-    parser.add_argument("--level", default="category", choices=("category", "layer", "model"))
-    parser.add_argument("--seed", type=int, default=0, help="of HFT's draw")
-    parser.add_argument("--tokens", type=int, default=256, help="of each sequence")
-    parser.add_argument("--batch", type=int, default=1, help="sequences")
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--profiled", type=int, default=4, help="rounds under the profiler")
-    parser.add_argument(
-        "--keep", action="store_true", help="zero_grad(set_to_none=False): gradients stay in place"
-    )
-    parser.add_argument(
-        "--cpu-time",
-        action="store_true",
-        help="processor time (with --threads 1, where others use the machine)",
-    )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--json", metavar="FILE", help="write every time to a file")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
+    form = options()
+    args = _bench.parsed(form, arguments)
+    if min(args.rounds, args.profiled) < 1:
+        form.error("--rounds and --profiled: at least 1 each; the floor is made of profiled times.")
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else torch's profiler notes each start and stop
-    base = language_model(options.model)[0]
-    tokens = options.batch * options.tokens
+    base = language_model(args.model)[0]
+    tokens = args.batch * args.tokens
     if clash := [n for n, p in base.named_parameters() if p.ndim == 2 and tokens in p.shape]:
-        parser.error(f"--tokens: {tokens} tokens a step is also a size of {clash[0]}; take another number.")
-    ids = torch.randint(0, base.config.vocab_size, (options.batch, options.tokens))
-    both = subjects(base, options.ratio, options.level, options.seed)
-    clock = time.process_time if options.cpu_time else time.perf_counter
-    measure(both, ids, options.rounds, options.profiled, clock, options.keep)
-    report(both, [count(subject, ids) for subject in both], vars(options))
-
-
-def report(both: Sequence[Subject], work: Sequence[Work], options: Mapping[str, Any]) -> None:
-    """Print all tables, and write the file."""
-    console.print(
-        f"torch {torch.__version__}, cpu, {options['threads']} threads, {options['rounds']} rounds, "
-        f"{options['batch']} x {options['tokens']} tokens, HFT(ratio={options['ratio']}, "
-        f"level={options['level']!r}, seed={options['seed']})"
+        form.error(f"--tokens: {tokens} tokens a step is also a size of {clash[0]}; take another number.")
+    ids = torch.randint(0, base.config.vocab_size, (args.batch, args.tokens))
+    both = subjects(base, args.ratio, args.level, args.seed)
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    measure(both, ids, args.rounds, args.profiled, clock, args.keep)
+    work = [asdict(count(subject, ids)) for subject in both]
+    found = _bench.results(
+        form, args, floor=floors(both), work=work, subjects=[measured(subject) for subject in both]
     )
-    floor = floors(both)
-    for table in (_counted(work), _timed(both, floor), _profiled(both, floor), _operations(both, 10)):
-        console.print(table)
-    for subject, done in zip(both, work, strict=True):
-        found = sum(o.matrix is not None for o in subject.operations)
-        console.print(
-            f"{subject.name}: {found} products are weight gradients, of {done.matrices} trained matrices"
-        )
-    if options["json"]:
-        kept = [
-            {"name": s.name, "times": s.times, "faults": s.faults}
-            | {"kinds": {kind: s.kind(kind) for kind in _kinds(both)}}
-            for s in both
-        ]
-        with open(options["json"], "w") as file:
-            json.dump({"floor": floor, "work": [asdict(w) for w in work], "subjects": kept}, file)
+    console.print(_bench.heading(found))
+    tell(tables(found))
+
+
+def measured(subject: Subject) -> dict[str, Any]:
+    """A subject's numbers, for results; operations summed by kind, and by name where they are no product."""
+    kinds: dict[str, float] = {}
+    others: dict[str, tuple[float, int]] = {}
+    for o in subject.operations:
+        kinds[o.kind] = kinds.get(o.kind, 0.0) + o.seconds
+        if o.kind.startswith("backward") and not o.kind.endswith("gradients"):
+            name = f"{o.kind.removeprefix('backward: ')}: {o.name}"
+            seconds, calls = others.get(name, (0.0, 0))
+            others[name] = seconds + o.seconds, calls + 1
+    return {
+        "name": subject.name,
+        "times": subject.times,
+        "touched": {part: [n * mmap.PAGESIZE for n in faults] for part, faults in subject.faults.items()},
+        "kinds": kinds,
+        "others": others,
+        "products": sum(o.matrix is not None for o in subject.operations),
+    }
 
 
 if __name__ == "__main__":
