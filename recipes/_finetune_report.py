@@ -18,10 +18,9 @@ SHOWN = 3
 
 def line(arm: str, point: dict[str, float]) -> str:
     """A point of an arm's curve, while it trains."""
-    return (
-        f"{arm}, step {point['step']}: held out {point['held_out']:.3f}, drift {point['drift_general']:.3f} "
-        f"(general English), {point['drift_answers']:.3f} (its answers)"
-    )
+    general, answers = point["drift_general"], point["drift_answers"]
+    where = f"{general:.3f} (general), {answers:.3f} (answers)"
+    return f"{arm}, step {point['step']}: held out {point['held_out']:.3f}, drift {where}"
 
 
 def of(results: dict[str, Any], arm: str) -> list[dict[str, Any]]:

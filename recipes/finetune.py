@@ -100,7 +100,7 @@ def train(arm: str, seed: int, measures: Measures, args: Any, run: Run) -> dict[
         scheduler.load_state_dict(saved["scheduler"])
         log = saved["log"]
 
-    looked_at = {args.steps * part // 4 for part in (1, 2, 3, 4)}
+    looked_at = {args.steps * part // 3 for part in (1, 2, 3)}
     for step in run.steps(f"{arm}, seed {seed}", log["step"], args.steps):
         tokens = measures.data.batch(step, args.batch, seed)
         started = clock()

@@ -64,7 +64,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture
 def options(llama: Path, texts: tuple[Path, Path]) -> list[str]:
     data, general = map(str, texts)
-    small = ["--steps", "8", "--length", "32", "--eval-blocks", "4", "--lr", "0.01", "--answer-length", "6"]
+    small = ["--steps", "6", "--length", "32", "--eval-blocks", "4", "--lr", "0.01", "--answer-length", "6"]
     return ["--model", str(llama), "--data", data, "--general", general, *small]
 
 
@@ -77,15 +77,15 @@ def test_finetune(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
     finetune.main([*options, "--seeds", "2", "--arms", ",".join(every), "--out", str(tmp_path)])
     found = results(tmp_path)
     assert list(found["arms"]) == [f"{arm}/{seed}" for seed in (0, 1) for arm in every]
-    assert found["settings"]["steps"] == 8
+    assert found["settings"]["steps"] == 6
     assert found["environment"]["torch"] == torch.__version__
     before = found["before"]
     assert before["drift_general"] == pytest.approx(0, abs=1e-6)
     assert before["drift_answers"] == pytest.approx(0, abs=1e-6)
     assert before["same_tokens"] == 1
     for arm in found["arms"].values():
-        assert len(arm["loss"]) == 8
-        assert [point["step"] for point in arm["curve"]] == [2, 4, 6, 8]
+        assert len(arm["loss"]) == 6
+        assert [point["step"] for point in arm["curve"]] == [2, 4, 6]
         assert all(point["drift_general"] > 0 < point["drift_answers"] for point in arm["curve"])
         assert len(arm["answers"]) == len(before["answers"]) == 12
         assert arm["distance"] > 0
