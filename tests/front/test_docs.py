@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 import importlib
 import inspect
@@ -183,13 +184,18 @@ def test_readme_snippets_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     blocks += re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(blocks) >= 3
     monkeypatch.chdir(tmp_path)
-    model = nn.ModuleDict({"attn": nn.ModuleDict({"q_proj": nn.Linear(8, 8), "v_proj": nn.Linear(8, 8)})})
+    sizes = {"q_proj": (8, 8), "v_proj": (8, 8), "up_proj": (8, 16), "down_proj": (16, 8)}
+    block = nn.ModuleDict({"attn": nn.ModuleDict(), "mlp": nn.ModuleDict()})
+    for i, (name, size) in enumerate(sizes.items()):
+        block["mlp" if i > 1 else "attn"][name] = nn.Linear(*size)
+    model = nn.ModuleDict({"layers": nn.ModuleList([block, copy.deepcopy(block)])})
     for i, name in enumerate(("base", "tuned", "a", "b")):
         (tmp_path / name).mkdir()
         tensors = {key: t.detach() + 0.1 * i * torch.randn_like(t) for key, t in model.state_dict().items()}
         save_file(tensors, tmp_path / name / "model.safetensors")
-    names: dict[str, Any] = {"torch": torch, "nn": nn, "optx": optx, "model": model}
+    said = {"logits": torch.randn(3, 5), "target": torch.tensor([0, 4, 2])}
+    names: dict[str, Any] = {"torch": torch, "nn": nn, "optx": optx, **said}
     for block in blocks:
-        exec(block, names)
+        exec(block, names | {"model": copy.deepcopy(model)})
     assert (tmp_path / "pruned" / "model.safetensors").exists()
     assert (tmp_path / "merged" / "model.safetensors").exists()
