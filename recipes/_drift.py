@@ -75,9 +75,8 @@ def answers(model: Any, tokenizer: Any, asked: Sequence[str], longest: int) -> A
     padding = tokenizer.pad_token_id or 0
     left = torch.tensor([[padding] * (width - len(row)) + row for row in rows]).to(device())
     seen = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]).to(device())
-    options = {"do_sample": False, "max_new_tokens": longest, "pad_token_id": padding}
-    with _evaluated(model):
-        made = model.generate(left, attention_mask=seen, **options)[:, width:]
+    with _evaluated(model), _greedy(model, longest, padding):
+        made = model.generate(left, attention_mask=seen)[:, width:]
     replies = [_ended(row, _ends(model)) for row in made.tolist()]
     texts = [tokenizer.decode(reply, skip_special_tokens=True).strip() for reply in replies]
     whole = [row + reply for row, reply in zip(rows, replies, strict=True)]
@@ -95,6 +94,25 @@ def _tokens(tokenizer: Any, prompt: str) -> list[int]:
     message = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has them
+
+
+@contextmanager
+def _greedy(model: Any, longest: int, padding: int) -> Iterator[None]:
+    """The model without its own wishes for generation (beams, penalties), which are no greedy choice.
+
+    What is passed to `generate` would only be joined with them.
+    """
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    end = own.eos_token_id
+    model.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=longest, pad_token_id=padding, eos_token_id=end
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _ends(model: Any) -> set[int]:
@@ -160,8 +178,10 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
     """The model in eval mode; afterwards in the mode it was in."""
     training = model.training
     model.eval()
-    yield
-    model.train(training)
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _divergence(before: Tensor, after: Tensor) -> float:

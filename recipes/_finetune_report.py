@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE
 from rich.table import Table
+from rich.text import Text
 
 from . import _report
 from ._run import Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHOWN = 3
 """Answers that are shown; results.json has all."""
@@ -101,7 +106,7 @@ def report(run: Run, arms: Sequence[str]) -> None:
     results = run.results | {"arms": chosen}
     _answers(results)
     _report.tell(tables(results))
-    _draw(results, run)
+    _report.save(drawn(results), run.folder / "finetune.png")
 
 
 def _answers(results: dict[str, Any]) -> None:
@@ -112,21 +117,21 @@ def _answers(results: dict[str, Any]) -> None:
     for i, prompt in enumerate(before["prompts"][:SHOWN]):
         side_by_side = Table(box=SIMPLE)
         for name in told:
-            side_by_side.add_column(name, ratio=1, overflow="fold")
-        side_by_side.add_row(*(texts[i] for texts in told.values()))
-        _report.console.print(prompt, style="bold")
+            side_by_side.add_column(Text(name), ratio=1, overflow="fold")
+        side_by_side.add_row(*(Text(texts[i]) for texts in told.values()))
+        _report.console.print(Text(prompt, style="bold"))
         _report.console.print(side_by_side)
 
 
 _KINDS = {"drift_general": "on general English", "drift_answers": "on its own answers"}
 
 
-def _draw(results: dict[str, Any], run: Run) -> None:
+def drawn(results: dict[str, Any]) -> Figure:
     """Drift against held-out loss along training: a line per arm, the mean over seeds; thin ones per seed."""
     figure, axes = _report.canvas(len(_KINDS))
     before = {"step": 0} | results["before"]
     for ax, (kind, where) in zip(axes[0], _KINDS.items(), strict=True):
-        for colour, arm in zip(_report.COLOURS, arms_of(results), strict=False):
+        for colour, arm in zip(itertools.cycle(_report.COLOURS), arms_of(results), strict=False):
             curves = [[before, *found["curve"]] for found in of(results, arm)]
             for curve in curves if len(curves) > 1 else []:
                 ax.plot(*_points(curve, kind), color=colour, linewidth=0.6, alpha=0.5)
@@ -137,7 +142,7 @@ def _draw(results: dict[str, Any], run: Run) -> None:
         ax.set_ylim(bottom=0)
         _report.label(ax, f"Drift {where}", "loss on held-out text (right: learned more)", "nats a token")
     axes[0, 0].legend(frameon=False, fontsize=8, title="diamonds: after training", title_fontsize=8)
-    _report.save(figure, run.folder / "finetune.png")
+    return figure
 
 
 def _points(curve: Sequence[dict[str, float]], kind: str) -> tuple[list[float], list[float]]:

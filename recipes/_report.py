@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from optx._files import written_aside
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 console = Console(highlight=False)
 
 # Okabe and Ito's colours, told apart by most colour-blind readers.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def tell(tables: Iterable[Table]) -> None:
         for number, header in enumerate(headers):
             shown.add_column(header, justify="right" if number else "left", no_wrap=not number)
         for row in rows:
-            shown.add_row(*row)
+            shown.add_row(*map(Text, row))  # as it stands: brackets would be rich's markup
         # Not as the table's own title and caption: those are as narrow as it is.
         console.print(one.title, style="bold", markup=False)
         console.print(shown)

@@ -50,7 +50,7 @@ ARMS: dict[str, Callable[[Optimizer, nn.Module, int], Optimizer]] = {
 
 def arm_and_factor(text: str) -> tuple[str, float]:
     """An arm and what its rate is multiplied by: ``adamw@0.5`` is AdamW at half the rate."""
-    arm, _, factor = text.partition("@")
+    arm, _, factor = map(str.strip, text.partition("@"))
     try:
         number = float(factor or 1)
     except ValueError:
@@ -163,10 +163,13 @@ def options() -> ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the arms one after the other and report."""
     args = options().parse_args(argv)
-    arms = list(dict.fromkeys(name.strip() for name in args.arms.split(",") if name.strip()))
-    chosen(",".join(arm_and_factor(arm)[0] for arm in arms), ARMS)
+    asked_for = [arm_and_factor(name) for name in args.arms.split(",") if name.strip()]
+    chosen(",".join(arm for arm, _ in asked_for), ARMS)
+    arms = list(dict.fromkeys(arm if factor == 1 else f"{arm}@{factor:g}" for arm, factor in asked_for))
     asked = _drift.prompts(args.prompts)
     run = Run(args.out, settings_of(args), args.resume)
+    if "before" in run.results and run.results["before"]["prompts"] != list(asked):
+        raise SettingsError(f"--resume: the run in {args.out} asked other prompts than --prompts has now.")
     model, tokenizer = _assets.language_model(args.model)
     model.to(device())
     data = _text.load(tokenizer, args)

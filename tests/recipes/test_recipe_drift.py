@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from optx.recipes import _drift
 
@@ -116,6 +116,19 @@ def test_drift_is_the_divergence(model: Any) -> None:
     assert found["drift_answers"] == pytest.approx(over_all(each), rel=1e-4)
     assert found["same_tokens"] == sum(same_tokens) / len(same_tokens)
     assert 0 < found["same_tokens"] < 1
+
+
+@torch.no_grad()
+def test_answers_are_greedy_whatever_the_model_wishes(model: Any) -> None:
+    own = model.generation_config
+    expected = _drift.answers(model, Letters(), ASKED, longest=12)
+    wishes = {"num_beams": 3, "repetition_penalty": 2.0, "min_new_tokens": 9, "suppress_tokens": [4, 5, 6]}
+    model.generation_config = wishing = GenerationConfig(eos_token_id=END, **wishes)
+    try:
+        assert _drift.answers(model, Letters(), ASKED, longest=12).texts == expected.texts
+        assert model.generation_config is wishing
+    finally:
+        model.generation_config = own
 
 
 def test_prompts(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-from optx.recipes import _drift, _run, finetune, grokking
+from optx.recipes import _drift, _finetune_report, _run, finetune, grokking
 
 WORDS = (
     "the king is dead and the crown lies upon the ground while a cold wind blows from the sea " * 80
@@ -168,6 +168,36 @@ def test_unknown_arm_and_short_text(options: list[str], tmp_path: Path) -> None:
             finetune.main([*options, "--arms", f"adamw,adamw@{factor}", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match="has only"):
         finetune.main([*options, "--length", "100000", "--out", str(tmp_path)])
+
+
+def test_answers_and_prompts_are_shown_as_they_stand(
+    options: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Brackets are rich's markup elsewhere."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("[bold]hi[/nope] [/]")
+    said = lambda *_: ["x[/INST] w[b]"]  # noqa: E731
+    monkeypatch.setattr(_drift.Answers, "texts", property(said), raising=False)
+    arms = ["--arms", "adamw @0.50, adamw@.5, adamw+hft", "--prompts", str(prompts)]
+    finetune.main([*options, *arms, "--steps", "1", "--out", str(tmp_path / "out")])
+    shown = capsys.readouterr().out
+    assert shown.count("x[/INST]") >= 2
+    assert "[bold]hi[/nope] [/]" in shown
+    assert list(results(tmp_path / "out")["arms"]) == ["adamw@0.5/0", "adamw+hft/0"]
+    prompts.write_text("another")
+    with pytest.raises(SystemExit, match="asked other prompts than --prompts has now"):
+        finetune.main([*options, *arms, "--steps", "1", "--out", str(tmp_path / "out"), "--resume"])
+
+
+def test_every_arm_is_in_the_picture(options: list[str], tmp_path: Path) -> None:
+    arms = [f"adamw@{factor:g}" for factor in range(2, 11)]
+    finetune.main([*options, "--arms", ",".join(arms), "--steps", "1", "--out", str(tmp_path)])
+    run = _run.Run(tmp_path, results(tmp_path)["settings"], resume=True)
+    figure = _finetune_report.drawn(run.results)
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == arms
 
 
 @pytest.fixture
