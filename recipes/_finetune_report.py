@@ -60,8 +60,8 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         row("tokens kept", "{:.1%}", last("same_tokens")),
         row("general loss", "{:.3f}", last("general")),
         row("L2 moved", "{:.2f}", lambda found: found["distance"]),
-        row("gradients", "{:,.0f} MB", lambda found: found["gradient_bytes"] / 1e6),
-        row("optimizer state", "{:,.0f} MB", lambda found: found["state_bytes"] / 1e6),
+        row("gradients, MB", "{:,.0f}", lambda found: found["gradient_bytes"] / 1e6),
+        row("optimizer state, MB", "{:,.0f}", lambda found: found["state_bytes"] / 1e6),
         ratio("optimizer step", "optimizer_ms"),
         ratio("training step", "step_ms"),
     ]

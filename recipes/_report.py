@@ -55,7 +55,9 @@ def tell(tables: Iterable[Table]) -> None:
         headers, rows = one.laid()
         shown = RichTable(box=SIMPLE)
         for number, header in enumerate(headers):
-            shown.add_column(header, justify="right" if number else "left", no_wrap=not number)
+            shown.add_column(
+                header, justify="right" if number else "left", no_wrap=not number, overflow="fold"
+            )
         for row in rows:
             shown.add_row(*map(Text, row))  # as it stands: brackets would be rich's markup
         # Not as the table's own title and caption: those are as narrow as it is.

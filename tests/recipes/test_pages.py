@@ -29,7 +29,6 @@ PENDING = {
     "bench-hft",
     "bench-merge",
     "bench-step",
-    "finetune",
     "grokking",
     "merge",
 }
