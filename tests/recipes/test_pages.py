@@ -22,7 +22,6 @@ COMMITTED = sorted(file.stem for file in (ROOT / _pages.RESULTS).glob("*.json"))
 
 # Without committed results yet: what stands in their blocks was typed by hand.
 PENDING = {
-    "adapt",
     "audit",
     "bench-attach",
     "bench-delta",
