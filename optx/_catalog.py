@@ -1,24 +1,27 @@
 """What optx offers, read off its own public names and docstrings: nothing here is kept by hand.
 
 A method is whatever is public and names its paper, by ``Source: ...`` in its docstring; what it does is the
-first line.
+first line, and what else a person may call it or look for is in ``Keywords: ...``.
 """
 
 from __future__ import annotations
 
 import ast
+import difflib
+import doctest
 import importlib.metadata
 import inspect
 import pkgutil
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 # The five verbs, by where a method is public, else by the package that it lives in.
 _VERBS = {
     "optx.transforms": "wrap",
+    "optx.step": "wrap",
     "optx.inject": "attach",
     "optx.signal": "loss",
     "optx.delta": "delta",
@@ -47,6 +50,8 @@ class Entry:
         summary: the first line of its docstring.
         paper: an arXiv number where its source has one, else the source's title; empty if it names none.
         use: one line of code, or the command.
+        keywords: what else it is called or looked for by.
+        text: its whole docstring.
     """
 
     name: str
@@ -54,6 +59,8 @@ class Entry:
     summary: str
     paper: str
     use: str
+    keywords: tuple[str, ...] = ()
+    text: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True)
@@ -62,34 +69,85 @@ class Card:
 
     Attributes:
         entry: its line in the list.
-        signature: how it is called, with the defaults.
+        calls: how it is called: with all defaults, and in its verb.
+        example: its docstring's, as a file would have it, with what it prints as comments.
+        short: what a person needs in order to call it: what it does, limits, the paper's values, arguments.
         body: its docstring from the second paragraph on.
         links: where its papers are.
         shown: the commands of the recipes that use it.
+        also: other methods that have the word in their names by which this one was asked for.
     """
 
     entry: Entry
-    signature: str
+    calls: list[str]
+    example: str
+    short: list[str]
     body: str
     links: list[str]
     shown: list[str]
+    also: list[str]
 
 
 def card(name: str) -> Card | None:
-    """A method by its name, in whatever case and with or without ``optx.``; None if there is none."""
+    """A method by its name or by a keyword that it alone has, in whatever case, with or without ``optx.``."""
     plain = name.removeprefix("optx.").lower()
-    for thing, entry in _methods():
-        if entry.name.lower() != plain:
-            continue
-        doc = inspect.getdoc(thing) or ""
-        source = _source(doc)
-        links = [f"https://arxiv.org/abs/{n}" for n in dict.fromkeys(_NUMBER.findall(source))]
-        links += re.findall(r"https?://[^\s,;)]+", source)
-        used = re.compile(rf"\boptx\.{re.escape(entry.name)}\b")
-        shown = [f"optx run {recipe}" for recipe, text in _recipe_texts() if used.search(text)]
-        signature = f"optx.{entry.name}{_defaults(thing)}"
-        return Card(entry, signature, doc.partition("\n")[2].strip(), links, shown)
-    return None
+    found = _named(plain)
+    if found is None:
+        return None
+    thing, entry = found
+    source = _source(entry.text)
+    links = [f"https://arxiv.org/abs/{n}" for n in dict.fromkeys(_NUMBER.findall(source))]
+    links += re.findall(r"https?://[^\s,;)]+", source)
+    used = re.compile(rf"\boptx\.{re.escape(entry.name)}\b")
+    shown = [f"optx run {recipe}" for recipe, text in _recipe_texts() if used.search(text)]
+    also = [other.name for other in methods() if plain in other.name.lower() and other.name != entry.name]
+    body = entry.text.partition("\n")[2].strip()
+    return Card(
+        entry, _calls(thing, entry), _example(entry.text), _short(entry.text), body, links, shown, also
+    )
+
+
+def _named(plain: str) -> tuple[Any, Entry] | None:
+    """By the whole name, else by its last part, else by a keyword, if one method alone has it."""
+    every = _methods()
+    whole = [pair for pair in every if pair[1].name.lower() == plain]
+    last = [pair for pair in every if pair[1].name.lower().rpartition(".")[2] == plain]
+    keyword = [pair for pair in every if plain in map(str.lower, pair[1].keywords)]
+    return next((found[0] for found in (whole, last, keyword) if len(found) == 1), None)
+
+
+def similar(name: str) -> list[str]:
+    """Methods that a name is a slip of the fingers for; of three letters, two alike are none."""
+    names = {entry.name.lower(): entry.name for entry in methods()}
+    close = difflib.get_close_matches(name.removeprefix("optx.").lower(), names, n=3, cutoff=0.7)
+    return [names[one] for one in close]
+
+
+def search(word: str) -> tuple[list[Entry], list[Entry]]:
+    """What has a word (or several in a row) in its name, first line, keywords or paper; names first.
+
+    And what has it elsewhere in its docstring only. Words of up to three letters are found whole, others
+    where a word begins: "SAM" is not in "sample", and "grok" is in "grokking".
+    """
+    body = r"[\s-]+".join(re.escape(part) for part in re.split(r"[\s-]+", word.strip()))
+    end = r"(?!\w)" if len(word.strip()) <= 3 else ""
+    pattern = re.compile(rf"(?<!\w){body}{end}", re.IGNORECASE)
+    every = [*methods(), *functions(), *recipes()]
+    named = [entry for entry in every if word.strip().lower() in entry.name.lower()]
+    headed = [e for e in every if pattern.search(" | ".join([e.summary, e.paper, *e.keywords]))]
+    first = [*named, *(entry for entry in headed if entry not in named)]
+    return first, [entry for entry in every if entry not in first and pattern.search(entry.text)]
+
+
+def functions() -> list[Entry]:
+    """The public functions that implement no paper: what methods are used with."""
+    known = {thing for thing, _ in _methods()}
+    found = [(name, thing, inspect.getdoc(thing) or "") for name, thing in public() if "." not in name]
+    return [
+        Entry(name, _verb(thing) or "wrap", _first_line(doc), "", _use(name, thing), _keywords(doc), doc)
+        for name, thing, doc in found
+        if inspect.isfunction(thing) and thing not in known
+    ]
 
 
 def methods() -> list[Entry]:
@@ -116,7 +174,8 @@ def _methods() -> list[tuple[Any, Entry]]:
         doc = inspect.getdoc(thing) or ""
         verb = _VERBS.get(f"optx.{name.partition('.')[0]}") or _verb(thing)
         if verb and callable(thing) and thing not in found and _source(doc):
-            found[thing] = Entry(name, verb, _first_line(doc), _arxiv(doc), _use(name, thing))
+            line, use = _first_line(doc), _use(name, thing)
+            found[thing] = Entry(name, verb, line, _arxiv(doc), use, _keywords(doc), doc)
     return list(found.items())
 
 
@@ -131,7 +190,7 @@ def _operations() -> Iterator[tuple[str, Any]]:
 def recipes() -> list[Entry]:
     """The recipes, without importing them (each imports what it needs to run)."""
     return [
-        Entry(name, "run", _first_line(doc), _arxiv(doc), f"optx run {name}")
+        Entry(name, "run", _first_line(doc), _arxiv(doc), f"optx run {name}", _keywords(doc), doc)
         for name, text in _recipe_texts()
         for doc in (ast.get_docstring(ast.parse(text)) or "",)
     ]
@@ -179,6 +238,41 @@ def _source(doc: str) -> str:
     return " ".join(source.group(1).split()) if source else ""
 
 
+_TITLES = (
+    *("Args", "Attributes", "Group keys", "Returns", "Raises", "Example"),
+    *("Paper values", "Limits", "Evidence", "Keywords", "Source"),
+)
+
+
+def sections(doc: str) -> list[tuple[str, str]]:
+    """A docstring's parts, each with its title: of plain paragraphs, none."""
+    title = re.compile(rf"({'|'.join(_TITLES)})\b[^:\n]*:")
+    parts = re.split(r"\n\s*\n(?=\S)", doc.strip())
+    return [(found[1] if (found := title.match(part)) else "", part) for part in parts]
+
+
+def _short(doc: str) -> list[str]:
+    """The paragraph after the first line, limits, the paper's values and arguments, if there are any."""
+    parts = sections(doc)
+    opening = [text for title, text in parts[1:2] if not title]
+    titled = {title: text for title, text in parts if title}
+    return opening + [titled[title] for title in ("Limits", "Paper values", "Args") if title in titled]
+
+
+def _example(doc: str) -> str:
+    """The docstring's example without prompts."""
+    text = dict(sections(doc)).get("Example", "")
+    lines: list[str] = []
+    for one in doctest.DocTestParser().get_examples(text):
+        lines += [one.source.rstrip(), *(f"# {line}" for line in one.want.splitlines())]
+    return "\n".join(lines)
+
+
+def _keywords(doc: str) -> tuple[str, ...]:
+    line = " ".join(dict(sections(doc)).get("Keywords", "").removeprefix("Keywords:").split())
+    return tuple(word.strip() for word in line.rstrip(".").split(",") if word.strip())
+
+
 def _arxiv(doc: str) -> str:
     """The source that a docstring names: its arXiv numbers, else the line."""
     text = _source(doc)
@@ -188,13 +282,27 @@ def _arxiv(doc: str) -> str:
 
 def _use(name: str, thing: Any) -> str:
     owner, _, last = name.rpartition(".")
-    bound = len(_parameters(thing)) < len(inspect.signature(thing).parameters)  # on an object
-    called = f"{_OBJECTS.get(owner, owner.lower())}.{last}" if bound else f"optx.{name}"
+    called = f"{_OBJECTS.get(owner, owner.lower())}.{last}" if _is_bound(thing) else f"optx.{name}"
     call = f"{called}({', '.join(_required(thing))})"
     if forward := getattr(thing, "forward", None):
         return f"{call}({', '.join(_required(forward))})"
     kinds = [kind.__name__ for kind in getattr(thing, "__mro__", ())]
     return next((_FRAMES[kind] for kind in kinds if kind in _FRAMES), "{}").format(call)
+
+
+def _calls(thing: Any, entry: Entry) -> list[str]:
+    """With the defaults, and in its verb where that says more; an operation after what makes its object."""
+    owner, _, last = entry.name.rpartition(".")
+    if _is_bound(thing):
+        return [f"{owner.lower()} = {_OBJECTS[owner]}", f"{owner.lower()}.{last}{_defaults(thing)}"]
+    full = f"optx.{entry.name}{_defaults(thing)}"
+    bare = f"optx.{entry.name}({', '.join(_required(thing))})"
+    return [full] if entry.use == bare else [entry.use, full]
+
+
+def _is_bound(thing: Any) -> bool:
+    """Whether it is called on an object."""
+    return len(_parameters(thing)) < len(inspect.signature(thing).parameters)
 
 
 def _defaults(thing: Any) -> inspect.Signature:

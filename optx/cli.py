@@ -57,7 +57,7 @@ def run(context: typer.Context, recipe: Annotated[str, typer.Argument(help="its 
     names = [entry.name for entry in _catalog.recipes()]
     if recipe in ("", "--help", "-h"):
         typer.echo("Usage: optx run RECIPE [options]; optx run RECIPE --help lists its options.\n")
-        _show("Recipes", _catalog.recipes())
+        _show("Recipes", _catalog.recipes(), long=True)
         return
     if recipe not in names:
         raise _stop(f"optx run: there is no recipe {recipe!r}. {near(recipe, names)}", 2)
@@ -73,35 +73,65 @@ def run(context: typer.Context, recipe: Annotated[str, typer.Argument(help="its 
 
 
 @app.command("list")
-def list_(word: Annotated[str, typer.Argument(help="only what has this word in its lines")] = "") -> None:
-    """List the methods and the recipes: what each does, where it comes from, how it is used."""
-    wanted = word.lower()
-    lists = {"Methods": _catalog.methods(), "Recipes": _catalog.recipes()}
-    having = {t: [e for e in entries if wanted in str(e).lower()] for t, entries in lists.items()}
-    if not any(having.values()):
-        raise _stop(f"optx list: no method or recipe has {word!r} in its lines.")
-    for title, entries in having.items():
+def list_(
+    word: Annotated[str, typer.Argument(help="only what has it in its name or card; names come first")] = "",
+    long: Annotated[bool, typer.Option("--long", help="each with its paper and a line of code")] = False,
+) -> None:
+    """List the methods and the recipes, one line each; with a word, those that have to do with it."""
+    methods, recipes, told = _catalog.methods(), _catalog.recipes(), list[_catalog.Entry]()
+    if word.strip():
+        found, told = _catalog.search(word)
+        found, told = (found, told) if found else (told, [])
+        if not found:
+            raise _stop(f"optx list: no method for {word!r}; {_NONE}")
+        methods = [entry for entry in found if entry.verb != "run"]
+        recipes = [entry for entry in found if entry.verb == "run"]
+    for title, entries in (("Methods", methods), ("Recipes", recipes)):
         if entries:
-            _show(title, entries)
+            _show(title, entries, long)
+    if told:
+        _say(Text(f"In the cards of: {', '.join(entry.name for entry in told)}.", "dim"))
 
 
 @app.command()
-def show(method: Annotated[str, typer.Argument(help="its name, as optx list has it")]) -> None:
-    """Show a method: what it does, its arguments with the paper's values, a line to run, its paper."""
+def show(
+    method: Annotated[str, typer.Argument(help="its name, as optx list has it, or what else it is called")],
+    long: Annotated[bool, typer.Option("--long", help="the whole docstring")] = False,
+) -> None:
+    """Show a method: how it is called, an example that runs, limits, the paper's values, arguments."""
     card = _catalog.card(method)
     if card is None:
-        names = [entry.name for entry in _catalog.methods()]
-        raise _stop(f"optx show: there is no method {method!r}. {near(method, names)}", 2)
-    console = Console(highlight=False)
+        raise _stop(f"optx show: there is no method {method!r}; {_instead(method)}", 2)
     entry = card.entry
-    console.print(Text.assemble((entry.name, "bold"), "  ", (entry.verb, "cyan"), "  ", (entry.paper, "dim")))
-    console.print(Text(entry.summary), soft_wrap=True)
-    for text, style in ((card.signature, ""), (entry.use, "green"), (card.body, "")):
-        console.print(Text(f"\n{textwrap.indent(text, '    ')}", style), soft_wrap=True)
-    console.print()
-    for label, lines in (("paper", card.links), ("run", card.shown)):
+    _say(Text.assemble((entry.name, "bold"), "  ", (entry.verb, "cyan"), "  ", (entry.paper, "dim")))
+    _say(Text(entry.summary))
+    calls = (("\n".join(card.calls), "green"), (card.example, "green"))
+    for text, style in (*calls, *((part, "") for part in ([card.body] if long else card.short))):
+        _say(Text(f"\n{textwrap.indent(text, '    ')}", style))
+    more = [] if long else [f"optx show {entry.name} --long"]
+    also = [", ".join(card.also)] if card.also else []
+    _say(Text())
+    for label, lines in (("paper", card.links), ("run", card.shown), ("more", more), ("also", also)):
         for line in lines:
-            console.print(Text(f"    {label:<7}{line}", "dim"), soft_wrap=True)
+            _say(Text(f"    {label:<7}{line}", "dim"))
+
+
+# What a person is told who looks for what is not here.
+_NONE = "optx has none, your own takes twenty lines: .github/CONTRIBUTING.md."
+
+
+def _instead(method: str) -> str:
+    """What may be meant by a name that no method has."""
+    if close := _catalog.similar(method):
+        return f"near: {', '.join(map(repr, close))}."
+    found, told = _catalog.search(method)
+    names = ", ".join(entry.name for entry in (found or told)[:5])
+    return f"`optx list {method}` finds {names}." if names else _NONE
+
+
+def _say(text: Text) -> None:
+    """Print a line as it is, however wide the terminal."""
+    Console(highlight=False).print(text, soft_wrap=True)
 
 
 @bench.command("step", context_settings={**_PASS_ON, "help_option_names": []})
@@ -172,14 +202,22 @@ def _need(extra: str, sentence: str) -> None:
         )
 
 
-def _show(title: str, entries: list[_catalog.Entry]) -> None:
+def _show(title: str, entries: list[_catalog.Entry], long: bool) -> None:
+    """One line an entry, as wide as the terminal; or its paper, its whole first line and its use."""
     console = Console(highlight=False)
     console.print(f"[bold underline]{title}")
+    width = max(len(entry.name) for entry in entries)
     for entry in entries:
+        if not long:
+            room = max(20, console.width - width - 10)
+            line = textwrap.shorten(entry.summary, room, placeholder=" …")
+            name, verb = f"{entry.name:<{width}}", f"{entry.verb:<6}"
+            console.print(Text.assemble((name, "bold"), "  ", (verb, "cyan"), "  ", line), soft_wrap=True)
+            continue
         head = Text.assemble((entry.name, "bold"), "  ", (entry.verb, "cyan"), "  ", (entry.paper, "dim"))
         console.print(head)
-        for line in (Text(entry.summary), Text(entry.use, "green")):
-            console.print(Padding(line, (0, 0, 0, 4)))
+        for part in (Text(entry.summary), Text(entry.use, "green")):
+            console.print(Padding(part, (0, 0, 0, 4)))
     console.print()
 
 

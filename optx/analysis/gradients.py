@@ -37,6 +37,8 @@ def nlm_alignment(model: nn.Module) -> dict[str, float]:
 
     Limits: It reads gradients as they are: after clipping or a transform they are no longer the loss's.
 
+    Keywords: naive loss minimisation, grokking, overfitting, diagnostics.
+
     Evidence: ``optx run grokking``; ``test_analysis.py``.
 
     Source: "Grokking at the Edge of Numerical Stability", arXiv 2501.04697, section 3.
@@ -45,11 +47,11 @@ def nlm_alignment(model: nn.Module) -> dict[str, float]:
         OptxError: no parameter has a gradient.
 
     Example:
-        >>> import torch
+        >>> import torch, optx
         >>> layer = torch.nn.Linear(2, 1, bias=False)
         >>> layer.weight.data = torch.tensor([[3.0, 4.0]])
         >>> layer.weight.grad = torch.tensor([[-3.0, -4.0]])
-        >>> nlm_alignment(layer)
+        >>> optx.analysis.nlm_alignment(layer)
         {'weight': 1.0}
     """
     with torch.no_grad():
@@ -88,6 +90,8 @@ def grad_norms(handle: Handle) -> dict[str, float]:
         There is nothing to set.
 
     Limits: One step's gradients: look at several.
+
+    Keywords: vanishing gradients, depth, diagnostics.
 
     Evidence: ``test_analysis.py``; no recipe.
 

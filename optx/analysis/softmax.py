@@ -34,6 +34,8 @@ def softmax_collapse(logits: Tensor, target: Tensor, ignore_index: int = -100) -
 
     Limits: Only of classes; it says that gradients are gone, not why logits grew.
 
+    Keywords: grokking, numerical stability, float16, bf16, bfloat16, diagnostics.
+
     Evidence: ``optx run grokking``; ``test_analysis.py``.
 
     Source: "Grokking at the Edge of Numerical Stability", arXiv 2501.04697, definition 2.
@@ -44,9 +46,9 @@ def softmax_collapse(logits: Tensor, target: Tensor, ignore_index: int = -100) -
         IndexError: a class number is out of range.
 
     Example:
-        >>> import torch
+        >>> import torch, optx
         >>> logits = torch.tensor([[20.0, 0.0, 0.0], [2.0, 0.0, 0.0]])
-        >>> softmax_collapse(logits, torch.tensor([0, 0]))
+        >>> optx.analysis.softmax_collapse(logits, torch.tensor([0, 0]))
         0.5
     """
     class_dim = 0 if logits.ndim == 1 else 1

@@ -125,6 +125,8 @@ class Delta(Prunable):
         Limits: Linear layers only. Factors that are pruned apart lose their low rank's advantage: they are
         saved entry by entry.
 
+        Keywords: LoRA, PEFT, adapters, pruning.
+
         Evidence: ``test_delta_lora.py``; no recipe.
 
         Raises:

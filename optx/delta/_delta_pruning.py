@@ -57,6 +57,8 @@ class Prunable(Difference):
         Limits: Random: another seed is another model. Where changes are large, importance (`wanda`) keeps
         more.
 
+        Keywords: DARE, DAREx-q, DPP, pruning, sparse, random, delta parameters.
+
         Evidence: ``optx run merge``; ``test_prune.py``.
 
         Raises:
@@ -98,6 +100,8 @@ class Prunable(Difference):
                 changes that are large; it has no number but p.
 
         Limits: A tensor at a time is in memory. What is kept is not rescaled.
+
+        Keywords: pruning, sparse, importance.
 
         Evidence: ``optx run merge``; ``test_prune.py``.
 
@@ -142,6 +146,8 @@ class Prunable(Difference):
 
         Limits: It needs inputs, and a tensor at a time in memory. What is kept is not rescaled.
 
+        Keywords: Wanda, pruning, sparse, importance.
+
         Evidence: ``optx run merge``; ``test_prune.py``.
 
         Example:
@@ -179,7 +185,8 @@ class Prunable(Difference):
     ) -> Self:
         """Keep round((1-p) d_in) random columns of each matrix, the same for all its rows, divided by q.
 
-        `save` stores the columns that are left. Tensors of one dimension keep their whole change.
+        How many columns the paper keeps could not be checked: this follows its idea. `save` stores the
+        columns that are left. Tensors of one dimension keep their whole change.
 
         Args:
             p: share DROPPED, in [0, 1); one column at least is kept.
@@ -195,6 +202,8 @@ class Prunable(Difference):
             checked.
 
         Limits: Much coarser than `dare` at the same p: whole inputs go.
+
+        Keywords: pruning, sparse, structured, columns.
 
         Evidence: ``test_prune.py``; no recipe.
 
@@ -276,6 +285,8 @@ class Prunable(Difference):
 
         Limits: ``"output"`` and ``"val"`` run the model for each value and mask. At moderate p the best q is
         1 - p: the search pays at extreme ones.
+
+        Keywords: DAREx, DAREx-q, pruning, rescaling, sparse.
 
         Evidence: ``optx run merge``; ``test_prune.py``, ``test_learn_q.py``.
 

@@ -26,6 +26,8 @@ def shallowest(model: nn.Module, count: int) -> list[str]:
 
     Limits: It goes by the order of the state dict, which is not always the order of the computation.
 
+    Keywords: RWS, robustness, first layers.
+
     Evidence: ``optx run merge``; ``test_rws.py``.
 
     Raises:

@@ -70,15 +70,17 @@ def input_stats(model: nn.Module, batches: Iterable[Any]) -> dict[str, InputStat
 
     Limits: Linear layers only, and what they are given in these batches.
 
+    Keywords: Wanda, activations, calibration, importance.
+
     Evidence: ``optx run merge``; ``test_prune.py``.
 
     Raises:
         OptxError: there is no batch, or no linear layer was called.
 
     Example:
-        >>> import torch
+        >>> import torch, optx
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2, bias=False))
-        >>> found = input_stats(model, [torch.tensor([[1.0, 4.0, 0.5], [2.0, 3.0, 0.5]])])
+        >>> found = optx.analysis.input_stats(model, [torch.tensor([[1.0, 4.0, 0.5], [2.0, 3.0, 0.5]])])
         >>> found["0.weight"].norm
         tensor([2.2361, 5.0000, 0.7071])
 

@@ -293,6 +293,8 @@ def patch(
     Limits: Clean accuracy falls as the corrupted one rises. A network with batch norms needs
     `Patch.recalibrate`.
 
+    Keywords: RWS, robustness, corruptions, weight signatures.
+
     Evidence: ``optx run merge``; ``test_rws.py``.
 
     Raises:

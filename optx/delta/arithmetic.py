@@ -29,6 +29,8 @@ class TaskArithmetic(MergeMethod):
 
     Limits: Changes that contradict each other cancel; nothing is done about it (see `optx.TIES`, `optx.PCB`).
 
+    Keywords: task vectors, model soup, averaging, merging, unlearning.
+
     Evidence: ``optx run merge``; ``test_merge.py``, ``test_merge_peers.py``.
 
     Raises:

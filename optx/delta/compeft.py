@@ -51,6 +51,8 @@ class ComPEFT:
 
     Limits: One scale for the whole delta: where changes are large (a weak base), much of them is lost.
 
+    Keywords: compression, sparse, ternary, quantisation, memory.
+
     Evidence: ``test_compeft.py``, ``test_golomb.py``; no recipe.
 
     Raises:
@@ -118,6 +120,8 @@ def compress(
         ``start=1.0``: (IA)³'s scales. `ComPEFT` has the others.
 
     Limits: As of `ComPEFT`.
+
+    Keywords: ComPEFT, compression, sparse, ternary, quantisation, memory.
 
     Evidence: ``test_compeft.py``, ``test_golomb.py``; no recipe.
 

@@ -91,7 +91,8 @@ class DARELinear(_DARE):
     base + lam * sum of w_i m_i (model_i - base) / (1 - p), m_i being 0 with probability p, else 1.
 
     Args:
-        p: share of the entries DROPPED, in [0, 1); one number for each model, or for all.
+        p: share of the entries DROPPED, in [0, 1); one number for each model, or for all. mergekit's YAML
+            has the share that is kept: ``density: 0.1`` there is ``p=0.9`` here.
         lam: scale of the merged change.
         weights: one number for each model, or one for all.
         seed: of the masks. They depend on it, on the model's place in the list (model i has the mask of
@@ -107,6 +108,8 @@ class DARELinear(_DARE):
         ``p=0.2, lam=1.0``: WizardLM-13B and WizardMath-13B merged (authors' README).
 
     Limits: Random: another seed is another model. At a p of 0.99 small models lose much; see `Delta.find_q`.
+
+    Keywords: DARE, dare_linear, merging, sparse, dropping.
 
     Evidence: ``optx run merge``; ``test_merge.py``, ``test_merge_peers.py``.
 
@@ -131,7 +134,8 @@ class DARETIES(_DARE):
     As `DARELinear`, without the entries whose sign is not that of their weighted sum over the models.
 
     Args:
-        p: share of the entries DROPPED, in [0, 1); one number for each model, or for all.
+        p: share of the entries DROPPED, in [0, 1); one number for each model, or for all. mergekit's YAML
+            has the share that is kept: ``density: 0.1`` there is ``p=0.9`` here.
         lam: scale of the merged change.
         weights: one number for each model, or one for all; they count in the election.
         seed: of the masks; see `DARELinear`.
@@ -144,6 +148,8 @@ class DARETIES(_DARE):
             does after; TIES's own trimming is off here.
 
     Limits: Random: another seed is another model.
+
+    Keywords: DARE, dare_ties, merging, sparse, dropping.
 
     Evidence: ``optx run merge``; ``test_merge.py``, ``test_merge_peers.py``.
 

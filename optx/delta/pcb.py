@@ -60,6 +60,8 @@ class PCB(MergeMethod):
     Limits: Its sums over the whole model take four passes over the files. On tasks that contradict each other
     much, plain task arithmetic may do better.
 
+    Keywords: PCB-Merging, merging, parameter competition, interference.
+
     Evidence: ``optx run merge``; ``test_pcb.py``.
 
     Raises:

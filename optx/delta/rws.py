@@ -152,6 +152,8 @@ def extract(
     Limits: One signature is against one corruption. That shallow layers suffice is the paper's finding on
     VGG16 and ResNet50, not a law.
 
+    Keywords: RWS, robust weight signatures, robustness, corruptions.
+
     Evidence: ``optx run merge``; ``test_rws.py``.
 
     Raises:

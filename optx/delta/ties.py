@@ -66,6 +66,8 @@ class TIES(MergeMethod):
 
     Limits: How well it does depends on ``lam`` as much as on the election: see `optx.search`.
 
+    Keywords: merging, sign election, trimming, sparse, interference.
+
     Evidence: ``optx run merge``; ``test_merge.py``, ``test_merge_peers.py``.
 
     Raises:

@@ -52,6 +52,8 @@ class SequentialAdapter(Bottleneck):
 
     Limits: Not linear, so it can't be merged; it runs behind its sub-layer, not beside it.
 
+    Keywords: Houlsby, Pfeiffer, PEFT, adapters, bottleneck, parameter-efficient fine-tuning.
+
     Evidence: ``test_adapters.py``, ``test_adapter_files.py``; no recipe.
 
     Raises:
@@ -101,6 +103,8 @@ class ParallelAdapter(Bottleneck):
             on with the scaled form: see `optx.ScaledParallelAdapter`.
 
     Limits: Can be merged only with ``form="linear"`` on one Linear.
+
+    Keywords: PEFT, adapters, bottleneck, parameter-efficient fine-tuning.
 
     Evidence: ``test_adapters.py``, ``test_adapter_files.py``; no recipe.
 
@@ -154,6 +158,8 @@ class ScaledParallelAdapter(Bottleneck):
 
     Limits: As of `optx.ParallelAdapter`. The scale multiplies W_up's gradients too, so it works as a learning
     rate.
+
+    Keywords: PEFT, adapters, bottleneck, parameter-efficient fine-tuning.
 
     Evidence: ``test_adapters.py``, ``test_adapter_files.py``; within `optx.MAM`, ``optx run adapt``.
 

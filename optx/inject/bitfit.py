@@ -57,6 +57,8 @@ class BitFit(Injection):
 
     Limits: A model without biases (Llama) has nothing to train.
 
+    Keywords: PEFT, bias, sparse, memory, parameter-efficient fine-tuning.
+
     Evidence: ``optx run adapt``; ``test_adapters.py``, ``test_attach.py``.
 
     Example:

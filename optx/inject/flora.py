@@ -173,6 +173,8 @@ class FLoRA(Injection):
 
     Limits: On a matrix it reaches the same updates as a LoRA of rank J; only how they are trained differs.
 
+    Keywords: PEFT, Tucker, tensor decomposition, convolutions, low rank, parameter-efficient fine-tuning.
+
     Evidence: ``optx run adapt``; ``test_flora.py``.
 
     Raises:

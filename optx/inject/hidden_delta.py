@@ -78,6 +78,8 @@ class HiddenDelta(HiddenDeltaOptions, Injection):
 
     Limits: Only ``form="linear"`` on one Linear can be merged; ``"gated"`` is for attention heads.
 
+    Keywords: PEFT, adapters, unified view, parameter-efficient fine-tuning.
+
     Evidence: ``test_adapters.py``, ``test_prefix.py``; no recipe of its own.
 
     Raises:

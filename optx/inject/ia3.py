@@ -119,6 +119,8 @@ class IA3(Injection):
 
     Limits: It scales what is there and adds nothing: the smallest budget, and the least room.
 
+    Keywords: (IA)³, (IA)^3, T-Few, PEFT, parameter-efficient fine-tuning.
+
     Evidence: ``test_ia3.py``, ``test_peft_io.py``; no recipe.
 
     Raises:

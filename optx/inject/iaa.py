@@ -35,6 +35,9 @@ from optx.inject.adapters import SequentialAdapter
 class Aside(AsideOptions, Injection):
     """Small modules alongside the layers, joined into one trained path from the first layer to the last.
 
+    Rebuilt from the paper's idea: its own equations were not at hand, so don't take numbers made with this
+    for the paper's.
+
     Adapters inside layers get their gradient through all frozen layers above. These don't: at the start,
     every one of them gets the gradient of the last layer's output, as it is.
 
@@ -67,6 +70,8 @@ class Aside(AsideOptions, Injection):
 
     Limits: The wiring is rebuilt from the paper's idea: its own equations were not at hand. Not linear, so it
     can't be merged.
+
+    Keywords: IAA, side tuning, PEFT, parameter-efficient fine-tuning.
 
     Evidence: ``test_iaa.py``, ``test_aside_stream.py``; no recipe.
 
@@ -140,6 +145,9 @@ class Aside(AsideOptions, Injection):
 class IAA(Composite):
     """Inside and alongside adapters: `optx.SequentialAdapter` in the layers, `optx.Aside` beside them.
 
+    The part beside the layers is rebuilt from the paper's idea: its own equations were not at hand, so don't
+    take numbers made with this for the paper's.
+
     Args:
         rank: width of the bottlenecks inside, behind attention and behind the FFN.
         aside: width of those alongside.
@@ -156,6 +164,8 @@ class IAA(Composite):
         checked. ``rank=16, aside=16`` (the defaults) are 0.8 % of BERT-base.
 
     Limits: As of `optx.Aside`: the wiring is rebuilt from the paper's idea, and it can't be merged.
+
+    Keywords: PEFT, adapters, parameter-efficient fine-tuning.
 
     Evidence: ``test_iaa.py``, ``test_aside_stream.py``; no recipe.
 

@@ -332,6 +332,8 @@ class LoRA(Injection):
     Limits: DoRA is computed from the whole weight at every call, so it takes longer than LoRA. Tied weights
     are merged only with ``untie=True``.
 
+    Keywords: rsLoRA, DoRA, PEFT, low rank, memory, parameter-efficient fine-tuning.
+
     Evidence: ``optx run adapt``; ``test_lora.py``, ``test_peft_io.py``, ``test_peft_read.py``.
 
     Raises:

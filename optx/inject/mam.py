@@ -37,6 +37,8 @@ class MAM(Composite):
     Limits: The prefix needs attention that calls torch's scaled_dot_product_attention. Nothing of it can be
     merged.
 
+    Keywords: mix-and-match, PEFT, adapters, prefix tuning, parameter-efficient fine-tuning.
+
     Evidence: ``optx run adapt``; ``test_adapters.py``, ``test_prefix.py``.
 
     Raises:

@@ -38,6 +38,8 @@ class MultiHeadParallelAdapter(Choice):
     Limits: As of `optx.PrefixTuning`: attention must call torch's scaled_dot_product_attention. It can't be
     merged.
 
+    Keywords: PEFT, adapters, attention heads, parameter-efficient fine-tuning.
+
     Evidence: ``test_prefix.py``; no recipe.
 
     Raises:

@@ -45,6 +45,8 @@ class PrefixTuning(Choice):
     Limits: It changes outputs from the start and shrinks the pretrained attention's share. It can't be
     merged.
 
+    Keywords: P-tuning v2, prompt tuning, soft prompts, PEFT, parameter-efficient fine-tuning.
+
     Evidence: ``test_prefix.py``, ``test_peft_prefix.py``; within `optx.MAM`, ``optx run adapt``.
 
     Raises:

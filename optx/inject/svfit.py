@@ -157,6 +157,8 @@ class SVFit(Injection):
     Limits: It can't turn singular directions, only weigh them. The frozen directions take about twice the
     memory of the weight at full rank; a kept copy comes on top while merged.
 
+    Keywords: PEFT, SVD, singular values, parameter-efficient fine-tuning.
+
     Evidence: ``optx run adapt``; ``test_svfit.py``.
 
     Raises:

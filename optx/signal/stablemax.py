@@ -114,6 +114,8 @@ class StableMaxCrossEntropy(nn.Module):
     Limits: It changes when adding a number to all logits, which softmax does not: a model trained on
     cross-entropy starts from other probabilities.
 
+    Keywords: StableMax, grokking, overfitting, softmax collapse, numerical stability.
+
     Evidence: ``optx run grokking``; ``test_stablemax.py``.
 
     Source: "Grokking at the Edge of Numerical Stability", arXiv 2501.04697, definition 4 and proposition 1.
@@ -122,8 +124,8 @@ class StableMaxCrossEntropy(nn.Module):
         OptxError: an option out of range.
 
     Example:
-        >>> import torch
-        >>> criterion = StableMaxCrossEntropy(label_smoothing=0.1)
+        >>> import torch, optx
+        >>> criterion = optx.StableMaxCrossEntropy(label_smoothing=0.1)
         >>> criterion(torch.zeros(4, 10), torch.arange(4))  # log 10
         tensor(2.3026)
     """

@@ -115,16 +115,21 @@ _WITH_SECOND_MOMENT = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, t
 class AdamR(Transform):
     """Pull every weight towards its pretrained value (AdamR).
 
-    Before Adam's own step, w becomes w - lr * weight / r * (w - anchor); L1 has the sign of w - anchor. It is
-    Adam with a decoupled decay towards the weights it started from, divided by one gradient scale of the
-    whole optimizer. What fine-tuning changes stays small, so that it survives extreme pruning (DARE).
-    Use a base with ``weight_decay=0``, or both pulls act (a warning tells once).
+    Mind the strength: the default ``weight=0.05`` is optx's choice, 500 times the 1e-4 that the authors' code
+    takes (see Paper values). Before Adam's own step, w becomes w - lr * weight / r * (w - anchor); L1 has the
+    sign of w - anchor. r is the square root of the mean of Adam's bias-corrected second moment, over all
+    numbers that the optimizer trains: about the root mean square of a gradient.
+
+    It is Adam with a decoupled decay towards the weights it started from. What fine-tuning changes stays
+    small, so that it survives extreme pruning (DARE). Use a base with ``weight_decay=0``, or both pulls act
+    (a warning tells once).
 
     Source: "DARE the Extreme", arXiv 2410.09344, AdamR-L2 and AdamR-L1.
 
     Args:
-        weight: strength of the pull. The effective rate is ``lr * weight / r``, with r the root mean
-            square of the bias-corrected second moment; it must stay below 1 (a warning tells once).
+        weight: strength of the pull. The effective rate is ``lr * weight / r``: with gradients of about
+            1e-3 in root mean square, 0.05 pulls by 50 lr of the distance at each step. It must stay below 1
+            (a warning tells once).
         norm: ``"l2"`` pulls in proportion to the distance, ``"l1"`` by the same amount everywhere.
         anchor: what to pull to: None, the weights as they are now, so load them before `wrap` (a warning
             tells if they changed before the first step); another model; a state dict; a file: safetensors, a
@@ -147,13 +152,17 @@ class AdamR(Transform):
         ``weight``.
 
     Paper values:
+        ``weight=0.05``: no paper's, but what ``optx run finetune`` and ``optx run merge`` were run with
+            (the default).
         ``weight=1e-4, norm="l2"``: the authors' code, with betas (0.9, 0.999), eps 1e-8. What was tuned for
             each model is not in it. The gradient's scale divides the pull, so that 1e-3 to 1 is worth a
-            search; 0.05 is optx's choice.
+            search.
         ``norm="l1"``: AdamR-L1.
 
     Limits: The anchors take a copy of the weights, or a file. With ``normalize=True`` only on bases that keep
     a second moment. A pull that overshoots its anchor is warned of, not clipped.
+
+    Keywords: forgetting, drift, weight decay, L2-SP, AdamS, anchor, regularisation, continual learning.
 
     Evidence: ``optx run finetune``, ``optx run merge``; ``test_adamr.py``, ``test_paper_values.py``.
 

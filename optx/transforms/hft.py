@@ -37,15 +37,17 @@ class HFT(Transform):
     A round is one training stage: an instruction tuning, one task of a sequence. In each transformer block
     2 of the 4 attention matrices, half of the feed-forward matrices and half of the norms are trained; the
     embeddings, the head and the final norm always are. What was learned before survives better, and the
-    frozen half takes no gradient and no step time: it has ``requires_grad=False``, so it stays bit-identical
-    under weight decay and momentum, and gradients set by hand (GEM's projection) are dropped before each
-    step. A param group that is added later, and a group whose ``hft`` key changes, are seen at once.
+    frozen half takes no gradient and no step time.
+
+    It has ``requires_grad=False``, so it stays bit-identical under weight decay and momentum, and gradients
+    set by hand (GEM's projection) are dropped before each step. A param group that is added later, and a
+    group whose ``hft`` key changes, are seen at once.
 
     What a person froze stays so and is not drawn from, whether before `wrap` or in the middle of a round
     (noticed at the next step or round); thawed by hand again, it is trained, and drawn from in the next
     round. What the round froze stays frozen until the next one, also if it is thawed by hand: a warning
     says so. To keep such a weight frozen beyond the round, call `freeze`; to train it, `thaw`, or give its
-    group ``hft=False``. `Wrapped.remove` restores every flag to what the person wants.
+    group ``hft=False``. `Wrapped.remove` leaves every ``requires_grad`` flag as you last set it.
 
     One HFT serves a model; put it on one optimizer if there are several.
 
@@ -93,6 +95,9 @@ class HFT(Transform):
 
     Limits: A model whose blocks are not recognised needs ``blocks``. What is saved is the frozen half's
     weight gradients and optimizer state; the backward pass still runs down to the embeddings.
+
+    Keywords: Half Fine-Tuning, forgetting, drift, sparse, freezing, memory, continual learning, lifelong
+    learning.
 
     Evidence: ``optx run finetune``; ``test_hft.py``, ``test_hft_selection.py``, ``test_hft_rounds.py``.
 

@@ -51,8 +51,8 @@ class PerpGrad(Transform):
     Stops "naive loss minimisation", the growth of logits along the weight direction after the training
     set is fitted. Acts per tensor, on the gradient that the base optimizer sees; decoupled weight decay is
     untouched. Two departures from the official code: a one-element tensor is left alone (it would be
-    frozen), and what is left of a gradient parallel to its weight to 1e-4 is not rescaled (it is rounding
-    error).
+    frozen); and a gradient that is parallel to its weight, but for a ten-thousandth of its length or less, is
+    not scaled up to its old norm again: that rest is rounding error.
 
     Source: "Grokking at the Edge of Numerical Stability", arXiv 2501.04697, eq. 12.
 
@@ -72,6 +72,9 @@ class PerpGrad(Transform):
     Limits: Weight decay that is part of the gradient (`torch.optim.Adam`, SGD) comes after the projection and
     points along the weight again: use AdamW's, or none. Without a fused form of the base, a step is slow on a
     CPU.
+
+    Keywords: ⊥Grad, grokking, overfitting, generalisation, gradient projection, orthogonal gradient, softmax
+    collapse.
 
     Evidence: ``optx run grokking``; ``test_perpgrad.py``, ``test_paper_values.py``.
 

@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 import optx
-from optx import _catalog
+from optx import _catalog, cli
 
 ROOT = Path(__file__).parents[2]
 TESTS = {file.name for file in (ROOT / "tests").rglob("test_*.py")}
@@ -56,6 +57,29 @@ def test_a_method_says_all_that_a_card_has(name: str) -> None:
     assert paragraph(name, "Evidence")
     assert paragraph(name, "Source")
     assert f"{name.rpartition('.')[2]}(" in doc(name).partition("Example:")[2]
+
+
+@every_method
+def test_a_card_has_what_it_may_be_looked_for_by(name: str) -> None:
+    words = next(entry for entry in _catalog.methods() if entry.name == name).keywords
+    assert len(words) >= 3
+    assert len({word.lower() for word in words}) == len(words)
+
+
+@every_method
+def test_the_example_runs_when_pasted(name: str) -> None:
+    card = _catalog.card(name)
+    assert card is not None
+    torch.manual_seed(0)
+    exec(card.example, {})
+
+
+@every_method
+def test_a_call_comes_early(name: str) -> None:
+    """Not behind pages of text, and the whole card is on a screen and a half, at most two."""
+    shown = CliRunner().invoke(cli.app, ["show", name]).output.splitlines()
+    assert any(f"{name.rpartition('.')[2]}(" in line for line in shown[:6])
+    assert len(shown) <= 80
 
 
 @every_method

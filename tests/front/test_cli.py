@@ -101,7 +101,7 @@ def test_run_ends_in_a_sentence(raised: str, code: int, monkeypatch: pytest.Monk
 
 
 def test_list_names_every_transform_and_recipe() -> None:
-    shown = flat(typed("list").output)
+    shown = flat(typed("list", "--long").output)
     public = {
         name
         for name, thing in vars(optx).items()
@@ -115,6 +115,15 @@ def test_list_names_every_transform_and_recipe() -> None:
     assert "optx.StableMaxCrossEntropy()(logits, target)" in shown
     assert "optx.analysis.softmax_collapse(logits, target)" in shown
     assert "grokking run arXiv 2501.04697" in shown
+
+
+def test_list_has_one_line_for_each() -> None:
+    every = [*_catalog.methods(), *_catalog.recipes()]
+    lines = [line for line in typed("list").output.splitlines() if line]
+    assert [line.split()[0] for line in lines if line not in ("Methods", "Recipes")] == [
+        e.name for e in every
+    ]
+    assert all(len(line) <= 80 and len(line.split()) > 3 for line in lines if "  " in line)
 
 
 def test_every_entry_is_complete() -> None:
@@ -178,9 +187,44 @@ def test_show_is_the_methods_card(name: str) -> None:
     shown = typed("show", name)
     assert shown.exit_code == 0, shown.output
     entry = next(e for e in _catalog.methods() if e.name.lower() == name.removeprefix("optx.").lower())
-    for part in (entry.name, entry.verb, entry.summary, entry.use, "https://arxiv.org/abs/"):
+    for part in (
+        entry.name,
+        entry.verb,
+        entry.summary,
+        entry.use,
+        "https://arxiv.org/abs/",
+        "Args:",
+        "Limits:",
+    ):
         assert part in shown.output
-    assert inspect.getdoc(getattr(optx, entry.name)).splitlines()[-1].strip() in shown.output
+    assert "Raises:" not in shown.output
+    whole = typed("show", name, "--long").output
+    assert all(
+        line.strip() in whole for line in (inspect.getdoc(getattr(optx, entry.name)) or "").splitlines()
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "name", "also"),
+    [
+        ("rsLoRA", "LoRA", ""),
+        ("dora", "LoRA", ""),
+        ("DARE", "Delta.dare", "DARELinear, DARETIES"),
+        ("DAREx", "Delta.find_q", ""),
+        ("StableMax", "StableMaxCrossEntropy", ""),
+        ("wanda", "Delta.wanda", ""),
+    ],
+)
+def test_show_knows_other_names(asked: str, name: str, also: str) -> None:
+    shown = typed("show", asked)
+    assert shown.exit_code == 0, shown.output
+    assert shown.output.startswith(f"{name}  ")
+    assert (f"also   {also}" in shown.output) == bool(also)
+
+
+def test_an_operations_card_says_on_what_it_is_called() -> None:
+    shown = typed("show", "Delta.dare").output
+    assert "    delta = optx.Delta.between(base, tuned)\n    delta.dare(p, q=None, *, seed=0" in shown
 
 
 def test_show_has_a_card_for_every_method() -> None:
@@ -188,7 +232,8 @@ def test_show_has_a_card_for_every_method() -> None:
         card = _catalog.card(entry.name)
         assert card is not None
         assert card.entry == entry
-        assert "'Literal" not in card.signature
+        assert "'Literal" not in "".join(card.calls)
+        assert len(card.calls) in (1, 2)
 
 
 def test_show_names_the_recipes_that_show_it() -> None:
@@ -203,13 +248,53 @@ def test_show_of_a_wrong_name_is_told_the_near_one() -> None:
     assert "AdamR" in shown.output
 
 
+@pytest.mark.parametrize(("asked", "says"), [("SAM", "optx has none"), ("forgetting", "finds AdamR, HFT.")])
+def test_show_of_what_is_no_method(asked: str, says: str) -> None:
+    shown = typed("show", asked)
+    assert shown.exit_code == 2
+    assert f"there is no method {asked!r}" in shown.output
+    assert says in shown.output
+    assert "near" not in shown.output
+
+
+@pytest.mark.parametrize(
+    ("word", "first"),
+    [
+        ("forgetting", ["AdamR", "HFT"]),
+        ("weight decay", ["AdamR"]),
+        ("rsLoRA", ["LoRA"]),
+        ("DoRA", ["LoRA"]),
+        ("DARE", ["DARELinear", "DARETIES", "Delta.dare"]),
+        ("bf16", ["analysis.softmax_collapse", "wrap"]),
+        ("overfitting", ["PerpGrad", "StableMaxCrossEntropy"]),
+        ("grok", ["grokking", "PerpGrad", "StableMaxCrossEntropy"]),
+        ("2404.18466", ["HFT"]),
+    ],
+)
+def test_a_word_finds_names_before_cards(word: str, first: list[str]) -> None:
+    assert [entry.name for entry in _catalog.search(word)[0]][: len(first)] == first
+
+
+def test_a_word_in_the_text_only_is_told_apart() -> None:
+    shown = typed("list", "weight decay").output
+    assert "BitFit" in shown.partition("In the cards of: ")[2]
+    assert not any(line.startswith("BitFit") for line in shown.splitlines())
+    assert any(line.startswith("Delta.wanda") for line in typed("list", "statistics").output.splitlines())
+
+
+def test_a_short_word_is_found_whole() -> None:
+    """Else SAM is in "samples"."""
+    assert _catalog.search("SAM") == ([], [])
+    assert "HFT" in [entry.name for entry in _catalog.search("memor")[0]]
+
+
 def test_list_keeps_what_has_the_word() -> None:
     listed = typed("list", "prefix")
     assert "PrefixTuning" in listed.output
     assert "AdamR" not in listed.output
     nothing = typed("list", "no such word")
     assert nothing.exit_code == 1
-    assert "no such word" in nothing.output
+    assert "no method for 'no such word'; optx has none" in nothing.output
 
 
 def test_the_version_is_the_packages() -> None:
