@@ -1,12 +1,38 @@
 """optx: training-time methods for PyTorch, one line each.
 
-    wrap    optx.wrap(optimizer, optx.PerpGrad(), ...)        AdamR, HFT, PerpGrad
-    attach  optx.attach(model, optx.LoRA(rank=8), ...)        adapters, prefixes, BitFit, FLoRA, SVFit, ...
-    loss    optx.StableMaxCrossEntropy()                      losses
-    delta   optx.Delta.between(base, tuned), optx.merge(...)  pruning, compression and merging of checkpoints
-    tell    optx.analysis                                     diagnostics; they change nothing
+    wrap    optx.wrap(optimizer, optx.PerpGrad(), ...)        what a step does to weights
+            AdamR  HFT  PerpGrad
+            save_optimizer  load_optimizer                    checkpoints by the parameters' names
+            Transform  rule  Moments  Slot  like_weight  per_tensor  ops       to write your own
+            Wrapped  Plan                                     what wrap returns, and what it tells
 
-``optx list`` names every method with its paper, ``optx show NAME`` says all of one.
+    attach  optx.attach(model, optx.LoRA(rank=8), ...)        what modules compute
+            LoRA (rsLoRA, DoRA)  FLoRA  SVFit  BitFit  IA3  PrefixTuning  MAM  Aside  IAA
+            ParallelAdapter  ScaledParallelAdapter  SequentialAdapter  MultiHeadParallelAdapter
+            HiddenDelta
+            trainable_only                                    freeze all but what was attached
+            export_lora  fold_prefix                          what remains to do after the training
+            Injection  Composite  Part  Site  Weights         to write your own
+            Handle  Report  Frozen                            what attach and trainable_only return
+
+    loss    optx.StableMaxCrossEntropy()
+            StableMaxCrossEntropy  stablemax_cross_entropy
+
+    delta   optx.Delta.between(base, tuned), optx.merge(...)  checkpoints pruned, compressed and merged
+            Delta: dare  find_q  magnitude  wanda  structural  lora
+            compress  ComPEFT  Compressed                     signs and one scale
+            merge: TaskArithmetic  TIES  DARELinear  DARETIES  PCB
+            search  Found                                     a merge's numbers, tried on validation data
+            patch  Patch  shallowest  rws  Signature          robustness that is added to a model
+            MergeMethod                                       to write your own
+
+    tell    optx.analysis                                     diagnostics; they change nothing
+            grad_norms  input_stats  nlm_alignment  softmax_collapse
+
+    errors  OptxError, and of it FileError  FusedError  MergeError  ShapeError  TargetError  TransformError
+
+``help(optx.HFT)`` or ``optx show HFT`` say all of one; ``optx list`` names every method, and
+``optx list WORD`` what has to do with a word.
 """
 
 __version__ = "0.1.0"

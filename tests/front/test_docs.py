@@ -21,6 +21,8 @@ import optx
 
 ROOT = Path(__file__).parents[2]
 PUBLIC = sorted(name for name in vars(optx) if not name.startswith("_"))
+# What importing a module leaves behind, and nobody is meant to name.
+SUBPACKAGES = {info.name for info in pkgutil.iter_modules(optx.__path__)} - {"analysis", "ops"}
 PROTOCOLS = (optx.Transform, optx.Injection, optx.Composite, optx.MergeMethod)
 METHODS = [
     name
@@ -49,6 +51,13 @@ def test_docstring_example_runs(example: doctest.DocTest) -> None:
     report: list[str] = []
     runner.run(example, out=report.append)
     assert runner.failures == 0, "".join(report)
+
+
+def test_help_names_everything_under_its_verb() -> None:
+    words = set(re.findall(r"\w+", optx.__doc__ or ""))
+    assert {name for name in PUBLIC if name not in SUBPACKAGES} <= words
+    verbs = re.findall(r"^    (\w+) ", optx.__doc__ or "", flags=re.MULTILINE)
+    assert verbs == ["wrap", "attach", "loss", "delta", "tell", "errors"]
 
 
 def _class_or_function(name: str) -> Any:
