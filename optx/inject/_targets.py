@@ -258,10 +258,32 @@ def resolve(model: nn.Module, injection: Injection, targets: Targets | None) -> 
     check_each_matches(chosen, modules)
     sites = [Site(path, module) for path, module in modules if path and matches(path, module)]
     if not sites:
-        paths = [path for path, _ in modules if path]
-        known = _near_paths(chosen, paths) if isinstance(chosen, str) else f"The model has {_types(modules)}."
-        raise TargetError(f"attach: no module matches targets={chosen!r}. {known}")
+        own = targets is not None
+        raise TargetError(_none(chosen, modules) if own else _none_by_default(model, injection, modules))
     return _each_weight_once(sites)
+
+
+def _none(targets: Targets, modules: Sequence[tuple[str, nn.Module]]) -> str:
+    """Why nothing is served where a person said what."""
+    if isinstance(targets, str):
+        known = _near_paths(targets, [path for path, _ in modules if path])
+        return f"attach: no module matches targets={targets!r}. {known}"
+    if isinstance(targets, type | Sequence):
+        return f"attach: no module matches targets={targets!r}. The model has {_types(modules)}."
+    return f"attach: targets is a function that no module passes. The model has {_types(modules)}."
+
+
+def _none_by_default(model: nn.Module, injection: Injection, modules: Sequence[tuple[str, nn.Module]]) -> str:
+    """Why nothing is served where a person left it to the injection."""
+    method, kind, family = type(injection).__name__, type(model).__name__, family_of(model)
+    of_family = f", as in {family.name} models" if family else ""
+    why = f"found nothing to serve by default in this {kind}{f', a {family.name} model' if family else ''}"
+    if injection.role_in(model) == "biased":
+        why = f"trains biases, and no Linear, convolution or norm of this {kind} has one{of_family}"
+    return (
+        f"attach: {method} {why}. It has {_types(modules)}. Pass targets=, a regex over module names of "
+        f"{injection.serves}, or attach another injection."
+    )
 
 
 def _near_paths(pattern: str, paths: Sequence[str]) -> str:

@@ -67,6 +67,17 @@ def test_every_one_of_a_list_matches(targets: Any, says: str) -> None:
     assert_same(model, before)
 
 
+def test_a_model_without_what_is_served_by_default() -> None:
+    """In words, not as the function or the regex that optx looked with."""
+    bare = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU())
+    with pytest.raises(TargetError, match="no Linear, convolution or norm of this Sequential has one"):
+        optx.attach(bare, optx.BitFit())
+    with pytest.raises(
+        TargetError, match=r"targets is a function that no module passes\. The model has Linear"
+    ):
+        optx.attach(bare, LoRA(rank=2), lambda path, module: False)
+
+
 def test_a_list_may_say_it_twice() -> None:
     handle = optx.attach(blocks(), LoRA(rank=2), ["q_proj", "q_proj", "0.q_proj", nn.Linear, nn.Linear])
     assert [one.path for one in handle.served] == ["0.q_proj", "0.v_proj", "1.q_proj", "1.v_proj"]

@@ -236,7 +236,7 @@ def test_default_targets(name: str, role: str) -> None:
     assert found is not None
     assert found.name == family
     if not roles[role]:
-        with pytest.raises(optx.TargetError, match="no module matches"):
+        with pytest.raises(optx.TargetError, match="found nothing to serve by default"):
             optx.attach(model, Served(role))
         return
     served = [one.path for one in optx.attach(model, Served(role)).served]
