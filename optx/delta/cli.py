@@ -13,7 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from optx._errors import OptxError
 from optx.delta._delta import Delta
+from optx.delta._delta_pruning import HEADS
 from optx.delta._mergekit import read_config
+from optx.delta._name_filter import chooser
 from optx.delta._overwrite import output
 from optx.delta.merge import merge as merge_
 
@@ -23,7 +25,10 @@ Base = Annotated[Path, typer.Argument(help="safetensors file, or folder with a m
 Tuned = Annotated[Path, typer.Argument(help="the same model after fine-tuning")]
 Out = Annotated[Path, typer.Argument(help="a .safetensors file, or a new folder laid out as the base's")]
 Include = Annotated[str | None, typer.Option(help="regex of the names to take; full match")]
-Exclude = Annotated[str | None, typer.Option(help="regex of the names to leave")]
+Exclude = Annotated[str | None, typer.Option(help="regex of the names to leave; full match")]
+Whole = Annotated[
+    str, typer.Option(help="regex of the names whose change is kept whole; full match, '' for none")
+]
 P = Annotated[float, typer.Option("--p", help="share DROPPED, 0 <= p < 1")]
 Seed = Annotated[int, typer.Option(help="of the random masks")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an OUT that exists, once done")]
@@ -43,7 +48,8 @@ def merge(
 ) -> None:
     """Merge models as a YAML file says: mergekit's format, for task_arithmetic, ties, dare_*, and pcb.
 
-    Killed before it is done, the same command goes on where it stopped.
+    Paths in the file are taken from the folder in which the command is run, not from the file's. Killed
+    before it is done, the same command goes on where it stopped.
     """
     with _plainly("optx merge"):
         what = read_config(config, seed)
@@ -95,15 +101,15 @@ def dare(
     q: Annotated[float | None, typer.Option(help="what is kept is divided by it; 1 - p by default")] = None,
     seed: Seed = 0,
     include: Include = None,
-    exclude: Exclude = None,
+    exclude: Whole = HEADS,
     overwrite: Overwrite = False,
 ) -> None:
     """Drop a share of the change at random, rescale the rest, and add it to the base (DARE)."""
     with _plainly("optx delta dare"), output(out, overwrite, [base, tuned]) as path:
-        pruned = _between(base, tuned).dare(p, q, seed=seed, include=include, **_given(exclude=exclude))
+        pruned = _between(base, tuned).dare(p, q, seed=seed, include=include, exclude=exclude)
         with _bar(1) as bar:
             pruned.apply(base, path, progress=bar)
-    _say(f"Wrote {out}; {p:.4g} of the change was dropped.")
+    _say_pruned(out, p, pruned, include, exclude)
 
 
 @app.command()
@@ -113,24 +119,30 @@ def magnitude(
     out: Out,
     p: P = 0.9,
     include: Include = None,
-    exclude: Exclude = None,
+    exclude: Whole = HEADS,
     overwrite: Overwrite = False,
 ) -> None:
     """Drop the smallest of the change, tensor by tensor, and add the rest to the base."""
     with _plainly("optx delta magnitude"), output(out, overwrite, [base, tuned]) as path:
-        pruned = _between(base, tuned).magnitude(p, include=include, **_given(exclude=exclude))
+        pruned = _between(base, tuned).magnitude(p, include=include, exclude=exclude)
         with _bar(1) as bar:
             pruned.apply(base, path, progress=bar)
-    _say(f"Wrote {out}; {p:.4g} of the change was dropped.")
+    _say_pruned(out, p, pruned, include, exclude)
 
 
 def _between(base: Path, tuned: Path, include: str | None = None, exclude: str | None = None) -> Delta:
     return Delta.between(base, tuned, include=include, exclude=exclude)
 
 
-def _given(**options: str | None) -> dict[str, str]:
-    """Options that were typed; the others keep the method's own default."""
-    return {name: value for name, value in options.items() if value is not None}
+def _say_pruned(out: Path, p: float, delta: Delta, include: str | None, exclude: str) -> None:
+    """What was dropped where, and what was left whole."""
+    keep = chooser(include, exclude)
+    floating = [name for name, entry in delta.entries.items() if entry.dtype.is_floating_point]
+    whole = [name for name in floating if not keep(name)]
+    pruned = len(floating) - len(whole)
+    names = ", ".join(whole[:3]) + (", ..." if len(whole) > 3 else "")
+    rest = f"{len(whole)} kept their whole change ({names})" if whole else "none kept its whole change"
+    _say(f"Wrote {out}; {p:.4g} of the change was dropped in {pruned} of {len(floating)} tensors, {rest}.")
 
 
 def _say(text: str) -> None:

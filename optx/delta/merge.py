@@ -51,7 +51,8 @@ def merge(
         method: `optx.TaskArithmetic`, `optx.TIES`, `optx.DARELinear`, `optx.DARETIES`, `optx.PCB`.
         out: a ``.safetensors`` file or a new folder to write to; needed if ``base`` is on the disk. A folder
             is laid out as the base's, configuration and tokenizer included. Killed before it is done, the
-            same call goes on where it stopped.
+            same call goes on where it stopped. One that exists is refused: delete it first. (Only the command
+            ``optx merge`` replaces one, with ``--overwrite``.)
         include: regex (full match) of names to merge; None merges all.
         exclude: regex of names to leave as the base's, such as ``r".*lm_head.*"``.
         dtype: of the result's floating tensors; None: each as in the base. Sums are float32 either way.
@@ -64,6 +65,8 @@ def merge(
         Those of the method that is given: each has its own.
 
     Limits: All models must be of one base and one architecture; optimizer state is not merged.
+
+    Keywords: mergekit, model soup, merging, averaging.
 
     Evidence: ``optx run merge``; ``test_merge.py``, ``test_merge_peers.py``, ``test_merge_cli.py``.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,26 @@ def test_delta_prunes(models: dict[str, dict[str, Tensor]], command: str, tmp_pa
     expected: Any = getattr(delta, command)(0.5).apply(models["base"])
     made = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(made[n], t) for n, t in expected.items())
+
+
+def test_delta_says_what_was_kept_whole(models: dict[str, dict[str, Tensor]], tmp_path: Path) -> None:
+    words = (tmp_path / "base", tmp_path / "a")
+    shown = typed("delta", "dare", *words, tmp_path / "1", "--exclude", r".*bias")
+    told = "0.9 of the change was dropped in 1 of 2 tensors, 1 kept their whole change (x.bias)."
+    assert told in flat(shown.output)
+    shown = typed("delta", "magnitude", *words, tmp_path / "2")
+    assert "dropped in 2 of 2 tensors, none kept its whole change." in flat(shown.output)
+
+
+@pytest.mark.parametrize("command", ["dare", "magnitude"])
+def test_delta_help_has_the_default(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    method = inspect.signature(getattr(optx.Delta, command)).parameters
+    assert method["exclude"].default in typed("delta", command, "--help").output
+
+
+def test_merge_help_says_where_paths_are_from() -> None:
+    assert "the folder in which the command is run" in flat(typed("merge", "--help").output)
 
 
 def test_delta_options_are_passed_on(models: dict[str, dict[str, Tensor]], tmp_path: Path) -> None:
