@@ -36,7 +36,12 @@ class Injection(ABC):
 
     Attributes:
         name: under which its parts live on a module (``module.optx.<name>``); one per module.
-        role: what it serves where no targets are given; a key of the table in ``_targets.py``.
+        role: what it serves where no targets are given. By name, in models whose names optx knows:
+            ``"linears"`` (every linear module of a block), ``"query_value"`` and ``"key_value"`` (those
+            projections), ``"ffn_out"`` and ``"attention_out"`` (the last linear module of each),
+            ``"sublayers"`` (both of these), ``"ia3"`` (key_value and ffn_out), ``"attention"`` and ``"ffn"``
+            (the sub-layer itself), ``"branches"`` (both of these), ``"block"`` (a layer of the stack) or
+            ``"convolutions"`` (of a ResNet's blocks). In any model: ``"biased"`` (what has a bias).
         serves: in words, the modules that it can serve, for errors.
     """
 

@@ -231,6 +231,31 @@ class Transform:
         >>> w.detach()
         tensor([0.5000, 2.7500])
 
+        With state: a slot per weight, which the rule reads as it was left and writes beside the gradient.
+
+        >>> @optx.rule(writes=("g", "average"))
+        ... def averaged(g, average, beta):
+        ...     new = beta * average + (1.0 - beta) * g
+        ...     return new, new
+        >>> class Average(optx.Transform):
+        ...     name = "average"
+        ...     slots = {"average": optx.like_weight()}  # float32, zeros at first
+        ...     rules = dict(gradient=averaged)
+        ...     def __init__(self, beta=0.9):
+        ...         self.options = {"beta": beta}
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> opt = optx.wrap(torch.optim.SGD([w], lr=1.0), Average(beta=0.5))
+        >>> w.grad = torch.tensor([1.0, -2.0])
+        >>> opt.step()
+        >>> opt.step()
+        >>> w.detach()  # the averages were 0.5 and 0.75 of the gradient
+        tensor([-0.2500,  4.5000])
+        >>> opt.state[w]["optx.average.average"]
+        tensor([ 0.7500, -1.5000])
+
+    A rule's arguments may also be the numbers of the param group, ``lr`` and ``weight_decay`` among them, and
+    the base's state: `Moments` has the table.
+
     Attributes:
         name: names the state (``optx.<name>.<slot>``), the group keys (``<name>`` = False leaves a group
             out, ``<name>_<option>`` overrides an option there) and the attribute on the wrapped optimizer.
