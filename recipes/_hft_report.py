@@ -111,4 +111,9 @@ def _others(results: dict[str, Any], number: int) -> Table:
     for name in sorted(adamw, key=lambda name: -adamw[name][0])[:number]:
         calls = (found.get(name, (0.0, 0)) for found in (adamw, hft))
         rows.append((name, *(cell for seconds, n in calls for cell in (f"{1e3 * seconds:.1f}", str(n)))))
-    return Table(("", "AdamW, ms", "calls", "AdamW + HFT, ms", "calls"), rows, "Other parts of the backward")
+    return Table(
+        ("", "AdamW, ms", "calls", "AdamW + HFT, ms", "calls"),
+        rows,
+        "Other parts of the backward",
+        "The longest.",
+    )
