@@ -59,7 +59,7 @@ def write_checkpoint(
     Raises:
         OptxError: ``out`` exists, or the disk is too small.
     """
-    if out.exists():
+    if os.path.lexists(out):
         raise OptxError(f"out: {str(out)!r} exists already. Give another name, or delete it.")
     _check_room(out, sum(entry.nbytes for entry in entries.values()))
     try:

@@ -12,6 +12,7 @@ The header's string ``optx`` is JSON: ``kind`` (``"delta"``), ``version``, ``pla
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def save_delta(delta: Difference, path: Path) -> Path:
     """
     if path.suffix != ".safetensors":
         raise OptxError(f"Delta.save: {str(path)!r} must end in .safetensors.")
-    if path.exists():
+    if os.path.lexists(path):
         raise OptxError(f"Delta.save: {str(path)!r} exists already. Give another name, or delete it.")
     if clash := next((name for name in delta.entries if "::" in name), None):
         raise OptxError(f"Delta.save: {clash!r} has '::' in its name, which the file's own entries use.")

@@ -5,6 +5,7 @@ Source: task vectors, Editing Models with Task Arithmetic, arXiv 2212.04089, sec
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from os import PathLike
@@ -94,7 +95,7 @@ def merge(
         raise OptxError("merge: base is on the disk; give out=, where the result is written to.")
     if dtype is not None and not dtype.is_floating_point:
         raise OptxError(f"merge: dtype is {dtype}; it must be a floating type such as torch.bfloat16.")
-    if out is not None and Path(out).expanduser().exists():
+    if out is not None and os.path.lexists(Path(out).expanduser()):
         raise OptxError(f"out: {str(out)!r} exists already. Give another name, or delete it.")
     changes = Changes(inputs.entries, len(models), inputs.reader, progress)
     mark, combine = method.mark(), method.prepare(changes)

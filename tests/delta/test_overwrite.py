@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typer.testing import CliRunner, Result
 
 import optx
 from optx import cli
+from optx.delta._overwrite import output
 
 COMMANDS = {
     "dare": ("delta", "dare", "base", "a"),
@@ -85,8 +87,8 @@ def _fails(*_: Any) -> None:
 
 
 REFUSED = {
-    "foreign": ("it holds 'photo.jpg', which is no part of a model", "merge"),
-    "folders": ("it holds 'sub', which is no part of a model", "merge"),
+    "foreign": ("it holds 'photo.jpg', which neither optx nor transformers wrote", "merge"),
+    "folders": ("it holds 'sub', which neither optx nor transformers wrote", "merge"),
     "no model": ("it holds no *.safetensors file, so it is no model", "merge"),
     "link": ("it is a link", "merge"),
     "file": ("it is a file, and a folder is to be written", "merge"),
@@ -111,7 +113,7 @@ def test_what_optx_did_not_write_stays(case: str, tmp_path: Path) -> None:
         elif case == "folders":
             (out / "sub").mkdir()
         elif case == "no model":
-            (out / "notes.txt").write_text("mine")
+            (out / "config.json").write_text("mine")
     before = files(tmp_path)
     result = typed(command, str(out), "--overwrite")
     assert result.exit_code == 1
@@ -156,6 +158,144 @@ def test_an_interrupted_one_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert typed("dare", "out", "--p", "0.5", "--overwrite").exit_code == 0
     assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == stamp
     assert not list(tmp_path.glob(".*"))
+
+
+FOREIGN = ("train.py", "notes.md", "results.json", "README.md", "delta.safetensors", "model.jinja")
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_of_somebody_else_are_not_deleted(name: str, tmp_path: Path) -> None:
+    """A copy of the base's file is none; once it was changed it is."""
+    Path("base/README.md").write_text("the base's")
+    typed("dare", "out")
+    assert typed("dare", "out", "--overwrite").exit_code == 0
+    save_file({"x": torch.zeros(1)}, f"out/{name}")
+    before = files(tmp_path)
+    result = typed("dare", "out", "--overwrite")
+    assert f"it holds {name!r}, which neither optx nor transformers wrote" in said(result)
+    assert files(tmp_path) == before
+
+
+def test_a_file_that_came_meanwhile_stays(tmp_path: Path) -> None:
+    typed("dare", "out")
+
+    def meanwhile() -> None:
+        with output(Path("out"), True, [Path("base")]) as new:
+            new.mkdir()
+            Path("out/notes.md").write_text("mine")
+
+    with pytest.raises(optx.OptxError, match="The new one is"):
+        meanwhile()
+    assert Path("out/notes.md").read_text() == "mine"
+    assert Path(".new.out").is_dir()
+
+
+PARTS = [
+    "a/model.safetensors",
+    "base/../a/model.safetensors",
+    "link/model.safetensors",
+    "a/sub/deep",
+    "a/sub",
+]
+
+
+@pytest.mark.parametrize("out", PARTS)
+def test_a_part_of_an_input_is_not_replaced(out: str, tmp_path: Path) -> None:
+    Path("link").symlink_to("a")
+    Path("a/sub/deep").mkdir(parents=True)
+    save_file({"w": torch.zeros(3)}, "a/sub/deep/model.safetensors")
+    before = files(tmp_path)
+    for command in ("merge", "dare", "magnitude"):
+        result = typed(command, out, "--overwrite")
+        assert result.exit_code == 1
+        assert "is not overwritten" in said(result)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("hops", [1, 2])
+@pytest.mark.parametrize("out", ["out", "blob.safetensors"])
+def test_what_links_lead_to_is_not_replaced(out: str, hops: int, tmp_path: Path) -> None:
+    """Nor a link on the way, without which the input would lead nowhere."""
+    there = Path(out, "model.safetensors") if out == "out" else Path(out)
+    there.parent.mkdir(exist_ok=True)
+    Path("a/model.safetensors").rename(there if hops == 1 else "real")
+    if hops == 2:
+        there.symlink_to(Path("real").absolute())
+    Path("a/model.safetensors").symlink_to(Path("..", there))
+    before = files(tmp_path)
+    for command in ("merge", "dare"):
+        result = typed(command, out, "--overwrite")
+        assert result.exit_code == 1
+        assert "'a' is read from it" in said(result)
+    assert files(tmp_path) == before
+
+
+def test_shards_elsewhere_and_hidden_inputs_are_not_replaced(tmp_path: Path) -> None:
+    Path("out").mkdir()
+    Path("a/model.safetensors").rename("out/model.safetensors")
+    index = {"weight_map": {"w": "../out/model.safetensors"}}
+    Path("a/model.safetensors.index.json").write_text(json.dumps(index))
+    assert "'a' is read from it" in said(typed("dare", "out", "--overwrite"))
+    for name in (".new.x", ".old.x", ".gone.x", ".x.part", "..new.x.part"):
+        os.replace("base", name)
+        before = files(tmp_path)
+        said_ = said(CliRunner().invoke(cli.app, ["delta", "dare", name, "a", "x", "--overwrite"]))
+        assert f"{name!r} is read from it" in said_
+        assert files(tmp_path) == before
+        os.replace(name, "base")
+
+
+def test_another_name_of_the_same_file(tmp_path: Path) -> None:
+    """A disk that does not tell capitals from small letters shows a file under other names in its folder."""
+    os.link("change.safetensors", "Change.safetensors")
+    assert "is read from it" in said(typed("apply", "Change.safetensors", "--overwrite"))
+    os.link("a/model.safetensors", "elsewhere.safetensors")  # the input stays when this one goes
+    whole = Path("a/model.safetensors").read_bytes()
+    assert typed("dare", "elsewhere.safetensors", "--overwrite").exit_code == 0
+    assert Path("a/model.safetensors").read_bytes() == whole
+
+
+def test_no_file_is_added_to_an_input(tmp_path: Path) -> None:
+    before = files(tmp_path)
+    for command in ("save", "dare", "merge"):
+        assert "would be a part of the model 'a'" in said(typed(command, "a/more.safetensors"))
+    assert files(tmp_path) == before
+    assert typed("dare", "a/merged").exit_code == 0  # a folder of its own is no part
+
+
+@pytest.mark.parametrize("out", ["nowhere", "nowhere/x", "config.yaml/x", "nowhere.safetensors", "loop"])
+def test_an_output_that_can_not_be(out: str, tmp_path: Path) -> None:
+    for link in ("nowhere", "nowhere.safetensors"):
+        Path(link).symlink_to("missing")
+    Path("loop").symlink_to("loop")
+    for command in ("dare", "merge", "apply"):
+        for more in ((), ("--overwrite",)):
+            result = typed(command, out, *more)
+            assert isinstance(result.exception, SystemExit)
+            assert "out: " in said(result)
+            assert "Errno" not in said(result)
+    assert os.readlink("nowhere.safetensors") == "missing"
+    with pytest.raises(optx.OptxError, match="exists already"):
+        optx.Delta.between("base", "a").apply("base", "nowhere")
+
+
+def test_killed_in_the_last_deletion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of the old one is never put in the place of the new one."""
+    typed("dare", "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", _stops_half_way)
+        with pytest.raises(SystemError):
+            CliRunner().invoke(cli.app, [*COMMANDS["dare"], "out", "--overwrite"], catch_exceptions=False)
+    os.replace("out", "moved")
+    assert typed("dare", "out").exit_code == 0
+    assert files(tmp_path / "out") == files(tmp_path / "moved")
+    assert typed("dare", "out", "--overwrite").exit_code == 0
+    assert not list(tmp_path.glob(".*"))
+
+
+def _stops_half_way(path: Path) -> None:
+    Path(path, "model.safetensors").unlink()
+    raise SystemError
 
 
 def _interrupt(*_: Any) -> None:
