@@ -5,6 +5,7 @@ What the format means is taken from mergekit 0.1.5's documentation and behaviour
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
@@ -14,6 +15,7 @@ from typing import Any, cast
 import torch
 
 from optx._errors import FileError, OptxError, near
+from optx.delta._inputs import expanded
 from optx.delta._merge_method import MergeMethod
 from optx.delta.arithmetic import TaskArithmetic
 from optx.delta.dare import DARETIES, DARELinear
@@ -122,6 +124,7 @@ _METHODS: dict[str, Callable[[_Settings, int], MergeMethod]] = {
     "pcb": _pcb,
 }
 _KNOWN = ("models", "parameters", "base_model", "merge_method", "dtype", "out_dtype", "tokenizer_source")
+_DEPTH = 3  # how deep mergekit's tables for a model go; one may hold itself
 _OTHERS = ("slices", "modules", "tokenizer", "chat_template")
 _DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "float64")}
 
@@ -137,15 +140,17 @@ def read_config(path: str | PathLike[str], seed: int = 0) -> Config:
         FileError: there is no such file, or it is no YAML.
         OptxError: something in it that optx does not do; names it.
     """
-    table = _load(Path(path).expanduser())
+    table = _load(expanded(Path(path), "config"))
     for key in table:
         if key in _OTHERS:
             raise OptxError(f"config: optx does not do {key!r}; it merges whole models, under 'models'.")
         if key not in _KNOWN:
             raise OptxError(f"config: there is no {key!r}. {near(str(key), _KNOWN)}")
     name = table.get("merge_method")
+    if not isinstance(name, str):
+        raise OptxError(f"config: merge_method is {_shown(name)}; it must be one of {', '.join(_METHODS)}.")
     if name not in _METHODS:
-        raise OptxError(f"config: optx does not do merge_method {name!r}. {near(str(name), _METHODS)}")
+        raise OptxError(f"config: optx does not do merge_method {name!r}. {near(name, _METHODS)}")
     if "base_model" not in table:
         raise OptxError(f"config: {name} needs base_model, the model that the others were fine-tuned from.")
     base = _path(table["base_model"], "base_model")
@@ -157,10 +162,19 @@ def read_config(path: str | PathLike[str], seed: int = 0) -> Config:
     settings = _Settings(_table(table.get("parameters"), "parameters"), each)
     method = _METHODS[name](settings, seed)
     notes = _notes(table, settings)
-    settings.used.add("int8_mask")
     for key in {key for own in (settings.shared, *(own for _, own in each)) for key in own} - settings.used:
-        raise OptxError(f"config: {name} has no parameter {key!r}. {near(key, settings.used)}")
+        raise OptxError(f"config: {name} has no parameter {key!r}. {near(str(key), settings.used)}")
     return Config(base, [_path(model, "model") for model, _ in each], method, _dtype(table), notes)
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: a list or a table may be of any size, or hold itself."""
+    if isinstance(value, Mapping):
+        return "a table"
+    if isinstance(value, int) and value.bit_length() > 256:
+        return "a number too large to show"
+    text = "a list" if isinstance(value, list | set) else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _load(path: Path) -> Table:
@@ -172,7 +186,10 @@ def _load(path: Path) -> Table:
         table = yaml.safe_load(path.read_text())
     except OSError as error:
         raise FileError(f"config: {str(path)!r} can't be read ({error.strerror}).") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise FileError(f"config: {str(path)!r} is no YAML: it is nested too deep.") from None
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:
+        # Not all are YAML's own: a date such as 2026-13-01 is a ValueError, "!!bool maybe" a KeyError.
         raise FileError(f"config: {str(path)!r} is no YAML: {' '.join(str(error).split())}") from None
     return _table(table, f"{str(path)!r}")
 
@@ -200,27 +217,36 @@ def _models(table: Table) -> list[Table]:
 def _text(model: Table) -> str:
     """A model's path; mergekit also writes it as a table."""
     value = model.get("model")
-    while isinstance(value, Mapping):
-        inner = _table(value, "model")
+    for _ in range(_DEPTH):
+        if not isinstance(value, Mapping):
+            break
+        inner = _table(cast(Any, value), "model")
         if inner.get("lora") is not None:
             raise OptxError("config: optx does not do 'lora'; merge the adapter into its model first.")
         value = inner.get("model", inner.get("path"))
-    if not isinstance(value, str):
-        raise OptxError(f"config: a model is {value!r}; it must be a path.")
+    if not isinstance(value, str) or not value.strip():  # "" would be the folder one is in
+        raise OptxError(f"config: a model is {_shown(value)}; it must be a path.")
     return value
 
 
 def _path(value: Any, what: str) -> Path:
     text = _text({"model": value})
-    path = Path(text).expanduser()
-    if path.exists():
+    path = expanded(Path(text), f"config: {what}")
+    if _exists(path):
         return path
-    if "+" in text and Path(text.partition("+")[0]).expanduser().exists():
+    if "+" in text and _exists(expanded(Path(text.partition("+")[0]), f"config: {what}")):
         raise OptxError(f"config: {what} {text!r} adds a LoRA; merge the adapter into its model first.")
     raise OptxError(
         f"config: {what}: there is no file or folder {text!r}. A model of the hub must be downloaded first: "
         f"huggingface_hub.snapshot_download({text!r}) gives its folder."
     )
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
 
 
 def _plain(key: str, value: Any, kind: type) -> Any:
@@ -231,13 +257,15 @@ def _plain(key: str, value: Any, kind: type) -> Any:
         raise OptxError(f"config: {key!r} is {what} over layers, which optx does not do; give one value.")
     if kind is float and not isinstance(value, bool):
         try:
-            return float(value)  # YAML reads 1e-1 as text
-        except (TypeError, ValueError):
+            number = float(value)  # YAML reads 1e-1 as text
+            if math.isfinite(number):
+                return number
+        except (TypeError, ValueError, OverflowError):
             pass
     elif isinstance(value, kind):
         return value
-    wanted = {float: "a number", bool: "true or false", str: "a word"}[kind]
-    raise OptxError(f"config: {key!r} is {value!r}; it must be {wanted}.")
+    wanted = {float: "a finite number", bool: "true or false", str: "a word"}[kind]
+    raise OptxError(f"config: {key!r} is {_shown(value)}; it must be {wanted}.")
 
 
 def _no_density(settings: _Settings) -> None:
@@ -246,21 +274,26 @@ def _no_density(settings: _Settings) -> None:
 
 
 def _dtype(table: Table) -> torch.dtype | None:
-    name = table.get("out_dtype") or table.get("dtype")
-    if name is None:
-        return None
-    if name not in _DTYPES:
-        raise OptxError(f"config: dtype is {name!r}; it must be one of {', '.join(_DTYPES)}.")
-    return _DTYPES[name]
+    for key in ("dtype", "out_dtype"):
+        name = table.get(key)
+        if name is not None and (not isinstance(name, str) or name not in _DTYPES):
+            raise OptxError(f"config: {key} is {_shown(name)}; it must be one of {', '.join(_DTYPES)}.")
+    wanted = [table[key] for key in ("out_dtype", "dtype") if table.get(key) is not None]
+    return _DTYPES[wanted[0]] if wanted else None
 
 
 def _notes(table: Table, settings: _Settings) -> list[str]:
     notes: list[str] = []
     source = table.get("tokenizer_source")
+    if not isinstance(source, str | None):
+        raise OptxError(f"config: tokenizer_source is {_shown(source)}; it must be a word, such as base.")
     if source == "union":
         raise OptxError("config: optx does not do tokenizer_source 'union'; models must have one vocabulary.")
     if source not in (None, "base"):
         notes.append(f"tokenizer_source {source!r} is ignored: the base's tokenizer is copied.")
-    if settings.shared.get("int8_mask"):
+    settings.used.add("int8_mask")
+    tables = (settings.shared, *(own for _, own in settings.each))
+    masks = [_plain("int8_mask", own["int8_mask"], bool) for own in tables if "int8_mask" in own]
+    if any(masks):
         notes.append("int8_mask is ignored: it does not change the result, and memory is bounded without it.")
     return notes

@@ -142,13 +142,28 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "gradient": ({"parameters": {"density": [0.1, 0.9]}}, "'density' is a gradient over layers"),
     "filter": ({"parameters": {"density": [{"filter": "mlp", "value": 1}]}}, "'density' is a filter"),
     "unknown": ({"parameters": {"densty": 0.5}}, "ties has no parameter 'densty'. Near: 'density'"),
-    "number": ({"parameters": {"lambda": "big"}}, "'lambda' is 'big'; it must be a number"),
+    "number": ({"parameters": {"lambda": "big"}}, "'lambda' is 'big'; it must be a finite number"),
     "bool": ({"parameters": {"normalize": 1}}, "'normalize' is 1; it must be true or false"),
     "range": ({"parameters": {"lambda": 1, "density": 7}}, "TIES: density is 7"),
     "dtype": ({"dtype": "int8"}, "dtype is 'int8'; it must be one of float16, bfloat16"),
     "union": ({"tokenizer_source": "union"}, "tokenizer_source 'union'"),
     "hub": ({"base_model": "mistralai/Mistral-7B"}, "there is no file or folder 'mistralai/Mistral-7B'"),
     "list": ({"models": "a"}, "'models' must be a list"),
+    "method list": ({"merge_method": ["ties"]}, "merge_method is a list; it must be one of task_arithmetic"),
+    "method table": ({"merge_method": {"ties": 1}}, "merge_method is a table"),
+    "dtype list": ({"dtype": ["float32"]}, "dtype is a list; it must be one of float16"),
+    "dtype hidden": ({"dtype": ["x"], "out_dtype": "float32"}, "dtype is a list"),
+    "dtype false": ({"out_dtype": False}, "out_dtype is False; it must be one of"),
+    "nan": ({"parameters": {"lambda": float("nan")}}, "'lambda' is nan; it must be a finite number"),
+    "inf": ({"parameters": {"lambda": "-inf"}}, "'lambda' is '-inf'; it must be a finite number"),
+    "huge": ({"parameters": {"lambda": 10**400}}, "'lambda' is a number too large to show"),
+    "number key": ({"parameters": {7: 1}}, "ties has no parameter 7. Near:"),
+    "mask": ({"parameters": {"int8_mask": "no"}}, "'int8_mask' is 'no'; it must be true or false"),
+    "tokenizer": ({"tokenizer_source": ["union"]}, "tokenizer_source is a list; it must be a word"),
+    "empty": ({"base_model": ""}, "a model is ''; it must be a path"),
+    "model list": ({"base_model": ["a"]}, "a model is a list; it must be a path"),
+    "nobody": ({"base_model": "~nobody-here/x"}, "begins with nobody's name"),
+    "name": ({"base_model": "x" * 300}, "there is no file or folder 'xxx"),
 }  # fmt: skip
 
 
@@ -158,7 +173,7 @@ def test_what_is_refused_is_named(models: Any, case: str, tmp_path: Path) -> Non
     shown = typed("merge", config(tmp_path, **changes), tmp_path / "out")
     assert shown.exit_code == 1
     assert message in flat(shown.output)
-    assert "Traceback" not in shown.output
+    assert isinstance(shown.exception, SystemExit)  # no traceback
     assert not (tmp_path / "out").exists()
 
 
@@ -168,6 +183,38 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
         shown = typed("merge", path, tmp_path / "out")
         assert shown.exit_code == 1
         assert message in flat(shown.output)
+
+
+@pytest.mark.parametrize("weight", [".nan", ".inf", "1e999", "'nan'", "true", "null", "2020-01-01"])
+def test_a_weight_is_a_finite_number(models: Any, weight: str, tmp_path: Path) -> None:
+    path = tmp_path / "w.yaml"
+    path.write_text(
+        f"merge_method: ties\nbase_model: {tmp_path}/base\n"
+        f"models: [{{model: {tmp_path}/a, parameters: {{weight: {weight}}}}}]\n"
+    )
+    shown = typed("merge", path, tmp_path / "out")
+    assert shown.exit_code == 1
+    assert isinstance(shown.exception, SystemExit)
+    assert "'weight'" in flat(shown.output)
+    assert not (tmp_path / "out").exists()
+
+
+ODD = {
+    "a date": ("dtype: 2026-13-01", "is no YAML"),
+    "a word for a bool": ("dtype: !!bool maybe", "is no YAML"),
+    "deep": ("a: " + "[" * 3000, "is no YAML: it is nested too deep"),
+    "a table in itself": ("merge_method: ties\nbase_model: &a {model: *a}\nmodels: [{model: x}]", "a table"),
+    "a list in itself": ("merge_method: &a [*a]", "merge_method is a list"),
+}
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_yaml_is_one_line(case: str, tmp_path: Path) -> None:
+    text, message = ODD[case]
+    (tmp_path / "odd.yaml").write_text(text)
+    shown = typed("merge", tmp_path / "odd.yaml", tmp_path / "out")
+    assert isinstance(shown.exception, SystemExit)
+    assert message in flat(shown.output)
 
 
 def test_a_model_without_weight(models: Any, tmp_path: Path) -> None:
