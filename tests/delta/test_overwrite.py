@@ -274,6 +274,7 @@ def test_an_output_that_can_not_be(out: str, tmp_path: Path) -> None:
             assert isinstance(result.exception, SystemExit)
             assert "out: " in said(result)
             assert "Errno" not in said(result)
+            assert ("is a link to" in said(result)) == Path(out).is_symlink()
     assert os.readlink("nowhere.safetensors") == "missing"
     with pytest.raises(optx.OptxError, match="exists already"):
         optx.Delta.between("base", "a").apply("base", "nowhere")
