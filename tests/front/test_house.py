@@ -48,6 +48,58 @@ def test_an_import_that_points_up_is_found(house: Path, tmp_path: Path) -> None:
     assert "optx.kernels is not allowed to import optx.step" in done.stdout
 
 
+# ---- imports that the graph does not have -------------------------------------------------------------
+
+BY_STRING = re.compile(r"\b(import_module|__import__|run_module|run_path|resolve_name|spec_from_\w+)\b")
+BY_FOLDER = re.compile(r"^\s*(?:from|import(?:.*,)?)\s+(?:kernels|recipes)\b", re.MULTILINE)
+MAY = {  # what these import is chosen by a name that a person typed, or is looked for
+    "optx/_audit.py",
+    "optx/_doctor.py",
+    "optx/cli.py",
+    "kernels/available.py",
+    "recipes/_pages.py",
+}
+
+
+def unseen(root: Path) -> list[str]:
+    """Files that import by a string, and those that import a folder by its name outside of the package."""
+    found: list[str] = []
+    for folder in ("optx", "kernels", "recipes"):
+        for file in sorted((root / folder).rglob("*.py")):  # which does not follow the package's links
+            name, text = file.relative_to(root).as_posix(), file.read_text()
+            if name not in MAY and (by_string := BY_STRING.search(text)):
+                found.append(f"{name}: {by_string[0]}")
+            found += [f"{name}: {by_folder.strip()}" for by_folder in BY_FOLDER.findall(text)]
+    return found
+
+
+def test_no_import_is_unseen() -> None:
+    """By a string, or by the folder's own name, an arrow is not in the graph."""
+    assert unseen(ROOT) == []
+    assert [name for name in MAY if not BY_STRING.search((ROOT / name).read_text())] == []
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("optx/step/plan.py", 'hft = importlib.import_module("optx.transforms.hft")'),
+        ("optx/inject/lora.py", "from importlib import import_module as load"),
+        ("optx/ops.py", '    __import__("optx.step")'),
+        ("kernels/step/program.py", "from kernels.audit import report"),
+        ("recipes/merge.py", "    import recipes._run"),
+        ("optx/cli.py", "import os, kernels as fast"),
+    ],
+)
+def test_an_unseen_import_is_found(file: str, line: str, tmp_path: Path) -> None:
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).write_text(f"import os\n\n{line}\n")
+    [found] = unseen(tmp_path)
+    assert found.startswith(f"{file}: ")
+
+
+# ---- circles, and the tests ---------------------------------------------------------------------------
+
+
 def circle(house: Path, monkeypatch: pytest.MonkeyPatch) -> list[str] | None:
     monkeypatch.syspath_prepend(str(house))
     graph = grimp.build_graph("optx", cache_dir=None)
