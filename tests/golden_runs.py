@@ -31,11 +31,23 @@ TOLERANCE = 1e-6
 SENTENCES = ["a quiet film, warm and funny", "it never finds its way out of the fog"]
 
 # Options by method and variant. A method that is not here has one variant, its class called without any.
+# Seeds are not 0: one that is not handed on would be.
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "AdamR": {"L2": {"weight": 0.05}, "L1": {"weight": 0.01, "norm": "l1"}},
     "Aside": {"highway": {}, "layerwise": {"variant": "layerwise"}, "bottleneck": {"variant": "bottleneck"}},
-    "HFT": {"": {"rounds_every": 8}},
-    "LoRA": {"LoRA": {}, "rsLoRA": {"rslora": True}, "DoRA": {"dora": True}},
+    "DARELinear": {"": {"seed": 5}},
+    "DARETIES": {"": {"seed": 5}},
+    "FLoRA": {"": {}, "orthonormal": {"init": "orthonormal"}, "embedding": {}},
+    "HFT": {"": {"rounds_every": 8, "seed": 5}},
+    "LoRA": {"LoRA": {}, "rsLoRA": {"rslora": True}, "DoRA": {"dora": True}, "embedding": {}},
+    "ParallelAdapter": {"": {}, "as BERT": {"init": "bert"}},
+    "PerpGrad": {"": {}, "as projected": {"rescale": False}, "along weights": {}},
+}
+# What a variant has besides options: targets of an injection, or `Setup.shrink`.
+AROUND: dict[tuple[str, str], dict[str, Any]] = {
+    ("FLoRA", "embedding"): {"targets": nn.Embedding},
+    ("LoRA", "embedding"): {"targets": nn.Embedding},
+    ("PerpGrad", "along weights"): {"shrink": 10.0},
 }
 
 
@@ -56,12 +68,16 @@ class Setup(NamedTuple):
 
     Attributes:
         forward: logits, classes in the last dimension.
+        shrink: so much of each weight is added to its gradient, which then is nearly along the weight.
+        targets: of an injection, if not its own.
     """
 
     model: Any
     forward: Callable[[Any], Tensor]
     target: Tensor
     lr: float
+    shrink: float = 0.0
+    targets: Any = None
 
 
 def tiny() -> Setup:
@@ -117,6 +133,9 @@ def train(setup: Setup, optimizer: torch.optim.Optimizer, criterion: Callable[..
         loss = criterion(setup.forward(setup.model).flatten(0, -2), setup.target.flatten())
         optimizer.zero_grad()
         loss.backward()
+        if setup.shrink:
+            for p in setup.model.parameters():
+                p.grad = p.grad + setup.shrink * p.detach()
         optimizer.step()
         losses.append(loss.item())
     return losses
@@ -135,7 +154,7 @@ def transformed(cls: type, options: dict[str, Any], setup: Setup, fused: bool) -
 def injected(cls: type, options: dict[str, Any], setup: Setup) -> list[float]:
     """What is added is trained, by AdamW, at ten times the rate of a whole model."""
     torch.manual_seed(1)
-    handle = optx.attach(setup.model, cls(**options))
+    handle = optx.attach(setup.model, cls(**options), setup.targets)
     optx.trainable_only(setup.model, handle)
     optimizer = torch.optim.AdamW(handle.parameters(), lr=10 * setup.lr)
     return train(setup, optimizer, nn.functional.cross_entropy)
@@ -169,7 +188,10 @@ def runs(name: str) -> dict[str, Callable[[], list[float]]]:
     found: dict[str, Callable[[], list[float]]] = {}
 
     def add(label: str, run: Callable[..., list[float]], options: Any, model: str, *more: Any) -> None:
-        found[", ".join(filter(None, (model, label)))] = lambda: run(cls, options, MODELS[model](), *more)
+        around = AROUND.get((name, variant), {})
+        found[", ".join(filter(None, (model, label)))] = lambda: run(
+            cls, options, MODELS[model]()._replace(**around), *more
+        )
 
     for variant, options in OPTIONS.get(name, {"": {}}).items():
         models = ["tiny", "minilm"] if not found else ["tiny"]  # the larger one for the first variant alone
