@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from optx._files import written_aside
 
+from ._options import path, positive
 from ._run import command, environment, settings_of
 
 
@@ -30,8 +30,8 @@ def parser(name: str, doc: str | None, **options: dict[str, Any]) -> argparse.Ar
     )
     for option, keywords in options.items():
         made.add_argument(f"--{option.replace('_', '-')}", **keywords)
-    made.add_argument("--threads", type=int, help="of torch (default: as many as it takes by itself)")
-    made.add_argument("--json", type=Path, metavar="FILE", help="write every number to a file")
+    made.add_argument("--threads", type=positive, help="of torch (default: as many as it takes by itself)")
+    made.add_argument("--json", type=path, metavar="FILE", help="write every number to a file")
     return made
 
 

@@ -13,9 +13,11 @@ recipes/README.md anew from there. A block may ask for less: ``<!-- results:NAME
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib
 import inspect
+import io
 import json
 import pkgutil
 import re
@@ -88,47 +90,93 @@ def _module(name: str) -> Any:
 # ---- taking a run in -----------------------------------------------------------------------------------
 
 
-def add(run: Path, root: Path = ROOT) -> str:
-    """Copy a finished run's results and picture; gives its name."""
+@dataclass(frozen=True)
+class Kept:
+    """A run as recipes/results has it.
+
+    Args:
+        name: of what was run.
+        text: the results.
+        picture: a PNG file; None of a benchmark.
+    """
+
+    name: str
+    text: str
+    picture: bytes | None
+
+    def write(self, root: Path) -> None:
+        """Write both files, or neither."""
+        folder = root / RESULTS
+        folder.mkdir(exist_ok=True)
+        with contextlib.ExitStack() as files:
+            if self.picture is not None:
+                files.enter_context(written_aside(folder / f"{self.name}.png")).write_bytes(self.picture)
+            files.enter_context(written_aside(folder / f"{self.name}.json")).write_text(self.text)
+
+
+def add(*runs: Path, root: Path = ROOT) -> list[str]:
+    """Copy finished runs' results and pictures; gives their names.
+
+    All is read, checked and made before anything is written, the pages with these results too.
+
+    Raises:
+        PageError: one of them is not a whole run that the pages can tell of.
+    """
+    kept = [taken(run) for run in runs]
+    made_anew(root, {one.name: json.loads(one.text) for one in kept})
+    for one in kept:
+        one.write(root)
+    return [one.name for one in kept]
+
+
+def taken(run: Path) -> Kept:
+    """A finished run, read and checked."""
     if run.is_dir():
-        pictures = [file for file in run.glob("*.png") if file.stem in names()]
-        if len(pictures) != 1:
-            raise PageError(f"add: {run} has no picture of a recipe, so the run has not come to its end.")
-        name, picture, file = pictures[0].stem, pictures[0], run / "results.json"
-        if (run / "checkpoint.pt").exists() or picture.stat().st_mtime < file.stat().st_mtime:
-            raise PageError(
-                f"add: the run in {run} goes on or was interrupted; its picture is older than it."
-            )
+        name, picture, file = _in_folder(run)
     elif run.is_file():
         name, picture, file = run.stem, None, run
+        if source(name).arms is not None:
+            raise PageError(f"add: {run} is of a recipe. Give its run's folder, which has the picture too.")
     else:
         raise PageError(f"add: there is no folder of a run and no benchmark's file {run}.")
-    results = rounded(json.loads(file.read_text()))
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+        text = written(rounded(results)) + "\n"
+    except ValueError as error:  # not JSON, not UTF-8, or with a number that is none
+        raise PageError(f"add: {file} is not a file of results: {error}.") from None
     if wrong := complaints(name, results):
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise PageError(f"add: {run} is not a whole run of {name}: {'; '.join(wrong[:3])}{more}.")
-    folder = root / RESULTS
-    folder.mkdir(exist_ok=True)
-    text = written(results) + "\n"
-    with written_aside(folder / f"{name}.json") as aside:
-        aside.write_text(text)
-    if picture:
-        _keep_picture(picture, folder / f"{name}.png", text)
-    return name
+    told(name, json.loads(text), "")
+    return Kept(name, text, _small(picture, text) if picture else None)
 
 
-def complaints(name: str, results: Mapping[str, Any]) -> list[str]:
+def _in_folder(run: Path) -> tuple[str, Path, Path]:
+    """A recipe's name, its picture and its results."""
+    pictures = [file for file in run.glob("*.png") if file.stem in names()]
+    if len(pictures) != 1:
+        raise PageError(f"add: {run} has no picture of a recipe, so the run has not come to its end.")
+    picture, file = pictures[0], run / "results.json"
+    if not file.is_file():
+        raise PageError(f"add: {run} has no results.json.")
+    if (run / "checkpoint.pt").exists() or picture.stat().st_mtime < file.stat().st_mtime:
+        raise PageError(f"add: the run in {run} goes on or was interrupted; its picture is older than it.")
+    return picture.stem, picture, file
+
+
+def complaints(name: str, results: Any) -> list[str]:
     """What is missing for these to be the results of a whole run, with enough seeds."""
     wanted = source(name).arms
-    missing = [part for part in ("settings", "environment") if part not in results]
-    if wanted is None:
-        return [f"it has no {part}" for part in missing]
-    keys = {tuple(key.rsplit("/", 1)) for key in results.get("arms", {})}
+    parts = ("settings", "environment", *(("arms",) if wanted is not None else ()))
+    found = results if isinstance(results, dict) else {}
+    missing = [f"it has no {part}" for part in parts if not isinstance(found.get(part), dict)]
+    if wanted is None or missing:
+        return missing
+    keys = {tuple(key.rpartition("/")[::2]) for key in found["arms"]}
     seeds = sorted({key[-1] for key in keys})
     arms = dict.fromkeys([*wanted, *sorted(key[0] for key in keys)])
-    absent = [f"{arm}/{seed}" for arm in arms for seed in seeds if (arm, seed) not in keys]
-    few = [f"{len(seeds)} seeds, of at least {SEEDS}"] if len(seeds) < SEEDS else []
-    return [*(f"it has no {part}" for part in (*missing, *absent)), *few]
+    absent = [f"it has no {arm}/{seed}" for arm in arms for seed in seeds if (arm, seed) not in keys]
+    return absent + ([f"{len(seeds)} seeds, of at least {SEEDS}"] if len(seeds) < SEEDS else [])
 
 
 def rounded(value: Any) -> Any:
@@ -141,22 +189,28 @@ def rounded(value: Any) -> Any:
 
 
 def written(value: Any, indent: str = "") -> str:
-    """JSON with a line for each entry of a dict, and lists in one line."""
+    """JSON with a line for each entry of a dict, and lists in one line; nan is a ValueError."""
     if not isinstance(value, dict) or not value:
-        return json.dumps(value)
+        return json.dumps(value, allow_nan=False)
     inner = indent + " "
     lines = (f"{inner}{json.dumps(key)}: {written(one, inner)}" for key, one in value.items())
     return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
 
 
-def _keep_picture(picture: Path, target: Path, results: str) -> None:
+def _small(picture: Path, results: str) -> bytes:
+    """A picture in 128 colours, with its results' checksum in it."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     about = PngInfo()
     about.add_text("results", checksum(results))
-    with Image.open(picture) as image, written_aside(target) as aside:
-        image.convert("RGB").quantize(128).save(aside, format="png", optimize=True, pnginfo=about)
+    made = io.BytesIO()
+    try:
+        with Image.open(picture, formats=["PNG"]) as image:
+            image.convert("RGB").quantize(128).save(made, format="png", optimize=True, pnginfo=about)
+    except (OSError, SyntaxError, ValueError) as error:  # as PIL says it of a file that is broken
+        raise PageError(f"add: {picture} is not a whole PNG picture: {error}.") from None
+    return made.getvalue()
 
 
 def checksum(results: str) -> str:
@@ -169,17 +223,21 @@ def checksum(results: str) -> str:
 
 def write(root: Path = ROOT) -> list[str]:
     """Make all blocks anew; gives the pages that this changed."""
-    changed: list[str] = []
-    for page in PAGES:
-        old = (root / page).read_text()
-        if (new := rewritten(old, page, root)) != old:
-            with written_aside(root / page) as aside:
-                aside.write_text(new)
-            changed.append(page)
-    return changed
+    changed = made_anew(root)
+    for page, text in changed.items():
+        with written_aside(root / page) as aside:
+            aside.write_text(text)
+    return list(changed)
 
 
-def rewritten(text: str, page: str, root: Path = ROOT) -> str:
+def made_anew(root: Path, fresh: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """The pages that change, and their new texts; with `fresh` results, by name, in place of the folder's."""
+    old = {page: (root / page).read_text() for page in PAGES}
+    new = {page: rewritten(text, page, root, fresh) for page, text in old.items()}
+    return {page: text for page, text in new.items() if text != old[page]}
+
+
+def rewritten(text: str, page: str, root: Path = ROOT, fresh: Mapping[str, Any] | None = None) -> str:
     """A page's text with its blocks made anew; one without results stays as it is."""
     folder = "results" if page.startswith("recipes/") else RESULTS
 
@@ -187,10 +245,13 @@ def rewritten(text: str, page: str, root: Path = ROOT) -> str:
         name, wanted = found[1], found[2]
         _known(name)
         file = root / RESULTS / f"{name}.json"
-        if not file.exists():
+        if fresh and name in fresh:
+            results = fresh[name]
+        elif file.exists():
+            results = json.loads(file.read_text())
+        else:
             return found.group()
-        results = json.loads(file.read_text())
-        parts = _parts(name, results, f"{folder}/{name}.png")
+        parts = told(name, results, f"{folder}/{name}.png")
         if unknown := set(wanted.split()) - set(parts):
             raise PageError(
                 f"{page}: a block of {name} asks for {', '.join(unknown)}, not {', '.join(parts)}."
@@ -199,6 +260,23 @@ def rewritten(text: str, page: str, root: Path = ROOT) -> str:
         return f"<!-- results:{name}{wanted} -->\n{inside}\n<!-- /results -->"
 
     return BLOCK.sub(anew, text)
+
+
+def told(name: str, results: dict[str, Any], picture: str) -> dict[str, str]:
+    """All that a page may say of results, by part.
+
+    Raises:
+        PageError: they lack something of it, or it has a comment's mark: blocks end with one.
+    """
+    try:
+        parts = _parts(name, results, picture)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise PageError(
+            f"pages: results of {name} lack something that the page says: {type(error).__name__}: {error}."
+        ) from error
+    if mark := next((mark for mark in ("<!--", "-->") for part in parts.values() if mark in part), None):
+        raise PageError(f"pages: results of {name} have {mark} in a name, which would end their block.")
+    return parts
 
 
 def _parts(name: str, results: dict[str, Any], picture: str) -> dict[str, str]:
@@ -288,8 +366,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not (ROOT / "recipes").is_dir() or not (ROOT / PAGES[0]).exists():
         raise PageError(f"pages: {ROOT} is not a clone of optx, so there is no page to write.")
-    for run in options.runs if options.command == "add" else ():
-        print(f"{RESULTS}/{add(run)}.json")
+    for name in add(*options.runs) if options.command == "add" else ():
+        print(f"{RESULTS}/{name}.json")
     for page in write():
         print(page)
 

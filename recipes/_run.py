@@ -7,10 +7,12 @@ import datetime
 import inspect
 import json
 import os
+import pickle
 import platform
 import shlex
 import signal
 import statistics
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import optx
 from optx._files import written_aside
 
+from ._options import first_seed, path, positive
 from ._report import console
 
 SettingsError = SystemExit
@@ -47,9 +50,9 @@ def parser(name: str, doc: str, steps: int, **options: dict[str, Any]) -> argpar
         description=inspect.cleandoc(doc),
         formatter_class=type("Form", (argparse.RawDescriptionHelpFormatter, _Defaults), {}),
     )
-    made.add_argument("--steps", type=_positive, default=steps, help="optimizer steps of each arm")
-    made.add_argument("--seed", type=int, default=0, help="of the data order and all random draws")
-    made.add_argument("--out", type=Path, default=Path("runs") / name, help="folder for results and picture")
+    made.add_argument("--steps", type=positive, default=steps, help="optimizer steps of each arm")
+    made.add_argument("--seed", type=first_seed, default=0, help="of the data order and all random draws")
+    made.add_argument("--out", type=path, default=Path("runs") / name, help="folder for results and picture")
     made.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
     for option, keywords in options.items():
         made.add_argument(f"--{option.replace('_', '-')}", **keywords)
@@ -62,12 +65,6 @@ class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
         hidden = action.default is None or action.default is False
         return action.help if hidden else super()._get_help_string(action)
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not a positive number")
-    return number
 
 
 NOT_SETTINGS = ("arms", "parts", "seeds", "out", "resume", "json", "threads", "folder", "work")
@@ -174,26 +171,58 @@ class Run:
         self.settings = {name: value for name, value in settings.items() if name != "overwrite"}
         self.interrupt = Interrupt()
         self.results: dict[str, Any] = {"settings": self.settings, "environment": environment(), "arms": {}}
-        self._check_folder(resume or settings.get("overwrite", False))
-        folder.mkdir(parents=True, exist_ok=True)
+        replaces = settings.get("overwrite", False)
+        if resume and replaces:
+            raise SettingsError("--resume goes on with the run that --overwrite replaces. Give one of them.")
+        try:
+            self._check_folder(resume, replaces)
+            found = self._earlier() if resume and self.json.exists() else None
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):  # that it can't be written into is known before training
+                pass
+        except OSError as error:
+            raise SettingsError(
+                f"--out: {folder}: {error.strerror}. Give a folder that is there or can be made."
+            ) from None
         self._replaces = not resume  # the checkpoint that is there is of another run
-        if resume and self.json.exists():
-            found = json.loads(self.json.read_text())
-            self._compare(found["settings"])
-            self.results = found
+        self.results = found or self.results
 
-    def _check_folder(self, may_be_used: bool) -> None:
-        """Raise if the folder has something that this run would write over."""
-        names = (self.json, self.checkpoint, *sorted(self.folder.glob("*.png")))
-        if self.folder.exists() and not self.folder.is_dir():
-            raise SettingsError(f"--out: {self.folder} is a file. Give the name of a folder.")
-        if may_be_used:
+    def _check_folder(self, resume: bool, replaces: bool) -> None:
+        """Raise if the folder is none, or has something that this run would write over."""
+        if os.path.lexists(self.folder) and not self.folder.is_dir():
+            what = "is a file" if self.folder.exists() else "is a link to nothing"
+            raise SettingsError(f"--out: {self.folder} {what}. Give the name of a folder.")
+        for file in (self.json, self.checkpoint):
+            if file.is_dir():
+                raise SettingsError(f"--out: {self.folder} has a folder {file.name}. Give another --out.")
+            if resume and file.is_symlink() and not file.exists():
+                raise SettingsError(f"--resume: {file} is a link to nothing. Give another --out.")
+        if resume or replaces:
             return
-        if earlier := next((path.name for path in names if path.exists()), None):
+        names = (self.json, self.checkpoint, *sorted(self.folder.glob("*.png")))
+        if earlier := next((file.name for file in names if os.path.lexists(file)), None):
             raise SettingsError(
                 f"--out: {self.folder} has a {earlier} of an earlier run. Give another --out, --resume to go "
                 "on with that run, or --overwrite to replace it."
             )
+
+    def _earlier(self) -> dict[str, Any]:
+        """The results that the folder has."""
+        try:
+            found = json.loads(self.json.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise self._not_ours(self.json, str(error)) from None
+        for part in ("settings", "environment", "arms"):
+            if not isinstance(found, dict) or not isinstance(found.get(part), dict):
+                raise self._not_ours(self.json, f"it has no {part}")
+        self._compare(found["settings"])
+        return found
+
+    def _not_ours(self, file: Path, why: str) -> SystemExit:
+        return SettingsError(
+            f"--resume: {file} is not what a run writes: {why.splitlines()[0]}. Give --overwrite to replace "
+            "it, or another --out."
+        )
 
     @property
     def json(self) -> Path:
@@ -250,7 +279,12 @@ class Run:
         """The checkpoint of this arm, if it was interrupted; sets torch's random state as it was."""
         if not (self.resume and self.checkpoint.exists()):
             return None
-        state = torch.load(self.checkpoint, map_location=device(), weights_only=True)
+        try:
+            state = torch.load(self.checkpoint, map_location=device(), weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
+            raise self._not_ours(self.checkpoint, type(error).__name__) from None
+        if not (isinstance(state, dict) and {"settings", "arm", "rng"} <= state.keys()):
+            raise self._not_ours(self.checkpoint, "it has no settings, arm and random state")
         if state["arm"] != arm:
             return None
         self._compare(state["settings"])

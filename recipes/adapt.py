@@ -23,6 +23,7 @@ from torch import nn
 import optx
 
 from . import _adapt_report, _assets
+from ._options import SEEDS, positive, rate, whole
 from ._report import by_seed
 from ._reviews import Sentences, accuracy, load
 from ._run import Run, chosen, clock, device, median_ms, parser, settings_of, warmed_up
@@ -105,20 +106,30 @@ def step_times(arms: Sequence[str], data: Sentences, args: Any, rounds: int = 12
     return {arm: median_ms(seconds[2:]) for arm, seconds in times.items()}
 
 
+def factors(text: str) -> str:
+    """The type of --sweep: factors on a rate, with commas between."""
+    for factor in text.split(","):
+        rate(factor)
+    return text
+
+
 def options() -> ArgumentParser:
     """The recipe's command line."""
     return parser(
         "adapt",
         __doc__ or "",
         steps=120,
-        seeds={"type": int, "default": 3, "help": "how many seeds, from --seed on"},
+        seeds={"default": 3} | SEEDS,
         model={"help": "hub name or folder of a BERT-like encoder (default: all-MiniLM-L6-v2)"},
         data={"help": "file of class<TAB>sentence lines (default: film reviews)"},
         arms={"default": ",".join(ARMS), "help": "which, comma-separated"},
-        batch={"type": int, "default": 16, "help": "sentences a step"},
-        length={"type": int, "default": 32, "help": "tokens of a sentence, at most"},
-        test={"type": int, "default": 500, "help": "sentences kept for testing"},
-        sweep={"help": "factors on the learning rates, as 0.3,1,3: one run each with seed 100, and a table"},
+        batch={"type": positive, "default": 16, "help": "sentences a step"},
+        length={"type": whole(3), "default": 32, "help": "tokens of a sentence, at most"},
+        test={"type": positive, "default": 500, "help": "sentences kept for testing"},
+        sweep={
+            "type": factors,
+            "help": "factors on the rates, as 0.3,1,3: a run each, seed 100, and a table",
+        },
         resume={"action": "store_true", "help": "keep the finished arms and seeds of an interrupted run"},
     )
 

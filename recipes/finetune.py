@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +23,7 @@ from torch.optim import Optimizer
 import optx
 
 from . import _assets, _drift, _finetune_report, _text
+from ._options import SEEDS, path, positive, rate, whole
 from ._run import (
     Run,
     SettingsError,
@@ -143,19 +143,19 @@ def options() -> ArgumentParser:
         "finetune",
         __doc__ or "",
         steps=32,
-        seeds={"type": int, "default": 1, "help": "how many seeds, from --seed on"},
+        seeds={"default": 1} | SEEDS,
         model={"help": "hub name or folder of a causal language model (default: SmolLM2-135M-Instruct)"},
         data={"help": "text file, folder of *.txt or hub data set to train on (default: Shakespeare)"},
         general={"help": "the same, of text that the model knew (default: 300 news articles)"},
-        prompts={"type": Path, "help": "text file with a prompt a line (default: a dozen of daily life)"},
+        prompts={"type": path, "help": "text file with a prompt a line (default: a dozen of daily life)"},
         arms={"default": ",".join(ARMS), "help": "which, comma-separated; @0.5 behind one halves its rate"},
         # AdamW's best by loss on held-out Shakespeare: 5e-5 came to 3.525, 1e-4 to 3.510, 2e-4 to 3.523, with
         # a seed that is in no table (100). As many steps as six minutes on two cores leave to three arms.
-        lr={"type": float, "default": 1e-4, "help": "peak learning rate"},
-        batch={"type": int, "default": 1, "help": "blocks a step"},
-        length={"type": int, "default": 256, "help": "tokens of a block"},
-        answer_length={"type": int, "default": 48, "help": "tokens of an answer, at most"},
-        eval_blocks={"type": int, "default": 8, "help": "blocks of each text that losses are measured on"},
+        lr={"type": rate, "default": 1e-4, "help": "peak learning rate"},
+        batch={"type": positive, "default": 1, "help": "blocks a step"},
+        length={"type": whole(4), "default": 256, "help": "tokens of a block"},
+        answer_length={"type": positive, "default": 48, "help": "tokens of an answer, at most"},
+        eval_blocks={"type": positive, "default": 8, "help": "blocks of each text to measure losses on"},
         resume={"action": "store_true", "help": "go on with an interrupted run"},
     )
 

@@ -27,7 +27,8 @@ import optx
 from optx.analysis import nlm_alignment, softmax_collapse
 
 from . import _grokking_report
-from ._run import Run, chosen, device, parser, settings_of
+from ._options import SEEDS, positive, rate, share, whole
+from ._run import Run, SettingsError, chosen, device, parser, settings_of
 
 
 def to_softmax(logits: Tensor) -> Tensor:
@@ -102,13 +103,13 @@ def options() -> ArgumentParser:
         "grokking",
         __doc__ or "",
         steps=2000,
-        seeds={"type": int, "default": 3, "help": "how many seeds, from --seed on"},
+        seeds={"default": 3} | SEEDS,
         arms={"default": ",".join(ARMS), "help": "which, comma-separated"},
-        p={"type": int, "default": 59, "help": "the modulus (the paper's: 113, 5 times the work)"},
-        share={"type": float, "default": 0.4, "help": "share of the pairs to train on"},
-        width={"type": int, "default": 200, "help": "of the hidden layers"},
-        lr={"type": float, "default": 0.01, "help": "learning rate of all arms"},
-        every={"type": int, "default": 10, "help": "epochs between two measurements"},
+        p={"type": whole(2), "default": 59, "help": "the modulus (the paper's: 113, 5 times the work)"},
+        share={"type": share, "default": 0.4, "help": "share of the pairs to train on"},
+        width={"type": positive, "default": 200, "help": "of the hidden layers"},
+        lr={"type": rate, "default": 0.01, "help": "learning rate of all arms"},
+        every={"type": positive, "default": 10, "help": "epochs between two measurements"},
         model={"help": "has no meaning here: the model is a small MLP, trained from scratch"},
         data={"help": "has no meaning here: the data is all of modular addition"},
         resume={"action": "store_true", "help": "keep the finished arms and seeds of an interrupted run"},
@@ -121,6 +122,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.model or args.data:
         raise SystemExit("grokking brings its own model and data; --model and --data have no meaning here.")
     arms = chosen(args.arms, ARMS)
+    if int(args.share * args.p**2) == 0:
+        raise SettingsError(f"--share {args.share}: of {args.p**2} pairs that is none to train on.")
     run = Run(args.out, settings_of(args), args.resume)
     for arm in arms:
         for seed in range(args.seed, args.seed + args.seeds):

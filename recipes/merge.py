@@ -25,6 +25,7 @@ import optx
 from . import _assets, _digits, _merge_report, _reviews
 from ._experts import Expert
 from ._merge_parts import Merging, Pruning, merge, prune
+from ._options import SEEDS, positive, rate, share, strength, whole
 from ._run import Run, chosen, parser, settings_of, warmed_up
 
 PARTS = ("prune", "merge", "patch")
@@ -116,19 +117,19 @@ def options() -> ArgumentParser:
         "merge",
         __doc__ or "",
         steps=120,
-        seeds={"type": int, "default": 3, "help": "how many seeds, from --seed on"},
+        seeds={"default": 3} | SEEDS,
         model={"help": "hub name or folder of a BERT-like encoder (default: all-MiniLM-L6-v2)"},
         data={"help": "folder with TASK.tsv files of class<TAB>sentence lines (default: three tasks)"},
         parts={"default": ",".join(PARTS), "help": "which, comma-separated"},
-        lr={"type": float, "default": 3e-4, "help": "peak learning rate of the encoder"},
-        head_lr={"type": float, "default": 1e-3, "help": "of the new head"},
-        pull={"type": float, "default": 0.05, "help": "AdamR's weight"},
-        rates={"type": float, "nargs": "+", "default": [0.5, 0.9, 0.99, 0.999], "help": "shares dropped"},
-        masks={"type": int, "default": 2, "help": "random masks each"},
-        batch={"type": int, "default": 16, "help": "sentences a step"},
-        length={"type": int, "default": 32, "help": "tokens of a sentence, at most"},
-        valid={"type": int, "default": 120, "help": "sentences of each task kept to choose scales by"},
-        test={"type": int, "default": 300, "help": "sentences of each task kept for testing"},
+        lr={"type": rate, "default": 3e-4, "help": "peak learning rate of the encoder"},
+        head_lr={"type": rate, "default": 1e-3, "help": "of the new head"},
+        pull={"type": strength, "default": 0.05, "help": "AdamR's weight"},
+        rates={"type": share, "nargs": "+", "default": [0.5, 0.9, 0.99, 0.999], "help": "shares dropped"},
+        masks={"type": positive, "default": 2, "help": "random masks each"},
+        batch={"type": positive, "default": 16, "help": "sentences a step"},
+        length={"type": whole(3), "default": 32, "help": "tokens of a sentence, at most"},
+        valid={"type": positive, "default": 120, "help": "sentences of each task kept to choose scales by"},
+        test={"type": positive, "default": 300, "help": "sentences of each task kept for testing"},
         resume={"action": "store_true", "help": "keep the finished parts of an interrupted run"},
     )
 

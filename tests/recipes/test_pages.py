@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -109,7 +110,7 @@ def clone(tmp_path: Path) -> Path:
 
 
 def test_a_run_is_taken_in_and_told(run: Path, clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _pages.add(run, clone) == "grokking"
+    assert _pages.add(run, root=clone) == ["grokking"]
     assert _pages.write(clone) == list(_pages.PAGES)
     assert _pages.write(clone) == []
     front, page = ((clone / page).read_text() for page in _pages.PAGES)
@@ -131,7 +132,7 @@ def test_a_run_is_taken_in_and_told(run: Path, clone: Path, capsys: pytest.Captu
 
 
 def test_numbers_are_kept_to_five_digits(run: Path, clone: Path) -> None:
-    _pages.add(run, clone)
+    _pages.add(run, root=clone)
     text = (clone / _pages.RESULTS / "grokking.json").read_text()
     kept, made = json.loads(text)["arms"], json.loads((run / "results.json").read_text())["arms"]
     assert kept.keys() == made.keys()
@@ -169,7 +170,7 @@ def test_part_of_a_run_is_refused(
     (part / "results.json").write_text(json.dumps(results))
     (part / "grokking.png").write_bytes((run / "grokking.png").read_bytes())
     with pytest.raises(_pages.PageError, match=f"is not a whole run of grokking: {said}"):
-        _pages.add(part, clone)
+        _pages.add(part, root=clone)
     assert not (clone / _pages.RESULTS).exists()
 
 
@@ -178,20 +179,124 @@ def test_a_run_that_goes_on_is_refused(run: Path, clone: Path) -> None:
     part.mkdir()
     (part / "results.json").write_bytes((run / "results.json").read_bytes())
     with pytest.raises(_pages.PageError, match="has no picture of a recipe"):
-        _pages.add(part, clone)
+        _pages.add(part, root=clone)
     (part / "grokking.png").write_bytes((run / "grokking.png").read_bytes())
     os.utime(part / "grokking.png", (0, 0))
     with pytest.raises(_pages.PageError, match="goes on or was interrupted"):
-        _pages.add(part, clone)
+        _pages.add(part, root=clone)
     os.utime(part / "grokking.png")
     (part / "checkpoint.pt").touch()
     with pytest.raises(_pages.PageError, match="goes on or was interrupted"):
-        _pages.add(part, clone)
+        _pages.add(part, root=clone)
     assert not (clone / _pages.RESULTS).exists()
 
 
+def _environment(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda results: results["environment"].update({name: value})
+
+
+def _in_an_arm(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda results: results["arms"]["adamw/0"].update({name: value})
+
+
+def _renamed(results: dict[str, Any]) -> None:
+    for seed in range(3):
+        results["arms"][f"a <!-- /results -->/{seed}"] = results["arms"][f"adamw/{seed}"]
+
+
+def _part(run: Path, clone: Path, results: bytes | None = None, picture: bytes | None = None) -> Path:
+    """A copy of the run, with other files."""
+    part = clone / "part"
+    part.mkdir(exist_ok=True)
+    for name, content in (("results.json", results), ("grokking.png", picture)):
+        (part / name).write_bytes((run / name).read_bytes() if content is None else content)
+    return part
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda results: results.update(environment=None), "it has no environment"),
+        (lambda results: results.update(settings=[]), "it has no settings"),
+        (lambda results: results.update(arms=[]), "it has no arms"),
+        (lambda results: results["environment"].pop("device"), "lack something .*'device'"),
+        (lambda results: results["settings"].pop("p"), "lack something .*'p'"),
+        (_in_an_arm("test", []), "lack something"),
+        (_in_an_arm("test", ["0.5"]), "lack something"),
+        (_in_an_arm("test", [float("nan")]), "not a file of results: .*not JSON compliant"),
+        (_environment("device", "a <!-- /results -->"), "have <!-- in a name"),
+        (_environment("device", "a --> b"), "have --> in a name"),
+        (_renamed, "have <!-- in a name"),
+    ],
+)
+def test_what_the_page_cannot_tell_is_refused_before_anything_is_written(
+    change: Callable[[dict[str, Any]], Any], said: str, run: Path, clone: Path
+) -> None:
+    results = json.loads((run / "results.json").read_text())
+    change(results)
+    part = _part(run, clone, json.dumps(results).encode())
+    with pytest.raises(_pages.PageError, match=said):
+        _pages.add(run, part, root=clone)  # the first one is whole, and not kept either
+    assert not (clone / _pages.RESULTS).exists()
+
+
+@pytest.mark.parametrize(
+    ("results", "said"),
+    [
+        (b"{", "not a file of results: Expecting"),
+        (b"\xff", "not a file of results: .*decode"),
+        (b"[]", "it has no settings"),
+        (b'{"arms": 1e999}', "not a file of results: .*not JSON compliant"),
+    ],
+)
+def test_no_results_are_refused(results: bytes, said: str, run: Path, clone: Path) -> None:
+    part = _part(run, clone, results)
+    with pytest.raises(_pages.PageError, match=said):
+        _pages.add(part, root=clone)
+    (part / "results.json").unlink()
+    with pytest.raises(_pages.PageError, match=r"has no results\.json"):
+        _pages.add(part, root=clone)
+    assert not (clone / _pages.RESULTS).exists()
+
+
+def test_a_picture_that_is_none_is_refused(run: Path, clone: Path) -> None:
+    from PIL import Image
+
+    whole, gif = (run / "grokking.png").read_bytes(), io.BytesIO()
+    Image.new("RGB", (2, 2)).save(gif, "gif")
+    for content in (b"", gif.getvalue(), whole[:200], whole[: len(whole) // 2]):
+        with pytest.raises(_pages.PageError, match=r"grokking\.png is not a whole PNG picture: "):
+            _pages.add(_part(run, clone, picture=content), root=clone)
+    assert not (clone / _pages.RESULTS).exists()
+
+
+def test_a_recipe_as_a_file_is_refused(run: Path, clone: Path) -> None:
+    file = clone / "grokking.json"
+    file.write_bytes((run / "results.json").read_bytes())
+    with pytest.raises(_pages.PageError, match=r"of a recipe\. Give its run's folder"):
+        _pages.add(file, root=clone)
+    bench = clone / "bench-merge.json"
+    bench.write_text('{"settings": {}, "environment": {}}')
+    with pytest.raises(_pages.PageError, match="results of bench-merge lack something"):
+        _pages.add(bench, root=clone)
+    assert not (clone / _pages.RESULTS).exists()
+
+
+def test_a_page_that_cannot_be_made_leaves_all_as_it_was(run: Path, clone: Path) -> None:
+    (clone / "recipes/README.md").write_text("<!-- results:grokking table -->\n<!-- /results -->")
+    before = (clone / "README.md").read_text()
+    with pytest.raises(_pages.PageError, match="asks for table"):
+        _pages.add(run, root=clone)
+    assert not (clone / _pages.RESULTS).exists()
+    (clone / _pages.RESULTS).mkdir()
+    (clone / _pages.RESULTS / "grokking.json").write_bytes((run / "results.json").read_bytes())
+    with pytest.raises(_pages.PageError, match="asks for table"):
+        _pages.write(clone)
+    assert (clone / "README.md").read_text() == before
+
+
 def test_a_block_of_nothing_and_a_wrong_part(run: Path, clone: Path) -> None:
-    _pages.add(run, clone)
+    _pages.add(run, root=clone)
     page = clone / "README.md"
     page.write_text("<!-- results:groking -->\n<!-- /results -->")
     with pytest.raises(_pages.PageError, match="'groking' is none of adapt, "):
@@ -233,7 +338,7 @@ def test_mean_and_range_over_seeds() -> None:
 
 def block_of(name: str, file: Path, clone: Path) -> str:
     """What the page has of a benchmark's file."""
-    assert _pages.add(file, clone) == name
+    assert _pages.add(file, root=clone) == [name]
     page = clone / "recipes/README.md"
     page.write_text(f"<!-- results:{name} -->\n<!-- /results -->")
     _pages.write(clone)

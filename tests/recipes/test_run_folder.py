@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
 
@@ -44,6 +46,74 @@ def test_a_file_of_that_name_is_not_lost(name: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=f"has a {name} of an earlier run"):
         run(tmp_path)
     assert (tmp_path / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "finetune.png", "results.json"])
+def test_a_link_of_that_name_is_not_lost(name: str, tmp_path: Path) -> None:
+    """A disk may be back tomorrow."""
+    link = tmp_path / name
+    link.symlink_to(tmp_path / "away")
+    with pytest.raises(SystemExit, match=f"has a {name} of an earlier run"):
+        run(tmp_path)
+    if name != "finetune.png":
+        with pytest.raises(SystemExit, match=f"{name} is a link to nothing"):
+            run(tmp_path, "--resume")
+    assert link.is_symlink()
+
+
+@pytest.mark.parametrize("option", [(), ("--overwrite",), ("--resume",)])
+@pytest.mark.parametrize("name", ["checkpoint.pt", "results.json"])
+def test_a_folder_of_that_name(name: str, option: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(SystemExit, match=f"has a folder {name}"):
+        run(tmp_path, *option)
+
+
+@pytest.mark.parametrize("name", ["file/sub", "x" * 300, "link", "/proc", "/proc/x"])
+@pytest.mark.parametrize("option", [(), ("--overwrite",), ("--resume",)])
+def test_a_folder_that_cannot_be(name: str, option: tuple[str, ...], tmp_path: Path) -> None:
+    if name.startswith("/proc") and not Path("/proc/self").exists():
+        pytest.skip("there is no folder that is nobody's to write into")
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "away")
+    with pytest.raises(SystemExit, match=r"^--out: .*\. Give (a folder|the name of a folder)"):
+        run(tmp_path / name, *option)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"settings": ', "Expecting value"),
+        (b"\xff\xfe", "can't decode byte"),
+        (b"[]", "it has no settings"),
+        (b'{"settings": {"lr": 0.1}, "environment": {}, "arms": []}', "it has no arms"),
+    ],
+)
+def test_results_that_are_none_are_not_gone_on_with(content: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_bytes(content)
+    with pytest.raises(SystemExit, match=rf"--resume: .*results\.json is not what a run writes: .*{said}"):
+        run(tmp_path, "--resume")
+    assert (tmp_path / "results.json").read_bytes() == content
+
+
+def test_a_checkpoint_that_is_none_is_not_gone_on_with(tmp_path: Path) -> None:
+    first = run(tmp_path)
+    first.save("a", {"step": 1})
+    whole = first.checkpoint.read_bytes()
+    for content in (b"", b"junk", whole[: len(whole) // 2], pickle.dumps([1])):
+        first.checkpoint.write_bytes(content)
+        with pytest.raises(SystemExit, match=r"--resume: .*checkpoint\.pt is not what a run writes: "):
+            run(tmp_path, "--resume").load("a")
+    for state in ([], {"arm": "a"}):
+        torch.save(state, first.checkpoint)
+        with pytest.raises(SystemExit, match="it has no settings, arm and random state"):
+            run(tmp_path, "--resume").load("a")
+
+
+def test_a_run_is_gone_on_with_or_replaced(tmp_path: Path) -> None:
+    finished(tmp_path)
+    with pytest.raises(SystemExit, match=r"--resume goes on with the run that --overwrite replaces"):
+        run(tmp_path, "--resume", "--overwrite")
 
 
 def test_other_files_are_in_nobodys_way(tmp_path: Path) -> None:

@@ -1,0 +1,86 @@
+"""A recipe's options: what makes no sense is said in one line, before anything is loaded or written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("transformers")
+
+from optx.recipes import _bench, adapt, finetune, grokking, merge
+
+COUNTS: dict[Any, tuple[str, ...]] = {
+    adapt: ("seeds", "batch", "length", "test", "steps"),
+    finetune: ("seeds", "batch", "length", "answer-length", "eval-blocks", "steps"),
+    grokking: ("seeds", "p", "width", "every", "steps"),
+    merge: ("seeds", "masks", "batch", "length", "valid", "test", "steps"),
+}
+RATES: dict[Any, tuple[str, ...]] = {
+    adapt: ("sweep",),
+    finetune: ("lr",),
+    grokking: ("lr",),
+    merge: ("lr", "head-lr"),
+}
+BAD = [
+    *(
+        (recipe, name, text)
+        for recipe, found in COUNTS.items()
+        for name in found
+        for text in ("0", "-1", "x")
+    ),
+    *(
+        (recipe, name, x)
+        for recipe, found in RATES.items()
+        for name in found
+        for x in ("nan", "0", "-1", "inf")
+    ),
+    *((recipe, "seed", text) for recipe in COUNTS for text in ("-1", "4294967296", "1" * 20)),
+    *((grokking, "share", text) for text in ("0", "1", "2", "nan")),
+    *((merge, "rates", text) for text in ("0", "1", "x")),
+    (merge, "pull", "-0.1"),
+    (finetune, "length", "3"),
+    (adapt, "sweep", "1,,3"),
+    (grokking, "p", "1"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "name", "text"), BAD)
+def test_what_makes_no_sense_is_said(
+    recipe: Any, name: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        recipe.main([f"--{name}", text, "--out", str(tmp_path / "out")])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"argument --{name}: " in said
+    assert " is not a " in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_least_that_makes_sense_is_taken() -> None:
+    for recipe, names in COUNTS.items():
+        least = {"length": 4, "p": 2}
+        typed = [word for name in names for word in (f"--{name}", str(least.get(name, 1)))]
+        args = vars(recipe.options().parse_args([*typed, "--seed", "4294967295"]))
+        assert all(args[name.replace("-", "_")] == least.get(name, 1) for name in names)
+    assert merge.options().parse_args(["--pull", "0"]).pull == 0.0
+
+
+def test_no_pair_to_train_on(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"--share 0\.1: of 9 pairs that is none to train on"):
+        grokking.main(["--p", "3", "--share", "0.1", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_home_folder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    for recipe in COUNTS:
+        assert recipe.options().parse_args(["--out", "~/x"]).out == Path("/somewhere/x")
+    assert finetune.options().parse_args(["--prompts", "~/x"]).prompts == Path("/somewhere/x")
+    assert _bench.parser("x", "").parse_args(["--json", "~/x"]).json == Path("/somewhere/x")
+    with pytest.raises(SystemExit):
+        grokking.options().parse_args(["--out", "~nobody-of-that-name/x"])
+    assert "argument --out: '~nobody-of-that-name/x': " in capsys.readouterr().err
