@@ -7,7 +7,6 @@ import datetime
 import inspect
 import json
 import os
-import pickle
 import platform
 import shlex
 import signal
@@ -281,7 +280,7 @@ class Run:
             return None
         try:
             state = torch.load(self.checkpoint, map_location=device(), weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
+        except Exception as error:  # bytes that are no checkpoint raise whatever they are read as
             raise self._not_ours(self.checkpoint, type(error).__name__) from None
         if not (isinstance(state, dict) and {"settings", "arm", "rng"} <= state.keys()):
             raise self._not_ours(self.checkpoint, "it has no settings, arm and random state")
