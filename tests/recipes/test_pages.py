@@ -24,11 +24,7 @@ COMMITTED = sorted(file.stem for file in (ROOT / _pages.RESULTS).glob("*.json"))
 # Without committed results yet: what stands in their blocks was typed by hand.
 PENDING = {
     "audit",
-    "bench-attach",
     "bench-delta",
-    "bench-hft",
-    "bench-merge",
-    "bench-step",
     "grokking",
     "merge",
 }
