@@ -25,7 +25,6 @@ COMMITTED = sorted(file.stem for file in (ROOT / _pages.RESULTS).glob("*.json"))
 PENDING = {
     "audit",
     "bench-delta",
-    "grokking",
     "merge",
 }
 DECIMAL = re.compile(r"(?<![\d.])\d+\.\d+(?!\.?\d)")
