@@ -109,7 +109,7 @@ TABLE = {
 # Modules of the folders that compute nothing: they read, write, match names or hold what others compute.
 _FILES = (
     "_background_file _checkpoint_output _checkpoint_source _compressed_file _delta _delta_file "
-    "_mergekit _overwrite _patch _safetensors_writer cli merge"
+    "_inputs _known_files _mergekit _overwrite _patch _safetensors_writer cli merge"
 )
 _HANDLES = (
     "_attach _export _folder _handle _injection _install _module_paths _peft_match _peft_prefix _peft_read "
