@@ -310,9 +310,8 @@ def _seeds(results: Mapping[str, Any]) -> int:
 def about(made: Source, results: Mapping[str, Any]) -> str:
     """Settings, day and machine; and where the recipe's defaults are others by now."""
     settings, where = results["settings"], dict(results["environment"])
-    words = [
-        _said(name, value) for name, value in settings.items() if value is not None and value is not False
-    ]
+    given = {name: v for name, v in settings.items() if v is not None and v is not False and v != ""}
+    words = [_said(name, value) for name, value in given.items()]
     if made.arms is not None:
         words.insert(0, f"{_seeds(results)} seeds")
     date, device, threads, python = (where.pop(name) for name in ("date", "device", "threads", "python"))
