@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._run import SettingsError, device
+from ._text import context, evaluated
 
 PROMPTS = (
     "What is the capital of France, and what is it known for?",
@@ -75,7 +76,7 @@ def answers(model: Any, tokenizer: Any, asked: Sequence[str], longest: int) -> A
     padding = tokenizer.pad_token_id or 0
     left = torch.tensor([[padding] * (width - len(row)) + row for row in rows]).to(device())
     seen = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]).to(device())
-    with _evaluated(model), _greedy(model, longest, padding):
+    with evaluated(model), _greedy(model, longest, padding):
         made = model.generate(left, attention_mask=seen)[:, width:]
     replies = [_ended(row, _ends(model)) for row in made.tolist()]
     texts = [tokenizer.decode(reply, skip_special_tokens=True).strip() for reply in replies]
@@ -157,9 +158,9 @@ class Drift:
 
     @torch.no_grad()
     def _general_logits(self, model: nn.Module) -> tuple[float, Tensor]:
-        """Loss and log-probabilities of the last three quarters of each block; see `_text.loss_on`."""
-        skipped = self._general.shape[1] // 4
-        with _evaluated(model):
+        """Loss and log-probabilities of the last three quarters of each block; see `_text.context`."""
+        skipped = context(self._general)
+        with evaluated(model):
             found = [model(input_ids=rows).logits[:, skipped - 1 : -1] for rows in self._general.split(4)]
         logits = torch.cat(found).flatten(0, 1).log_softmax(-1)
         return float(F.nll_loss(logits, self._general[:, skipped:].flatten())), logits
@@ -168,20 +169,9 @@ class Drift:
     def _answer_logits(self, model: nn.Module) -> Tensor:
         """Log-probabilities of each answer's tokens, given the prompt and the answer so far."""
         tokens, mask, answered, _ = self._own
-        with _evaluated(model):
+        with evaluated(model):
             logits = model(input_ids=tokens, attention_mask=mask.long()).logits[:, :-1]
         return logits[answered[:, 1:]].log_softmax(-1)
-
-
-@contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; afterwards in the mode it was in."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _divergence(before: Tensor, after: Tensor) -> float:

@@ -28,23 +28,13 @@ def line(arm: str, point: dict[str, float]) -> str:
     return f"{arm}, step {point['step']}: held out {point['held_out']:.3f}, drift {where}"
 
 
-def of(results: dict[str, Any], arm: str) -> list[dict[str, Any]]:
-    """An arm's results, a seed each."""
-    return [found for key, found in results["arms"].items() if key.split("/")[0] == arm]
-
-
-def arms_of(results: dict[str, Any]) -> list[str]:
-    """The arms that there are results of."""
-    return list(dict.fromkeys(key.split("/")[0] for key in results["arms"]))
-
-
 def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headers and rows: a column per arm, a row per number; over seeds, their mean and range."""
-    arms = arms_of(results)
-    first = of(results, arms[0])
+    arms = _report.by_seed(results["arms"])
+    first = next(iter(arms.values()))
 
     def row(name: str, form: str, number: Callable[[dict[str, Any]], float]) -> list[str]:
-        return [name, *(_spread(form, [number(found) for found in of(results, arm)]) for arm in arms)]
+        return [name, *(_report.ranged([number(one) for one in found], form) for found in arms.values())]
 
     def ratio(name: str, key: str) -> list[str]:
         whole = statistics.mean(found[key] for found in first)
@@ -74,29 +64,22 @@ def tables(results: dict[str, Any]) -> list[_report.Table]:
 
 def caption(results: dict[str, Any]) -> str:
     """What the rows of the table are."""
-    before = results["before"]
+    before, first = results["before"], next(iter(_report.by_seed(results["arms"])))
     return (
         f"Losses before: {before['held_out']:.3f} held out, {before['general']:.3f} on general English. "
         "Drift: KL(pretrained || tuned) of the next token in nats a token, on general English and on the "
         f"model's own answers to {len(before['prompts'])} prompts, made before. Tokens kept: the share of "
-        f"those answers still chosen. Times: medians, ratios to {arms_of(results)[0]}."
+        f"those answers still chosen. Times: medians, ratios to {first}."
     )
 
 
 def title(results: dict[str, Any]) -> str:
     """The setting."""
-    settings, seeds = results["settings"], len(of(results, arms_of(results)[0]))
+    settings, seeds = results["settings"], len(next(iter(_report.by_seed(results["arms"]).values())))
     size = f"{settings['batch']} x {settings['length']}"
     return (
         f"{settings['steps']} steps of {size} tokens, lr {settings['lr']:g}, {seeds} seed{'s' * (seeds > 1)}"
     )
-
-
-def _spread(form: str, numbers: Sequence[float]) -> str:
-    """Mean and range; one number if they don't differ as written."""
-    low, high = form.format(min(numbers)), form.format(max(numbers))
-    mean = form.format(statistics.mean(numbers))
-    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def report(run: Run, arms: Sequence[str]) -> None:
@@ -113,7 +96,7 @@ def _answers(results: dict[str, Any]) -> None:
     """Some answers before and after, side by side; of the first seed."""
     before = results["before"]
     told = {"before": before["answers"]}
-    told |= {arm: of(results, arm)[0]["answers"] for arm in arms_of(results)}
+    told |= {arm: found[0]["answers"] for arm, found in _report.by_seed(results["arms"]).items()}
     for i, prompt in enumerate(before["prompts"][:SHOWN]):
         side_by_side = Table(box=SIMPLE)
         for name in told:
@@ -131,8 +114,9 @@ def drawn(results: dict[str, Any]) -> Figure:
     figure, axes = _report.canvas(len(_KINDS))
     before = {"step": 0} | results["before"]
     for ax, (kind, where) in zip(axes[0], _KINDS.items(), strict=True):
-        for colour, arm in zip(itertools.cycle(_report.COLOURS), arms_of(results), strict=False):
-            curves = [[before, *found["curve"]] for found in of(results, arm)]
+        arms = _report.by_seed(results["arms"]).items()
+        for colour, (arm, seeds) in zip(itertools.cycle(_report.COLOURS), arms, strict=False):
+            curves = [[before, *found["curve"]] for found in seeds]
             for curve in curves if len(curves) > 1 else []:
                 ax.plot(*_points(curve, kind), color=colour, linewidth=0.6, alpha=0.5)
             x, y = zip(*(_mean(points, kind) for points in zip(*curves, strict=True)), strict=True)

@@ -326,7 +326,7 @@ def about(made: Source, results: Mapping[str, Any]) -> str:
         for name, value in settings.items()
         if name not in usual or value != usual[name]
     ]
-    other += [f"no {name} yet" for name in usual if name not in (*settings, *NOT_SETTINGS, "overwrite")]
+    other += [f"no {name} yet" for name in usual if name not in (*settings, *NOT_SETTINGS)]
     return f"{ran} **Other than by default:** {', '.join(other)}." if other else ran
 
 

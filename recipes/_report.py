@@ -75,7 +75,7 @@ def by_seed(arms: Mapping[str, Any]) -> dict[str, list[Any]]:
 
 
 def ranged(values: Sequence[float], form: str = "{:.3f}", ends: str | None = None) -> str:
-    """The mean and, in brackets, the least and the most of a number that every seed has.
+    """The mean and, in brackets, the least and the most of what every seed has; one number if all look alike.
 
     Args:
         values: one a seed.
@@ -84,7 +84,7 @@ def ranged(values: Sequence[float], form: str = "{:.3f}", ends: str | None = Non
     """
     mean = form.format(statistics.mean(values))
     low, high = ((ends or form).format(v) for v in (min(values), max(values)))
-    return f"{mean} ({low} to {high})" if len(values) > 1 else mean
+    return mean if len(values) == 1 or mean == low == high else f"{mean} ({low} to {high})"
 
 
 def canvas(columns: int, rows: int = 1) -> tuple[Figure, Any]:

@@ -66,7 +66,7 @@ class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if hidden else super()._get_help_string(action)
 
 
-NOT_SETTINGS = ("arms", "parts", "seeds", "out", "resume", "json", "threads", "folder", "work")
+NOT_SETTINGS = ("arms", "parts", "seeds", "out", "resume", "overwrite", "json", "threads", "folder", "work")
 """Options that say how much is run, how fast and where to, and not what comes out."""
 
 
@@ -160,21 +160,19 @@ class Run:
 
     Args:
         folder: where to write; made if missing.
-        settings: what must be the same for results to be comparable and for a checkpoint to be continued; but
-            ``overwrite`` among them lets a new run replace the one that the folder holds, at its first write.
+        settings: what must be the same for results to be comparable and for a checkpoint to be continued.
         resume: go on with what the folder holds.
+        overwrite: replace the run that the folder holds, at the first write.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], resume: bool) -> None:
-        self.folder, self.resume = folder, resume
-        self.settings = {name: value for name, value in settings.items() if name != "overwrite"}
+    def __init__(self, folder: Path, settings: dict[str, Any], resume: bool, overwrite: bool = False) -> None:
+        self.folder, self.settings, self.resume = folder, settings, resume
         self.interrupt = Interrupt()
         self.results: dict[str, Any] = {"settings": self.settings, "environment": environment(), "arms": {}}
-        replaces = settings.get("overwrite", False)
-        if resume and replaces:
+        if resume and overwrite:
             raise SettingsError("--resume goes on with the run that --overwrite replaces. Give one of them.")
         try:
-            self._check_folder(resume, replaces)
+            self._check_folder(resume, overwrite)
             found = self._earlier() if resume and self.json.exists() else None
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):  # that it can't be written into is known before training
@@ -186,7 +184,7 @@ class Run:
         self._replaces = not resume  # the checkpoint that is there is of another run
         self.results = found or self.results
 
-    def _check_folder(self, resume: bool, replaces: bool) -> None:
+    def _check_folder(self, resume: bool, overwrite: bool) -> None:
         """Raise if the folder is none, or has something that this run would write over."""
         if os.path.lexists(self.folder) and not self.folder.is_dir():
             what = "is a file" if self.folder.exists() else "is a link to nothing"
@@ -196,7 +194,7 @@ class Run:
                 raise SettingsError(f"--out: {self.folder} has a folder {file.name}. Give another --out.")
             if resume and file.is_symlink() and not file.exists():
                 raise SettingsError(f"--resume: {file} is a link to nothing. Give another --out.")
-        if resume or replaces:
+        if resume or overwrite:
             return
         names = (self.json, self.checkpoint, *sorted(self.folder.glob("*.png")))
         if earlier := next((file.name for file in names if os.path.lexists(file)), None):

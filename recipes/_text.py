@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -47,18 +49,33 @@ def load(tokenizer: Any, args: Any) -> TextData:
     return TextData(blocks(text[:cut]), spread(blocks(text[cut:])), spread(blocks(general)))
 
 
-@torch.no_grad()
-def loss_on(model: nn.Module, blocks: Tensor) -> float:
-    """Mean loss per token, but for the first quarter of each block, which only gives context.
+@contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; afterwards in the mode it was in."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def context(blocks: Tensor) -> int:
+    """How many tokens of each block are not measured: the first quarter, which only gives context.
 
     A block begins in mid-sentence, without the tokens that documents begin with; how well a model guesses
     there says more about such beginnings than about the text.
     """
-    model.eval()
+    return blocks.shape[1] // 4
+
+
+@torch.no_grad()
+def loss_on(model: nn.Module, blocks: Tensor) -> float:
+    """Mean loss per token, but for each block's `context`."""
     total = 0.0
-    for tokens in blocks.to(device()).split(4):
-        labels = tokens.clone()
-        labels[:, : labels.shape[1] // 4] = -100
-        total += float(model(input_ids=tokens, labels=labels).loss) * len(tokens)
-    model.train()
+    with evaluated(model):
+        for tokens in blocks.to(device()).split(4):
+            labels = tokens.clone()
+            labels[:, : context(blocks)] = -100
+            total += float(model(input_ids=tokens, labels=labels).loss) * len(tokens)
     return total / len(blocks)

@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run all arms with all seeds and report."""
     args = options().parse_args(argv)
     arms = chosen(args.arms, ARMS)
-    run = Run(args.out, settings_of(args), args.resume)
+    run = Run(args.out, settings_of(args), args.resume, args.overwrite)
     data, test = load(_assets.classifier(args.model, 2)[1], args.data, args.test, args.length)
     if args.sweep:  # rates are chosen on sentences that are neither trained on nor in the table
         data, test = data.cut(args.test)

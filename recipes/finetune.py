@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen(",".join(arm for arm, _ in asked_for), ARMS)
     arms = list(dict.fromkeys(arm if factor == 1 else f"{arm}@{factor:g}" for arm, factor in asked_for))
     asked = _drift.prompts(args.prompts)
-    run = Run(args.out, settings_of(args), args.resume)
+    run = Run(args.out, settings_of(args), args.resume, args.overwrite)
     if "before" in run.results and run.results["before"]["prompts"] != list(asked):
         raise SettingsError(f"--resume: the run in {args.out} asked other prompts than --prompts has now.")
     model, tokenizer = _assets.language_model(args.model)

@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arms = chosen(args.arms, ARMS)
     if int(args.share * args.p**2) == 0:
         raise SettingsError(f"--share {args.share}: of {args.p**2} pairs that is none to train on.")
-    run = Run(args.out, settings_of(args), args.resume)
+    run = Run(args.out, settings_of(args), args.resume, args.overwrite)
     for arm in arms:
         for seed in range(args.seed, args.seed + args.seeds):
             run.part(f"{arm}/{seed}", train, arm, seed, args, run)

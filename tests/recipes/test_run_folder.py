@@ -19,7 +19,7 @@ def run(folder: Path, *typed: str, lr: float = 0.1) -> Run:
     """As a recipe makes it from its command line."""
     options = {"resume": {"action": "store_true"}}
     args = parser("x", "", 3, **options).parse_args(["--out", str(folder), *typed])
-    return Run(args.out, {"lr": lr, "overwrite": args.overwrite}, args.resume)
+    return Run(args.out, {"lr": lr}, args.resume, args.overwrite)
 
 
 def finished(folder: Path) -> dict[str, Any]:
