@@ -149,6 +149,13 @@ def bench_attach(context: typer.Context) -> None:
     importlib.import_module("optx.recipes._bench_attach").main(context.args)
 
 
+@bench.command("families", context_settings={**_PASS_ON, "help_option_names": []})
+def bench_families(context: typer.Context) -> None:
+    """What every injection serves by default in every family of models, and whether it is right."""
+    _need("recipes", "optx bench families: it needs")
+    importlib.import_module("optx.recipes._bench_families").main(context.args)
+
+
 @bench.command("hft", context_settings={**_PASS_ON, "help_option_names": []})
 def bench_hft(context: typer.Context) -> None:
     """Time what HFT's frozen half saves of a training step, part by part, beside the least it could take."""

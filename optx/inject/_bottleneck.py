@@ -6,7 +6,7 @@ Source: arXiv 2110.04366, section 3.1, table 1 and figure 1.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,7 +14,16 @@ from torch.nn import functional as F
 
 from optx._errors import ShapeError
 from optx.inject._hidden_delta_options import FORMS, HiddenDeltaOptions, draw
-from optx.inject._part import Arguments, Part, Weights, hidden_of, new_tensor, output_of, with_output
+from optx.inject._part import (
+    RESERVED,
+    Arguments,
+    Part,
+    Weights,
+    hidden_of,
+    new_tensor,
+    output_of,
+    with_output,
+)
 from optx.inject._weights import features, is_linear, is_transposed
 
 
@@ -144,10 +153,10 @@ def adapter_part(options: HiddenDeltaOptions, module: nn.Module) -> Adapter | st
         if not isinstance(weight, Tensor) or weight.ndim != 1:
             return f"a {kind} without a weight, so its width is not known"
         return SecondNorm(options, module, len(weight), len(weight))
-    inside = [one for name, one in module.named_modules() if is_linear(one) and "optx" not in name.split(".")]
-    if not inside:
+    widths = _widths(module)
+    if widths is None:
         return f"a {kind}"
-    into, out = features(inside[0])[0], features(inside[-1])[1]
+    into, out = widths
     if _adds_residual(module):
         if options.insertion == "sequential":
             return f"a {kind}, whose output is normalised already; target its linear layer, or its norm"
@@ -156,6 +165,26 @@ def adapter_part(options: HiddenDeltaOptions, module: nn.Module) -> Adapter | st
     if options.insertion == "sequential":
         return (LinearSequential if folds else Sequential)(options, module, out, out)
     return (LinearParallel if folds else Parallel)(options, module, into, out)
+
+
+def _widths(module: nn.Module) -> tuple[int, int] | None:
+    """How wide the vectors are that come into a module and go out of it; None if it does not say."""
+    own = [(name, one) for name, one in module.named_modules() if RESERVED not in name.split(".")]
+    router = _router(own) if any(name.rpartition(".")[2] == "experts" for name, _ in own) else None
+    if router is not None:  # of a mixture of experts: what is routed is what comes out
+        return router, router
+    linear = [one for _, one in own if is_linear(one)]
+    return (features(linear[0])[0], features(linear[-1])[1]) if linear else None
+
+
+def _router(modules: Sequence[tuple[str, nn.Module]]) -> int | None:
+    """The width of the vectors that a router, a matrix of (experts, width), is called with."""
+    count = next((len(p) for _, one in modules for p in one.parameters(recurse=False) if p.ndim == 3), None)
+    lists = (len(one) for name, one in modules if name == "experts" and isinstance(one, nn.ModuleList))
+    count = count or next(lists, None)
+    weights = (getattr(one, "weight", None) for name, one in modules if "experts" not in name.split("."))
+    matrices = (w for w in weights if isinstance(w, Tensor) and w.ndim == 2)
+    return next((w.shape[1] for w in matrices if len(w) == count), None)
 
 
 _RESIDUAL = "input_tensor"

@@ -5,240 +5,22 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from optx._errors import TargetError, near
+from optx.inject import _anatomy
+from optx.inject._families import Family
 from optx.inject._injection import Injection, Site, Targets
+from optx.inject._module_paths import paths_of
 from optx.inject._part import RESERVED, Attached
-from optx.inject._weights import is_biased, is_conv
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where the parts of one kind of model are, as regexes over module paths; empty where it has none.
-
-    Attributes:
-        name: for messages.
-        block: one layer of the stack. The other patterns follow it after a dot.
-        query_value: projections that LoRA's paper adapts.
-        key_value: projections whose outputs IA3 scales, and
-        ffn_out: the module whose input it scales in the FFN, its last linear one.
-        attention: the module that calls scaled_dot_product_attention.
-        ffn: the FFN sub-layer as one module, or the module that adds its output to the residual.
-        attention_out: the last linear module of attention.
-        linears: every linear module of a block.
-        convolutions: every convolution of a block.
-    """
-
-    name: str
-    block: str
-    query_value: str = ""
-    key_value: str = ""
-    ffn_out: str = ""
-    attention: str = ""
-    ffn: str = ""
-    attention_out: str = ""
-    linears: str = ""
-    convolutions: str = ""
-
-    @property
-    def parts(self) -> dict[str, str]:
-        """Every pattern but the block's, by name."""
-        return {
-            "query_value": self.query_value,
-            "key_value": self.key_value,
-            "ffn_out": self.ffn_out,
-            "attention": self.attention,
-            "ffn": self.ffn,
-            "attention_out": self.attention_out,
-            "linears": self.linears,
-            "convolutions": self.convolutions,
-        }
-
-    def pattern(self, role: str) -> str:
-        """The regex of a role's modules, empty if the family has none."""
-        if role == "block":
-            return self.block
-        names = [self.parts[part] for part in _ROLES[role]]
-        if not all(names):
-            return ""
-        return rf"{self.block}\.({'|'.join(names)})"
-
-    def found(self, paths: Sequence[str]) -> int:
-        """How many of its parts a model has; 0 without the one that it is known by."""
-        sign = "attention" if self.attention else "convolutions"
-        if not _any_matches(self.pattern(sign), paths):
-            return 0
-        return sum(_any_matches(self.pattern(part), paths) for part, own in self.parts.items() if own)
-
-
-# What each injection serves by default, in terms of a family's parts.
-_ROLES: dict[str, tuple[str, ...]] = {
-    "query_value": ("query_value",),
-    "key_value": ("key_value",),
-    "ia3": ("key_value", "ffn_out"),
-    "attention": ("attention",),
-    "ffn": ("ffn",),
-    "ffn_out": ("ffn_out",),
-    "attention_out": ("attention_out",),
-    "branches": ("attention", "ffn"),
-    "sublayers": ("attention_out", "ffn_out"),
-    "linears": ("linears",),
-    "convolutions": ("convolutions",),
-    "block": (),
-}
-
-# Of the families whose parts are found, a model is of the one with most of them: the first, among equals.
-FAMILIES = (
-    Family(
-        "Llama",
-        block=r"(?:.*\.)?layers\.\d+",
-        query_value=r"self_attn\.(?:q|v)_proj",
-        key_value=r"self_attn\.(?:k|v)_proj",
-        ffn_out=r"mlp\.down_proj",
-        attention=r"self_attn",
-        ffn=r"mlp",
-        attention_out=r"self_attn\.o_proj",
-        linears=r"(?:self_attn|mlp)\.\w+_proj",
-    ),
-    Family(
-        "BERT",
-        block=r"(?:.*\.)?encoder\.layer\.\d+",
-        query_value=r"(?:cross)?attention\.self\.(?:query|value)",
-        key_value=r"(?:cross)?attention\.self\.(?:key|value)",
-        ffn_out=r"output\.dense",
-        attention=r"(?:cross)?attention\.self",
-        ffn=r"output",  # LayerNorm(dense(h) + u): it gets the FFN's input u as its second argument
-        attention_out=r"(?:cross)?attention\.output\.dense",
-        linears=r"(?:cross)?attention\.self\.(?:query|key|value)"
-        r"|(?:(?:cross)?attention\.output|intermediate|output)\.dense",
-    ),
-    Family(
-        "GPT-2",
-        block=r"(?:.*\.)?h\.\d+",
-        query_value=r"attn\.c_attn",
-        key_value=r"attn\.c_attn",
-        ffn_out=r"mlp\.c_proj",
-        attention=r"attn|crossattention",
-        ffn=r"mlp",
-        attention_out=r"(?:attn|crossattention)\.c_proj",
-        linears=r"(?:attn|crossattention)\.(?:c|q)_\w+|mlp\.c_\w+",
-    ),
-    Family(
-        "ViT (timm)",
-        block=r"(?:.*\.)?blocks\.\d+",
-        query_value=r"attn\.qkv",
-        key_value=r"attn\.qkv",
-        ffn_out=r"mlp\.fc2",
-        attention=r"attn",
-        ffn=r"mlp",
-        attention_out=r"attn\.proj",
-        linears=r"attn\.(?:qkv|proj)|mlp\.fc[12]",
-    ),
-    Family(
-        "ViT",
-        block=r"(?:.*\.)?layers\.\d+",
-        query_value=r"attention\.(?:q|v)_proj",
-        key_value=r"attention\.(?:k|v)_proj",
-        ffn_out=r"mlp\.fc2",
-        attention=r"attention",
-        ffn=r"mlp",
-        attention_out=r"attention\.o_proj",
-        linears=r"attention\.[qkvo]_proj|mlp\.fc[12]",
-    ),
-    Family(
-        "ViT (transformers 4)",
-        block=r"(?:.*\.)?encoder\.layer\.\d+",
-        query_value=r"attention\.attention\.(?:query|value)",
-        key_value=r"attention\.attention\.(?:key|value)",
-        ffn_out=r"output\.dense",
-        attention=r"attention\.attention",
-        attention_out=r"attention\.output\.dense",
-        linears=r"attention\.attention\.(?:query|key|value)|(?:attention\.output|intermediate|output)\.dense",
-    ),
-    Family(
-        "ViT (torchvision)",
-        block=r"(?:.*\.)?layers\.encoder_layer_\d+",
-        ffn_out=r"mlp\.3",
-        attention=r"self_attention",
-        linears=r"mlp\.[03]",
-    ),
-    Family(
-        "torch.nn.Transformer",
-        block=r"(?:.*\.)?layers\.\d+",
-        ffn_out=r"linear2",
-        attention=r"self_attn|multihead_attn",
-        linears=r"linear[12]",
-    ),
-    Family(
-        "CLIP",
-        block=r"(?:.*\.)?layers\.\d+",
-        query_value=r"self_attn\.(?:q|v)_proj",
-        key_value=r"self_attn\.(?:k|v)_proj",
-        ffn_out=r"mlp\.fc2",
-        attention=r"self_attn",
-        ffn=r"mlp",
-        attention_out=r"self_attn\.out_proj",
-        linears=r"self_attn\.\w+_proj|mlp\.fc[12]",
-    ),
-    Family(
-        "BART and OPT",  # and Whisper; their FFN is two linear modules of the block, and no module by itself
-        block=r"(?:.*\.)?layers\.\d+",
-        query_value=r"(?:self|encoder)_attn\.(?:q|v)_proj",
-        key_value=r"(?:self|encoder)_attn\.(?:k|v)_proj",
-        ffn_out=r"fc2",
-        attention=r"(?:self|encoder)_attn",
-        attention_out=r"(?:self|encoder)_attn\.out_proj",
-        linears=r"(?:self|encoder)_attn\.\w+_proj|fc[12]",
-    ),
-    Family(
-        "DistilBERT",
-        block=r"(?:.*\.)?transformer\.layer\.\d+",
-        query_value=r"attention\.(?:q|v)_lin",
-        key_value=r"attention\.(?:k|v)_lin",
-        ffn_out=r"ffn\.lin2",
-        attention=r"attention",
-        ffn=r"ffn",
-        attention_out=r"attention\.out_lin",
-        linears=r"attention\.\w+_lin|ffn\.lin[12]",
-    ),
-    Family(
-        "T5",
-        block=r"(?:.*\.)?block\.\d+",
-        query_value=r"layer\.\d+\.(?:SelfAttention|EncDecAttention)\.[qv]",
-        key_value=r"layer\.\d+\.(?:SelfAttention|EncDecAttention)\.[kv]",
-        ffn_out=r"layer\.\d+\.DenseReluDense\.wo",
-        attention=r"layer\.\d+\.(?:SelfAttention|EncDecAttention)",
-        ffn=r"layer\.\d+\.DenseReluDense",
-        attention_out=r"layer\.\d+\.(?:SelfAttention|EncDecAttention)\.o",
-        linears=r"layer\.\d+\.(?:(?:SelfAttention|EncDecAttention)\.[qkvo]|DenseReluDense\.w\w+)",
-    ),
-    Family(
-        "ResNet",  # torchvision's and timm's
-        block=r"(?:.*\.)?layer\d+\.\d+",
-        convolutions=r"conv\d+|downsample\.\d+",
-    ),
-    Family(
-        "ResNet (transformers)",
-        block=r"(?:.*\.)?stages\.\d+\.layers\.\d+",
-        convolutions=r"layer\.\d+\.convolution|shortcut\.convolution",
-    ),
-)
+from optx.inject._weights import is_biased
 
 
 def family_of(model: nn.Module) -> Family | None:
     """The known family a model belongs to, by the names of its modules."""
-    paths = [path for path, _ in model.named_modules() if RESERVED not in path.split(".")]
-    best = max(FAMILIES, key=lambda family: family.found(paths))
-    return best if best.found(paths) else None
-
-
-def _any_matches(pattern: str, paths: Sequence[str]) -> bool:
-    matches = re.compile(pattern).fullmatch
-    return any(matches(path) for path in paths)
+    return _anatomy.family_of(paths_of(model).modules)
 
 
 def resolve(model: nn.Module, injection: Injection, targets: Targets | None) -> list[Site]:
@@ -299,18 +81,10 @@ def default_targets(model: nn.Module, injection: Injection) -> Targets:
     role = injection.role_in(model)
     if role in _ANY_MODEL:
         return _ANY_MODEL[role]
-    family = family_of(model)
-    pattern = family.pattern(role) if family else ""
-    if not pattern:
-        known = ", ".join(f.name for f in FAMILIES if f.pattern(role))
-        raise TargetError(
-            f"attach: {type(injection).__name__} has default targets for {known}, and "
-            f"{type(model).__name__} {f'is a {family.name}' if family else 'is none of them'}. "
-            f"Pass targets=, a regex over module names of {injection.serves}."
-        )
-    if role == "convolutions":  # names such as downsample.1 are a norm's too
-        return lambda path, module: is_conv(module) and re.fullmatch(pattern, path) is not None
-    return pattern
+    paths = paths_of(model)
+    wanted = _anatomy.Wanted(type(injection).__name__, injection.serves, type(model).__name__, role)
+    chosen = {paths.here[path] for path in _anatomy.of_role(paths.modules, wanted)}
+    return lambda path, module: path in chosen
 
 
 # Roles that need no family.

@@ -161,8 +161,10 @@ class FLoRA(Injection):
             ``"orthonormal"``: orthonormal columns, so that |dW| = scale * |G|.
 
     Serves nn.Conv1d/2d/3d, nn.Linear, transformers' Conv1D and nn.Embedding. By default: the convolutions of
-    a ResNet, else all linear modules of the blocks. Kernel ranks above the kernel's size, and input ranks
-    above the input channels of a convolution's group, are lowered to it with one warning.
+    a ResNet's blocks, else all linear modules of the blocks (one warning where nn.MultiheadAttention has some
+    that it doesn't call; blocks whose experts are no modules are refused). Kernel ranks above the kernel's
+    size, and input ranks above the input channels of a convolution's group, are lowered to it with one
+    warning.
 
     A module gets ``core``, (J_in, J_out, *J_kernel), and ``factors``: (in / groups, J_in), (out, J_out) and
     (k, J_k) for each kernel axis. Half-precision weights get float32 ones.

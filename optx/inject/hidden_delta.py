@@ -159,6 +159,12 @@ class HiddenDelta(HiddenDeltaOptions, Injection):
 
     def role_in(self, model: nn.Module) -> str:
         """Where this hidden vector is computed."""
+        if self.modifies == "heads" and getattr(model, "_supports_sdpa", True) is False:
+            raise TargetError(
+                f"attach: {self.method} acts in torch's scaled_dot_product_attention, and transformers' "
+                f"{type(model).__name__} computes attention in a way of its own. Attach an injection that "
+                "acts on linear modules, or pass targets= if its code calls it nevertheless."
+            )
         return _ROLES[self.modifies, self.insertion]
 
     def part(self, module: nn.Module, path: str) -> Part:
@@ -175,7 +181,13 @@ class HiddenDelta(HiddenDeltaOptions, Injection):
 
     def _head_part(self, module: nn.Module, path: str) -> Part:
         kind = type(module).__name__
-        heads = heads_of(module, self.kv_heads, self.head_dim)
+        key, value = (getattr(module, name, None) for name in ("qk_head_dim", "v_head_dim"))
+        if key != value:  # DeepSeek's
+            raise TargetError(
+                f"attach: {self.method} has keys and values of one width, and those of {path!r}, a {kind}, "
+                f"are {key} and {value} wide. Attach an injection that acts on linear modules, as optx.LoRA."
+            )
+        heads = heads_of(module, self.kv_heads, self.head_dim or key)
         if isinstance(heads, str):
             raise TargetError(
                 f"attach: {self.method} serves attention modules, which know their heads; {path!r} is a "

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from optx._errors import OptxError, TargetError, near
+from optx.inject._families import FAMILIES
 from optx.inject._injection import Injection, Site
 from optx.inject._module_paths import bare_path
 from optx.inject._part import Arguments, Part, Weights, hidden_of, new_tensor
-from optx.inject._targets import FAMILIES, check_each_matches, matcher
+from optx.inject._targets import check_each_matches, matcher
 from optx.inject._weights import features, is_conv, is_linear, is_transposed
 
 
@@ -105,13 +106,14 @@ class IA3(Injection):
     Args:
         feedforward: which of the targets are feed-forward modules: their input is scaled, where that of the
             others is their output. A regex that a whole module name must match, or names (whole, or the last
-            parts of a path); ``()`` for none. None: the second linear module of the FFN in Llama, BERT, GPT-2
-            and ViT models, by name.
+            parts of a path); ``()`` for none. None: the last linear module of the FFN in the families that
+            optx knows, by name.
 
     Serves nn.Linear, transformers' Conv1D and nn.Conv1d/2d/3d. By default: the projections to keys and
-    values, and the second linear module of the FFN. Where one module computes queries, keys and values
-    together (GPT-2, timm), all three are scaled, as in PEFT. Scales start at one: no output changes. One
-    vector per module: (out, 1), or (1, in) for feed-forward modules; float32 on half-precision weights.
+    values, and the last linear module of the FFN. Where one module computes queries, keys and values
+    together (GPT-2, Phi-3, GPT-NeoX, Bloom, Falcon, ModernBERT, timm), all three are scaled, as in PEFT.
+    Scales start at one: no output changes. One vector per module: (out, 1), or (1, in) for
+    feed-forward modules; float32 on half-precision weights.
 
     Paper values:
         ``feedforward=None``: keys, values and the FFN's inner activation, as in the paper's T0 (the default).
@@ -161,7 +163,7 @@ class IA3(Injection):
         """Whether the module's input is scaled, and not its output."""
         bare = bare_path(path)
         if self.feedforward is None:
-            return any(re.fullmatch(family.pattern("ffn_out"), bare) for family in FAMILIES)
+            return any(re.fullmatch(rf"{family.block}\.(?:{family.ffn_inner})", bare) for family in FAMILIES)
         return matcher(self.feedforward)(bare, module)
 
     def part(self, module: nn.Module, path: str) -> Part:

@@ -55,8 +55,8 @@ class Aside(AsideOptions, Injection):
 
     Serves the layers of a stack, whose input and output have one shape (..., width); of a tuple that a layer
     returns, the first item changes. Targets whose names differ in their last number only are one stack, with
-    one stream, and must run in the model's order. By default: the layers of Llama, BERT, GPT-2 and ViT
-    models. W_up, b_up and U start at zero: no output changes. Half-precision weights get float32 modules,
+    one stream, and must run in the model's order. By default: the layers of the families that
+    optx knows. W_up, b_up and U start at zero: no output changes. Half-precision weights get float32 modules,
     computed in the activations' dtype. Numbers per layer of width d: 2 d rank + rank + d; in the bottleneck
     variant d rank + rank², with d rank once on top and rank² less in the first layer. It can't be merged.
 

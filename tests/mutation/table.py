@@ -43,6 +43,7 @@ TABLE = {
     "optx/delta/rws.py": "arithmetic_delta rws",
     "optx/delta/search_q.py": "arithmetic_delta search_q prune",
     "optx/delta/ties.py": "arithmetic_delta arithmetic_options merge merge_peers pcb",
+    "optx/inject/_anatomy.py": "anatomy targets families",
     "optx/inject/_aside.py": "aside_stream aside_others iaa",
     "optx/inject/_attention.py": "prefix prefix_models prefix_torch adapters",
     "optx/inject/_bottleneck.py": "arithmetic_inject adapters adapter_places adapter_training prefix",
@@ -112,8 +113,8 @@ _FILES = (
     "_inputs _known_files _mergekit _overwrite _patch _safetensors_writer cli merge"
 )
 _HANDLES = (
-    "_attach _export _folder _handle _injection _install _module_paths _peft_match _peft_prefix _peft_read "
-    "_peft_write _report _served _sharding _stored _targets"
+    "_attach _export _families _folder _handle _injection _install _module_paths _peft_match _peft_prefix "
+    "_peft_read _peft_write _report _served _sharding _stored _targets"
 )
 PLUMBING = [
     *(f"{folder}/__init__.py" for folder in FOLDERS),

@@ -1,0 +1,104 @@
+"""Defaults over families and methods: all is served and right, or it is refused with the reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+
+import transformers
+from family_models import BY_LABEL
+from injections import public_injections
+
+from optx.recipes import _bench_families
+
+RESULTS = Path(__file__).parents[2] / "recipes/results/bench-families.json"
+
+NO_BIASES = "Llama Mistral Qwen3 Gemma Gemma2 Gemma3 Phi-3 T5 Mixtral Qwen3-MoE DeepSeek-V2 DeepSeek-V3"
+NO_SDPA = "Gemma2 GPT-NeoX GPT-Neo Bloom DeBERTa-v2 DeepSeek-V2 DeepSeek-V3 Mamba"
+NO_FFN_MODULE = "OPT BART Whisper Mamba"
+EXPERTS = "Mixtral Qwen2-MoE Qwen3-MoE DeepSeek-V2 DeepSeek-V3"
+
+# The families that a method refuses.
+REFUSED = {
+    "LoRA": "Mamba",
+    "SVFit": "Mamba",
+    "IA3": f"{EXPERTS} Mamba",
+    "FLoRA": f"{EXPERTS} Mamba",
+    "BitFit": NO_BIASES,
+    "SequentialAdapter": "Mamba",
+    "ParallelAdapter": NO_FFN_MODULE,
+    "ScaledParallelAdapter": NO_FFN_MODULE,
+    "MultiHeadParallelAdapter": NO_SDPA,
+    "PrefixTuning": NO_SDPA,
+    "MAM": f"{NO_SDPA} {NO_FFN_MODULE}",
+    "Aside": "",
+    "IAA": "Mamba",
+}
+
+# Each of these has two blocks; of an encoder and a decoder, two each.
+SERVED = {
+    ("Phi-3", "IA3"): {"self_attn.qkv_proj", "mlp.down_proj"},
+    ("DeBERTa-v2", "IA3"): {"attention.self.key_proj", "attention.self.value_proj", "output.dense"},
+    ("Mixtral", "SequentialAdapter"): {"self_attn.o_proj", "mlp"},
+    ("DeepSeek-V3", "SequentialAdapter"): {"self_attn.o_proj", "mlp.down_proj", "mlp"},
+    ("DeepSeek-V3", "LoRA"): {"self_attn.q_b_proj", "self_attn.kv_b_proj"},
+    ("GPT-Neo", "LoRA"): {"attn.attention.q_proj", "attn.attention.v_proj"},
+    ("CLIP", "LoRA"): {"self_attn.q_proj", "self_attn.v_proj"},
+}
+
+
+Rows = dict[tuple[str, str], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def rows() -> Rows:
+    return _bench_families.pairs(_bench_families.measure())
+
+
+def test_every_injection_is_measured_on_every_family(rows: Rows) -> None:
+    assert len(rows) == len(BY_LABEL) * len(_bench_families.METHODS)
+    missing = set(public_injections()) - set(_bench_families.METHODS)
+    assert missing == {"HiddenDelta"}  # the others are its choices
+
+
+def test_what_is_refused_and_nothing_else(rows: Rows) -> None:
+    refused: dict[str, set[str]] = {method: set() for method in _bench_families.METHODS}
+    for (family, method), row in rows.items():
+        if "refused" in row:
+            refused[method].add(family)
+            assert row["refused"].startswith("attach: ")
+            assert any(way in row["refused"] for way in ("Pass ", "pass ", "Attach ", "Load ")), row
+    assert refused == {method: set(families.split()) for method, families in REFUSED.items()}
+
+
+def test_what_is_served_starts_as_nothing_learns_everywhere_and_comes_off(rows: Rows) -> None:
+    served = {key: row for key, row in rows.items() if "served" in row}
+    prefixes = {name for name, method in _bench_families.METHODS.items() if method.prefix}
+    assert [key for key, row in served.items() if row["identity"] == (key[1] in prefixes)] == []
+    assert [key for key, row in served.items() if row["unreached"]] == [("Mamba", "BitFit")]
+    assert [key for key, row in served.items() if not row["removed"]] == []
+
+
+@pytest.mark.parametrize("pair", SERVED, ids=" ".join)
+def test_served_modules(rows: Rows, pair: tuple[str, str]) -> None:
+    """The case defaults_serve_a_part.py, and others of its kind."""
+    served = rows[pair]["served"]
+    places = [_bench_families.in_block(path) for path in served]
+    assert set(places) == SERVED[pair]
+    if pair[0] == "CLIP":  # two towers
+        assert len(served) == 4 * len(SERVED[pair])
+    if "mlp.down_proj" not in places:
+        assert {places.count(place) for place in places} == {4 if pair[0] == "CLIP" else 2}
+
+
+def test_the_table_on_the_page_is_todays(rows: Rows) -> None:
+    """If not: ``optx bench families --json bench-families.json`` and ``_pages add`` make it anew."""
+    kept = json.loads(RESULTS.read_text())
+    if kept["transformers"] != transformers.__version__:
+        pytest.skip("made with another version of transformers")
+    assert _bench_families.pairs(kept["rows"]) == rows
