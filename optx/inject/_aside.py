@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from optx._errors import OptxError, ShapeError
 from optx.inject._hidden_delta_options import FORMS
 from optx.inject._injection import Site
-from optx.inject._part import Arguments, Part, hidden_of, new_tensor, output_of, with_output
+from optx.inject._part import Arguments, Attached, Part, hidden_of, new_tensor, output_of, with_output
 
 Variant = Literal["highway", "layerwise", "bottleneck"]
 Form = Literal["relu", "gelu", "silu", "tanh", "linear"]
@@ -348,4 +348,4 @@ def _move(hooks: Any, hook: Callable[..., Any], *, to_end: bool) -> None:
             if not outermost:
                 hooks.move_to_end(number, last=to_end)
             return
-        outermost = outermost and isinstance(getattr(other, "__self__", None), Streamed)
+        outermost = outermost and isinstance(getattr(other, "__self__", None), Streamed | Attached)

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from optx._errors import MergeError, OptxError
-from optx.inject import _folder, _merge
+from optx.inject import _folder, _merge, _offload
 from optx.inject._injection import Injection
 from optx.inject._install import detach
 from optx.inject._part import RESERVED, Part, attached
+from optx.inject._quantised import Rounding, warn_of_rounding
 from optx.inject._report import Report, Row
 from optx.inject._served import Saved, Served
 from optx.inject._stored import check_tensors
@@ -115,18 +116,23 @@ class Handle:
         Sums are taken in float32 (float64 for such weights) and rounded once. A copy of each served weight
         and bias is kept until `unmerge`: as many bytes as they have.
 
+        Weights that are codes (bitsandbytes, torchao) are read, added to and rounded to such codes again. A
+        warning says what that cost, and `rounding` has it by module; `unmerge` gives the old codes back.
+
         Args:
             untie: a served weight that other modules share (a head that is the embedding) gets a copy of
                 its own, which `unmerge` gives up again. Without it such a merge is refused, for it would
                 change the other modules too.
 
         Raises:
-            MergeError: the method has no equal in weights, or a weight is tied; nothing is changed.
+            MergeError: the method has no equal in weights, a weight is tied, or it is none that can be
+            written
+                (derived, sharded, offloaded, codes of an unknown kind); nothing is changed.
         """
         self._check_alive("merge")
         todo = [one for one in self.served if not one.part.merged]
         for one in todo:
-            _merge.check_mergeable(one.part, one.path, type(one.injection).__name__)
+            _merge.check_mergeable(one.module, one.part, one.path, type(one.injection).__name__)
         self._untie(todo, allowed=untie)
         done: list[Served] = []
         try:
@@ -138,6 +144,16 @@ class Handle:
                 _merge.unmerge(one.module, _container(one), one.part, one.path)
             self._retie()
             raise
+        warn_of_rounding(self.rounding)
+
+    @property
+    def rounding(self) -> dict[str, Rounding]:
+        """What merging has cost each quantised weight, by module: its codes had to be rounded again."""
+        return {
+            one.path: found.rounding
+            for one in self.served
+            if one.part.merged and (found := _container(one).requantised) is not None
+        }
 
     def unmerge(self) -> None:
         """Give the weights back, bit-identical to before `merge`, and let the hooks act again.
@@ -251,6 +267,8 @@ class Handle:
         if self.merged:
             raise MergeError("load_state_dict: the adapter is merged into the weights. Call unmerge() first.")
         own = self._tensors()
+        for one in self.served:
+            _offload.check_writable(one.part, one.path)
         check_tensors(state_dict, own)
         with torch.no_grad():
             for key, tensor in own.items():

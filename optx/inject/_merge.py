@@ -7,25 +7,29 @@ merged in the order of the call, so the order in which merges come and go leaves
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from optx._errors import MergeError
-from optx.inject._part import Attached, Part, Weights
+from optx.inject import _quantised
+from optx.inject._computes import check_weights
+from optx.inject._part import Attached, Part, Requantised, Weights
+from optx.inject._quantised import Rounding
 from optx.inject._weights import in_sum_precision
 
 _TENSORS = ("weight", "bias")
 
 
-def check_mergeable(part: Part, path: str, what: str) -> None:
-    """Raise if a part has no equal in the module's weights."""
+def check_mergeable(module: nn.Module, part: Part, path: str, what: str) -> None:
+    """Raise if a part has no equal in the module's weights, or the weights are none that can be written."""
     if not part.overrides("fold"):
         raise MergeError(
             f"merge: {what} at {path!r} is not a change of the module's weights, so it can't be merged into "
             "them. Keep it attached, or remove it."
         )
+    check_weights(module, part, path)
 
 
 def merge(module: nn.Module, attached: Attached, part: Part, path: str) -> None:
@@ -78,6 +82,8 @@ def unmerge(module: nn.Module, attached: Attached, part: Part, path: str) -> Non
 
 def untie(module: nn.Module, attached: Attached) -> None:
     """Give a module whose weight other modules share one of its own, until nothing is merged into it."""
+    if _quantised.kind_of(module):
+        return  # its parameter is exchanged by a merge, which leaves that of the others alone
     weight = module.weight
     assert isinstance(weight, nn.Parameter)
     attached.tied.append(weight)
@@ -96,6 +102,7 @@ def forget(attached: Attached, part: Part) -> None:
     attached.originals.clear()
     attached.versions.clear()
     attached.tied.clear()
+    attached.requantised = None
 
 
 def _merged(attached: Attached) -> list[Part]:
@@ -105,30 +112,74 @@ def _merged(attached: Attached) -> list[Part]:
 def _refold(module: nn.Module, attached: Attached, path: str, parts: Iterable[Part]) -> None:
     """The original weights with these parts folded in, or as they were if there are none."""
     own = {name: p for name in _TENSORS if isinstance(p := getattr(module, name, None), Tensor)}
-    originals = attached.originals or {name: p.detach().clone() for name, p in own.items()}
     check_untouched(module, attached, path)
-    base = Weights(
-        in_sum_precision(originals["weight"]),
-        in_sum_precision(originals["bias"]) if "bias" in originals else None,
-    )
+    quantised = attached.requantised is not None or bool(_quantised.kind_of(module))
+    originals = attached.originals or {
+        name: p if quantised and name == "weight" else p.detach().clone() for name, p in own.items()
+    }
     ordered = _in_order_of_call(attached, parts)
+    results = _folded(module, originals, ordered, path) if ordered else originals
+    with torch.no_grad():
+        if quantised:
+            _requantise(
+                module, attached, own.pop("weight"), originals["weight"], results["weight"], bool(ordered)
+            )
+        for name, p in own.items():
+            p.copy_(results[name])
+    attached.originals = originals if ordered else {}
+    attached.versions = {name: _stamp(module, name) for name in originals} if ordered else {}
+
+
+def _folded(
+    module: nn.Module, originals: Mapping[str, Tensor], ordered: Iterable[Part], path: str
+) -> dict[str, Tensor]:
+    """The weight and bias with parts in them, in the precision of sums."""
+    weight: Tensor = originals["weight"]
+    if _quantised.kind_of(module):
+        weight = _quantised.read(module, weight, path)
+    bias = in_sum_precision(originals["bias"]) if "bias" in originals else None
+    base = Weights(in_sum_precision(weight), bias)
     now = Weights(base.weight, base.bias)
     # A product that autocast took to bfloat16 would be in the weights for good.
     with torch.no_grad(), torch.autocast(base.weight.device.type, enabled=False):
         for part in ordered:
             now = part.fold(module, now, base)
-        if now.bias is not None and "bias" not in own:
-            raise MergeError(
-                f"merge: {path!r} has no bias to merge the adapter's bias into. Build the model with one, or "
-                "use an adapter without."
-            )
-        results = {"weight": now.weight, "bias": now.bias} if ordered else originals
-        for name, p in own.items():
-            result = results[name]
-            assert result is not None
-            p.copy_(result)
-    attached.originals = originals if ordered else {}
-    attached.versions = {name: _stamp(p) for name, p in own.items()} if ordered else {}
+    if now.bias is None:
+        return {"weight": now.weight}
+    if bias is None:
+        raise MergeError(
+            f"merge: {path!r} has no bias to merge the adapter's bias into. Build the model with one, or "
+            "use an adapter without."
+        )
+    return {"weight": now.weight, "bias": now.bias}
+
+
+def _requantise(
+    module: nn.Module, attached: Attached, now: Tensor, original: Tensor, new: Tensor, merging: bool
+) -> None:
+    """Codes of the merged weight, or the module's own again: the parameter is exchanged and not written "
+    "to."""
+    if attached.requantised is not None:
+        attached.requantised.undo()
+        attached.requantised = None
+    if not merging:
+        return
+    kind = _quantised.kind_of(module)
+    exact = _quantised.read(module, original, "")
+    undo = _quantised.write(module, original, new)
+    if undo is None:
+        raise MergeError(f"merge: {kind} can't be written with these blocks. Keep the adapter attached.")
+    off = _quantised.read(module, module.weight, "") - new
+    tiny = torch.finfo(new.dtype).tiny
+    attached.requantised = Requantised(
+        undo,
+        Rounding(
+            kind,
+            float(off.norm() / new.norm().clamp_min(tiny)),
+            float(off.norm() / (new - exact).norm().clamp_min(tiny)),
+            float(off.abs().max()),
+        ),
+    )
 
 
 def _in_order_of_call(attached: Attached, parts: Iterable[Part]) -> list[Part]:
@@ -141,8 +192,7 @@ def _in_order_of_call(attached: Attached, parts: Iterable[Part]) -> list[Part]:
 def check_untouched(module: nn.Module, attached: Attached, path: str) -> None:
     """Raise if a merged weight is not what the merge left."""
     for name, stamp in attached.versions.items():
-        p = getattr(module, name, None)
-        if not isinstance(p, Tensor) or _stamp(p) != stamp:
+        if _stamp(module, name) != stamp:
             raise MergeError(
                 f"unmerge: {path}.{name} was changed after the merge (a step, a load, or a move to another "
                 "device or dtype), so the kept copy is not what it should go back to. Keep the merged "
@@ -150,5 +200,10 @@ def check_untouched(module: nn.Module, attached: Attached, path: str) -> None:
             )
 
 
-def _stamp(p: Tensor) -> tuple[int, int]:
+def _stamp(module: nn.Module, name: str) -> tuple[int, int]:
+    p = getattr(module, name, None)
+    if not isinstance(p, Tensor):
+        return -1, -1
+    if name == "weight" and _quantised.kind_of(module):
+        return id(p), -1  # bitsandbytes repacks it in place, and a subclass may have no memory of its own
     return p.data_ptr(), p._version  # pyright: ignore[reportPrivateUsage]

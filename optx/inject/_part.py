@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from optx._errors import OptxError
+from optx.inject import _forward, _offload
+
 RESERVED = "optx"
 """The name of the submodule under which everything added lives."""
 
@@ -28,6 +31,19 @@ class Weights:
 
     weight: Tensor
     bias: Tensor | None
+
+
+@dataclass
+class Requantised:
+    """A module's weight while it has been exchanged for other codes.
+
+    Attributes:
+        undo: gives the module its own again.
+        rounding: what the merged weight lost.
+    """
+
+    undo: Callable[[], None]
+    rounding: Any
 
 
 class Part(nn.Module):
@@ -94,26 +110,56 @@ class Part(nn.Module):
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and saved buffers by name, live."""
-        return dict(self.state_dict(keep_vars=True))
+        return _offload.tensors_of(self)
 
     def trainable(self) -> int:
         """How many numbers an optimizer can move."""
         return sum(p.numel() for p in self.parameters())
 
     def owns(self, module: nn.Module) -> bool:
-        """Whether a linear module's output is new, and this part the first to see it."""
+        """Whether a linear module's output is new, and this part the first and only one to hold it."""
+        if torch.compiler.is_compiling():
+            return False
         first = next(iter(module._forward_hooks.values()), None)  # pyright: ignore[reportPrivateUsage]
-        return type(module) is nn.Linear and getattr(first, "__self__", None) is self
+        return (
+            type(module) is nn.Linear
+            and getattr(first, "__self__", None) is self
+            and "forward" not in module.__dict__  # another library's may return what it was given, or keep it
+            and nn.Linear.forward is _LINEAR
+            and type(module.weight) is nn.Parameter  # a subclass computes as it likes
+            and not _seen_elsewhere()
+        )
 
     def note(self) -> str:
         """What was added, in a word or two, for the report."""
         return ""
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
-        return self.before(module, args, kwargs) if self.active else None
+        if not self.active:
+            return None
+        if torch.compiler.is_compiling() or _offload.is_free(self, module):
+            return self.before(module, args, kwargs)
+        where = _offload.execution_device(module)
+        with _offload.brought(self):
+            return self.before(module, _offload.placed(args, where), _offload.placed(kwargs, where))
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        return self.after(module, args, kwargs, output) if self.active else None
+        if not self.active:
+            return None
+        if torch.compiler.is_compiling() or _offload.is_free(self, module):
+            return self.after(module, args, kwargs, output)
+        where = _offload.execution_device(module)
+        with _offload.brought(self):
+            return self.after(module, _offload.placed(args, where), _offload.placed(kwargs, where), output)
+
+
+_LINEAR = nn.Linear.forward
+
+
+def _seen_elsewhere() -> bool:
+    """Whether something else sees every output: hooks on all modules, or a mode that may keep what it saw."""
+    everywhere = torch.nn.modules.module._global_forward_hooks  # pyright: ignore[reportPrivateUsage]
+    return bool(everywhere) or torch._C._len_torch_dispatch_stack() > 0  # pyright: ignore
 
 
 def _keep_if_absent(part: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -130,8 +176,11 @@ class Attached(nn.Module):
         # Weakly: the module holds this, and a model that is dropped must not wait for the cycle collector.
         self._served = weakref.ref(served)
         self._forward: Callable[..., Any] | None = None  # one that was set on the module, not its class's
+        self._reached = True
         self.originals: dict[str, Tensor] = {}
         """The module's own tensors while parts are merged into it."""
+        self.requantised: Requantised | None = None
+        """While parts are merged into codes: how to get the module's own back, and what was lost."""
         self.tied: list[nn.Parameter] = []
         """The weight that the module shares with others, while it has a merged one of its own."""
         self.versions: dict[str, tuple[int, int]] = {}
@@ -158,11 +207,30 @@ class Attached(nn.Module):
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """The served module's forward while a part goes around it."""
         module = self._target()
+        if not torch.compiler.is_compiling():
+            self._reached = True
         inner = self._forward or partial(type(module).forward, module)
         for part in self.parts.values():
             if part.overrides("around") and part.active:
                 inner = partial(_go_around, part, inner, module)
         return inner(*args, **kwargs)
+
+    def _look_for_call(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Before a call: whether the forward that it will take leads to `call` is known, or will be seen."""
+        if not torch.compiler.is_compiling():
+            self._reached = _forward.leads_to(module, self.call)
+
+    def _check_reached(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After a call: someone may have given the module a forward that knows nothing of the last one."""
+        if self._reached or torch.compiler.is_compiling():
+            return
+        acting = [name for name, part in self.parts.items() if part.overrides("around") and part.active]
+        if acting:
+            raise OptxError(
+                f"{acting[0]!r} on a {type(module).__name__} did not act in this call: the module's forward "
+                "was replaced by one that does not call the forward of before. Remove the handle and attach "
+                "again."
+            )
 
     def hook(self, part: Part) -> list[RemovableHandle]:
         """Make a part that is already among the parts act."""
@@ -172,25 +240,33 @@ class Attached(nn.Module):
             hooks.append(module.register_forward_pre_hook(part._before, with_kwargs=True))  # pyright: ignore[reportPrivateUsage]
         if part.overrides("after"):
             hooks.append(module.register_forward_hook(part._after, with_kwargs=True))  # pyright: ignore[reportPrivateUsage]
-        if part.overrides("around") and module.__dict__.get("forward") != self.call:
-            self._forward = module.__dict__.get("forward")
-            module.forward = self.call
+        if part.overrides("around"):
+            if not _forward.leads_to(module, self.call):
+                self._forward = _forward.put(module, self.call)
+            hooks.append(module.register_forward_pre_hook(self._look_for_call))
+            hooks.append(module.register_forward_hook(self._check_reached))
         return hooks
 
     def unhook(self) -> None:
-        """Give the module its own forward back once no part goes around it."""
+        """Give the module its own forward back once no part goes around it.
+
+        Where another library has wrapped `call`, what is wrapped is exchanged if it can be reached; else
+        `call` stays in there and does what the old forward did.
+        """
+        if not any(part.overrides("around") for part in self.parts.values()):
+            _forward.take(self._target(), self.call, self._forward)
+
+    def bare(self) -> Callable[..., Any]:
+        """The module's forward without the parts that go around it."""
         module = self._target()
-        around = any(part.overrides("around") for part in self.parts.values())
-        if not around and module.__dict__.get("forward") == self.call:
-            if self._forward is None:
-                del module.forward
-            else:
-                module.forward = self._forward
-                self._forward = None
+        return self._forward or partial(type(module).forward, module)
 
 
 def _go_around(part: Part, call: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return part.around(call, module, args, kwargs)
+    if torch.compiler.is_compiling() or _offload.is_free(part, module):
+        return part.around(call, module, args, kwargs)
+    with _offload.brought(part):
+        return part.around(call, module, args, kwargs)
 
 
 def attached(module: nn.Module) -> Attached | None:
@@ -206,11 +282,20 @@ def original(module: nn.Module, name: str) -> Any:
     return getattr(module, name, None) if kept is None else kept
 
 
+def bare_forward(module: nn.Module) -> Callable[..., Any]:
+    """A module's forward without what is attached to it."""
+    container = attached(module)
+    around = container is not None and module.__dict__.get("forward") == container.call
+    return container.bare() if container is not None and around else module.forward
+
+
 def new_tensor(module: nn.Module, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-    """Zeros on the module's device; float32 where its weights are of half precision."""
-    like = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
-    half = like.dtype.itemsize < 4
-    return torch.zeros(shape, device=like.device, dtype=dtype or (torch.float32 if half else like.dtype))
+    """Zeros where the module computes; float32 where its weights are of half precision, or codes."""
+    own = next(iter((*module.parameters(), *module.buffers())), torch.empty(0))
+    like = next((p for p in module.parameters() if p.is_floating_point()), own)
+    half = like.dtype.itemsize < 4 or not like.is_floating_point()
+    device = _offload.execution_device(module) or like.device
+    return torch.zeros(shape, device=device, dtype=dtype or (torch.float32 if half else like.dtype))
 
 
 def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

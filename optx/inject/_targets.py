@@ -150,8 +150,8 @@ def _each_weight_once(sites: Sequence[Site]) -> list[Site]:
     seen: set[int] = set()
     once: list[Site] = []
     for site in sites:
-        weight = getattr(site.module, "weight", None)
-        key = id(weight if isinstance(weight, nn.Parameter) else site.module)
+        weight = site.module._parameters.get("weight")  # pyright: ignore[reportPrivateUsage]
+        key = id(site.module if weight is None else weight)
         if key not in seen:
             once.append(site)
         seen.add(key)

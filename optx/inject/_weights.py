@@ -15,8 +15,21 @@ def is_transposed(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """nn.Linear, or transformers' Conv1D."""
-    return isinstance(module, nn.Linear) or _is_conv1d_of_transformers(module)
+    """nn.Linear, transformers' Conv1D, or a linear module that holds its weight as packed codes alone."""
+    return isinstance(module, nn.Linear) or _is_conv1d_of_transformers(module) or _is_packed_linear(module)
+
+
+def _is_packed_linear(module: nn.Module) -> bool:
+    """As those of GPTQ, AWQ, HQQ and BitNet: they know their widths, and have integers for a weight."""
+    if not all(_width(module, side) for side in ("in", "out")) or isinstance(module, nn.Bilinear):
+        return False
+    held = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return any(not t.is_floating_point() and not t.is_complex() and t.dtype != torch.bool for t in held)
+
+
+def _width(module: nn.Module, side: str) -> int:
+    values = (getattr(module, name, None) for name in (f"{side}_features", f"{side}features"))
+    return next((value for value in values if type(value) is int and value > 0), 0)
 
 
 def is_conv(module: nn.Module) -> bool:
@@ -89,7 +102,18 @@ def conv_like(module: Any, x: Tensor, weight: Tensor, groups: int) -> Tensor:
 
 
 def features(module: nn.Module) -> tuple[int, int]:
-    """(in, out) of a linear module."""
-    weight: Any = module.weight
-    rows, columns = weight.shape
-    return (rows, columns) if is_transposed(module) else (columns, rows)
+    """(in, out) of a linear module or an embedding, which may hold its weight in another shape."""
+    known: Any = module
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    if _is_conv1d_of_transformers(module):
+        return known.weight.shape
+    return _width(module, "in"), _width(module, "out")
+
+
+def shape_of(module: Any) -> torch.Size:
+    """The shape of the weight that a module computes with, whatever it holds."""
+    if is_conv(module):
+        return torch.Size((module.out_channels, module.in_channels // module.groups, *module.kernel_size))
+    into, out = features(module)
+    return torch.Size((into, out) if is_transposed(module) else (out, into))

@@ -19,7 +19,7 @@ from optx.inject._embeddings import peculiar, rows
 from optx.inject._injection import Injection, Site
 from optx.inject._part import Part, Weights, hidden_of, new_tensor
 from optx.inject._targets import family_of
-from optx.inject._weights import add_product, conv_like, is_conv, is_linear, is_transposed
+from optx.inject._weights import add_product, conv_like, is_conv, is_linear, is_transposed, shape_of
 
 
 class Tucker(Part):
@@ -31,7 +31,8 @@ class Tucker(Part):
     def __init__(self, flora: FLoRA, module: nn.Module, path: str) -> None:
         super().__init__()
         self.transposed = is_transposed(module)
-        self.axes = tuple(self.in_first(module.weight).shape)  # pyright: ignore[reportArgumentType]
+        out, into, *kernel = shape_of(module)
+        self.axes = (out, into, *kernel) if self.transposed else (into, out, *kernel)
         self.scale, self.dropout = flora.scale, flora.dropout
         ranks = flora.ranks(self.axes, path)
         self.core = nn.Parameter(new_tensor(module, *ranks))

@@ -20,7 +20,7 @@ from optx.inject._injection import Injection, Site
 from optx.inject._module_paths import bare_path
 from optx.inject._part import Arguments, Part, Weights, hidden_of, new_tensor
 from optx.inject._targets import check_each_matches, matcher
-from optx.inject._weights import features, is_conv, is_linear, is_transposed
+from optx.inject._weights import features, is_conv, is_linear, is_transposed, shape_of
 
 
 class Scale(Part):
@@ -195,4 +195,4 @@ def _out(module: nn.Module) -> int:
 
 def _along(module: Any, channels: int) -> torch.Size:
     """(1, channels), with a one for each axis of a kernel."""
-    return torch.Size((1, channels, *(1 for _ in module.weight.shape[2:])))
+    return torch.Size((1, channels, *(1 for _ in shape_of(module)[2:])))

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from optx._errors import MergeError, OptxError, TargetError, check_range, warn
+from optx.inject._computes import bias_of, weight_now, weight_of
 from optx.inject._embeddings import peculiar, rows
 from optx.inject._injection import Injection, Site
 from optx.inject._module_paths import bare_path
-from optx.inject._part import RESERVED, Part, Weights, attached, hidden_of, new_tensor, original
+from optx.inject._part import RESERVED, Part, Weights, attached, hidden_of, new_tensor
 from optx.inject._weights import (
     add_product,
     conv_like,
@@ -60,7 +61,7 @@ class LowRank(Part):
         self.magnitude: nn.Parameter | None
         self.bias: nn.Parameter | None
 
-    def finish(self, lora: LoRA, module: nn.Module, A: Tensor, B: Tensor) -> None:
+    def finish(self, lora: LoRA, module: nn.Module, path: str, A: Tensor, B: Tensor) -> None:
         """Register the tensors, once their shapes are known."""
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
         out, *ones = self.channels(torch.empty(B.shape[0], device="meta")).shape
@@ -70,7 +71,7 @@ class LowRank(Part):
         self.bias = nn.Parameter(new_tensor(module, out)) if trains_bias else None
         self.magnitude = None
         if lora.dora:
-            norm = self.norm(in_sum_precision(original(module, "weight"))).to(A.dtype)
+            norm = self.norm(in_sum_precision(weight_now(module, path))).to(A.dtype)
             self.magnitude = nn.Parameter(norm.view(1, out, *ones) if ones else norm)
 
     # ---- what linear, conv and embedding do in their own way -----------------------------------------
@@ -123,9 +124,10 @@ class LowRank(Part):
         dropped = F.dropout(x, self.dropout) if drops else x
         low, B = self.down(module, dropped, self.A.to(output.dtype)), self.B.to(output.dtype)
         if self.magnitude is not None:
-            gain = self.gain(original(module, "weight"))
+            weight = weight_of(module)
+            gain = self.gain(weight)
             if drops or not self.is_first(module):
-                bare = self.bare(module, dropped, original(module, "weight"))
+                bare = self.bare(module, dropped, weight.to(output.dtype))
                 output = output + (self.channels(gain.to(output.dtype)) - 1) * bare
             else:
                 output = self.scaled(module, output, self.channels(gain.to(output.dtype)))
@@ -154,7 +156,7 @@ class LowRank(Part):
 
     def scaled(self, module: nn.Module, output: Tensor, gain: Tensor) -> Tensor:
         """gain W x + b from W x + b."""
-        bias: Tensor | None = getattr(module, "bias", None)
+        bias = bias_of(module)
         return (
             output * gain
             if bias is None
@@ -202,7 +204,7 @@ class LinearLoRA(LowRank):
         self.transposed = is_transposed(module)
         A = new_tensor(module, self.rank, into)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        self.finish(lora, module, A, new_tensor(module, out, self.rank))
+        self.finish(lora, module, path, A, new_tensor(module, out, self.rank))
 
     def matrix(self, weight: Tensor) -> Tensor:
         """A weight as (out, in)."""
@@ -237,7 +239,9 @@ class ConvLoRA(LowRank):
         self.groups = module.groups
         A = new_tensor(module, self.rank, module.in_channels, *kernel)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        self.finish(lora, module, A, new_tensor(module, out, self.rank // self.groups, *(1 for _ in kernel)))
+        self.finish(
+            lora, module, path, A, new_tensor(module, out, self.rank // self.groups, *(1 for _ in kernel))
+        )
 
     def matrix(self, weight: Tensor) -> Tensor:
         """A weight as (out, in * kernel)."""

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from optx._errors import OptxError, TargetError, check_range
+from optx.inject._computes import weight_now
 from optx.inject._embeddings import peculiar, rows
 from optx.inject._injection import Injection, Site
-from optx.inject._part import Part, Weights, hidden_of, new_tensor, original
-from optx.inject._weights import add_product, conv_like, is_conv, is_linear, is_transposed
+from optx.inject._part import Part, Weights, hidden_of, new_tensor
+from optx.inject._weights import add_product, conv_like, is_conv, is_linear, is_transposed, shape_of
 
 
 class Spectrum(Part):
@@ -37,12 +38,7 @@ class Spectrum(Part):
     def __init__(self, svfit: SVFit, module: Any, path: str) -> None:
         super().__init__()
         self.transposed = is_transposed(module)
-        weight: Tensor = original(module, "weight").detach()
-        if not weight.is_floating_point():
-            raise TargetError(
-                f"attach: {path}.weight is {weight.dtype}; SVFit needs the singular values of a weight in "
-                "floating point. Attach before it is quantized."
-            )
+        weight = weight_now(module, path).detach()
         U, sigma, V = _svd(self.matrix(weight), path)
         self.of = len(sigma)
         rank = svfit.rank_of(sigma, path)
@@ -117,7 +113,7 @@ class ConvSpectrum(Spectrum):
 
     def after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """Add the change to the module's output."""
-        x, dtype, kernel = hidden_of(args, kwargs), output.dtype, module.weight.shape[1:]
+        x, dtype, kernel = hidden_of(args, kwargs), output.dtype, shape_of(module)[1:]
         if module.groups > 1:
             # Factored, each group would need r channels of its own; the change as a kernel costs r times the
             # weight, once a call.
