@@ -292,11 +292,12 @@ def unpacked(asset: Asset) -> Path:
     return folder
 
 
-def language_model(name: str | None = None) -> tuple[Any, Any]:
+def language_model(name: str | None = None, **options: Any) -> tuple[Any, Any]:
     """A causal language model in float32 with its tokenizer.
 
     Args:
         name: a hub name or a folder; SmolLM2-135M-Instruct from the package index if None.
+        options: of transformers' ``from_pretrained``.
 
     Returns:
         (model, tokenizer), as transformers makes them.
@@ -306,7 +307,7 @@ def language_model(name: str | None = None) -> tuple[Any, Any]:
     """
     from transformers import AutoModelForCausalLM
 
-    model, tokenizer = _pretrained(AutoModelForCausalLM, name or str(_smollm2()))
+    model, tokenizer = _pretrained(AutoModelForCausalLM, name or str(_smollm2()), **options)
     return model.train(), tokenizer
 
 

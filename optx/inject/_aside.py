@@ -20,6 +20,7 @@ from optx._errors import OptxError, ShapeError
 from optx.inject._hidden_delta_options import FORMS
 from optx.inject._injection import Site
 from optx.inject._part import Arguments, Attached, Part, hidden_of, new_tensor, output_of, with_output
+from optx.inject._sharding import anything_is_sharded
 
 Variant = Literal["highway", "layerwise", "bottleneck"]
 Form = Literal["relu", "gelu", "silu", "tanh", "linear"]
@@ -283,7 +284,13 @@ class Streamed(Beside):
             )
         ticket.z = self.step(self.read(args, others), ticket.z)
         output = call(*args, **others)
-        return self.join(output, self.lift(ticket.z)) if self.last else output
+        if self.last:
+            return self.join(output, self.lift(ticket.z))
+        y = output_of(output)
+        if not torch.compiler.is_compiling() and ticket.z.requires_grad and anything_is_sharded():
+            y, ticket.z = _Together.apply(y, ticket.z)  # pyright: ignore
+            return with_output(output, y)
+        return output
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Leave z_{l+1} to the next layer."""
@@ -293,6 +300,23 @@ class Streamed(Beside):
     def note(self) -> str:
         """And its place."""
         return f"{super().note()}, {self.index + 1} of {len(self.stream)}"
+
+
+class _Together(torch.autograd.Function):
+    """A layer's output and what the stream carries past it, as they are, but with one place in the backward.
+
+    FSDP2 brings a layer's weights for its backward when the gradient of the layer's output comes. The
+    stream's gradient would be there first, and find none.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        return y.view_as(y), z.view_as(z)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return grads
 
 
 class Highway(Streamed, Bypass):

@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from optx._errors import OptxError
+from optx._names import is_dtensor
 from optx.inject._handle import Handle
 from optx.inject._heads import Prefix
 
@@ -35,6 +36,12 @@ def fold_prefix(handle: Handle) -> None:
     todo = [one for one in handle.served if isinstance(one.part, Prefix) and one.part.mlp is not None]
     if not todo:
         raise OptxError(f"fold_prefix: {handle!r} has no prefix that is made by an MLP, so nothing to fold.")
+    for one in todo:
+        if any(is_dtensor(p) for p in one.part.parameters()):
+            raise OptxError(
+                f"fold_prefix: what is attached to {one.path!r} is sharded over a device mesh. Save it with "
+                "handle.save(), attach that to the model where it is whole, and fold it there."
+            )
     known: dict[int, Any] = {}
     for one in todo:
         assert isinstance(one.part, Prefix)

@@ -20,6 +20,7 @@ from optx.inject._heads import Prefix
 from optx.inject._module_paths import paths_of
 from optx.inject._peft_match import task_of
 from optx.inject._served import OnModel, Served
+from optx.inject._sharding import whole
 from optx.inject._stored import Stored
 from optx.inject._targets import resolve
 from optx.inject.prefix import PrefixTuning
@@ -113,7 +114,7 @@ def _by_layer(served: list[Served]) -> list[Served]:
 
 def _pair(one: Served) -> tuple[Tensor, Tensor]:
     assert isinstance(one.part, Prefix)
-    return one.part.key.detach(), one.part.value.detach()
+    return whole(one.part.key.detach()), whole(one.part.value.detach())
 
 
 def _turn(model: nn.Module, attentions: list[nn.Module]) -> Turn | str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from optx._errors import OptxError, TargetError
 from optx._names import is_dtensor
@@ -27,6 +29,18 @@ def wrapped_by(kind: type) -> tuple[str, str] | None:
     """What has gathered the parameters of a module of this class, and the verb for it; None: nothing has."""
     names = (one.__name__ for one in kind.__mro__)
     return next((_WRAPPERS[name] for name in names if name in _WRAPPERS), None)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded; every rank has to ask for it."""
+    full: Any = getattr(tensor, "full_tensor", None)
+    return tensor if full is None else full()
+
+
+def anything_is_sharded() -> bool:
+    """Whether `fully_shard` has sharded any module of this process."""
+    states: Any = sys.modules.get("torch.distributed._composable_state")
+    return states is not None and len(states._module_state_mapping) > 0
 
 
 def check_whole(model: nn.Module) -> None:
