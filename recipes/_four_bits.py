@@ -117,6 +117,10 @@ class Adapted:
             return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 
+Arm = Callable[[nn.Module, Namespace], Adapted]
+"""What puts an adapter on a model."""
+
+
 def _norm(tensors: Mapping[str, Tensor]) -> float:
     return math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))
 
@@ -158,24 +162,23 @@ def base_bytes(model: nn.Module) -> int:
 def measured(arm: str, args: Namespace) -> dict[str, float]:
     """Bytes of the base, and the most that a process held while it trained; in a process of its own."""
     asked = {name: value for name, value in vars(args).items() if name not in ("out", "resume", "overwrite")}
-    code = f"from optx.recipes import _four_bits; _four_bits._train_and_tell({arm!r}, {json.dumps(asked)!r})"
+    call = f"_four_bits.train_and_tell(qlora.ARMS, {arm!r}, {json.dumps(asked)!r})"
+    code = f"from optx.recipes import _four_bits, qlora; {call}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SettingsError(f"qlora: memory of {arm} could not be measured: {done.stderr.strip()[-300:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _train_and_tell(arm: str, settings: str) -> None:
+def train_and_tell(arms: Mapping[str, Arm], arm: str, settings: str) -> None:
     """Three steps; ``peak`` and ``before`` are of the process, on Linux, and None elsewhere."""
-    from . import qlora
-
     args = Namespace(**json.loads(settings))
     model, tokenizer = _assets.language_model(args.model) if arm == "float32" else load(args.model)
     for p in model.parameters():
         if p.is_floating_point():
             p.data = p.data.clone()  # else it is a view of the file, all of which would be counted
     base = base_bytes(model)
-    adapted = qlora.ARMS["optx" if arm == "float32" else arm](model, args)
+    adapted = arms["optx" if arm == "float32" else arm](model, args)
     data = text(tokenizer, args)
     optimizer = torch.optim.AdamW(adapted.parameters, lr=args.lr)
     gc.collect()

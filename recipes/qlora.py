@@ -13,7 +13,7 @@ Source: QLoRA, arXiv 2305.14314; LoRA, arXiv 2106.09685.
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import nn
 import optx
 
 from . import _four_bits, _qlora_report
-from ._four_bits import TARGETS, Adapted
+from ._four_bits import TARGETS, Adapted, Arm
 from ._options import SEEDS, positive, rate, whole
 from ._run import Run, chosen, clock, median_ms, parser, settings_of
 
@@ -42,7 +42,7 @@ def with_peft(model: nn.Module, args: Namespace) -> Adapted:
     return _four_bits.of_peft(get_peft_model(model, config))  # type: ignore[arg-type]
 
 
-ARMS: dict[str, Callable[[nn.Module, Namespace], Adapted]] = {"optx": with_optx, "peft": with_peft}
+ARMS: dict[str, Arm] = {"optx": with_optx, "peft": with_peft}
 
 
 def train(arm: str, seed: int, args: Namespace, run: Run) -> dict[str, Any] | None:
