@@ -14,9 +14,10 @@ from typing import Any, cast
 
 import torch
 
-from optx._errors import FileError, OptxError, near
+from optx._errors import OptxError, near
 from optx.delta._inputs import expanded
 from optx.delta._merge_method import MergeMethod
+from optx.delta._yaml import load_yaml
 from optx.delta.arithmetic import TaskArithmetic
 from optx.delta.dare import DARETIES, DARELinear
 from optx.delta.pcb import PCB
@@ -140,7 +141,8 @@ def read_config(path: str | PathLike[str], seed: int = 0) -> Config:
         FileError: there is no such file, or it is no YAML.
         OptxError: something in it that optx does not do; names it.
     """
-    table = _load(expanded(Path(path), "config"))
+    path = expanded(Path(path), "config")
+    table = _table(load_yaml(path), f"{str(path)!r}")
     for key in table:
         if key in _OTHERS:
             raise OptxError(f"config: optx does not do {key!r}; it merges whole models, under 'models'.")
@@ -175,23 +177,6 @@ def _shown(value: Any) -> str:
         return "a number too large to show"
     text = "a list" if isinstance(value, list | set) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _load(path: Path) -> Table:
-    try:
-        import yaml
-    except ImportError:
-        raise OptxError("config: reading YAML needs pyyaml. Type: python -m pip install pyyaml") from None
-    try:
-        table = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise FileError(f"config: {str(path)!r} can't be read ({error.strerror}).") from None
-    except RecursionError:
-        raise FileError(f"config: {str(path)!r} is no YAML: it is nested too deep.") from None
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError) as error:
-        # Not all are YAML's own: a date such as 2026-13-01 is a ValueError, "!!bool maybe" a KeyError.
-        raise FileError(f"config: {str(path)!r} is no YAML: {' '.join(str(error).split())}") from None
-    return _table(table, f"{str(path)!r}")
 
 
 def _table(value: Any, what: str) -> Table:

@@ -202,9 +202,12 @@ def test_a_weight_is_a_finite_number(models: Any, weight: str, tmp_path: Path) -
 ODD = {
     "a date": ("dtype: 2026-13-01", "is no YAML"),
     "a word for a bool": ("dtype: !!bool maybe", "is no YAML"),
-    "deep": ("a: " + "[" * 3000, "is no YAML: it is nested too deep"),
-    "a table in itself": ("merge_method: ties\nbase_model: &a {model: *a}\nmodels: [{model: x}]", "a table"),
-    "a list in itself": ("merge_method: &a [*a]", "merge_method is a list"),
+    "deep": ("a: " + "[" * 3000, "is no YAML"),
+    "a table in itself": (
+        "merge_method: ties\nbase_model: &a {model: *a}\nmodels: [{model: x}]",
+        "holds itself",
+    ),
+    "a list in itself": ("merge_method: &a [*a]", "holds itself"),
 }
 
 

@@ -35,6 +35,7 @@ TABLE = {
     "optx/delta/_random_mask.py": "arithmetic_delta prune delta merge",
     "optx/delta/_random_mask_loops.py": "arithmetic_delta prune delta merge",
     "optx/delta/_signs.py": "arithmetic_delta compeft",
+    "optx/delta/_yaml.py": "yaml_bounds merge_cli",
     "optx/delta/arithmetic.py": "arithmetic_delta arithmetic_options merge merge_peers",
     "optx/delta/compeft.py": "arithmetic_delta arithmetic_options compeft compeft_files golomb",
     "optx/delta/dare.py": "arithmetic_delta arithmetic_options merge merge_peers",
