@@ -39,6 +39,8 @@ def write_checkpoint(
     plan: str,
     dtype: torch.dtype | None = None,
     progress: Callable[[Iterable[str]], Iterable[str]] = lambda names: names,
+    layout: Mapping[str, Mapping[str, Entry]] | None = None,
+    finish: Callable[[Path], None] = lambda folder: None,
 ) -> Path:
     """Write tensors as files laid out like a source's.
 
@@ -55,6 +57,8 @@ def write_checkpoint(
         plan: names the computation; see `Writer`.
         dtype: what a folder's ``config.json`` is to say; None leaves it.
         progress: wraps the names, to show how far it is.
+        layout: entries by the name of a folder's file, where they can't be laid out like the source's.
+        finish: is given a folder that is whole but for its name, to change its other files.
 
     Raises:
         OptxError: ``out`` exists, or the disk is too small.
@@ -66,7 +70,7 @@ def write_checkpoint(
         if out.suffix == ".safetensors":
             _write_file(out, entries, tensors, plan, progress)
         else:
-            _write_folder(out, like, entries, tensors, plan, dtype, progress)
+            _write_folder(out, like, entries, tensors, plan, dtype, progress, layout, finish)
     except OptxError as error:
         if not isinstance(error.__cause__, OSError):  # a disk may have room the next time
             _discard(out)
@@ -82,17 +86,22 @@ def _write_folder(
     plan: str,
     dtype: torch.dtype | None,
     progress: Callable[[Iterable[str]], Iterable[str]],
+    layout: Mapping[str, Mapping[str, Entry]] | None,
+    finish: Callable[[Path], None],
 ) -> None:
     aside = _aside(out, plan)
-    if isinstance(like, Files) and like.path.is_dir():
-        for name, content in _by_file(like, entries).items():
-            if not (aside / name).exists():
-                _write_file(aside / name, content, tensors, plan, progress)
-        _copy_others(like.path, aside, entries)
+    folder = like if isinstance(like, Files) and like.path.is_dir() else None
+    files = layout or (_by_file(folder, entries) if folder else {"model.safetensors": entries})
+    for name, content in files.items():
+        if not (aside / name).exists():
+            _write_file(aside / name, content, tensors, plan, progress)
+    if folder:
+        _copy_others(folder.path, aside, entries)
         if dtype is not None and (aside / "config.json").exists():
             _tell_dtype(aside / "config.json", dtype)
-    elif not (aside / "model.safetensors").exists():
-        _write_file(aside / "model.safetensors", entries, tensors, plan, progress)
+    if layout is not None:
+        write_index(aside, layout)
+    finish(aside)
     (aside / _PLAN).unlink()
     os.replace(aside, out)
 
@@ -139,6 +148,33 @@ def _by_file(like: Files, entries: Mapping[str, Entry]) -> dict[str, dict[str, E
         file = like.file_of(name).name if name in like.entries else like.files[-1].name
         files[file][name] = entry
     return {file: content for file, content in files.items() if content}
+
+
+def new_layout(entries: Mapping[str, Entry], limit: int = 5_000_000_000) -> dict[str, dict[str, Entry]]:
+    """Entries by file, named as transformers does it, each file with ``limit`` bytes at most if it can be."""
+    parts: list[dict[str, Entry]] = [{}]
+    size = 0
+    for name, entry in entries.items():
+        if parts[-1] and size + entry.nbytes > limit:
+            parts.append({})
+            size = 0
+        parts[-1][name] = entry
+        size += entry.nbytes
+    if len(parts) == 1:
+        return {"model.safetensors": parts[0]}
+    return {f"model-{i:05}-of-{len(parts):05}.safetensors": part for i, part in enumerate(parts, 1)}
+
+
+def write_index(folder: Path, layout: Mapping[str, Mapping[str, Entry]]) -> None:
+    """Have a folder's index, if it needs one, say which file a tensor is in."""
+    for old in folder.glob("*.safetensors.index.json"):
+        old.unlink()
+    if len(layout) == 1:
+        return
+    where = {name: file for file, content in layout.items() for name in content}
+    total = sum(entry.nbytes for content in layout.values() for entry in content.values())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _copy_others(source: Path, target: Path, entries: Mapping[str, Entry]) -> None:

@@ -17,7 +17,6 @@ from optx.delta._delta_pruning import HEADS
 from optx.delta._mergekit import read_config
 from optx.delta._name_filter import chooser
 from optx.delta._overwrite import output
-from optx.delta.merge import merge as merge_
 
 app = typer.Typer(help="Take, prune, save and apply what fine-tuning changed.", no_args_is_help=True)
 
@@ -46,7 +45,10 @@ def merge(
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:
-    """Merge models as a YAML file says: mergekit's format, for task_arithmetic, ties, dare_*, and pcb.
+    """Merge models as a YAML file says, in mergekit's format.
+
+    Methods: linear, slerp, passthrough, model_stock, task_arithmetic, ties, dare_linear, dare_ties, nearswap,
+    nuslerp, breadcrumbs, breadcrumbs_ties, arcee_fusion, and optx's pcb.
 
     Paths in the file are taken from the folder in which the command is run, not from the file's. Killed
     before it is done, the same command goes on where it stopped.
@@ -55,10 +57,9 @@ def merge(
         what = read_config(config, seed)
         for note in what.notes:
             _say(f"Note: {note}")
-        inputs = [config, what.base, *what.models]
-        with output(out, overwrite, inputs) as path, _bar(1 + what.method.passes) as bar:
-            merge_(what.base, what.models, what.method, path, dtype=what.dtype, progress=bar)
-    _say(f"Merged {len(what.models)} models into {out}.")
+        with output(out, overwrite, [config, *what.inputs]) as path, _bar(what.passes) as bar:
+            what.run(path, bar)
+    _say(f"Merged {what.models} models into {out}.")
 
 
 @app.command()

@@ -110,10 +110,10 @@ class TIES(MergeMethod):
         """Find what each model keeps, and the sign elected most often."""
         weights = per_model("TIES", "weights", self.weights, changes.models)
         densities = per_model("TIES", "density", self.density, changes.models)
-        shared = self._trims(changes, densities) if self.whole else None
+        shared = self.trims(changes, densities) if self.whole else None
 
         def trims(name: str) -> list[Trim]:
-            return shared or self._trims(changes.only(name), densities)
+            return shared or self.trims(changes.only(name), densities)
 
         on_zero = self._usual_sign(changes, weights, trims) if self.convention == "paper" else 1
 
@@ -137,7 +137,8 @@ class TIES(MergeMethod):
             votes += int(vote.sum(dtype=torch.float64))
         return -1 if votes < 0 else 1
 
-    def _trims(self, changes: Changes, densities: Sequence[float]) -> list[Trim]:
+    def trims(self, changes: Changes, densities: Sequence[float]) -> list[Trim]:
+        """What each model keeps of these changes, as if they were all there is."""
         n = changes.numel
         kept = [self._kept(density, n) for density in densities]
         if not n or all(k in (0, n) for k in kept):

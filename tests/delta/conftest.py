@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import merge_yaml_cases
 import pytest
 import torch
 from adapter_models import llama
@@ -22,3 +23,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     model.save_pretrained(place / "tuned", max_shard_size="10KB")
     assert len(list((place / "base").glob("*.safetensors"))) > 2
     return place / "base", place / "tuned"
+
+
+@pytest.fixture(scope="session")
+def llamas(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with Llamas of four layers: base, a, b and c."""
+    return merge_yaml_cases.folders(tmp_path_factory.mktemp("llamas"), "Llama", "base a b c")

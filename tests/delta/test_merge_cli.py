@@ -110,12 +110,18 @@ def test_the_out_file_takes_the_files_dtype(models: Any, tmp_path: Path) -> None
         ("pcb", {"ratio": 0.2, "inter": "pairwise"}, optx.PCB(0.2, [1.0, 1.0], inter="pairwise")),
     ],
 )
-def test_methods(models: Any, name: str, parameters: Any, expected: Any, tmp_path: Path) -> None:
+def test_methods(
+    models: dict[str, dict[str, Tensor]], name: str, parameters: Any, expected: Any, tmp_path: Path
+) -> None:
     table = [{"model": str(tmp_path / m)} for m in "ab"]
-    found = read_config(config(tmp_path, merge_method=name, models=table, parameters=parameters), seed=3)
-    assert found.method == expected
-    assert [path.name for path in found.models] == ["a", "b"]
+    path = config(tmp_path, merge_method=name, models=table, parameters=parameters)
+    found = read_config(path, seed=3)
+    assert found.models == 2
     assert not found.notes
+    made = load_file(found.run(tmp_path / "out.safetensors", lambda names: names))
+    wanted: Any = optx.merge(models["base"], [models["a"], models["b"]], expected)
+    for key, tensor in wanted.items():
+        torch.testing.assert_close(made[key], tensor, rtol=1e-6, atol=1e-7)
 
 
 def test_mergekit_reads_the_same_file_alike(models: dict[str, dict[str, Tensor]], tmp_path: Path) -> None:
@@ -134,22 +140,27 @@ def test_mergekit_reads_the_same_file_alike(models: dict[str, dict[str, Tensor]]
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "slices": ({"models": None, "slices": []}, "optx does not do 'slices'"),
+    "slices": ({"models": None, "slices": []}, "'slices' must be a list, each with 'sources'"),
+    "both": ({"slices": [{"sources": []}]}, "'models' and 'slices' are both there"),
     "modules": ({"modules": {}}, "optx does not do 'modules'"),
-    "method": ({"merge_method": "slerp"}, "optx does not do merge_method 'slerp'. Near:"),
+    "method": ({"merge_method": "slurp"}, "optx does not do merge_method 'slurp'. Near: 'slerp'"),
     "key": ({"base_modell": "x"}, "there is no 'base_modell'. Near: 'base_model'"),
     "no base": ({"base_model": None}, "ties needs base_model"),
-    "gradient": ({"parameters": {"density": [0.1, 0.9]}}, "'density' is a gradient over layers"),
-    "filter": ({"parameters": {"density": [{"filter": "mlp", "value": 1}]}}, "'density' is a filter"),
+    "gradient": ({"parameters": {"density": [0.1, [0.9]]}}, "'density' is a list of lists"),
+    "filter": ({"parameters": {"density": [{"filter": "mlp", "valu": 1}]}}, "must be a table of 'value'"),
+    "three": (
+        {"merge_method": "slerp", "parameters": {"t": [{"filter": "no.such", "value": 1}]}},
+        "slerp takes 2 models; 'models' has 3, the base among them",
+    ),
     "unknown": ({"parameters": {"densty": 0.5}}, "ties has no parameter 'densty'. Near: 'density'"),
     "number": ({"parameters": {"lambda": "big"}}, "'lambda' is 'big'; it must be a finite number"),
-    "bool": ({"parameters": {"normalize": 1}}, "'normalize' is 1; it must be true or false"),
-    "range": ({"parameters": {"lambda": 1, "density": 7}}, "TIES: density is 7"),
+    "bool": ({"parameters": {"normalize": 2}}, "'normalize' is 2; it must be true or false"),
+    "range": ({"parameters": {"lambda": 1, "density": 7}}, "ties: density is 7.0; it must be between"),
     "dtype": ({"dtype": "int8"}, "dtype is 'int8'; it must be one of float16, bfloat16"),
-    "union": ({"tokenizer_source": "union"}, "tokenizer_source 'union'"),
+    "union": ({"tokenizer_source": "union"}, "base' has no tokenizer, which the result's is made of"),
     "hub": ({"base_model": "mistralai/Mistral-7B"}, "there is no file or folder 'mistralai/Mistral-7B'"),
     "list": ({"models": "a"}, "'models' must be a list"),
-    "method list": ({"merge_method": ["ties"]}, "merge_method is a list; it must be one of task_arithmetic"),
+    "method list": ({"merge_method": ["ties"]}, "merge_method is a list; it must be one of linear"),
     "method table": ({"merge_method": {"ties": 1}}, "merge_method is a table"),
     "dtype list": ({"dtype": ["float32"]}, "dtype is a list; it must be one of float16"),
     "dtype hidden": ({"dtype": ["x"], "out_dtype": "float32"}, "dtype is a list"),
@@ -158,7 +169,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "inf": ({"parameters": {"lambda": "-inf"}}, "'lambda' is '-inf'; it must be a finite number"),
     "huge": ({"parameters": {"lambda": 10**400}}, "'lambda' is a number too large to show"),
     "number key": ({"parameters": {7: 1}}, "ties has no parameter 7. Near:"),
-    "mask": ({"parameters": {"int8_mask": "no"}}, "'int8_mask' is 'no'; it must be true or false"),
+    "mask": ({"parameters": {"int8_mask": "maybe"}}, "'int8_mask' is 'maybe'; it must be true or false"),
     "tokenizer": ({"tokenizer_source": ["union"]}, "tokenizer_source is a list; it must be a word"),
     "empty": ({"base_model": ""}, "a model is ''; it must be a path"),
     "model list": ({"base_model": ["a"]}, "a model is a list; it must be a path"),
@@ -227,16 +238,16 @@ def test_a_model_without_weight(models: Any, tmp_path: Path) -> None:
     )
 
 
-def test_other_tokenizers_are_noted(models: Any, tmp_path: Path) -> None:
-    notes = read_config(config(tmp_path, tokenizer_source=str(tmp_path / "a"))).notes
-    assert any("the base's tokenizer is copied" in note for note in notes)
+def test_a_base_without_tokenizer_is_noted(models: Any, tmp_path: Path) -> None:
+    notes = read_config(config(tmp_path, tokenizer_source="base")).notes
+    assert any("base' has no tokenizer: the models' rows" in note for note in notes)
 
 
 def test_interrupted(models: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("optx.delta.cli.merge_", interrupted)
+    monkeypatch.setattr("optx.delta._merge_run.Job.run", interrupted)
     shown = typed("merge", config(tmp_path), tmp_path / "out")
     assert shown.exit_code == 130
     assert "The same command goes on where it stopped" in flat(shown.output)

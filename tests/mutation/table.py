@@ -24,7 +24,18 @@ TABLE = {
     "optx/delta/_input_stats.py": "arithmetic_delta search_q prune learn_q",
     "optx/delta/_learn_q.py": "arithmetic_delta learn_q",
     "optx/delta/_lora.py": "arithmetic_inject delta_lora",
+    "optx/delta/_adapted_source.py": "merge_yaml_models",
+    "optx/delta/_merge_config_json.py": "merge_yaml_models merge_yaml",
+    "optx/delta/_merge_group.py": "merge_yaml merge_yaml_forms",
+    "optx/delta/_merge_kernels.py": "merge_yaml merge_yaml_forms",
     "optx/delta/_merge_method.py": "merge pcb",
+    "optx/delta/_merge_methods.py": "merge_cli merge_yaml merge_yaml_forms",
+    "optx/delta/_merge_plan.py": "merge_yaml merge_yaml_models merge_yaml_forms",
+    "optx/delta/_merge_settings.py": "merge_yaml merge_yaml_forms merge_cli",
+    "optx/delta/_merge_task_vectors.py": "merge_yaml merge_examples",
+    "optx/delta/_merge_vocabulary.py": "merge_vocabulary",
+    "optx/delta/_merge_whole.py": "merge_yaml",
+    "optx/delta/_model_layers.py": "merge_yaml merge_yaml_models",
     "optx/delta/_name_filter.py": "delta merge rws",
     "optx/delta/_one_pass.py": "arithmetic_delta prune delta",
     "optx/delta/_options.py": "arithmetic_options merge merge_peers pcb",
@@ -115,7 +126,8 @@ TABLE = {
 # Modules of the folders that compute nothing: they read, write, match names or hold what others compute.
 _FILES = (
     "_background_file _checkpoint_output _checkpoint_source _compressed_file _delta _delta_file "
-    "_inputs _known_files _mergekit _overwrite _patch _safetensors_writer cli merge"
+    "_inputs _known_files _merge_file _merge_result _merge_run _merge_tokenizer _mergekit _overwrite _patch "
+    "_safetensors_writer cli merge"
 )
 _HANDLES = (
     "_attach _export _families _folder _handle _injection _install _module_paths _peft_match _peft_prefix "
