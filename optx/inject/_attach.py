@@ -31,10 +31,11 @@ def attach(
             later is in none of their buckets, and is refused.
         injection: what to add, as ``optx.LoRA(rank=8)``; or a folder that a handle or PEFT saved.
         targets: a regex that a whole module name must match, a module type, a list of names (whole, or the
-            last parts of a path) and types, each of which must match something, or a function of
-            (name, module). None: what the method's paper serves, in the models of recipes/README.md's table
-            and those built as they are; all of it, in every layer, or an error that says what was not
-            found. For an injection of several members (`optx.MAM`), a dict by member.
+            last parts of a path) and types, each of which must match something, a function of (name,
+            module), or ``"all-linear"`` (every linear module but the output head, as in PEFT). Modules that
+            share a weight are served each by itself. None: what the method's paper serves, in the models of
+            recipes/README.md's table and those built as they are; all of it, in every layer, or an error that
+            says what was not found. For an injection of several members (`optx.MAM`), a dict by member.
         name: under which it lives on each module, if the same method is attached there twice.
         modules_to_save: paths of modules that are trained whole beside it (a classifier) and saved with it;
             ``remove()`` gives them their old values back. Nothing in them is served. PEFT's name.

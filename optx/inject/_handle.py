@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from optx._errors import MergeError, OptxError
+from optx._errors import MergeError, OptxError, warn
 from optx.inject import _folder, _merge, _offload
 from optx.inject._injection import Injection
 from optx.inject._install import detach
@@ -18,6 +18,7 @@ from optx.inject._quantised import Rounding, warn_of_rounding
 from optx.inject._report import Report, Row
 from optx.inject._served import Saved, Served
 from optx.inject._stored import check_tensors
+from optx.inject._watch import Watch, check_there, gone
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -51,6 +52,7 @@ class Handle:
         self.saved = list(saved)
         self._on_removal: list[Callable[[Handle], None]] = []
         self._removed = False
+        self._watch = Watch(model, self.served)
 
     # ---- life ---------------------------------------------------------------------------------------
 
@@ -79,6 +81,7 @@ class Handle:
     def _take_off(self) -> None:
         for one in reversed(self.served):
             detach(one)
+        self._watch.remove()
         self._removed = True
         for notify in self._on_removal:
             notify(self)
@@ -130,6 +133,8 @@ class Handle:
                 (derived, sharded, offloaded, codes of an unknown kind); nothing is changed.
         """
         self._check_alive("merge")
+        check_there(self.model, self.served, "merge")
+        self._watch.look(self.model, ())
         todo = [one for one in self.served if not one.part.merged]
         for one in todo:
             _merge.check_mergeable(one.module, one.part, one.path, type(one.injection).__name__)
@@ -199,19 +204,20 @@ class Handle:
         for name, p in self.model.named_parameters(remove_duplicate=False):
             owners.setdefault(id(p), []).append(name)
         tied = [
-            (one, weight)
+            (one, name, shared)
             for one in served
-            if isinstance(weight := getattr(one.module, "weight", None), nn.Parameter)
-            and len(owners.get(id(weight), [])) > 1
+            for name in ("weight", "bias")
+            if isinstance(shared := getattr(one.module, name, None), nn.Parameter)
+            and len(owners.get(id(shared), [])) > 1
         ]
         if tied and not allowed:
-            one, weight = tied[0]
+            one, name, shared = tied[0]
             raise MergeError(
-                f"merge: {one.path}.weight is tied: {', '.join(owners[id(weight)])} are one tensor, and "
-                "a merge would change them all. Pass untie=True to give this module a weight of its own."
+                f"merge: {one.path}.{name} is tied: {', '.join(owners[id(shared)])} are one tensor, and "
+                f"a merge would change them all. Pass untie=True to give this module a {name} of its own."
             )
-        for one, _ in tied:
-            _merge.untie(one.module, _container(one))
+        for one, name, _ in tied:
+            _merge.untie(one.module, _container(one), name)
 
     def _retie(self) -> None:
         for one in self.served:
@@ -240,6 +246,7 @@ class Handle:
         return [p for _, p in self.named_parameters()]
 
     def _tensors(self) -> dict[str, Tensor]:
+        check_there(self.model, [*self.served, *self.saved], "state_dict")
         found: dict[str, Tensor] = {}
         for one in self.served:
             suffixes = one.part.suffixes()
@@ -285,6 +292,7 @@ class Handle:
             OptxError: ``path`` is a file.
         """
         self._check_alive("save")
+        check_there(self.model, [*self.served, *self.saved], "save")
         _folder.save(self, path)
 
     def load(self, path: str | PathLike[str]) -> None:
@@ -298,14 +306,25 @@ class Handle:
     # ---- words --------------------------------------------------------------------------------------
 
     def report(self) -> Report:
-        """What was added where, and how many numbers it trains; prints as a table."""
+        """What was added where, and how many numbers it trains; prints as a table.
+
+        A module that is not in the model any more is said to be gone: what was added to it acts nowhere.
+        """
+        lost = {id(one) for one in gone(self.model, [*self.served, *self.saved])}
         rows = [
-            Row(one.path, str(one.injection), one.part.note(), one.part.trainable(), _count(one.part))
+            Row(
+                one.path,
+                str(one.injection),
+                one.part.note() + (", gone from the model" if id(one) in lost else ""),
+                one.part.trainable(),
+                _count(one.part),
+            )
             for one in self.served
         ]
         for kept in self.saved:
             numbers = sum(p.numel() for p in kept.module.parameters())
-            rows.append(Row(kept.path, "trained whole", type(kept.module).__name__, numbers, numbers))
+            what = type(kept.module).__name__ + (", gone from the model" if id(kept) in lost else "")
+            rows.append(Row(kept.path, "trained whole", what, numbers, numbers))
         return Report(rows, sum(p.numel() for p in self.model.parameters()))
 
     def __len__(self) -> int:
@@ -343,9 +362,18 @@ def _container(one: Served) -> Any:
 
 
 def _restore(kept: Saved) -> None:
+    resized: list[str] = []
     with torch.no_grad():
         for name, tensor in kept.module.state_dict(keep_vars=True).items():
-            tensor.copy_(kept.originals[name])
+            if tensor.shape == kept.originals[name].shape:
+                tensor.copy_(kept.originals[name])
+            else:
+                resized.append(f"{kept.path}.{name}")
+    if resized:
+        warn(
+            f"optx: {', '.join(resized)} was resized while it was trained whole, so remove() leaves its "
+            "trained values in it."
+        )
 
 
 def _count(part: Part) -> int:

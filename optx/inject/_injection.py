@@ -24,10 +24,11 @@ Targets: TypeAlias = (
 
 @dataclass(frozen=True)
 class Site:
-    """One module to be served."""
+    """One module to be served; ``swept`` if ``"all-linear"`` found it, and nobody named it."""
 
     path: str
     module: nn.Module
+    swept: bool = False
 
 
 @dataclass(frozen=True)

@@ -80,20 +80,22 @@ def unmerge(module: nn.Module, attached: Attached, part: Part, path: str) -> Non
         raise
 
 
-def untie(module: nn.Module, attached: Attached) -> None:
-    """Give a module whose weight other modules share one of its own, until nothing is merged into it."""
-    if _quantised.kind_of(module):
+def untie(module: nn.Module, attached: Attached, name: str) -> None:
+    """Give a module whose weight or bias others share one of its own, until nothing is merged into it."""
+    if name == "weight" and _quantised.kind_of(module):
         return  # its parameter is exchanged by a merge, which leaves that of the others alone
-    weight = module.weight
-    assert isinstance(weight, nn.Parameter)
-    attached.tied.append(weight)
-    module.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    shared = getattr(module, name)
+    assert isinstance(shared, nn.Parameter)
+    attached.tied[name] = shared
+    setattr(module, name, nn.Parameter(shared.detach().clone(), requires_grad=shared.requires_grad))
 
 
 def retie(module: nn.Module, attached: Attached) -> None:
-    """The shared weight again, if nothing is merged any more."""
+    """The shared tensors again, if nothing is merged any more."""
     if attached.tied and not _merged(attached):
-        module.weight = attached.tied.pop()
+        for name, shared in attached.tied.items():
+            setattr(module, name, shared)
+        attached.tied.clear()
 
 
 def forget(attached: Attached, part: Part) -> None:

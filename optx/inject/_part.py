@@ -181,8 +181,8 @@ class Attached(nn.Module):
         """The module's own tensors while parts are merged into it."""
         self.requantised: Requantised | None = None
         """While parts are merged into codes: how to get the module's own back, and what was lost."""
-        self.tied: list[nn.Parameter] = []
-        """The weight that the module shares with others, while it has a merged one of its own."""
+        self.tied: dict[str, nn.Parameter] = {}
+        """The weight and bias that the module shares with others, while it has merged ones of its own."""
         self.versions: dict[str, tuple[int, int]] = {}
         """Address and version of the merged tensors: another means that someone changed them since."""
 

@@ -202,14 +202,6 @@ class _File:
                 raise FileError(
                     f"{self.where} has tensors for {path!r}, which target_modules={wanted!r} does not mean."
                 )
-        owners: dict[int, str] = {}
-        for path in named:
-            first = owners.setdefault(id(getattr(self.paths.modules[path], "weight", path)), path)
-            if first != path:
-                raise FileError(
-                    f"{self.where} has adapters for {first!r} and {path!r}, whose weights are one in this "
-                    "model, and optx serves it once. Untie them first."
-                )
 
     def take_biases(
         self, rest: Mapping[str, Tensor], found: dict[str, Tensor], named: Mapping[str, Any]

@@ -9,13 +9,18 @@ from typing import Any
 
 from torch import nn
 
-from optx._errors import TargetError, near
+from optx._errors import TargetError, near, warn
 from optx.inject import _anatomy
+from optx.inject._alternatives import idle
 from optx.inject._families import Family
 from optx.inject._injection import Injection, Site, Targets
 from optx.inject._module_paths import paths_of
 from optx.inject._part import RESERVED, Attached
-from optx.inject._weights import is_biased
+from optx.inject._peft_match import targeted, task_of
+from optx.inject._weights import is_biased, is_conv
+
+ALL_LINEAR = "all-linear"
+"""What stands for every linear module but the head, as in PEFT."""
 
 
 def family_of(model: nn.Module) -> Family | None:
@@ -24,7 +29,9 @@ def family_of(model: nn.Module) -> Family | None:
 
 
 def resolve(model: nn.Module, injection: Injection, targets: Targets | None) -> list[Site]:
-    """The modules to serve, in the model's order, each once and each weight once.
+    """The modules to serve, in the model's order, each once.
+
+    Modules that share a weight are served each by itself: what is added acts on a module's own call.
 
     Raises:
         TargetError: nothing matches, or one of a list doesn't (names near misses), or there are no defaults
@@ -35,14 +42,54 @@ def resolve(model: nn.Module, injection: Injection, targets: Targets | None) -> 
         for path, module in model.named_modules()
         if not isinstance(module, Attached) and RESERVED not in path.split(".")
     ]
+    every = isinstance(targets, str) and targets.lower() == ALL_LINEAR
     chosen = default_targets(model, injection) if targets is None else targets
-    matches = matcher(chosen)
+    matches = all_linear(model) if every else matcher(chosen)
     check_each_matches(chosen, modules)
-    sites = [Site(path, module) for path, module in modules if path and matches(path, module)]
+    sites = [Site(path, module, swept=every) for path, module in modules if path and matches(path, module)]
     if not sites:
         own = targets is not None
         raise TargetError(_none(chosen, modules) if own else _none_by_default(model, injection, modules))
-    return _each_weight_once(sites)
+    if every:
+        _warn_of_experts(modules)
+    elif isinstance(chosen, str):
+        _warn_of_idle(chosen, [path for path, _ in modules if path])
+    return sites
+
+
+def all_linear(model: nn.Module) -> Callable[[str, nn.Module], bool]:
+    """PEFT's ``"all-linear"``: every linear module but the output head, or a sequence classifier's."""
+    paths, task = paths_of(model), task_of(model)
+    config = {"target_modules": ALL_LINEAR, "task_type": task if task == "SEQ_CLS" else None}
+    chosen = {paths.here[path] for path in targeted(config, model, paths.modules)}
+    return lambda path, module: path in chosen
+
+
+def _warn_of_experts(modules: Sequence[tuple[str, nn.Module]]) -> None:
+    """Linear maps that are no modules: PEFT reads its own word as if they were, in some families."""
+    found = [
+        f"{path}.{name}"
+        for path, module in modules
+        if not is_conv(module)
+        for name, p in module.named_parameters(recurse=False)
+        if p.ndim == 3 and path.rpartition(".")[2] == "experts"
+    ]
+    if found:
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        warn(
+            f"optx.attach: targets={ALL_LINEAR!r} leaves out {found[0]!r}{more}, experts in one parameter, "
+            "which are no linear modules. Attach to their names too where the injection serves parameters."
+        )
+
+
+def _warn_of_idle(pattern: str, paths: Sequence[str]) -> None:
+    """A part of a regex that matches nothing was meant for something."""
+    if found := idle(pattern, paths):
+        what = ", ".join(map(repr, found))
+        warn(
+            f"optx.attach: targets={pattern!r} has {what} among its alternatives, which matches no module. "
+            f"{_near_paths(found[0], paths)}"
+        )
 
 
 def _none(targets: Targets, modules: Sequence[tuple[str, nn.Module]]) -> str:
@@ -143,19 +190,6 @@ def check_each_matches(
         hint = " A list holds names; pass a regex as a string by itself." if pattern else ""
         known = _near_paths(target, [path for path, _ in modules if path])
         raise TargetError(f"{owner} has {target!r} in its list, which matches no module. {known}{hint}")
-
-
-def _each_weight_once(sites: Sequence[Site]) -> list[Site]:
-    """Tied weights (an output head that is the embedding) are served where they come first."""
-    seen: set[int] = set()
-    once: list[Site] = []
-    for site in sites:
-        weight = site.module._parameters.get("weight")  # pyright: ignore[reportPrivateUsage]
-        key = id(site.module if weight is None else weight)
-        if key not in seen:
-            once.append(site)
-        seen.add(key)
-    return once
 
 
 def _types(modules: Sequence[tuple[str, nn.Module]]) -> str:

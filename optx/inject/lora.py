@@ -13,7 +13,7 @@ import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -416,7 +416,13 @@ class LoRA(Injection):
                     f"LoRA: {option} has {', '.join(map(repr, unused))}, which matches none of the served "
                     "modules."
                 )
-        return super().parts(sites)
+        narrow = {
+            f"^{re.escape(bare_path(site.path))}": self.rank_at(site.path) for site in sites if site.swept
+        }
+        lora = replace(
+            self, rank_pattern={**self.rank_pattern, **narrow}
+        )  # PEFT's rank, also on a gate of one row
+        return [lora.part(site.module, site.path) for site in sites]
 
     def companions(self, model: nn.Module, sites: Sequence[Site]) -> list[tuple[Injection, list[Site]]]:
         """``bias="all"``: the biases of modules that have no update of their own."""

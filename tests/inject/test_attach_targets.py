@@ -121,14 +121,6 @@ def test_a_bad_name() -> None:
             optx.attach(mlp(), LoRA(rank=2), targets="0", name=name)
 
 
-def test_tied_weights_are_served_once() -> None:
-    model = llama()
-    handle = optx.attach(model, LoRA(rank=2), targets=(nn.Embedding, nn.Linear))
-    paths = [row.module for row in handle.report().rows]
-    assert "model.embed_tokens" in paths
-    assert "lm_head" not in paths
-
-
 def test_shared_modules_are_served_once() -> None:
     shared = nn.Linear(4, 4)
     model = nn.ModuleList([shared, shared])

@@ -284,10 +284,3 @@ def test_a_tied_head_of_its_own_is_refused(tmp_path: Path) -> None:
     tied.lm_head.weight = nn.Parameter(tied.lm_head.weight.clone())
     optx.attach(tied, tmp_path)
     assert_close(outputs(tied), wanted)
-
-
-def test_adapters_on_both_sides_of_a_tie_are_refused(tmp_path: Path) -> None:
-    config = LoraConfig(r=2, target_modules=["embed_tokens", "lm_head"])
-    by_peft(llama(tie_word_embeddings=True), config, tmp_path)
-    tied = llama(tie_word_embeddings=True)
-    assert_refused(tmp_path, r"adapters for 'lm_head' and 'model.embed_tokens', whose weights are one", tied)
