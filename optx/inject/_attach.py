@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 
 from torch import nn
@@ -14,6 +14,7 @@ from optx.inject._handle import Handle
 from optx.inject._injection import Composite, Injection, Targets
 from optx.inject._install import check_model, install
 from optx.inject._module_paths import paths_of
+from optx.inject._parameters import Exactly
 
 
 def attach(
@@ -32,10 +33,11 @@ def attach(
         injection: what to add, as ``optx.LoRA(rank=8)``; or a folder that a handle or PEFT saved.
         targets: a regex that a whole module name must match, a module type, a list of names (whole, or the
             last parts of a path) and types, each of which must match something, a function of (name,
-            module), or ``"all-linear"`` (every linear module but the output head, as in PEFT). Modules that
-            share a weight are served each by itself. None: what the method's paper serves, in the models of
-            recipes/README.md's table and those built as they are; all of it, in every layer, or an error that
-            says what was not found. For an injection of several members (`optx.MAM`), a dict by member.
+            module), or ``"all-linear"`` (every linear module but the output head, as in PEFT). For LoRA a
+            name may be a parameter's (``["experts.down_proj"]``). Modules that share a weight are served each
+            by itself. None: what the method's paper serves, in the models of recipes/README.md's table and
+            those built as they are; all of it, in every layer, or an error that says what was not found. For
+            an injection of several members (`optx.MAM`), a dict by member.
         name: under which it lives on each module, if the same method is attached there twice.
         modules_to_save: paths of modules that are trained whole beside it (a classifier) and saved with it;
             ``remove()`` gives them their old values back. Nothing in them is served. PEFT's name.
@@ -79,10 +81,10 @@ def attach(
 def _attach_saved(model: nn.Module, path: str | PathLike[str], name: str | None) -> Handle:
     """Attach what a folder holds, to the modules it was saved for, and load its tensors."""
     stored = _folder.read(path, model)
-    here = paths_of(model).here
-    exact = {member: _exactly(here[one] for one in paths) for member, paths in stored.served.items()}
+    here = paths_of(model)
+    exact = {member: Exactly(filter(None, map(here.find, one))) for member, one in stored.served.items()}
     targets = exact if isinstance(stored.injection, Composite) else exact[""]
-    served, saved = install(model, stored.injection, targets, name, [here[one] for one in stored.whole])
+    served, saved = install(model, stored.injection, targets, name, [here.here[one] for one in stored.whole])
     handle = Handle(model, stored.injection, served, saved)
     try:
         _folder.fill(handle, stored, os.fspath(path))
@@ -90,8 +92,3 @@ def _attach_saved(model: nn.Module, path: str | PathLike[str], name: str | None)
         handle.remove()
         raise
     return handle
-
-
-def _exactly(paths: Iterable[str]) -> Targets:
-    wanted = frozenset(paths)
-    return lambda path, module: path in wanted

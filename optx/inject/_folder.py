@@ -87,24 +87,27 @@ def _describe(handle: OnModel) -> dict[str, Any]:
     return {
         "version": _version(),
         "injection": injection,
-        "served": {name: [plain[one] for one in paths] for name, paths in _by_member(handle).items()},
+        "served": {
+            name: [path for one in group for path in one.paths_as(plain)]
+            for name, group in _by_member(handle).items()
+        },
         "modules_to_save": [plain[kept.path] for kept in handle.saved],
     }
 
 
-def _by_member(handle: OnModel) -> dict[str, list[str]]:
-    """Served paths by member; what an injection brings along by itself (companions) is left out."""
+def _by_member(handle: OnModel) -> dict[str, list[Served]]:
+    """What is served by member; what an injection brings along by itself (companions) is left out."""
     injection = handle.injection
     members = injection.members() if isinstance(injection, Composite) else {"": injection}
     groups: dict[int, list[Served]] = {}
     for one in handle.served:
         groups.setdefault(id(one.injection), []).append(one)
     waiting = list(groups.values())
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[Served]] = {}
     for name, member in members.items():
         group = next(group for group in waiting if group[0].injection == member)
         waiting.remove(group)
-        found[name] = [one.path for one in group]
+        found[name] = group
     return found
 
 
@@ -245,7 +248,7 @@ def _described(
     except (KeyError, TypeError, AttributeError) as error:
         raise FileError(f"{where} is damaged: its description lacks {error}.") from error
     for path in (*(one for served in stored.served.values() for one in served), *stored.whole):
-        if path not in paths.here:
+        if paths.find(path) is None:
             raise FileError(
                 f"{where} was saved for another model: it serves {path!r}, and this one has no such module. "
                 f"{near(path, filter(None, paths.modules))}"

@@ -24,11 +24,12 @@ Targets: TypeAlias = (
 
 @dataclass(frozen=True)
 class Site:
-    """One module to be served; ``swept`` if ``"all-linear"`` found it, and nobody named it."""
+    """One module to be served, or some parameters of it; ``swept`` if ``"all-linear"`` found it, unnamed."""
 
     path: str
     module: nn.Module
     swept: bool = False
+    parameters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,13 @@ class Injection(ABC):
             (the sub-layer itself), ``"branches"`` (both of these), ``"block"`` (a layer of the stack) or
             ``"convolutions"`` (of a ResNet's blocks). In any model: ``"biased"`` (what has a bias).
         serves: in words, the modules that it can serve, for errors.
+        serves_parameters: whether targets may name parameters too (experts in one 3-D tensor).
     """
 
     name: ClassVar[str]
     role: ClassVar[str]
     serves: ClassVar[str]
+    serves_parameters: ClassVar[bool] = False
 
     @abstractmethod
     def part(self, module: nn.Module, path: str) -> Part:

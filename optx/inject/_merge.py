@@ -54,6 +54,8 @@ def merge(module: nn.Module, attached: Attached, part: Part, path: str) -> None:
 
 
 def _commute(one: Part, other: Part) -> bool:
+    if one.inside or other.inside:
+        return True
     return (one.adds and other.adds) or (one.folds_input and other.folds_input)
 
 
@@ -113,7 +115,8 @@ def _merged(attached: Attached) -> list[Part]:
 
 def _refold(module: nn.Module, attached: Attached, path: str, parts: Iterable[Part]) -> None:
     """The original weights with these parts folded in, or as they were if there are none."""
-    own = {name: p for name in _TENSORS if isinstance(p := getattr(module, name, None), Tensor)}
+    names = (*_TENSORS, *(name for part in attached.parts.values() for name in part.parameter_names))
+    own = {name: p for name in names if isinstance(p := getattr(module, name, None), Tensor)}
     check_untouched(module, attached, path)
     quantised = attached.requantised is not None or bool(_quantised.kind_of(module))
     originals = attached.originals or {
@@ -135,25 +138,27 @@ def _refold(module: nn.Module, attached: Attached, path: str, parts: Iterable[Pa
 def _folded(
     module: nn.Module, originals: Mapping[str, Tensor], ordered: Iterable[Part], path: str
 ) -> dict[str, Tensor]:
-    """The weight and bias with parts in them, in the precision of sums."""
-    weight: Tensor = originals["weight"]
+    """The weights with parts in them, in the precision of sums."""
+    own = dict(originals)
     if _quantised.kind_of(module):
-        weight = _quantised.read(module, weight, path)
-    bias = in_sum_precision(originals["bias"]) if "bias" in originals else None
-    base = Weights(in_sum_precision(weight), bias)
-    now = Weights(base.weight, base.bias)
+        own["weight"] = _quantised.read(module, own["weight"], path)
+    own = {name: in_sum_precision(tensor) for name, tensor in own.items()}
+    others = {name: tensor for name, tensor in own.items() if name not in _TENSORS}
+    base = Weights(own.get("weight", torch.empty(0)), own.get("bias"), others)
+    now = Weights(base.weight, base.bias, others)
     # A product that autocast took to bfloat16 would be in the weights for good.
-    with torch.no_grad(), torch.autocast(base.weight.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(next(iter(own.values())).device.type, enabled=False):
         for part in ordered:
-            now = part.fold(module, now, base)
+            folded = part.fold(module, now, base)
+            now = folded if folded.others else folded.having(now.others)
     if now.bias is None:
-        return {"weight": now.weight}
-    if bias is None:
+        return {**now.others, "weight": now.weight}
+    if "bias" not in own:
         raise MergeError(
             f"merge: {path!r} has no bias to merge the adapter's bias into. Build the model with one, or "
             "use an adapter without."
         )
-    return {"weight": now.weight, "bias": now.bias}
+    return {**now.others, "weight": now.weight, "bias": now.bias}
 
 
 def _requantise(

@@ -42,6 +42,14 @@ class Paths:
     plain: Mapping[str, str]
     modules: Mapping[str, nn.Module]
 
+    def find(self, path: str) -> str | None:
+        """The path here of a module of the bare model, or of a parameter of one; None if it has neither."""
+        if path in self.here:
+            return self.here[path]
+        owner, _, name = path.rpartition(".")
+        known = owner in self.modules and name in self.modules[owner]._parameters  # pyright: ignore[reportPrivateUsage]
+        return f"{self.here[owner]}.{name}" if known else None
+
 
 def paths_of(model: nn.Module) -> Paths:
     """Every module but those that optx added."""

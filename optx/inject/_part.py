@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -31,6 +31,18 @@ class Weights:
 
     weight: Tensor
     bias: Tensor | None
+    others: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    def of(self, name: str) -> Tensor:
+        """One of them by name."""
+        own = self.weight if name == "weight" else self.bias if name == "bias" else self.others[name]
+        assert own is not None
+        return own
+
+    def having(self, new: Mapping[str, Tensor]) -> Weights:
+        """These, and new ones in the place of some."""
+        others = {name: tensor for name, tensor in new.items() if name not in ("weight", "bias")}
+        return Weights(new.get("weight", self.weight), new.get("bias", self.bias), {**self.others, **others})
 
 
 @dataclass
@@ -55,6 +67,10 @@ class Part(nn.Module):
 
     folds_input: ClassVar[bool] = False
     """Whether `fold` acts on the module's input: such a fold comes after all others, as in the call."""
+
+    inside: ClassVar[bool] = False
+    """Whether all it changes is what the module's own parameters are while it computes: such a part is inside
+    of all others, whenever they were attached."""
 
     enabled: bool
     merged: bool
@@ -102,6 +118,11 @@ class Part(nn.Module):
     def active(self) -> bool:
         """Whether the hooks act: switched on, and not already in the weights."""
         return self.enabled and not self.merged
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """The parameters that it serves one by one; none for a part that serves the module."""
+        return ()
 
     @property
     def adds(self) -> bool:

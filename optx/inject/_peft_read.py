@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from optx._errors import FileError, near, warn
-from optx.inject import _peft_prefix
-from optx.inject._injection import Injection
+from optx.inject import _peft_parameters, _peft_prefix
+from optx.inject._injection import Injection, Site
 from optx.inject._module_paths import Paths, bare_path, paths_of
+from optx.inject._parameters import parameter_paths
 from optx.inject._part import RESERVED
 from optx.inject._peft_match import any_of, is_feedforward, kept_whole, targeted
 from optx.inject._peft_write import PREFIX, own_tensor, tied_to
@@ -43,7 +44,6 @@ _FOREIGN = (
     "layer_replication",
     "megatron_config",
     "monteclora_config",
-    "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
     "use_qalora",
@@ -63,7 +63,8 @@ _KNOWN = (
         "lora_bias",
     ),
     *("lora_dropout", "lora_ga_config", "megatron_core", "modules_to_save", "peft_type", "peft_version"),
-    *("qalora_group_size", "r", "rank_pattern", "revision", "target_modules", "task_type", "use_dora"),
+    *("qalora_group_size", "r", "rank_pattern", "revision", "target_modules", "target_parameters"),
+    *("task_type", "use_dora"),
     *("use_rslora", "ensure_weight_tying", "merge_weights"),
 )
 
@@ -86,9 +87,12 @@ def read(config: dict[str, Any], tensors: Mapping[str, Tensor], model: nn.Module
     kind = _kind(config, where)
     file = _File(config, model, where, paths_of(model))
     named, rest = _by_module(tensors, _SUFFIXES[kind], where)
-    file.check_modules(named)
+    sites = _peft_parameters.meant(config, file.paths, where)
+    named, inside_of = _peft_parameters.collect(named, sites, where)
+    file.check_modules(named, inside_of)
     whole = [path for path in kept_whole(config, model) if path in file.paths.here]
-    found = {f"{path}.{suffix}": t for path, own in named.items() for suffix, t in own.items()}
+    every = {**named, **inside_of}
+    found = {f"{path}.{suffix}": t for path, own in every.items() for suffix, t in own.items()}
     inside, rest = _split(rest, whole)
     if config.get("bias", "none") != "none":
         rest = file.take_biases(rest, found, named)
@@ -96,8 +100,9 @@ def read(config: dict[str, Any], tensors: Mapping[str, Tensor], model: nn.Module
     found.update(inside)
     found.update(_split(rest, more)[0])
     file.check_untied([*whole, *more])
-    injection = lora_from(config, named) if kind is LoRA else _ia3_from(config, file.paths, named)
-    return Stored(injection, {"": list(named)}, [*whole, *more], found)
+    injection = lora_from(config, named, sites) if kind is LoRA else _ia3_from(config, file.paths, named)
+    served = [path for site in sites for path in parameter_paths(site.path, site.parameters)]
+    return Stored(injection, {"": [*named, *served]}, [*whole, *more], found)
 
 
 def _kind(config: dict[str, Any], where: str) -> type[Injection]:
@@ -180,7 +185,7 @@ class _File:
         """Modules with paths like this one."""
         return near(path, filter(None, self.paths.modules))
 
-    def check_modules(self, named: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def check_modules(self, named: Mapping[str, Mapping[str, Tensor]], inside: Mapping[str, Any]) -> None:
         """Raise unless the modules with tensors are those that the configuration means."""
         for path, own in named.items():
             if path not in self.paths.modules:
@@ -188,7 +193,7 @@ class _File:
                     f"{self.where} has {f'{path}.{next(iter(own))}'!r}, and the model has no module "
                     f"{path!r}: it was saved for another model. {self.near(path)}"
                 )
-        if not named:
+        if not named and not inside:
             raise FileError(f"{self.where} has no tensor of the method {self.config['peft_type']}.")
         wanted = self.config.get("target_modules")
         meant = list(named) if wanted is None else targeted(self.config, self.model, self.paths.modules)
@@ -270,7 +275,9 @@ class _File:
                 )
 
 
-def lora_from(config: dict[str, Any], named: Mapping[str, dict[str, Tensor]]) -> LoRA:
+def lora_from(
+    config: dict[str, Any], named: Mapping[str, dict[str, Tensor]], sites: Sequence[Site] = ()
+) -> LoRA:
     """The options that PEFT's configuration names; ``named``: each module's tensors in the file, by path."""
     lora = LoRA(
         rank=config.get("r", 8),
@@ -283,7 +290,8 @@ def lora_from(config: dict[str, Any], named: Mapping[str, dict[str, Tensor]]) ->
         rank_pattern=config.get("rank_pattern") or {},
         alpha_pattern=config.get("alpha_pattern") or {},
     )
-    above: dict[str, int] = {}  # PEFT allows ranks above the matrix's; LoRA does where they are named
+    above = _peft_parameters.ranks_above(sites, lora.rank_at)
+    # PEFT allows ranks above the matrix's; LoRA does where they are named
     for path, own in named.items():
         A, B = (own.get(f"lora_{x}.weight", own.get(f"lora_embedding_{x}")) for x in "AB")
         if A is not None and B is not None and lora.rank_at(path) > min(len(B), A[0].numel()):

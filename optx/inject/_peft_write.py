@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from optx._names import whole
-from optx.inject import _peft_prefix
+from optx.inject import _peft_parameters, _peft_prefix
 from optx.inject._injection import Injection
 from optx.inject._module_paths import Paths, paths_of
 from optx.inject._part import original
@@ -38,7 +38,9 @@ def config_of(handle: OnModel) -> dict[str, Any] | str:
     if type(injection) not in (LoRA, IA3):
         return ""
     paths = paths_of(model)
-    served = {paths.plain[one.path]: one.module for one in handle.served if one.injection is injection}
+    every = [one for one in handle.served if one.injection is injection]
+    served = {paths.plain[one.path]: one.module for one in every if not one.part.parameter_names}
+    inside = [one for one in every if one.part.parameter_names]
     saved = [paths.plain[kept.path] for kept in handle.saved]
     config: dict[str, Any] = {
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
@@ -48,9 +50,13 @@ def config_of(handle: OnModel) -> dict[str, Any] | str:
         "target_modules": sorted(served),
     }
     if isinstance(injection, LoRA):
-        config.update(_of_lora(injection, served))
+        config.update(_of_lora(injection, [path for one in every for path in one.paths_as(paths.plain)]))
+        if inside:
+            config["target_parameters"] = [path for one in inside for path in one.paths_as(paths.plain)]
     elif isinstance(injection, IA3):
         config.update(_of_ia3(injection, served))
+    if inside and (why := _peft_parameters.objection(inside, config, paths)):
+        return why
     if set(targeted({"target_modules": sorted(served)}, model, paths.modules)) != set(served):
         config["target_modules"] = any_of(served)  # one path is the end of another
     config["task_type"] = task_of(model)
@@ -158,8 +164,9 @@ def spelled_out(injection: Injection, handle: OnModel) -> dict[str, Any]:
     served = [one for one in handle.served if one.injection is handle.injection]
     if isinstance(injection, LoRA):
         del options["rank_pattern"], options["alpha_pattern"]
-        options["rank"] = {one.path: injection.rank_at(one.path) for one in served}
-        options["alpha"] = {one.path: injection.alpha_at(one.path) for one in served}
+        paths = [path for one in served for path in one.paths_as({one.path: one.path})]
+        options["rank"] = {path: injection.rank_at(path) for path in paths}
+        options["alpha"] = {path: injection.alpha_at(path) for path in paths}
     if isinstance(injection, IA3):
         options["feedforward"] = [
             one.path for one in served if injection.is_feedforward(one.path, one.module)

@@ -24,6 +24,11 @@ class Served:
     name: str
     hooks: list[RemovableHandle] = field(default_factory=list[RemovableHandle])
 
+    def paths_as(self, plain: Mapping[str, str]) -> list[str]:
+        """What is served, by the module's path in another model: the module, or some of its parameters."""
+        path = plain[self.path]
+        return [f"{path}.{name}" for name in self.part.parameter_names] or [path]
+
 
 @dataclass(eq=False)
 class Saved:

@@ -15,6 +15,7 @@ from optx.inject._alternatives import idle
 from optx.inject._families import Family
 from optx.inject._injection import Injection, Site, Targets
 from optx.inject._module_paths import paths_of
+from optx.inject._parameters import names_parameters, own_parameters, with_parameters
 from optx.inject._part import RESERVED, Attached
 from optx.inject._peft_match import targeted, task_of
 from optx.inject._weights import is_biased, is_conv
@@ -45,15 +46,19 @@ def resolve(model: nn.Module, injection: Injection, targets: Targets | None) -> 
     every = isinstance(targets, str) and targets.lower() == ALL_LINEAR
     chosen = default_targets(model, injection) if targets is None else targets
     matches = all_linear(model) if every else matcher(chosen)
-    check_each_matches(chosen, modules)
+    named = injection.serves_parameters and targets is not None and not every and names_parameters(chosen)
+    check_each_matches(chosen, modules, parameters=named)
     sites = [Site(path, module, swept=every) for path, module in modules if path and matches(path, module)]
+    if injection.serves_parameters:
+        sites = with_parameters(sites, modules, matches, named)
     if not sites:
         own = targets is not None
         raise TargetError(_none(chosen, modules) if own else _none_by_default(model, injection, modules))
     if every:
         _warn_of_experts(modules)
     elif isinstance(chosen, str):
-        _warn_of_idle(chosen, [path for path, _ in modules if path])
+        own = [f"{path}.{name}" for path, name in own_parameters(modules)] if named else []
+        _warn_of_idle(chosen, [*(path for path, _ in modules if path), *own])
     return sites
 
 
@@ -171,7 +176,11 @@ def _any_of(targets: Sequence[Any]) -> Callable[[str, nn.Module], bool]:
 
 
 def check_each_matches(
-    targets: Targets, modules: Sequence[tuple[str, nn.Module]], owner: str = "attach: targets"
+    targets: Targets,
+    modules: Sequence[tuple[str, nn.Module]],
+    owner: str = "attach: targets",
+    *,
+    parameters: bool = False,
 ) -> None:
     """Raise if one of a list matches no module: what it was meant for would be left out in silence.
 
@@ -183,6 +192,9 @@ def check_each_matches(
     for target in dict.fromkeys(targets):
         matches = _any_of([target])
         if any(path and matches(path, module) for path, module in modules):
+            continue
+        own = own_parameters(modules) if parameters else ()
+        if any(path and matches(f"{path}.{name}", nn.Module()) for path, name in own):
             continue
         if isinstance(target, type):
             continue  # alternatives: all linear and convolution layers, whichever there are

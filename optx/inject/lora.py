@@ -23,8 +23,10 @@ from torch.nn import functional as F
 from optx._errors import MergeError, OptxError, TargetError, check_range, warn
 from optx.inject._computes import bias_of, weight_now, weight_of
 from optx.inject._embeddings import peculiar, rows
+from optx.inject._experts import ParameterLoRA
 from optx.inject._injection import Injection, Site
 from optx.inject._module_paths import bare_path
+from optx.inject._parameters import parameter_paths
 from optx.inject._part import RESERVED, Part, Weights, attached, hidden_of, new_tensor
 from optx.inject._weights import (
     add_product,
@@ -47,12 +49,7 @@ class LowRank(Part):
 
     def __init__(self, lora: LoRA, path: str, out: int, into: int) -> None:
         super().__init__()
-        self.rank = lora.rank_at(path)
-        if self.rank > min(out, into) and _pattern_of(lora.rank_pattern, path) is None:
-            raise TargetError(
-                f"attach: LoRA's rank={self.rank} is larger than the weight of {path!r}, ({out}, {into}). "
-                f"Use at most {min(out, into)}, or a rank_pattern that names this module if you mean it."
-            )
+        self.rank = lora.checked_rank(path, out, into)
         self.scale = lora.scale_at(path, self.rank)
         self.dropout = lora.dropout
         self.A: nn.Parameter
@@ -323,6 +320,11 @@ class LoRA(Injection):
     projections (LoRA, section 4.2). Half-precision weights get float32 adapters, computed in the
     activations' dtype.
 
+    Experts that are one 3-D parameter (transformers 5) get an A and a B each: name the parameters
+    (``["experts.gate_up_proj", "experts.down_proj"]``, or a regex over ``module.parameter``) or their module
+    (``["experts"]``), which is all of them; patterns match the parameter's path. In PEFT's files these are
+    ``target_parameters``. Routers (``["gate"]``) are served too. Neither takes dropout, dora or lora_bias.
+
     Paper values:
         ``rank=8, alpha=16``: RoBERTa-base on MNLI, queries and values, lr 5e-4, weight decay 0.1, 30 epochs
             (authors' script) (the defaults).
@@ -334,11 +336,14 @@ class LoRA(Injection):
             projections, lr 2e-4, 3 epochs; Llama 3 8B: 1e-4 (authors' README).
 
     Limits: DoRA is computed from the whole weight at every call, so it takes longer than LoRA. Tied weights
-    are merged only with ``untie=True``.
+    are merged only with ``untie=True``. Under ``torch.compile``, and with implementations of experts other
+    than transformers' eager, batched_mm and grouped_mm, W + s B A of a layer's experts is made at every
+    call, as in PEFT; else the factors act on the tokens that go to an expert.
 
-    Keywords: rsLoRA, DoRA, PEFT, low rank, memory, parameter-efficient fine-tuning.
+    Keywords: rsLoRA, DoRA, PEFT, low rank, memory, parameter-efficient fine-tuning, mixture of experts, MoE.
 
-    Evidence: ``optx run adapt``; ``test_lora.py``, ``test_peft_io.py``, ``test_peft_read.py``.
+    Evidence: ``optx run adapt``; ``test_lora.py``, ``test_peft_io.py``, ``test_peft_read.py``,
+    ``test_experts_peft.py``.
 
     Raises:
         OptxError: an option out of range.
@@ -357,6 +362,7 @@ class LoRA(Injection):
     name: ClassVar[str] = "lora"
     role: ClassVar[str] = "query_value"
     serves: ClassVar[str] = "Linear, Conv1D, Conv1d/2d/3d or Embedding modules"
+    serves_parameters: ClassVar[bool] = True
 
     rank: int = 8
     alpha: float = 16.0
@@ -385,6 +391,16 @@ class LoRA(Injection):
         """The rank of one module."""
         return self.rank_pattern.get(_pattern_of(self.rank_pattern, path) or "", self.rank)
 
+    def checked_rank(self, path: str, out: int, into: int) -> int:
+        """The rank of one (out, in) matrix; raises if it is above the matrix's and no pattern names it."""
+        rank = self.rank_at(path)
+        if rank > min(out, into) and _pattern_of(self.rank_pattern, path) is None:
+            raise TargetError(
+                f"attach: LoRA's rank={rank} is larger than the weight of {path!r}, ({out}, {into}). "
+                f"Use at most {min(out, into)}, or a rank_pattern that names this module if you mean it."
+            )
+        return rank
+
     def alpha_at(self, path: str) -> float:
         """The alpha of one module."""
         return self.alpha_pattern.get(_pattern_of(self.alpha_pattern, path) or "", self.alpha)
@@ -407,22 +423,31 @@ class LoRA(Injection):
 
     def parts(self, sites: Sequence[Site]) -> list[Part]:
         """One per site; warns of patterns that name none of them."""
+        paths = [path for site in sites for path in parameter_paths(site.path, site.parameters)]
         given: dict[str, Mapping[str, Any]]
         given = {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
         for option, patterns in given.items():
-            unused = [p for p in patterns if not any(_pattern_of({p: 0}, site.path) for site in sites)]
+            unused = [p for p in patterns if not any(_pattern_of({p: 0}, path) for path in paths)]
             if unused:
                 warn(
                     f"LoRA: {option} has {', '.join(map(repr, unused))}, which matches none of the served "
                     "modules."
                 )
         narrow = {
-            f"^{re.escape(bare_path(site.path))}": self.rank_at(site.path) for site in sites if site.swept
+            f"^{re.escape(bare_path(path))}": self.rank_at(path)
+            for site in sites
+            if site.swept
+            for path in parameter_paths(site.path, site.parameters)
         }
         lora = replace(
             self, rank_pattern={**self.rank_pattern, **narrow}
         )  # PEFT's rank, also on a gate of one row
-        return [lora.part(site.module, site.path) for site in sites]
+        return [
+            ParameterLoRA(lora, site.module, site.path, site.parameters)
+            if site.parameters
+            else lora.part(site.module, site.path)
+            for site in sites
+        ]
 
     def companions(self, model: nn.Module, sites: Sequence[Site]) -> list[tuple[Injection, list[Site]]]:
         """``bias="all"``: the biases of modules that have no update of their own."""

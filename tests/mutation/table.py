@@ -62,11 +62,13 @@ TABLE = {
     "optx/inject/_bottleneck.py": "arithmetic_inject adapters adapter_places adapter_training prefix",
     "optx/inject/_computes.py": "computes quantised lora",
     "optx/inject/_embeddings.py": "arithmetic_inject lora_modules lora lora_peft",
+    "optx/inject/_experts.py": "expert_models experts_peft",
     "optx/inject/_fold_prefix.py": "prefix",
     "optx/inject/_forward.py": "forward_swaps prefix aside_others",
     "optx/inject/_freeze.py": "attach_training attach",
     "optx/inject/_heads.py": "prefix prefix_models prefix_torch adapters",
     "optx/inject/_hidden_delta_options.py": "arithmetic_inject adapter_places adapters prefix",
+    "optx/inject/_low_rank_sum.py": "experts expert_models",
     "optx/inject/_merge.py": "arithmetic_inject attach lora lora_peft svfit ia3 flora",
     "optx/inject/_offload.py": "computes",
     "optx/inject/_part.py": "arithmetic_inject attach attach_targets lora adapters",
@@ -132,8 +134,8 @@ _FILES = (
     "_safetensors_writer cli merge"
 )
 _HANDLES = (
-    "_attach _export _families _folder _handle _injection _install _module_paths _peft_match _peft_prefix "
-    "_peft_read _peft_write _report _served _sharding _stored _targets"
+    "_attach _export _families _folder _handle _injection _install _module_paths _parameters _peft_match "
+    "_peft_parameters _peft_prefix _peft_read _peft_write _report _served _sharding _stored _targets"
 )
 PLUMBING = [
     *(f"{folder}/__init__.py" for folder in FOLDERS),
