@@ -19,6 +19,8 @@ from optx.inject._parameters import Exactly, own_parameters, with_parameters
 from optx.inject._served import Served
 
 _BASE = "base_layer."
+_TURNED = (0, 19, 1)  # the first version of PEFT that takes a stack's matrices for (out, in)
+LAYOUT = "0.19.1"
 
 
 def meant(config: Mapping[str, Any], paths: Paths, where: str) -> list[Site]:
@@ -30,29 +32,32 @@ def meant(config: Mapping[str, Any], paths: Paths, where: str) -> list[Site]:
     wanted: Any = config.get("target_parameters") or ()
     if not wanted:
         return []
+    if not isinstance(wanted, list) or not all(isinstance(name, str) for name in wanted):  # pyright: ignore[reportUnknownVariableType]
+        raise FileError(
+            f"{where} has target_parameters={wanted!r} in its configuration; it must be a list of names."
+        )
+    wanted = sorted(wanted)  # pyright: ignore[reportUnknownArgumentType]
     modules = list(paths.modules.items())
     every = [f"{path}.{name}" for path, name in own_parameters(modules) if path]
     for name in wanted:
         if not _named([name], every):
             raise FileError(
-                f"{where} was trained with PEFT's target_parameters={list(wanted)!r}, and this model has no "
+                f"{where} was trained with PEFT's target_parameters={wanted!r}, and this model has no "
                 f"parameter {name!r}. {near(name, every)}"
             )
     try:
         return with_parameters([], modules, Exactly(_named(wanted, every)), True)
     except TargetError as error:
-        raise FileError(
-            f"{where} was trained with PEFT's target_parameters={list(wanted)!r}. {error}"
-        ) from None
+        raise FileError(f"{where} was trained with PEFT's target_parameters={wanted!r}. {error}") from None
 
 
 def collect(
-    named: Mapping[str, dict[str, Tensor]], sites: Iterable[Site], where: str
+    config: Mapping[str, Any], named: Mapping[str, dict[str, Tensor]], sites: Iterable[Site], where: str
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Tensor]]]:
     """A file's tensors by module path and suffix, apart: those of modules, and those of parameters.
 
     Raises:
-        FileError: a parameter has none.
+        FileError: a parameter has none, or has such as can be read in two ways.
     """
     rest, found = dict(named), dict[str, dict[str, Tensor]]()
     for site in sites:
@@ -65,11 +70,41 @@ def collect(
                     f"{where} has no tensors at {path!r}, where those of {f'{site.path}.{name}'!r} are, "
                     "which target_parameters means."
                 )
-            own.update({f"{_BASE * outer}{suffix}": tensor for suffix, tensor in rest.pop(path).items()})
+            tensors = _as_now(rest.pop(path), site, name, config.get("peft_version"), where)
+            own.update({f"{_BASE * outer}{suffix}": tensor for suffix, tensor in tensors.items()})
         found[site.path] = own
     for path in rest:
         _check_not_old(path, where)
     return rest, found
+
+
+def _as_now(tensors: dict[str, Tensor], site: Site, name: str, version: Any, where: str) -> dict[str, Tensor]:
+    """The factors of a stack of (out, in) matrices, which PEFT took for (in, out) before 0.19.1."""
+    weight = getattr(site.module, name)
+    A, B = (tensors.get(f"lora_{factor}.weight") for factor in "AB")
+    if A is None or B is None or A.ndim != 2 or B.ndim != 2:
+        return tensors
+    if weight.ndim != 3 or getattr(site.module, "is_transposed", False):
+        return tensors
+    experts, rows, columns = weight.shape
+    if (A.shape[1], len(B)) != (rows, columns) or len(A) != B.shape[1] or len(A) % experts:
+        return tensors
+    if rows == columns:  # the shapes do not tell
+        written = tuple(int(number) for number in re.findall(r"\d+", str(version))[:3])
+        if written >= _TURNED:
+            return tensors
+        if not written or written >= (0, 19) or experts == 1:
+            raise FileError(
+                f"{where} has factors for {f'{site.path}.{name}'!r}, whose matrices are square, and "
+                f"peft_version={version!r} in its configuration does not say which of them is which: PEFT "
+                "changed that in 0.19.1. Merge it (merge_and_unload) in the version that wrote it."
+            )
+    rank = len(A) // experts
+    return {
+        "lora_A.weight": B.view(columns, rank, experts).permute(2, 1, 0).reshape(-1, columns),
+        "lora_B.weight": A.view(experts, rank, rows).permute(2, 1, 0).reshape(rows, -1),
+        **{key: tensor for key, tensor in tensors.items() if key not in ("lora_A.weight", "lora_B.weight")},
+    }
 
 
 def _check_not_old(path: str, where: str) -> None:

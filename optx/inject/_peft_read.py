@@ -88,7 +88,7 @@ def read(config: dict[str, Any], tensors: Mapping[str, Tensor], model: nn.Module
     file = _File(config, model, where, paths_of(model))
     named, rest = _by_module(tensors, _SUFFIXES[kind], where)
     sites = _peft_parameters.meant(config, file.paths, where)
-    named, inside_of = _peft_parameters.collect(named, sites, where)
+    named, inside_of = _peft_parameters.collect(config, named, sites, where)
     file.check_modules(named, inside_of)
     whole = [path for path in kept_whole(config, model) if path in file.paths.here]
     every = {**named, **inside_of}

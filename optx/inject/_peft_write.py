@@ -53,6 +53,7 @@ def config_of(handle: OnModel) -> dict[str, Any] | str:
         config.update(_of_lora(injection, [path for one in every for path in one.paths_as(paths.plain)]))
         if inside:
             config["target_parameters"] = [path for one in inside for path in one.paths_as(paths.plain)]
+            config["peft_version"] = _peft_parameters.LAYOUT  # older ones have these factors the other way
     elif isinstance(injection, IA3):
         config.update(_of_ia3(injection, served))
     if inside and (why := _peft_parameters.objection(inside, config, paths)):

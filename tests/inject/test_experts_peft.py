@@ -179,7 +179,7 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
     def without(start: str) -> dict[str, torch.Tensor]:
         return {key: t for key, t in tensors.items() if not key.startswith(f"{experts}.{start}")}
 
-    assert_refused(tmp_path, r"no parameter 'experts.gate_up_proj'", llama())
+    assert_refused(tmp_path, r"no parameter 'experts\.down_proj'", llama())
     assert_refused(tmp_path, r"has shape \(12, 16\), the model needs \(6, 16\)", moe(num_local_experts=2))
     rewrite(tmp_path, without("base_layer"))
     assert_refused(tmp_path, r"no tensors at '.*1\.mlp\.experts\.base_layer', where .*gate_up_proj'", moe())
@@ -190,6 +190,8 @@ def test_files_that_do_not_fit(tmp_path: Path) -> None:
     rewrite(tmp_path, tensors)
     edit_config(tmp_path, target_parameters=["experts.down_proj"])
     assert_refused(tmp_path, r"experts\.base_layer", moe())
+    edit_config(tmp_path, target_parameters={"experts.down_proj": 1})
+    assert_refused(tmp_path, "must be a list of names", moe())
     edit_config(tmp_path, target_parameters=[*BOTH, "q_proj.weight"])
     assert_refused(tmp_path, "target_parameters=.*weight of a Linear", moe())
 
@@ -202,3 +204,49 @@ def test_a_file_of_transformers_4(tmp_path: Path) -> None:
     rewrite(tmp_path, {**tensors_in(tmp_path), **more})
     edit_config(tmp_path, target_modules=["q_proj", "w1"])
     assert_refused(tmp_path, "trained with transformers 4, where each expert was a module", moe())
+
+
+def as_before(folder: Path, version: str | None, **sizes: Any) -> tuple[Any, torch.Tensor]:
+    """A file as PEFT wrote it before 0.19.1, with a bare model and the logits that it gave there."""
+    by_peft(moe(**sizes), config(target_parameters=BOTH), folder)
+    model, tensors, weights = moe(**sizes), {}, {}
+    for layer in range(2):
+        experts = f"model.layers.{layer}.mlp.experts"
+        for name, place in (("gate_up_proj", "base_layer."), ("down_proj", "")):
+            W = model.get_parameter(f"{experts}.{name}").detach()
+            A, B = 0.3 * torch.randn(12, W.shape[1]), 0.3 * torch.randn(W.shape[2], 12)
+            tensors[f"base_model.model.{experts}.{place}lora_A.weight"] = A
+            tensors[f"base_model.model.{experts}.{place}lora_B.weight"] = B
+            delta = torch.einsum("ore,eri->eio", B.view(-1, 3, 4), A.view(4, 3, -1))
+            weights[f"{experts}.{name}"] = W + 2 * delta
+    rewrite(folder, tensors)
+    edit_config(folder, peft_version=version)
+    return model, torch.func.functional_call(model, weights, (ids(),)).logits.detach()
+
+
+@pytest.mark.parametrize(
+    ("version", "width"), [("0.18.1", 24), ("0.18.1", 8), ("0.17.0", 16), (None, 24), ("0.20.0", 24)]
+)
+def test_files_of_older_versions_of_peft(version: str | None, width: int, tmp_path: Path) -> None:
+    """Their A has the rows' size and their B the columns'; of width 8 or 16, one of both is square."""
+    model, wanted = as_before(tmp_path, version, intermediate_size=width)
+    optx.attach(model, tmp_path)
+    assert_close(outputs(model), wanted, 1e-5)
+
+
+@pytest.mark.parametrize("version", [None, "0.19.0"])
+def test_square_matrices_of_a_version_that_is_not_known(version: str | None, tmp_path: Path) -> None:
+    model, _ = as_before(tmp_path, version, intermediate_size=8)
+    assert_refused(
+        tmp_path, rf"gate_up_proj', whose matrices are square, and peft_version={version!r}", model
+    )
+
+
+def test_square_matrices_both_ways(tmp_path: Path) -> None:
+    theirs = by_peft(moe(intermediate_size=16), config(target_parameters=BOTH), tmp_path / "theirs")
+    handle = optx.attach(model := moe(intermediate_size=16), tmp_path / "theirs")
+    assert_close(outputs(model), outputs(theirs), 1e-6)
+    handle.save(tmp_path / "ours")
+    rewrite(tmp_path / "ours", tensors_in(tmp_path / "ours"))
+    optx.attach(again := moe(intermediate_size=16), tmp_path / "ours")
+    assert torch.equal(outputs(again), outputs(model))
