@@ -83,7 +83,7 @@ def _warn_of_experts(modules: Sequence[tuple[str, nn.Module]]) -> None:
         more = f" and {len(found) - 1} more" if len(found) > 1 else ""
         warn(
             f"optx.attach: targets={ALL_LINEAR!r} leaves out {found[0]!r}{more}, experts in one parameter, "
-            "which are no linear modules. Attach to their names too where the injection serves parameters."
+            r"which are no linear modules. LoRA serves them too, by targets=r'.*\.experts' and another name=."
         )
 
 
