@@ -22,6 +22,7 @@
             Delta: dare  find_q  magnitude  wanda  structural  lora
             compress  ComPEFT  Compressed                     signs and one scale
             merge: TaskArithmetic  TIES  DARELinear  DARETIES  PCB
+            merge_yaml                                        a merge as mergekit's YAML describes it
             search  Found                                     a merge's numbers, tried on validation data
             patch  Patch  shallowest  rws  Signature          robustness that is added to a model
             MergeMethod                                       to write your own
@@ -54,6 +55,7 @@ from optx.delta._coordinate_search import search as search
 from optx.delta._delta import Delta as Delta
 from optx.delta._first_layers import shallowest as shallowest
 from optx.delta._merge_method import MergeMethod as MergeMethod
+from optx.delta._mergekit import merge_yaml as merge_yaml
 from optx.delta._patch import Patch as Patch
 from optx.delta._patch import patch as patch
 from optx.delta.arithmetic import TaskArithmetic as TaskArithmetic

@@ -73,15 +73,17 @@ class Group:
         """A parameter of all models but the base."""
         return [self.each[i][key] for i in self.others]
 
-    def changes(self, begin: int, end: int, base: Tensor | None = None) -> list[Tensor]:
-        """What each model but the base changed, rounded to the group's dtype, flat.
+    def changes(
+        self, begin: int, end: int, base: Tensor | None = None, only: int | None = None
+    ) -> list[Tensor]:
+        """What each model but the base changed, or only one of them, rounded to the group's dtype, flat.
 
         Raises:
             OptxError: one is not finite. (Where model and base are both the same infinity, it is 0.)
         """
         before = self.of_base(begin, end) if base is None else base
         found = list[Tensor]()
-        for i in self.others:
+        for i in self.others if only is None else [self.others[only]]:
             after = self.piece(i, begin, end)
             change = after - before
             if not is_finite(change):

@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 from optx._errors import OptxError, near
 from optx.delta import _merge_kernels as kernels
+from optx.delta import _merge_spheres as spheres
 from optx.delta import _merge_task_vectors as vectors
 from optx.delta import _merge_whole as whole
 from optx.delta._merge_file import MergeFile, ModelRef, Slice
 from optx.delta._merge_group import Group, Made
-from optx.delta._merge_settings import Kind, Table, check_setting, number, truth, value_at
+from optx.delta._merge_settings import Kind, Table, check_setting, count, number, truth, value_at
 
 _REQUIRED: Any = object()
 
@@ -91,6 +92,7 @@ def _vectors(
     )
 
 
+_EPSILON = Parameter(number, "other", 0.15, 0.0, 0.5)
 _GAMMA = Parameter(number, "other", 0.01, 0.0, 1.0)
 METHODS: dict[str, Method] = {
     "linear": Method(
@@ -109,7 +111,7 @@ METHODS: dict[str, Method] = {
     ),
     "nearswap": Method(kernels.nearswap, {"t": Parameter(number)}, "needed", (2, 2)),
     "nuslerp": Method(
-        whole.nuslerp,
+        spheres.nuslerp,
         {
             "weight": _WEIGHT,
             "nuslerp_row_wise": Parameter(truth, default=False),
@@ -120,6 +122,30 @@ METHODS: dict[str, Method] = {
     ),
     "breadcrumbs": _vectors(whole.breadcrumbs, False, False, gamma=_GAMMA),
     "breadcrumbs_ties": _vectors(whole.breadcrumbs_ties, False, False, gamma=_GAMMA),
+    "della": _vectors(whole.della, True, True, epsilon=_EPSILON),
+    "della_linear": _vectors(whole.della_linear, False, True, epsilon=_EPSILON),
+    "sce": Method(
+        whole.sce,
+        {
+            "select_topk": Parameter(number, default=1.0),
+            "int8_mask": Parameter(truth, default=False),
+        },
+        "needed",
+        idle=_MASK,
+    ),
+    "multislerp": Method(
+        spheres.multislerp,
+        {
+            "weight": _WEIGHT,
+            "normalize_weights": Parameter(truth, default=True),
+            "eps": Parameter(number, default=1e-8),
+        },
+        "known",
+        others=(1, None),
+    ),
+    "karcher": Method(
+        spheres.karcher, {"max_iter": Parameter(count, default=10), "tol": Parameter(number, default=1e-5)}
+    ),
     "arcee_fusion": Method(whole.arcee_fusion, {}, "needed", (2, 2)),
 }
 # Parameters of mergekit's, today or once, that a file may give to a method that hasn't got them.

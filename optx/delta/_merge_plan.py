@@ -12,7 +12,7 @@ from torch import Tensor
 from optx._errors import OptxError, ShapeError, near
 from optx._safetensors import Entry
 from optx.delta._adapted_source import Adapted
-from optx.delta._checkpoint_source import Files, Source
+from optx.delta._checkpoint_source import Source, open_source
 from optx.delta._delta import Delta
 from optx.delta._merge_config_json import read_json
 from optx.delta._merge_file import MergeFile, ModelRef, Part, Slice
@@ -99,7 +99,7 @@ class Models:
 
 
 def _open(model: ModelRef) -> Source:
-    source = Files(model.path)
+    source = open_source(model.path, model.text)
     if model.adapter is None:
         return source
     return Adapted(source, Delta.lora(model.adapter), model.text)

@@ -1,9 +1,9 @@
-"""mergekit's methods that look at a whole tensor of every model at once: angles, ranks, importance.
+"""mergekit's methods that look at a whole tensor of every model at once: ranks, variances, importance.
 
-Each computes what mergekit 0.1.5 computes, in the same order and dtype.
+Each computes what mergekit 0.1.5 computes, in the same order and dtype; random masks are optx's own.
 
-Source: Model Stock, arXiv 2403.19522, section 4; Model Breadcrumbs, arXiv 2312.06795; mergekit (nuslerp,
-arcee_fusion), which has no paper of them.
+Source: Model Stock, arXiv 2403.19522, section 4; Model Breadcrumbs, arXiv 2312.06795; SCE, arXiv 2408.07990;
+DELLA, arXiv 2406.11617; mergekit (arcee_fusion), which names no paper.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from optx._errors import OptxError
 from optx.delta._merge_group import Group, Made
 from optx.delta._merge_task_vectors import combined
 from optx.delta._random_mask import key_of
@@ -47,33 +48,6 @@ def _flat(group: Group) -> tuple[Tensor, list[Tensor]]:
     return shaped(group.base), [shaped(i) for i in group.others]
 
 
-def nuslerp(group: Group) -> Made:
-    """Along the arc between two models, or between two changes of a base."""
-    weights = group.values("weight")
-    t = 0.5 if abs(sum(weights)) < 1e-6 else weights[1] / sum(weights)
-    one, other = (group.whole(i) for i in group.others)
-    base = None if group.base is None else group.whole(group.base)
-    if base is not None:
-        one, other = one - base, other - base
-    flatten, across = group.shared["nuslerp_flatten"], group.shared["nuslerp_row_wise"]
-    if flatten:
-        one, other = one.reshape(-1), other.reshape(-1)
-    elif across:
-        one, other = one.transpose(0, -1), other.transpose(0, -1)
-    turned = _arc(one, other, t)
-    turned = (turned.transpose(0, -1) if across and not flatten else turned).reshape(group.shape)
-    return turned if base is None else base + turned
-
-
-def _arc(one: Tensor, other: Tensor, t: float) -> Tensor:
-    a, b = (x / torch.norm(x, dim=-1, keepdim=True).clamp(min=1e-7) for x in (one, other))
-    cosine = torch.sum(a * b, dim=-1, keepdim=True).clamp(-1, 1)
-    line = (1 - cosine.square()) <= 1e-16
-    angle = torch.acos(torch.where(line, 0, cosine))
-    arc = (torch.sin((1 - t) * angle) * one + torch.sin(t * angle) * other) / torch.sin(angle)
-    return torch.where(line, (1 - t) * one + t * other, arc)
-
-
 def breadcrumbs(group: Group) -> Made:
     """Of each change neither the largest nor the smallest, summed."""
     return _breadcrumbs(group, elects=False)
@@ -89,7 +63,8 @@ def _breadcrumbs(group: Group, elects: bool) -> Made:
     base = group.whole(group.base).reshape(-1)
     kept = list[Tensor]()
     pruning = zip(group.values("density"), group.values("gamma"), strict=True)
-    for change, (density, gamma) in zip(group.changes(0, base.numel(), base), pruning, strict=True):
+    for i, (density, gamma) in enumerate(pruning):
+        [change] = group.changes(0, base.numel(), base, only=i)
         if density >= 1:
             kept.append(change)
             continue
@@ -128,3 +103,69 @@ def arcee_fusion(group: Group) -> Made:
     low, middle, high = flat.sort().values[places]
     important = importance >= middle + 1.5 * (high - low)
     return (base + (other - base) * important.float()).to(group.dtype)
+
+
+def sce(group: Group) -> Made:
+    """Where the changes vary most between models, their mean by energy, of those with the elected sign."""
+    assert group.base is not None
+    base, share = group.whole(group.base), group.shared["select_topk"]
+    changes = torch.stack([change.view(group.shape) for change in group.changes(0, group.entry.numel)])
+    if share < 1:
+        changes = changes * _most_varied(changes, share)
+    agrees = changes.sign() == (changes.sum(dim=0) >= 0).to(changes.dtype) * 2 - 1
+    energy = changes.square().reshape(len(changes), -1).mean(dim=1)
+    total = float(energy.sum())
+    weights = torch.ones_like(energy) / len(energy) if abs(total) < 1e-6 else energy / total
+    weights = weights.view(-1, *[1] * base.ndim) * agrees
+    return base + (changes * weights).sum(dim=0) / weights.sum(dim=0).clamp(min=1e-6)
+
+
+def _most_varied(changes: Tensor, share: float) -> Tensor:
+    """1 for a share of the entries that differ between models at all, 0 for the others."""
+    variance = torch.var(changes, dim=0, unbiased=False)
+    kept, mask = int(torch.count_nonzero(variance) * max(share, 0.0)), torch.zeros_like(variance)
+    if kept:
+        mask.view(-1)[variance.view(-1).topk(kept).indices] = 1
+    return mask
+
+
+def della(group: Group) -> Made:
+    """A random part of each change, the larger the likelier, of those the ones with the elected sign."""
+    return _della(group, elects=True)
+
+
+def della_linear(group: Group) -> Made:
+    """A random part of each change, the larger the likelier, summed."""
+    return _della(group, elects=False)
+
+
+def _della(group: Group, elects: bool) -> Made:
+    assert group.base is not None
+    base = group.whole(group.base).reshape(-1)
+    kept, pruning = list[Tensor](), zip(group.values("density"), group.values("epsilon"), strict=True)
+    for i, (density, epsilon) in enumerate(pruning):
+        [change] = group.changes(0, base.numel(), base, only=i)
+        if density >= 1 or not change.numel():
+            kept.append(change)
+        elif density <= 0:
+            kept.append(torch.zeros_like(change))
+        else:
+            mask = _likely(group, change, density, epsilon, i).to(change.dtype)
+            kept.append(_scaled(change, change * mask, group.shared["rescale"]))
+    return combined(group, base, kept, elects).view(group.shape)
+
+
+def _likely(group: Group, change: Tensor, density: float, epsilon: float, i: int) -> Tensor:
+    """Which are kept: with a probability between density - epsilon and + epsilon, by rank in the row."""
+    if not 0 < density - epsilon <= density + epsilon < 1:
+        raise OptxError(
+            f"{group.name!r}: density {density:.4g} with epsilon {epsilon:.4g} goes beyond 0 or 1; make "
+            "epsilon smaller."
+        )
+    rows = change.view(group.shape) if len(group.shape) > 1 else change[None]
+    ranks = rows.abs().argsort(dim=1).argsort(dim=1).to(torch.float32)
+    share = density - epsilon + ranks / max(rows.shape[1] - 1, 1) * 2 * epsilon
+    if rows.shape[1] == 1:
+        share = torch.full_like(share, density)
+    draws = torch.Generator().manual_seed(key_of(group.seed + i, group.name) >> 1)
+    return torch.bernoulli(share, generator=draws).reshape(-1)

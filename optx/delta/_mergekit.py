@@ -5,7 +5,7 @@ What the format means is taken from mergekit 0.1.5's documentation and behaviour
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from optx._errors import OptxError, near
+from optx._errors import OptxError, near, warn
 from optx.delta._inputs import expanded
 from optx.delta._merge_file import MergeFile, parse
 from optx.delta._merge_method import Progress
@@ -83,19 +83,68 @@ class PCBMerge:
         return made
 
 
-def read_config(path: str | PathLike[str], seed: int = 0) -> Merge:
+def merge_yaml(
+    config: str | PathLike[str] | Mapping[str, Any],
+    out: str | PathLike[str],
+    *,
+    seed: int = 0,
+    progress: Progress = lambda names: names,
+) -> Path:
+    """Merge models as a YAML file of mergekit's format describes it; ``optx merge`` is this as a command.
+
+    The numbers are mergekit 0.1.5's, tensor by tensor; masks that it draws at random are optx's own. Tensors
+    are read by pieces of a few megabytes, or, where a method looks at a whole tensor (model_stock, nuslerp,
+    multislerp, karcher, breadcrumbs, della, sce, arcee_fusion), one tensor of every model at a time. So are
+    embeddings whose rows are put in another order.
+
+    Args:
+        config: the file, or what is in it: see ``recipes/merges/`` for one of each method. Models are folders
+            or safetensors files, by paths from the folder one is in; ``model+adapter`` has a LoRA on it.
+        out: a new folder, or a ``.safetensors`` file. Killed before it is done, the same call goes on.
+        seed: of random masks.
+        progress: wraps the names of what is written, as ``tqdm.tqdm`` does.
+
+    Returns:
+        The path that was written. What of the file has no effect is warned of.
+
+    Raises:
+        OptxError: something that optx does not do, or that does not go together; names it.
+        ShapeError: a tensor has several shapes; names it.
+        FileError: a file is missing or damaged.
+
+    Example:
+        >>> import torch, optx, tempfile
+        >>> from safetensors.torch import load_file, save_file
+        >>> place = tempfile.mkdtemp()
+        >>> for name, value in (("a", 1.0), ("b", 3.0)):
+        ...     save_file({"w": torch.full((2,), value)}, f"{place}/{name}.safetensors")
+        >>> models = [{"model": f"{place}/{name}.safetensors"} for name in "ab"]
+        >>> config = {"merge_method": "linear", "models": models, "parameters": {"weight": 1}}
+        >>> load_file(optx.merge_yaml(config, f"{place}/merged.safetensors"))["w"]
+        tensor([2., 2.])
+    """
+    job = read_config(config, seed)
+    for note in job.notes:
+        warn(f"merge: {note}")
+    return job.run(Path(out).expanduser(), progress)
+
+
+def read_config(config: str | PathLike[str] | Mapping[str, Any], seed: int = 0) -> Merge:
     """Read a YAML file.
 
     Args:
-        path: the file.
+        config: the file, or what is in it.
         seed: of random masks.
 
     Raises:
         FileError: there is no such file, or it is no YAML.
         OptxError: something in it that optx does not do; names it.
     """
-    place = expanded(Path(path), "config")
-    file = parse(load_yaml(place), repr(str(place)), KNOWN)
+    if isinstance(config, Mapping):
+        file = parse(config, "config", KNOWN)
+    else:
+        place = expanded(Path(config), "config")
+        file = parse(load_yaml(place), repr(str(place)), KNOWN)
     if file.method == "pcb":
         return _pcb(file)
     return job_of(file, seed, [*file.notes, *check_parameters(file)])

@@ -48,7 +48,8 @@ def merge(
     """Merge models as a YAML file says, in mergekit's format.
 
     Methods: linear, slerp, passthrough, model_stock, task_arithmetic, ties, dare_linear, dare_ties, nearswap,
-    nuslerp, breadcrumbs, breadcrumbs_ties, arcee_fusion, and optx's pcb.
+    nuslerp, multislerp, karcher, breadcrumbs, breadcrumbs_ties, della, della_linear, sce, arcee_fusion, and
+    optx's pcb.
 
     Paths in the file are taken from the folder in which the command is run, not from the file's. Killed
     before it is done, the same command goes on where it stopped.

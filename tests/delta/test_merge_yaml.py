@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from merge_yaml_cases import differences, folders, ours, tensors, theirs, within_ulps
 
+import optx
+
 yaml: Any = pytest.importorskip("yaml")
 
 SLERP = """
@@ -64,6 +66,17 @@ EXACT = {
     "parameters: {weight: [{filter: mlp, value: 0.1}, {value: 0.4}]}}",
     "breadcrumbs": "{merge_method: breadcrumbs_ties, base_model: base, models: [{model: a}, {model: b}], "
     "parameters: {weight: 0.5, density: [0.9, 0.3], gamma: 0.05, rescale: true}}",
+    "sce": "{merge_method: sce, base_model: base, models: [{model: a}, {model: b}, {model: c}], parameters: "
+    "{select_topk: [0.3, 1]}}",
+    "multislerp": "{merge_method: multislerp, models: [{model: a}, {model: b}, {model: c}], parameters: "
+    "{weight: "
+    "[{filter: mlp, value: 0.1}, {value: 0.4}], normalize_weights: [true, false]}}",
+    "multislerp of changes": "{merge_method: multislerp, base_model: base, models: [{model: a}, {model: b}], "
+    "parameters: {weight: 1}}",
+    "karcher": "{merge_method: karcher, models: [{model: a}, {model: b}, {model: c}], parameters: {max_iter: "
+    "'5', tol: 1e-7}}",
+    "della of all": "{merge_method: della, base_model: base, models: [{model: a}, {model: b}], parameters: "
+    "{weight: 0.5, density: 1}}",
     "arcee fusion": "{models: [{model: a}, {model: b}], merge_method: arcee_fusion, base_model: a}",
 }
 
@@ -146,6 +159,25 @@ def test_widths_are_promoted(llamas: Path, tmp_path: Path, monkeypatch: pytest.M
     made, wrong = differences(EXACT["linear"].replace("model: c", "model: w"), tmp_path / "out")
     assert not wrong
     assert {tensor.dtype for tensor in made.values()} == {torch.float32}
+
+
+def test_della(llamas: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random, so by distribution: how many are kept, the larger the likelier; another seed, other ones."""
+    monkeypatch.chdir(llamas)
+    text = "{merge_method: della_linear, base_model: base, models: [{model: a}], parameters: {weight: 1, "
+    text += "density: 0.4, epsilon: 0.3, rescale: RESCALE}}"
+    base, after, name = tensors(llamas / "base"), tensors(llamas / "a"), "model.embed_tokens.weight"
+    change = (after[name] - base[name]).abs()
+    upper = change > change.median(dim=1, keepdim=True).values
+    made = [ours(text.replace("RESCALE", "false"), tmp_path / f"{seed}", seed)[name] for seed in range(12)]
+    kept = torch.stack([one != base[name] for one in made]).float().mean(0)
+    assert abs(float(kept.mean()) - 0.4) < 0.02
+    assert float(kept[upper].mean()) - float(kept[~upper].mean()) == pytest.approx(0.3, abs=0.06)
+    scaled = ours(text.replace("RESCALE", "true"), tmp_path / "scaled", 3)[name]
+    assert torch.equal(scaled != base[name], made[3] != base[name])
+    torch.testing.assert_close((scaled - base[name]).abs().sum(), change.sum(), rtol=1e-4, atol=0)
+    with pytest.raises(optx.OptxError, match=r"density 0\.4 with epsilon 0\.45 goes beyond 0 or 1"):
+        ours(text.replace("0.3,", "0.45,").replace("RESCALE", "true"), tmp_path / "no")
 
 
 numbers = st.sampled_from([0.25, 0.5, 0.75, 1])
