@@ -11,6 +11,7 @@
             ParallelAdapter  ScaledParallelAdapter  SequentialAdapter  MultiHeadParallelAdapter
             HiddenDelta
             trainable_only                                    freeze all but what was attached
+            set_adapter                                       which of several act, by name
             export_lora  fold_prefix                          what remains to do after the training
             Injection  Composite  Part  Site  Weights         to write your own
             Handle  Report  Frozen                            what attach and trainable_only return
@@ -79,6 +80,7 @@ from optx.inject._injection import Site as Site
 from optx.inject._part import Part as Part
 from optx.inject._part import Weights as Weights
 from optx.inject._report import Report as Report
+from optx.inject._switch import set_adapter as set_adapter
 from optx.inject.adapters import ParallelAdapter as ParallelAdapter
 from optx.inject.adapters import ScaledParallelAdapter as ScaledParallelAdapter
 from optx.inject.adapters import SequentialAdapter as SequentialAdapter

@@ -154,7 +154,7 @@ def transformed(cls: type, options: dict[str, Any], setup: Setup, fused: bool) -
 def injected(cls: type, options: dict[str, Any], setup: Setup) -> list[float]:
     """What is added is trained, by AdamW, at ten times the rate of a whole model."""
     torch.manual_seed(1)
-    handle = optx.attach(setup.model, cls(**options), setup.targets)
+    handle = optx.attach(setup.model, cls(**options), setup.targets, modules_to_save=())
     optx.trainable_only(setup.model, handle)
     optimizer = torch.optim.AdamW(handle.parameters(), lr=10 * setup.lr)
     return train(setup, optimizer, nn.functional.cross_entropy)

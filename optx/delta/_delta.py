@@ -107,7 +107,13 @@ class Delta(Prunable):
         )
 
     @classmethod
-    def lora(cls, adapter: str | PathLike[str], target: Literal["product", "factors"] = "product") -> Self:
+    def lora(
+        cls,
+        adapter: str | PathLike[str],
+        target: Literal["product", "factors"] = "product",
+        *,
+        base: Checkpoint | None = None,
+    ) -> Self:
         """What a LoRA adapter changed, from its folder: PEFT's, or what ``handle.save`` wrote.
 
         Args:
@@ -117,6 +123,8 @@ class Delta(Prunable):
                 ``lora_B`` by their keys in the file, as a change from 0, so that `dare` gives each factor a
                 mask of its own: the expected product stays, and the noise of both compounds. The scaling
                 counts in the product only.
+            base: the checkpoint that it was trained from, if PEFT started it with PiSSA or OLoRA, which take
+                a part of the weights off the base: what that was is made again from it.
 
         Paper values:
             ``target="product"``: one change of each weight, as DARE prunes any (the default). Which of the
@@ -131,7 +139,8 @@ class Delta(Prunable):
 
         Raises:
             OptxError: it has more than LoRA factors of linear layers (DoRA, biases, embeddings, whole
-                modules): merge such a one into its model and take `between`.
+                modules): merge such a one into its model and take `between`. Or ``base`` is needed and not
+                given, or given and not needed.
             FileError: a file is missing or damaged.
 
         Example:
@@ -144,7 +153,7 @@ class Delta(Prunable):
 
         Source: arXiv 2106.09685, section 4.1; pruning it, arXiv 2410.09344.
         """
-        return lora_difference(cls, Path(adapter).expanduser(), target)
+        return lora_difference(cls, Path(adapter).expanduser(), target, base)
 
     # ---- giving it back -----------------------------------------------------------------------------
 

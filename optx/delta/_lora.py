@@ -12,19 +12,23 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from optx._errors import FileError, OptxError
+from optx._errors import FileError, OptxError, ShapeError, near
 from optx._safetensors import Entry
-from optx.delta._checkpoint_source import Files
+from optx.delta._checkpoint_source import Checkpoint, Files, Source, open_source
 from optx.delta._difference import Difference
 from optx.delta._float32_sums import difference_dtype
-from optx.inject._peft_read import lora_from
+from optx.inject._low_rank_start import is_of_weight
+from optx.inject._peft_read import check_options, lora_from
+from optx.inject._peft_start import start_of
 from optx.inject._peft_write import PREFIX
+from optx.inject._weights import in_sum_precision
+from optx.inject.lora import LoRA
 
 D = TypeVar("D", bound=Difference)
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
-def lora_difference(kind: type[D], folder: Path, target: str) -> D:
+def lora_difference(kind: type[D], folder: Path, target: str, base: Checkpoint | None) -> D:
     """See `optx.Delta.lora`."""
     if target not in ("product", "factors"):
         raise OptxError(f"Delta.lora: target is {target!r}; it must be 'product' or 'factors'.")
@@ -37,6 +41,10 @@ def lora_difference(kind: type[D], folder: Path, target: str) -> D:
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
         what = "DORA" if config.get("use_dora") else config.get("peft_type")
         raise OptxError(f"Delta.lora: {str(folder)!r} is an adapter of kind {what!r}; it must be LORA.")
+    where = f"Delta.lora: {str(folder)!r}"
+    check_options(config, where)
+    lora, turned = lora_from(config, {}, where), bool(config.get("fan_in_fan_out"))
+    origin = _origin(lora, turned, target, base, where)
     source = Files(folder)
     pairs = {name.removesuffix(_A): name for name in source.entries if name.endswith(_A)}
     for name, entry in source.entries.items():
@@ -47,6 +55,8 @@ def lora_difference(kind: type[D], folder: Path, target: str) -> D:
                 "model (handle.merge()), and take Delta.between(base, merged)."
             )
     recipe = ("lora", target, source.label, source.state)
+    if origin is not None:
+        recipe = (*recipe, origin.label, origin.state)
     if target == "factors":
         entries = {n: Entry(e.shape, difference_dtype(e.dtype)) for n, e in source.entries.items()}
         return kind(
@@ -56,7 +66,6 @@ def lora_difference(kind: type[D], folder: Path, target: str) -> D:
             piece=lambda name, begin, end: source.piece(name, begin, end).to(entries[name].dtype),
         )
     stems = {f"{stem.removeprefix(PREFIX)}.weight": stem for stem in pairs}
-    lora, turned = lora_from(config, {}), bool(config.get("fan_in_fan_out"))
 
     def shape(stem: str) -> tuple[int, ...]:
         outputs, inputs = source.entries[stem + _B].shape[0], source.entries[stem + _A].shape[1]
@@ -66,7 +75,43 @@ def lora_difference(kind: type[D], folder: Path, target: str) -> D:
         a, b = (source.read(stems[name] + end).to(torch.float32) for end in (_A, _B))
         with torch.autocast(a.device.type, enabled=False):
             product = b @ a
+            if origin is not None:
+                product -= _taken_off(origin, name, lora, turned, product, where)
         product.mul_(lora.scale_at(name.removesuffix(".weight"), len(a)))
         return product.t().contiguous() if turned else product
 
     return kind({n: Entry(shape(stem), torch.float32) for n, stem in stems.items()}, read, recipe=recipe)
+
+
+def _origin(lora: LoRA, turned: bool, target: str, base: Checkpoint | None, where: str) -> Source | None:
+    """The base, if it is needed to know what the adapter changed: where its start was taken off it.
+
+    Raises:
+        OptxError: it is needed and not given, or the other way round.
+    """
+    if not is_of_weight(lora.init):
+        if base is not None:
+            raise OptxError(f"{where} is a plain LoRA, whose change needs no base. Leave base out.")
+        return None
+    trained = f"{where} was trained with init_lora_weights={lora.init!r}, which took a part off the base"
+    if lora.init == "olora" and turned:
+        raise OptxError(f"{trained} that is not its factors' where weights are (in, out). Merge it in PEFT.")
+    if target == "factors":
+        raise OptxError(f"{trained}: its factors are no change of it by themselves. Pass target='product'.")
+    if base is None:
+        raise OptxError(f"{trained}. Pass base=, the checkpoint that it was trained from.")
+    return open_source(base, "base")
+
+
+def _taken_off(origin: Source, name: str, lora: LoRA, turned: bool, product: Tensor, where: str) -> Tensor:
+    """B0 A0 of one weight (out, in), as PEFT took it off the base, without the scale."""
+    if name not in origin.entries:
+        raise OptxError(f"{where} has factors of {name!r}, which base lacks. {near(name, origin.entries)}")
+    W = in_sum_precision(origin.read(name))
+    W = W.t() if turned else W
+    if W.shape != product.shape:
+        raise ShapeError(
+            f"{where} changes {name!r} by {tuple(product.shape)}, and the weight in base is {tuple(W.shape)}."
+        )
+    A, B = start_of(lora, W, name.removesuffix(".weight"), where)
+    return (B @ A).to(product)

@@ -13,7 +13,9 @@ from optx.inject import _folder
 from optx.inject._handle import Handle
 from optx.inject._injection import Composite, Injection, Targets
 from optx.inject._install import check_model, install
+from optx.inject._low_rank_start import read_from_file
 from optx.inject._module_paths import paths_of
+from optx.inject._narrow import Layers
 from optx.inject._parameters import Exactly
 
 
@@ -23,7 +25,9 @@ def attach(
     targets: Targets | Mapping[str, Targets] | None = None,
     *,
     name: str | None = None,
-    modules_to_save: Sequence[str] = (),
+    modules_to_save: Sequence[str] | None = None,
+    layers: Layers | None = None,
+    exclude: Targets | None = None,
 ) -> Handle:
     """Attach a method to modules of a model; its weights, names and class stay as they are.
 
@@ -38,9 +42,18 @@ def attach(
             by itself. None: what the method's paper serves, in the models of recipes/README.md's table and
             those built as they are; all of it, in every layer, or an error that says what was not found. For
             an injection of several members (`optx.MAM`), a dict by member.
-        name: under which it lives on each module, if the same method is attached there twice.
+        name: under which it lives on each module, if the same method is attached there twice; what
+            `optx.set_adapter` switches by.
         modules_to_save: paths of modules that are trained whole beside it (a classifier) and saved with it;
-            ``remove()`` gives them their old values back. Nothing in them is served. PEFT's name.
+            ``remove()`` gives them their old values back. Nothing in them is served. PEFT's name. None: the
+            head of a model ``...ForSequenceClassification``, ``...ForTokenClassification`` or
+            ``...ForQuestionAnswering``, which is new there (PEFT's ``classifier``, ``score`` and
+            ``qa_outputs``), unless something in it is targeted; ``handle.report()`` shows it. ``()``: none.
+        layers: only what is in these layers, of what is targeted: a number, a range or a list of them, each
+            of which must have something. A module's layer is the first whole number in its path; -1 is the
+            last of its stack. As PEFT's ``layers_to_transform``.
+        exclude: what is left out of what is targeted, in any form of ``targets``; all of it, and each entry
+            of a list, must leave something out. As PEFT's ``exclude_modules``.
 
     Returns:
         A `Handle`; ``handle.parameters()`` are for the optimizer, ``handle.remove()`` undoes everything.
@@ -59,9 +72,16 @@ def attach(
         >>> torch.equal(model(x), before)  # LoRA starts as the identity
         True
         >>> handle.remove()
+        >>> handle = optx.attach(model, optx.LoRA(rank=2), torch.nn.Linear, exclude="2")
+        >>> handle.report().rows[0].module
+        '0'
     """
     check_model(model)
     if isinstance(injection, str | PathLike):
+        if layers is not None or exclude is not None:
+            raise OptxError(
+                "attach: a saved adapter says itself which modules it serves; leave layers and exclude out."
+            )
         if modules_to_save:
             raise OptxError(
                 f"attach: modules_to_save={list(modules_to_save)!r} can't be added to what "
@@ -74,7 +94,7 @@ def attach(
         raise OptxError(
             f"attach: injection is {injection!r}; it must be one such as optx.LoRA(rank=8), or a folder."
         )
-    served, saved = install(model, injection, targets, name, modules_to_save)
+    served, saved = install(model, injection, targets, name, modules_to_save, layers, exclude)
     return Handle(model, injection, served, saved)
 
 
@@ -84,7 +104,9 @@ def _attach_saved(model: nn.Module, path: str | PathLike[str], name: str | None)
     here = paths_of(model)
     exact = {member: Exactly(filter(None, map(here.find, one))) for member, one in stored.served.items()}
     targets = exact if isinstance(stored.injection, Composite) else exact[""]
-    served, saved = install(model, stored.injection, targets, name, [here.here[one] for one in stored.whole])
+    with read_from_file():
+        whole = [here.here[one] for one in stored.whole]
+        served, saved = install(model, stored.injection, targets, name, whole)
     handle = Handle(model, stored.injection, served, saved)
     try:
         _folder.fill(handle, stored, os.fspath(path))

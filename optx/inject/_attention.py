@@ -159,7 +159,7 @@ def heads_of(module: nn.Module, kv_heads: int | None, head_dim: int | None) -> H
     heads = _number(module, "num_heads", "num_attention_heads", "n_heads", "n_head")
     groups = _number(module, "num_key_value_groups")
     own = kv_heads or _number(module, "num_key_value_heads", "num_kv_heads")
-    width = head_dim or _number(module, "head_dim", "attention_head_size", "key_value_proj_dim")
+    width = head_dim or _number(module, "head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
     if not (heads or groups or own or width):  # a module that only shares the model's config is no attention
         return "does not say how many heads it has"
     heads = heads or _number(config, "num_attention_heads")

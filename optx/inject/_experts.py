@@ -39,6 +39,11 @@ class Options(Protocol):
         """Which biases are trained besides."""
         ...
 
+    @property
+    def init(self) -> str:
+        """Where the factors start."""
+        ...
+
     def checked_rank(self, path: str, out: int, into: int) -> int:
         """The rank at a path, for a matrix of this size."""
         ...
@@ -169,6 +174,11 @@ def _check_options(lora: Options, module: nn.Module, path: str) -> None:
                 f"attach: LoRA's {option}={value!r} is not for parameters such as {path!r}, as in PEFT. "
                 "Leave it out, or attach another LoRA to those."
             )
+    if lora.init != "kaiming":
+        raise TargetError(
+            f"attach: LoRA's init={lora.init!r} is not for parameters such as {path!r}. Leave it out, or "
+            "attach another LoRA to those."
+        )
     biases = [name for name, _ in module.named_parameters(recurse=False) if "bias" in name]
     if lora.bias == "all" and biases:
         raise TargetError(

@@ -36,7 +36,7 @@ def export_lora(handle: Handle, path: str | PathLike[str]) -> None:
 
     Args:
         handle: of SVFit or FLoRA, on linear modules, embeddings, or convolutions without groups.
-        path: the folder; files are written aside and renamed.
+        path: the folder, which is written as `Handle.save` writes it.
 
     Raises:
         OptxError: a part is no such change, PEFT has no LoRA for a module, or ``path`` is a file; nothing
@@ -49,7 +49,7 @@ def export_lora(handle: Handle, path: str | PathLike[str]) -> None:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     optx.export_lora(handle, folder)
         ...     print(sorted(os.listdir(folder)))
-        ['adapter_config.json', 'adapter_model.safetensors']
+        ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
     if handle.removed:
         raise OptxError("export_lora: this handle has been removed from its model. Attach again.")

@@ -17,13 +17,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from optx._errors import FileError, OptxError, near, warn
-from optx._files import written_aside
 from optx._names import placed_like, whole
 from optx.inject import _peft_read, _peft_write
+from optx.inject._adapter_card import CARD, card_of, is_ours
+from optx.inject._folder_output import written_folder
 from optx.inject._injection import Composite, Injection, values_of
+from optx.inject._low_rank_start import is_of_weight, split
 from optx.inject._module_paths import paths_of
 from optx.inject._served import OnModel, Served
 from optx.inject._stored import Stored, check_tensors
+from optx.inject.lora import LoRA
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
 OWN = "optx_adapter.safetensors"
@@ -48,28 +51,43 @@ def save(handle: OnModel, path: str | PathLike[str]) -> None:
     config = _peft_write.config_of(handle)
     live = handle.state_dict()
     tensors = {key: live[name] for key, name in _keys(handle).items()}
-    folder.mkdir(parents=True, exist_ok=True)
     if isinstance(config, str):
         if config:
             warn(f"save: PEFT can't read this adapter, as {config}. It is written as {OWN}.")
-        _write(folder / OWN, tensors, description)
-        stale = (CONFIG, TENSORS)
+        config = None
     else:
-        _write(folder / TENSORS, _peft_write.tensors_of(handle, tensors), {**description, "config": config})
-        with written_aside(folder / CONFIG) as aside:
-            aside.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        stale = (OWN,)
-    for name in stale:  # an adapter of the other kind, which this one replaces
-        (folder / name).unlink(missing_ok=True)
+        tensors = _peft_write.tensors_of(handle, tensors)
+    card = card_of(handle, config, description["version"])
+    with written_folder(folder, (CARD, OWN, TENSORS, CONFIG), _may_be_replaced) as aside:
+        (aside / CARD).write_text(card, encoding="utf-8")
+        if config is None:
+            _write(aside / OWN, tensors, description)
+        else:
+            _write(aside / TENSORS, tensors, {**description, "config": config})
+            text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+            (aside / CONFIG).write_text(text, encoding="utf-8")
+
+
+def _may_be_replaced(file: Path) -> bool:
+    """A file of ours by its name, and a card by what it says."""
+    return file.name != CARD or is_ours(file)
 
 
 def _write(file: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     # Copies: safetensors takes neither views of one storage nor sharded tensors.
     copies = {key: whole(tensor).detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
-    with written_aside(file) as aside:
-        save_file(copies, aside, metadata={"format": "pt", "optx": json.dumps(description)})
+    file.touch()
+    mode = file.stat().st_mode
+    try:
+        save_file(copies, file, metadata={"format": "pt", "optx": json.dumps(description)})
+    except SafetensorError as error:  # a full disk, for one
+        raise OSError(
+            f"save: {file.name!r} can't be written to {str(file.parent.parent)!r} ({error})."
+        ) from None
+    file.chmod(mode)  # safetensors leaves its files to their owner alone
 
 
 def _describe(handle: OnModel) -> dict[str, Any]:
@@ -146,6 +164,14 @@ def load(handle: OnModel, path: str | PathLike[str]) -> None:
                 f"load: {where!r} was saved with {option}={value!r}, and this handle has {own[option]!r}. "
                 "optx.attach(model, path) takes the options from the file."
             )
+    if isinstance(handle.injection, LoRA):
+        starts = [is_of_weight(one["init"]) for one in (own, theirs)]
+        if starts[0] != starts[1]:
+            raise FileError(
+                f"load: {where!r} was saved with init={theirs['init']!r}, and this handle has "
+                f"{own['init']!r}: one keeps its factors' start, the other has none. optx.attach(model, "
+                "path) takes the options from the file."
+            )
     fill(handle, stored, where)
 
 
@@ -153,7 +179,7 @@ def fill(handle: OnModel, stored: Stored, where: str) -> None:
     """Copy the tensors into the handle, if every key and shape is right."""
     live, keys = handle.state_dict(), _keys(handle)
     own = {key: live[name] for key, name in keys.items()}
-    check_tensors(stored.tensors, own, where=f"load: {where!r}")
+    check_tensors(stored.tensors, own, where=f"load: {where!r}", prefix=stored.prefix)
     handle.load_state_dict({keys[key]: placed_like(stored.tensors[key], t) for key, t in own.items()})
 
 
@@ -219,7 +245,12 @@ def _read_peft(config_file: Path, file: Path, model: nn.Module) -> Stored:
                 f"{where} was written with {option}={written.get(option)!r}, and {CONFIG} beside it has "
                 f"{config.get(option)!r}: a save was cut off, or one of them was changed. Save again."
             )
-    return _described(description, stored.tensors, model, where)
+    made = _described(description, stored.tensors, model, where)
+    made.prefix = stored.prefix
+    if isinstance(made.injection, LoRA) and is_of_weight(made.injection.init):
+        ranks = {path: made.injection.rank_at(path) for path in made.served[""]}
+        made.tensors = split(made.tensors, ranks)
+    return made
 
 
 def _open(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:

@@ -9,15 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from optx._errors import MergeError, OptxError, warn
+from optx._errors import MergeError, OptxError
 from optx.inject import _folder, _merge, _offload
 from optx.inject._injection import Injection
 from optx.inject._install import detach
+from optx.inject._param_groups import param_groups
 from optx.inject._part import RESERVED, Part, attached
 from optx.inject._quantised import Rounding, warn_of_rounding
 from optx.inject._report import Report, Row
-from optx.inject._served import Saved, Served
+from optx.inject._served import Served
 from optx.inject._stored import check_tensors
+from optx.inject._trained_whole import Saved, act, end, rest
 from optx.inject._watch import Watch, check_there, gone
 
 if TYPE_CHECKING:
@@ -74,14 +76,14 @@ class Handle:
         if self._removed:
             return
         self._unfold([one for one in self.served if one.part.merged])
-        for kept in self.saved:
-            _restore(kept)
-        self._take_off()
+        self._take_off(restore=True)
 
-    def _take_off(self) -> None:
+    def _take_off(self, *, restore: bool) -> None:
         for one in reversed(self.served):
             detach(one)
         self._watch.remove()
+        for kept in self.saved:
+            end(kept, restore=restore)
         self._removed = True
         for notify in self._on_removal:
             notify(self)
@@ -95,16 +97,19 @@ class Handle:
         """Let it act again after `disable`."""
         for one in self.served:
             one.part.enabled = True
+        for kept in self.saved:
+            act(kept.module, kept.values)
 
     def disable(self) -> _Disabled:
         """Let the model compute as without it, until `enable` or the end of a ``with handle.disable():``.
 
-        What is merged stays merged; modules trained whole keep their trained values.
+        Modules trained whole have their own values for that time. What is merged stays merged.
         """
         states = [(one.part, one.part.enabled) for one in self.served]
         for one in self.served:
             one.part.enabled = False
-        return _Disabled(states)
+        acting = [kept for kept in self.saved if kept.values.resting is None and rest(kept.module)]
+        return _Disabled(states, acting)
 
     # ---- weights ------------------------------------------------------------------------------------
 
@@ -196,7 +201,9 @@ class Handle:
         self.merge(untie=untie)
         for one in self.served:
             _merge.forget(_container(one), one.part)
-        self._take_off()
+        for kept in self.saved:
+            act(kept.module, kept.values)
+        self._take_off(restore=False)
         return self.model
 
     def _untie(self, served: Sequence[Served], *, allowed: bool) -> None:
@@ -245,6 +252,49 @@ class Handle:
         """
         return [p for _, p in self.named_parameters()]
 
+    def param_groups(
+        self,
+        *,
+        lr: float,
+        ratio: float | None = None,
+        weight_decay: float = 0.0,
+        embedding_lr: float | None = None,
+    ) -> list[dict[str, Any]]:
+        """What there is to train, as groups for an optimizer; with ``ratio``, those of LoRA+.
+
+        LoRA+ (arXiv 2402.12354) lets B learn faster than A. Trainers that have it recommend ``ratio=16``; its
+        authors' README says to take more for harder tasks, with half of LoRA's usual ``lr``.
+
+        Args:
+            lr: the rate, of A in LoRA+.
+            ratio: LoRA+: B learns at ``lr`` times this, and so do biases, DoRA's magnitudes and other
+                vectors; A, and the matrices of modules trained whole, at ``lr``. None: one rate for all.
+            weight_decay: of matrices, and in LoRA+ of magnitudes; biases and other vectors have none.
+            embedding_lr: of both factors of embeddings. None: 1e-6 in LoRA+ (as the authors and PEFT have
+                it), else ``lr``.
+
+        Returns:
+            Groups with ``params``, ``lr`` and ``weight_decay``; every parameter is in one.
+
+        Raises:
+            OptxError: a number out of range, or ``ratio`` where there is no LoRA.
+
+        Example:
+            >>> import torch, optx
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+            >>> handle = optx.attach(model, optx.LoRA(rank=2), targets="0")
+            >>> opt = torch.optim.AdamW(handle.param_groups(lr=1e-4, ratio=16))
+            >>> [group["lr"] for group in opt.param_groups]
+            [0.0001, 0.0016]
+        """
+        return param_groups(
+            self,
+            lr=lr,
+            ratio=ratio,
+            weight_decay=weight_decay,
+            embedding_lr=embedding_lr,
+        )
+
     def _tensors(self) -> dict[str, Tensor]:
         check_there(self.model, [*self.served, *self.saved], "state_dict")
         found: dict[str, Tensor] = {}
@@ -253,7 +303,7 @@ class Handle:
             for name, tensor in one.part.tensors().items():
                 found[f"{one.path}.{suffixes.get(name, f'{one.name}.{name}')}"] = tensor
         for kept in self.saved:
-            for name, tensor in kept.module.state_dict(keep_vars=True).items():
+            for name, tensor in kept.tensors().items():
                 found[f"{kept.path}.{name}"] = tensor
         return found
 
@@ -286,10 +336,13 @@ class Handle:
 
         LoRA, DoRA, IA3 and prefix tuning of causal language models are written as PEFT's
         ``adapter_config.json`` and ``adapter_model.safetensors``; everything else as
-        ``optx_adapter.safetensors``. Files are written aside and renamed.
+        ``optx_adapter.safetensors``. A README.md with base, method, options and figures goes along, as the
+        Hub's model card. The folder appears as a whole, or takes the place of an earlier save as a whole; in
+        one that holds other files too, which stay, each file does. A README.md of your own is not replaced.
 
         Raises:
             OptxError: ``path`` is a file.
+            OSError: nothing can be written there, or the disk is full; what was there is as it was.
         """
         self._check_alive("save")
         check_there(self.model, [*self.served, *self.saved], "save")
@@ -346,8 +399,8 @@ class Handle:
 class _Disabled:
     """Gives back at the end of a ``with`` what `Handle.disable` switched off."""
 
-    def __init__(self, states: Sequence[tuple[Part, bool]]) -> None:
-        self._states = states
+    def __init__(self, states: Sequence[tuple[Part, bool]], acting: Sequence[Saved]) -> None:
+        self._states, self._acting = states, acting
 
     def __enter__(self) -> None:
         pass
@@ -355,25 +408,12 @@ class _Disabled:
     def __exit__(self, *_: object) -> None:
         for part, enabled in self._states:
             part.enabled = enabled
+        for kept in self._acting:
+            act(kept.module, kept.values)
 
 
 def _container(one: Served) -> Any:
     return attached(one.module)
-
-
-def _restore(kept: Saved) -> None:
-    resized: list[str] = []
-    with torch.no_grad():
-        for name, tensor in kept.module.state_dict(keep_vars=True).items():
-            if tensor.shape == kept.originals[name].shape:
-                tensor.copy_(kept.originals[name])
-            else:
-                resized.append(f"{kept.path}.{name}")
-    if resized:
-        warn(
-            f"optx: {', '.join(resized)} was resized while it was trained whole, so remove() leaves its "
-            "trained values in it."
-        )
 
 
 def _count(part: Part) -> int:

@@ -10,10 +10,13 @@ from torch import nn
 
 from optx._errors import OptxError, TargetError, near, warn
 from optx.inject._injection import Composite, Injection, Site, Targets
+from optx.inject._narrow import Layers, narrowed
 from optx.inject._part import RESERVED, Attached, attached
-from optx.inject._served import Saved, Served
+from optx.inject._served import Served
 from optx.inject._sharding import check_sites, check_whole
 from optx.inject._targets import check_servable, resolve
+from optx.inject._task_heads import heads_of
+from optx.inject._trained_whole import Saved, Values, begin
 
 
 def check_model(model: nn.Module) -> None:
@@ -32,23 +35,37 @@ def install(
     injection: Injection,
     targets: Targets | Mapping[str, Targets] | None,
     name: str | None,
-    modules_to_save: Sequence[str],
+    modules_to_save: Sequence[str] | None,
+    layers: Layers | None = None,
+    exclude: Targets | None = None,
 ) -> tuple[list[Served], list[Saved]]:
     """Serve the targets; arguments and errors are those of `optx.attach`.
 
     Returns:
         What is served, and what is trained whole beside it.
     """
-    saved = [_saved(model, path) for path in modules_to_save]
+    members = _members(injection, targets)
+    found = [resolve(model, member, wanted) for member, wanted in members]
+    if layers is not None or exclude is not None:
+        found = narrowed(model, found, layers, exclude)
+    if modules_to_save is None:
+        asked = [sites for (_, wanted), sites in zip(members, found, strict=True) if wanted is not None]
+        modules_to_save = heads_of(model, asked, found)
+    adapter = name or injection.name
+    saved = [_saved(model, path, adapter) for path in modules_to_save]
     served: list[Served] = []
-    for member, wanted in _members(injection, targets):
-        made = _serve(model, member, resolve(model, member, wanted), name, modules_to_save)
+    for (member, _), sites in zip(members, found, strict=True):
+        made = _serve(model, member, sites, name, modules_to_save)
         if not made:
             raise TargetError("attach: every target is in modules_to_save, so nothing is left to serve.")
         served.extend(made)
     _check_names(served)
     _warn_if_compiled(model)
     _put(served)
+    for one in served:
+        one.part.adapter = adapter
+    for kept in saved:
+        begin(kept)
     return served, saved
 
 
@@ -117,13 +134,11 @@ def _check_names(served: Sequence[Served]) -> None:
         taken.add(key)
 
 
-def _saved(model: nn.Module, path: str) -> Saved:
+def _saved(model: nn.Module, path: str, adapter: str) -> Saved:
     modules = dict(model.named_modules())
     if path not in modules or not path:
         raise TargetError(f"attach: modules_to_save has {path!r}, no module. {near(path, modules)}")
-    module = modules[path]
-    originals = {name: t.detach().clone() for name, t in module.state_dict().items()}
-    return Saved(path, module, originals)
+    return Saved(path, modules[path], Values(adapter))
 
 
 def _put(served: Sequence[Served]) -> None:

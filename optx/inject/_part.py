@@ -74,6 +74,8 @@ class Part(nn.Module):
 
     enabled: bool
     merged: bool
+    adapter: str = ""
+    """The name of the adapter that it belongs to: `attach`'s ``name``, or its injection's."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -5,6 +5,7 @@ Paths are those of the bare model, as PEFT sees it.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -55,6 +56,8 @@ def task_of(model: nn.Module) -> str | None:
     name, config = type(model).__name__, getattr(model, "config", None)
     if config is None or getattr(model, "main_input_name", None) != "input_ids":
         return None
+    if "inputs_embeds" not in inspect.signature(model.forward).parameters:
+        return None  # PEFT's classes for tasks pass it on; CLIP's models don't take it
     tasks = {
         "ForCausalLM": "CAUSAL_LM",
         "LMHeadModel": "CAUSAL_LM",

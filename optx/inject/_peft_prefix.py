@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optx._errors import FileError
+from optx._errors import FileError, TargetError, warn
+from optx.inject._attention import heads_of
 from optx.inject._heads import Prefix
 from optx.inject._module_paths import paths_of
 from optx.inject._peft_match import task_of
@@ -26,6 +27,14 @@ from optx.inject._targets import resolve
 from optx.inject.prefix import PrefixTuning
 
 PROMPT = "prompt_embeddings"
+
+# Options that are read, or that change nothing of what a trained prefix computes.
+_KNOWN = (
+    *("auto_mapping", "base_model_name_or_path", "encoder_hidden_size", "inference_mode", "init_weights"),
+    *("modules_to_save", "num_attention_heads", "num_layers", "num_transformer_submodules"),
+    *("num_virtual_tokens", "peft_type", "peft_version", "prefix_projection", "revision", "task_type"),
+    "token_dim",
+)
 
 Turn = Callable[[Tensor, int], Tensor]
 """Keys (heads, l, width) as if they stood at another position."""
@@ -77,7 +86,12 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Mod
         what = f"is for {config.get('task_type')}" if PROMPT in tensors else f"has no {PROMPT!r}"
         raise FileError(f"{where} {what}; optx reads prefix tuning of causal language models.")
     prompt = tensors[PROMPT]
-    sites = resolve(model, PrefixTuning(), None)
+    _check_rest(config, tensors, where)
+    try:
+        sites = resolve(model, PrefixTuning(), None)
+    except TargetError as error:  # its advice is not for a file
+        why = str(error).removeprefix("attach: ").partition(" Pass targets=")[0]
+        raise FileError(f"{where} can't be read for this model: {why}") from None
     turn = _turn(model, [site.module for site in sites])
     if isinstance(turn, str):
         raise FileError(f"{where} can't be read for this model: {turn}.")
@@ -89,7 +103,7 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Mod
             f"{(length, layers * 2 * heads * width)}: {layers} layers of keys and values. It was saved for "
             "another model."
         )
-    wanted: int = getattr(sites[0].module, "head_dim", width)
+    wanted = _width(sites[0].module) or width
     if width != wanted:
         raise FileError(
             f"{where}: token_dim={config['token_dim']} and num_attention_heads={heads} make heads of width "
@@ -106,6 +120,28 @@ def read(config: Mapping[str, Any], tensors: Mapping[str, Tensor], model: nn.Mod
         found[f"{name}.value"] = value if exact["value"] is None else exact["value"]
     injection = PrefixTuning(length=length)
     return Stored(injection, {"": [plain[site.path] for site in sites]}, [], found)
+
+
+def _check_rest(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise if there is more in a file than prefixes, or its configuration asks for more."""
+    own = tuple(f".{PrefixTuning.name}.{end}" for end in ("key", "value"))  # of files of optx's
+    for key in tensors:
+        if key != PROMPT and not (key.startswith("base_model.model.") and key.endswith(own)):
+            raise FileError(f"{where} has {key!r} beside {PROMPT!r}, for which prefix tuning has no place.")
+    for option, value in config.items():
+        if option == "modules_to_save" and value:
+            raise FileError(f"{where} was trained with modules_to_save={value!r}; optx reads prefixes alone.")
+        if value and option not in _KNOWN:
+            warn(
+                f"{where} has PEFT's option {option}={value!r}, which this version of optx does not know and "
+                "leaves out. Compare outputs with PEFT's."
+            )
+
+
+def _width(attention: nn.Module) -> int | None:
+    """How wide the heads of an attention module are, if that can be told."""
+    heads = heads_of(attention, None, None)
+    return None if isinstance(heads, str) else heads.width
 
 
 def _by_layer(served: list[Served]) -> list[Served]:
@@ -135,8 +171,14 @@ def _turn(model: nn.Module, attentions: list[nn.Module]) -> Turn | str:
 
     def turn(key: Tensor, by: int) -> Tensor:
         cos, sin = rotary[0](key.float(), torch.tensor([[by]], device=key.device))
-        turned = apply(key[None], key[None], cos, sin)[1][0]
-        return turned / getattr(rotary[0], "attention_scaling", 1.0)
+        # Some modules turn the first numbers of a head only; GPT-NeoX's function does so by itself.
+        partial = getattr(attentions[0], "rotary_ndims", None) == cos.shape[-1]
+        first, rest = (
+            key.split([cos.shape[-1], key.shape[-1] - cos.shape[-1]], -1) if partial else (key, None)
+        )
+        turned = apply(first[None], first[None], cos, sin)[1][0]
+        turned = turned / getattr(rotary[0], "attention_scaling", 1.0)
+        return turned if rest is None else torch.cat([turned, rest], dim=-1)
 
     return turn if _only_distance_counts(turn, attentions[0]) else "its positions are not purely rotary"
 
@@ -144,7 +186,10 @@ def _turn(model: nn.Module, attentions: list[nn.Module]) -> Turn | str:
 def _only_distance_counts(turn: Turn, attention: Any) -> bool:
     """Whether products of turned queries and keys depend on nothing else: some models turn a part of each."""
     generator = torch.Generator().manual_seed(0)
-    q, k = torch.randn(2, 1, 1, attention.head_dim, generator=generator, dtype=torch.float32)
+    width = _width(attention)
+    if width is None:
+        return False
+    q, k = torch.randn(2, 1, 1, width, generator=generator, dtype=torch.float32)
     try:
         products = [float((turn(q, 3 + by) * turn(k, by)).sum()) for by in (0, 7)]
     except RuntimeError:  # shapes that don't go together

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from optx._errors import FileError, near, warn
 from optx.inject import _peft_parameters, _peft_prefix
 from optx.inject._injection import Injection, Site
+from optx.inject._low_rank_start import is_of_weight
 from optx.inject._module_paths import Paths, bare_path, paths_of
 from optx.inject._parameters import parameter_paths
 from optx.inject._part import RESERVED
 from optx.inject._peft_match import any_of, is_feedforward, kept_whole, targeted
+from optx.inject._peft_start import init_of, starts_of
 from optx.inject._peft_write import PREFIX, own_tensor, tied_to
 from optx.inject._stored import Stored
 from optx.inject._weights import in_sum_precision, is_biased
@@ -68,9 +70,6 @@ _KNOWN = (
     *("use_rslora", "ensure_weight_tying", "merge_weights"),
 )
 
-# Starts after which the base weights are no longer those of the checkpoint.
-_MOVES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
 # What follows a module's path where its bias is: of served modules and of others, by optx and by PEFT.
 _BIASES = (".lora_bias_delta", ".bitfit.delta", ".base_layer.bias", ".bias")
 
@@ -100,9 +99,14 @@ def read(config: dict[str, Any], tensors: Mapping[str, Tensor], model: nn.Module
     found.update(inside)
     found.update(_split(rest, more)[0])
     file.check_untied([*whole, *more])
-    injection = lora_from(config, named, sites) if kind is LoRA else _ia3_from(config, file.paths, named)
+
+    injection = (
+        lora_from(config, named, where, sites) if kind is LoRA else _ia3_from(config, file.paths, named)
+    )
+    if isinstance(injection, LoRA) and is_of_weight(injection.init):
+        found.update(starts_of(injection, found, file.paths.modules, where))
     served = [path for site in sites for path in parameter_paths(site.path, site.parameters)]
-    return Stored(injection, {"": [*named, *served]}, [*whole, *more], found)
+    return Stored(injection, {"": [*named, *served]}, [*whole, *more], found, PREFIX)
 
 
 def _kind(config: dict[str, Any], where: str) -> type[Injection]:
@@ -111,6 +115,12 @@ def _kind(config: dict[str, Any], where: str) -> type[Injection]:
     kinds: dict[Any, type[Injection]] = {"LORA": LoRA, "IA3": IA3}
     if name not in kinds:
         raise FileError(f"{where} is of PEFT's type {name}; optx reads LORA, IA3 and PREFIX_TUNING.")
+    check_options(config, where)
+    return kinds[name]
+
+
+def check_options(config: Mapping[str, Any], where: str) -> None:
+    """Raise if a configuration asks for what optx does not compute; warn of what it does not know."""
     for option in _FOREIGN:
         if config.get(option):
             raise FileError(
@@ -123,14 +133,6 @@ def _kind(config: dict[str, Any], where: str) -> type[Injection]:
                 f"{where} has PEFT's option {option}={value!r}, which this version of optx does not know and "
                 "leaves out. Compare outputs with PEFT's."
             )
-    start = str(config.get("init_lora_weights"))
-    if start.startswith(_MOVES_THE_BASE):
-        warn(
-            f"{where} was trained with init_lora_weights={start!r}, which changes the base weights at the "
-            "start. On the original checkpoint it is right only if it was converted when saved "
-            "(path_initial_model_for_weight_conversion in PEFT)."
-        )
-    return kinds[name]
 
 
 def _by_module(
@@ -190,7 +192,7 @@ class _File:
         for path, own in named.items():
             if path not in self.paths.modules:
                 raise FileError(
-                    f"{self.where} has {f'{path}.{next(iter(own))}'!r}, and the model has no module "
+                    f"{self.where} has {f'{PREFIX}{path}.{next(iter(own))}'!r}, and the model has no module "
                     f"{path!r}: it was saved for another model. {self.near(path)}"
                 )
         if not named and not inside:
@@ -227,7 +229,7 @@ class _File:
                 base = in_sum_precision(own_tensor(module, "bias"))
                 if base.shape != tensor.shape:
                     raise FileError(
-                        f"{self.where}: {key!r} has shape {tuple(tensor.shape)}, the model's bias "
+                        f"{self.where}: {PREFIX + key!r} has shape {tuple(tensor.shape)}, the model's bias "
                         f"{tuple(base.shape)}. It was saved for another model."
                     )
                 found[name] = tensor.to(base) - base
@@ -254,13 +256,15 @@ class _File:
             own = {k: t for k, t in module.state_dict().items() if RESERVED not in k} if module else {}
             if name not in own:
                 raise FileError(
-                    f"{self.where} has {key!r}, for which this model has no place: it was saved for another "
-                    f"model, or by another version. {self.near(path)}"
+                    f"{self.where} has {PREFIX + key!r}, for which this model has no place: it was saved for "
+                    f"another model, or by another version. {self.near(path)}"
                 )
             if path in more or _same(own[name], tensor):
                 continue
             if not all(f"{path}.{other}" in rest for other in own):
-                raise FileError(f"{self.where} has {key!r}, a weight of the base model with other values.")
+                raise FileError(
+                    f"{self.where} has {PREFIX + key!r}, a weight of the base model with other values."
+                )
             more.append(path)
         return more
 
@@ -276,7 +280,7 @@ class _File:
 
 
 def lora_from(
-    config: dict[str, Any], named: Mapping[str, dict[str, Tensor]], sites: Sequence[Site] = ()
+    config: dict[str, Any], named: Mapping[str, dict[str, Tensor]], where: str, sites: Sequence[Site] = ()
 ) -> LoRA:
     """The options that PEFT's configuration names; ``named``: each module's tensors in the file, by path."""
     lora = LoRA(
@@ -289,6 +293,7 @@ def lora_from(
         lora_bias=config.get("lora_bias", False),
         rank_pattern=config.get("rank_pattern") or {},
         alpha_pattern=config.get("alpha_pattern") or {},
+        init=init_of(config, where),
     )
     above = _peft_parameters.ranks_above(sites, lora.rank_at)
     # PEFT allows ranks above the matrix's; LoRA does where they are named

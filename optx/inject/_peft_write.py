@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from optx._names import whole
 from optx.inject import _peft_parameters, _peft_prefix
 from optx.inject._injection import Injection
+from optx.inject._low_rank_start import START, joined
 from optx.inject._module_paths import Paths, paths_of
 from optx.inject._part import original
 from optx.inject._peft_match import any_of, kept_whole, targeted, task_of
@@ -50,7 +51,10 @@ def config_of(handle: OnModel) -> dict[str, Any] | str:
         "target_modules": sorted(served),
     }
     if isinstance(injection, LoRA):
-        config.update(_of_lora(injection, [path for one in every for path in one.paths_as(paths.plain)]))
+        kept = {paths.plain[one.path] for one in handle.served if _keeps_start(one.part)}
+        config.update(
+            _of_lora(injection, [path for one in every for path in one.paths_as(paths.plain)], kept)
+        )
         if inside:
             config["target_parameters"] = [path for one in inside for path in one.paths_as(paths.plain)]
             config["peft_version"] = _peft_parameters.LAYOUT  # older ones have these factors the other way
@@ -66,9 +70,11 @@ def config_of(handle: OnModel) -> dict[str, Any] | str:
     return _objection(config, model, paths, served, saved) or config
 
 
-def _of_lora(lora: LoRA, served: Iterable[str]) -> dict[str, Any]:
-    ranks = {path: int(lora.rank_at(path)) for path in served}
-    alphas = {path: _shorter(lora.alpha_at(path)) for path in served}
+def _of_lora(lora: LoRA, served: Iterable[str], kept: Container[str]) -> dict[str, Any]:
+    """LoRA's part of it; what keeps its start is written as a LoRA of twice the rank, with the same scale."""
+    ranks = {path: int(lora.rank_at(path)) * (2 if path in kept else 1) for path in served}
+    more = 2**0.5 if lora.rslora else 2
+    alphas = {path: _shorter(lora.alpha_at(path) * (more if path in kept else 1)) for path in served}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "peft_type": "LORA",
@@ -123,6 +129,10 @@ def tensors_of(handle: OnModel, tensors: Mapping[str, Tensor]) -> dict[str, Tens
     What PEFT has another form of is in the file twice: it ignores ours, and from its own ours would not come
     back bit for bit.
     """
+    if any(_keeps_start(one.part) for one in handle.served):
+        # Sharded factors and their start, which is not, have no common form but the whole.
+        ends = tuple(end for pair in START.items() for end in pair)
+        tensors = joined({key: whole(t) if key.endswith(ends) else t for key, t in tensors.items()})
     found = {f"{PREFIX}{key}": tensor for key, tensor in tensors.items()}
     if isinstance(handle.injection, PrefixTuning):
         found[_peft_prefix.PROMPT] = _peft_prefix.prompt_of(handle)
@@ -137,6 +147,10 @@ def tensors_of(handle: OnModel, tensors: Mapping[str, Tensor]) -> dict[str, Tens
             base = in_sum_precision(own_tensor(one.module, "bias"))
             found[f"{PREFIX}{key}"] = base + whole(delta.detach()).to(base.dtype)
     return found
+
+
+def _keeps_start(part: object) -> bool:
+    return isinstance(part, LowRank) and part.A_start is not None
 
 
 def tied_to(model: nn.Module, path: str) -> str:

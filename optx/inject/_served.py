@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from optx.inject._injection import Injection
 from optx.inject._part import Part
+from optx.inject._trained_whole import Saved
 
 
 @dataclass(eq=False)
@@ -28,15 +29,6 @@ class Served:
         """What is served, by the module's path in another model: the module, or some of its parameters."""
         path = plain[self.path]
         return [f"{path}.{name}" for name in self.part.parameter_names] or [path]
-
-
-@dataclass(eq=False)
-class Saved:
-    """A module that is trained whole beside the adapter, and its tensors from before."""
-
-    path: str
-    module: nn.Module
-    originals: dict[str, Tensor]
 
 
 class OnModel(Protocol):

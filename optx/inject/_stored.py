@@ -20,26 +20,30 @@ class Stored:
         served: paths in the bare model, by member (``""`` for an injection without members).
         whole: paths of modules that are trained whole.
         tensors: by module path and suffix.
+        prefix: what stands before these in the file's keys.
     """
 
     injection: Injection
     served: dict[str, list[str]]
     whole: list[str]
     tensors: dict[str, Tensor]
+    prefix: str = ""
 
 
 def check_tensors(
-    found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str = "state_dict"
+    found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str = "state_dict", prefix: str = ""
 ) -> None:
-    """Raise unless both have the same keys and shapes; names the first that differs."""
+    """Raise unless both have the same keys and shapes; names the first that differs, as the file would."""
     for key, tensor in wanted.items():
         if key not in found:
-            raise FileError(f"{where}: {key!r} is missing. {near(key, found)}")
+            like = near(prefix + key, (prefix + one for one in found))
+            raise FileError(f"{where}: {prefix + key!r} is missing. {like}")
         if found[key].shape != tensor.shape:
             raise FileError(
-                f"{where}: {key!r} has shape {tuple(found[key].shape)}, the model needs "
+                f"{where}: {prefix + key!r} has shape {tuple(found[key].shape)}, the model needs "
                 f"{tuple(tensor.shape)}. It was saved for another model, or with other options."
             )
     for key in found:
         if key not in wanted:
-            raise FileError(f"{where}: {key!r} has no place in this model. {near(key, wanted)}")
+            like = near(prefix + key, (prefix + one for one in wanted))
+            raise FileError(f"{where}: {prefix + key!r} has no place in this model. {like}")

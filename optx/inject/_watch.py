@@ -16,7 +16,8 @@ from torch import nn
 from optx._errors import OptxError
 from optx.inject._module_paths import bare_path, paths_of
 from optx.inject._part import RESERVED, Part
-from optx.inject._served import Saved, Served
+from optx.inject._served import Served
+from optx.inject._trained_whole import Saved
 
 _Tree: TypeAlias = "dict[str, _Tree | _Leaf]"
 

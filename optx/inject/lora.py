@@ -25,6 +25,7 @@ from optx.inject._computes import bias_of, weight_now, weight_of
 from optx.inject._embeddings import peculiar, rows
 from optx.inject._experts import ParameterLoRA
 from optx.inject._injection import Injection, Site
+from optx.inject._low_rank_start import begin, check_init, is_of_weight
 from optx.inject._module_paths import bare_path
 from optx.inject._parameters import parameter_paths
 from optx.inject._part import RESERVED, Part, Weights, attached, hidden_of, new_tensor
@@ -57,10 +58,15 @@ class LowRank(Part):
         self.B_bias: nn.Parameter | None
         self.magnitude: nn.Parameter | None
         self.bias: nn.Parameter | None
+        self.A_start: Tensor | None
+        self.B_start: Tensor | None
 
     def finish(self, lora: LoRA, module: nn.Module, path: str, A: Tensor, B: Tensor) -> None:
-        """Register the tensors, once their shapes are known."""
+        """Fill the tensors, zeros, and register them, once their shapes are known."""
+        kept = self.starts(lora, module, path, A, B)
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
+        self.register_buffer("A_start", A.clone() if kept else None)
+        self.register_buffer("B_start", B.clone() if kept else None)
         out, *ones = self.channels(torch.empty(B.shape[0], device="meta")).shape
         bias = getattr(module, "bias", None)
         self.B_bias = nn.Parameter(new_tensor(module, out)) if lora.lora_bias else None
@@ -70,6 +76,11 @@ class LowRank(Part):
         if lora.dora:
             norm = self.norm(in_sum_precision(weight_now(module, path))).to(A.dtype)
             self.magnitude = nn.Parameter(norm.view(1, out, *ones) if ones else norm)
+
+    def starts(self, lora: LoRA, module: nn.Module, path: str, A: Tensor, B: Tensor) -> bool:
+        """Fill A and B; whether they start as a part of the weight, which `after` takes off again."""
+        weight = lambda: self.matrix(in_sum_precision(weight_now(module, path).detach()))  # noqa: E731
+        return begin(lora.init, A, B, self.scale, path, weight)
 
     # ---- what linear, conv and embedding do in their own way -----------------------------------------
 
@@ -95,9 +106,16 @@ class LowRank(Part):
 
     # ---- the method ---------------------------------------------------------------------------------
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(rank, in) and (out, rank) whose product changes the weight, the start taken off it."""
+        A, B = self.A.flatten(1), self.B.flatten(1)
+        if self.A_start is None or self.B_start is None:
+            return A, B
+        return torch.cat([A, self.A_start.flatten(1)]), torch.cat([B, -self.B_start.flatten(1)], dim=1)
+
     def norm(self, weight: Tensor) -> Tensor:
         """(out,) row norms of W + s B A, without ever making B A."""
-        W, A, B = self.matrix(weight), *(in_sum_precision(t.flatten(1)) for t in (self.A, self.B))
+        W, A, B = self.matrix(weight), *(in_sum_precision(t) for t in self.factors())
         with torch.autocast(weight.device.type, enabled=False):
             cross = ((W @ A.t()) * B).sum(1)
             square = ((B @ (A @ A.t())) * B).sum(1)
@@ -120,6 +138,7 @@ class LowRank(Part):
         drops = self.dropout and self.training and x.is_floating_point()
         dropped = F.dropout(x, self.dropout) if drops else x
         low, B = self.down(module, dropped, self.A.to(output.dtype)), self.B.to(output.dtype)
+        gain: Tensor | None = None
         if self.magnitude is not None:
             weight = weight_of(module)
             gain = self.gain(weight)
@@ -128,9 +147,40 @@ class LowRank(Part):
                 output = output + (self.channels(gain.to(output.dtype)) - 1) * bare
             else:
                 output = self.scaled(module, output, self.channels(gain.to(output.dtype)))
-            B = (B.flatten(1) * gain.to(B.dtype)[:, None]).view_as(B)
+            B = _by_row(B, gain)
+        if self.A_start is not None:
+            return self.with_biases(output + self.moved(module, (x, dropped), low, B, gain, output))
         # What DoRA made is new; a linear module's output is, if no other hook has seen it.
-        output = self.up(output, low, B, self.magnitude is not None or self.owns(module))
+        return self.with_biases(self.up(output, low, B, self.magnitude is not None or self.owns(module)))
+
+    def moved(
+        self,
+        module: nn.Module,
+        inputs: tuple[Tensor, Tensor],
+        low: Tensor,
+        B: Tensor,
+        gain: Tensor | None,
+        output: Tensor,
+    ) -> Tensor:
+        """s (B A - B0 A0) x, exactly 0 while the factors are where they started.
+
+        B0 A0 is a part of the weight, so no dropout acts on its input; DoRA's gain acts on both as on it.
+        """
+        assert self.A_start is not None
+        assert self.B_start is not None
+        nothing, (x, dropped) = torch.zeros_like(output), inputs
+        A0, B0 = self.A_start.to(output.dtype), self.B_start.to(output.dtype)
+        change = self.up(nothing, low, B, False)
+        if gain is None:
+            return change - self.up(nothing, self.down(module, x, A0), B0, False)
+        change = change - self.up(nothing, self.down(module, dropped, A0), _by_row(B0, gain), False)
+        if dropped is not x:
+            more = self.down(module, x, A0) - self.down(module, dropped, A0)
+            change = change - self.up(nothing, more, B0, False)
+        return change
+
+    def with_biases(self, output: Tensor) -> Tensor:
+        """The output with what is added to the bias."""
         if self.B_bias is not None:
             output = output + self.channels(self.B_bias.to(output.dtype) * self.scale)
         return output if self.bias is None else output + self.channels(self.bias.to(output.dtype))
@@ -163,7 +213,8 @@ class LowRank(Part):
     def fold(self, module: nn.Module, now: Weights, base: Weights) -> Weights:
         """W + s B A, or DoRA's m (W + s B A) / |W + s B A|; a change of the base, whatever else is there."""
         W, bias = self.matrix(now.weight), now.bias
-        delta = self.scale * (self.B.flatten(1).to(W.dtype) @ self.A.flatten(1).to(W.dtype))
+        A, B = (t.to(W.dtype) for t in self.factors())
+        delta = self.scale * (B @ A)
         if self.magnitude is not None:
             own = self.matrix(base.weight)
             W, delta = W - own, self.gain(base.weight).to(W.dtype)[:, None] * (own + delta)
@@ -182,6 +233,8 @@ class LowRank(Part):
         return {
             "A": "lora_A.weight",
             "B": "lora_B.weight",
+            "A_start": "lora_A.start",
+            "B_start": "lora_B.start",
             "B_bias": "lora_B.bias",
             "magnitude": "lora_magnitude_vector",
             "bias": "lora_bias_delta",
@@ -199,9 +252,8 @@ class LinearLoRA(LowRank):
         into, out = features(module)
         super().__init__(lora, path, out, into)
         self.transposed = is_transposed(module)
-        A = new_tensor(module, self.rank, into)
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        self.finish(lora, module, path, A, new_tensor(module, out, self.rank))
+        A, B = new_tensor(module, self.rank, into), new_tensor(module, out, self.rank)
+        self.finish(lora, module, path, A, B)
 
     def matrix(self, weight: Tensor) -> Tensor:
         """A weight as (out, in)."""
@@ -234,11 +286,14 @@ class ConvLoRA(LowRank):
             why = "DoRA has no norm for it" if lora.dora else f"LoRA's rank={self.rank} must be a multiple"
             raise TargetError(f"attach: {path!r} is a convolution with groups={module.groups}; {why}.")
         self.groups = module.groups
+        if is_of_weight(lora.init) and module.groups > 1:
+            raise TargetError(
+                f"attach: {path!r} is a convolution with groups={module.groups}, whose weight has no part "
+                f"for LoRA's init={lora.init!r}. Leave it out, or use init='kaiming'."
+            )
         A = new_tensor(module, self.rank, module.in_channels, *kernel)
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        self.finish(
-            lora, module, path, A, new_tensor(module, out, self.rank // self.groups, *(1 for _ in kernel))
-        )
+        B = new_tensor(module, out, self.rank // self.groups, *(1 for _ in kernel))
+        self.finish(lora, module, path, A, B)
 
     def matrix(self, weight: Tensor) -> Tensor:
         """A weight as (out, in * kernel)."""
@@ -279,9 +334,13 @@ class EmbeddingLoRA(LinearLoRA):
             raise TargetError(f"attach: LoRA's lora_bias=True is not for embeddings, and {path!r} is one.")
         super().__init__(lora, module, path)
         self.padding_idx = module.padding_idx
-        with torch.no_grad():  # PEFT's start: the other factor is the random one
-            self.A.zero_()
-            self.B.normal_()
+
+    def starts(self, lora: LoRA, module: nn.Module, path: str, A: Tensor, B: Tensor) -> bool:
+        """PEFT's start, whatever the others': the other factor is the random one."""
+        begin("kaiming", A, B, self.scale, path, lambda: A)  # drawn before, too
+        A.zero_()
+        B.normal_()
+        return False
 
     def down(self, module: nn.Module, x: Tensor, A: Tensor) -> Tensor:
         """Columns of A."""
@@ -315,6 +374,13 @@ class LoRA(Injection):
         lora_bias: a bias on B.
         rank_pattern: other ranks, by regex over the ends of module names; the first that matches counts.
         alpha_pattern: other alphas, likewise.
+        init: where A and B start. ``"kaiming"``: A is uniform and B zero (LoRA's own); ``"gaussian"``: A is
+            normal with deviation 1 / rank. ``"pissa"``: the weight's largest singular values and vectors;
+            ``"pissa_niter_16"``: by 16 iterations of a randomised SVD, for large weights; ``"olora"``: the
+            first rows and columns of its QR decomposition. These three are a part of the weight, which is
+            left alone: the start is kept beside A and B and taken off their product, so the model's output
+            is the same to the bit, as with the others. It is written to files as a LoRA of twice the rank,
+            which PEFT reads. Embeddings start as ever, as in PEFT.
 
     Serves nn.Linear, transformers' Conv1D, nn.Conv1d/2d/3d and nn.Embedding. By default: query and value
     projections (LoRA, section 4.2). Half-precision weights get float32 adapters, computed in the
@@ -334,16 +400,22 @@ class LoRA(Injection):
         ``rslora=True``: for large ranks; the paper recommends a scale, not a rank.
         ``dora=True, rank=32, alpha=64``: Llama 2 7B on common sense, queries, keys, values, up and down
             projections, lr 2e-4, 3 epochs; Llama 3 8B: 1e-4 (authors' README).
+        ``init="pissa", rank=128, alpha=128``: Llama 2 7B on MetaMathQA, all linear modules of a block, lr
+            2e-5, batches of 128, 1 epoch (PiSSA, authors' script).
+        ``handle.param_groups(lr=1e-4, ratio=16)``: LoRA+, B's rate 16 times A's (arXiv 2402.12354; the ratio
+            that trainers recommend).
 
     Limits: DoRA is computed from the whole weight at every call, so it takes longer than LoRA. Tied weights
-    are merged only with ``untie=True``. Under ``torch.compile``, and with implementations of experts other
-    than transformers' eager, batched_mm and grouped_mm, W + s B A of a layer's experts is made at every
-    call, as in PEFT; else the factors act on the tokens that go to an expert.
+    are merged only with ``untie=True``. PiSSA and OLoRA keep their start, as many numbers as A and B, and are
+    not for experts. Under ``torch.compile``, and with implementations of experts other than transformers'
+    eager, batched_mm and grouped_mm, W + s B A of a layer's experts is made at every call, as in PEFT; else
+    the factors act on the tokens that go to an expert.
 
-    Keywords: rsLoRA, DoRA, PEFT, low rank, memory, parameter-efficient fine-tuning, mixture of experts, MoE.
+    Keywords: rsLoRA, DoRA, PiSSA, OLoRA, LoRA+, PEFT, low rank, memory, parameter-efficient fine-tuning,
+    mixture of experts, MoE.
 
-    Evidence: ``optx run adapt``; ``test_lora.py``, ``test_peft_io.py``, ``test_peft_read.py``,
-    ``test_experts_peft.py``.
+    Evidence: ``optx run adapt``, ``optx run qlora``; ``test_lora.py``, ``test_lora_start.py``,
+    ``test_peft_io.py``, ``test_peft_read.py``, ``test_experts_peft.py``.
 
     Raises:
         OptxError: an option out of range.
@@ -356,7 +428,8 @@ class LoRA(Injection):
         >>> model[0].optx.lora.scale
         2.0
 
-    Source: arXiv 2106.09685, section 4.1; arXiv 2312.03732; arXiv 2402.09353, equation 5.
+    Source: arXiv 2106.09685, section 4.1; arXiv 2312.03732; arXiv 2402.09353, equation 5; PiSSA, arXiv
+    2404.02948, section 3; OLoRA, arXiv 2406.01775, section 3.
     """
 
     name: ClassVar[str] = "lora"
@@ -373,8 +446,10 @@ class LoRA(Injection):
     lora_bias: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict[str, int])
     alpha_pattern: Mapping[str, float] = field(default_factory=dict[str, float])
+    init: str = "kaiming"
 
     def __post_init__(self) -> None:
+        check_init(self.init)
         check_range("LoRA", "dropout", self.dropout, 0, 1)
         for name, rank in {"rank": self.rank, **_entries("rank_pattern", self.rank_pattern)}.items():
             check_range("LoRA", name, rank, 1)
@@ -460,6 +535,11 @@ class LoRA(Injection):
             if is_biased(module) and path not in own and RESERVED not in path.split(".")
         ]
         return [(BitFit(), biased)]
+
+
+def _by_row(B: Tensor, gain: Tensor) -> Tensor:
+    """Each row of B times its output's gain."""
+    return (B.flatten(1) * gain.to(B.dtype)[:, None]).view_as(B)
 
 
 def _entries(option: str, patterns: Mapping[str, float]) -> dict[str, float]:

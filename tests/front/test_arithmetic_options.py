@@ -48,6 +48,7 @@ DEFAULTS: dict[type, dict[str, Any]] = {
         "lora_bias": False,
         "rank_pattern": {},
         "alpha_pattern": {},
+        "init": "kaiming",
     },
     optx.MAM: {"prefix": 16, "rank": 16, "scale": 2.0, "mlp": None, "dropout": 0.0},
     optx.MultiHeadParallelAdapter: {"rank": 16, "form": "relu", "dropout": 0.0, "init": "lora"} | HEADS,

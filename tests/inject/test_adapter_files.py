@@ -52,7 +52,7 @@ def test_other_methods_come_back_bit_for_bit(
     base = outputs(model)
     handle = attached(model, injection, **more)
     handle.save(tmp_path)
-    assert [entry.name for entry in tmp_path.iterdir()] == [OWN]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["README.md", OWN]
     fresh = plain()
     again = optx.attach(fresh, tmp_path)
     assert again.injection == injection
@@ -219,7 +219,7 @@ def test_folders_are_made_and_replaced(tmp_path: Path) -> None:
     lora, svfit = (attached(plain(), one, targets="fc") for one in (optx.LoRA(rank=2), optx.SVFit(rank=2)))
     for handle, files in ((lora, [CONFIG, TENSORS]), (svfit, [OWN]), (lora, [CONFIG, TENSORS])):
         handle.save(folder)
-        assert sorted(entry.name for entry in folder.iterdir()) == files
+        assert sorted(entry.name for entry in folder.iterdir()) == ["README.md", *files]
         fresh = plain()
         optx.attach(fresh, str(folder))
         assert torch.equal(outputs(fresh), outputs(handle.model))

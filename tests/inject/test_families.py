@@ -19,7 +19,7 @@ from optx.recipes import _bench_families
 RESULTS = Path(__file__).parents[2] / "recipes/results/bench-families.json"
 
 NO_BIASES = "Llama Mistral Qwen3 Gemma Gemma2 Gemma3 Phi-3 T5 Mixtral Qwen3-MoE DeepSeek-V2 DeepSeek-V3"
-NO_SDPA = "Gemma2 GPT-NeoX GPT-Neo Bloom DeBERTa-v2 DeepSeek-V2 DeepSeek-V3 Mamba"
+NO_SDPA = "Gemma2 GPT-Neo Bloom DeBERTa-v2 DeepSeek-V2 DeepSeek-V3 Mamba"
 NO_FFN_MODULE = "OPT BART Whisper Mamba"
 EXPERTS = "Mixtral Qwen2-MoE Qwen3-MoE DeepSeek-V2 DeepSeek-V3"
 

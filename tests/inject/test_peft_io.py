@@ -181,6 +181,7 @@ def test_files_hold_the_adapters_tensors_and_nothing_else(case: str, tmp_path: P
     assert all(key.startswith(PREFIX) and "default" not in key and "optx" not in key for key in keys)
     assert {key.removeprefix(PREFIX) for key in keys} == set(handle.state_dict())
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
@@ -261,7 +262,7 @@ def test_what_peft_would_do_otherwise_is_not_written_for_it(
     handle = attached(model, injection, **more)
     with pytest.warns(UserWarning, match=rf"PEFT can't read this adapter, as .*{re.escape(why)}"):
         handle.save(tmp_path)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["optx_adapter.safetensors"]
+    assert {entry.name for entry in tmp_path.iterdir()} == {"optx_adapter.safetensors", "README.md"}
     optx.attach(start, tmp_path)
     assert torch.equal(outputs(start, x), outputs(model, x))
 
@@ -288,7 +289,7 @@ def test_a_path_that_ends_another_is_exact_in_peft(tmp_path: Path) -> None:
 
 def test_a_frozen_head_keeps_peft_from_training_it(tmp_path: Path) -> None:
     """With the task's name, PEFT would ask for the head's weights in the file."""
-    optx.attach(bert(), optx.LoRA(rank=2)).save(tmp_path / "frozen")
-    optx.attach(bert(), optx.LoRA(rank=2), modules_to_save=["classifier"]).save(tmp_path / "trained")
+    optx.attach(bert(), optx.LoRA(rank=2), modules_to_save=()).save(tmp_path / "frozen")
+    optx.attach(bert(), optx.LoRA(rank=2)).save(tmp_path / "trained")
     assert config_in(tmp_path / "frozen")["task_type"] is None
     assert config_in(tmp_path / "trained")["task_type"] == "SEQ_CLS"

@@ -21,6 +21,7 @@ from adapter_models import (
     in_peft,
     llama,
     outputs,
+    rewrite,
     shake,
     tensors_in,
 )
@@ -132,6 +133,51 @@ def test_prefixes_that_are_not_for_this_model(tmp_path: Path) -> None:
     assert_refused(tmp_path / "llama", r"has shape \(4, 32\), the model needs \(4, 48\): 3 layers", deeper)
     edit_config(tmp_path / "llama", task_type="SEQ_CLS")
     assert_refused(tmp_path / "llama", r"is for SEQ_CLS; optx reads prefix tuning of causal language models")
+
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "part of each head is turned": ("GPTNeoX", {}),
+    "all of it": ("GPTNeoX", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 1.0}}),
+    "the module turns a part": ("Phi", {"num_key_value_heads": 2}),
+    "one head of keys": ("Qwen2", {"num_key_value_heads": 1}),
+}
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_prefixes_of_other_families_load(case: str, tmp_path: Path) -> None:
+    """Case neox_prefix.py."""
+    import transformers
+
+    name, more = FAMILIES[case]
+
+    def make() -> Any:
+        torch.manual_seed(0)
+        config = getattr(transformers, f"{name}Config")(**SIZES, num_attention_heads=4, **more)
+        return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    theirs = by_peft(make(), config, tmp_path, lambda model: shake(model.prompt_encoder.parameters(), by=1.0))
+    model = make()
+    base = outputs(model)
+    handle = optx.attach(model, tmp_path)
+    assert (outputs(model) - base).abs().max() > 0.05
+    assert_close(outputs(model), outputs(theirs))
+    handle.save(tmp_path / "again")
+    assert_close(outputs(in_peft(make(), tmp_path / "again")), outputs(theirs))
+
+
+def test_a_prefix_with_more_beside_it_is_refused(tmp_path: Path) -> None:
+    attached(llama(), optx.PrefixTuning(length=3)).save(tmp_path)
+    tensors = tensors_in(tmp_path)
+    edit_config(tmp_path, modules_to_save=["lm_head"])
+    assert_refused(tmp_path, r"modules_to_save=\['lm_head'\]; optx reads prefixes alone")
+    edit_config(tmp_path, modules_to_save=None, of_2027=True)
+    rewrite(tmp_path, tensors)
+    with pytest.warns(UserWarning, match=r"option of_2027=True, which this version"):
+        optx.attach(llama(), tmp_path)
+    rewrite(tmp_path, {**tensors, "base_model.model.lm_head.weight": torch.ones(2)})
+    assert_refused(tmp_path, r"'base_model.model.lm_head.weight' beside 'prompt_embeddings'")
 
 
 def test_heads_of_another_width_are_refused(tmp_path: Path) -> None:

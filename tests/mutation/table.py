@@ -70,18 +70,24 @@ TABLE = {
     "optx/inject/_heads.py": "prefix prefix_models prefix_torch adapters",
     "optx/inject/_hidden_delta_options.py": "arithmetic_inject adapter_places adapters prefix",
     "optx/inject/_low_rank_sum.py": "experts expert_models",
+    "optx/inject/_low_rank_start.py": "lora_start",
     "optx/inject/_merge.py": "arithmetic_inject attach lora lora_peft svfit ia3 flora",
     "optx/inject/_offload.py": "computes",
     "optx/inject/_part.py": "arithmetic_inject attach attach_targets lora adapters",
     "optx/inject/_quantised.py": "quantised",
     "optx/inject/_watch.py": "lost_modules",
+    "optx/inject/_narrow.py": "narrow",
+    "optx/inject/_param_groups.py": "lora_plus",
+    "optx/inject/_switch.py": "switch",
+    "optx/inject/_task_heads.py": "task_heads",
+    "optx/inject/_trained_whole.py": "switch task_heads attach_training",
     "optx/inject/_weights.py": "arithmetic_inject lora lora_peft lora_modules flora svfit ia3",
     "optx/inject/adapters.py": "arithmetic_inject arithmetic_options adapters adapter_places",
     "optx/inject/bitfit.py": "arithmetic_inject adapters lora_modules attach",
     "optx/inject/flora.py": "arithmetic_inject arithmetic_options flora flora_models",
     "optx/inject/ia3.py": "arithmetic_inject arithmetic_options ia3",
     "optx/inject/iaa.py": "arithmetic_inject arithmetic_options iaa aside_stream aside_others",
-    "optx/inject/lora.py": "arithmetic_inject arithmetic_options lora lora_peft lora_modules attach",
+    "optx/inject/lora.py": "arithmetic_inject arithmetic_options lora lora_start lora_peft lora_modules",
     "optx/inject/mam.py": "arithmetic_inject arithmetic_options adapter_places prefix",
     "optx/inject/multihead.py": "arithmetic_inject arithmetic_options adapters prefix prefix_models",
     "optx/inject/prefix.py": "arithmetic_inject arithmetic_options prefix prefix_models",
@@ -135,8 +141,10 @@ _FILES = (
     "_safetensors_writer cli merge"
 )
 _HANDLES = (
-    "_attach _export _families _folder _handle _injection _install _module_paths _parameters _peft_match "
-    "_peft_parameters _peft_prefix _peft_read _peft_write _report _served _sharding _stored _targets"
+    "_adapter_card _attach _export _families _folder _folder_output _handle _injection _install "
+    "_module_paths _parameters _peft_match _peft_parameters _peft_prefix _peft_read _peft_start "
+    "_peft_write _report _served _sharding "
+    "_stored _targets"
 )
 PLUMBING = [
     *(f"{folder}/__init__.py" for folder in FOLDERS),
