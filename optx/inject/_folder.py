@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from optx._errors import FileError, OptxError, near, warn
 from optx._names import placed_like, whole
+from optx._safetensors import brief
 from optx.inject import _peft_read, _peft_write
 from optx.inject._adapter_card import CARD, card_of, is_ours
+from optx.inject._file_bounds import check_config, check_sizes, decoded, words_of
 from optx.inject._folder_output import written_folder
 from optx.inject._injection import Composite, Injection, values_of
 from optx.inject._low_rank_start import is_of_weight, split
@@ -205,7 +207,7 @@ def read(path: str | PathLike[str], model: nn.Module) -> Stored:
             f"load: {os.fspath(path)!r} has both {OWN} and {CONFIG}. Delete the one that is not wanted."
         )
     if own.exists():
-        return _read_own(own, model)
+        return check_sizes(_read_own(own, model), f"load: {str(own)!r}")
     if not tensors.exists() and (folder / PICKLE).exists():
         raise FileError(
             f"load: {str(folder / PICKLE)!r} is a pickle, which can run any code when it is read. Load it in "
@@ -215,7 +217,7 @@ def read(path: str | PathLike[str], model: nn.Module) -> Stored:
         if not file.exists():
             there = ", ".join(sorted(entry.name for entry in folder.iterdir())) or "nothing"
             raise FileError(f"load: {os.fspath(path)!r} has no {file.name}. It has {there}.")
-    return _read_peft(config, tensors, model)
+    return check_sizes(_read_peft(config, tensors, model), f"load: {str(tensors)!r}")
 
 
 def _read_own(file: Path, model: nn.Module) -> Stored:
@@ -231,14 +233,19 @@ def _read_peft(config_file: Path, file: Path, model: nn.Module) -> Stored:
         config = json.loads(config_file.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("it holds no object")
-    except ValueError as error:
-        raise FileError(f"load: {str(config_file)!r} is damaged ({error}).") from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise FileError(
+            f"load: {str(config_file)!r} is damaged ({brief(str(error), quote=False)})."
+        ) from error
+    check_config(config, f"load: {str(config_file)!r}")
     tensors, description = _open(file)
     where = f"load: {str(file)!r}"
     stored = _peft_read.read(config, tensors, model, where)
     if description is None:
         return stored
     written = description.get("config", {})
+    if not isinstance(written, dict):
+        raise FileError(f"{where} is damaged: its description's configuration is no table.")
     for option in {*written, *config} - set(_FREE):
         if written.get(option) != config.get(option):
             raise FileError(
@@ -261,9 +268,14 @@ def _open(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         with safe_open(file, framework="pt") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
             metadata = opened.metadata() or {}
-        return tensors, json.loads(metadata["optx"]) if "optx" in metadata else None
-    except (SafetensorError, ValueError) as error:
-        raise FileError(f"load: {str(file)!r} is damaged or cut off ({error}).") from error
+        description = json.loads(metadata["optx"]) if "optx" in metadata else None
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
+        raise FileError(
+            f"load: {str(file)!r} is damaged or cut off ({brief(str(error), quote=False)})."
+        ) from error
+    if description is not None and not isinstance(description, dict):
+        raise FileError(f"load: {str(file)!r} is damaged: its description is no table.")
+    return tensors, description
 
 
 def _described(
@@ -272,10 +284,11 @@ def _described(
     """What optx wrote about a file."""
     paths = paths_of(model)
     try:
-        injection = _decode(description["injection"])
+        injection = decoded(lambda: _decode(description["injection"]), where)
         members = injection.members() if isinstance(injection, Composite) else ("",)
-        served = {name: list(description["served"][name]) for name in members}
-        stored = Stored(injection, served, description["modules_to_save"], tensors)
+        served = {name: words_of(description["served"][name], where, "'served'") for name in members}
+        kept = words_of(description["modules_to_save"], where, "'modules_to_save'")
+        stored = Stored(injection, served, kept, tensors)
     except (KeyError, TypeError, AttributeError) as error:
         raise FileError(f"{where} is damaged: its description lacks {error}.") from error
     for path in (*(one for served in stored.served.values() for one in served), *stored.whole):
@@ -306,7 +319,7 @@ def _encode(value: Any) -> Any:
 def _decode(value: Any) -> Any:
     if isinstance(value, dict) and set(value) == {"injection", "options"}:  # pyright: ignore[reportUnknownArgumentType]
         known = {kind.__name__: kind for kind in _kinds(Injection)}
-        if value["injection"] not in known:
+        if not isinstance(value["injection"], str) or value["injection"] not in known:
             raise FileError(
                 f"load: the file is of an injection {value['injection']!r}, which is not known here. Import "
                 f"the module that defines it. {near(value['injection'], known)}"

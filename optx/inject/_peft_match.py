@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from optx.inject._file_patterns import full_match
 from optx.inject._module_paths import paths_of
 from optx.inject._part import RESERVED
 from optx.inject._weights import is_linear
@@ -48,7 +49,9 @@ def whole_names(config: Mapping[str, Any]) -> tuple[str, ...]:
 def is_feedforward(config: Mapping[str, Any], path: str) -> bool:
     """Whether IA3 scales the input: names are compared with the end of the path, dot or not."""
     names: Any = config.get("feedforward_modules") or ()
-    return bool(re.fullmatch(names, path)) if isinstance(names, str) else path.endswith(tuple(names))
+    if isinstance(names, str):
+        return full_match(names, path, "load: feedforward_modules")
+    return path.endswith(tuple(names))
 
 
 def task_of(model: nn.Module) -> str | None:
@@ -78,14 +81,16 @@ def any_of(paths: Iterable[str]) -> str:
 
 def _excluded(config: Mapping[str, Any], path: str) -> bool:
     excluded: Any = config.get("exclude_modules") or ()
-    if re.fullmatch(excluded, path) if isinstance(excluded, str) else _named(excluded, path):
+    by_pattern = isinstance(excluded, str) and excluded != ""
+    if full_match(excluded, path, "load: exclude_modules") if by_pattern else _named(excluded, path):
         return True
-    return any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in whole_names(config))
+    who = "load: modules_to_save"
+    return any(full_match(rf"(^|.*\.){name}($|\..*)", path, who) for name in whole_names(config))
 
 
 def _is_target(config: Mapping[str, Any], wanted: Any, path: str) -> bool:
     if isinstance(wanted, str):
-        return re.fullmatch(wanted, path) is not None
+        return full_match(wanted, path, "load: target_modules")
     if path in wanted:
         return True
     layers: Any = config.get("layers_to_transform")

@@ -24,6 +24,7 @@ from optx._errors import MergeError, OptxError, TargetError, check_range, warn
 from optx.inject._computes import bias_of, weight_now, weight_of
 from optx.inject._embeddings import peculiar, rows
 from optx.inject._experts import ParameterLoRA
+from optx.inject._file_patterns import full_match
 from optx.inject._injection import Injection, Site
 from optx.inject._low_rank_start import begin, check_init, is_of_weight
 from optx.inject._module_paths import bare_path
@@ -555,4 +556,4 @@ def _entries(option: str, patterns: Mapping[str, float]) -> dict[str, float]:
 def _pattern_of(patterns: Mapping[str, Any], path: str) -> str | None:
     """PEFT's rule: the first key that matches the end of the path."""
     bare = bare_path(path)
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", bare)), None)
+    return next((key for key in patterns if full_match(rf"(.*\.)?({key})", bare, "LoRA: a pattern")), None)
