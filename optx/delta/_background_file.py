@@ -166,10 +166,15 @@ def _direct(file: FileIO) -> FileIO | None:
     flag = getattr(os, "O_DIRECT", 0)
     if not flag:
         return None
+    flag |= getattr(os, "O_NOFOLLOW", 0)
     try:
-        return FileIO(file.name, "r+", opener=lambda path, flags: os.open(path, flags | flag))
+        direct = FileIO(file.name, "r+", opener=lambda path, flags: os.open(path, flags | flag))
     except OSError:
         return None
+    if os.path.samestat(os.fstat(file.fileno()), os.fstat(direct.fileno())):
+        return direct
+    direct.close()  # the name is another file's now
+    return None
 
 
 def _put(file: FileIO, data: memoryview, offset: int) -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from optx.delta._float32_sums import narrow, wide
 from optx.kernels.available import why_unavailable
 
 DENSE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -84,6 +85,6 @@ def add_to(tensor: Tensor, masks: Tensor, scale: float) -> None:
             ternary_cpu.add(tensor, masks, scale)
         torch.autograd.graph.increment_version(tensor)  # the kernels write behind autograd's back
         return
-    sum_dtype = torch.promote_types(tensor.dtype, torch.float32)
+    sum_dtype = wide(tensor.dtype)
     change = dense(masks.cpu(), tuple(tensor.shape), sum_dtype, scale).to(tensor.device)
-    tensor.copy_(tensor.to(sum_dtype).add_(change))
+    tensor.copy_(narrow(tensor.to(sum_dtype).add_(change), tensor.dtype))

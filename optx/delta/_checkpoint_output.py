@@ -8,21 +8,21 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from optx._errors import FileError, OptxError
+from optx._errors import FileError, OptxError, warn
 from optx._safetensors import Entry
 from optx.delta._checkpoint_source import Files, Source
+from optx.delta._claim import claimed
 from optx.delta._safetensors_writer import Writer
+from optx.delta._side_files import copy_others
+from optx.delta._work_files import Work, check_new, discard, notes, start_anew, work_of
 
 Tensors = Callable[[str], Tensor | Callable[[int, int], Tensor]]
 """Gives a tensor by name; or a function of begin and end that gives its pieces, flat."""
-
-
-_PLAN = ".plan"
 
 
 def plan_of(*parts: Any) -> str:
@@ -38,6 +38,7 @@ def write_checkpoint(
     *,
     plan: str,
     dtype: torch.dtype | None = None,
+    others: Source | None = None,
     progress: Callable[[Iterable[str]], Iterable[str]] = lambda names: names,
     layout: Mapping[str, Mapping[str, Entry]] | None = None,
     finish: Callable[[Path], None] = lambda folder: None,
@@ -56,31 +57,49 @@ def write_checkpoint(
         tensors: gives a tensor by name, in the entry's shape and dtype, or a function that gives its pieces.
         plan: names the computation; see `Writer`.
         dtype: what a folder's ``config.json`` is to say; None leaves it.
+        others: whose configuration and tokenizer go with these tensors, where it isn't ``like``.
         progress: wraps the names, to show how far it is.
         layout: entries by the name of a folder's file, where they can't be laid out like the source's.
         finish: is given a folder that is whole but for its name, to change its other files.
 
     Raises:
-        OptxError: ``out`` exists, or the disk is too small.
+        OptxError: ``out`` exists or is being written, or the disk is too small.
     """
-    if os.path.lexists(out):
-        raise OptxError(f"out: {str(out)!r} exists already. Give another name, or delete it.")
-    _check_room(out, sum(entry.nbytes for entry in entries.values()))
-    try:
-        if out.suffix == ".safetensors":
-            _write_file(out, entries, tensors, plan, progress)
-        else:
-            _write_folder(out, like, entries, tensors, plan, dtype, progress, layout, finish)
-    except OptxError as error:
-        if not isinstance(error.__cause__, OSError):  # a disk may have room the next time
-            _discard(out)
-        raise
+    check_new(out)
+    with claimed(out):
+        _check_room(out, sum(entry.nbytes for entry in entries.values()))
+        try:
+            if out.suffix == ".safetensors":
+                _write_file(out, entries, tensors, plan, progress)
+            else:
+                side = _side_folder(out, like, others)
+                _write_folder(out, like, side, entries, tensors, plan, dtype, progress, layout, finish)
+        except OptxError as error:
+            if not isinstance(error.__cause__, OSError):  # a disk may have room the next time
+                discard(out)
+            raise
     return out
+
+
+def _side_folder(out: Path, like: Source, others: Source | None) -> Path | None:
+    """The folder whose configuration and tokenizer go with the result."""
+    if others is None:
+        return like.path if isinstance(like, Files) and like.path.is_dir() else None
+    if isinstance(others, Files) and others.path.is_dir():
+        return others.path
+    if isinstance(like, Files) and like.path.is_dir():
+        warn(
+            f"{str(out)!r} has tensors of the tuned model's shapes, and the base's configuration and "
+            "tokenizer, as the tuned model is no folder. Put its own in their place."
+        )
+        return like.path
+    return None
 
 
 def _write_folder(
     out: Path,
     like: Source,
+    side: Path | None,
     entries: Mapping[str, Entry],
     tensors: Tensors,
     plan: str,
@@ -89,32 +108,38 @@ def _write_folder(
     layout: Mapping[str, Mapping[str, Entry]] | None,
     finish: Callable[[Path], None],
 ) -> None:
-    aside = _aside(out, plan)
+    work = work_of(out)
     folder = like if isinstance(like, Files) and like.path.is_dir() else None
     files = layout or (_by_file(folder, entries) if folder else {"model.safetensors": entries})
-    for name, content in files.items():
-        if not (aside / name).exists():
-            _write_file(aside / name, content, tensors, plan, progress)
-    if folder:
-        _copy_others(folder.path, aside, entries)
-        if dtype is not None and (aside / "config.json").exists():
-            _tell_dtype(aside / "config.json", dtype)
-    if layout is not None:
-        write_index(aside, layout)
-    finish(aside)
-    (aside / _PLAN).unlink()
-    os.replace(aside, out)
+    try:
+        _prepare(work, plan)
+        for name, content in files.items():
+            if not (work.part / name).exists():
+                _write_file(work.part / name, content, tensors, plan, progress)
+            discard(work.part / name)  # a journal that a kill has left beside a finished file
+        if side is not None:
+            copy_others(side, work.part, files, dtype)
+        if layout is not None:
+            write_index(work.part, layout)
+        finish(work.part)
+        if os.path.lexists(out):
+            raise FileError(f"{str(out)!r} could not be written: somebody else has made it meanwhile.")
+        os.replace(work.part, out)
+        work.journal.unlink(missing_ok=True)
+    except OSError as error:
+        raise FileError(f"{str(out)!r} could not be written: {error.strerror}.") from error
 
 
-def _aside(out: Path, plan: str) -> Path:
+def _prepare(work: Work, plan: str) -> None:
     """The hidden folder of this plan; what another plan left in it is thrown away."""
-    aside = out.with_name(f".{out.name}.part")
-    mark = aside / _PLAN
-    if aside.exists() and not (mark.exists() and mark.read_text() == plan):
-        shutil.rmtree(aside)
-    aside.mkdir(parents=True, exist_ok=True)
-    mark.write_text(plan)
-    return aside
+    about = {"plan": plan}
+    there = os.path.lexists(work.part)
+    if there and (notes(work, about) is None or not work.part.is_dir()):
+        start_anew(work, about)
+        shutil.rmtree(work.part) if work.part.is_dir() else work.part.unlink()
+    elif not there:
+        start_anew(work, about)
+    work.part.mkdir(exist_ok=True)
 
 
 def _write_file(
@@ -124,7 +149,10 @@ def _write_file(
     plan: str,
     progress: Callable[[Iterable[str]], Iterable[str]],
 ) -> None:
-    writer = Writer(path, entries, {}, plan)
+    try:
+        writer = Writer(path, entries, {}, plan)
+    except OSError as error:
+        raise FileError(f"{str(path)!r} could not be written: {error.strerror}.") from error
     try:
         for name in progress([name for name in entries if name not in writer.written]):
             made = tensors(name)
@@ -143,10 +171,10 @@ def _write_file(
 
 def _by_file(like: Files, entries: Mapping[str, Entry]) -> dict[str, dict[str, Entry]]:
     """The entries by the name of the source's shard; new ones go into the last."""
-    files: dict[str, dict[str, Entry]] = {file.name: {} for file in like.files}
+    files: dict[str, dict[str, Entry]] = {like.place_of(file): {} for file in like.files}
     for name, entry in entries.items():
-        file = like.file_of(name).name if name in like.entries else like.files[-1].name
-        files[file][name] = entry
+        file = like.file_of(name) if name in like.entries else like.files[-1]
+        files[like.place_of(file)][name] = entry
     return {file: content for file, content in files.items() if content}
 
 
@@ -177,49 +205,12 @@ def write_index(folder: Path, layout: Mapping[str, Mapping[str, Entry]]) -> None
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _copy_others(source: Path, target: Path, entries: Mapping[str, Entry]) -> None:
-    """Configuration, tokenizer and the index; never other weights."""
-    for file in sorted(source.iterdir()):
-        if file.name.endswith(".safetensors.index.json"):
-            index = json.loads(file.read_text())
-            index["weight_map"] = {n: f for n, f in index["weight_map"].items() if n in entries}
-            index.setdefault("metadata", {})["total_size"] = sum(e.nbytes for e in entries.values())
-            (target / file.name).write_text(json.dumps(index, indent=2) + "\n")
-        elif file.is_file() and file.suffix in (".json", ".txt", ".model", ".jinja", ".md", ".py"):
-            shutil.copyfile(file, target / file.name)
-
-
-def _tell_dtype(path: Path, dtype: torch.dtype) -> None:
-    """Have a transformers configuration, and those inside it, name another dtype."""
-    name = str(dtype).removeprefix("torch.")
-
-    def changed(value: Any, top: bool = False) -> Any:
-        if not isinstance(value, dict):
-            return value
-        table = cast(dict[str, Any], value)
-        keys = {"dtype", "torch_dtype"} & table.keys() or ({"torch_dtype"} if top else set())
-        return {key: changed(inner) for key, inner in table.items()} | dict.fromkeys(keys, name)
-
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(changed(config, top=True), indent=2) + "\n")
-
-
-def _discard(out: Path) -> None:
-    """Delete what an unfinished write left beside its target."""
-    for ending in ("part", "journal"):
-        part = out.with_name(f".{out.name}.{ending}")
-        if part.is_dir():
-            shutil.rmtree(part)
-        else:
-            part.unlink(missing_ok=True)
-
-
 def _check_room(out: Path, needed: int) -> None:
     folder = out.parent
     while not folder.exists():
         folder = folder.parent
-    part = out.with_name(f".{out.name}.part")
-    parts = part.glob("*") if part.is_dir() else [part]
+    part = work_of(out).part
+    parts = part.rglob("*") if part.is_dir() else [part]
     # Blocks and not the size: a file that is begun is as long as its last byte, and may be full of holes.
     written = sum(p.stat().st_blocks * 512 for p in parts if p.is_file())
     free = shutil.disk_usage(folder).free

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
-from optx._errors import FileError, OptxError, ShapeError, near
-from optx._safetensors import Entry, Reader, shards
+from optx._errors import FileError, OptxError, ShapeError
+from optx._safetensors import Entry, Reader, read_json, shards
+from optx.delta._mixed_sum import AllOf
+from optx.delta._refusals import check_numbers, plain_tensor
 
 Checkpoint: TypeAlias = nn.Module | Mapping[str, Tensor] | str | PathLike[str]
 """A module, a state dict, a safetensors file, or a folder with one or several of them."""
@@ -48,9 +50,9 @@ class Source(ABC):
         """The numbers ``begin`` to ``end`` of one tensor, flat; not to be written to."""
 
     @property
+    @abstractmethod
     def state(self) -> tuple[object, ...]:
-        """Plain values that change when the tensors do, for plans: a hash of each one's first numbers."""
-        return tuple(self.fingerprint(name) for name in self.entries)
+        """Values that are told apart by their text, for plans: another whenever the tensors are others."""
 
     def fingerprint(self, name: str) -> str:
         """A hash of a tensor's shape and first numbers: tells checkpoints apart without reading them."""
@@ -71,8 +73,9 @@ class Memory(Source):
         for name, tensor in tensors.items():
             if not isinstance(tensor, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise OptxError(f"{label}: {name!r} is a {type(tensor).__name__}, not a tensor.")
+            tensor = plain_tensor(label, name, tensor)
             key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
-            if tensor.numel() and not tensor.is_meta and key in first:
+            if tensor.numel() and key in first:
                 self.tied[name] = first[key]
                 continue
             first[key] = name
@@ -96,6 +99,17 @@ class Memory(Source):
         return flat[begin:end]
 
     @property
+    def state(self) -> tuple[object, ...]:
+        """A hash of every number, made when it is asked for its text."""
+        return (AllOf(self._tensors),)
+
+    def places(self) -> dict[str, tuple[object, ...]]:
+        """Where each tensor lies in memory, and how."""
+        return {
+            n: (t.data_ptr(), t.device, t.dtype, tuple(t.shape), t.stride()) for n, t in self._tensors.items()
+        }
+
+    @property
     def label(self) -> str:
         """What it is."""
         return self._label
@@ -109,8 +123,8 @@ class Files(Source):
         self.files = list(shards(path)) if path.is_dir() else [path]
         self._where: dict[str, Reader] = {}
         self.tied = {}  # a file holds a tied tensor once, or as two that are equal
-        for file in self.files:
-            reader = Reader(file)
+        self._readers = [Reader(file) for file in self.files]
+        for reader in self._readers:
             for name in reader.entries:
                 if name in self._where:
                     raise FileError(f"{name!r} is in two files of {str(path)!r}.")
@@ -131,13 +145,24 @@ class Files(Source):
 
     @property
     def state(self) -> tuple[object, ...]:
-        """Names, sizes and times of the files, besides."""
-        stats = ((file.name, file.stat()) for file in self.files)
-        return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+        """Of each file its name, its place on the disk, size and times; see `Reader.state`."""
+        return tuple(reader.state for reader in self._readers)
 
     def file_of(self, name: str) -> Path:
         """The shard that a tensor is in."""
         return self._where[name].path
+
+    def place_of(self, file: Path) -> str:
+        """A shard's name in the folder, with the folder below that it may be in."""
+        return file.relative_to(self.path).as_posix() if self.path.is_dir() else file.name
+
+    def config(self) -> dict[str, Any]:
+        """What the folder's ``config.json`` says, if it has one that can be read."""
+        try:
+            found = read_json(self.path / "config.json", 10_000_000)
+        except FileError:
+            return {}
+        return cast(dict[str, Any], found) if isinstance(found, dict) else {}
 
     @property
     def label(self) -> str:
@@ -159,10 +184,18 @@ def check_alike(who: str, name: str, entry: Entry, where: str, old: Entry, advic
     if old.shape != entry.shape:
         raise ShapeError(
             f"{who}: {name!r} has shape {entry.shape} in {where} and {old.shape} in base. {advice} with "
-            "exclude=, or resize one."
+            f"exclude=, or resize one{_resizing(entry, old)}."
         )
     if old.dtype.is_floating_point != entry.dtype.is_floating_point:
         raise OptxError(f"{who}: {name!r} is {entry.dtype} in {where} and {old.dtype} in base.")
+    check_numbers(who, name, entry, where)
+    check_numbers(who, name, old, "base")
+
+
+def _resizing(entry: Entry, old: Entry) -> str:
+    """How, where it is a matter of new tokens."""
+    rows = (len(entry.shape), entry.shape[1:]) == (len(old.shape), old.shape[1:])
+    return " (new tokens: model.resize_token_embeddings)" if rows and len(old.shape) == 2 else ""
 
 
 def open_source(checkpoint: Checkpoint | Source, what: str) -> Source:
@@ -196,22 +229,3 @@ def open_source(checkpoint: Checkpoint | Source, what: str) -> Source:
         f"{what} is a {type(checkpoint).__name__}; it must be a module, a state dict, a safetensors file, or "
         "a folder of them."
     )
-
-
-def check_same(old: Source, new: Source, keep: Callable[[str], bool]) -> None:
-    """That base and tuned have the same tensors, of those to be kept; the error names one."""
-    for name, entry in new.entries.items():
-        if not keep(name):
-            continue
-        if name not in old.entries:
-            raise OptxError(
-                f"Delta.between: tuned has {name!r}, which base lacks. {near(name, old.entries)} Leave it "
-                "out with exclude=."
-            )
-        check_alike("Delta.between", name, entry, "tuned", old.entries[name], "Leave it out")
-    for name in old.entries:
-        if keep(name) and name not in new.entries and name not in new.tied:
-            raise OptxError(
-                f"Delta.between: base has {name!r}, which tuned lacks. {near(name, new.entries)} Leave it "
-                "out with exclude=."
-            )

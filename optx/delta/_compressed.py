@@ -19,6 +19,7 @@ from torch import Tensor
 from optx._errors import OptxError, ShapeError, check_range
 from optx._safetensors import Entry
 from optx.delta import _bitmask as bitmask
+from optx.delta._apply import verified
 from optx.delta._checkpoint_source import Checkpoint, open_source
 from optx.delta._compressed_file import describe, file_size, from_state, read, write
 from optx.delta._delta import Delta
@@ -26,6 +27,12 @@ from optx.delta._signs import About, Signs, decoded
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+_NOT_THE_BASE = (
+    "Compressed.add_to: this is not the base that the delta was taken from: {} differs. check=False adds "
+    "it all the same."
+)
 
 
 class Compressed:
@@ -184,6 +191,11 @@ class Compressed:
         for name, tensor in ((n, source.read(n)) for n in self.masks if n in source.entries):
             if not tensor.is_floating_point():
                 raise OptxError(f"Compressed.add_to: {name!r} is {tensor.dtype} in the model.")
+        if check:  # by every number, before the first of them changes
+            base = verified(delta, source, _NOT_THE_BASE)
+            for name in delta.floating:
+                if name in source.entries:
+                    base.read(name)
         with torch.no_grad():
             for name, mask in self.masks.items():
                 if name in source.entries:
@@ -311,11 +323,15 @@ def _combined(kind: str, blobs: Sequence[Compressed], shares: Sequence[float], e
         raise OptxError(f"Compressed.{kind}: there is no delta to combine; give at least one.")
     entries: dict[str, Entry] = {}
     fingerprints: dict[str, str] = {}
+    contents: dict[str, str] = {}
     for blob in blobs:
         for name, entry in blob.entries.items():
             _check_shape(name, entries.setdefault(name, decoded(entry)), entry)
-        for name, print_ in blob.about.fingerprints.items():
-            if fingerprints.setdefault(name, print_) != print_:
+        for known, name, print_ in [
+            *((fingerprints, *item) for item in blob.about.fingerprints.items()),
+            *((contents, *item) for item in blob.about.contents.items()),
+        ]:
+            if known.setdefault(name, print_) != print_:
                 raise OptxError(
                     f"Compressed.{kind}: the deltas are of different bases; they differ at {name!r}."
                 )
@@ -334,4 +350,4 @@ def _combined(kind: str, blobs: Sequence[Compressed], shares: Sequence[float], e
 
     recipe = (kind, tuple(shares), tuple(blob.delta().recipe for blob in blobs))
     tied = {name: first for blob in blobs for name, first in blob.about.tied.items()}
-    return Delta(entries, read, recipe=recipe, fingerprints=fingerprints, tied=tied)
+    return Delta(entries, read, recipe=recipe, fingerprints=fingerprints, contents=contents, tied=tied)

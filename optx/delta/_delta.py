@@ -6,20 +6,22 @@ Source: task vectors, Editing Models with Task Arithmetic, arXiv 2212.04089, sec
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import torch
 from torch import Tensor
 
 from optx._errors import OptxError, ShapeError, near
-from optx._safetensors import Entry
+from optx.delta._apply import Onto
+from optx.delta._between import Renamed, in_order, pairs
 from optx.delta._checkpoint_output import plan_of, write_checkpoint
-from optx.delta._checkpoint_source import Checkpoint, Files, Source, check_same, open_source
+from optx.delta._checkpoint_source import Checkpoint, Files, Source, open_source
+from optx.delta._content import Watched
 from optx.delta._delta_file import open_delta, save_delta
 from optx.delta._delta_pruning import Prunable
-from optx.delta._float32_sums import add, difference, difference_dtype
+from optx.delta._float32_sums import change_of, difference
 from optx.delta._lora import lora_difference
 from optx.delta._name_filter import chooser
 from optx.delta._one_pass import OnePass
@@ -59,39 +61,59 @@ class Delta(Prunable):
         *,
         include: str | None = None,
         exclude: str | None = None,
+        whole: str | None = None,
     ) -> Self:
         """Tuned minus base.
+
+        A tensor that one of them has once and the other twice (a tied output head) is paired with what it
+        is tied to.
 
         Args:
             base: a module, a state dict, a safetensors file, or a folder with one or several of them.
             tuned: the same model after fine-tuning, likewise.
             include: regex (full match) of names to keep; None keeps all.
-            exclude: regex of names to leave out, such as ``r".*lm_head.*"``.
+            exclude: regex of names to leave out, such as ``r".*lm_head.*"``: they stay as the base's.
+            whole: regex of names that are taken from the tuned model as they are where the base lacks them or
+                has them in another shape: a new head, a larger vocabulary. What is applied then has the tuned
+                model's shapes, and its configuration and tokenizer.
 
         Raises:
-            OptxError: the names differ, or nothing is left.
+            OptxError: the names differ, nothing is left, or a tensor is quantised, sharded or offloaded.
             ShapeError: a tensor has two shapes; names it.
             FileError: a file is missing or damaged.
         """
-        old, new = open_source(base, "base"), open_source(tuned, "tuned")
+        old, source = Watched(open_source(base, "base")), open_source(tuned, "tuned")
         keep = chooser(include, exclude)
-        names = [name for name in new.entries if keep(name)]
-        check_same(old, new, keep)
+        found = pairs(old.inner, source, keep, chooser(whole, None) if whole else lambda _name: False)
+        names = in_order(found, source)
         if not names:
             raise OptxError(f"Delta.between: include={include!r} and exclude={exclude!r} leave nothing.")
+        new = Renamed(source, found.places, found.tied)
 
         def piece(name: str, begin: int, end: int) -> Tensor:
-            return difference(old.piece(name, begin, end), new.piece(name, begin, end))
+            after = new.piece(name, begin, end)
+            return after if name in found.whole else difference(old.piece(name, begin, end), after)
 
         def read(name: str) -> Tensor:
-            whole = new.entries[name].dtype.is_floating_point
-            return difference(old.read(name), new.read(name)) if whole else new.read(name)
+            after = new.read(name)
+            change = after.dtype.is_floating_point and name not in found.whole
+            return difference(old.read(name), after) if change else after
 
-        entries = {n: Entry(new.entries[n].shape, difference_dtype(new.entries[n].dtype)) for n in names}
-        prints = {n: old.fingerprint(n) for n in names if old.entries[n].dtype.is_floating_point}
-        recipe = ("between", old.label, old.state, new.label, new.state)
-        made = cls(entries, read, recipe=recipe, fingerprints=prints, tied=new.tied, piece=piece)
+        entries = {n: entry if n in found.whole else change_of(entry) for n, entry in new.entries.items()}
+        entries = {n: entries[n] for n in names}
+        floats = [n for n in names if entries[n].dtype.is_floating_point and n not in found.whole]
+        made = cls(
+            entries,
+            read,
+            recipe=("between", old.label, old.state, new.label, new.state, sorted(found.whole)),
+            fingerprints={n: old.fingerprint(n) for n in floats},
+            tied=found.tied,
+            piece=piece,
+            whole=found.whole,
+            bases=[old],
+        )
         made._one_pass = OnePass(old, new)
+        made._tuned = source if found.whole else None
         return made
 
     @classmethod
@@ -103,7 +125,12 @@ class Delta(Prunable):
         """
         entries, read, about = open_delta(Path(path))
         return cls(
-            entries, read, recipe=("load", str(path), about["plan"]), fingerprints=about["fingerprints"]
+            entries,
+            read,
+            recipe=("load", str(path), about["plan"], about["state"]),
+            fingerprints=about["fingerprints"],
+            contents=about["contents"],
+            whole=about["whole"],
         )
 
     @classmethod
@@ -184,59 +211,38 @@ class Delta(Prunable):
         self._check_base(source)
         if out is None and isinstance(source, Files):
             raise OptxError("Delta.apply: base is on the disk; give out=, where the result is written to.")
-
+        entries = {
+            **source.entries,
+            **{n: e for n, e in self.entries.items() if n in self.whole},
+        }
+        onto = Onto(self, source, scale)
         if out is None:
-            made = {name: self._applied(source, name, scale) for name in source.entries}
-            return {**made, **{name: made[first] for name, first in source.tied.items()}}
-        pieces = self._pieces_onto(source, scale)
+            made = {name: onto.whole(name) for name in entries}
+            return {**made, **{name: made[first] for name, first in source.tied.items() if name not in made}}
         plan = plan_of("apply", source.label, source.state, scale, self.recipe)
         return write_checkpoint(
             Path(out).expanduser(),
             source,
-            source.entries,
-            lambda name: pieces(name) or self._applied(source, name, scale),
+            entries,
+            lambda name: onto.pieces(name) or onto.whole(name),
             plan=plan,
+            others=self._tuned,
             progress=progress,
         )
 
-    def _applied(self, source: Source, name: str, scale: float) -> Tensor:
-        """One tensor of the result, whole."""
-        if name not in self.entries:
-            return source.read(name).clone()
-        if not source.entries[name].dtype.is_floating_point:
-            tensor = source.read(name)
-            return self._read(name).to(tensor.device, tensor.dtype, copy=True)
-        if self._one_pass is not None and scale == 1.0:
-            count, shape = source.entries[name].numel, source.entries[name].shape
-            return self._one_pass.onto(source, name, 0, count).view(shape)
-        return add(source.read(name), self._read(name), scale)
-
-    def _pieces_onto(
-        self, source: Source, scale: float
-    ) -> Callable[[str], Callable[[int, int], Tensor] | None]:
-        """By name, what gives the result by pieces, if anything does."""
-        one_pass, inner = self._one_pass, self._piece
-
-        def pieces(name: str) -> Callable[[int, int], Tensor] | None:
-            if name not in self.entries:
-                return lambda begin, end: source.piece(name, begin, end)
-            if not source.entries[name].dtype.is_floating_point:
-                return None
-            if one_pass is not None and scale == 1.0:
-                return partial(one_pass.onto, source, name)
-            if inner is not None:
-                change = partial(inner, name)
-                return lambda begin, end: add(source.piece(name, begin, end), change(begin, end), scale)
-            return None
-
-        return pieces
-
     def _check_base(self, source: Source) -> None:
         for name, entry in self.entries.items():
+            if name in self.whole:
+                continue
             if name not in source.entries:
                 first = source.tied.get(name)
                 if first is None:
                     raise OptxError(f"Delta.apply: base has no {name!r}. {near(name, source.entries)}")
+                if first not in self.entries or not torch.equal(self[name], self[first]):
+                    raise OptxError(
+                        f"Delta.apply: {name!r} is tied to {first!r} in base, and changes by itself in the "
+                        "delta. Untie them in base, or leave it out with subset(exclude=...)."
+                    )
                 continue
             if source.entries[name].shape != entry.shape:
                 raise ShapeError(

@@ -12,7 +12,6 @@ The header's string ``optx`` is JSON: ``kind`` (``"delta"``), ``version``, ``pla
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,16 +23,19 @@ import torch
 from torch import Tensor
 
 from optx._errors import FileError, OptxError
-from optx._safetensors import DTYPES, NAMES, Entry, Reader
+from optx._safetensors import NAMES, Entry, Reader, brief, entry_of
 from optx.delta._checkpoint_output import plan_of
+from optx.delta._claim import claimed
 from optx.delta._compressed_file import is_compressed, read
 from optx.delta._difference import Difference
 from optx.delta._safetensors_writer import Writer
+from optx.delta._work_files import check_new, work_of
 
 Opened: TypeAlias = tuple[dict[str, Entry], Callable[[str], Tensor], dict[str, Any]]
 """Shapes and dtypes by name, a reader by name, and ``{"plan": ..., "fingerprints": {name: str}}``."""
 
 _VERSION = 1
+_MOST_ZEROS = 1 << 40  # numbers of a tensor that a few bytes stand for
 _GAPS = (torch.uint8, torch.uint16, torch.uint32)
 
 
@@ -56,10 +58,16 @@ def save_delta(delta: Difference, path: Path) -> Path:
     """
     if path.suffix != ".safetensors":
         raise OptxError(f"Delta.save: {str(path)!r} must end in .safetensors.")
-    if os.path.lexists(path):
-        raise OptxError(f"Delta.save: {str(path)!r} exists already. Give another name, or delete it.")
+    check_new(path, "Delta.save")
     if clash := next((name for name in delta.entries if "::" in name), None):
         raise OptxError(f"Delta.save: {clash!r} has '::' in its name, which the file's own entries use.")
+    with claimed(path):
+        return _save(delta, path)
+
+
+def _save(delta: Difference, path: Path) -> Path:
+    for base in delta.bases:
+        base.watch()  # the first pass reads all of the bases: their hashes cost no reading of their own
     forms = {name: _form(name, tensor) for name, tensor in delta.items()}
     plan = plan_of("save", delta.recipe)
     about = {
@@ -67,6 +75,8 @@ def save_delta(delta: Difference, path: Path) -> Path:
         "version": _VERSION,
         "plan": plan,
         "fingerprints": delta.fingerprints,
+        "contents": {name: found for name in delta.floating if (found := delta.content(name))},
+        "whole": sorted(delta.whole),
         "tensors": {
             name: {"form": forms[name].form, "shape": list(entry.shape), "dtype": NAMES[entry.dtype]}
             for name, entry in delta.entries.items()
@@ -74,7 +84,6 @@ def save_delta(delta: Difference, path: Path) -> Path:
     }
     parts = {part: entry for form in forms.values() for part, entry in form.parts.items()}
     _check_room(path, sum(entry.nbytes for entry in parts.values()))
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         writer = Writer(path, parts, {"optx": json.dumps(about)}, plan)
         try:
@@ -98,13 +107,14 @@ def open_delta(path: Path) -> Opened:
     """
     if path.is_file() and is_compressed(path):
         delta = read(path).difference(Difference)
-        return delta.entries, delta.__getitem__, {"plan": delta.recipe, "fingerprints": delta.fingerprints}
+        told = {"fingerprints": delta.fingerprints, "contents": delta.contents, "whole": []}
+        return delta.entries, delta.__getitem__, {"plan": delta.recipe, "state": (), **told}
     reader = Reader(path)
-    about: dict[str, Any] = {}
+    about: Any = None
     try:
         about = json.loads(reader.metadata["optx"])
         known = about["kind"] == "delta"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         known = False
     if not known:
         raise FileError(
@@ -114,23 +124,57 @@ def open_delta(path: Path) -> Opened:
 
 
 def _open_plain(reader: Reader, about: Mapping[str, Any]) -> Opened:
+    where = f"{str(reader.path)!r}"
     if about.get("version") != _VERSION:
         raise FileError(
-            f"{str(reader.path)!r} has version {about.get('version')!r}; this reads {_VERSION}. Update optx."
+            f"{where} has version {brief(about.get('version'))}; this reads {_VERSION}. Update optx."
         )
     try:
-        entries = {
-            name: Entry(tuple(what["shape"]), DTYPES[what["dtype"]])
-            for name, what in about["tensors"].items()
-        }
+        entries = {name: entry_of(name, what) for name, what in about["tensors"].items()}
         forms = {name: str(what["form"]) for name, what in about["tensors"].items()}
-        told = {"plan": about["plan"], "fingerprints": about["fingerprints"]}
+        told = {
+            "plan": str(about["plan"]),
+            "state": reader.state,
+            "fingerprints": _strings(about["fingerprints"]),
+            "contents": _strings(about.get("contents", {})),
+            "whole": [str(name) for name in about.get("whole", ())],
+        }
         for name, form in forms.items():
-            for part in _parts(name, form):
-                reader.entries[part]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise FileError(f"{str(reader.path)!r} is damaged: its header lacks {error}.") from None
+            _check_parts(reader, name, entries[name], form)
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        if isinstance(error, FileError):
+            raise
+        lacks = f"lacks {brief(error.args[0])}" if isinstance(error, KeyError) else brief(error, quote=False)
+        raise FileError(f"{where} is damaged: its header {lacks}.") from None
     return entries, lambda name: _decode(reader, name, entries[name], forms[name]), told
+
+
+def _strings(table: Any) -> dict[str, str]:
+    if not isinstance(table, dict) or not all(isinstance(text, str) for text in table.values()):
+        raise ValueError("has a table of strings that is none")
+    return table
+
+
+def _check_parts(reader: Reader, name: str, entry: Entry, form: str) -> None:
+    """Raise unless the stored tensors fit the one that they make: before its memory is asked for."""
+    parts = [reader.entries[part] for part in _parts(name, form)]
+    values, where = parts[0], parts[-1]
+    fits = values.dtype == entry.dtype
+    if form == "dense":
+        fits = fits and values.shape == entry.shape
+    elif form == "sparse":
+        fits = fits and len(values.shape) == len(where.shape) == 1 and where.dtype in _GAPS
+        # A code stands for so many zeros and one number at most.
+        fits = fits and entry.numel <= _MOST_ZEROS and values.numel <= where.numel
+    else:
+        rest = (*values.shape[:1], *values.shape[2:]) == (*entry.shape[:1], *entry.shape[2:])
+        fits = fits and len(entry.shape) > 1 and len(values.shape) == len(entry.shape) and rest
+        fits = fits and where.dtype == torch.int32 and where.shape == values.shape[1:2]
+        fits = fits and where.numel <= entry.shape[1] and entry.numel <= _MOST_ZEROS
+    if not fits:
+        raise FileError(
+            f"{str(reader.path)!r} is damaged: what it has of {name!r} does not make that tensor."
+        )
 
 
 def _parts(name: str, form: str) -> tuple[str, ...]:
@@ -203,22 +247,30 @@ def _decode(reader: Reader, name: str, entry: Entry, form: str) -> Tensor:
     if form == "dense":
         return reader.read(name)
     values, where = (reader.read(part) for part in _parts(name, form))
-    out = torch.zeros(entry.shape, dtype=entry.dtype)
+    damaged = FileError(f"{str(reader.path)!r} is damaged: the places of {name!r} don't fit its shape.")
     try:
-        if form == "columns":
-            out[:, where.long()] = values
-        else:
-            codes = where.numpy()
-            full = np.iinfo(codes.dtype).max
-            last = codes != full
-            steps = codes.astype(np.int64)
-            steps += last
-            places = np.cumsum(steps)[last] - 1
-            out.view(-1)[torch.from_numpy(places)] = values
-    except (IndexError, RuntimeError):
+        out = torch.zeros(entry.shape, dtype=entry.dtype)
+    except (RuntimeError, MemoryError):
         raise FileError(
-            f"{str(reader.path)!r} is damaged: the places of {name!r} don't fit its shape."
+            f"{str(reader.path)!r}: {name!r} is {entry.nbytes / 1e9:.1f} GB, for which there is no memory."
         ) from None
+    if form == "columns":
+        columns = where.long()
+        if len(columns) and (
+            bool((columns.diff() <= 0).any()) or not 0 <= columns[0] <= columns[-1] < out.shape[1]
+        ):
+            raise damaged
+        out[:, columns] = values
+        return out
+    codes = where.numpy()
+    full = np.iinfo(codes.dtype).max
+    last = codes != full
+    steps = codes.astype(np.int64)
+    steps += last
+    places = np.cumsum(steps)[last] - 1
+    if len(places) != len(values) or (len(places) and places[-1] >= out.numel()):
+        raise damaged
+    out.view(-1)[torch.from_numpy(places)] = values
     return out
 
 
@@ -226,7 +278,7 @@ def _check_room(path: Path, needed: int) -> None:
     folder = path.parent
     while not folder.exists():
         folder = folder.parent
-    part = path.with_name(f".{path.name}.part")
+    part = work_of(path).part
     free = shutil.disk_usage(folder).free + (part.stat().st_blocks * 512 if part.exists() else 0)
     if free < needed:
         raise OptxError(

@@ -11,6 +11,7 @@ from optx._errors import OptxError
 from optx.delta import prune, search_q
 from optx.delta._difference import Difference
 from optx.delta._input_stats import InputStats, linear_axes
+from optx.delta._mixed_sum import AllOf
 from optx.delta._name_filter import chooser
 from optx.delta._random_mask import NOTHING
 from optx.delta.prune import Rescale, check_p, dropouts
@@ -166,7 +167,7 @@ class Prunable(Difference):
         """
         check_p("Delta.wanda", p)
         prune.check_stats(self.entries, stats, "Delta.wanda")
-        prints = tuple((name, one.tokens, float(one.norm.sum())) for name, one in stats.items())
+        prints = tuple((name, one.tokens, AllOf({"norm": one.norm})) for name, one in stats.items())
 
         def change(name: str, tensor: Tensor) -> Tensor:
             return prune.wanda(tensor, p, stats[name]) if name in stats else prune.magnitude(tensor, p)

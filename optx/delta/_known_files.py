@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 _WEIGHTS = re.compile(
@@ -42,16 +42,24 @@ def unknown_file(folder: Path, sources: Sequence[Path]) -> str | None:
         sources: folders of the models it may have been made from. Weights are named as theirs, and their
             other files (a model card, code) lie in it as copies: one that was changed since is unknown.
     """
-    for path in sorted(folder.iterdir()):
-        if path.is_symlink() or not path.is_file() or not _known(path, sources):
-            return path.name
-    return None
+    return next(_unknown(folder, "", sources), None)
 
 
-def _known(path: Path, sources: Sequence[Path]) -> bool:
-    if path.name in _TABLES or _WEIGHTS.fullmatch(path.name):
+def _unknown(folder: Path, prefix: str, sources: Sequence[Path]) -> Iterator[str]:
+    for path in sorted((folder / prefix).iterdir()):
+        name = f"{prefix}{path.name}"
+        below = not path.is_symlink() and path.is_dir() and any((s / name).is_dir() for s in sources)
+        if below:  # such as sentence-transformers' 1_Pooling
+            yield from _unknown(folder, f"{name}/", sources)
+        elif path.is_symlink() or not path.is_file() or not _known(path, name, sources):
+            yield name
+
+
+def _known(path: Path, name: str, sources: Sequence[Path]) -> bool:
+    """Whether a file of this name, with its folder, can be made again."""
+    if name in _TABLES or _WEIGHTS.fullmatch(name):
         return True
-    like = [source / path.name for source in sources if (source / path.name).is_file()]
+    like = [source / name for source in sources if (source / name).is_file()]
     if path.name.endswith((".safetensors", ".safetensors.index.json")):
         return bool(like)
     return any(filecmp.cmp(path, other, shallow=False) for other in like)

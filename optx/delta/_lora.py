@@ -5,7 +5,7 @@ Source: LoRA, arXiv 2106.09685, section 4.1; the files are PEFT's.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from optx._errors import FileError, OptxError, ShapeError, near
-from optx._safetensors import Entry
+from optx._safetensors import Entry, read_json
 from optx.delta._checkpoint_source import Checkpoint, Files, Source, open_source
 from optx.delta._difference import Difference
 from optx.delta._float32_sums import difference_dtype
+from optx.inject._file_bounds import check_config
 from optx.inject._low_rank_start import is_of_weight
 from optx.inject._peft_read import check_options, lora_from
 from optx.inject._peft_start import start_of
@@ -33,11 +34,14 @@ def lora_difference(kind: type[D], folder: Path, target: str, base: Checkpoint |
     if target not in ("product", "factors"):
         raise OptxError(f"Delta.lora: target is {target!r}; it must be 'product' or 'factors'.")
     try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-    except (OSError, ValueError) as error:
+        config = read_json(folder / "adapter_config.json", 100_000_000)
+    except FileError as error:
         raise FileError(
-            f"Delta.lora: {str(folder)!r} has no adapter_config.json that can be read ({error})."
+            f"Delta.lora: {str(folder)!r} has no adapter_config.json that can be read ({error})"
         ) from None
+    if not isinstance(config, dict):
+        raise FileError(f"Delta.lora: the adapter_config.json of {str(folder)!r} is no table.")
+    check_config(config, f"Delta.lora: {str(folder / 'adapter_config.json')!r}")
     if config.get("peft_type") != "LORA" or config.get("use_dora"):
         what = "DORA" if config.get("use_dora") else config.get("peft_type")
         raise OptxError(f"Delta.lora: {str(folder)!r} is an adapter of kind {what!r}; it must be LORA.")
@@ -65,6 +69,8 @@ def lora_difference(kind: type[D], folder: Path, target: str, base: Checkpoint |
             recipe=recipe,
             piece=lambda name, begin, end: source.piece(name, begin, end).to(entries[name].dtype),
         )
+    for stem in pairs:
+        _check_factors(lora, stem, source.entries, str(folder))
     stems = {f"{stem.removeprefix(PREFIX)}.weight": stem for stem in pairs}
 
     def shape(stem: str) -> tuple[int, ...]:
@@ -115,3 +121,18 @@ def _taken_off(origin: Source, name: str, lora: LoRA, turned: bool, product: Ten
         )
     A, B = start_of(lora, W, name.removesuffix(".weight"), where)
     return (B @ A).to(product)
+
+
+def _check_factors(lora: LoRA, stem: str, entries: Mapping[str, Entry], folder: str) -> None:
+    """Raise unless two factors go together, and their rank is the configuration's."""
+    a, b = entries[stem + _A], entries[stem + _B]
+    rank = lora.rank_at(stem.removeprefix(PREFIX))
+    if a.shape[0] != b.shape[1] or a.shape[0] != rank:
+        raise FileError(
+            f"Delta.lora: {folder!r} has factors of shapes {a.shape} and {b.shape} for {stem!r}, and its "
+            f"configuration says rank {rank}."
+        )
+    if not (a.dtype.is_floating_point and b.dtype.is_floating_point):
+        raise FileError(
+            f"Delta.lora: {folder!r} has factors of {a.dtype} and {b.dtype} for {stem!r}: no floats."
+        )

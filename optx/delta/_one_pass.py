@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from optx.delta._checkpoint_source import Files, Source
+from optx.delta._checkpoint_source import Source
+from optx.delta._float32_sums import check_overflow, finite
 from optx.delta._random_mask import NOTHING, Dropout
 
 
@@ -29,12 +30,18 @@ class OnePass:
     new: Source
     dropouts: Callable[[str], Dropout] = _keeps_all
 
-    def onto(self, base: Source, name: str, begin: int, end: int) -> Tensor:
-        """A flat piece of the base with its change."""
+    def onto(self, base: Source | None, name: str, begin: int, end: int) -> Tensor:
+        """A flat piece of the base with its change; None: the base that the difference is of.
+
+        Raises:
+            OptxError: numbers became too large for the base's dtype.
+        """
         old, new = self.old.piece(name, begin, end), self.new.piece(name, begin, end)
-        same = base is self.old or (isinstance(base, Files) and base.label == self.old.label)
-        mine = old if same else base.piece(name, begin, end)
-        return self.dropouts(name).onto(mine, old, new, begin)
+        mine = old if base is None else base.piece(name, begin, end)
+        made = self.dropouts(name).onto(mine, old, new, begin)
+        if not finite(made):
+            check_overflow("Delta.apply", name, made, mine, new)
+        return made
 
     def pruned(self, dropouts: Callable[[str], Dropout]) -> OnePass | None:
         """The same with dropouts; None if it has some, since two masks take more than one pass."""

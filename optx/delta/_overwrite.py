@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from optx._errors import OptxError
+from optx.delta._claim import claimed
 from optx.delta._inputs import Inputs, at_or_in, entry_of, expanded
 from optx.delta._known_files import unknown_file
 
@@ -40,10 +41,15 @@ def output(out: Path, overwrite: bool, inputs: Sequence[Path]) -> Generator[Path
         raise OptxError(f"out: {str(out)!r} exists already. Give another name, or --overwrite to replace it.")
     if why := _why_not(out, read):
         raise _refused(out, why)
-    _delete(new)  # one that was done and never took its place
-    yield new
-    if why := _why_not(out, read):  # somebody has put a file there since
-        raise OptxError(f"out: {str(out)!r} is not overwritten: {why}. The new one is {str(new)!r}.")
+    with claimed(new):  # a second command neither deletes what this one writes, nor renames in between
+        _delete(new)  # one that was done and never took its place
+        yield new
+        if why := _why_not(out, read):  # somebody has put a file there since
+            raise OptxError(f"out: {str(out)!r} is not overwritten: {why}. The new one is {str(new)!r}.")
+        _put_in_place(new, out, old, gone)
+
+
+def _put_in_place(new: Path, out: Path, old: Path, gone: Path) -> None:
     if not out.is_dir():
         os.replace(new, out)
         return

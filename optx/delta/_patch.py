@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from optx._errors import MergeError, OptxError, ShapeError, check_choice, near
+from optx.delta._float32_sums import wide
 from optx.delta._options import PerModel, per_model
 
 Change = Mapping[str, Tensor]
@@ -325,7 +326,7 @@ def _sum(under: Tensor, terms: Sequence[tuple[float, Tensor]]) -> Tensor:
     """Under + factor * change + ..., rounded once; without changes, every bit of it."""
     if not terms:
         return under
-    summed = under.to(torch.promote_types(under.dtype, torch.float32), copy=True)
+    summed = under.to(wide(under.dtype), copy=True)
     for factor, change in terms:
         summed.add_(change.to(summed.device, summed.dtype), alpha=factor)
     return summed.to(under.dtype)

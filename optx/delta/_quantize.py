@@ -109,6 +109,11 @@ def _values(codes: Tensor, levels: int, low: float, high: float) -> Tensor:
     return codes / (levels - 1) * (high - low) + low
 
 
+def packed_bytes(count: int, levels: int) -> int:
+    """Bytes that so many codes take."""
+    return -(-count // (8 // _bits(levels)))
+
+
 def _bits(levels: int) -> int:
     """Of a code: 1, 2, 4 or 8, so that none lies across two bytes."""
     return next(bits for bits in (1, 2, 4, 8) if levels <= 1 << bits)

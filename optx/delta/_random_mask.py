@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from optx._buffers import empty
+from optx.delta._float32_sums import difference, narrow, wide
 from optx.kernels.available import why_unavailable
 
 _SPAN = 1 << 63
@@ -98,12 +99,12 @@ class Dropout:
 
     def _onto_torch(self, base: Tensor, old: Tensor, new: Tensor, begin: int) -> Tensor:
         kept = self.keep(begin, base.numel(), base.device)
-        sum_dtype = torch.promote_types(torch.promote_types(new.dtype, old.dtype), torch.float32)
-        change = (new.to(sum_dtype) - old.to(sum_dtype)).div_(self.q)
-        sum_dtype = torch.promote_types(base.dtype, sum_dtype)
-        moved = (base.to(sum_dtype) + change).to(base.dtype)
+        change = difference(old, new).div_(self.q)
+        sum_dtype = wide(base.dtype, change.dtype)
+        moved = narrow(base.to(sum_dtype) + change, base.dtype)
         if self.q == 1.0:
-            moved = torch.where(base.to(sum_dtype) == old.to(sum_dtype), new.to(base.dtype), moved)
+            same = base.to(sum_dtype) == old.to(sum_dtype)
+            moved = torch.where(same, narrow(new.to(sum_dtype), base.dtype), moved)
         return torch.where(kept, moved, base)
 
     def _numbers(self, begin: int) -> tuple[np.uint64, np.uint64, np.uint64]:

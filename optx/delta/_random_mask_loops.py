@@ -62,18 +62,23 @@ def scale(x, begin, key, threshold, q):
 
 @njit(nogil=True, cache=True)
 def onto_f32(base, old, new, out, begin, key, threshold, q):
-    """base + kept (new - old) / q; an unscaled change of the very base gives new itself."""
-    start, whole = key + begin * STEP, q == np.float32(1)
+    """base + kept (new - old) / q; an unscaled change of the very base gives new itself.
+
+    Equal numbers have no change: the difference of two infinities is none.
+    """
+    start, whole, none = key + begin * STEP, q == np.float32(1), np.float32(0)
     for i in range(out.shape[0]):
-        moved = new[i] if whole and base[i] == old[i] else base[i] + (new[i] - old[i]) / q
+        change = (new[i] - old[i]) / q if new[i] != old[i] else none
+        moved = new[i] if whole and base[i] == old[i] else base[i] + change
         out[i] = moved if _kept(start + np.uint64(i) * STEP, threshold) else base[i]
 
 
 @njit(nogil=True, cache=True)
 def onto_bf16(base, old, new, out, begin, key, threshold, q):
     """The same on the bits of bfloat16, with one rounding at the end."""
-    start, whole = key + begin * STEP, q == np.float32(1)
+    start, whole, none = key + begin * STEP, q == np.float32(1), np.float32(0)
     for i in range(out.shape[0]):
-        sum_ = _float32_of(base[i]) + (_float32_of(new[i]) - _float32_of(old[i])) / q
+        change = (_float32_of(new[i]) - _float32_of(old[i])) / q if new[i] != old[i] else none
+        sum_ = _float32_of(base[i]) + change
         moved = new[i] if whole and base[i] == old[i] else _narrow(sum_)
         out[i] = moved if _kept(start + np.uint64(i) * STEP, threshold) else base[i]

@@ -5,8 +5,10 @@ The safetensors package writes only what it is given at once.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,8 +20,10 @@ import torch
 from torch import Tensor
 
 from optx._buffers import PIECE, release
+from optx._errors import FileError
 from optx._safetensors import NAMES, Entry
 from optx.delta._background_file import BackgroundFile
+from optx.delta._work_files import notes, opened, start_anew, without_links, work_of
 
 
 class _Making(NamedTuple):
@@ -53,28 +57,41 @@ class Writer:
         self, path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str], plan: str
     ) -> None:
         self.path, self.entries = path, dict(entries)
-        self._part = path.with_name(f".{path.name}.part")
-        self._journal = path.with_name(f".{path.name}.journal")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._work = work_of(path)
         header, self._offsets = _layout(self.entries, metadata)
         self._waiting: list[str] = []
         self._bytes = 0
-        self.written: set[str] = set()
-        first = json.dumps({"plan": plan, "header": len(header)})
-        lines = self._journal.read_text().splitlines() if self._journal.exists() else []
-        if lines[:1] == [first] and self._part.exists():
-            self.written = {json.loads(line) for line in lines[1:] if _whole(line)} & set(self.entries)
-            self._file = BackgroundFile(FileIO(self._part, "r+"))
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # The old journal goes first: it must never stand beside a new part.
-            self._journal.unlink(missing_ok=True)
-            self._file = BackgroundFile(FileIO(self._part, "w+"))
-            self._journal.write_text(first + "\n")
+        about = {"plan": plan, "header": hashlib.blake2b(header, digest_size=16).hexdigest()}
+        self.written = self._known(notes(self._work, about))
+        if not self.written:
+            # The journal first: what it said of other tensors must never stand beside these.
+            start_anew(self._work, about)
+        self._file = BackgroundFile(self._opened())
         self._file.write(header, 0)  # each time: it was perhaps not yet on the disk when the journal began
-        self._log = self._journal.open("a")
+        self._log = opened(self._work.journal, "a")
         self._makers = ThreadPoolExecutor(min(2, torch.get_num_threads()), "optx-make")
         self._making: deque[_Making] = deque()
         self._compiled = False
+
+    def _known(self, lines: list[str] | None) -> set[str]:
+        """The tensors that a journal says are safe, if the part is long enough to have them."""
+        names = {json.loads(line) for line in lines or () if _whole(line)} & set(self.entries)
+        size = self._work.part.stat().st_size if names else 0
+        ends = [self._offsets[name] + self.entries[name].nbytes for name in names]
+        return names if size >= max(ends, default=0) else set()
+
+    def _opened(self) -> FileIO:
+        """The part, empty unless some of it is safe."""
+        if not os.path.lexists(self._work.part):
+            return FileIO(self._work.part, "x+")
+        if self._work.part.is_dir():  # a folder was to have this name before
+            shutil.rmtree(self._work.part)
+            return FileIO(self._work.part, "x+")
+        file = FileIO(self._work.part, "r+", opener=without_links)
+        if not self.written:
+            file.truncate(0)
+        return file
 
     def write(self, name: str, tensor: Tensor) -> None:
         """One tensor, in the planned shape and dtype."""
@@ -125,8 +142,7 @@ class Writer:
         names, self._waiting = self._waiting, []
 
         def note() -> None:
-            self._log.write("".join(json.dumps(name) + "\n" for name in names))
-            self._log.flush()
+            self._log.write("".join(json.dumps(name) + "\n" for name in names).encode())
             self.written.update(names)
 
         self._file.sync(note)
@@ -139,9 +155,11 @@ class Writer:
         missing = set(self.entries) - self.written
         assert not missing, missing
         self.close()
-        # In this order a kill leaves nothing beside a finished file; between the two it costs the work.
-        self._journal.unlink(missing_ok=True)
-        os.replace(self._part, self.path)
+        if os.path.lexists(self.path):
+            raise FileError(f"{str(self.path)!r} could not be written: somebody else has made it meanwhile.")
+        # In this order a kill between the two leaves a journal, by which the next call knows its own.
+        os.replace(self._work.part, self.path)
+        self._work.journal.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Leave what is there for another time."""

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from optx._safetensors import Entry
 from optx.delta import _bitmask as bitmask
 from optx.delta._difference import Difference
+from optx.delta._float32_sums import wide
 
 D = TypeVar("D", bound=Difference)
 
@@ -33,6 +33,7 @@ class About:
         start: of an adapter: what its numbers were before training; None for a delta.
         fingerprints: of the base's tensors.
         tied: names that are another's tensor.
+        contents: hashes of the base's whole tensors.
     """
 
     sigma: float
@@ -43,6 +44,7 @@ class About:
     start: float | None = None
     fingerprints: Mapping[str, str] = field(default_factory=dict[str, str])
     tied: Mapping[str, str] = field(default_factory=dict[str, str])
+    contents: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def scale(self) -> float:
@@ -82,6 +84,7 @@ class Signs(NamedTuple):
             recipe=("decoded", scale, self.recipe),
             fingerprints=self.about.fingerprints,
             tied=self.about.tied,
+            contents=self.about.contents,
             piece=piece,
         )
 
@@ -90,4 +93,4 @@ def decoded(entry: Entry) -> Entry:
     """What a tensor becomes: float32, or wider where it was."""
     if not entry.dtype.is_floating_point:
         return entry
-    return Entry(entry.shape, torch.promote_types(entry.dtype, torch.float32))
+    return Entry(entry.shape, wide(entry.dtype))

@@ -26,7 +26,11 @@ Out = Annotated[Path, typer.Argument(help="a .safetensors file, or a new folder 
 Include = Annotated[str | None, typer.Option(help="regex of the names to take; full match")]
 Exclude = Annotated[str | None, typer.Option(help="regex of the names to leave; full match")]
 Whole = Annotated[
-    str, typer.Option(help="regex of the names whose change is kept whole; full match, '' for none")
+    str,
+    typer.Option(
+        help="regex of the names that are taken whole from TUNED, new heads and larger vocabularies among "
+        "them; full match, '' for none"
+    ),
 ]
 P = Annotated[float, typer.Option("--p", help="share DROPPED, 0 <= p < 1")]
 Seed = Annotated[int, typer.Option(help="of the random masks")]
@@ -70,11 +74,14 @@ def save(
     out: Out,
     include: Include = None,
     exclude: Exclude = None,
+    whole: Annotated[
+        str, typer.Option(help="regex of the names that are taken whole from TUNED where BASE has no such")
+    ] = "",
     overwrite: Overwrite = False,
 ) -> None:
     """Write what fine-tuning changed as a file of its own."""
     with _plainly("optx delta save"), output(out, overwrite, [base, tuned]) as path:
-        _between(base, tuned, include, exclude).save(path)
+        _between(base, tuned, include, exclude, whole).save(path)
     _say(f"Wrote {out} ({out.expanduser().stat().st_size:,} bytes).")
 
 
@@ -108,7 +115,7 @@ def dare(
 ) -> None:
     """Drop a share of the change at random, rescale the rest, and add it to the base (DARE)."""
     with _plainly("optx delta dare"), output(out, overwrite, [base, tuned]) as path:
-        pruned = _between(base, tuned).dare(p, q, seed=seed, include=include, exclude=exclude)
+        pruned = _between(base, tuned, whole=exclude).dare(p, q, seed=seed, include=include, exclude=exclude)
         with _bar(1) as bar:
             pruned.apply(base, path, progress=bar)
     _say_pruned(out, p, pruned, include, exclude)
@@ -126,14 +133,16 @@ def magnitude(
 ) -> None:
     """Drop the smallest of the change, tensor by tensor, and add the rest to the base."""
     with _plainly("optx delta magnitude"), output(out, overwrite, [base, tuned]) as path:
-        pruned = _between(base, tuned).magnitude(p, include=include, exclude=exclude)
+        pruned = _between(base, tuned, whole=exclude).magnitude(p, include=include, exclude=exclude)
         with _bar(1) as bar:
             pruned.apply(base, path, progress=bar)
     _say_pruned(out, p, pruned, include, exclude)
 
 
-def _between(base: Path, tuned: Path, include: str | None = None, exclude: str | None = None) -> Delta:
-    return Delta.between(base, tuned, include=include, exclude=exclude)
+def _between(
+    base: Path, tuned: Path, include: str | None = None, exclude: str | None = None, whole: str | None = None
+) -> Delta:
+    return Delta.between(base, tuned, include=include, exclude=exclude, whole=whole)
 
 
 def _say_pruned(out: Path, p: float, delta: Delta, include: str | None, exclude: str) -> None:

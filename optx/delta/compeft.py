@@ -22,6 +22,8 @@ from optx.delta import _bitmask as bitmask
 from optx.delta._checkpoint_source import Checkpoint, open_source
 from optx.delta._compressed import About, Compressed
 from optx.delta._delta import Delta
+from optx.delta._float32_sums import wide
+from optx.delta._refusals import check_not_quantised, whole_names
 
 Progress = Callable[[Iterable[str]], Iterable[str]]
 
@@ -156,6 +158,8 @@ def compress(
             piece = read(begin, min(begin + PIECE, numel))
             yield begin, piece.to("cpu", torch.float32).contiguous()
 
+    for base in delta.bases:
+        base.watch()  # the survey reads all of it
     sigma, upper, above = _survey(names, values, rank, progress)
     threshold, above, equal = _refine(names, values, upper, rank, above, progress)
     ties = equal if options.compat == "repo" else min(equal, rank - above)
@@ -174,6 +178,7 @@ def compress(
         start=float(start) if adapter else None,
         fingerprints=delta.fingerprints,
         tied=delta.tied,
+        contents={name: found for name in names if (found := delta.content(name))},
     )
     recipe = ("compeft", options.density, options.compat, delta.recipe)
     return Compressed(entries, {n: masks[n] for n in entries if n in masks}, whole, about, recipe)
@@ -182,19 +187,25 @@ def compress(
 def _as_delta(what: Delta | Checkpoint, start: float) -> tuple[Delta, dict[str, Entry]]:
     """What changed, and the entries as they are to be decoded."""
     if isinstance(what, Delta):
+        if what.whole:
+            raise OptxError(
+                f"compress: {whole_names(what.whole)} are taken whole from the tuned model: no change to "
+                "compress. Leave them out with delta.subset(exclude=...), and keep them beside."
+            )
         return what, what.entries
     source = open_source(what, "what")
+    check_not_quantised("compress", source.entries, "what", lambda _name: True)
 
     def moved(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
             return tensor
-        change = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        change = tensor.to(wide(tensor.dtype))
         return change - start if start else change
 
     made = Delta(
         source.entries,
         lambda name: moved(source.read(name)),
-        recipe=("start", source.label, start),
+        recipe=("start", source.label, source.state, start),
         tied=source.tied,
         piece=lambda name, begin, end: moved(source.piece(name, begin, end)),
     )

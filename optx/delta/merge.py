@@ -5,7 +5,6 @@ Source: task vectors, Editing Models with Task Arithmetic, arXiv 2212.04089, sec
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from os import PathLike
@@ -18,12 +17,18 @@ from torch import Tensor
 from optx._buffers import PIECE
 from optx._errors import OptxError, near
 from optx._safetensors import Entry
+from optx.delta._apply import verified
 from optx.delta._checkpoint_output import plan_of, write_checkpoint
 from optx.delta._checkpoint_source import Checkpoint, Files, Source, check_alike, open_source
+from optx.delta._claim import claimed
+from optx.delta._content import same_source
 from optx.delta._delta import Delta
-from optx.delta._float32_sums import add, difference_dtype
+from optx.delta._float32_sums import add, check_overflow, difference, difference_dtype, finite, narrow, wide
 from optx.delta._merge_method import ByPieces, Changes, Combine, MergeMethod, Progress
 from optx.delta._name_filter import chooser
+from optx.delta._refusals import check_not_quantised
+from optx.delta._ties import is_copy, same_content, stands_for
+from optx.delta._work_files import check_new
 
 Model: TypeAlias = Checkpoint | Delta
 
@@ -90,13 +95,30 @@ def merge(
     if not isinstance(method, MergeMethod):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise OptxError(f"merge: method is a {type(method).__name__}; it must be one such as optx.TIES().")
     inputs = _Inputs(base, models, chooser(include, exclude))
-    source = inputs.base
+    source = inputs.source
     if out is None and isinstance(source, Files):
         raise OptxError("merge: base is on the disk; give out=, where the result is written to.")
     if dtype is not None and not dtype.is_floating_point:
         raise OptxError(f"merge: dtype is {dtype}; it must be a floating type such as torch.bfloat16.")
-    if out is not None and os.path.lexists(Path(out).expanduser()):
-        raise OptxError(f"out: {str(out)!r} exists already. Give another name, or delete it.")
+    if out is not None:
+        check_new(Path(out).expanduser())
+    if out is not None:
+        with claimed(Path(out).expanduser()):  # from the first pass on: a second writer is refused at once
+            return _run(inputs, models, method, Path(out).expanduser(), include, exclude, dtype, progress)
+    return _run(inputs, models, method, None, include, exclude, dtype, progress)
+
+
+def _run(
+    inputs: _Inputs,
+    models: Sequence[Model],
+    method: MergeMethod,
+    out: Path | None,
+    include: str | None,
+    exclude: str | None,
+    dtype: torch.dtype | None,
+    progress: Progress,
+) -> dict[str, Tensor] | Path:
+    source = inputs.source
     changes = Changes(inputs.entries, len(models), inputs.reader, progress)
     mark, combine = method.mark(), method.prepare(changes)
     result = partial(_merged, inputs, combine, dtype)
@@ -105,9 +127,7 @@ def merge(
         made = {name: _own(result(name), entries[name], source.read(name)) for name in entries}
         return {**made, **{name: made[first] for name, first in source.tied.items()}}
     plan = plan_of("merge", inputs.labels(), inputs.states(), mark, include, exclude, dtype)
-    return write_checkpoint(
-        Path(out).expanduser(), source, entries, result, plan=plan, dtype=dtype, progress=progress
-    )
+    return write_checkpoint(out, source, entries, result, plan=plan, dtype=dtype, progress=progress)
 
 
 def _merged(
@@ -120,25 +140,33 @@ def _merged(
         return source.read(name)
     if name not in inputs.entries:
         return lambda begin, end: source.piece(name, begin, end).to(own)
-    read, sum_dtype = inputs.reader(name), torch.promote_types(entry.dtype, own)
+    read, sum_dtype = inputs.reader(name), wide(entry.dtype, own)
     if not isinstance(combine, ByPieces):
         before = source.read(name)
         changes = [change.view(entry.shape) for change in read(0, entry.numel, before.reshape(-1))]
-        return add(before.to(sum_dtype), combine(name, changes)).to(own)
+        return _rounded(name, before.to(sum_dtype), combine(name, changes), own)
     merge_piece = combine.of(name)
 
     def piece(begin: int, end: int) -> Tensor:
         before = source.piece(name, begin, end)
-        return add(before.to(sum_dtype), merge_piece(read(begin, end, before), begin)).to(own)
+        return _rounded(name, before.to(sum_dtype), merge_piece(read(begin, end, before), begin), own)
 
     return piece
+
+
+def _rounded(name: str, before: Tensor, change: Tensor, dtype: torch.dtype) -> Tensor:
+    made = narrow(add(before, change), dtype)
+    if not finite(made):
+        check_overflow("merge", name, made, before)  # every change that was read is finite
+    return made
 
 
 class _Inputs:
     """The base and the models, checked against one another."""
 
     def __init__(self, base: Checkpoint, models: Sequence[Model], keep: Callable[[str], bool]) -> None:
-        self.base = open_source(base, "base")
+        self.source = open_source(base, "base")
+        self.base = self.source
         if isinstance(models, str | PathLike | Mapping | Delta) or not len(models):
             raise OptxError("merge: models must be a list of at least one model.")
         self.models = [
@@ -149,12 +177,15 @@ class _Inputs:
             for name, entry in self.base.entries.items()
             if entry.dtype.is_floating_point and keep(name)
         }
+        check_not_quantised("merge", self.base.entries, "base", keep)
         if not self.entries:
             raise OptxError("merge: include and exclude leave no floating tensor to merge.")
         self._places = [self._find(model, f"models[{i}]", keep) for i, model in enumerate(self.models)]
 
     def _find(self, model: Source | Delta, what: str, keep: Callable[[str], bool]) -> dict[str, str]:
         """The name that a model has for each tensor of the base."""
+        if isinstance(model, Source):
+            check_not_quantised("merge", model.entries, what, keep)
         places: dict[str, str] = {}
         aliases = {first: name for name, first in self.base.tied.items()}
         for name, entry in self.base.entries.items():
@@ -162,6 +193,8 @@ class _Inputs:
                 continue
             options = (name, model.tied.get(name), aliases.get(name))
             place = next((option for option in options if option in model.entries), None)
+            if place is None and isinstance(model, Source):
+                place = stands_for(name, model, self.base)
             if place is None:
                 if isinstance(model, Delta):
                     continue  # a delta may be of some tensors only
@@ -182,6 +215,8 @@ class _Inputs:
             first = self.base.tied.get(name)
             if not keep(name) or name in self.base.entries:
                 continue
+            if first is None and isinstance(model, Source) and is_copy(name, model, self.base, "merge", what):
+                continue
             if first is None:
                 raise OptxError(
                     f"merge: {what} has {name!r}, which base lacks. {near(name, self.base.entries)} Leave it "
@@ -189,7 +224,7 @@ class _Inputs:
                 )
             if not isinstance(model, Source) or first not in model.entries:
                 continue
-            if model.fingerprint(name) != model.fingerprint(first):
+            if not same_content(model, name, model, first):
                 raise OptxError(
                     f"merge: {name!r} is tied to {first!r} in base, and has values of its own in {what}. "
                     "Untie them in base, or leave it out with exclude=."
@@ -203,6 +238,12 @@ class _Inputs:
                     f"merge: {what} was taken from another base: {name!r} differs. To merge it all the same, "
                     "use delta.unbound()."
                 )
+        if not any(same_source(base, self.source) for base in delta.bases):
+            complaint = (
+                f"merge: {what} was taken from another base: {{}} differs. To merge it all the same, use "
+                "delta.unbound()."
+            )
+            self.base = verified(delta, self.base, complaint)
 
     def reader(self, name: str) -> Callable[..., list[Tensor]]:
         """What reads each model's change of a tensor, from one place to another, flat.
@@ -223,8 +264,8 @@ class _Inputs:
                     found.append(torch.zeros_like(start))
                     continue
                 own = reader(begin, end).to(before.device, sum_dtype)
-                found.append(own if isinstance(model, Delta) else own - start)
-                if not _finite(found[-1]):
+                found.append(own if isinstance(model, Delta) else difference(start, own))
+                if not finite(found[-1]):
                     raise OptxError(
                         f"merge: the change of {name!r} in models[{i}] is not finite. Leave it out with "
                         "exclude=, or mend that model."
@@ -235,16 +276,14 @@ class _Inputs:
 
     def labels(self) -> list[str]:
         """What the inputs are."""
-        return [self.base.label, *(repr(m.recipe) if isinstance(m, Delta) else m.label for m in self.models)]
+        return [
+            self.source.label,
+            *(repr(m.recipe) if isinstance(m, Delta) else m.label for m in self.models),
+        ]
 
     def states(self) -> list[object]:
         """Tell other numbers under the same labels."""
-        return [model.state for model in (self.base, *self.models) if isinstance(model, Source)]
-
-
-def _finite(tensor: Tensor) -> bool:
-    # The sum of finite numbers is nearly always finite, and costs no memory.
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+        return [model.state for model in (self.source, *self.models) if isinstance(model, Source)]
 
 
 def _reader(model: Source | Delta, name: str) -> Callable[[int, int], Tensor]:

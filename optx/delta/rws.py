@@ -7,22 +7,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from optx._errors import FileError, OptxError, ShapeError, near
 from optx._files import written_aside
-from optx._safetensors import Entry, Reader
+from optx._safetensors import Entry, Reader, brief, entry_of
 from optx.delta._checkpoint_source import Checkpoint, open_source
+from optx.delta._claim import claimed
 from optx.delta._delta import Delta
 from optx.delta._first_layers import shallowest
 from optx.delta._name_filter import chooser
 from optx.delta._patch import Patch, patch
-from optx.delta._quantize import Coded, Form, check_quantize, encode
+from optx.delta._quantize import Coded, Form, check_quantize, encode, packed_bytes
 
 __all__ = ["Patch", "Signature", "extract", "patch", "shallowest"]
 
@@ -100,7 +103,7 @@ class Signature(Mapping[str, Tensor]):
         }
         raw = {n: t.codes if isinstance(t, Coded) else t.contiguous() for n, t in self.tensors.items()}
         target = Path(path).expanduser()
-        with written_aside(target) as aside:
+        with claimed(target), written_aside(target) as aside:
             save_file(raw, aside, {"optx.signature": json.dumps(about)})
         return target
 
@@ -114,11 +117,15 @@ class Signature(Mapping[str, Tensor]):
         reader = Reader(Path(path).expanduser())
         try:
             about = json.loads(reader.metadata["optx.signature"])
-            found = {name: _stored(reader.read(name), about.get(name)) for name in reader.entries}
-        except (KeyError, ValueError, TypeError) as error:
-            raise FileError(
-                f"{str(path)!r} is no signature's file, or is damaged ({type(error).__name__}: {error})."
-            ) from None
+            if not isinstance(about, dict):
+                raise ValueError("its description is no table")
+            found = {name: _stored(name, reader.read(name), about.get(name)) for name in reader.entries}
+        except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
+            why = (
+                "nested too deep" if isinstance(error, RecursionError) else f"{type(error).__name__}: {error}"
+            )
+            why = brief(why.rstrip("."), quote=False)
+            raise FileError(f"{str(path)!r} is no signature's file, or is damaged ({why}).") from None
         return cls(found)
 
 
@@ -227,8 +234,24 @@ def _digest(signature: Signature) -> str:
     return made.hexdigest()
 
 
-def _stored(tensor: Tensor, about: Mapping[str, object] | None) -> Tensor | Coded:
+def _stored(name: str, tensor: Tensor, about: object) -> Tensor | Coded:
+    """A tensor of a file, or codes with what the file says of them; ValueError where it makes no sense."""
     if about is None:
         return tensor
-    shape = tuple(int(size) for size in about["shape"])  # type: ignore[attr-defined]
-    return Coded(tensor, shape, **{key: about[key] for key in ("levels", "form", "low", "high")})  # type: ignore[arg-type]
+    if not isinstance(about, dict):
+        raise ValueError(f"what it says of {brief(name)} is no table")
+    told = cast(dict[str, Any], about)
+    shape, levels, form = (
+        entry_of(name, {"dtype": "U8", "shape": told["shape"]}).shape,
+        told["levels"],
+        told["form"],
+    )
+    low, high = told["low"], told["high"]
+    if type(levels) is not int or not isinstance(form, str):
+        raise ValueError(f"the levels or the form of {brief(name)} are none")
+    check_quantize(levels, form)
+    if not all(type(bound) in (int, float) and abs(bound) < 1e300 for bound in (low, high)):
+        raise ValueError(f"a bound of {brief(name)} is no number")
+    if tensor.dtype != torch.uint8 or tuple(tensor.shape) != (packed_bytes(math.prod(shape), levels),):
+        raise ValueError(f"the codes of {brief(name)} are not as many as its shape says")
+    return Coded(tensor, shape, levels, cast(Form, form), float(low), float(high))

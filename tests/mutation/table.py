@@ -13,9 +13,12 @@ _STEP = "moments user_rules perpgrad adamr skip_nonfinite fused_cpu wrap_bases r
 TABLE = {
     "optx/analysis/gradients.py": "analysis iaa",
     "optx/analysis/softmax.py": "analysis",
+    "optx/delta/_apply.py": "arithmetic_delta whole_contents odd_numbers delta",
+    "optx/delta/_between.py": "tied_and_untied new_heads delta",
     "optx/delta/_bitmask.py": "arithmetic_delta compeft compeft_files golomb",
     "optx/delta/_combine.py": "arithmetic_delta merge merge_peers pcb",
     "optx/delta/_compressed.py": "arithmetic_delta compeft compeft_files",
+    "optx/delta/_content.py": "whole_contents",
     "optx/delta/_coordinate_search.py": "search",
     "optx/delta/_difference.py": "arithmetic_delta delta merge prune",
     "optx/delta/_first_layers.py": "arithmetic_options rws",
@@ -37,6 +40,8 @@ TABLE = {
     "optx/delta/_merge_vocabulary.py": "merge_vocabulary",
     "optx/delta/_merge_whole.py": "merge_yaml merge_examples",
     "optx/delta/_model_layers.py": "merge_yaml merge_yaml_models",
+    "optx/delta/_mixed_sum.py": "whole_contents",
+    "optx/delta/_mixed_sum_loops.py": "whole_contents",
     "optx/delta/_name_filter.py": "delta merge rws",
     "optx/delta/_one_pass.py": "arithmetic_delta prune delta",
     "optx/delta/_options.py": "arithmetic_options merge merge_peers pcb",
@@ -46,7 +51,9 @@ TABLE = {
     "optx/delta/_quantize.py": "arithmetic_delta rws",
     "optx/delta/_random_mask.py": "arithmetic_delta prune delta merge",
     "optx/delta/_random_mask_loops.py": "arithmetic_delta prune delta merge",
+    "optx/delta/_refusals.py": "odd_numbers",
     "optx/delta/_signs.py": "arithmetic_delta compeft",
+    "optx/delta/_ties.py": "tied_and_untied",
     "optx/delta/_yaml.py": "yaml_bounds merge_cli",
     "optx/delta/arithmetic.py": "arithmetic_delta arithmetic_options merge merge_peers",
     "optx/delta/compeft.py": "arithmetic_delta arithmetic_options compeft compeft_files golomb",
@@ -64,6 +71,8 @@ TABLE = {
     "optx/inject/_computes.py": "computes quantised lora",
     "optx/inject/_embeddings.py": "arithmetic_inject lora_modules lora lora_peft",
     "optx/inject/_experts.py": "expert_models experts_peft",
+    "optx/inject/_file_bounds.py": "file_bounds",
+    "optx/inject/_file_patterns.py": "file_patterns",
     "optx/inject/_fold_prefix.py": "prefix",
     "optx/inject/_forward.py": "forward_swaps prefix aside_others",
     "optx/inject/_freeze.py": "attach_training attach",
@@ -136,9 +145,9 @@ TABLE = {
 
 # Modules of the folders that compute nothing: they read, write, match names or hold what others compute.
 _FILES = (
-    "_background_file _checkpoint_output _checkpoint_source _compressed_file _delta _delta_file "
+    "_background_file _checkpoint_output _checkpoint_source _claim _compressed_file _delta _delta_file "
     "_inputs _known_files _merge_file _merge_result _merge_run _merge_tokenizer _mergekit _overwrite _patch "
-    "_safetensors_writer cli merge"
+    "_safetensors_writer _side_files _work_files cli merge"
 )
 _HANDLES = (
     "_adapter_card _attach _export _families _folder _folder_output _handle _injection _install "

@@ -1,0 +1,116 @@
+"""Tensors that have no difference: codes of quantised weights, and what is no plain tensor in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from optx._errors import OptxError
+from optx._safetensors import Entry
+
+# What a tensor's name ends with that belongs to a quantised weight, and whose it is.
+_ENDINGS = {
+    ".qweight": "GPTQ's or AWQ's",
+    ".qzeros": "GPTQ's or AWQ's",
+    ".absmax": "bitsandbytes'",
+    ".quant_map": "bitsandbytes'",
+    ".SCB": "bitsandbytes'",
+    ".weight_format": "bitsandbytes'",
+    ".weight_scale_inv": "block-wise float8",
+    ".weight_packed": "compressed-tensors'",
+    ".W_q": "HQQ's",
+    "_qdata": "torchao's",
+    "._data": "quanto's",
+}
+_CODES = (torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32)
+
+
+def check_not_quantised(
+    who: str, entries: Mapping[str, Entry], where: str, keep: Callable[[str], bool]
+) -> None:
+    """Raise if weights are codes, or floats of 8 bits with scales beside them.
+
+    A difference of codes is none of weights; and codes taken whole beside scales that are merged, or the
+    other way round, make a model of noise.
+
+    Args:
+        who: the function, for messages.
+        entries: of a checkpoint.
+        where: what it is.
+        keep: which names count.
+    """
+    for name in filter(keep, entries):
+        kind = _quantised(name, entries)
+        if kind:
+            raise OptxError(
+                f"{who}: {name!r} in {where} belongs to {kind} quantised weights: codes and scales, which "
+                "have no difference. Dequantise the model (in transformers: model.dequantize()), save it, "
+                "and take that one."
+            )
+
+
+def _quantised(name: str, entries: Mapping[str, Entry]) -> str:
+    """Whose quantised weight a tensor belongs to; empty if it is none."""
+    for ending, kind in _ENDINGS.items():
+        if name.endswith(ending) and (ending != "._data" or f"{name[:-6]}._scale" in entries):
+            return kind
+    if ".quant_state." in name:
+        return "bitsandbytes'"
+    entry = entries[name]
+    if entry.dtype == torch.float8_e8m0fnu or (name.endswith("_blocks") and f"{name[:-7]}_scales" in entries):
+        return "MX formats'"
+    if name.endswith("weight") and entry.dtype.itemsize == 1:
+        scales = (f"{name}_{end}" for end in ("scale", "scale_inv", "scales"))
+        if any(scale in entries for scale in scales):
+            return "scaled 8-bit"
+    return "int" if name.endswith("weight") and entry.dtype in _CODES and len(entry.shape) > 1 else ""
+
+
+def check_numbers(who: str, name: str, entry: Entry, where: str) -> None:
+    """Raise if a tensor's numbers have no difference that is one of weights."""
+    if entry.dtype.is_complex:
+        raise OptxError(
+            f"{who}: {name!r} is {entry.dtype} in {where}; there is no difference of complex numbers here. "
+            "Leave it out with exclude=."
+        )
+
+
+def plain_tensor(label: str, name: str, tensor: Tensor) -> Tensor:
+    """The tensor, if its memory holds the numbers that it shows.
+
+    Raises:
+        OptxError: it is a wrapper's, quantised, sparse, or without numbers (meta); says the way out.
+    """
+    kind = type(tensor)
+    who = f"{label}: {name!r} is a {kind.__name__}"
+    if kind.__name__ == "DTensor" or any(base.__name__ == "DTensor" for base in kind.__mro__):
+        raise OptxError(
+            f"{who}, of which each process holds a part (FSDP2, tensor parallel). Gather the model first: "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+            "options=StateDictOptions(full_state_dict=True)), and pass what rank 0 gets."
+        )
+    if is_traceable_wrapper_subclass(tensor) or kind.__module__.startswith(("bitsandbytes", "torchao")):
+        raise OptxError(
+            f"{who}, a quantised or wrapped weight that has no plain numbers. Dequantise the model first, or "
+            "pass the checkpoint that it was made of."
+        )
+    if tensor.is_meta:
+        raise OptxError(
+            f"{label}: {name!r} is on the meta device, without numbers (offloaded?). Pass the checkpoint's "
+            "folder."
+        )
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        what = "quantised" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
+        raise OptxError(
+            f"{label}: {name!r} is a {what} tensor; it must be a plain one (dequantize, to_dense)."
+        )
+    return tensor
+
+
+def whole_names(names: Iterable[str], limit: int = 3) -> str:
+    """Some names in a message."""
+    every = list(names)
+    return ", ".join(map(repr, every[:limit])) + (", ..." if len(every) > limit else "")
