@@ -137,9 +137,10 @@ def check_sizes(stored: Stored, where: str) -> Stored:
 
 
 def check_rank(lora: LoRA, path: str, key: str, tensor: Tensor, where: str) -> None:
-    """Raise unless a factor's rows are as many as the options say."""
+    """Raise if a factor has fewer rows than the options say; what has others is refused with its shape."""
     rank = lora.rank_at(path)
-    if not tensor.ndim or len(tensor) != rank:
+    rows = len(tensor) if tensor.ndim else 0
+    if rows < rank:  # experts that are one parameter have more, by names of their own
         raise FileError(
             f"{where}: {key!r} has shape {tuple(tensor.shape)}, and the options say rank {rank} for it: they "
             "are another adapter's, or were changed."
