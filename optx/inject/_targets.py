@@ -15,7 +15,7 @@ from optx.inject._alternatives import idle
 from optx.inject._families import Family
 from optx.inject._injection import Injection, Site, Targets
 from optx.inject._module_paths import paths_of
-from optx.inject._parameters import names_parameters, own_parameters, with_parameters
+from optx.inject._parameters import names_parameters, own_parameters, stacks, with_parameters
 from optx.inject._part import RESERVED, Attached
 from optx.inject._peft_match import targeted, task_of
 from optx.inject._weights import is_biased, is_conv
@@ -53,7 +53,9 @@ def resolve(model: nn.Module, injection: Injection, targets: Targets | None) -> 
         sites = with_parameters(sites, modules, matches, named)
     if not sites:
         own = targets is not None
-        raise TargetError(_none(chosen, modules) if own else _none_by_default(model, injection, modules))
+        raise TargetError(
+            _none(chosen, modules, named) if own else _none_by_default(model, injection, modules)
+        )
     if every:
         _warn_of_experts(modules)
     elif isinstance(chosen, str):
@@ -97,10 +99,10 @@ def _warn_of_idle(pattern: str, paths: Sequence[str]) -> None:
         )
 
 
-def _none(targets: Targets, modules: Sequence[tuple[str, nn.Module]]) -> str:
+def _none(targets: Targets, modules: Sequence[tuple[str, nn.Module]], named: bool) -> str:
     """Why nothing is served where a person said what."""
     if isinstance(targets, str):
-        known = _near_paths(targets, [path for path, _ in modules if path])
+        known = _near_paths(targets, _named_paths(modules, named))
         return f"attach: no module matches targets={targets!r}. {known}"
     if isinstance(targets, type | Sequence):
         return f"attach: no module matches targets={targets!r}. The model has {_types(modules)}."
@@ -118,6 +120,12 @@ def _none_by_default(model: nn.Module, injection: Injection, modules: Sequence[t
         f"attach: {method} {why}. It has {_types(modules)}. Pass targets=, a regex over module names of "
         f"{injection.serves}, or attach another injection."
     )
+
+
+def _named_paths(modules: Sequence[tuple[str, nn.Module]], parameters: bool) -> list[str]:
+    """What can be named: modules, and stacks of experts if parameters can."""
+    own = [f"{path}.{name}" for path, module in modules for name in stacks(module) if parameters]
+    return [*(path for path, _ in modules if path), *own]
 
 
 def _near_paths(pattern: str, paths: Sequence[str]) -> str:
@@ -200,7 +208,7 @@ def check_each_matches(
             continue  # alternatives: all linear and convolution layers, whichever there are
         pattern = not set("*+?()[]{}|^$\\").isdisjoint(target)
         hint = " A list holds names; pass a regex as a string by itself." if pattern else ""
-        known = _near_paths(target, [path for path, _ in modules if path])
+        known = _near_paths(target, _named_paths(modules, parameters))
         raise TargetError(f"{owner} has {target!r} in its list, which matches no module. {known}{hint}")
 
 

@@ -281,6 +281,20 @@ def test_copies_and_checkpoints() -> None:
     assert torch.equal(outputs(twin), wanted)
 
 
+def test_offloaded_weights() -> None:
+    """Factors follow when the model is offloaded later; weights that are not here already are refused."""
+    from accelerate import cpu_offload
+
+    handle = lora(model := moe())
+    wanted = outputs(model)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert torch.equal(outputs(model), wanted)
+    assert handle.served[0].module.down_proj.is_meta
+    cpu_offload(other := moe(), execution_device=torch.device("cpu"))
+    with pytest.raises(optx.TargetError, match="gate_up_proj' is offloaded"):
+        optx.attach(other, optx.LoRA(rank=2), targets=BOTH)
+
+
 def test_the_report() -> None:
     model = moe()
     handle = lora(model, ["layers.0.mlp.experts", "layers.1.mlp.experts.down_proj"], rank=2, alpha=6)
@@ -298,6 +312,7 @@ def test_the_report() -> None:
     [
         (r".*layers\.0\.mlp\.experts\.gate_up_proj", {"0.mlp.experts": ("gate_up_proj",)}),
         (r".*layers\.0\.mlp\.experts.*_proj", {"0.mlp.experts": ("gate_up_proj", "down_proj")}),
+        (r".*0\.mlp\.experts\.(gate_up_proj|down_proj)", {"0.mlp.experts": BOTH}),
         (r".*layers\.0\.mlp\.experts", {"0.mlp.experts": ("gate_up_proj", "down_proj")}),
         (["0.mlp.experts.down_proj"], {"0.mlp.experts": ("down_proj",)}),
         (["0.mlp.experts", "0.self_attn.q_proj"], {"0.self_attn.q_proj": (), "0.mlp.experts": BOTH}),
@@ -379,8 +394,9 @@ REFUSED: dict[str, tuple[Any, optx.Injection, Any, str]] = {
         moe,
         optx.LoRA(),
         ["experts.down_prj"],
-        "'experts.down_prj' in its list, which matches no",
+        "matches no module. Near: .*experts.down_proj'",
     ),
+    "a misspelt regex": (moe, optx.LoRA(), ".*gate_upp_proj", "no module matches .* Near: .*gate_up_proj'"),
     "another injection": (moe, optx.IA3(), ["experts.down_proj"], "matches no module"),
     "quantised": (quantised, optx.LoRA(), BOTH, r"down_proj' is of torch\.float8_e4m3fn, a quantised stack"),
     "shared": (shared, optx.LoRA(), BOTH, r"0\.mlp\.experts\.down_proj' and .* are one parameter"),
