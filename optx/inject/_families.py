@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 # What each role is made of, in terms of a family's parts.
 ROLES: dict[str, tuple[str, ...]] = {
@@ -114,10 +115,10 @@ _LAYERS = r"(?:.*\.)?layers\.\d+"
 _H = r"(?:.*\.)?h\.\d+"
 _ENCODER_LAYER = r"(?:.*\.)?encoder\.layer\.\d+"
 _EXPERTS = r"(?:(?:experts\.\d+|shared_experts?)\.)?"
-_QKV = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
+_QKV: dict[str, Any] = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
 
 
-def _fused(name: str) -> dict[str, str]:
+def _fused(name: str) -> dict[str, Any]:
     """Where one module computes queries, keys and values."""
     return dict.fromkeys(PROJECTIONS, name)
 

@@ -41,7 +41,8 @@ class _Leaf:
         container = module._modules.get(RESERVED)  # pyright: ignore[reportPrivateUsage]
         if container is None or self.name not in container._modules:  # pyright: ignore[reportPrivateUsage]
             return False
-        return not self.resized(module)
+        weight = module._parameters.get("weight")  # pyright: ignore[reportPrivateUsage]
+        return weight is None or weight.shape == self.shape or not self.resized(module)
 
     def resized(self, module: nn.Module) -> bool:
         """Whether the weight has grown or shrunk; one that is sharded or empty for now has not."""

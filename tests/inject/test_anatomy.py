@@ -137,6 +137,12 @@ class Block(nn.Module):
 QKV = ("q_proj", "k_proj", "v_proj")
 
 
+def crossed(block: nn.Module) -> nn.Module:
+    """With a second attention, which has no projection of its own behind it."""
+    block.cross_attn = Attention(*QKV)
+    return block
+
+
 def stack(*blocks: nn.Module, **more: nn.Module) -> nn.Module:
     return nn.ModuleDict({"layers": nn.ModuleList(blocks), **more})
 
@@ -169,8 +175,13 @@ def stack(*blocks: nn.Module, **more: nn.Module) -> nn.Module:
             optx.LoRA(),
             r"queries in 0 of 1 places in 'text\.layers' .*has wq, wk, wv, o_proj",
         ),
+        (
+            lambda: stack(Block(*QKV), crossed(Block(*QKV))),
+            optx.SequentialAdapter(rank=2),
+            r"attention's last linear module in 1 of 2 .*not in 'layers\.1', which has self_attn, mlp, cr",
+        ),
     ],
-    ids=["one block has half", "all have half", "another FFN", "attention elsewhere", "another tower"],
+    ids=["one block has half", "all have half", "another FFN", "elsewhere", "another tower", "no output"],
 )
 def test_half_of_it_is_refused(make: Callable[[], nn.Module], injection: Any, says: str) -> None:
     with pytest.raises(optx.TargetError, match=rf"{says}.* Pass targets="):
@@ -216,3 +227,30 @@ def test_experts_that_are_modules() -> None:
     assert [(one.path, one.part.W_down.shape, one.part.W_up.shape) for one in parts] == [  # type: ignore[union-attr]
         (f"layers.{i}.block_sparse_moe", (2, 8), (8, 2)) for i in range(2)
     ]
+
+
+def test_cross_attention_that_is_not_called_gets_no_gradient_and_does_no_harm() -> None:
+    from transformers import BertConfig, BertLMHeadModel
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=64, is_decoder=True, add_cross_attention=True, **sizes)
+    torch.manual_seed(0)
+    model = BertLMHeadModel(config).eval()
+    x = torch.arange(6)[None]
+    base, states = model(x).logits, torch.randn(1, 3, 16)
+    for injection in (optx.LoRA(rank=2), optx.IA3(), optx.SequentialAdapter(rank=2, form="gelu")):
+        handle = optx.attach(model, injection)
+        assert torch.equal(model(x).logits, base)
+        with torch.no_grad():
+            for p in handle.parameters():
+                p.add_(0.1)
+        for inputs, beyond in (({}, True), ({"encoder_hidden_states": states}, False)):
+            loss = model(x, **inputs).logits.square().sum()
+            named = dict(handle.named_parameters())
+            grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+            reached = {name: g is not None for name, g in zip(named, grads, strict=True)}
+            assert [name for name, yes in reached.items() if not yes] == [
+                name for name in named if beyond and "crossattention" in name
+            ]
+        handle.remove()
+        assert torch.equal(model(x).logits, base)

@@ -153,6 +153,17 @@ def test_an_embedding_that_is_trained_whole_and_resized() -> None:
     model(ids())
 
 
+class Wrapper(nn.Module):
+    """Another library's, around a module."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x)
+
+
 def test_copies_watch_themselves() -> None:
     model = pair()
     handle = moved(model)
@@ -160,6 +171,7 @@ def test_copies_watch_themselves() -> None:
     again = pickle.loads(pickle.dumps(model))
     model[1] = nn.Linear(4, 4)
     for alike in (other, again):
+        alike[0] = Wrapper(alike[0])  # its part is still there, and so no loss
         alike(X)
         alike[2] = nn.Linear(4, 4)
         with pytest.raises(optx.OptxError, match="'2' was replaced"):
@@ -195,17 +207,6 @@ def test_data_parallel_computes_on_one_device_and_says_so_on_several() -> None:
         optx.OptxError, match=r"a copy that DataParallel made, .* Use DistributedDataParallel"
     ):
         replica(X)
-
-
-class Wrapper(nn.Module):
-    """Another library's, around a module."""
-
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.base_layer(x)
 
 
 def test_a_module_that_another_library_wraps_is_no_loss() -> None:
