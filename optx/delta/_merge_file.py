@@ -136,7 +136,7 @@ def parse(raw: Any, what: str, methods: Sequence[str]) -> MergeFile:
     if not isinstance(method, str):
         raise OptxError(f"config: merge_method is {shown(method)}; it must be one of {', '.join(methods)}.")
     if method not in methods:
-        raise OptxError(f"config: optx does not do merge_method {method!r}. {near(method, methods)}")
+        raise OptxError(f"config: optx does not do merge_method {method!r}. {near(method.lower(), methods)}")
     if top.get("base_model") is not None:
         base = model_of(top["base_model"], "base_model")
     if top.get("models") is not None and top.get("slices") is not None:

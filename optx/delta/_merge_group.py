@@ -104,6 +104,8 @@ class Group:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether all numbers are."""
+    if tensor.dtype.itemsize == 1:  # torch does nothing with floats of 8 bits but convert them
+        tensor = tensor.float()
     # The sum of finite numbers is nearly always finite, and costs no memory.
     return bool(tensor.sum(dtype=torch.float32).isfinite()) or bool(tensor.isfinite().all())
 
@@ -124,21 +126,23 @@ def _checked(group: Group, made: Tensor, dtype: torch.dtype, begin: int, end: in
     result = made.to(dtype)
     if is_finite(result):
         return result
-    first, *rest = (group.piece(i, begin, end) for i in range(len(group.readers)))
+    wide = torch.promote_types(group.dtype, torch.float32) if group.dtype.itemsize > 1 else torch.float32
+    first, *rest = (group.piece(i, begin, end).to(wide) for i in range(len(group.readers)))
+    result = result.to(wide)
     same = torch.ones_like(first, dtype=torch.bool)
     for other in rest:
         same &= other == first
     endless = first.isinf()
     # An infinite norm makes the other numbers nan: where all models have one number, that is the result.
     mended = same & (endless | (result.isnan() & endless.any()))
-    result = torch.where(mended, first.to(dtype), result)
+    result = torch.where(mended, first, result)
     if not bool((result.isfinite() | mended).all()):
         why = "is too large for" if is_finite(made) else "is not finite in"
         raise OptxError(
             f"merge: the result of {group.name!r} {why} {str(dtype).removeprefix('torch.')}. Look at the "
             "models' numbers and weights, or give a wider dtype and out_dtype."
         )
-    return result
+    return result.to(dtype)
 
 
 def pieces_of(numel: int) -> list[tuple[int, int]]:

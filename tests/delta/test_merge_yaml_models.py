@@ -248,6 +248,52 @@ read_config("merge.yaml").run(Path(sys.argv[1]), progress)
 """
 
 
+def test_stopped_and_begun_with_other_settings(
+    llamas: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not gone on with: the result is wholly that of the second file."""
+    monkeypatch.chdir(llamas)
+    text = "{merge_method: linear, models: [{model: a}, {model: b}], parameters: {weight: [1, T]}}"
+
+    class Stop(Exception):
+        pass
+
+    def stopping(names: Any) -> Any:
+        for i, name in enumerate(names):
+            if i == 20:
+                raise Stop
+            yield name
+
+    Path("merge.yaml").write_text(text.replace("T", "2"))
+    with pytest.raises(Stop):
+        read_config("merge.yaml").run(tmp_path / "out", stopping)
+    made, whole = (
+        ours(text.replace("T", "3"), tmp_path / "out"),
+        ours(text.replace("T", "3"), tmp_path / "whole"),
+    )
+    assert all(torch.equal(made[name], tensor) for name, tensor in whole.items())
+
+
+def test_floats_of_8_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are copied, and computed with in a wider dtype that the file gives, or another model has."""
+    monkeypatch.chdir(tmp_path)
+    wide = {"m.0.w": torch.randn(8, 5), "m.1.w": torch.randn(8, 5)}
+    for name, dtype in (("e4", torch.float8_e4m3fn), ("e5", torch.float8_e5m2), ("wide", torch.bfloat16)):
+        save_file({key: tensor.to(dtype) for key, tensor in wide.items()}, f"{name}.safetensors")
+    pick = "{merge_method: passthrough, slices: [{sources: [{model: e4.safetensors, layer_range: [1, 2]}]}]}"
+    made = ours(pick, tmp_path / "1")
+    assert torch.equal(made["m.0.w"].float(), wide["m.1.w"].to(torch.float8_e4m3fn).float())
+    mean = "{merge_method: linear, models: [{model: e4.safetensors}, {model: e5.safetensors}], "
+    mean += "parameters: {weight: 1}"
+    with pytest.raises(optx.OptxError, match=r"float8_e4m3fn in every model.*give 'dtype: float32'"):
+        ours(mean.replace("{model: e5.safetensors}", "") + "}", tmp_path / "2")
+    both = [wide["m.0.w"].to(dtype).float() for dtype in (torch.float8_e4m3fn, torch.float8_e5m2)]
+    known = sum(both) / 2
+    assert torch.equal(ours(mean + ", dtype: float32}", tmp_path / "3")["m.0.w"], known)
+    other = ours(mean.replace("e5", "wide") + "}", tmp_path / "4")["m.0.w"]
+    assert other.dtype == torch.float32
+
+
 def test_killed_and_gone_on_with(llamas: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a", "b"):
         (tmp_path / name).symlink_to(llamas / name)
