@@ -94,6 +94,7 @@ class Signature(Mapping[str, Tensor]):
 
     def save(self, path: str | PathLike[str]) -> Path:
         """Write a safetensors file, beside the target first and then renamed."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         about = {
@@ -103,8 +104,12 @@ class Signature(Mapping[str, Tensor]):
         }
         raw = {n: t.codes if isinstance(t, Coded) else t.contiguous() for n, t in self.tensors.items()}
         target = Path(path).expanduser()
-        with claimed(target), written_aside(target) as aside:
-            save_file(raw, aside, {"optx.signature": json.dumps(about)})
+        with claimed(target):
+            try:
+                with written_aside(target) as aside:
+                    save_file(raw, aside, {"optx.signature": json.dumps(about)})
+            except SafetensorError as error:  # such as a full disk's
+                raise FileError(f"{str(target)!r} could not be written: {error}.") from error
         return target
 
     @classmethod

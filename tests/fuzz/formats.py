@@ -149,9 +149,14 @@ def _signature(folder: Path) -> None:
     signature.save(folder / "s.safetensors")
 
 
+def _plain(seed: int) -> dict[str, torch.Tensor]:
+    return {n: t for n, t in _weights(seed).items() if t.dtype == torch.float32}
+
+
 def _yaml(folder: Path) -> None:
-    for name in ("base", "a", "b"):
+    for seed, name in enumerate(("base", "a", "b")):
         (folder / name).mkdir()
+        save_file(_plain(seed), folder / name / "model.safetensors")
     text = """# a merge
 models:
   - model: {0}/a

@@ -121,7 +121,9 @@ def run(name: str, count: int, seed: int, keep: Path) -> dict[str, Any]:
                 finally:
                     os._exit(status)
             _, status = os.waitpid(child, 0)
-            reached = int(progress.read_text()) if progress.exists() else begin
+            if not progress.exists():
+                sys.exit(f"{name}: the good files could not be read")
+            reached = int(progress.read_text())
             if not status:
                 told = json.loads(progress.with_suffix(".json").read_text())
                 whole["tally"].update(told["tally"])
