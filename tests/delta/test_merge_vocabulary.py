@@ -135,6 +135,18 @@ def test_the_same_file_gives_the_same_numbers_each_time(
     assert sorted(vocabulary, key=vocabulary.__getitem__)[9:] == ["x", "y", "z", "<q>", "<|im|>"]
 
 
+def test_a_token_that_another_model_has_no_row_for(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is as one that the model lacks; mergekit ends in a KeyError."""
+    monkeypatch.chdir(place)
+    made = ours(f"{{{LINEAR.replace('v2', 'short')}, tokenizer_source: base}}", tmp_path / "out")
+    own = tensors(place / "v1")
+    for name in ROWS:
+        torch.testing.assert_close(made[name][8], own[name][8])
+        assert not torch.equal(made[name][7], own[name][7])
+
+
 def test_special_tokens_keep_their_meaning(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
