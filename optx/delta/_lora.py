@@ -113,8 +113,8 @@ def _taken_off(origin: Source, name: str, lora: LoRA, turned: bool, product: Ten
     """B0 A0 of one weight (out, in), as PEFT took it off the base, without the scale."""
     if name not in origin.entries:
         raise OptxError(f"{where} has factors of {name!r}, which base lacks. {near(name, origin.entries)}")
-    W = in_sum_precision(origin.read(name))
-    W = W.t() if turned else W
+    weight = in_sum_precision(origin.read(name))
+    W = weight.t() if turned else weight
     if W.shape != product.shape:
         raise ShapeError(
             f"{where} changes {name!r} by {tuple(product.shape)}, and the weight in base is {tuple(W.shape)}."

@@ -158,7 +158,8 @@ def heads_of(module: nn.Module, kv_heads: int | None, head_dim: int | None) -> H
     config = getattr(module, "config", None)
     heads = _number(module, "num_heads", "num_attention_heads", "n_heads", "n_head")
     groups = _number(module, "num_key_value_groups")
-    own = kv_heads or _number(module, "num_key_value_heads", "num_kv_heads")
+    spread_first = getattr(module, "new_decoder_architecture", False)  # Falcon's keys, before attention
+    own = kv_heads or (spread_first and heads) or _number(module, "num_key_value_heads", "num_kv_heads")
     width = head_dim or _number(module, "head_dim", "attention_head_size", "key_value_proj_dim", "head_size")
     if not (heads or groups or own or width):  # a module that only shares the model's config is no attention
         return "does not say how many heads it has"

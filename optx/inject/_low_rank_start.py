@@ -8,6 +8,9 @@ while they are where they started.
 Source: PiSSA, arXiv 2404.02948, section 3; OLoRA, arXiv 2406.01775, section 3; as PEFT 0.21 computes them.
 """
 
+# A, B, W and those of an SVD are the papers' letters.
+# pyright: reportConstantRedefinition=false
+
 from __future__ import annotations
 
 import math

@@ -71,9 +71,13 @@ def _in_layers(model: nn.Module, sites: Sequence[Site], layers: Layers) -> set[i
 
 def _numbers(layers: Any) -> list[int]:
     """Distinct whole numbers, in their order."""
-    given = layers if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
+    given: list[Any] = [layers]
+    if isinstance(layers, Iterable) and not isinstance(layers, str):
+        given = list(layers)  # pyright: ignore[reportUnknownArgumentType]
     try:
-        numbers = [operator.index(number) for number in given if not isinstance(number, bool) or _no(number)]
+        if any(isinstance(number, bool) for number in given):  # a number by inheritance only
+            raise TypeError
+        numbers = [operator.index(number) for number in given]
     except TypeError:
         raise TargetError(
             f"attach: layers is {layers!r}; it must be a whole number, a range or a list of them."
@@ -81,10 +85,6 @@ def _numbers(layers: Any) -> list[int]:
     if not numbers:
         raise TargetError(f"attach: layers is {layers!r}, which is no layer at all. Leave it out for all.")
     return list(dict.fromkeys(numbers))
-
-
-def _no(number: bool) -> bool:
-    raise TypeError(number)  # a number by inheritance only
 
 
 def layer_of(path: str) -> tuple[str, int] | None:

@@ -163,6 +163,8 @@ def _turn(model: nn.Module, attentions: list[nn.Module]) -> Turn | str:
     kinds: list[str] = getattr(config, "layer_types", None) or []
     if getattr(config, "sliding_window", None) is not None or set(kinds) - {"full_attention"}:
         return "a sliding window hides its prefix from later tokens"
+    if getattr(config, "alibi", False):  # Falcon's, which has a rotary module all the same
+        return "its positions are ALiBi's, which know nothing of a prefix here"
     rotary: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "inv_freq", None), Tensor)]
     apply: Any = getattr(sys.modules[type(attentions[0]).__module__], "apply_rotary_pos_emb", None)
     fixed = len(rotary) == 1 and getattr(rotary[0], "rope_type", "") not in ("dynamic", "longrope")

@@ -286,3 +286,15 @@ def test_a_delta_of_a_plain_file_needs_none(tmp_path: Path) -> None:
     other = llama()
     other.load_state_dict(merged)
     assert_close(outputs(other), outputs(model), 1e-4)
+
+
+@pytest.mark.parametrize("init", ["gaussian", "pissa", "olora"])
+def test_other_starts_are_not_for_experts(init: str) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_local_experts": 2}
+    model = MixtralForCausalLM(
+        MixtralConfig(vocab_size=16, num_attention_heads=1, num_key_value_heads=1, **sizes)
+    )
+    with pytest.raises(optx.TargetError, match=rf"init='{init}' is not for parameters such as .*down_proj'"):
+        optx.attach(model, LoRA(rank=2, init=init), ["experts.down_proj"])

@@ -141,6 +141,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "all of it": ("GPTNeoX", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 1.0}}),
     "the module turns a part": ("Phi", {"num_key_value_heads": 2}),
     "one head of keys": ("Qwen2", {"num_key_value_heads": 1}),
+    "keys spread before attention": ("Falcon", {"num_kv_heads": 2, "new_decoder_architecture": True}),
 }
 
 
@@ -165,6 +166,18 @@ def test_prefixes_of_other_families_load(case: str, tmp_path: Path) -> None:
     assert_close(outputs(model), outputs(theirs))
     handle.save(tmp_path / "again")
     assert_close(outputs(in_peft(make(), tmp_path / "again")), outputs(theirs))
+
+
+def test_positions_that_a_prefix_cannot_be_turned_to(tmp_path: Path) -> None:
+    import transformers
+
+    def make() -> Any:
+        torch.manual_seed(0)
+        config = transformers.FalconConfig(**SIZES, num_attention_heads=4, alibi=True, multi_query=False)
+        return transformers.FalconForCausalLM(config).eval()
+
+    by_peft(make(), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), tmp_path)
+    assert_refused(tmp_path, r"can't be read for this model: its positions are ALiBi's", make())
 
 
 def test_a_prefix_with_more_beside_it_is_refused(tmp_path: Path) -> None:
