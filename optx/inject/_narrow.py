@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 from torch import nn
 
 from optx._errors import TargetError, near
 from optx.inject._injection import Site, Targets
+from optx.inject._parameters import Named, names_parameters, parameter_paths
 from optx.inject._targets import matcher
 
 Layers: TypeAlias = int | Sequence[int]
@@ -29,12 +31,14 @@ def narrowed(
             matches nothing targeted, or nothing is left.
     """
     every = [site for sites in found for site in sites]
-    kept = {id(site) for site in every}
+    kept = {id(site): site for site in every}
     if layers is not None:
-        kept &= _in_layers(model, every, layers)
+        inside = _in_layers(model, every, layers)
+        kept = {key: site for key, site in kept.items() if key in inside}
     if exclude is not None:
-        kept -= _excluded(every, exclude)
-    left = [[site for site in sites if id(site) in kept] for sites in found]
+        left_over = _without(every, exclude)
+        kept = {key: left_over[key] for key in kept if key in left_over}
+    left = [[kept[id(site)] for site in sites if id(site) in kept] for sites in found]
     for sites, few in zip(found, left, strict=True):
         if not few:
             raise TargetError(
@@ -106,23 +110,38 @@ def _sizes(model: nn.Module) -> dict[str, int]:
     return sizes
 
 
-def _excluded(sites: Sequence[Site], exclude: Targets) -> set[int]:
-    """What is left out; each entry of a list must leave something out."""
+def _without(sites: Sequence[Site], exclude: Targets) -> dict[int, Site]:
+    """What is not left out, by the site that it was; each entry of a list must leave something out."""
     entries: list[Any] = [exclude]
     if isinstance(exclude, Sequence) and not isinstance(exclude, str):
         entries = [[entry] for entry in exclude]
-    left: set[int] = set()
+    out: set[tuple[int, str]] = set()
     for entry in entries:
         try:
             matches = matcher(entry)
         except TargetError as error:
             raise TargetError(str(error).replace("targets", "exclude", 1)) from None
-        own = {id(site) for site in sites if matches(site.path, site.module)}
+        named = names_parameters(entry)
+        own = {(id(site), name) for site in sites for name in _matched(site, matches, named)}
         if not own:
             what = entry[0] if isinstance(entry, list) else entry
+            every = [path for site in sites for path in parameter_paths(site.path, site.parameters)]
             raise TargetError(
                 f"attach: exclude has {what!r}, which matches nothing that is targeted. "
-                f"{near(str(what), [site.path for site in sites])}"
+                f"{near(str(what), every)}"
             )
-        left |= own
+        out |= own
+    left: dict[int, Site] = {}
+    for site in sites:
+        names = [name for name in site.parameters or ("",) if (id(site), name) not in out]
+        if names:
+            left[id(site)] = replace(site, parameters=tuple(names)) if site.parameters else site
     return left
+
+
+def _matched(site: Site, matches: Named, named: bool) -> list[str]:
+    """Which of a site's parameters are meant, by their own names or their module's; [""]: the module."""
+    if matches(site.path, site.module):
+        return list(site.parameters or ("",))
+    own = site.parameters if named else ()
+    return [name for name in own if matches(f"{site.path}.{name}", nn.Module())]

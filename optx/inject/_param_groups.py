@@ -12,9 +12,13 @@ from typing import Any
 from torch import nn
 
 from optx._errors import OptxError, check_range
+from optx.inject._experts import ParameterLoRA
 from optx.inject._served import OnModel
 from optx.inject.bitfit import BiasShift
 from optx.inject.lora import EmbeddingLoRA, LowRank
+
+_FACTORS = (LowRank, ParameterLoRA)
+"""Parts with an A and a B, or one of each for every parameter."""
 
 
 def param_groups(
@@ -30,7 +34,7 @@ def param_groups(
     check_range("param_groups", "weight_decay", weight_decay, 0)
     if ratio is not None:
         check_range("param_groups", "ratio", ratio, 1)
-        if not any(isinstance(one.part, LowRank) for one in handle.served):
+        if not any(isinstance(one.part, _FACTORS) for one in handle.served):
             raise OptxError(
                 f"param_groups: ratio={ratio} is LoRA+'s, of the rates of LoRA's B and A, and this handle is "
                 f"of {type(handle.injection).__name__}. Leave ratio out."
@@ -52,7 +56,7 @@ def _kinds(handle: OnModel, *, plus: bool) -> Iterator[tuple[str, bool, nn.Param
         for name, p in one.part.named_parameters():
             if isinstance(one.part, EmbeddingLoRA) and name in ("A", "B"):
                 yield "embedding", True, p
-            elif isinstance(one.part, LowRank) and name == "B":
+            elif isinstance(one.part, _FACTORS) and name.rpartition(".")[2] == "B":
                 yield "B", True, p
             elif p.ndim > 1:
                 yield "A", True, p

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -46,6 +46,8 @@ def set_adapter(model: nn.Module, names: str | Sequence[str] | None, *, inferenc
         for key, part in module.parts.items()
     ]
     known = dict.fromkeys(part.adapter for _, part in parts)
+    if not isinstance(names, str | Iterable | None):
+        raise OptxError(f"set_adapter: names is {names!r}; it must be a name, a list of names, or None.")
     wanted = [names] if isinstance(names, str) else list(names or ())
     for name in wanted:
         if name not in known:

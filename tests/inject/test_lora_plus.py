@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from adapter_models import bert, ids, llama, peft_talk, plain
+from expert_models import BOTH, ONE_PARAMETER, moe
 from peft.optimizers import create_loraplus_optimizer
 
 import optx
@@ -35,6 +36,17 @@ def shapes(groups: list[dict[str, Any]]) -> dict[tuple[float, float], list[tuple
         key = (group["lr"], group["weight_decay"])
         found.setdefault(key, []).extend(tuple(p.shape) for p in group["params"])
     return {key: sorted(value) for key, value in found.items() if value}
+
+
+@ONE_PARAMETER
+@pytest.mark.parametrize("targets", [["q_proj"], []])
+def test_the_factors_of_experts_are_pefts_too(targets: list[str]) -> None:
+    options: dict[str, Any] = {"target_modules": targets, "target_parameters": BOTH}
+    with peft_talk():
+        model = peft.get_peft_model(moe(), peft.LoraConfig(r=2, **options))
+        wanted = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16)
+    handle = optx.attach(moe(), LoRA(rank=2), [*targets, *BOTH])
+    assert shapes(handle.param_groups(lr=1e-3, ratio=16)) == shapes(wanted.param_groups)
 
 
 @pytest.mark.parametrize("case", CASES)

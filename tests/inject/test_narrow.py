@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_models import assert_close, by_peft, config_in, gpt2, in_peft, llama, moved, outputs, shake
+from expert_models import BOTH, ONE_PARAMETER, moe
 from torch import nn
 
 import optx
@@ -89,6 +90,44 @@ def test_types_are_excluded() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(4, 4, 2))
     assert served(model, ["0", "1"], exclude=nn.Conv1d) == ["0"]
     assert served(model, "0|1", exclude=[nn.Conv1d]) == ["0"]
+
+
+@ONE_PARAMETER
+@pytest.mark.parametrize(
+    ("targets", "exclude", "left"),
+    [
+        (["experts"], ["experts.down_proj"], [["gate_up_proj"], ["gate_up_proj"]]),
+        (r".*\.experts", r".*1\..*\.gate_up_proj", [["gate_up_proj", "down_proj"], ["down_proj"]]),
+        (BOTH, ["layers.0.mlp.experts"], [[], ["gate_up_proj", "down_proj"]]),
+        (
+            BOTH,
+            ["0.mlp.experts.gate_up_proj", "0.mlp.experts.down_proj", "1.mlp.experts.down_proj"],
+            [[], BOTH[:1]],
+        ),
+        ([*BOTH, "gate.weight"], lambda path, module: path.endswith("experts"), [["weight"], ["weight"]]),
+    ],
+)
+def test_experts_are_excluded_by_their_parameters_names(
+    targets: Any, exclude: Any, left: list[list[str]], tmp_path: Path
+) -> None:
+    model = moe()
+    handle = optx.attach(model, LoRA(rank=2), targets, exclude=exclude)
+    found = {one.path: one.part.parameter_names for one in handle.served}
+    wanted = {
+        number: tuple(name.removeprefix("experts.") for name in names) for number, names in enumerate(left)
+    }
+    assert {int(path.split(".")[2]): names for path, names in found.items()} == {
+        number: names for number, names in wanted.items() if names
+    }
+    shake(handle.parameters())
+    handle.save(tmp_path / "ours")
+    assert_close(outputs(in_peft(moe(), tmp_path / "ours")), outputs(model))
+
+
+@ONE_PARAMETER
+def test_an_excluded_parameter_that_there_is_not() -> None:
+    with pytest.raises(TargetError, match=r"exclude has 'experts.down_porj'.*Near: '.*experts.down_proj'"):
+        optx.attach(moe(), LoRA(rank=2), ["experts"], exclude=["experts.down_porj"])
 
 
 @pytest.mark.parametrize(

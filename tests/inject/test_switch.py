@@ -149,6 +149,9 @@ def test_what_cannot_be_switched() -> None:
         optx.set_adapter(model, ["news", "poem"])
     with pytest.raises(optx.OptxError, match=r"no adapter is called 'lora'\. There are none"):
         optx.set_adapter(nn.Linear(2, 2), "lora")
+    names: Any = 1
+    with pytest.raises(optx.OptxError, match=r"names is 1; it must be a name"):
+        optx.set_adapter(model, names)
     handles["mam"].remove()
     handles["poems"].merge()
     wanted = outputs(model)
