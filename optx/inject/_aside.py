@@ -312,7 +312,7 @@ class _Together(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        return y.view_as(y), z.view_as(z)
+        return y.clone(), z.view_as(z)  # FSDP2 loses its hook on a view that is written to
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:

@@ -9,14 +9,17 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from optx._errors import OptxError, TargetError, near, warn
+from optx.inject import _encoder
 from optx.inject._injection import Composite, Injection, Site, Targets
 from optx.inject._narrow import Layers, narrowed
 from optx.inject._part import RESERVED, Attached, attached
 from optx.inject._served import Served
 from optx.inject._sharding import check_sites, check_whole
-from optx.inject._targets import check_servable, resolve
+from optx.inject._targets import ALL_LINEAR, check_servable, resolve
 from optx.inject._task_heads import heads_of
 from optx.inject._trained_whole import Saved, Values, begin
+from optx.inject._uncalled import watch
+from optx.inject.bitfit import warn_of_biases
 
 
 def check_model(model: nn.Module) -> None:
@@ -54,14 +57,20 @@ def install(
     adapter = name or injection.name
     saved = [_saved(model, path, adapter) for path in modules_to_save]
     served: list[Served] = []
-    for (member, _), sites in zip(members, found, strict=True):
-        made = _serve(model, member, sites, name, modules_to_save)
+    every_bias = False
+    for (member, wanted), sites in zip(members, found, strict=True):
+        of_all_biases = wanted is None and member.role_in(model) == "biased"
+        every_bias = every_bias or of_all_biases
+        lenient = of_all_biases or (isinstance(wanted, str) and wanted.lower() == ALL_LINEAR)
+        made = _serve(model, member, sites, name, modules_to_save, lenient)
         if not made:
             raise TargetError("attach: every target is in modules_to_save, so nothing is left to serve.")
         served.extend(made)
     _check_names(served)
+    if every_bias or getattr(injection, "bias", None) == "all":
+        warn_of_biases(model, served, modules_to_save)
     _warn_if_compiled(model)
-    _put(served)
+    _put(model, served)
     for one in served:
         one.part.adapter = adapter
     for kept in saved:
@@ -95,13 +104,23 @@ def _members(
 
 
 def _serve(
-    model: nn.Module, injection: Injection, sites: Sequence[Site], name: str | None, whole: Sequence[str]
+    model: nn.Module,
+    injection: Injection,
+    sites: Sequence[Site],
+    name: str | None,
+    whole: Sequence[str],
+    lenient: bool,
+    beside: bool = False,
 ) -> list[Served]:
     """What the injection and its companions will add; the model is not touched yet.
 
+    A lenient choice, of all biases or linear modules, leaves out what can't be served, if anything is left.
     Nothing in modules that are trained whole is served; PEFT too adapts none of them.
     """
     sites = [site for site in sites if not any(f"{site.path}.".startswith(f"{path}.") for path in whole)]
+    if lenient:
+        kept = _servable(model, injection, sites, name or injection.name)
+        sites = kept if kept or beside else sites
     if not sites:
         return []
     for site in sites:
@@ -112,8 +131,34 @@ def _serve(
         for site, part in zip(sites, injection.parts(sites), strict=True)
     ]
     for companion, others in injection.companions(model, sites):
-        served.extend(_serve(model, companion, others, name, whole))
+        served.extend(_serve(model, companion, others, name, whole, lenient=True, beside=True))
     return served
+
+
+def _servable(model: nn.Module, injection: Injection, sites: Sequence[Site], name: str) -> list[Site]:
+    """Those that can be served and have no part of this name; of linear modules, the others are told."""
+    kept = [site for site in sites if _is_servable(site, model) and not _has(site.module, name)]
+    left = [site.path for site in sites if not _is_servable(site, model)]
+    if left and kept and injection.role_in(model) != "biased":
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        warn(
+            f"attach: {ALL_LINEAR!r} leaves out {left[0]!r}{more}, whose weight is used without a call of "
+            "the module, so that nothing attached to it would act."
+        )
+    return kept
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    container = attached(module)
+    return container is not None and name in container.parts
+
+
+def _is_servable(site: Site, model: nn.Module) -> bool:
+    try:
+        check_servable(site, model)
+    except TargetError:
+        return False
+    return True
 
 
 def _check_names(served: Sequence[Served]) -> None:
@@ -141,7 +186,7 @@ def _saved(model: nn.Module, path: str, adapter: str) -> Saved:
     return Saved(path, modules[path], Values(adapter))
 
 
-def _put(served: Sequence[Served]) -> None:
+def _put(model: nn.Module, served: Sequence[Served]) -> None:
     """Add all parts and hooks; if anything fails half-way, nothing stays."""
     done: list[Served] = []
     try:
@@ -155,6 +200,9 @@ def _put(served: Sequence[Served]) -> None:
             container.add_module(one.name, one.part)
             done.append(one)
             one.hooks.extend(container.hook(one.part))
+            one.hooks.extend(_encoder.Use(encoder) for encoder in _encoder.nesting(model, one.path))
+        if (look := watch(model)) is not None:
+            served[0].hooks.append(look)
     except BaseException:
         for one in reversed(done):
             detach(one)

@@ -7,11 +7,18 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from optx.inject._injection import Injection
 from optx.inject._part import Part
 from optx.inject._trained_whole import Saved
+
+
+class Removable(Protocol):
+    """Something that was put on a module and can be taken off."""
+
+    def remove(self) -> None:
+        """Take it off."""
+        ...
 
 
 @dataclass(eq=False)
@@ -23,7 +30,7 @@ class Served:
     part: Part
     injection: Injection
     name: str
-    hooks: list[RemovableHandle] = field(default_factory=list[RemovableHandle])
+    hooks: list[Removable] = field(default_factory=list["Removable"])
 
     def paths_as(self, plain: Mapping[str, str]) -> list[str]:
         """What is served, by the module's path in another model: the module, or some of its parameters."""

@@ -18,6 +18,7 @@ from optx.inject._module_paths import paths_of
 from optx.inject._parameters import names_parameters, own_parameters, stacks, with_parameters
 from optx.inject._part import RESERVED, Attached
 from optx.inject._peft_match import targeted, task_of
+from optx.inject._uncalled import reader_of
 from optx.inject._weights import is_biased, is_conv
 
 ALL_LINEAR = "all-linear"
@@ -225,6 +226,11 @@ def check_servable(site: Site, model: nn.Module) -> None:
         raise TargetError(
             f"attach: {site.path!r} is inside an nn.MultiheadAttention, which uses its weight without "
             "calling it, so nothing attached to it would act. Target the attention module, or the FFN."
+        )
+    if (reader := reader_of(model, site.path)) is not None:
+        raise TargetError(
+            f"attach: {site.path!r} is in a {reader}, which uses its weight without calling it, so nothing "
+            "attached to it would act. Pass targets= of other modules."
         )
     if isinstance(site.module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         raise TargetError(

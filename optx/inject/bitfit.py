@@ -5,14 +5,17 @@ Source: BitFit, arXiv 2106.10199.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from optx._errors import TargetError
+from optx._errors import TargetError, warn
 from optx.inject._injection import Injection
-from optx.inject._part import Part, Weights, new_tensor
+from optx.inject._part import RESERVED, Part, Weights, new_tensor
+from optx.inject._served import Served
 from optx.inject._weights import channel_axes, is_biased
 
 
@@ -40,6 +43,36 @@ class BiasShift(Part):
         """The bias is the only thing that changes."""
         assert now.bias is not None
         return Weights(now.weight, now.bias + self.delta.to(now.bias.dtype))
+
+
+def warn_of_biases(model: nn.Module, served: Sequence[Served], whole: Sequence[str]) -> None:
+    """Say which biases are left out where all were to be trained.
+
+    Args:
+        model: whose.
+        served: what will be attached.
+        whole: paths of modules that are trained whole.
+    """
+    trained = {id(getattr(one.module, "bias", None)) for one in served}
+    left = [
+        name
+        for name, p in model.named_parameters()
+        if _is_bias(name)
+        and id(p) not in trained
+        and RESERVED not in name.split(".")
+        and not any(name.startswith(f"{path}.") for path in whole)
+    ]
+    if left:
+        more = f" and {len(left) - 4} more" if len(left) > 4 else ""
+        warn(
+            f"{served[-1].injection}: {len(left)} biases are left as they are (no call of a module adds "
+            f"them, or another handle has them): {', '.join(left[:4])}{more}."
+        )
+
+
+def _is_bias(name: str) -> bool:
+    """A bias by its name: of nn.MultiheadAttention, recurrent and parametrized modules too."""
+    return any(re.fullmatch(r"bias|bias_\w+|\w+_bias", part) for part in name.split(".")[-2:])
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ REFUSED = {
     "SVFit": "Mamba",
     "IA3": f"{EXPERTS} Mamba",
     "FLoRA": f"{EXPERTS} Mamba",
-    "BitFit": NO_BIASES,
+    "BitFit": f"{NO_BIASES} Mamba",
     "SequentialAdapter": "Mamba",
     "ParallelAdapter": NO_FFN_MODULE,
     "ScaledParallelAdapter": NO_FFN_MODULE,
