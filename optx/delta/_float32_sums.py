@@ -76,7 +76,7 @@ def finite(tensor: Tensor) -> bool:
     if tensor.dtype.itemsize == 1:
         tensor = tensor.to(torch.float32)
     # The sum of finite numbers is nearly always finite, and costs no memory.
-    within = None if tensor.dtype.itemsize > 2 else torch.float32
+    within = torch.float32 if tensor.dtype == torch.float16 else None
     return bool(tensor.sum(dtype=within).isfinite()) or bool(tensor.isfinite().all())
 
 

@@ -39,7 +39,7 @@ def stands_for(name: str, source: Source, like: Source) -> str | None:
     """
     if name in source.tied:
         return source.tied[name]
-    tied = [first for other, first in like.tied.items() if first in (name, like.tied.get(name))]
+    tied = [first for first in like.tied.values() if first in (name, like.tied.get(name))]
     for alias in [*(other for other, first in like.tied.items() if first == name), *tied]:
         if alias in source.entries:
             return alias

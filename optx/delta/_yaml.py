@@ -71,7 +71,8 @@ def _check_growth(events: Any, who: str) -> None:
     above: list[tuple[str | None, int]] = []  # the anchors that are open, and the values before each
     count = 0
     for event in events:
-        kind, anchor = type(event).__name__, getattr(event, "anchor", None)
+        kind = type(event).__name__
+        anchor: Any = getattr(event, "anchor", None)
         if kind.endswith("EndEvent") and kind.startswith(("Mapping", "Sequence")):
             name, before = above.pop()
             if name is not None:

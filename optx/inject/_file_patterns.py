@@ -147,7 +147,8 @@ class _Ways:
 
     def _part(self, kind: Any, what: Any, then: int) -> int:
         if kind in _REPEATS:
-            return self._repeat(*what, then)
+            least, most, inner = what
+            return self._repeat(least, most, inner, then)
         if kind is C.BRANCH:
             return self._state(None, 0, tuple(self.add(branch, then) for branch in what[1]))
         if kind is C.SUBPATTERN:
