@@ -260,6 +260,7 @@ class _Uses(TorchFunctionMode):
         self.inside: list[int] = []
         self.parts: dict[int, list[str]] = {}
         self.owners: dict[int, tuple[int, str]] = {}
+        self.held: list[Tensor] = []  # or another tensor may get the id of one that was exchanged in the call
         seen: dict[int, int] = {}
         for path, module in caller.named_modules():
             if RESERVED in path.split("."):
@@ -270,6 +271,7 @@ class _Uses(TorchFunctionMode):
                 if tensor is None:
                     continue
                 seen[id(tensor)] = seen.get(id(tensor), 0) + 1
+                self.held.append(tensor)
                 if container is not None:
                     self.parts[id(module)] = list(container.parts)
                     self.owners[id(tensor)] = (id(module), path)
