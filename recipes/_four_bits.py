@@ -192,8 +192,7 @@ def train_and_tell(arms: Mapping[str, Arm], arm: str, settings: str) -> None:
 
 
 def _reset_peak() -> int | None:
-    """Let the processes' peak begin anew; what the process holds now. Freed memory goes back to the system "
-    "first."""
+    """Give freed memory back and let the process's peak begin anew; what it holds now."""
     import ctypes
 
     try:

@@ -170,7 +170,7 @@ def _check_parts(reader: Reader, name: str, entry: Entry, form: str) -> None:
         rest = (*values.shape[:1], *values.shape[2:]) == (*entry.shape[:1], *entry.shape[2:])
         fits = fits and len(entry.shape) > 1 and len(values.shape) == len(entry.shape) and rest
         fits = fits and where.dtype == torch.int32 and where.shape == values.shape[1:2]
-        fits = fits and where.numel <= entry.shape[1:2][0] and entry.numel <= _MOST_ZEROS
+        fits = fits and where.numel <= min(entry.shape[1:2]) and entry.numel <= _MOST_ZEROS
     if not fits:
         raise FileError(
             f"{str(reader.path)!r} is damaged: what it has of {name!r} does not make that tensor."

@@ -1,5 +1,4 @@
-"""How a module computes from its weight: as it is, derived from other tensors, from codes, or kept "
-"elsewhere."""
+"""How a module computes from its weight: as it is, made from others, from codes, or kept elsewhere."""
 
 from __future__ import annotations
 

@@ -97,6 +97,7 @@ def _padding(
         return None
     if hidden.dtype != torch.bool:
         hidden = hidden != 0
-    if getattr(encoder, "mask_check", True) and not torch._nested_tensor_from_mask_left_aligned(src, ~hidden):
+    aligned = torch._nested_tensor_from_mask_left_aligned  # pyright: ignore
+    if getattr(encoder, "mask_check", True) and not aligned(src, ~hidden):
         return None
     return hidden

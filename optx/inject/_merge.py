@@ -164,8 +164,7 @@ def _folded(
 def _requantise(
     module: nn.Module, attached: Attached, now: Tensor, original: Tensor, new: Tensor, merging: bool
 ) -> None:
-    """Codes of the merged weight, or the module's own again: the parameter is exchanged and not written "
-    "to."""
+    """Codes of the merged weight, or the module's own again: the parameter is exchanged, not written to."""
     if attached.requantised is not None:
         attached.requantised.undo()
         attached.requantised = None

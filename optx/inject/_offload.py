@@ -6,7 +6,7 @@ forward; what optx adds acts in torch's hooks, outside of it, and so has to see 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ HOOK = "_hf_hook"
 def align_hook(module: nn.Module) -> Any:
     """The hook that places a module's tensors, the offloading one of several; None if there is none."""
     hook = module.__dict__.get(HOOK)
-    hooks = [one for one in getattr(hook, "hooks", (hook,)) if hasattr(one, "execution_device")]
+    hooks: list[Any] = [one for one in getattr(hook, "hooks", (hook,)) if hasattr(one, "execution_device")]
     return next((one for one in hooks if one.offload), hooks[0] if hooks else None)
 
 
@@ -114,7 +114,7 @@ def is_free(part: nn.Module, module: nn.Module) -> bool:
 
 
 @contextmanager
-def brought(part: nn.Module) -> Iterator[None]:
+def brought(part: nn.Module) -> Generator[None]:
     """A part's tensors where they compute, for the time of its turn, as for a module that is called."""
     hooked: list[Any] = [one for one in part.modules() if HOOK in one.__dict__]
     for one in hooked:
@@ -133,8 +133,7 @@ def brought(part: nn.Module) -> Iterator[None]:
 
 
 def placed(value: Any, device: torch.device | None) -> Any:
-    """A call's arguments on the device that its module computes on: hooks outside see where they came "
-    "from."""
+    """A call's arguments on its module's device: hooks outside of it see where they came from."""
     if device is None:
         return value
     if isinstance(value, Tensor):

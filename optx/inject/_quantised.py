@@ -51,8 +51,7 @@ def warn_of_rounding(found: Mapping[str, Rounding]) -> None:
 
 
 def kind_of(module: nn.Module) -> str:
-    """What a linear module or embedding keeps its weight as, in words; empty where it is in floating "
-    "point."""
+    """What a linear module or embedding keeps its weight as, in words; empty: floating point."""
     if parametrize.is_parametrized(module, "weight"):
         return ""  # and looking at it may have effects
     weight: Any = getattr(module, "weight", None)
@@ -83,7 +82,7 @@ def read(module: nn.Module, weight: Any, path: str) -> Tensor:
     Raises:
         TargetError: nothing that is known reads it, and neither does a call of the module.
     """
-    found: Tensor
+    found: Any
     name = type(weight).__name__
     with torch.no_grad():
         if name == "Params4bit":
@@ -240,7 +239,7 @@ def _write_8bit(module: Any, weight: Any, new: Tensor) -> Undo:
     def undo() -> None:
         module.weight = weight
         weight.CB, weight.SCB = kept["CB"], kept["SCB"]
-        if held is not None:
+        if state is not None and held is not None:
             state.CB, state.SCB = held
 
     return undo

@@ -46,7 +46,7 @@ def set_adapter(model: nn.Module, names: str | Sequence[str] | None, *, inferenc
         for key, part in module.parts.items()
     ]
     known = dict.fromkeys(part.adapter for _, part in parts)
-    if not isinstance(names, str | Iterable | None):
+    if not isinstance(names, str | Iterable | None):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise OptxError(f"set_adapter: names is {names!r}; it must be a name, a list of names, or None.")
     wanted = [names] if isinstance(names, str) else list(names or ())
     for name in wanted:

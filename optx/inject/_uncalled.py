@@ -43,16 +43,14 @@ _ABOUT = frozenset(
 
 
 class _Facts(NamedTuple):
-    """What a class's forward, and the methods that it calls, do with submodules, by regexes of their "
-    "paths."""
+    """What a class's forward and the methods it calls do with submodules, by regexes of their paths."""
 
     read: frozenset[str]
     named: frozenset[str]
 
 
 def reader_of(model: nn.Module, path: str) -> str | None:
-    """The class of what a module is in that uses its weight and never calls it; None if nothing is known "
-    "to."""
+    """The class of what a module is in that uses its weight and never calls it; None: none is known."""
     names = path.split(".")
     for depth in range(len(names)):
         owner = model.get_submodule(".".join(names[:depth]))
