@@ -49,6 +49,8 @@ def save(handle: OnModel, path: str | PathLike[str]) -> None:
     folder = Path(path)
     if folder.exists() and not folder.is_dir():
         raise OptxError(f"save: {os.fspath(path)!r} is a file; pass the name of a folder.")
+    if folder.is_symlink() and not folder.exists():
+        raise OptxError(f"save: {os.fspath(path)!r} is a link to nothing. Make the folder that it names.")
     description = _describe(handle)
     config = _peft_write.config_of(handle)
     live = handle.state_dict()

@@ -139,7 +139,7 @@ class Handle:
         """
         self._check_alive("merge")
         check_there(self.model, self.served, "merge")
-        self._watch.look(self.model, ())
+        self._watch.look(self.model)
         todo = [one for one in self.served if not one.part.merged]
         for one in todo:
             _merge.check_mergeable(one.module, one.part, one.path, type(one.injection).__name__)

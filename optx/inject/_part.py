@@ -200,6 +200,8 @@ class Attached(nn.Module):
         self._served = weakref.ref(served)
         self._forward: Callable[..., Any] | None = None  # one that was set on the module, not its class's
         self._reached = True
+        self.called_by: int | None = None
+        """The exchanged forward of the parent that is known to call this module."""
         self.originals: dict[str, Tensor] = {}
         """The module's own tensors while parts are merged into it."""
         self.requantised: Requantised | None = None

@@ -15,7 +15,8 @@ from torch import nn
 
 from optx._errors import OptxError
 from optx.inject._module_paths import bare_path, paths_of
-from optx.inject._part import RESERVED, Part
+from optx.inject._part import RESERVED, Attached, Part
+from optx.inject._passed_by import FirstCall, doubtful
 from optx.inject._served import Served
 from optx.inject._trained_whole import Saved
 
@@ -62,23 +63,34 @@ class Watch:
     def __init__(self, model: nn.Module, served: Sequence[Served]) -> None:
         leaves = [(_Leaf(one.path, one.name, one.part, _shape(one.module)), one.module) for one in served]
         self._tree = _tree([leaf for leaf, module in leaves if leaf.is_on(module)])
-        self._hook = model.register_forward_pre_hook(self.look)
+        self._hook = model.register_forward_pre_hook(self._before_call)
 
     def remove(self) -> None:
         """Take the hook off."""
         self._hook.remove()
 
-    def look(self, model: nn.Module, args: tuple[Any, ...]) -> None:
-        """The hook."""
+    def _before_call(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         if torch.compiler.is_compiling():
             return
+        exchanged = self.look(model)
+        if exchanged:
+            FirstCall(exchanged).begin(model)
+
+    def look(self, model: nn.Module) -> list[tuple[nn.Module, dict[str, Attached]]]:
+        """Raise if something is not in its place any more.
+
+        Returns:
+            Modules inside whose forward was exchanged, with what is served right inside of them.
+        """
         if "_is_replica" in model.__dict__:
             raise OptxError(
                 "optx: this model is a copy that DataParallel made, and what is attached acts on the first. "
                 "Use DistributedDataParallel, or one device."
             )
-        if not _all_on(model, self._tree):
+        exchanged: list[tuple[nn.Module, dict[str, Attached]]] = []
+        if not _all_on(model, self._tree, exchanged):
             self._search(model)
+        return exchanged
 
     def _search(self, model: nn.Module) -> None:
         """Raise if something is wrong; else watch what is still in its place."""
@@ -124,16 +136,18 @@ def _leaves(tree: _Tree) -> Iterator[_Leaf]:
             yield from _leaves(below)
 
 
-def _all_on(module: nn.Module, tree: _Tree) -> bool:
-    """Whether every part is where it was put."""
+def _all_on(module: nn.Module, tree: _Tree, exchanged: list[tuple[nn.Module, dict[str, Attached]]]) -> bool:
+    """Whether every part is where it was put; notes modules whose forward is not their class's."""
     for name, below in tree.items():
         if isinstance(below, _Leaf):
             if not below.is_on(module):
                 return False
             continue
         child = module._modules.get(name)  # pyright: ignore[reportPrivateUsage]
-        if child is None or not _all_on(child, below):
+        if child is None or not _all_on(child, below, exchanged):
             return False
+        if "forward" in child.__dict__ and (served := doubtful(child, below)):
+            exchanged.append((child, served))
     return True
 
 

@@ -130,7 +130,10 @@ def test_a_place_that_cannot_be_written_to(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         handle.save(tmp_path / "file" / "out")
-    assert names(tmp_path) == ["file"]
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(optx.OptxError, match=r"link' is a link to nothing\. Make the folder"):
+        handle.save(tmp_path / "link")
+    assert names(tmp_path) == ["file", "link"]
 
 
 # ---- the card ---------------------------------------------------------------------------------------

@@ -85,6 +85,7 @@ TABLE = {
     "optx/inject/_offload.py": "computes",
     "optx/inject/_part.py": "arithmetic_inject attach attach_targets lora adapters",
     "optx/inject/_quantised.py": "quantised",
+    "optx/inject/_passed_by.py": "passed_by",
     "optx/inject/_watch.py": "lost_modules",
     "optx/inject/_narrow.py": "narrow",
     "optx/inject/_param_groups.py": "lora_plus",
