@@ -7,6 +7,7 @@ first call with it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -38,7 +39,7 @@ class FirstCall:
     def _end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         for hook in self._hooks:
             hook.remove()
-        if output is None:  # it raised, and something else is wrong
+        if output is None or sys.exc_info()[0] is not None:  # something else is wrong
             return
         for parent, children in self.parents:
             if id(parent) in self._called:

@@ -270,8 +270,9 @@ class _Uses(TorchFunctionMode):
                     continue
                 seen[id(tensor)] = seen.get(id(tensor), 0) + 1
                 self.held.append(tensor)
-                if container is not None:
-                    self.parts[id(module)] = list(container.parts)
+                acting = [key for key, part in container.parts.items() if part.active] if container else []
+                if acting:
+                    self.parts[id(module)] = acting
                     self.owners[id(tensor)] = (id(module), path)
         for tensor, count in seen.items():  # a tied weight is used by the call of another module
             if count > 1:
