@@ -1,5 +1,4 @@
-"""Tune SmolLM2-135M on Shakespeare while its linear modules are in 4 bits (QLoRA), by optx's LoRA and by
-PEFT's.
+"""Tune SmolLM2-135M on Shakespeare with its linear modules in 4 bits (QLoRA), by optx's LoRA and PEFT's.
 
 Both arms have one base (bitsandbytes' nf4, scales quantised again), the same A and B to begin with, the same
 batches and rate, so their losses should be the same too: the largest difference is shown. Then the adapter is
