@@ -58,6 +58,10 @@ def lora_difference(kind: type[D], folder: Path, target: str, base: Checkpoint |
                 f"Delta.lora: {name!r} is no factor of a linear layer's LoRA. Merge the adapter into its "
                 "model (handle.merge()), and take Delta.between(base, merged)."
             )
+        if not name.startswith(PREFIX):
+            raise FileError(
+                f"{where} has the key {name!r}; keys must begin with {PREFIX!r}. PEFT would ignore it."
+            )
     recipe = ("lora", target, source.label, source.state)
     if origin is not None:
         recipe = (*recipe, origin.label, origin.state)
@@ -70,7 +74,7 @@ def lora_difference(kind: type[D], folder: Path, target: str, base: Checkpoint |
             piece=lambda name, begin, end: source.piece(name, begin, end).to(entries[name].dtype),
         )
     for stem in pairs:
-        _check_factors(lora, stem, source.entries, str(folder))
+        _check_factors(lora, stem, source.entries, str(folder), config.get("target_parameters"))
     stems = {f"{stem.removeprefix(PREFIX)}.weight": stem for stem in pairs}
 
     def shape(stem: str) -> tuple[int, ...]:
@@ -123,10 +127,16 @@ def _taken_off(origin: Source, name: str, lora: LoRA, turned: bool, product: Ten
     return (B @ A).to(product)
 
 
-def _check_factors(lora: LoRA, stem: str, entries: Mapping[str, Entry], folder: str) -> None:
+def _check_factors(lora: LoRA, stem: str, entries: Mapping[str, Entry], folder: str, inside: object) -> None:
     """Raise unless two factors go together, and their rank is the configuration's."""
     a, b = entries[stem + _A], entries[stem + _B]
     rank = lora.rank_at(stem.removeprefix(PREFIX))
+    if inside and a.shape[0] == b.shape[1] != rank:
+        raise OptxError(
+            f"Delta.lora: {folder!r} has target_parameters={inside!r}, and the factors of {stem!r} are those "
+            "of a stack of experts. Merge the adapter into its model (handle.merge()), and take "
+            "Delta.between(base, merged)."
+        )
     if a.shape[0] != b.shape[1] or a.shape[0] != rank:
         raise FileError(
             f"Delta.lora: {folder!r} has factors of shapes {a.shape} and {b.shape} for {stem!r}, and its "

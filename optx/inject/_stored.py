@@ -33,7 +33,8 @@ class Stored:
 def check_tensors(
     found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str = "state_dict", prefix: str = ""
 ) -> None:
-    """Raise unless both have the same keys and shapes; names the first that differs, as the file would."""
+    """Raise unless both have the same keys and shapes, and floats in the same places; names the first that
+    differs, as the file would."""
     for key, tensor in wanted.items():
         if key not in found:
             like = near(prefix + key, (prefix + one for one in found))
@@ -42,6 +43,11 @@ def check_tensors(
             raise FileError(
                 f"{where}: {prefix + key!r} has shape {tuple(found[key].shape)}, the model needs "
                 f"{tuple(tensor.shape)}. It was saved for another model, or with other options."
+            )
+        if found[key].is_floating_point() != tensor.is_floating_point():
+            raise FileError(
+                f"{where}: {prefix + key!r} is of {found[key].dtype}, the model's of {tensor.dtype}: the "
+                "file was written by something else, or changed."
             )
     for key in found:
         if key not in wanted:

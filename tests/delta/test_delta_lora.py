@@ -85,3 +85,18 @@ def test_adapters_that_are_no_lora(tmp_path: Path) -> None:
         save_file(bad, file)
         with pytest.raises(OptxError, match=r"is no factor of a linear layer's LoRA. Merge"):
             Delta.lora(tmp_path)
+    save_file({"fc.lora_A.weight": a, "fc.lora_B.weight": b}, file)
+    with pytest.raises(
+        optx.FileError, match=r"the key 'fc\.lora_[AB]\.weight'; keys must begin with 'base_model"
+    ):
+        Delta.lora(tmp_path)
+    config.write_text('{"peft_type": "LORA", "r": 2, "target_parameters": ["experts.down_proj"]}')
+    save_file(
+        {
+            f"base_model.model.experts.lora_{x}.weight": t
+            for x, t in (("A", a.repeat(2, 1)), ("B", b.repeat(1, 2)))
+        },
+        file,
+    )
+    with pytest.raises(OptxError, match=r"target_parameters=\['experts.down_proj'\], .* a stack of experts"):
+        Delta.lora(tmp_path)

@@ -256,6 +256,13 @@ def test_another_shape_is_named_with_both(tmp_path: Path) -> None:
     assert_refused(tmp_path, rf"'{PREFIX}{KEY}.lora_B.weight' has shape \(8, 2\), the model needs \(16, 2\)")
 
 
+def test_codes_in_the_place_of_floats_are_named(tmp_path: Path) -> None:
+    tensors = tensors_in(one_of_pefts(tmp_path))
+    tensors[f"{PREFIX}{KEY}.lora_B.weight"] = torch.ones(16, 2, dtype=torch.int8)
+    rewrite(tmp_path, tensors)
+    assert_refused(tmp_path, rf"'{PREFIX}{KEY}.lora_B.weight' is of torch.int8, the model's of torch.float32")
+
+
 def test_modules_that_the_config_means_and_the_file_lacks(tmp_path: Path) -> None:
     tensors = tensors_in(one_of_pefts(tmp_path))
     rewrite(tmp_path, {k: t for k, t in tensors.items() if KEY not in k})
