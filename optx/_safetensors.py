@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import Any, BinaryIO
 
 import torch
@@ -83,6 +84,7 @@ class Reader:
     def __init__(self, path: str | PathLike[str]) -> None:
         self.path = Path(path)
         try:
+            check_plain(self.path)
             with self.path.open("rb") as file:
                 stat = os.fstat(file.fileno())
                 header, self._start = _header(file, stat.st_size)
@@ -159,6 +161,18 @@ class Reader:
                     raise FileError(f"{str(self.path)!r} became shorter while it was read.")
                 fill = fill[count:]
         return flat
+
+
+def check_plain(path: Path) -> None:
+    """Raise if a path is a pipe or a device: opening it could wait for ever.
+
+    Raises:
+        ValueError: it is.
+        FileNotFoundError: it isn't there.
+    """
+    mode = path.stat().st_mode
+    if not (S_ISREG(mode) or S_ISDIR(mode)):
+        raise ValueError("it is a pipe or a device")
 
 
 def _mark(stat: os.stat_result) -> tuple[int, ...]:
@@ -249,6 +263,31 @@ def shards(path: Path) -> Iterator[Path]:
     Raises:
         FileError: the folder has none, or the index names a file that is missing.
     """
+    first = _first(path)
+    if first is not None:
+        yield from indexed(first) if first.name.endswith(".index.json") else (first,)
+        return
+    files = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("."))
+    if not files:
+        raise FileError(f"The folder {str(path)!r} has no *.safetensors file.")
+    yield from files
+
+
+def check_complete(folder: Path, names: Collection[str]) -> None:
+    """Raise if the index by which a folder is read names a tensor that its shards haven't got.
+
+    Such an index is of another model, or a shard is: what is missing would be left out without a word.
+    """
+    first = _first(folder)
+    if first is None or not first.name.endswith(".index.json"):
+        return
+    for name, file in weight_map(first).items():
+        if name not in names:
+            raise FileError(f"{str(first)!r} says that {brief(name)} is in {file.name!r}, which has it not.")
+
+
+def _first(path: Path) -> Path | None:
+    """The file or index that a folder's model is read from; None: all files."""
     named = _named_in_config(path)
     first = next(
         (path / name for name in (*named, _ONE, f"{_ONE}.index.json") if (path / name).exists()), None
@@ -258,13 +297,7 @@ def shards(path: Path) -> Iterator[Path]:
         first = next(iter(indices), None)
         if first is not None and (one := first.with_name(first.name.removesuffix(".index.json"))).exists():
             first = one
-    if first is not None:
-        yield from indexed(first) if first.name.endswith(".index.json") else (first,)
-        return
-    files = sorted(file for file in path.glob("*.safetensors") if not file.name.startswith("."))
-    if not files:
-        raise FileError(f"The folder {str(path)!r} has no *.safetensors file.")
-    yield from files
+    return first
 
 
 def _named_in_config(folder: Path) -> list[str]:
@@ -313,6 +346,7 @@ def read_json(path: Path, most: int) -> Any:
         FileError: it is missing, longer than ``most`` bytes, or no JSON.
     """
     try:
+        check_plain(path)
         with path.open("rb") as file:
             data = file.read(most + 1)
         if len(data) > most:

@@ -39,6 +39,7 @@ def write_checkpoint(
     plan: str,
     dtype: torch.dtype | None = None,
     others: Source | None = None,
+    reshaped: bool = False,
     progress: Callable[[Iterable[str]], Iterable[str]] = lambda names: names,
     layout: Mapping[str, Mapping[str, Entry]] | None = None,
     finish: Callable[[Path], None] = lambda folder: None,
@@ -58,6 +59,7 @@ def write_checkpoint(
         plan: names the computation; see `Writer`.
         dtype: what a folder's ``config.json`` is to say; None leaves it.
         others: whose configuration and tokenizer go with these tensors, where it isn't ``like``.
+        reshaped: whether ``like``'s don't go with them; a folder without ``others`` is warned of then.
         progress: wraps the names, to show how far it is.
         layout: entries by the name of a folder's file, where they can't be laid out like the source's.
         finish: is given a folder that is whole but for its name, to change its other files.
@@ -72,7 +74,7 @@ def write_checkpoint(
             if out.suffix == ".safetensors":
                 _write_file(out, entries, tensors, plan, progress)
             else:
-                side = _side_folder(out, like, others)
+                side = _side_folder(out, like, others, reshaped)
                 _write_folder(out, like, side, entries, tensors, plan, dtype, progress, layout, finish)
         except OptxError as error:
             if not isinstance(error.__cause__, OSError):  # a disk may have room the next time
@@ -81,16 +83,16 @@ def write_checkpoint(
     return out
 
 
-def _side_folder(out: Path, like: Source, others: Source | None) -> Path | None:
+def _side_folder(out: Path, like: Source, others: Source | None, reshaped: bool) -> Path | None:
     """The folder whose configuration and tokenizer go with the result."""
-    if others is None:
+    if others is None and not reshaped:
         return like.path if isinstance(like, Files) and like.path.is_dir() else None
     if isinstance(others, Files) and others.path.is_dir():
         return others.path
     if isinstance(like, Files) and like.path.is_dir():
         warn(
             f"{str(out)!r} has tensors of the tuned model's shapes, and the base's configuration and "
-            "tokenizer, as the tuned model is no folder. Put its own in their place."
+            "tokenizer, as no folder of the tuned model is known. Put its own in their place."
         )
         return like.path
     return None

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from optx._errors import FileError, OptxError, ShapeError
-from optx._safetensors import Entry, Reader, read_json, shards
+from optx._safetensors import Entry, Reader, check_complete, read_json, shards
 from optx.delta._mixed_sum import AllOf
 from optx.delta._refusals import check_numbers, plain_tensor
 
+COMPRESSED = b"optx-cpf"
+"""What the file of a compressed delta begins with."""
+_OPEN_DELTA = "Open it with optx.Delta.load, and apply or merge what that gives."
 Checkpoint: TypeAlias = nn.Module | Mapping[str, Tensor] | str | PathLike[str]
 """A module, a state dict, a safetensors file, or a folder with one or several of them."""
 
@@ -116,20 +119,28 @@ class Memory(Source):
 
 
 class Files(Source):
-    """One safetensors file, or the shards of a folder."""
+    """One safetensors file, or the shards of a folder.
+
+    Attributes:
+        path: of the file or the folder.
+        files: that it reads.
+        readers: of each.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.files = list(shards(path)) if path.is_dir() else [path]
         self._where: dict[str, Reader] = {}
         self.tied = {}  # a file holds a tied tensor once, or as two that are equal
-        self._readers = [Reader(file) for file in self.files]
-        for reader in self._readers:
+        self.readers = [Reader(file) for file in self.files]
+        for reader in self.readers:
             for name in reader.entries:
                 if name in self._where:
                     raise FileError(f"{name!r} is in two files of {str(path)!r}.")
                 self._where[name] = reader
         self.entries = {name: reader.entries[name] for name, reader in self._where.items()}
+        if path.is_dir():
+            check_complete(path, self.entries)
 
     def read(self, name: str) -> Tensor:
         """Read from the disk, into memory of its own."""
@@ -146,7 +157,7 @@ class Files(Source):
     @property
     def state(self) -> tuple[object, ...]:
         """Of each file its name, its place on the disk, size and times; see `Reader.state`."""
-        return tuple(reader.state for reader in self._readers)
+        return tuple(reader.state for reader in self.readers)
 
     def file_of(self, name: str) -> Path:
         """The shard that a tensor is in."""
@@ -198,6 +209,22 @@ def _resizing(entry: Entry, old: Entry) -> str:
     return " (new tokens: model.resize_token_embeddings)" if rows and len(old.shape) == 2 else ""
 
 
+def _of_weights(path: Path, what: str) -> Files:
+    """A model's files. A delta's has its model's names and shapes: it would be taken for weights."""
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(len(COMPRESSED)) == COMPRESSED:
+                raise FileError(f"{what}: {str(path)!r} is a compressed delta. {_OPEN_DELTA}")
+    files = Files(path)
+    for reader in files.readers:
+        if "optx" in reader.metadata:
+            raise FileError(
+                f"{what}: {str(reader.path)!r} is a delta, an adapter or an optimizer that optx saved, not a "
+                f"model's weights. If it is a delta: {_OPEN_DELTA[0].lower()}{_OPEN_DELTA[1:]}"
+            )
+    return files
+
+
 def open_source(checkpoint: Checkpoint | Source, what: str) -> Source:
     """A source of whatever holds tensors.
 
@@ -224,7 +251,7 @@ def open_source(checkpoint: Checkpoint | Source, what: str) -> Source:
             )
         if not path.exists():
             raise FileError(f"{what}: there is no file or folder {str(path)!r}.")
-        return Files(path)
+        return _of_weights(path, what)
     raise OptxError(
         f"{what} is a {type(checkpoint).__name__}; it must be a module, a state dict, a safetensors file, or "
         "a folder of them."

@@ -28,12 +28,13 @@ from optx._files import written_aside
 from optx._safetensors import NAMES, Entry, brief, entry_of
 from optx.delta import _bitmask as bitmask
 from optx.delta import _golomb as golomb
+from optx.delta._checkpoint_source import COMPRESSED
 from optx.delta._claim import claimed
 from optx.delta._mixed_sum import AllOf
 from optx.delta._signs import About, Signs
 from optx.delta._work_files import check_new
 
-MAGIC, VERSION = b"optx-cpf", 2
+VERSION = 2
 _READ = (1, 2)  # 1 has gap codes alone, which 2 has too
 _LARGEST_TABLE = 100_000_000
 _HEAD = struct.Struct("<8sII8s")
@@ -115,7 +116,7 @@ def _payload_sizes(signs: Signs) -> dict[str, int]:
 
 def _header(signs: Signs, sizes: Mapping[str, int]) -> bytes:
     header = zlib.compress(describe(signs, sizes).encode(), 9)
-    return _HEAD.pack(MAGIC, VERSION, len(header), _digest(VERSION, header)) + header
+    return _HEAD.pack(COMPRESSED, VERSION, len(header), _digest(VERSION, header)) + header
 
 
 def _digest(version: int, header: bytes) -> bytes:
@@ -159,7 +160,7 @@ def _payload(signs: Signs, name: str) -> bytes:
 def is_compressed(path: Path) -> bool:
     """Whether a file is, or was before some damage, one that `write` wrote."""
     with path.open("rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
+        return file.read(len(COMPRESSED)) == COMPRESSED
 
 
 def read(path: Path) -> Signs:
@@ -174,7 +175,7 @@ def read(path: Path) -> Signs:
 def _read(file: BinaryIO, path: Path) -> Signs:
     size = os.fstat(file.fileno()).st_size
     head = file.read(_HEAD.size)
-    if head[:8] != MAGIC or len(head) < _HEAD.size:
+    if head[:8] != COMPRESSED or len(head) < _HEAD.size:
         raise FileError(f"{str(path)!r} is no compressed delta, or its first bytes are damaged.")
     _, version, length, digest = _HEAD.unpack(head)
     header = file.read(length) if length <= size else b""

@@ -84,7 +84,9 @@ class Delta(Prunable):
         """
         old, source = Watched(open_source(base, "base")), open_source(tuned, "tuned")
         keep = chooser(include, exclude)
-        found = pairs(old.inner, source, keep, chooser(whole, None) if whole else lambda _name: False)
+        found = pairs(
+            old.inner, source, keep, chooser(whole, None, "whole") if whole else lambda _name: False
+        )
         names = in_order(found, source)
         if not names:
             raise OptxError(f"Delta.between: include={include!r} and exclude={exclude!r} leave nothing.")
@@ -227,6 +229,7 @@ class Delta(Prunable):
             lambda name: onto.pieces(name) or onto.whole(name),
             plan=plan,
             others=self._tuned,
+            reshaped=bool(self.whole),
             progress=progress,
         )
 

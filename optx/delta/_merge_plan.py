@@ -29,6 +29,7 @@ from optx.delta._model_layers import (
     place_of,
     tied_to,
 )
+from optx.delta._refusals import check_not_quantised
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ class Plan:
             self.vocabulary = vocabulary_of(self.file.tokenizer, models, self.donor, self.notes)
         self._resolver = Resolver(self.file)
         self._check_kinds()
+        self._check_codes()
         for i, one in enumerate(self.file.slices):
             where = "'models'" if file.whole else f"slices[{i}]"
             check_models(self.file, one, self._base_of(one), where)
@@ -210,6 +212,19 @@ class Plan:
                     f"together. "
                     "If they do, let config.json say the same model_type."
                 )
+
+    def _check_codes(self) -> None:
+        """Codes and scales are copied as they are, between models that are quantised alike, or not at all."""
+        file, models = self.file, self.file.models
+        tables = [file.parameters, *(one.parameters for one in file.slices)]
+        tables += [part.parameters for one in file.slices for part in one.parts]
+        changed = file.dtype or file.out_dtype or any(table.get("scale") is not None for table in tables)
+        if file.method == "passthrough" and not changed:
+            ways = [read_json(model.path / "config.json").get("quantization_config") for model in models]
+            if all(way == ways[0] for way in ways):
+                return
+        for model in models:
+            check_not_quantised("merge", self.models[model].entries, repr(model.text), lambda _name: True)
 
     # ---- which tensors there are ---------------------------------------------------------------------
 

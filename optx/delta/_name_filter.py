@@ -8,13 +8,15 @@ from collections.abc import Callable
 from optx._errors import OptxError
 
 
-def chooser(include: str | None, exclude: str | None) -> Callable[[str], bool]:
+def chooser(
+    include: str | None, exclude: str | None, name_of_first: str = "include"
+) -> Callable[[str], bool]:
     """Whether a whole name matches ``include`` and not ``exclude``.
 
     Raises:
         OptxError: one of them is no regular expression.
     """
-    for option, pattern in (("include", include), ("exclude", exclude)):
+    for option, pattern in ((name_of_first, include), ("exclude", exclude)):
         try:
             re.compile(pattern or "")
         except re.error as error:

@@ -207,3 +207,22 @@ def test_a_file_that_is_replaced_while_it_is_read(tmp_path: Path) -> None:
     os.replace(tmp_path / "b.safetensors", tmp_path / "a.safetensors")
     with pytest.raises(FileError, match="was changed or replaced while it was read"):
         source.read("w")
+
+
+def test_an_index_of_another_model(tmp_path: Path) -> None:
+    """What it names and no shard has would be left out of the difference, and of the result."""
+    w(tmp_path, SHARD, 1.0)
+    index(tmp_path, {"w": SHARD, "v": SHARD})
+    with pytest.raises(FileError, match=rf"{INDEX}' says that 'v' is in '{SHARD}', which has it not"):
+        Files(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", INDEX, "config.json"])
+def test_pipes_are_not_waited_for(name: str, tmp_path: Path) -> None:
+    w(tmp_path, SHARD, 1.0)
+    os.mkfifo(tmp_path / name)
+    if name == "config.json":  # it is not needed
+        assert read(tmp_path) == 1.0
+        return
+    with pytest.raises(FileError, match=rf"{name}' is damaged.*it is a pipe or a device"):
+        Files(tmp_path)

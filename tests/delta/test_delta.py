@@ -196,6 +196,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "no tensor": (other(bias=3.0), {}, "'bias' is a float, not a tensor"),
     "nothing": (other(), {"include": "x.*"}, "include='x.\\*' and exclude=None leave nothing"),
     "regex": (other(), {"exclude": "["}, r"exclude='\[' is not a regular expression"),
+    "regex of whole": (other(), {"whole": "["}, r"whole='\[' is not a regular expression"),
 }
 
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import optx
 from optx import Delta, FileError, OptxError
 from optx._safetensors import Entry
 from optx.delta import _delta_file, _safetensors_writer
@@ -249,3 +250,29 @@ def test_load_refuses(tmp_path: Path) -> None:
     path.write_bytes(whole[:-2000] + b"\xfe" * 2000)  # gaps that lead beyond the tensor
     with pytest.raises(FileError, match=r"the places of 'layer.\d.weight' don't fit its shape"):
         dict(Delta.load(path).items())
+
+
+def test_a_delta_is_no_model(tmp_path: Path) -> None:
+    """Its file has the model's own names and shapes, and would be merged or subtracted as weights."""
+    base, tuned = {"w": torch.ones(9)}, {"w": torch.full((9,), 3.0)}
+    save_file(base, tmp_path / "base.safetensors")
+    delta = Delta.between(base, tuned)
+    dense, small = delta.save(tmp_path / "dense.safetensors"), tmp_path / "small.cpf"
+    optx.compress(delta).save(small)
+    (tmp_path / "folder").mkdir()
+    delta.save(tmp_path / "folder" / "model.safetensors")
+    file = tmp_path / "base.safetensors"
+    for wrong in (dense, small, tmp_path / "folder"):
+        yaml = {"merge_method": "linear", "models": [{"model": str(wrong)}], "parameters": {"weight": 1}}
+        for call in (
+            lambda wrong=wrong: Delta.between(file, wrong),
+            lambda wrong=wrong: Delta.between(wrong, file),
+            lambda wrong=wrong: optx.merge(file, [wrong], optx.TaskArithmetic(), tmp_path / "out"),
+            lambda wrong=wrong: optx.merge(wrong, [file], optx.TaskArithmetic(), tmp_path / "out"),
+            lambda wrong=wrong: delta.unbound().apply(wrong, tmp_path / "out"),
+            lambda yaml=yaml: optx.merge_yaml(yaml, tmp_path / "out"),
+        ):
+            with pytest.raises(optx.FileError, match=r"delta.*pen it with optx.Delta.load"):
+                call()
+    assert not (tmp_path / "out").exists()
+    assert torch.equal(optx.merge(base, [Delta.load(dense)], optx.TaskArithmetic(lam=1.0))["w"], tuned["w"])

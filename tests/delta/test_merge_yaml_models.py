@@ -195,7 +195,7 @@ REFUSED = {
     ),
     "quantised": (
         "{merge_method: linear, models: [{model: a}, {model: codes}], parameters: {weight: 1}}",
-        "quantised models must be dequantised first",
+        "'model.layers.0.mlp.down_proj.weight' in 'codes' belongs to int quantised weights.*Dequantise",
     ),
     "another kind": (
         "{merge_method: linear, models: [{model: a}, {model: gpt2}], parameters: {weight: 1}}",

@@ -192,11 +192,31 @@ def test_quantised_checkpoints_are_refused(case: str, tmp_path: Path) -> None:
         lambda: Delta.between({**rest, **CODES[case]}, {**rest, **CODES[case]}),
         lambda: optx.merge(files[1], [files[1]], optx.TaskArithmetic(), tmp_path / "out"),
         lambda: optx.compress(files[1]),
+        lambda: optx.merge_yaml(linear(*files), tmp_path / "out"),
     ):
         with pytest.raises(OptxError, match=r"belongs to .* quantised weights: codes and scales.*Dequantise"):
             call()
     assert not (tmp_path / "out").exists()
     assert list(Delta.between(files[1], files[1], include="norm.*")) == ["norm.weight"]
+
+
+def linear(*files: Path, method: str = "linear", **top: Any) -> dict[str, Any]:
+    models = [{"model": str(file)} for file in files]
+    weights = {"parameters": {"weight": 1}} if method == "linear" else {}
+    return {"merge_method": method, "models": models, **weights, **top}
+
+
+@pytest.mark.parametrize("case", CODES)
+def test_codes_are_copied_as_they_are_or_not_at_all(case: str, tmp_path: Path) -> None:
+    """A passthrough merge of quantised models moves layers; in another dtype its codes would be numbers."""
+    [file] = place(tmp_path, codes=CODES[case])
+    same = load_file(optx.merge_yaml(linear(file, method="passthrough"), tmp_path / "same.safetensors"))
+    assert all(torch.equal(bits(same[name]), bits(tensor)) for name, tensor in CODES[case].items())
+    changed = linear(file, method="passthrough", dtype="bfloat16")
+    scaled = linear(file, method="passthrough", parameters={"scale": 2})
+    for config in (changed, scaled):
+        with pytest.raises(OptxError, match=r"belongs to .* quantised weights"):
+            optx.merge_yaml(config, tmp_path / "out.safetensors")
 
 
 def test_floats_of_eight_bits_without_scales_and_scales_without_codes_are_served() -> None:
