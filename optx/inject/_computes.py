@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 
 from optx._errors import MergeError, TargetError
 from optx._names import is_dtensor
-from optx.inject import _offload, _quantised
+from optx.inject import _offload, _own_call, _quantised
 from optx.inject._part import Part, original
 
 
@@ -101,7 +101,8 @@ def check_weights(module: nn.Module, part: Part, path: str) -> None:
     """Raise if a module's weight is nothing that a merge can write to.
 
     Raises:
-        MergeError: it is derived, sharded, offloaded, not there yet, or codes of an unknown kind.
+        MergeError: it is derived, sharded, offloaded, not there yet, codes of an unknown kind, or not used as
+            torch uses it.
     """
     _offload.check_here(module, part, path)
     for name in ("weight", "bias"):
@@ -127,3 +128,4 @@ def check_weights(module: nn.Module, part: Part, path: str) -> None:
             f"merge: the weight of {path!r} is {kind}, which optx can't write. Keep the adapter attached, or "
             "save it and merge it into the model as it was before it was quantised."
         )
+    _own_call.check_merge(module, path)

@@ -142,15 +142,15 @@ FAMILIES = (
         ffn_inner=rf"(?:mlp|block_sparse_moe|feed_forward)\.{_EXPERTS}(?:down_proj|w2)",
     ),
     Family(
-        "BERT",  # RoBERTa, ELECTRA
+        "BERT",  # RoBERTa, ELECTRA; Longformer has projections for global attention, MobileBERT several FFNs
         block=_ENCODER_LAYER,
         attention=r"(?:cross)?attention\.self",
-        query="query",
-        key="key",
-        value="value",
+        query="query(?:_global)?",
+        key="key(?:_global)?",
+        value="value(?:_global)?",
         attention_out=r"(?:cross)?attention\.output\.dense",
-        ffn=r"output",  # LayerNorm(dense(h) + u): it gets the FFN's input u as its second argument
-        ffn_out=r"output\.dense",
+        ffn=r"(?:ffn\.\d+\.)?output",  # LayerNorm(dense(h) + u): its second argument is the FFN's input u
+        ffn_out=r"(?:ffn\.\d+\.)?output\.dense",
     ),
     Family(
         "GPT-2",

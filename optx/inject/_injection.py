@@ -69,6 +69,11 @@ class Injection(ABC):
         """What else the same handle attaches beside its own sites, and where."""
         return []
 
+    @property
+    def needs_weight(self) -> bool:
+        """Whether it works with a module's weight, and does not only add to what the module computes."""
+        return False
+
     def role_in(self, model: nn.Module) -> str:
         """The role whose modules are served by default, where it depends on the options."""
         return self.role

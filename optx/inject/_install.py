@@ -12,6 +12,7 @@ from optx._errors import OptxError, TargetError, near, warn
 from optx.inject import _encoder
 from optx.inject._injection import Composite, Injection, Site, Targets
 from optx.inject._narrow import Layers, narrowed
+from optx.inject._own_call import check_attach
 from optx.inject._part import RESERVED, Attached, attached
 from optx.inject._served import Served
 from optx.inject._sharding import check_sites, check_whole
@@ -130,6 +131,9 @@ def _serve(
         Served(site.path, site.module, part, injection, name or injection.name)
         for site, part in zip(sites, injection.parts(sites), strict=True)
     ]
+    for one in served:
+        if one.part.overrides("fold"):
+            check_attach(one.module, one.path, needs_weight=injection.needs_weight)
     for companion, others in injection.companions(model, sites):
         served.extend(_serve(model, companion, others, name, whole, lenient=True, beside=True))
     return served

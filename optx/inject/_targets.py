@@ -15,11 +15,12 @@ from optx.inject._alternatives import idle
 from optx.inject._families import Family
 from optx.inject._injection import Injection, Site, Targets
 from optx.inject._module_paths import paths_of
+from optx.inject._own_call import adds_bias
 from optx.inject._parameters import names_parameters, own_parameters, stacks, with_parameters
 from optx.inject._part import RESERVED, Attached
 from optx.inject._peft_match import targeted, task_of
 from optx.inject._uncalled import reader_of
-from optx.inject._weights import is_biased, is_conv
+from optx.inject._weights import is_conv
 
 ALL_LINEAR = "all-linear"
 """What stands for every linear module but the head, as in PEFT."""
@@ -149,7 +150,7 @@ def default_targets(model: nn.Module, injection: Injection) -> Targets:
 
 
 # Roles that need no family.
-_ANY_MODEL: dict[str, Targets] = {"biased": lambda path, module: is_biased(module)}
+_ANY_MODEL: dict[str, Targets] = {"biased": lambda path, module: adds_bias(module)}
 
 
 def matcher(targets: Targets) -> Callable[[str, nn.Module], bool]:

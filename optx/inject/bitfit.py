@@ -14,24 +14,26 @@ from torch import Tensor, nn
 
 from optx._errors import TargetError, warn
 from optx.inject._injection import Injection
+from optx.inject._own_call import adds_bias, bias_axes
 from optx.inject._part import RESERVED, Part, Weights, new_tensor
 from optx.inject._served import Served
-from optx.inject._weights import channel_axes, is_biased
+from optx.inject._weights import is_biased
 
 
 class BiasShift(Part):
-    """y + delta, where delta (out,) is what the module's bias has moved by."""
+    """y + delta, where delta (out,) is what the bias has moved by; along the second axis or the last."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         assert isinstance(module.bias, Tensor)
         self.delta = nn.Parameter(new_tensor(module, *module.bias.shape))
+        self.second = bias_axes(module) == 1
 
     def after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor:
         """Add the shift where the bias is added."""
-        ones = (1,) * channel_axes(module, output)
+        ones = (1,) * (output.ndim - 2 if self.second else 0)
         return output + self.delta.to(output.dtype).view(*self.delta.shape, *ones)
 
     @property
@@ -113,5 +115,10 @@ class BitFit(Injection):
         if not is_biased(module):
             raise TargetError(
                 f"attach: BitFit serves {self.serves}; {path!r} is a {type(module).__name__} without."
+            )
+        if not adds_bias(module):
+            raise TargetError(
+                f"attach: {path!r} is a {type(module).__name__} that does more after its bias is added, so a "
+                "shift of its output would not be one of its bias. Leave it out of targets."
             )
         return BiasShift(module)

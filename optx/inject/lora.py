@@ -28,6 +28,7 @@ from optx.inject._file_patterns import full_match
 from optx.inject._injection import Injection, Site
 from optx.inject._low_rank_start import begin, check_init, is_of_weight
 from optx.inject._module_paths import bare_path
+from optx.inject._own_call import adds_bias
 from optx.inject._parameters import parameter_paths
 from optx.inject._part import RESERVED, Part, Weights, attached, hidden_of, new_tensor
 from optx.inject._weights import (
@@ -35,7 +36,6 @@ from optx.inject._weights import (
     conv_like,
     features,
     in_sum_precision,
-    is_biased,
     is_conv,
     is_linear,
     is_transposed,
@@ -463,6 +463,11 @@ class LoRA(Injection):
         if self.dora and self.lora_bias:
             raise OptxError("LoRA: dora=True and lora_bias=True don't go together. Choose one.")
 
+    @property
+    def needs_weight(self) -> bool:
+        """DoRA takes the norm of its rows, PiSSA and OLoRA start from its factors."""
+        return self.dora or is_of_weight(self.init)
+
     def rank_at(self, path: str) -> int:
         """The rank of one module."""
         return self.rank_pattern.get(_pattern_of(self.rank_pattern, path) or "", self.rank)
@@ -533,7 +538,7 @@ class LoRA(Injection):
         biased = [
             Site(path, module)
             for path, module in model.named_modules()
-            if is_biased(module) and path not in own and RESERVED not in path.split(".")
+            if adds_bias(module) and path not in own and RESERVED not in path.split(".")
         ]
         return [(BitFit(), biased)]
 

@@ -186,6 +186,11 @@ class SVFit(Injection):
         if self.energy is not None:
             check_range("SVFit", "energy", self.energy, 0, 1)
 
+    @property
+    def needs_weight(self) -> bool:
+        """Its singular values."""
+        return True
+
     def part(self, module: nn.Module, path: str) -> Part:
         """One module's singular values."""
         if is_conv(module):
