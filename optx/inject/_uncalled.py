@@ -162,7 +162,7 @@ class Watch:
         self.hooks.clear()
 
     def _enter(self, caller: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # which compares two calls
             return
         if self.depth == 0:
             self.thread, self.uses = threading.get_ident(), _Uses(caller)

@@ -85,6 +85,22 @@ WHOLE: list[tuple[str, Callable[[], optx.Injection], dict[str, int]]] = [
             for n in ("attn.c_attn", "crossattention.c_attn", "crossattention.q_attn")
         },
     ),
+    (
+        "Longformer",
+        lambda: optx.LoRA(),
+        {
+            f"encoder.layer.*.attention.self.{n}": 2
+            for n in ("query", "value", "query_global", "value_global")
+        },
+    ),
+    (
+        "MobileBERT",
+        lambda: optx.IA3(),
+        {
+            **{f"encoder.layer.*.attention.self.{n}": 2 for n in ("key", "value")},
+            **{"encoder.layer.*.output.dense": 2, "encoder.layer.*.ffn.*.output.dense": 6},
+        },
+    ),
     ("SigLIP", lambda: optx.Aside(), {f"{t}_model.encoder.layers.*": 2 for t in ("text", "vision")}),
 ]
 

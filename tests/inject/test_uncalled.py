@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import warnings
 import weakref
 from typing import Any
 
@@ -260,3 +261,13 @@ def test_biases_of_recurrent_and_parametrized_modules_are_named() -> None:
     with pytest.warns(UserWarning, match=r"3 biases .*rnn\.bias_ih_l0, rnn\.bias_hh_l0, masked\.bias_orig"):
         handle = optx.attach(model, optx.BitFit())
     assert [one.path for one in handle.served] == ["fc"]
+
+
+def test_a_first_call_that_is_traced_is_not_looked_at() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optx.attach(model, optx.LoRA(rank=2), targets="0|1")
+    x = torch.randn(2, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced: Any = torch.jit.trace(model, x)  # pyright: ignore
+    torch.testing.assert_close(traced(x), model(x))

@@ -91,6 +91,11 @@ UNLISTED: dict[str, tuple[str, dict[str, Any]]] = {
             "pad_token_id": 0,
         },
     ),
+    "Longformer": ("LongformerModel", {**TEXT, "attention_window": 4}),
+    "MobileBERT": (
+        "MobileBertModel",
+        {**TEXT, "embedding_size": 8, "intra_bottleneck_size": 8, "true_hidden_size": 8},
+    ),
     "XLNet": ("XLNetModel", {"vocab_size": 64, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24}),
     "GPT-2 with cross attention": (
         "GPT2LMHeadModel",

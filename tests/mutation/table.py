@@ -83,6 +83,7 @@ TABLE = {
     "optx/inject/_low_rank_start.py": "lora_start",
     "optx/inject/_merge.py": "arithmetic_inject attach lora lora_peft svfit ia3 flora",
     "optx/inject/_offload.py": "computes",
+    "optx/inject/_own_call.py": "own_call",
     "optx/inject/_part.py": "arithmetic_inject attach attach_targets lora adapters",
     "optx/inject/_quantised.py": "quantised",
     "optx/inject/_passed_by.py": "passed_by",
