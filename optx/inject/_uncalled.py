@@ -162,7 +162,9 @@ class Watch:
         self.hooks.clear()
 
     def _enter(self, caller: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # which compares two calls
+        if (
+            torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        ):  # it compares two calls
             return
         if self.depth == 0:
             self.thread, self.uses = threading.get_ident(), _Uses(caller)
