@@ -74,8 +74,10 @@ class Delta(Prunable):
             include: regex (full match) of names to keep; None keeps all.
             exclude: regex of names to leave out, such as ``r".*lm_head.*"``: they stay as the base's.
             whole: regex of names that are taken from the tuned model as they are where the base lacks them or
-                has them in another shape: a new head, a larger vocabulary. What is applied then has the tuned
-                model's shapes, and its configuration and tokenizer.
+                has them in another shape: a new head, or, as ``r".*(embed_tokens|lm_head).*"``, a vocabulary
+                that grew. What is applied then has the tuned model's shapes, and its configuration and
+                tokenizer, unless the delta went through a file (`save`), which holds neither: copy the
+                tuned model's config.json and tokenizer then.
 
         Raises:
             OptxError: the names differ, nothing is left, or a tensor is quantised, sharded or offloaded.
@@ -262,6 +264,6 @@ class Delta(Prunable):
         """Write the change itself as a safetensors file: tensors with few nonzeros as indices and values.
 
         Raises:
-            OptxError: the file exists, or the disk is too small.
+            OptxError: the name does not end in ``.safetensors``, the file exists, or the disk is too small.
         """
         return save_delta(self, Path(path).expanduser())

@@ -92,6 +92,11 @@ def merge_yaml(
 ) -> Path:
     """Merge models as a YAML file of mergekit's format describes it; ``optx merge`` is this as a command.
 
+    Methods: linear, slerp, passthrough, model_stock, task_arithmetic, ties, dare_linear, dare_ties, nearswap,
+    nuslerp, multislerp, karcher, breadcrumbs, breadcrumbs_ties, della, della_linear, sce, arcee_fusion, and
+    optx's pcb. Slices of layers (a frankenmerge), gradients of a parameter over the layers, filters by names,
+    ``model+adapter`` and tokenizers of several vocabularies are read as mergekit reads them.
+
     The numbers are mergekit 0.1.5's, tensor by tensor; masks that it draws at random are optx's own. Tensors
     are read by pieces of a few megabytes, or, where a method looks at a whole tensor (model_stock, nuslerp,
     multislerp, karcher, breadcrumbs, della, sce, arcee_fusion), one tensor of every model at a time. So are
@@ -99,8 +104,10 @@ def merge_yaml(
 
     Args:
         config: the file, or what is in it: see ``recipes/merges/`` for one of each method. Models are folders
-            or safetensors files, by paths from the folder one is in; ``model+adapter`` has a LoRA on it.
-        out: a new folder, or a ``.safetensors`` file. Killed before it is done, the same call goes on.
+            or safetensors files, by paths from the folder in which the program runs, not from the file's; a
+            model of the Hub must be downloaded first. ``model+adapter`` has a LoRA on it.
+        out: a new folder, laid out as the base's, or a ``.safetensors`` file. Killed before it is done, the
+            same call goes on. One that exists is refused.
         seed: of random masks.
         progress: wraps the names of what is written, as ``tqdm.tqdm`` does.
 

@@ -37,13 +37,16 @@ def attach(
         injection: what to add, as ``optx.LoRA(rank=8)``; or a folder that a handle or PEFT saved.
         targets: a regex that a whole module name must match, a module type, a list of names (whole, or the
             last parts of a path) and types, each of which must match something, a function of (name,
-            module), or ``"all-linear"`` (every linear module but the output head, as in PEFT). For LoRA a
-            name may be a parameter's (``["experts.down_proj"]``). Modules that share a weight are served each
-            by itself. None: what the method's paper serves, in the models of recipes/README.md's table and
-            those built as they are; all of it, in every layer, or an error that says what was not found. For
-            an injection of several members (`optx.MAM`), a dict by member.
+            module), or ``"all-linear"`` (every linear module but the output head, as in PEFT; not an entry of
+            a list). For LoRA a name may be a parameter's (``["experts.down_proj"]``): experts that are one
+            parameter (Mixtral, Qwen2-MoE, Qwen3-MoE, DeepSeek) are no linear modules, so ``"all-linear"``
+            leaves them out, and ``[nn.Linear, "experts"]`` with ``exclude=["lm_head"]`` is both. Modules that
+            share a weight are served each by itself. None: what the method's paper serves, in the families of
+            the table "Families and methods" in recipes/README.md (Llama to Mamba, with why a pair is refused)
+            and in models built as they are; all of it, in every layer, or an error that says what was not
+            found. For an injection of several members (`optx.MAM`), a dict by member.
         name: under which it lives on each module, if the same method is attached there twice; what
-            `optx.set_adapter` switches by.
+            `optx.set_adapter` switches by. Files don't hold it: give it again when a folder is attached.
         modules_to_save: paths of modules that are trained whole beside it (a classifier) and saved with it;
             ``remove()`` gives them their old values back. Nothing in them is served. PEFT's name. None: the
             head of a model ``...ForSequenceClassification``, ``...ForTokenClassification`` or
@@ -51,8 +54,9 @@ def attach(
             ``qa_outputs``), unless something in it is targeted; ``handle.report()`` shows it. ``()``: none.
         layers: only what is in these layers, of what is targeted: a number, a range or a list of them, each
             of which must have something. A module's layer is the first whole number in its path; -1 is the
-            last of its stack. As PEFT's ``layers_to_transform``.
-        exclude: what is left out of what is targeted, in any form of ``targets``; all of it, and each entry
+            last of its stack. As PEFT's ``layers_to_transform``. A folder says itself what it serves.
+        exclude: what is left out of what is targeted, by modules, in any form of ``targets``
+            (``["down_proj"]``; a string is a regex that a whole name must match); all of it, and each entry
             of a list, must leave something out. As PEFT's ``exclude_modules``.
 
     Returns:

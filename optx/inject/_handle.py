@@ -125,7 +125,8 @@ class Handle:
         and bias is kept until `unmerge`: as many bytes as they have.
 
         Weights that are codes (bitsandbytes, torchao) are read, added to and rounded to such codes again. A
-        warning says what that cost, and `rounding` has it by module; `unmerge` gives the old codes back.
+        warning says what that cost, and `rounding` has it by module, as long as it is merged; `unmerge`
+        gives the old codes back.
 
         Args:
             untie: a served weight that other modules share (a head that is the embedding) gets a copy of
@@ -158,7 +159,13 @@ class Handle:
 
     @property
     def rounding(self) -> dict[str, Rounding]:
-        """What merging has cost each quantised weight, by module: its codes had to be rounded again."""
+        """What merging has cost each quantised weight, by module: its codes had to be rounded again.
+
+        Each has ``kind`` (the codes), ``relative`` and ``of_change`` (the error's norm as a share of the
+        merged weight's and of the change's) and ``largest`` (of one element). It is empty before `merge` and
+        after `unmerge`, `remove` and `merge_and_unload`: read it between ``merge()`` and the last of these.
+        Without that loss: ``model.dequantize()`` (transformers), attach the saved folder to that, merge.
+        """
         return {
             one.path: found.rounding
             for one in self.served
@@ -187,6 +194,9 @@ class Handle:
 
     def merge_and_unload(self, *, untie: bool = False) -> nn.Module:
         """Merge for good and take everything off: the bare model with the new weights.
+
+        What it cost quantised weights is in a warning only; to read it in code, call `merge`, read
+        `rounding`, and call this then.
 
         Raises:
             MergeError: as `merge`, or something else is merged into the same module.

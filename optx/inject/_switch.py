@@ -18,7 +18,8 @@ def set_adapter(model: nn.Module, names: str | Sequence[str] | None, *, inferenc
     have one name. As in PEFT, what acts is trained and what rests is not: ``requires_grad`` of their
     parameters says so from then on, and no old gradient of what rests is left for an optimizer. A module that
     they train whole gets the values of the one that acts, or its own if none does. All other parameters of
-    the model, and their flags, are as they were.
+    the model, and their flags, are as they were: freeze them by `optx.trainable_only` before the first
+    switch, since that call lets all of its handles train again.
 
     Args:
         model: what they are attached to, or a part of it.

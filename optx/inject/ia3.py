@@ -110,7 +110,9 @@ class IA3(Injection):
             optx knows, by name.
 
     Serves nn.Linear, transformers' Conv1D and nn.Conv1d/2d/3d. By default: the projections to keys and
-    values, and the last linear module of the FFN. Where one module computes queries, keys and values
+    values, and the last linear module of the FFN, in the families of "Families and methods" in
+    recipes/README.md but those whose experts are one parameter (Mixtral, Qwen2-MoE, Qwen3-MoE), DeepSeek and
+    Mamba, which need ``targets=``. Where one module computes queries, keys and values
     together (GPT-2, Phi-3, GPT-NeoX, Bloom, Falcon, ModernBERT, timm), all three are scaled, as in PEFT.
     Scales start at one: no output changes. One vector per module: (out, 1), or (1, in) for
     feed-forward modules; float32 on half-precision weights.

@@ -392,6 +392,13 @@ class LoRA(Injection):
     (``["experts"]``), which is all of them; patterns match the parameter's path. In PEFT's files these are
     ``target_parameters``. Routers (``["gate"]``) are served too. Neither takes dropout, dora or lora_bias.
 
+    QLoRA is this on a model that was loaded in codes (bitsandbytes' 4 and 8 bits, torchao): A and B are
+    float32, the codes stay. ``handle.merge()`` rounds to codes again, and ``handle.rounding`` says by module
+    what that cost.
+
+    A folder that PEFT saved after a PiSSA or OLoRA start is attached to the base as it was before PEFT: the
+    start is made again from its weights, which therefore must be those of the training.
+
     Paper values:
         ``rank=8, alpha=16``: RoBERTa-base on MNLI, queries and values, lr 5e-4, weight decay 0.1, 30 epochs
             (authors' script) (the defaults).
@@ -412,8 +419,8 @@ class LoRA(Injection):
     eager, batched_mm and grouped_mm, W + s B A of a layer's experts is made at every call, as in PEFT; else
     the factors act on the tokens that go to an expert.
 
-    Keywords: rsLoRA, DoRA, PiSSA, OLoRA, LoRA+, PEFT, low rank, memory, parameter-efficient fine-tuning,
-    mixture of experts, MoE.
+    Keywords: rsLoRA, DoRA, PiSSA, OLoRA, LoRA+, QLoRA, PEFT, low rank, memory, parameter-efficient
+    fine-tuning, mixture of experts, MoE, Mixtral, quantised, quantized, 4-bit, bitsandbytes, torchao.
 
     Evidence: ``optx run adapt``, ``optx run qlora``; ``test_lora.py``, ``test_lora_start.py``,
     ``test_peft_io.py``, ``test_peft_read.py``, ``test_experts_peft.py``.
