@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from optx._errors import MergeError, OptxError
+from optx._names import placed_like
 from optx.inject import _folder, _merge, _offload
 from optx.inject._injection import Injection
 from optx.inject._install import detach
@@ -339,7 +340,7 @@ class Handle:
         check_tensors(state_dict, own)
         with torch.no_grad():
             for key, tensor in own.items():
-                tensor.copy_(state_dict[key])
+                tensor.copy_(placed_like(state_dict[key], tensor))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a folder that `optx.attach(model, path)` reads, and PEFT too where it knows the method.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from optx._errors import warn
-from optx._names import placed_like
+from optx._names import is_dtensor, placed_like
 
 _MARK = "_optx_trained_whole"
 
@@ -137,7 +137,7 @@ def _write(saved: Saved, values: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, tensor in saved.module.state_dict(keep_vars=True).items():
             if tensor.shape == values[name].shape:
-                tensor.copy_(values[name])
+                tensor.copy_(placed_like(values[name], tensor))
             else:
                 resized.append(f"{saved.path}.{name}")
     if resized:
@@ -151,6 +151,11 @@ def _swap(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Exchange the module's values for others; what they were."""
     old: dict[str, Tensor] = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
+        if is_dtensor(tensor):  # fully_shard gathers from the memory that it knows, which must be written to
+            old[name] = tensor.detach().clone()
+            if tensor.shape == values[name].shape:
+                tensor.data.copy_(placed_like(values[name].to(tensor.dtype), tensor))
+            continue
         old[name] = tensor.data
         if tensor.shape == values[name].shape:  # or it was resized since, and what it is now stays
             tensor.data = placed_like(values[name].to(tensor.dtype), tensor)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sharded_adapters
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -221,11 +223,12 @@ def _fsdp(rank: int) -> None:
     assert wanted
 
 
-def _both(rank: int) -> None:
+def _all(folder: Path, rank: int) -> None:
     _ddp(rank)
     _fsdp(rank)
+    sharded_adapters.every_case(rank, folder)
 
 
-def test_ddp_and_fsdp2() -> None:
-    """One start of two processes serves both."""
-    in_two_processes(_both)
+def test_ddp_and_fsdp2(tmp_path: Path) -> None:
+    """One start of two processes serves all."""
+    in_two_processes(partial(_all, tmp_path))
