@@ -25,6 +25,7 @@ from optx.delta._float32_sums import change_of, difference
 from optx.delta._lora import lora_difference
 from optx.delta._name_filter import chooser
 from optx.delta._one_pass import OnePass
+from optx.delta._options import finite_number
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -211,7 +212,7 @@ class Delta(Prunable):
         Raises:
             OptxError: another base than the delta was taken from; names the tensor. Or ``out`` exists.
         """
-        source = open_source(base, "base")
+        scale, source = finite_number("Delta.apply", "scale", scale), open_source(base, "base")
         self._check_base(source)
         if out is None and isinstance(source, Files):
             raise OptxError("Delta.apply: base is on the disk; give out=, where the result is written to.")

@@ -18,6 +18,7 @@ from optx.delta._content import Watched
 from optx.delta._float32_sums import total
 from optx.delta._name_filter import chooser
 from optx.delta._one_pass import OnePass
+from optx.delta._options import finite_number
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -162,7 +163,8 @@ class Difference:
         return made
 
     def __mul__(self, factor: float) -> Self:
-        return self._elementwise(lambda _name, tensor, _begin: tensor * factor, ("times", float(factor)))
+        times = finite_number("Delta", "the factor", factor)
+        return self._elementwise(lambda _name, tensor, _begin: tensor * times, ("times", times))
 
     __rmul__ = __mul__
 

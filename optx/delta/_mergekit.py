@@ -150,6 +150,8 @@ def read_config(config: str | PathLike[str] | Mapping[str, Any], seed: int = 0) 
     if isinstance(config, Mapping):
         file = parse(config, "config", KNOWN)
     else:
+        if not isinstance(config, str | PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise OptxError(f"config is a {type(config).__name__}; it must be a file, or what is in it.")
         place = expanded(Path(config), "config")
         file = parse(load_yaml(place), repr(str(place)), KNOWN)
     if file.method == "pcb":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -30,6 +31,20 @@ def per_model(owner: str, argument: str, value: PerModel, models: int, what: str
             "each, or one for all."
         )
     return [float(one) for one in value]
+
+
+def finite_number(owner: str, argument: str, value: object) -> float:
+    """A number that a change can be multiplied by.
+
+    Raises:
+        OptxError: it is none, or not finite.
+    """
+    try:
+        if not isinstance(value, str) and math.isfinite(found := float(value)):  # type: ignore[arg-type]
+            return found
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        pass
+    raise OptxError(f"{owner}: {argument} is {value!r}; it must be a finite number.")
 
 
 def numbers(value: PerModel) -> Sequence[float]:

@@ -28,6 +28,9 @@ class Patch:
     def __init__(
         self, model: nn.Module, changes: Sequence[Change], factors: Sequence[float], strict: bool, repo: bool
     ) -> None:
+        for i, change in enumerate(changes):
+            if not isinstance(change, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise OptxError(f"patch: signatures[{i}] is a {type(change).__name__}; it is no signature.")
         self._changes, self._repo = list(changes), repo
         self._alpha = list(factors)
         self._overlay = _Overlay.of(model)

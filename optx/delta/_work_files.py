@@ -119,8 +119,10 @@ def check_new(out: Path, who: str = "out") -> None:
     """Raise if an output exists, and clear away what a kill just after it was renamed has left beside it.
 
     Raises:
-        OptxError: it exists.
+        OptxError: it exists, or is no name that a file can have.
     """
+    if not out.name or "\0" in str(out):  # "" and "." are the folder one is in
+        raise OptxError(f"{who}: {str(out)!r} is no name of a new file or folder.")
     if not os.path.lexists(out):
         return
     hidden = [out.with_name(f".{out.name}.{end}") for end in ("lock", "journal")]

@@ -255,3 +255,29 @@ def test_memory_is_that_of_pieces(tmp_path: Path) -> None:
         load_file(tmp_path / "out.safetensors"),
         Delta.between(base, {"w": base["w"] + 1, "v": base["v"]}).dare(0.9).apply(base),
     )
+
+
+@pytest.mark.parametrize("name", ["", ".", "a\0b.safetensors"])
+def test_names_that_no_output_can_have(name: str, tmp_path: Path) -> None:
+    """They are refused, and not by pathlib."""
+    base = {"w": torch.zeros(3)}
+    delta = Delta.between(base, {"w": torch.ones(3)})
+    for call in (
+        lambda: delta.apply(base, name),
+        lambda: optx.merge(base, [base], optx.TaskArithmetic(), name),
+        lambda: optx.compress(delta).save(name),
+    ):
+        with pytest.raises(OptxError, match="is no name of a new file or folder"):
+            call()
+
+
+@pytest.mark.parametrize("scale", ["2", None, float("nan"), float("inf"), torch.ones(2)])
+def test_a_scale_is_a_finite_number(scale: Any, tmp_path: Path) -> None:
+    """Said before a file is begun."""
+    base = {"w": torch.zeros(3)}
+    delta = Delta.between(base, {"w": torch.ones(3)})
+    with pytest.raises(OptxError, match=r"scale is .*; it must be a finite number"):
+        delta.apply(base, tmp_path / "out.safetensors", scale=scale)
+    with pytest.raises(OptxError, match=r"the factor is .*; it must be a finite number"):
+        delta * scale
+    assert not list(tmp_path.iterdir())

@@ -284,6 +284,9 @@ BAD = {
     "nothing": Bad(W, [W], "leave no floating tensor", options={"include": "x"}),
     "regex": Bad(W, [W], "include='(' is not a regular expression", options={"include": "("}),
     "dtype": Bad(W, [W], "dtype is torch.int8; it must be a floating type", options={"dtype": torch.int8}),
+    "dtype of powers": Bad(W, [W], "it must be a floating type", options={"dtype": torch.float8_e8m0fnu}),
+    "dtype's name": Bad(W, [W], "dtype is bfloat16; it must be a floating", options={"dtype": "bfloat16"}),
+    "once": Bad(W, iter([W]), "models must be a list of at least one model"),
     "missing": Bad("nowhere/at-all", [W], "there is no file or folder 'nowhere/at-all'"),
     "base": Bad(W, [optx.Delta.between({**W, "v": torch.ones(4)}, W)], "from another base: 'v' differs"),
 }  # fmt: skip
