@@ -14,12 +14,13 @@ import math
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from optx._errors import TargetError
+from optx.inject._lora_options import Options
 from optx.inject._low_rank_sum import LowRankSum, made
 from optx.inject._part import Part, Weights, new_tensor
 
@@ -29,28 +30,6 @@ _MAKING = threading.Lock()
 
 # Forwards of transformers' experts that index and multiply their weights, and do nothing else with them.
 _PLAIN = (None, "eager", "batched_mm", "grouped_mm")
-
-
-class Options(Protocol):
-    """What it has to know of `optx.LoRA`."""
-
-    @property
-    def bias(self) -> str:
-        """Which biases are trained besides."""
-        ...
-
-    @property
-    def init(self) -> str:
-        """Where the factors start."""
-        ...
-
-    def checked_rank(self, path: str, out: int, into: int) -> int:
-        """The rank at a path, for a matrix of this size."""
-        ...
-
-    def scale_at(self, path: str, rank: int) -> float:
-        """What the product is multiplied by."""
-        ...
 
 
 class Pair(nn.Module):

@@ -13,10 +13,11 @@ from torch import Tensor
 from optx._errors import OptxError
 from optx.inject import _peft_write
 from optx.inject._handle import Handle
+from optx.inject._low_rank import LowRank
 from optx.inject._peft_match import paths_of
 from optx.inject._served import Served
 from optx.inject._weights import is_conv
-from optx.inject.lora import LoRA, LowRank
+from optx.inject.lora import LoRA
 
 
 @runtime_checkable

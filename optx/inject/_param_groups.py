@@ -13,9 +13,9 @@ from torch import nn
 
 from optx._errors import OptxError, check_range
 from optx.inject._experts import ParameterLoRA
+from optx.inject._low_rank import EmbeddingLoRA, LowRank
 from optx.inject._served import OnModel
 from optx.inject.bitfit import BiasShift
-from optx.inject.lora import EmbeddingLoRA, LowRank
 
 _FACTORS = (LowRank, ParameterLoRA)
 """Parts with an A and a B, or one of each for every parameter."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from optx._names import whole
 from optx.inject import _peft_parameters, _peft_prefix
 from optx.inject._injection import Injection
+from optx.inject._low_rank import LowRank
 from optx.inject._low_rank_start import START, joined
 from optx.inject._module_paths import Paths, paths_of
 from optx.inject._part import original
@@ -25,7 +26,7 @@ from optx.inject._served import OnModel
 from optx.inject._weights import in_sum_precision, is_conv, is_transposed
 from optx.inject.bitfit import BiasShift
 from optx.inject.ia3 import IA3
-from optx.inject.lora import LoRA, LowRank
+from optx.inject.lora import LoRA
 from optx.inject.prefix import PrefixTuning
 
 PREFIX = "base_model.model."

@@ -79,6 +79,7 @@ TABLE = {
     "optx/inject/_freeze.py": "attach_training attach",
     "optx/inject/_heads.py": "prefix prefix_models prefix_torch adapters",
     "optx/inject/_hidden_delta_options.py": "arithmetic_inject adapter_places adapters prefix",
+    "optx/inject/_low_rank.py": "arithmetic_inject lora lora_start lora_peft lora_modules",
     "optx/inject/_low_rank_sum.py": "experts expert_models",
     "optx/inject/_low_rank_start.py": "lora_start",
     "optx/inject/_merge.py": "arithmetic_inject attach lora lora_peft svfit ia3 flora",
@@ -155,8 +156,8 @@ _FILES = (
 )
 _HANDLES = (
     "_adapter_card _attach _export _families _folder _folder_output _handle _injection _install "
-    "_module_paths _parameters _peft_match _peft_parameters _peft_prefix _peft_read _peft_start "
-    "_peft_write _report _served _sharding "
+    "_lora_options _module_paths _parameters _peft_match _peft_parameters _peft_prefix _peft_read "
+    "_peft_start _peft_write _report _served _sharding "
     "_stored _targets"
 )
 PLUMBING = [
