@@ -55,7 +55,7 @@ def attach(
         layers: only what is in these layers, of what is targeted: a number, a range or a list of them, each
             of which must have something. A module's layer is the first whole number in its path; -1 is the
             last of its stack. As PEFT's ``layers_to_transform``. A folder says itself what it serves.
-        exclude: what is left out of what is targeted, by modules, in any form of ``targets``
+        exclude: what is left out of what is targeted, in any form of ``targets``
             (``["down_proj"]``; a string is a regex that a whole name must match); all of it, and each entry
             of a list, must leave something out. As PEFT's ``exclude_modules``.
 
