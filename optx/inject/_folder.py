@@ -55,6 +55,12 @@ def save(handle: OnModel, path: str | PathLike[str]) -> None:
     config = _peft_write.config_of(handle)
     live = handle.state_dict()
     tensors = {key: live[name] for key, name in _keys(handle).items()}
+    empty = [key for key, tensor in tensors.items() if tensor.is_meta]
+    if empty:
+        raise OptxError(
+            f"save: {empty[0]!r} is on the meta device and has no values yet. Give the model and the adapter "
+            "their values first."
+        )
     if isinstance(config, str):
         if config:
             warn(f"save: PEFT can't read this adapter, as {config}. It is written as {OWN}.")

@@ -12,7 +12,7 @@ from optx._errors import OptxError, TargetError, near, warn
 from optx.inject import _encoder
 from optx.inject._injection import Composite, Injection, Site, Targets
 from optx.inject._narrow import Layers, narrowed
-from optx.inject._own_call import check_attach
+from optx.inject._own_call import check_attach, check_values
 from optx.inject._part import RESERVED, Attached, attached
 from optx.inject._served import Served
 from optx.inject._sharding import check_sites, check_whole
@@ -126,6 +126,8 @@ def _serve(
         return []
     for site in sites:
         check_servable(site, model)
+        if injection.needs_weight:
+            check_values(site.module, site.path)
     check_sites(model, sites)
     served = [
         Served(site.path, site.module, part, injection, name or injection.name)

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from optx._errors import MergeError, TargetError
 from optx._names import is_dtensor
 from optx.inject import _quantised
-from optx.inject._offload import HOOK
+from optx.inject._offload import HOOK, kept_elsewhere
 from optx.inject._part import bare_forward
 from optx.inject._weights import (
     channel_axes,
@@ -67,6 +67,20 @@ def check_attach(module: nn.Module, path: str, *, needs_weight: bool) -> None:
             f"attach: {path!r} is a {kind} whose forward makes something else of its weight than a "
             f"{_torchs(module)} does, and this method works with the weight itself. Use one that only adds "
             "to the output, as optx.LoRA() without dora=True."
+        )
+
+
+def check_values(module: nn.Module, path: str) -> None:
+    """Raise if there is nothing yet for a method that works with the weight itself.
+
+    Raises:
+        TargetError: it is on the meta device, and nothing brings it from elsewhere.
+    """
+    weight: Any = module._parameters.get("weight")  # pyright: ignore[reportPrivateUsage]
+    if isinstance(weight, Tensor) and weight.is_meta and kept_elsewhere(module, "weight") is None:
+        raise TargetError(
+            f"attach: {path}.weight is on the meta device and has no values yet, and this method works with "
+            "them. Load them first, and attach then."
         )
 
 

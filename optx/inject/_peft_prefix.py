@@ -150,7 +150,8 @@ def _by_layer(served: list[Served]) -> list[Served]:
 
 def _pair(one: Served) -> tuple[Tensor, Tensor]:
     assert isinstance(one.part, Prefix)
-    return whole(one.part.key.detach()), whole(one.part.value.detach())
+    own = one.part.tensors()
+    return whole(own["key"].detach()), whole(own["value"].detach())
 
 
 def _turn(model: nn.Module, attentions: list[nn.Module]) -> Turn | str:
@@ -172,7 +173,8 @@ def _turn(model: nn.Module, attentions: list[nn.Module]) -> Turn | str:
         return "it moves the real tokens behind the prefix, which only rotary positions can make up for"
 
     def turn(key: Tensor, by: int) -> Tensor:
-        cos, sin = rotary[0](key.float(), torch.tensor([[by]], device=key.device))
+        at: list[Tensor] = rotary[0](key.float(), torch.tensor([[by]], device=key.device))
+        cos, sin = (one.to(key.device) for one in at)  # an offloaded module answers from where it computes
         # Some modules turn the first numbers of a head only; GPT-NeoX's function does so by itself.
         partial = getattr(attentions[0], "rotary_ndims", None) == cos.shape[-1]
         first, rest = (

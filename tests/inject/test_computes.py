@@ -214,13 +214,17 @@ def test_training_what_is_offloaded_is_warned_of() -> None:
 
 
 @torch.no_grad()
-def test_a_prefix_is_offloaded_too() -> None:
+def test_a_prefix_is_offloaded_too(tmp_path: Path) -> None:
     model: Any = llama()
     handle = optx.attach(model, optx.PrefixTuning(length=3))
+    handle.save(tmp_path / "before")
     want = model(tokens()).logits
     to_memory(model, Path())
     assert torch.equal(model(tokens()).logits, want)
     assert all(p.is_meta for p in handle.parameters())
+    handle.save(tmp_path / "after")
+    files = [(tmp_path / folder / "adapter_model.safetensors").read_bytes() for folder in ("before", "after")]
+    assert files[0] == files[1]
 
 
 # ---- outputs that others hold ------------------------------------------------------------------------------

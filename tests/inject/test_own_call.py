@@ -4,6 +4,7 @@ the merged weight means the same, else refused before anything changes."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -121,6 +122,24 @@ def test_what_works_with_the_weight_itself_is_refused(kind: str, injection: optx
     with pytest.raises(optx.TargetError, match="this method works with the weight itself"):
         optx.attach(model, injection, targets="0")
     assert [name for name, _ in model.named_modules()] == ["", "0"]
+
+
+@pytest.mark.parametrize(
+    "injection",
+    [optx.LoRA(rank=2, dora=True), optx.LoRA(rank=2, init="olora"), optx.SVFit(rank=2)],
+    ids=["DoRA", "OLoRA", "SVFit"],
+)
+def test_a_weight_without_values_is_none_to_work_with(injection: optx.Injection) -> None:
+    model = nn.Sequential(nn.Linear(6, 6, device="meta"))
+    with pytest.raises(optx.TargetError, match=r"0\.weight is on the meta device and has no values yet"):
+        optx.attach(model, injection, targets="0")
+
+
+def test_an_adapter_without_values_is_not_saved(tmp_path: Path) -> None:
+    handle = optx.attach(nn.Sequential(nn.Linear(6, 6, device="meta")), optx.LoRA(rank=2), targets="0")
+    with pytest.raises(optx.OptxError, match=r"'.*lora_A\.weight' is on the meta device and has no values"):
+        handle.save(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 class Cast(nn.Linear):
