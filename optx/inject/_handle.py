@@ -144,6 +144,7 @@ class Handle:
         self._watch.look(self.model)
         todo = [one for one in self.served if not one.part.merged]
         for one in todo:
+            _container(one).check_filled("merge")
             _merge.check_mergeable(one.module, one.part, one.path, type(one.injection).__name__)
         self._untie(todo, allowed=untie)
         done: list[Served] = []
@@ -357,6 +358,8 @@ class Handle:
         """
         self._check_alive("save")
         check_there(self.model, [*self.served, *self.saved], "save")
+        for one in self.served:
+            _container(one).check_filled("save")
         _folder.save(self, path)
 
     def load(self, path: str | PathLike[str]) -> None:

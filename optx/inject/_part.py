@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from optx._errors import OptxError
-from optx.inject import _forward, _offload
+from optx.inject import _forward, _offload, _unfilled
 
 RESERVED = "optx"
 """The name of the submodule under which everything added lives."""
@@ -210,6 +210,9 @@ class Attached(nn.Module):
         """The weight and bias that the module shares with others, while it has merged ones of its own."""
         self.versions: dict[str, tuple[int, int]] = {}
         """Address and version of the merged tensors: another means that someone changed them since."""
+        self.unfilled: list[str] = []
+        """Tensors of parts that got memory by ``to_empty``, until they are seen to have values."""
+        self._filling: RemovableHandle | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_served": self._target()}  # a copy of the model serves the copied module
@@ -239,6 +242,38 @@ class Attached(nn.Module):
             if part.overrides("around") and part.active:
                 inner = partial(_go_around, part, inner, module)
         return inner(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Attached:
+        empty = _unfilled.on_meta(self)
+        super()._apply(fn, recurse)
+        if empty and (got := _unfilled.fill(self, empty)):
+            self.unfilled = [*dict.fromkeys([*self.unfilled, *got])]
+            if self._filling is None:
+                self._filling = self._target().register_forward_pre_hook(self._look_for_values)
+        return self
+
+    def _look_for_values(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not torch.compiler.is_compiling():
+            self.check_filled("optx")
+            self._stop_looking()
+
+    def _stop_looking(self) -> None:
+        if self._filling is not None:
+            self._filling.remove()
+        self._filling, self.unfilled = None, []
+
+    def check_filled(self, doing: str) -> None:
+        """Raise if a part has memory and no values.
+
+        Raises:
+            OptxError: names the first such tensor, and what to do.
+        """
+        if self.unfilled and (without := _unfilled.still(self, self.unfilled)):
+            raise OptxError(
+                f"{doing}: {without[0]!r}, attached to a {type(self._target()).__name__}, has no values: it "
+                "was attached on the meta device, and to_empty() gave it memory alone. Load them "
+                "(handle.load, handle.load_state_dict), or attach after to_empty()."
+            )
 
     def _look_for_call(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Before a call: whether the forward that it will take leads to `call` is known, or will be seen."""
@@ -278,6 +313,8 @@ class Attached(nn.Module):
         Where another library has wrapped `call`, what is wrapped is exchanged if it can be reached; else
         `call` stays in there and does what the old forward did.
         """
+        if not self.parts:
+            self._stop_looking()
         if not any(part.overrides("around") for part in self.parts.values()):
             _forward.take(self._target(), self.call, self._forward)
 

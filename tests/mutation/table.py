@@ -95,6 +95,7 @@ TABLE = {
     "optx/inject/_task_heads.py": "task_heads",
     "optx/inject/_trained_whole.py": "switch task_heads attach_training",
     "optx/inject/_uncalled.py": "uncalled",
+    "optx/inject/_unfilled.py": "unfilled",
     "optx/inject/_weights.py": "arithmetic_inject lora lora_peft lora_modules flora svfit ia3",
     "optx/inject/adapters.py": "arithmetic_inject arithmetic_options adapters adapter_places",
     "optx/inject/bitfit.py": "arithmetic_inject adapters lora_modules attach",
