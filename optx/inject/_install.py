@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -48,6 +49,8 @@ def install(
     Returns:
         What is served, and what is trained whole beside it.
     """
+    if name is not None and not isinstance(name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise OptxError(f"attach: name is {name!r}; it must be a Python identifier.")
     members = _members(injection, targets)
     found = [resolve(model, member, wanted) for member, wanted in members]
     if layers is not None or exclude is not None:
@@ -56,7 +59,7 @@ def install(
         asked = [sites for (_, wanted), sites in zip(members, found, strict=True) if wanted is not None]
         modules_to_save = heads_of(model, asked, found)
     adapter = name or injection.name
-    saved = [_saved(model, path, adapter) for path in modules_to_save]
+    saved = [_saved(model, path, adapter) for path in _wholes(modules_to_save)]
     served: list[Served] = []
     every_bias = False
     for (member, wanted), sites in zip(members, found, strict=True):
@@ -168,7 +171,7 @@ def _is_servable(site: Site, model: nn.Module) -> bool:
 
 
 def _check_names(served: Sequence[Served]) -> None:
-    taken: set[tuple[int, str]] = set()
+    taken, plain = set[tuple[int, str]](), Attached(nn.Module())
     for one in served:
         container = one.module._modules.get(RESERVED)  # pyright: ignore[reportPrivateUsage]
         if container is None and hasattr(one.module, RESERVED):
@@ -180,9 +183,27 @@ def _check_names(served: Sequence[Served]) -> None:
                 f"attach: {one.path!r} has a {one.name!r} attached already. Remove that one, or pass "
                 f"name={one.name + '2'!r}."
             )
-        if not one.name.isidentifier() or hasattr(Attached, one.name):
+        if not one.name.isidentifier() or hasattr(plain, one.name):
             raise OptxError(f"attach: name={one.name!r} must be a Python identifier that means nothing else.")
         taken.add(key)
+
+
+def _wholes(given: Any) -> list[str]:
+    """Each path of ``modules_to_save`` once.
+
+    Raises:
+        TargetError: it is no list of paths, or one of them is inside another.
+    """
+    if isinstance(given, str) or not all(isinstance(path, str) for path in given):
+        raise TargetError(f"attach: modules_to_save is {given!r}; it must be a list of paths of modules.")
+    paths = list(dict.fromkeys(given))
+    for path in paths:
+        outer = next((one for one in paths if path.startswith(f"{one}.")), None)
+        if outer is not None:
+            raise TargetError(
+                f"attach: modules_to_save has {outer!r} and {path!r}, which is inside it. Leave that out."
+            )
+    return paths
 
 
 def _saved(model: nn.Module, path: str, adapter: str) -> Saved:

@@ -212,3 +212,26 @@ def test_models_that_pefts_class_for_features_cannot_call(name: str, tmp_path: P
         wanted, theirs = model(**inputs), in_peft(make(), tmp_path)(**inputs)
     pairs = zip(wanted.to_tuple()[:2], theirs.to_tuple()[:2], strict=True)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"modules_to_save": "classifier"}, r"modules_to_save is 'classifier'; it must be a list of paths"),
+        ({"modules_to_save": [3]}, r"modules_to_save is \[3\]; it must be a list"),
+        (
+            {"modules_to_save": ["bert.pooler", "bert.pooler.dense"]},
+            r"and 'bert\.pooler\.dense', which is inside",
+        ),
+        ({"name": 3}, r"name is 3; it must be a Python identifier"),
+        ({"name": "training"}, r"name='training' must be a Python identifier that means nothing else"),
+    ],
+)
+def test_what_is_no_list_of_modules_or_no_name(options: dict[str, Any], why: str) -> None:
+    with pytest.raises(optx.OptxError, match=why):
+        optx.attach(bert(), optx.LoRA(rank=2), ["query"], **options)
+
+
+def test_a_module_that_is_named_twice_is_trained_once() -> None:
+    handle = optx.attach(bert(), optx.LoRA(rank=2), ["query"], modules_to_save=["classifier"] * 2)
+    assert len(handle.parameters()) == len(set(handle.parameters()))
