@@ -162,9 +162,10 @@ class Watch:
         self.hooks.clear()
 
     def _enter(self, caller: nn.Module, args: Any) -> None:
+        of_c: Any = torch._C  # pyright: ignore[reportPrivateUsage]
         if (
-            torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-        ):  # it compares two calls
+            torch.compiler.is_compiling() or of_c._get_tracing_state() is not None
+        ):  # a trace compares two calls
             return
         if self.depth == 0:
             self.thread, self.uses = threading.get_ident(), _Uses(caller)
