@@ -10,19 +10,21 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 
-from optx.recipes import _bench, adapt, finetune, grokking, merge
+from optx.recipes import _bench, adapt, finetune, grokking, merge, qlora
 
 COUNTS: dict[Any, tuple[str, ...]] = {
     adapt: ("seeds", "batch", "length", "test", "steps"),
     finetune: ("seeds", "batch", "length", "answer-length", "eval-blocks", "steps"),
     grokking: ("seeds", "p", "width", "every", "steps"),
     merge: ("seeds", "masks", "batch", "length", "valid", "test", "steps"),
+    qlora: ("seeds", "rank", "alpha", "batch", "length", "eval-blocks", "steps"),
 }
 RATES: dict[Any, tuple[str, ...]] = {
     adapt: ("sweep",),
     finetune: ("lr",),
     grokking: ("lr",),
     merge: ("lr", "head-lr"),
+    qlora: ("lr",),
 }
 BAD = [
     *(
@@ -42,6 +44,7 @@ BAD = [
     *((merge, "rates", text) for text in ("0", "1", "x")),
     (merge, "pull", "-0.1"),
     (finetune, "length", "3"),
+    (qlora, "length", "3"),
     (adapt, "sweep", "1,,3"),
     (grokking, "p", "1"),
 ]
