@@ -5,7 +5,7 @@ Source: task vectors, Editing Models with Task Arithmetic, arXiv 2212.04089, sec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -99,7 +99,7 @@ def merge(
     if out is None and isinstance(source, Files):
         raise OptxError("merge: base is on the disk; give out=, where the result is written to.")
     # float8_e8m0fnu has powers of two and nothing else: no zero, no sign.
-    known = dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point)
+    known: bool = dtype is None or getattr(dtype, "is_floating_point", False)  # not of a dtype's name
     if not known or dtype == torch.float8_e8m0fnu:
         raise OptxError(f"merge: dtype is {dtype}; it must be a floating type such as torch.bfloat16.")
     if out is not None:
@@ -169,7 +169,7 @@ class _Inputs:
     def __init__(self, base: Checkpoint, models: Sequence[Model], keep: Callable[[str], bool]) -> None:
         self.source = open_source(base, "base")
         self.base = self.source
-        wrong = isinstance(models, str | PathLike | Mapping | Delta) or not isinstance(models, Collection)
+        wrong = isinstance(models, str | PathLike | Mapping | Delta) or not hasattr(models, "__len__")
         if wrong or not len(models):
             raise OptxError("merge: models must be a list of at least one model.")
         self.models = [
