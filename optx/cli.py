@@ -117,11 +117,17 @@ def show(
 
 
 # What a person is told who looks for what is not here.
-_NONE = "optx has none, your own takes twenty lines: .github/CONTRIBUTING.md."
+_NONE = (
+    "optx has none, your own takes twenty lines: .github/CONTRIBUTING.md. What a method can do is in its "
+    "card, as `optx show LoRA --long` prints it."
+)
 
 
 def _instead(method: str) -> str:
     """What may be meant by a name that no method has."""
+    word = method.removeprefix("optx.")
+    if any(word.partition(".")[0] == entry.name for entry in _catalog.functions()):
+        return f"help(optx.{word}) in Python tells of it."
     if close := _catalog.similar(method):
         return f"near: {', '.join(map(repr, close))}."
     found, told = _catalog.search(method)

@@ -193,9 +193,10 @@ def check_alike(who: str, name: str, entry: Entry, where: str, old: Entry, advic
         advice: what may be done ``with exclude=``.
     """
     if old.shape != entry.shape:
+        way = f", or take it whole from tuned with whole={name!r}" if who == "Delta.between" else ""
         raise ShapeError(
             f"{who}: {name!r} has shape {entry.shape} in {where} and {old.shape} in base. {advice} with "
-            f"exclude=, or resize one{_resizing(entry, old)}."
+            f"exclude=, or resize one{_resizing(entry, old)}{way}."
         )
     if old.dtype.is_floating_point != entry.dtype.is_floating_point:
         raise OptxError(f"{who}: {name!r} is {entry.dtype} in {where} and {old.dtype} in base.")

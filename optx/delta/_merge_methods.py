@@ -288,9 +288,10 @@ def check_models(file: MergeFile, slice_: Slice, base: ModelRef | None, where: s
     texts = [part.model for part in slice_.parts]
     if method.base == "needed":
         if base is None:
-            raise OptxError(
-                f"config: {name} needs base_model, the model that the others were fine-tuned from."
+            what = (
+                "one of the two" if method.models == (2, 2) else "the model that the others were tuned from"
             )
+            raise OptxError(f"config: {name} needs base_model, {what}.")
         if base not in texts:
             raise OptxError(f"config: {name} needs the base {base.text!r} among the sources of {where}.")
     known = int(method.base != "none" and base in texts)

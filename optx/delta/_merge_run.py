@@ -43,7 +43,8 @@ class Job:
     @property
     def models(self) -> int:
         """How many are merged into the base, or into one another."""
-        known = METHODS[self.file.method].base != "none"
+        method = METHODS[self.file.method]
+        known = method.base != "none" and method.models != (2, 2)  # of two, the base is one that is merged
         return len([model for model in self.plan.models.sources if not known or model != self.file.base])
 
     @property

@@ -71,7 +71,7 @@ def merge(
 def save(
     base: Base,
     tuned: Tuned,
-    out: Out,
+    out: Annotated[Path, typer.Argument(help="a .safetensors file")],
     include: Include = None,
     exclude: Exclude = None,
     whole: Annotated[

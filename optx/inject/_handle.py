@@ -16,7 +16,7 @@ from optx.inject._injection import Injection
 from optx.inject._install import detach
 from optx.inject._param_groups import param_groups
 from optx.inject._part import RESERVED, Part, attached
-from optx.inject._quantised import Rounding, warn_of_rounding
+from optx.inject._quantised import Rounding, numbers, warn_of_rounding
 from optx.inject._report import Report, Row
 from optx.inject._served import Served
 from optx.inject._stored import check_tensors
@@ -55,6 +55,7 @@ class Handle:
         self.saved = list(saved)
         self._on_removal: list[Callable[[Handle], None]] = []
         self._removed = False
+        self._lost: dict[str, Rounding] | None = None  # by a merge for good
         self._watch = Watch(model, self.served)
 
     # ---- life ---------------------------------------------------------------------------------------
@@ -165,9 +166,11 @@ class Handle:
 
         Each has ``kind`` (the codes), ``relative`` and ``of_change`` (the error's norm as a share of the
         merged weight's and of the change's) and ``largest`` (of one element). It is empty before `merge` and
-        after `unmerge`, `remove` and `merge_and_unload`: read it between ``merge()`` and the last of these.
+        after `unmerge` and `remove`, which undo it; after `merge_and_unload` it stays.
         Without that loss: ``model.dequantize()`` (transformers), attach the saved folder to that, merge.
         """
+        if self._lost is not None:
+            return dict(self._lost)
         return {
             one.path: found.rounding
             for one in self.served
@@ -197,8 +200,7 @@ class Handle:
     def merge_and_unload(self, *, untie: bool = False) -> nn.Module:
         """Merge for good and take everything off: the bare model with the new weights.
 
-        What it cost quantised weights is in a warning only; to read it in code, call `merge`, read
-        `rounding`, and call this then.
+        What it cost quantised weights is in a warning, and in `rounding`.
 
         Raises:
             MergeError: as `merge`, or something else is merged into the same module.
@@ -211,6 +213,7 @@ class Handle:
                     f"merge_and_unload: something else is merged into {one.path!r}. Unmerge it first."
                 )
         self.merge(untie=untie)
+        self._lost = self.rounding
         for one in self.served:
             _merge.forget(_container(one), one.part)
         for kept in self.saved:
@@ -389,10 +392,10 @@ class Handle:
             for one in self.served
         ]
         for kept in self.saved:
-            numbers = sum(p.numel() for p in kept.module.parameters())
+            count = sum(numbers(p) for p in kept.module.parameters())
             what = type(kept.module).__name__ + (", gone from the model" if id(kept) in lost else "")
-            rows.append(Row(kept.path, "trained whole", what, numbers, numbers))
-        return Report(rows, sum(p.numel() for p in self.model.parameters()))
+            rows.append(Row(kept.path, "trained whole", what, count, count))
+        return Report(rows, sum(numbers(p) for p in self.model.parameters()))
 
     def __len__(self) -> int:
         return len(self.served)

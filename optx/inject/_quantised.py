@@ -50,6 +50,12 @@ def warn_of_rounding(found: Mapping[str, Rounding]) -> None:
         )
 
 
+def numbers(p: Tensor) -> int:
+    """How many numbers a parameter stands for: bitsandbytes packs two codes into a byte."""
+    shape: Any = getattr(getattr(p, "quant_state", None), "shape", None)
+    return p.numel() if shape is None else torch.Size(shape).numel()
+
+
 def kind_of(module: nn.Module) -> str:
     """What a linear module or embedding keeps its weight as, in words; empty: floating point."""
     if parametrize.is_parametrized(module, "weight"):

@@ -104,8 +104,12 @@ def _warn_of_idle(pattern: str, paths: Sequence[str]) -> None:
 def _none(targets: Targets, modules: Sequence[tuple[str, nn.Module]], named: bool) -> str:
     """Why nothing is served where a person said what."""
     if isinstance(targets, str):
-        known = _near_paths(targets, _named_paths(modules, named))
-        return f"attach: no module matches targets={targets!r}. {known}"
+        paths = _named_paths(modules, named)
+        if difflib.get_close_matches(targets, [ALL_LINEAR], cutoff=0.8):
+            return f"attach: no module matches targets={targets!r}. Near: {ALL_LINEAR!r}."
+        ends = any(path.endswith(f".{targets}") for path in paths)
+        hint = f" A string must match the whole name; a list matches its end: targets=[{targets!r}]."
+        return f"attach: no module matches targets={targets!r}. {_near_paths(targets, paths)}{hint * ends}"
     if isinstance(targets, type | Sequence):
         return f"attach: no module matches targets={targets!r}. The model has {_types(modules)}."
     return f"attach: targets is a function that no module passes. The model has {_types(modules)}."
@@ -210,6 +214,8 @@ def check_each_matches(
             continue  # alternatives: all linear and convolution layers, whichever there are
         pattern = not set("*+?()[]{}|^$\\").isdisjoint(target)
         hint = " A list holds names; pass a regex as a string by itself." if pattern else ""
+        if target == ALL_LINEAR:
+            hint = f" {ALL_LINEAR!r} is a target by itself, not one of a list."
         known = _near_paths(target, _named_paths(modules, parameters))
         raise TargetError(f"{owner} has {target!r} in its list, which matches no module. {known}{hint}")
 
