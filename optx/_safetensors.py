@@ -339,6 +339,31 @@ def there(path: Path) -> bool:
         return False
 
 
+_DEEPEST = 64
+"""How deep a file's JSON may be nested: far more than any needs, and far less than Python's own limit."""
+
+
+def parsed(text: str) -> Any:
+    """What JSON of a stranger says.
+
+    Raises:
+        ValueError: it is no JSON, or nested so deep that whoever walks through it might not come back.
+    """
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    level = [found]
+    for _ in range(_DEEPEST):
+        inner = (
+            one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)
+        )
+        level = [value for values in inner for value in values]
+        if not level:
+            return found
+    raise ValueError("it is nested too deep")
+
+
 def read_json(path: Path, most: int) -> Any:
     """What a JSON file of a stranger holds.
 
@@ -351,11 +376,9 @@ def read_json(path: Path, most: int) -> Any:
             data = file.read(most + 1)
         if len(data) > most:
             raise ValueError(f"it has more than {most} bytes")
-        return json.loads(data.decode("utf-8-sig"))
+        return parsed(data.decode("utf-8-sig"))
     except FileNotFoundError:
         raise FileError(f"There is no file {str(path)!r}.") from None
-    except RecursionError:
-        raise FileError(f"{str(path)!r} is damaged (it is nested too deep).") from None
     except (ValueError, OSError) as error:
         raise FileError(f"{str(path)!r} is damaged ({_reason(error)}).") from None
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from optx._errors import FileError
 from optx._files import written_aside
-from optx._safetensors import NAMES, Entry, brief, entry_of
+from optx._safetensors import NAMES, Entry, brief, entry_of, parsed
 from optx.delta import _bitmask as bitmask
 from optx.delta import _golomb as golomb
 from optx.delta._checkpoint_source import COMPRESSED
@@ -65,7 +65,7 @@ def describe(signs: Signs, sizes: Mapping[str, int] | None = None) -> str:
 
 def _understand(text: str) -> tuple[dict[str, Entry], About, dict[str, int]]:
     """What a header says; a ValueError, KeyError or TypeError where it makes no sense."""
-    table = json.loads(text)
+    table = parsed(text)
     rows: list[list[Any]] = table["tensors"]
     entries = {row[0]: entry_of(row[0], {"dtype": row[1], "shape": row[2]}) for row in rows}
     if len(entries) != len(rows):

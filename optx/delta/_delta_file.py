@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from optx._errors import FileError, OptxError
-from optx._safetensors import NAMES, Entry, Reader, brief, entry_of
+from optx._safetensors import NAMES, Entry, Reader, brief, entry_of, parsed
 from optx.delta._checkpoint_output import plan_of
 from optx.delta._claim import claimed
 from optx.delta._compressed_file import is_compressed, read
@@ -112,7 +112,7 @@ def open_delta(path: Path) -> Opened:
     reader = Reader(path)
     about: Any = None
     try:
-        about = json.loads(reader.metadata["optx"])
+        about = parsed(reader.metadata["optx"])
         known = about["kind"] == "delta"
     except (ValueError, KeyError, TypeError, RecursionError):
         known = False

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from optx._errors import FileError, OptxError, ShapeError, near
 from optx._files import written_aside
-from optx._safetensors import Entry, Reader, brief, entry_of
+from optx._safetensors import Entry, Reader, brief, entry_of, parsed
 from optx.delta._checkpoint_source import Checkpoint, open_source
 from optx.delta._claim import claimed
 from optx.delta._delta import Delta
@@ -121,7 +121,7 @@ class Signature(Mapping[str, Tensor]):
         """
         reader = Reader(Path(path).expanduser())
         try:
-            about = json.loads(reader.metadata["optx.signature"])
+            about = parsed(reader.metadata["optx.signature"])
             if not isinstance(about, dict):
                 raise ValueError("its description is no table")
             found = {name: _stored(name, reader.read(name), about.get(name)) for name in reader.entries}

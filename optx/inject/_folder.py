@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from optx._errors import FileError, OptxError, near, warn
 from optx._names import placed_like, whole
-from optx._safetensors import brief
+from optx._safetensors import brief, parsed
 from optx.inject import _peft_read, _peft_write
 from optx.inject._adapter_card import CARD, card_of, is_ours
 from optx.inject._file_bounds import check_config, check_sizes, decoded, words_of
@@ -238,10 +238,10 @@ def _read_own(file: Path, model: nn.Module) -> Stored:
 
 def _read_peft(config_file: Path, file: Path, model: nn.Module) -> Stored:
     try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
+        config = parsed(config_file.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError("it holds no object")
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, OSError) as error:
         raise FileError(
             f"load: {str(config_file)!r} is damaged ({brief(str(error), quote=False)})."
         ) from error
@@ -276,8 +276,8 @@ def _open(file: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
         with safe_open(file, framework="pt") as opened:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
             metadata = opened.metadata() or {}
-        description = json.loads(metadata["optx"]) if "optx" in metadata else None
-    except (SafetensorError, ValueError, OSError, RecursionError) as error:
+        description = parsed(metadata["optx"]) if "optx" in metadata else None
+    except (SafetensorError, ValueError, OSError) as error:
         raise FileError(
             f"load: {str(file)!r} is damaged or cut off ({brief(str(error), quote=False)})."
         ) from error

@@ -179,8 +179,17 @@ DESCRIBED: dict[str, Any] = {
     "a word for what is served": lambda about: {**about, "served": {"": "layers.0"}},
     "numbers for what is served": lambda about: {**about, "served": {"": [0]}},
     "nothing served": lambda about: {**about, "served": {}},
+    "a few hundred lists in lists": lambda about: _with(about, form=_nested(400)),
+    "a hundred tables in tables": lambda about: {**about, "more": _nested(100, lambda inner: {"in": inner})},
     "a number for what is kept": lambda about: {**about, "modules_to_save": 3},
 }  # fmt: skip
+
+
+def _nested(depth: int, around: Any = lambda inner: [inner]) -> Any:
+    made: Any = 1
+    for _ in range(depth):
+        made = around(made)
+    return made
 
 
 def _with(about: Any, **options: Any) -> Any:
