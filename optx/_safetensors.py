@@ -247,10 +247,10 @@ def _reason(error: Exception) -> str:
     return brief(str(error), quote=False)
 
 
-def brief(text: object, quote: bool = True) -> str:
+def brief(text: object, quote: bool = True, most: int = 200) -> str:
     """What a stranger wrote, in a message."""
     shown = repr(text) if quote else str(text)
-    return shown if len(shown) <= 200 else f"{shown[:197]}..."
+    return shown if len(shown) <= most else f"{shown[: most - 3]}..."
 
 
 def shards(path: Path) -> Iterator[Path]:

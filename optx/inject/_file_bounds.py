@@ -185,7 +185,7 @@ def decoded(make: Callable[[], Any], where: str) -> Injection:
     try:
         made = make()
     except OptxError as error:
-        raise FileError(f"{where}: {error}") from error
+        raise FileError(f"{where}: {brief(error, quote=False, most=400)}") from error
     except (TypeError, ValueError, AttributeError, KeyError, OverflowError, RecursionError) as error:
         why = "nested too deep" if isinstance(error, RecursionError) else brief(str(error), quote=False)
         raise FileError(f"{where} is damaged: its options make no injection ({why}).") from None

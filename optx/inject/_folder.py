@@ -256,9 +256,10 @@ def _read_peft(config_file: Path, file: Path, model: nn.Module) -> Stored:
         raise FileError(f"{where} is damaged: its description's configuration is no table.")
     for option in {*written, *config} - set(_FREE):
         if written.get(option) != config.get(option):
+            here, there = brief(config.get(option)), brief(written.get(option))
             raise FileError(
-                f"{where} was written with {option}={written.get(option)!r}, and {CONFIG} beside it has "
-                f"{config.get(option)!r}: a save was cut off, or one of them was changed. Save again."
+                f"{where} was written with {brief(option, quote=False)}={there}, and {CONFIG} beside it has "
+                f"{here}: a save was cut off, or one of them was changed. Save again."
             )
     made = _described(description, stored.tensors, model, where)
     made.prefix = stored.prefix

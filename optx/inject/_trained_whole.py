@@ -159,4 +159,5 @@ def _swap(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         old[name] = tensor.data
         if tensor.shape == values[name].shape:  # or it was resized since, and what it is now stays
             tensor.data = placed_like(values[name].to(tensor.dtype), tensor)
+    torch.clear_autocast_cache()  # it keeps halves of weights by their object, which is the same
     return old

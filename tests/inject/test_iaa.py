@@ -345,7 +345,7 @@ def test_dropout_acts_while_training_only() -> None:
 def test_iaa_is_both(model: Any) -> None:
     net, other = model(), model()
     wanted = logits(net)
-    handle = optx.attach(net, IAA(rank=2, aside=3, variant="bottleneck", form="gelu"))
+    handle = optx.attach(net, IAA(rank=2, aside=3, variant="bottleneck", form="gelu"), modules_to_save=())
     assert torch.equal(logits(net), wanted)
     move(handle)
     rows = {row.note for row in handle.report().rows}
@@ -354,8 +354,8 @@ def test_iaa_is_both(model: Any) -> None:
         "bottleneck, rank 3, gelu, 1 of 2",
         "bottleneck, rank 3, gelu, 2 of 2",
     }
-    inside = optx.attach(other, SequentialAdapter(rank=2, form="gelu"))
-    aside = optx.attach(other, Aside(rank=3, variant="bottleneck", form="gelu"))
+    inside = optx.attach(other, SequentialAdapter(rank=2, form="gelu"), modules_to_save=())
+    aside = optx.attach(other, Aside(rank=3, variant="bottleneck", form="gelu"), modules_to_save=())
     state = handle.state_dict()
     for one in (inside, aside):
         one.load_state_dict({key: state.pop(key) for key in one.state_dict()})

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_models import assert_close, attached, bert, by_peft, llama, outputs, peft_talk, shake
+from adapter_models import assert_close, attached, bert, by_peft, ids, llama, outputs, peft_talk, shake
 from torch import nn
 
 import optx
@@ -141,6 +141,20 @@ def test_heads_that_are_trained_whole_change_too(tmp_path: Path) -> None:
     assert torch.equal(outputs(model), wanted["b"])
     handles["b"].remove()
     assert torch.equal(outputs(model), start)
+
+
+def test_a_head_changes_within_one_autocast() -> None:
+    """Autocast keeps casts of weights that are trained."""
+    model = bert()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        start = model(ids()).logits
+    handle = optx.attach(model, LoRA(rank=2))
+    shake(handle.parameters())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        tuned = model(ids()).logits
+        with handle.disable():
+            assert torch.equal(model(ids()).logits, start)
+        assert torch.equal(model(ids()).logits, tuned)
 
 
 def test_what_cannot_be_switched() -> None:
