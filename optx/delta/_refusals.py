@@ -111,6 +111,6 @@ def plain_tensor(label: str, name: str, tensor: Tensor) -> Tensor:
 
 
 def whole_names(names: Iterable[str], limit: int = 3) -> str:
-    """Some names in a message."""
-    every = list(names)
+    """Some names in a message, in an order that does not depend on hashes."""
+    every = sorted(names)
     return ", ".join(map(repr, every[:limit])) + (", ..." if len(every) > limit else "")

@@ -30,6 +30,7 @@ def handler(number: int, frame: FrameType | None) -> None:
 def at_call(number: int, act: Callable[[], Any]) -> bool:
     """Run something and raise a signal at its ``number``-th call of a function; False if there are fewer."""
     calls = 0
+    overrides = torch._C._get_torch_function_state()
 
     def count(frame: FrameType, event: str, arg: Any) -> None:
         nonlocal calls
@@ -45,7 +46,9 @@ def at_call(number: int, act: Callable[[], Any]) -> bool:
         pass
     finally:
         sys.setprofile(None)
-        torch.set_grad_enabled(True)  # a signal may hit `no_grad` as it ends
+        # A signal may hit torch's own scopes as they end: what they had set aside stays so in this thread.
+        torch.set_grad_enabled(True)
+        torch._C._set_torch_function_state(overrides)
     return calls >= number
 
 
