@@ -267,12 +267,16 @@ class _Inputs:
                     found.append(torch.zeros_like(start))
                     continue
                 own = reader(begin, end).to(before.device, sum_dtype)
-                found.append(own if isinstance(model, Delta) else difference(start, own))
-                if not finite(found[-1]):
+                change = own if isinstance(model, Delta) else own - start
+                # Looked through once: only where something is not finite may equal infinities cancel.
+                if not finite(change) and not (
+                    isinstance(model, Source) and finite(change := difference(start, own))
+                ):
                     raise OptxError(
                         f"merge: the change of {name!r} in models[{i}] is not finite. Leave it out with "
                         "exclude=, or mend that model."
                     )
+                found.append(change)
             return found
 
         return read
