@@ -71,12 +71,10 @@ def weight_of(module: nn.Module, path: str = "") -> Tensor:
         return _parametrized(module)
     weight: Any = original(module, "weight")
     if _quantised.kind_of(module):
-        if isinstance(weight, Tensor) and weight.is_meta and not _offload.is_offloaded(module):
-            raise TargetError(f"attach: {path}.weight is on the meta device, where its codes can't be read.")
         if isinstance(weight, Tensor) and weight.is_meta:
             raise TargetError(
-                f"attach: {path}.weight is quantised and offloaded, so its codes can't be read here. Attach "
-                "before it is offloaded, or use an injection that doesn't need the weight."
+                f"attach: {path}.weight is quantised and offloaded, or on the meta device, so its codes "
+                "can't be read here. Attach before that, or use an injection that doesn't need the weight."
             )
         return _quantised.read(module, weight, path)
     if not torch.compiler.is_compiling():

@@ -234,17 +234,13 @@ def _scale_8bit(module: Any, weight: Any) -> Tensor:
 
 
 def _write_8bit(module: Any, weight: Any, new: Tensor) -> Undo:
-    kept = {name: getattr(owner, name, None) for owner, name in ((weight, "CB"), (weight, "SCB"))}
     state: Any = getattr(module, "state", None)
     held = (state.CB, state.SCB) if state is not None else None
     made = type(weight)(new.to("cpu"), requires_grad=False, has_fp16_weights=False).to(weight.device)
     module.weight = made
-    if state is not None:
-        state.CB = state.SCB = None  # the next call takes them from the weight
 
     def undo() -> None:
         module.weight = weight
-        weight.CB, weight.SCB = kept["CB"], kept["SCB"]
         if state is not None and held is not None:
             state.CB, state.SCB = held
 

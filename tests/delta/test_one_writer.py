@@ -185,9 +185,9 @@ def test_file_systems_without_locks(code: Any, monkeypatch: pytest.MonkeyPatch) 
     lock.write_bytes(_claim._MARK + f"{os.getppid()} on {host}\n".encode())
     with pytest.raises(OptxError, match=rf"another process \({os.getppid()}\)"), claimed(Path("out")):
         pass
-    lock.write_bytes(_claim._MARK + b"7 on elsewhere\n")
+    lock.write_bytes(_claim._MARK + f"{child.pid} on elsewhere\n".encode())  # where it may be alive
     with (
-        pytest.raises(OptxError, match=r"by process 7 on 'elsewhere'. If that has ended"),
+        pytest.raises(OptxError, match=rf"by process {child.pid} on 'elsewhere'. If that has ended"),
         claimed(Path("out")),
     ):
         pass

@@ -143,6 +143,19 @@ def test_heads_that_are_trained_whole_change_too(tmp_path: Path) -> None:
     assert torch.equal(outputs(model), start)
 
 
+def test_gradients_and_flags_of_a_head_that_two_adapters_have() -> None:
+    """A gradient of one's values is none of the other's; what is not trained has none."""
+    model = bert()
+    for name in "ab":
+        optx.attach(model, LoRA(rank=2), name=name)
+    head = model.classifier.weight
+    for name, inference, kept in (("a", False, False), ("a", False, True), ("a", True, False)):
+        head.requires_grad_(True).grad = torch.ones_like(head)
+        optx.set_adapter(model, name, inference_mode=inference)
+        assert head.requires_grad == (not inference)
+        assert (head.grad is not None) == kept
+
+
 def test_a_head_changes_within_one_autocast() -> None:
     """Autocast keeps casts of weights that are trained."""
     model = bert()
