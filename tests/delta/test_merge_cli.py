@@ -213,7 +213,7 @@ def test_a_weight_is_a_finite_number(models: Any, weight: str, tmp_path: Path) -
 ODD = {
     "a date": ("dtype: 2026-13-01", "is no YAML"),
     "a word for a bool": ("dtype: !!bool maybe", "is no YAML"),
-    "deep": ("a: " + "[" * 3000, "is no YAML"),
+    "deep": ("a: " + "[" * 3000 + "]" * 3000, "nest"),  # newer parsers have a bound of their own
     "a table in itself": (
         "merge_method: ties\nbase_model: &a {model: *a}\nmodels: [{model: x}]",
         "holds itself",
