@@ -1,4 +1,4 @@
-"""Which files of a model's folder can be made again: those that optx or transformers wrote there."""
+"""The files of a model's folder by name, and which optx or transformers wrote there and can make again."""
 
 from __future__ import annotations
 
@@ -10,23 +10,27 @@ from pathlib import Path
 _WEIGHTS = re.compile(
     r"(model|adapter_model|diffusion_pytorch_model)(\.\w+)?(-\d+-of-\d+)?(\.\w+)?\.safetensors(\.index\.json)?"
 )
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What a tokenizer is saved as."""
 _TABLES = frozenset(
     (
+        *TOKENIZER,
         "config.json",
         "generation_config.json",
         "adapter_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-        "tokenizer.model",
-        "spiece.model",
-        "sentencepiece.bpe.model",
-        "chat_template.json",
-        "chat_template.jinja",
         "processor_config.json",
         "preprocessor_config.json",
         "video_preprocessor_config.json",

@@ -12,24 +12,12 @@ from typing import Any, cast
 import torch
 
 from optx._errors import FileError, OptxError
+from optx.delta._known_files import TOKENIZER
 from optx.delta._merge_config_json import read_json, vocabulary_size, write_json
 from optx.delta._merge_file import ModelRef, model_of
 from optx.delta._merge_settings import Table, count
 from optx.delta._merge_vocabulary import Vocabulary, wishes_of
 
-FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 _ANY = (
     "tokenizer.json",
     "tokenizer.model",
@@ -196,7 +184,7 @@ def _copy(tokenizer: Any) -> Any:
 
 def write_tokenizer(folder: Path, tokenizer: Any) -> None:
     """Put a tokenizer in the place of what was copied."""
-    for file in FILES:
+    for file in TOKENIZER:
         (folder / file).unlink(missing_ok=True)
     tokenizer.save_pretrained(str(folder))
 
