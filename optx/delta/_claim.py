@@ -118,7 +118,7 @@ def _held_by_name(file: int, lock: Path, out: Path, new: bool) -> bool:
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # no process has such a number
         return False
     except OSError:  # another user's
         return True
@@ -128,8 +128,9 @@ def _alive(pid: int) -> bool:
 def _is_ours(file: int) -> bool:
     """By its content; one that is empty was made by a process that had not come to write."""
     about = os.fstat(file)
-    start = os.pread(file, len(_MARK), 0) if stat.S_ISREG(about.st_mode) else b"?"
-    return about.st_nlink <= 1 and (not about.st_size or start == _MARK)
+    if not stat.S_ISREG(about.st_mode) or about.st_nlink > 1:
+        return False
+    return not about.st_size or os.pread(file, len(_MARK), 0) == _MARK
 
 
 def _holder(file: int) -> tuple[int | None, str | None]:

@@ -88,7 +88,7 @@ def _padding(
 ) -> Tensor | None:
     """True where the encoder by itself would give zeros; None if it would not nest. Its own conditions."""
     first, hidden = encoder.layers[0], src_key_padding_mask
-    if hidden is None or mask is not None or first.training or src.dim() != 3 or src.is_nested:
+    if hidden is None or mask is not None or first.training or src.dim() != 3:
         return None
     if not torch.backends.mha.get_fastpath_enabled() or torch.is_autocast_enabled():
         return None
@@ -98,6 +98,6 @@ def _padding(
     if hidden.dtype != torch.bool:
         hidden = hidden != 0
     aligned = torch._nested_tensor_from_mask_left_aligned  # pyright: ignore
-    if getattr(encoder, "mask_check", True) and not aligned(src, ~hidden):
+    if not aligned(src, ~hidden):
         return None
     return hidden

@@ -43,7 +43,7 @@ def written_folder(target: Path, own: Collection[str], is_own: Callable[[Path], 
         for file in aside.iterdir():
             _sync(file)
         _sync(aside)
-        if not (alone and _put_whole(aside, target)):
+        if not (alone and _put_whole(aside, target, own, is_own)):
             _put_each(aside, target, own, is_own)
         _sync(target.parent)
     finally:
@@ -70,17 +70,19 @@ def _may_go_whole(target: Path, own: Collection[str], is_own: Callable[[Path], b
     )
 
 
-def _put_whole(aside: Path, target: Path) -> bool:
+def _put_whole(aside: Path, target: Path, own: Collection[str], is_own: Callable[[Path], bool]) -> bool:
     """Give the new folder its name, by one renaming; False if that can't be done here."""
-    if not target.exists():
-        try:
-            aside.rename(target)
-        except OSError as error:  # another process was first
-            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                raise
-        else:
-            return True
-    aside.chmod(target.stat().st_mode & 0o7777)
+    if target.exists():
+        aside.chmod(target.stat().st_mode & 0o7777)
+    try:
+        aside.rename(target)
+    except OSError as error:  # there is a folder with files
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+    else:
+        return True
+    if not _may_go_whole(target, own, is_own):  # somebody has put something in it meanwhile
+        return False
     exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if exchange is None:
         return False

@@ -84,7 +84,7 @@ def begin(saved: Saved) -> None:
 def act(module: nn.Module, own: Values) -> bool:
     """Put one adapter's values into the module; whether others were there."""
     whole = whole_of(module)
-    if whole is None or whole.acting is own or own.resting is None:
+    if whole is None or own.resting is None:  # it acts
         return False
     rest(module)
     whole.base = _swap(module, own.resting)

@@ -305,3 +305,17 @@ def test_a_removed_handle_neither_saves_nor_loads(tmp_path: Path) -> None:
     for act in (handle.save, handle.load):
         with pytest.raises(optx.OptxError, match=r"this handle has been removed"):
             act(tmp_path)
+
+
+def test_a_folder_of_two_adapters_is_refused(tmp_path: Path) -> None:
+    attached(plain(), optx.LoRA(rank=2), targets="fc").save(tmp_path)
+    (tmp_path / OWN).touch()
+    with pytest.raises(optx.FileError, match=rf"has both {OWN} and {CONFIG}\. Delete the one"):
+        optx.attach(plain(), tmp_path)
+
+
+def test_options_of_the_training_alone_may_differ(tmp_path: Path) -> None:
+    attached(plain(), optx.LoRA(rank=2), targets="fc").save(tmp_path)
+    handle = optx.attach(plain(), optx.LoRA(rank=2, dropout=0.5, init="gaussian"), targets="fc")
+    handle.load(tmp_path)
+    assert handle.injection.options()["dropout"] == 0.5

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import resource
 import signal
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -100,7 +103,10 @@ def test_a_save_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("how", ["other files", "no exchange", "link", "inside"])
+HOWS = ["other files", "no exchange", "refused", "link", "inside", "inside, by its path", "no writing above"]
+
+
+@pytest.mark.parametrize("how", HOWS)
 def test_where_the_folder_must_stay(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files take their places one by one, and what is not ours stays."""
     folder, place = tmp_path / "out", tmp_path / "out"
@@ -110,19 +116,52 @@ def test_where_the_folder_must_stay(how: str, tmp_path: Path, monkeypatch: pytes
         (folder / "runs").mkdir()
     if how == "no exchange":
         monkeypatch.setattr(_folder_output.ctypes, "CDLL", lambda *_, **__: None)
+    if how == "refused":
+        refuses = SimpleNamespace(renameat2=lambda *_: (ctypes.set_errno(errno.EINVAL), -1)[1])
+        monkeypatch.setattr(_folder_output.ctypes, "CDLL", lambda *_, **__: refuses)
+    if how == "no writing above":
+        monkeypatch.setattr(_folder_output.os, "access", lambda *_: False)
     if how == "link":
         place = tmp_path / "link"
         place.symlink_to(folder)
-    if how == "inside":
+    if how.startswith("inside"):
         monkeypatch.chdir(folder)
-        place = Path(".")
+        place = Path(".") if how == "inside" else folder
+    first = folder.stat().st_ino
     handle = attached(plain(), optx.LoRA(rank=2), targets="fc")
     handle.save(place)
+    assert folder.stat().st_ino == first
     assert names(folder) == [*FILES, *(["optimizer.pt", "runs"] if how == "other files" else [])]
     assert not [name for name in names(tmp_path) if name.startswith(".")]
     fresh = plain()
     optx.attach(fresh, folder)
     assert torch.equal(outputs(fresh), outputs(handle.model))
+
+
+def test_what_comes_into_the_folder_meanwhile_stays(tmp_path: Path) -> None:
+    """Another process's files, while these are written; and what only has the name of one of ours."""
+    folder = tmp_path / "out"
+    with _folder_output.written_folder(folder, ("a", "b"), lambda file: file.name != "b") as aside:
+        (aside / "a").write_text("new")
+        folder.mkdir()
+        (folder / "thesis").write_text("mine")
+        (folder / "a").write_text("old")
+        (folder / "b").write_text("mine")
+    assert {entry.name: entry.read_text() for entry in folder.iterdir()} == {
+        "a": "new",
+        "b": "mine",
+        "thesis": "mine",
+    }
+    assert names(tmp_path) == ["out"]
+
+
+def test_an_empty_folder_keeps_its_mode(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    folder.chmod(0o750)
+    attached(plain(), optx.LoRA(rank=2), targets="fc").save(folder)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o750
+    assert names(folder) == FILES
 
 
 def test_a_place_that_cannot_be_written_to(tmp_path: Path) -> None:

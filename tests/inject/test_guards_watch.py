@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -67,6 +68,23 @@ def test_a_call_that_fails_is_not_judged() -> None:
     optx.attach(model, optx.LoRA(rank=2), targets="two")
     with pytest.raises(KeyError, match="the caller's own"):
         model(torch.randn(2, 6))
+
+
+def test_a_call_in_another_thread_does_not_end_the_look() -> None:
+    """Nor is it waited for: what the look counts is of the thread that began it."""
+
+    class Threads(Pair):
+        def forward(self, x: Tensor, both: bool = False) -> Tensor:
+            if both:
+                other = threading.Thread(target=lambda: self(x))
+                other.start()
+                other.join()
+            return F.linear(x, self.parts()[1].weight)
+
+    model = Threads()
+    optx.attach(model, optx.LoRA(rank=2), targets="two")
+    with pytest.raises(optx.TargetError, match="did not act"):
+        model(torch.randn(2, 6), both=True)
 
 
 def test_nothing_looks_where_that_would_change_what_runs() -> None:

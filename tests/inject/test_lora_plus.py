@@ -112,3 +112,16 @@ def test_numbers_out_of_range() -> None:
     ):
         with pytest.raises(optx.OptxError, match=f"param_groups: {why}"):
             handle.param_groups(**options)  # type: ignore[arg-type]
+
+
+def test_without_a_ratio_embeddings_have_the_rate_of_all() -> None:
+    handle = optx.attach(llama(), LoRA(rank=2), ["q_proj", "embed_tokens"])
+    assert {group["lr"] for group in handle.param_groups(lr=1e-3)} == {1e-3}
+
+
+def test_no_norm_that_is_trained_whole_decays() -> None:
+    """PEFT's way: of what has one dimension, biases and torch's LayerNorm are left out."""
+    handle = optx.attach(bert(), LoRA(rank=2), ["query"], modules_to_save=["bert.embeddings.LayerNorm"])
+    norm = {id(p) for p in handle.saved[0].module.parameters()}
+    groups = handle.param_groups(lr=1e-3, ratio=16, weight_decay=0.1)
+    assert {g["weight_decay"] for g in groups for p in g["params"] if id(p) in norm} == {0.0}

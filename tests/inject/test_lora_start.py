@@ -33,7 +33,9 @@ from torch import nn
 
 import optx
 from optx import LoRA
+from optx.inject import _low_rank_start
 from optx.inject._low_rank_start import factors_of
+from optx.inject._peft_start import init_of, starts_of
 
 INITS = ["kaiming", "gaussian", "pissa", "pissa_niter_4", "olora"]
 LINEAR = ["q_proj", "down_proj"]
@@ -298,3 +300,39 @@ def test_other_starts_are_not_for_experts(init: str) -> None:
     )
     with pytest.raises(optx.TargetError, match=rf"init='{init}' is not for parameters such as .*down_proj'"):
         optx.attach(model, LoRA(rank=2, init=init), ["experts.down_proj"])
+
+
+def test_a_file_says_its_start_and_none_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = optx.attach(nn.Sequential(nn.Linear(6, 6)), LoRA(rank=2, init="pissa"), "0")
+    handle.save(tmp_path)
+
+    def computes(*_: Any) -> Any:
+        raise AssertionError("an SVD for nothing")
+
+    monkeypatch.setattr(_low_rank_start, "factors_of", computes)
+    optx.attach(nn.Sequential(nn.Linear(6, 6)), tmp_path)
+
+
+def test_a_start_is_exact_within_autocast() -> None:
+    W = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    made: list[torch.Tensor] = []
+    for autocast in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            made.append(factors_of("pissa_niter_4", W, 2, 1.0, "fc")[0])
+    assert torch.equal(*made)
+
+
+def test_what_a_file_says_of_a_start_that_this_model_has_not() -> None:
+    A, B = torch.zeros(2, 4), torch.zeros(3, 2)
+    tensors = {"fc.lora_A.weight": A, "fc.lora_B.weight": B}
+    lora, fc = LoRA(rank=2, init="pissa"), nn.Linear(4, 3)
+    assert set(starts_of(lora, tensors, {"fc": fc}, "here")) == {"fc.lora_A.start", "fc.lora_B.start"}
+    with pytest.raises(optx.FileError, match=r"^here has .* for 'fc', which is no module"):
+        starts_of(lora, tensors, {}, "here")
+    with pytest.raises(optx.FileError, match=r"^here can't be read for this model: LoRA's init='pissa'"):
+        starts_of(LoRA(rank=4, init="pissa"), tensors, {"fc": fc}, "here")
+    # Factors of other shapes are left for what checks all of them.
+    assert starts_of(lora, {**tensors, "fc.lora_A.weight": A[:1]}, {"fc": fc}, "here") == {}
+    assert starts_of(lora, tensors, {"fc": nn.Linear(5, 3)}, "here") == {}
+    assert init_of({"init_lora_weights": "OLoRA"}, "here") == "olora"

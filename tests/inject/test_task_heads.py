@@ -12,6 +12,7 @@ from torch import nn
 
 import optx
 from optx import LoRA
+from optx.inject import _trained_whole
 
 
 def of(name: str) -> Any:
@@ -235,3 +236,50 @@ def test_what_is_no_list_of_modules_or_no_name(options: dict[str, Any], why: str
 def test_a_module_that_is_named_twice_is_trained_once() -> None:
     handle = optx.attach(bert(), optx.LoRA(rank=2), ["query"], modules_to_save=["classifier"] * 2)
     assert len(handle.parameters()) == len(set(handle.parameters()))
+
+
+def _two_of_one_head() -> tuple[nn.Linear, _trained_whole.Saved, _trained_whole.Saved]:
+    head = nn.Linear(3, 2)
+    one, two = (_trained_whole.Saved("head", head, _trained_whole.Values(n)) for n in ("one", "two"))
+    return head, one, two
+
+
+def _fill(head: nn.Linear, value: float) -> None:
+    with torch.no_grad():
+        head.weight.fill_(value)
+
+
+def test_training_a_head_whose_own_values_are_in_it_keeps_them() -> None:
+    head, one, two = _two_of_one_head()
+    own = head.weight.detach().clone()
+    _trained_whole.begin(one)
+    _fill(head, 1)
+    _trained_whole.rest(head)
+    _trained_whole.begin(two)
+    _fill(head, 2)
+    _trained_whole.end(two, restore=True)
+    assert bool((head.weight == 1).all())
+    _trained_whole.rest(head)
+    assert torch.equal(head.weight, own)
+
+
+def test_values_that_a_head_keeps_for_good_are_its_own() -> None:
+    head, one, two = _two_of_one_head()
+    _trained_whole.begin(one)
+    _fill(head, 1)
+    _trained_whole.begin(two)
+    _fill(head, 2)
+    _trained_whole.end(two, restore=False)
+    _trained_whole.act(head, one.values)
+    assert bool((head.weight == 1).all())
+    _trained_whole.rest(head)
+    assert bool((head.weight == 2).all())
+
+
+def test_a_head_that_was_resized_while_values_rested_stays_so() -> None:
+    head, one, _ = _two_of_one_head()
+    _trained_whole.begin(one)
+    _trained_whole.rest(head)
+    head.weight = nn.Parameter(torch.zeros(5, 3))
+    _trained_whole.act(head, one.values)
+    assert torch.equal(head.weight, torch.zeros(5, 3))

@@ -95,3 +95,12 @@ def test_a_part_of_them_is_not_all() -> None:
         handle.parameters()[0].zero_()
     with pytest.raises(optx.OptxError, match=r"'lora\.B', attached to a Linear, has no values"):
         model(data())
+
+
+def test_no_file_of_what_is_on_the_meta_device(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = net()
+    handle = optx.attach(model, optx.LoRA(rank=2), targets="0")
+    with pytest.raises(optx.OptxError, match=r"^save: '0\.lora_A\.weight' is on the meta device"):
+        handle.save(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
