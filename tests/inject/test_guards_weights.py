@@ -126,6 +126,13 @@ def test_a_weight_is_found_by_calls_without_dropout_and_autocast(autocast: bool)
     torch.testing.assert_close(handle.served[0].part.magnitude.detach(), want, rtol=1e-5, atol=1e-5)
 
 
+def test_calls_for_a_weight_are_exact_within_autocast() -> None:
+    model = nn.Sequential(Packed(linear()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = _quantised.by_calling(model[0], "0")
+    torch.testing.assert_close(found, dense(model), rtol=1e-6, atol=1e-6)
+
+
 # ---- whose a module's output is ------------------------------------------------------------------------
 
 
