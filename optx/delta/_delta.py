@@ -156,7 +156,8 @@ class Delta(Prunable):
                 mask of its own: the expected product stays, and the noise of both compounds. The scaling
                 counts in the product only.
             base: the checkpoint that it was trained from, if PEFT started it with PiSSA or OLoRA, which take
-                a part of the weights off the base: what that was is made again from it.
+                a part of the weights off the base: what that was is made again from it. Also for GPT-2's
+                layers beside a head, where PEFT's one ``fan_in_fan_out`` can't say which weights lie turned.
 
         Paper values:
             ``target="product"``: one change of each weight, as DARE prunes any (the default). Which of the

@@ -5,7 +5,7 @@ Source: LoRA, arXiv 2106.09685, section 4.1; the files are PEFT's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,8 +29,14 @@ D = TypeVar("D", bound=Difference)
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
-def lora_difference(kind: type[D], folder: Path, target: str, base: Checkpoint | None) -> D:
-    """See `optx.Delta.lora`."""
+_CONV1D = ("c_attn", "c_proj", "c_fc", "q_attn")
+"""What transformers' Conv1D, whose weights are (in, out), are named in the families that have it."""
+
+
+def lora_difference(
+    kind: type[D], folder: Path, target: str, base: Checkpoint | Source | None, *, offered: bool = False
+) -> D:
+    """See `optx.Delta.lora`; an ``offered`` base may be one that is not needed."""
     if target not in ("product", "factors"):
         raise OptxError(f"Delta.lora: target is {target!r}; it must be 'product' or 'factors'.")
     try:
@@ -47,10 +53,12 @@ def lora_difference(kind: type[D], folder: Path, target: str, base: Checkpoint |
         raise OptxError(f"Delta.lora: {str(folder)!r} is an adapter of kind {what!r}; it must be LORA.")
     where = f"Delta.lora: {str(folder)!r}"
     check_options(config, where)
-    lora, turned = lora_from(config, {}, where), bool(config.get("fan_in_fan_out"))
-    origin = _origin(lora, turned, target, base, where)
-    source = Files(folder)
+    lora, source = lora_from(config, {}, where), Files(folder)
     pairs = {name.removesuffix(_A): name for name in source.entries if name.endswith(_A)}
+    mixed = _mixed(pairs) if target == "product" else ""
+    if offered and not mixed and not is_of_weight(lora.init):
+        base = None
+    origin = _origin(lora, target, base, mixed, where)
     for name, entry in source.entries.items():
         stem = name.removesuffix(_A).removesuffix(_B)
         if stem == name or stem not in pairs or stem + _B not in source.entries or len(entry.shape) != 2:
@@ -76,36 +84,96 @@ def lora_difference(kind: type[D], folder: Path, target: str, base: Checkpoint |
     for stem in pairs:
         _check_factors(lora, stem, source.entries, str(folder), config.get("target_parameters"))
     stems = {f"{stem.removeprefix(PREFIX)}.weight": stem for stem in pairs}
+    turned = _turned(stems, lora, bool(config.get("fan_in_fan_out")), origin if mixed else None, mixed, where)
 
-    def shape(stem: str) -> tuple[int, ...]:
-        outputs, inputs = source.entries[stem + _B].shape[0], source.entries[stem + _A].shape[1]
-        return (inputs, outputs) if turned else (outputs, inputs)
+    def shape(name: str) -> tuple[int, ...]:
+        outputs, inputs = source.entries[stems[name] + _B].shape[0], source.entries[stems[name] + _A].shape[1]
+        return (inputs, outputs) if turned[name] else (outputs, inputs)
 
     def read(name: str) -> Tensor:
         a, b = (source.read(stems[name] + end).to(torch.float32) for end in (_A, _B))
         with torch.autocast(a.device.type, enabled=False):
             product = b @ a
-            if origin is not None:
-                product -= _taken_off(origin, name, lora, turned, product, where)
+            if origin is not None and is_of_weight(lora.init):
+                product -= _taken_off(origin, name, lora, turned[name], product, where)
         product.mul_(lora.scale_at(name.removesuffix(".weight"), len(a)))
-        return product.t().contiguous() if turned else product
+        return product.t().contiguous() if turned[name] else product
 
-    return kind({n: Entry(shape(stem), torch.float32) for n, stem in stems.items()}, read, recipe=recipe)
+    return kind({n: Entry(shape(n), torch.float32) for n in stems}, read, recipe=recipe)
 
 
-def _origin(lora: LoRA, turned: bool, target: str, base: Checkpoint | None, where: str) -> Source | None:
+def _leaf(stem: str) -> str:
+    return stem.rpartition(".")[2]
+
+
+def _mixed(stems: Iterable[str]) -> str:
+    """Names of Conv1D beside a head's, for messages; empty if there is but one kind.
+
+    PEFT's fan_in_fan_out is one value for a file, that of the module it came to last: in a file with both
+    kinds it is wrong for one of them, and no square weight shows which.
+    """
+    stems = list(stems)
+    conv1d = [stem for stem in stems if _leaf(stem) in _CONV1D]
+    heads = [stem for stem in stems if stem not in conv1d and not any(p.isdigit() for p in stem.split("."))]
+    if not conv1d or not heads:
+        return ""
+    return f"{conv1d[0].removeprefix(PREFIX)!r} beside {heads[0].removeprefix(PREFIX)!r}"
+
+
+def _turned(
+    stems: Mapping[str, str], lora: LoRA, flag: bool, base: Source | None, mixed: str, where: str
+) -> dict[str, bool]:
+    """Whether each weight is (in, out): as PEFT's flag says, or as the base shows where that can't."""
+    if base is None:
+        turned = dict.fromkeys(stems, flag)
+    else:
+        of_conv1d = _is_turned(base, mixed, where)
+        turned = {name: of_conv1d and _leaf(stem) in _CONV1D for name, stem in stems.items()}
+    if lora.init == "olora" and any(turned.values()):
+        raise OptxError(
+            f"{where} was trained with init_lora_weights='olora', which took a part off the base that is not "
+            "its factors' where weights are (in, out). Merge it in PEFT."
+        )
+    return turned
+
+
+def _is_turned(base: Source, mixed: str, where: str) -> bool:
+    """Whether the base's layers with Conv1D's names have weights of (in, out), as their biases tell."""
+    for name, entry in base.entries.items():
+        stem = name.removesuffix(".weight")
+        bias = base.entries.get(f"{stem}.bias")
+        if _leaf(stem) in _CONV1D and stem != name and len(entry.shape) == 2 and bias is not None:
+            rows, columns = entry.shape
+            if rows != columns:
+                return bias.shape == (columns,)
+    raise OptxError(
+        f"{where} has factors of {mixed}, and no weight of base tells whether those are (in, out). Merge the "
+        "adapter into its model (handle.merge()), and take Delta.between(base, merged)."
+    )
+
+
+def _origin(
+    lora: LoRA, target: str, base: Checkpoint | Source | None, mixed: str, where: str
+) -> Source | None:
     """The base, if it is needed to know what the adapter changed: where its start was taken off it.
+
+    Or where PEFT's one fan_in_fan_out can't say which weights are (in, out).
 
     Raises:
         OptxError: it is needed and not given, or the other way round.
     """
     if not is_of_weight(lora.init):
+        if mixed:
+            if base is None:
+                raise OptxError(
+                    f"{where} has factors of {mixed}, and PEFT's one fan_in_fan_out can't say which weights "
+                    "are (in, out). Pass base=, the checkpoint that it was trained from."
+                )
+            return open_source(base, "base")
         if base is not None:
             raise OptxError(f"{where} is a plain LoRA, whose change needs no base. Leave base out.")
         return None
     trained = f"{where} was trained with init_lora_weights={lora.init!r}, which took a part off the base"
-    if lora.init == "olora" and turned:
-        raise OptxError(f"{trained} that is not its factors' where weights are (in, out). Merge it in PEFT.")
     if target == "factors":
         raise OptxError(f"{trained}: its factors are no change of it by themselves. Pass target='product'.")
     if base is None:

@@ -14,6 +14,7 @@ from optx._safetensors import Entry
 from optx.delta._adapted_source import Adapted
 from optx.delta._checkpoint_source import Source, open_source
 from optx.delta._delta import Delta
+from optx.delta._lora import lora_difference
 from optx.delta._merge_config_json import read_json
 from optx.delta._merge_file import MergeFile, ModelRef, Part, Slice
 from optx.delta._merge_group import Group, Made, Read, finished
@@ -103,7 +104,7 @@ def _open(model: ModelRef) -> Source:
     source = open_source(model.path, model.text)
     if model.adapter is None:
         return source
-    return Adapted(source, Delta.lora(model.adapter), model.text)
+    return Adapted(source, lora_difference(Delta, model.adapter, "product", source, offered=True), model.text)
 
 
 class Plan:

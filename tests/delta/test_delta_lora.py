@@ -43,6 +43,68 @@ def test_a_lora_as_a_delta_is_its_merged_weights(conv1d: bool, tmp_path: Path) -
     assert any(not torch.equal(made[name], base[name]) for name in delta)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing", "ignore:fan_in_fan_out is set to")  # peft's
+@pytest.mark.parametrize(
+    "names", [["attn.c_proj", "score"], ["c_attn", "c_fc", "score"]], ids=["square", "wide"]
+)
+def test_conv1d_beside_a_linear_layer_lies_as_the_base_shows(names: list[str], tmp_path: Path) -> None:
+    """PEFT writes the flag that its last module had; a square weight would be changed by the transpose."""
+    peft: Any = pytest.importorskip("peft")
+    import transformers
+
+    model = transformers.GPT2ForSequenceClassification(
+        transformers.GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, num_labels=16)
+    )
+    base, where = model.state_dict(), tmp_path / "adapter"
+    model.save_pretrained(tmp_path / "base")
+    base = {name: tensor.clone() for name, tensor in base.items()}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=names, fan_in_fan_out=True))
+    with torch.no_grad():
+        for number, (name, p) in enumerate(adapted.named_parameters()):
+            if "lora_" in name:
+                p.copy_(normal(*p.shape, seed=number))
+    adapted.save_pretrained(where)
+    merged = adapted.merge_and_unload().state_dict()
+    with pytest.raises(OptxError, match=r"factors of '.*\.c_\w+' beside 'score', and .* Pass base="):
+        Delta.lora(where)
+    made: Any = Delta.lora(where, base=base).apply(base)
+    config = {"merge_method": "passthrough", "models": [{"model": f"{tmp_path / 'base'}+{where}"}]}
+    written = load_file(optx.merge_yaml(config, tmp_path / "out.safetensors"))
+    for name, tensor in merged.items():
+        torch.testing.assert_close(made[name], tensor, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(written[name], tensor, rtol=1e-5, atol=1e-5)
+    turned = {name: t.t() if "c_" in name and t.dim() == 2 else t for name, t in base.items()}
+    lying: Any = Delta.lora(where, base=turned).apply(turned)  # as layers of these names in other families
+    for name, tensor in merged.items():
+        own = tensor.t() if "c_" in name and tensor.dim() == 2 else tensor
+        torch.testing.assert_close(lying[name], own, rtol=1e-5, atol=1e-5)
+    del turned["transformer.h.0.mlp.c_fc.weight"], turned["transformer.h.0.attn.c_attn.weight"]
+    del turned["transformer.h.0.mlp.c_proj.weight"]
+    with pytest.raises(OptxError, match=r"no weight of base tells whether those are \(in, out\)"):
+        Delta.lora(where, base=turned)
+
+
+def test_a_part_taken_off_the_base_is_known_where_a_file_names_the_model(tmp_path: Path) -> None:
+    """``model+adapter`` of a merge's file names the base that a PiSSA adapter needs."""
+    peft: Any = pytest.importorskip("peft")
+    model = Holder()
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_file(base, tmp_path / "base.safetensors")
+    options = {"r": 2, "target_modules": ["a"], "init_lora_weights": "pissa"}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**options))
+    with torch.no_grad():
+        for number, (name, p) in enumerate(adapted.named_parameters()):
+            if "lora_" in name:
+                p.add_(normal(*p.shape, seed=number))
+    adapted.save_pretrained(tmp_path / "adapter")
+    want = adapted.merge_and_unload().a.weight
+    text = f"{tmp_path / 'base.safetensors'}+{tmp_path / 'adapter'}"
+    config = {"merge_method": "passthrough", "models": [{"model": text}]}
+    made = load_file(optx.merge_yaml(config, tmp_path / "out.safetensors"))
+    torch.testing.assert_close(made["a.weight"], want, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(made["a.weight"], base["a.weight"])
+
+
 def test_factors_are_pruned_each_by_its_own_mask(tmp_path: Path) -> None:
     model = Holder()
     handle = optx.attach(model, optx.LoRA(rank=8), targets="a")
