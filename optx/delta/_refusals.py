@@ -22,7 +22,13 @@ _ENDINGS = {
     ".weight_scale_inv": "block-wise float8",
     ".weight_packed": "compressed-tensors'",
     ".W_q": "HQQ's",
+    ".codes": "AQLM's",
+    ".codebooks": "AQLM's",
+    ".centroids": "VPTQ's",
+    ".dense_weights": "SpQR's",
+    ".col_vals": "SpQR's",
     "_qdata": "torchao's",
+    "._data._data": "quanto's",
     "._data": "quanto's",
 }
 _CODES = (torch.int8, torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32)
@@ -62,11 +68,21 @@ def _quantised(name: str, entries: Mapping[str, Entry]) -> str:
     entry = entries[name]
     if entry.dtype == torch.float8_e8m0fnu or (name.endswith("_blocks") and f"{name[:-7]}_scales" in entries):
         return "MX formats'"
-    if name.endswith("weight") and entry.dtype.itemsize == 1:
-        scales = (f"{name}_{end}" for end in ("scale", "scale_inv", "scales"))
+    stem, is_weight = name.removesuffix("weight"), name.endswith("weight")
+    if entry.dtype.itemsize == 1 and entry.dtype != torch.bool:
+        scales = (f"{name}_scale", f"{name}_scale_inv", f"{name}_scales")
+        if is_weight:
+            scales = (
+                *scales,
+                *(f"{stem}{end}" for end in ("scale", "scales", "input_scale", "scale_weight")),
+            )
         if any(scale in entries for scale in scales):
             return "scaled 8-bit"
-    return "int" if name.endswith("weight") and entry.dtype in _CODES and len(entry.shape) > 1 else ""
+    if entry.dtype in (torch.int32, torch.int16) and name.endswith(".B") and f"{name[:-1]}s" in entries:
+        return "Marlin's"
+    # A stack of experts is a parameter without the word in its name; a buffer of ints is no projection.
+    named = is_weight or name.endswith("_proj")
+    return "int" if named and entry.dtype in _CODES and len(entry.shape) > 1 else ""
 
 
 def check_numbers(who: str, name: str, entry: Entry, where: str) -> None:

@@ -178,6 +178,16 @@ CODES: dict[str, dict[str, Tensor]] = {
     "MXFP4": {"e.w_blocks": zeros(4, 16), "e.w_scales": zeros(4)},
     "scales of powers": {"l.scale": SCALES.to(torch.float8_e8m0fnu)},
     "quanto": {"l.weight._data": zeros(4, 4, dtype=I8), "l.weight._scale": SCALES},
+    "quanto, 4 bits": {"l.weight._data._data": zeros(4, 4, dtype=I8), "l.weight._scale": SCALES},
+    "scales by other names": {"l.weight": normal(4, 4).to(EIGHT[0]), "l.scale": SCALES},
+    "scales of inputs": {"l.weight": normal(4, 4).to(EIGHT[0]), "l.input_scale": SCALES},
+    "float8 experts": {"e.gate_up_proj": normal(2, 4, 4).to(EIGHT[0]), "e.gate_up_proj_scale_inv": SCALES},
+    "scaled int experts": {"e.gate_up": zeros(2, 4, 4, dtype=I8), "e.gate_up_scale": SCALES},
+    "int experts": {"e.down_proj": zeros(2, 4, 4, dtype=I8)},
+    "AQLM": {"l.codes": zeros(4, 2, 1, dtype=I8), "l.codebooks": torch.ones(1, 4, 1, 2)},
+    "VPTQ": {"l.centroids": torch.ones(1, 8), "l.indices": zeros(4, dtype=torch.int16)},
+    "SpQR": {"l.dense_weights": zeros(4, dtype=I32), "l.col_vals": zeros(4, dtype=I32)},
+    "Marlin": {"l.B": zeros(2, 4, dtype=I32), "l.s": SCALES},
     "int weights": {"l.weight": zeros(4, 4, dtype=I8)},
 }
 
