@@ -136,7 +136,9 @@ def parse(raw: Any, what: str, methods: Sequence[str]) -> MergeFile:
     if not isinstance(method, str):
         raise OptxError(f"config: merge_method is {shown(method)}; it must be one of {', '.join(methods)}.")
     if method not in methods:
-        raise OptxError(f"config: optx does not do merge_method {method!r}. {near(method.lower(), methods)}")
+        raise OptxError(
+            f"config: optx does not do merge_method {shown(method)}. {near(method.lower()[:80], methods)}"
+        )
     if top.get("base_model") is not None:
         base = model_of(top["base_model"], "base_model")
     if top.get("models") is not None and top.get("slices") is not None:
@@ -173,7 +175,7 @@ def known(table: Mapping[Any, Any], keys: Sequence[str], sentence: str) -> None:
     """Raise if a table has another key."""
     for key in table:
         if key not in keys:
-            raise OptxError(f"{sentence} {key!r}. {near(str(key), keys)}")
+            raise OptxError(f"{sentence} {shown(key)}. {near(str(key)[:80], keys)}")
 
 
 def _list_of(value: Any, what: str, wanted: str) -> list[Table]:
@@ -250,8 +252,8 @@ def model_of(value: Any, what: str) -> ModelRef:
         if revision and _exists(expanded(Path(name), f"config: {what}")):
             raise OptxError(f"config: {what} {text!r} names a revision; a folder has none. Write {name!r}.")
         raise OptxError(
-            f"config: {what}: there is no file or folder {text!r}. A model of the hub must be downloaded "
-            f"first: huggingface_hub.snapshot_download({name!r}) gives its folder."
+            f"config: {what}: there is no file or folder {text[:400]!r}. A model of the hub must be "
+            f"downloaded first: huggingface_hub.snapshot_download({name[:100]!r}) gives its folder."
         )
     if adapter is None:
         return ModelRef(text, _tidy(path))

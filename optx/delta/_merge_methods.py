@@ -16,7 +16,7 @@ from optx.delta import _merge_task_vectors as vectors
 from optx.delta import _merge_whole as whole
 from optx.delta._merge_file import MergeFile, ModelRef, Slice
 from optx.delta._merge_group import Group, Made
-from optx.delta._merge_settings import Kind, Table, check_setting, count, number, truth, value_at
+from optx.delta._merge_settings import Kind, Table, check_setting, count, number, shown, truth, value_at
 
 _REQUIRED: Any = object()
 
@@ -257,7 +257,8 @@ def check_parameters(file: MergeFile) -> list[str]:
             if parameter is None:
                 if key not in _IDLE:
                     raise OptxError(
-                        f"config: {file.method} has no parameter {key!r}. {near(str(key), method.parameters)}"
+                        f"config: {file.method} has no parameter {shown(key)}. "
+                        f"{near(str(key)[:80], method.parameters)}"
                     )
                 notes[f"{key} is ignored: {file.method} has no such parameter."] = None
                 continue

@@ -127,7 +127,7 @@ def _conditions(key: str, setting: Any) -> list[Table]:
         if not isinstance(one, Mapping) or "value" not in one or set(one) - {"value", "filter"}:
             raise OptxError(
                 f"config: {key!r} has filters; each of its entries must be a table of 'value' and perhaps "
-                f"'filter', not {one!r}."
+                f"'filter', not {shown(one)}."
             )
         filter_, value = (cast(Mapping[str, Any], one).get(part) for part in ("filter", "value"))
         if not isinstance(filter_, str | None):

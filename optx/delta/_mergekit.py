@@ -186,7 +186,7 @@ def _pcb(file: MergeFile) -> PCBMerge:
     for table in (file.parameters, *(part.parameters for part in parts)):
         for key, setting in table.items():
             if key not in _PCB:
-                raise OptxError(f"config: pcb has no parameter {key!r}. {near(str(key), _PCB)}")
+                raise OptxError(f"config: pcb has no parameter {shown(key)}. {near(str(key)[:80], _PCB)}")
             if isinstance(setting, list | dict):
                 raise OptxError(
                     f"config: {key!r} of pcb is {shown(setting)}; it takes one value, for all layers."

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+import optx
 from optx import FileError, OptxError
 from optx.delta import _yaml
 from optx.delta._yaml import load_yaml
@@ -115,6 +116,21 @@ def test_the_command_says_one_sentence(tmp_path: Path) -> None:
     assert told.returncode == 1
     assert "holds itself" in told.stderr
     assert "Traceback" not in told.stderr
+
+
+@pytest.mark.parametrize("key", ["merge_method", "model", "filter", "parameter", "key"])
+def test_long_words_are_shown_in_part(key: str) -> None:
+    word, filters = "x" * 100_000, [{"value": 1}, "x" * 100_000]
+    config: dict[str, Any] = {
+        "merge_method": word if key == "merge_method" else "linear",
+        "models": [{"model": word if key == "model" else "."}],
+        "parameters": {"weight": filters} if key == "filter" else {word: 1} if key == "parameter" else {},
+    }
+    if key == "key":
+        config[word] = 1
+    with pytest.raises(optx.OptxError) as told:
+        optx.merge_yaml(config, "out")
+    assert len(str(told.value)) < 1000
 
 
 def test_bounds_leave_room() -> None:
