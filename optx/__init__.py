@@ -1,7 +1,7 @@
 """optx: training-time methods for PyTorch, one line each.
 
     wrap    optx.wrap(optimizer, optx.PerpGrad(), ...)        what a step does to weights
-            AdamR  HFT  PerpGrad
+            AdamR  DSPReg  HFT  PerpGrad
             save_optimizer  load_optimizer                    checkpoints by the parameters' names
             Transform  rule  Moments  Slot  like_weight  per_tensor  ops       to write your own
             Wrapped  Plan                                     what wrap returns, and what it tells
@@ -108,5 +108,6 @@ from optx.step.transform import per_tensor as per_tensor
 from optx.step.wrap import wrap as wrap
 from optx.step.wrapped import Wrapped as Wrapped
 from optx.transforms.adamr import AdamR as AdamR
+from optx.transforms.dsp_reg import DSPReg as DSPReg
 from optx.transforms.hft import HFT as HFT
 from optx.transforms.perpgrad import PerpGrad as PerpGrad

@@ -121,6 +121,14 @@ _VARIANTS: dict[str, dict[str, Callable[[Any], Transform]]] = {
         "AdamR plain l1": lambda c: c(normalize=False, norm="l1"),
         "AdamR to zero": lambda c: c(anchor="zero"),
     },
+    "DSPReg": {
+        "DSPReg": lambda c: c(2),
+        "DSPReg in the gradient": lambda c: c(2, decoupled=False),
+        "DSPReg to its anchor": lambda c: c(2, anchor="init", norm="layer"),
+        "DSPReg largest, in the gradient, from its anchor": lambda c: c(
+            2, anchor="init", norm="max", decoupled=False
+        ),
+    },
 }
 
 

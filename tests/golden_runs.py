@@ -37,6 +37,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "Aside": {"highway": {}, "layerwise": {"variant": "layerwise"}, "bottleneck": {"variant": "bottleneck"}},
     "DARELinear": {"": {"seed": 5}},
     "DARETIES": {"": {"seed": 5}},
+    "DSPReg": {"": {"domains": 2}, "coupled": {"domains": 2, "decoupled": False}},
     "FLoRA": {"": {}, "orthonormal": {"init": "orthonormal"}, "embedding": {}},
     "HFT": {"": {"rounds_every": 8, "seed": 5}},
     "LoRA": {"LoRA": {}, "rsLoRA": {"rslora": True}, "DoRA": {"dora": True}, "embedding": {}},
@@ -45,6 +46,8 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 }
 # What a variant has besides options: targets of an injection, or `Setup.shrink`.
 AROUND: dict[tuple[str, str], dict[str, Any]] = {
+    ("DSPReg", ""): {"domains": 2},
+    ("DSPReg", "coupled"): {"domains": 2},
     ("FLoRA", "embedding"): {"targets": nn.Embedding},
     ("LoRA", "embedding"): {"targets": nn.Embedding},
     ("PerpGrad", "along weights"): {"shrink": 10.0},
@@ -70,6 +73,7 @@ class Setup(NamedTuple):
         forward: logits, classes in the last dimension.
         shrink: so much of each weight is added to its gradient, which then is nearly along the weight.
         targets: of an injection, if not its own.
+        domains: so many equal parts of the sentences have a loss each, for ``opt.dsp_reg``.
     """
 
     model: Any
@@ -78,6 +82,7 @@ class Setup(NamedTuple):
     lr: float
     shrink: float = 0.0
     targets: Any = None
+    domains: int = 1
 
 
 def tiny() -> Setup:
@@ -132,13 +137,25 @@ def train(setup: Setup, optimizer: torch.optim.Optimizer, criterion: Callable[..
     for _ in range(STEPS):
         loss = criterion(setup.forward(setup.model).flatten(0, -2), setup.target.flatten())
         optimizer.zero_grad()
-        loss.backward()
+        if setup.domains > 1:
+            by_domain(setup, optimizer, criterion)
+        else:
+            loss.backward()
         if setup.shrink:
             for p in setup.model.parameters():
                 p.grad = p.grad + setup.shrink * p.detach()
         optimizer.step()
         losses.append(loss.item())
     return losses
+
+
+def by_domain(setup: Setup, optimizer: Any, criterion: Callable[..., Tensor]) -> None:
+    """A loss of each part of the sentences, every domain's logits from the one forward pass."""
+    parts = zip(
+        setup.forward(setup.model).chunk(setup.domains), setup.target.chunk(setup.domains), strict=True
+    )
+    losses = {d: criterion(out.flatten(0, -2), target.flatten()) for d, (out, target) in enumerate(parts)}
+    optimizer.dsp_reg.backward(losses)
 
 
 def transformed(cls: type, options: dict[str, Any], setup: Setup, fused: bool) -> list[float]:

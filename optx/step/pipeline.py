@@ -187,7 +187,10 @@ def _add(b: _Builder, transform: Transform, m: Moments) -> None:
     totals = binder.totals()
     b.extend(level, totals=[t for t in totals if t not in b.level(level).totals])
     finish = binder.call("finish")
-    b.extend(level, finish=[finish] if finish else [])
+    if totals:
+        b.extend(level, finish=[finish] if finish else [])
+    else:  # it waits for nothing, and a step without totals runs no finish
+        b.extend(level, scalars=[finish] if finish else [])
     if gradient := binder.call("gradient"):
         b.gradient.append(gradient)
         b.grad_sq_level = level if scalars and GRAD_SQ in scalars.writes else -1

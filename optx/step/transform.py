@@ -167,6 +167,7 @@ class Host(Protocol):
     rounding_asked: bool
     skip_nonfinite: bool
     skipped_steps: int
+    closure_pending: bool
     totals: dict[str, Any]
 
     @property
@@ -395,7 +396,10 @@ class Transform:
         """Undo what ``bind`` did outside the optimizer's state."""
 
     def before_step(self, optimizer: Host) -> None:
-        """Called before anything of a step is measured, and after every evaluation of a closure."""
+        """Called before anything of a step is measured, and after every evaluation of a closure.
+
+        With a closure the first call comes before it (``optimizer.closure_pending``), and sees old gradients.
+        """
 
     def groups_changed(self, optimizer: Host) -> None:
         """Called after param groups came, by ``add_param_group`` or by hand, or parameters were replaced."""

@@ -47,6 +47,7 @@ class Wrapped(Optimizer):
         self.transforms: tuple[Transform, ...] = ()
         self.skipped_steps = 0
         self.skipped_last = False
+        self.closure_pending = False  # while transforms look at a step whose gradients are still to come
         self.totals: dict[str, Any] = {}
         self.fused: Fused
         self.skip_nonfinite: bool
@@ -174,6 +175,7 @@ class Wrapped(Optimizer):
         self.skipped_last = self._had_gradient = False
         closure = run_pre_hooks(self.base, closure)
         self.follow_parameters()
+        self.closure_pending = closure is not None
         self._before_step()
         loss, stepped = self._stepper.step(self._then_before_step(closure))
         if stepped:
@@ -222,6 +224,7 @@ class Wrapped(Optimizer):
         def evaluate() -> Any:
             loss = closure()
             self._check_alive("step")
+            self.closure_pending = False
             self._before_step()
             return loss
 

@@ -116,6 +116,7 @@ def adapter(folder: Path) -> Path:
 
 # What a method needs besides the paper's values.
 NEEDED: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "DSPReg": lambda _: {"domains": 3},
     "HFT": lambda _: {"model": nn.Transformer(8, 2, 1, 1, 16, batch_first=True)},
     "compress": lambda _: {"what": {"a": torch.randn(64)}},
     "patch": lambda _: {"model": layers(), "signatures": [dict(layers().state_dict())]},

@@ -5,6 +5,8 @@ Nothing here is shared with optx: tests compare the two.
 
 from reference.adamr import gradient_scale as gradient_scale
 from reference.adamr import pull as pull
+from reference.dsp_reg import DSPReference as DSPReference
+from reference.dsp_reg import normalised as normalised
 from reference.loop import Reference as Reference
 from reference.moments import Acted as Acted
 from reference.moments import Part as Part
