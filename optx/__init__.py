@@ -10,6 +10,7 @@
             LoRA (rsLoRA, DoRA)  FLoRA  SVFit  BitFit  IA3  PrefixTuning  MAM  Aside  IAA
             ParallelAdapter  ScaledParallelAdapter  SequentialAdapter  MultiHeadParallelAdapter
             HiddenDelta
+            STN  HParams  hp  SelfTuning                      hyperparameters tuned in the same run
             trainable_only                                    freeze all but what was attached
             set_adapter                                       which of several act, by name
             export_lora  fold_prefix                          what remains to do after the training
@@ -74,12 +75,15 @@ from optx.inject._fold_prefix import fold_prefix as fold_prefix
 from optx.inject._freeze import Frozen as Frozen
 from optx.inject._freeze import trainable_only as trainable_only
 from optx.inject._handle import Handle as Handle
+from optx.inject._hparams import HParams as HParams
+from optx.inject._hparams import hp as hp
 from optx.inject._injection import Composite as Composite
 from optx.inject._injection import Injection as Injection
 from optx.inject._injection import Site as Site
 from optx.inject._part import Part as Part
 from optx.inject._part import Weights as Weights
 from optx.inject._report import Report as Report
+from optx.inject._self_tuning import SelfTuning as SelfTuning
 from optx.inject._switch import set_adapter as set_adapter
 from optx.inject.adapters import ParallelAdapter as ParallelAdapter
 from optx.inject.adapters import ScaledParallelAdapter as ScaledParallelAdapter
@@ -94,6 +98,7 @@ from optx.inject.lora import LoRA as LoRA
 from optx.inject.mam import MAM as MAM
 from optx.inject.multihead import MultiHeadParallelAdapter as MultiHeadParallelAdapter
 from optx.inject.prefix import PrefixTuning as PrefixTuning
+from optx.inject.stn import STN as STN
 from optx.inject.svfit import SVFit as SVFit
 from optx.signal.stablemax import StableMaxCrossEntropy as StableMaxCrossEntropy
 from optx.signal.stablemax import stablemax_cross_entropy as stablemax_cross_entropy

@@ -48,6 +48,7 @@ METHODS: dict[str, Method] = {
     "PrefixTuning": Method(lambda: optx.PrefixTuning(length=2), prefix=True),
     "MAM": Method(lambda: optx.MAM(prefix=2, rank=2), prefix=True),
     "Aside": Method(lambda: optx.Aside(rank=2, form="gelu")),
+    "STN": Method(lambda: optx.STN(optx.HParams(drop=optx.hp(0.2, (0, 0.9)))), prefix=True),
     "IAA": Method(lambda: optx.IAA(rank=2, aside=2, form="gelu")),
 }
 
@@ -121,7 +122,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
     note = (
         f"With transformers {results['transformers']}. Paths are in the block; a * stands for numbers. Of "
         f"{len(rows)} pairs {len(served)} are served: {exact} change nothing at the start, and the other "
-        f"{len(served) - exact} have a prefix in them; a gradient reaches all that was added in "
+        f"{len(served) - exact} have a prefix or gates in them; a gradient reaches all that was added in "
         f"{sum(not row['unreached'] for row in served)}, and removal is exact in "
         f"{sum(row['removed'] for row in served)}. Refused: {'; '.join(notes)}."
     )

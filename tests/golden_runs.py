@@ -42,6 +42,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "HFT": {"": {"rounds_every": 8, "seed": 5}},
     "LoRA": {"LoRA": {}, "rsLoRA": {"rslora": True}, "DoRA": {"dora": True}, "embedding": {}},
     "ParallelAdapter": {"": {}, "as BERT": {"init": "bert"}},
+    "STN": {"": {"hparams": optx.HParams(drop=optx.hp(0.2, (0, 0.9)))}},
     "PerpGrad": {"": {}, "as projected": {"rescale": False}, "along weights": {}},
 }
 # What a variant has besides options: targets of an injection, or `Setup.shrink`.

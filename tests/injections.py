@@ -79,6 +79,8 @@ def no_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        elif isinstance(module, optx.Part) and module.weightless:
+            module.enabled = False  # at a rate that is tuned, whatever the module's own
         elif hasattr(module, "dropout_prob"):
             module.dropout_prob = 0.0  # type: ignore[assignment]
 
@@ -136,6 +138,10 @@ def move(handle: optx.Handle, seed: int = 3) -> None:
             p.add_(0.3 * torch.randn(p.shape, generator=generator).to(p))
 
 
+def _rate() -> optx.HParams:
+    return optx.HParams(drop=optx.hp(0.2, (0, 0.9)), strength=optx.hp(1.0, (0, None)))
+
+
 ALL_LINEAR = r".*_proj"
 CONV = nn.Conv2d
 
@@ -167,6 +173,9 @@ ROWS = [
     Row("Aside", bert, lambda: optx.Aside(rank=3), merges=False),
     Row("Aside, layerwise", llama, lambda: optx.Aside(rank=3, variant="layerwise"), merges=False),
     Row("Aside, bottleneck", llama, lambda: optx.Aside(rank=3, variant="bottleneck"), merges=False),
+    Row("STN", llama, lambda: optx.STN(_rate()), ALL_LINEAR, identity=False),
+    Row("STN, dropout", bert, lambda: optx.STN(_rate(), dropout="drop", scale=True), identity=False),
+    Row("STN, conv", cnn, lambda: optx.STN(_rate(), scale=True), CONV, identity=False),
     Row("IAA", bert, lambda: optx.IAA(rank=3, aside=3), merges=False),
     Row("IAA, Llama", llama, lambda: optx.IAA(rank=3, aside=3), merges=False),
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from typing import Any, Protocol, TypeVar, overload, runtime_checkable
 
 from torch import nn
 
@@ -17,11 +18,52 @@ from optx.inject._low_rank_start import read_from_file
 from optx.inject._module_paths import paths_of
 from optx.inject._narrow import Layers
 from optx.inject._parameters import Exactly
+from optx.inject._served import Served
+from optx.inject._trained_whole import Saved
+
+OwnHandle = TypeVar("OwnHandle", bound=Handle, covariant=True)
+
+
+@runtime_checkable
+class WithHandle(Protocol[OwnHandle]):
+    """An injection whose handle can do more than others."""
+
+    def handle(
+        self, model: nn.Module, injection: Any, served: Sequence[Served], saved: Sequence[Saved]
+    ) -> OwnHandle:
+        """What `attach` returns."""
+        ...
+
+
+@overload
+def attach(
+    model: nn.Module,
+    injection: WithHandle[OwnHandle],
+    targets: Targets | Mapping[str, Targets] | None = None,
+    *,
+    name: str | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    layers: Layers | None = None,
+    exclude: Targets | None = None,
+) -> OwnHandle: ...
+
+
+@overload
+def attach(
+    model: nn.Module,
+    injection: Injection | str | PathLike[str],
+    targets: Targets | Mapping[str, Targets] | None = None,
+    *,
+    name: str | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    layers: Layers | None = None,
+    exclude: Targets | None = None,
+) -> Handle: ...
 
 
 def attach(
     model: nn.Module,
-    injection: Injection | str | PathLike[str],
+    injection: Any,
     targets: Targets | Mapping[str, Targets] | None = None,
     *,
     name: str | None = None,
@@ -99,7 +141,15 @@ def attach(
             f"attach: injection is {injection!r}; it must be one such as optx.LoRA(rank=8), or a folder."
         )
     served, saved = install(model, injection, targets, name, modules_to_save, layers, exclude)
-    return Handle(model, injection, served, saved)
+    return _handle_of(model, injection, served, saved)
+
+
+def _handle_of(
+    model: nn.Module, injection: Injection, served: Sequence[Served], saved: Sequence[Saved]
+) -> Handle:
+    """A plain handle, or one of the injection's own, which can do more."""
+    make = injection.handle if isinstance(injection, WithHandle) else Handle
+    return make(model, injection, served, saved)
 
 
 def _attach_saved(model: nn.Module, path: str | PathLike[str], name: str | None) -> Handle:
@@ -111,7 +161,7 @@ def _attach_saved(model: nn.Module, path: str | PathLike[str], name: str | None)
     with read_from_file():
         whole = [here.here[one] for one in stored.whole]
         served, saved = install(model, stored.injection, targets, name, whole)
-    handle = Handle(model, stored.injection, served, saved)
+    handle = _handle_of(model, stored.injection, served, saved)
     try:
         _folder.fill(handle, stored, os.fspath(path))
     except BaseException:

@@ -38,7 +38,10 @@ PICKLE = "adapter_model.bin"
 _FREE = ("base_model_name_or_path", "revision", "task_type", "inference_mode", "auto_mapping", "peft_version")
 
 # Options that act at the start or in training alone: a run may go on with others.
-_FOR_TRAINING = ("dropout", "init", "std")
+_FOR_TRAINING = (
+    *("dropout", "init", "std"),
+    *("hparams", "shared", "lr", "sigma_lr", "tau", "warmup", "train_steps", "valid_steps", "seed"),  # STN's
+)
 
 
 # ---- saving -----------------------------------------------------------------------------------------
@@ -190,7 +193,8 @@ def fill(handle: OnModel, stored: Stored, where: str) -> None:
     live, keys = handle.state_dict(), _keys(handle)
     own = {key: live[name] for key, name in keys.items()}
     check_tensors(stored.tensors, own, where=f"load: {where!r}", prefix=stored.prefix)
-    handle.load_state_dict({keys[key]: placed_like(stored.tensors[key], t) for key, t in own.items()})
+    # A handle may have more state than its parts; a file is of parts.
+    handle.load_state_dict({**live, **{keys[k]: placed_like(stored.tensors[k], t) for k, t in own.items()}})
 
 
 def _effective(injection: Injection, handle: OnModel) -> dict[str, Any]:

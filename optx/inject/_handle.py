@@ -143,7 +143,7 @@ class Handle:
         self._check_alive("merge")
         check_there(self.model, self.served, "merge")
         self._watch.look(self.model)
-        todo = [one for one in self.served if not one.part.merged]
+        todo = [one for one in self.served if not one.part.merged and not one.part.weightless]
         for one in todo:
             _container(one).check_filled("merge")
             _merge.check_mergeable(one.module, one.part, one.path, type(one.injection).__name__)

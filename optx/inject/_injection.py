@@ -43,7 +43,8 @@ class Injection(ABC):
             projections), ``"ffn_out"`` and ``"attention_out"`` (the last linear module of each),
             ``"sublayers"`` (both of these), ``"ia3"`` (key_value and ffn_out), ``"attention"`` and ``"ffn"``
             (the sub-layer itself), ``"branches"`` (both of these), ``"block"`` (a layer of the stack) or
-            ``"convolutions"`` (of a ResNet's blocks). In any model: ``"biased"`` (what has a bias).
+            ``"convolutions"`` (of a ResNet's blocks). In any model: ``"biased"`` (what has a bias) or
+            ``"weighted"`` (every linear module and convolution).
         serves: in words, the modules that it can serve, for errors.
         serves_parameters: whether targets may name parameters too (experts in one 3-D tensor).
     """

@@ -65,7 +65,10 @@ def install(
     for (member, wanted), sites in zip(members, found, strict=True):
         of_all_biases = wanted is None and member.role_in(model) == "biased"
         every_bias = every_bias or of_all_biases
-        lenient = of_all_biases or (isinstance(wanted, str) and wanted.lower() == ALL_LINEAR)
+        of_all_weights = wanted is None and member.role_in(model) == "weighted"
+        lenient = (
+            of_all_biases or of_all_weights or (isinstance(wanted, str) and wanted.lower() == ALL_LINEAR)
+        )
         made = _serve(model, member, sites, name, modules_to_save, lenient)
         if not made:
             raise TargetError("attach: every target is in modules_to_save, so nothing is left to serve.")
@@ -150,8 +153,9 @@ def _servable(model: nn.Module, injection: Injection, sites: Sequence[Site], nam
     left = [site.path for site in sites if not _is_servable(site, model)]
     if left and kept and injection.role_in(model) != "biased":
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        what = type(injection).__name__ if injection.role_in(model) == "weighted" else repr(ALL_LINEAR)
         warn(
-            f"attach: {ALL_LINEAR!r} leaves out {left[0]!r}{more}, whose weight is used without a call of "
+            f"attach: {what} leaves out {left[0]!r}{more}, whose weight is used without a call of "
             "the module, so that nothing attached to it would act."
         )
     return kept

@@ -72,6 +72,9 @@ class Part(nn.Module):
     """Whether all it changes is what the module's own parameters are while it computes: such a part is inside
     of all others, whenever they were attached."""
 
+    weightless: ClassVar[bool] = False
+    """Whether it acts in training alone, so that a merge, which is of weights, goes on without it."""
+
     enabled: bool
     merged: bool
     adapter: str = ""

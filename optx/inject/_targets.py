@@ -20,7 +20,7 @@ from optx.inject._parameters import names_parameters, own_parameters, stacks, wi
 from optx.inject._part import RESERVED, Attached
 from optx.inject._peft_match import targeted, task_of
 from optx.inject._uncalled import reader_of
-from optx.inject._weights import is_conv
+from optx.inject._weights import is_conv, is_linear
 
 ALL_LINEAR = "all-linear"
 """What stands for every linear module but the head, as in PEFT."""
@@ -154,7 +154,10 @@ def default_targets(model: nn.Module, injection: Injection) -> Targets:
 
 
 # Roles that need no family.
-_ANY_MODEL: dict[str, Targets] = {"biased": lambda path, module: adds_bias(module)}
+_ANY_MODEL: dict[str, Targets] = {
+    "biased": lambda path, module: adds_bias(module),
+    "weighted": lambda path, module: is_linear(module) or is_conv(module),
+}
 
 
 def matcher(targets: Targets) -> Callable[[str, nn.Module], bool]:

@@ -41,6 +41,7 @@ REFUSED = {
     "MAM": f"{NO_SDPA} {NO_FFN_MODULE}",
     "Aside": "",
     "IAA": "Mamba",
+    "STN": f"{EXPERTS} Mamba",
 }
 
 # Each of these has two blocks; of an encoder and a decoder, two each.
