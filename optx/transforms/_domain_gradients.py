@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -140,7 +140,7 @@ class DomainGradients:
             known = label in self.labels
         except (TypeError, ValueError, RuntimeError):  # an array of several
             known = False
-        if not known or not isinstance(label, Hashable) or isinstance(label, Tensor):
+        if not known or isinstance(label, Tensor):
             raise OptxError(
                 f"{self.owner}: domain({label!r}) was never declared; the domains are "
                 f"{', '.join(map(repr, self.labels))}."
@@ -190,19 +190,19 @@ def update(
             does not count.
         unbiased: divide by k - 1.
     """
-    k = float(number)
+    k, lists = float(number), cast(Any, torch)  # its functions on lists are private by name only
     keep, add = ((k - 2) / (k - 1), 1 / k) if unbiased else ((k - 1) / k, (k - 1) / k**2)
-    torch._foreach_sub_(grads, means)
-    torch._foreach_add_(means, grads, alpha=1 / k)
+    lists._foreach_sub_(grads, means)
+    lists._foreach_add_(means, grads, alpha=1 / k)
     pairs = [(d.to(s.dtype), s) for d, s in zip(grads, spreads, strict=True) if s is not None]
     if not pairs:
         return
     away, kept = [d for d, _ in pairs], [s for _, s in pairs]
     if number == 2:
-        torch._foreach_zero_(kept)  # not by a factor: an inf of the last step would stay
+        lists._foreach_zero_(kept)  # not by a factor: an inf of the last step would stay
     else:
-        torch._foreach_mul_(kept, keep)
-    torch._foreach_addcmul_(kept, away, away, value=add)
+        lists._foreach_mul_(kept, keep)
+    lists._foreach_addcmul_(kept, away, away, value=add)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Hashable, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from typing import Any, ClassVar, Literal
 
@@ -152,7 +153,7 @@ class DSPReg(Transform):
     Keywords: domain generalization, domain generalisation, DomainBed, out of distribution, OOD, spurious
     correlation, invariance, IRM, CORAL, Fishr.
 
-    Evidence: no recipe yet; ``test_dsp_reg.py``, ``test_dsp_reg_paper.py``, ``test_dsp_reg_loops.py``.
+    Evidence: ``optx run domains``; ``test_dsp_reg.py``, ``test_dsp_reg_paper.py``, ``test_dsp_reg_loops.py``.
 
     Raises:
         OptxError: an argument out of range; a domain that was never declared, came twice or is missing;
@@ -313,9 +314,9 @@ class DSPReg(Transform):
     def moments(self, group: Group, base: torch.optim.Optimizer) -> Moments:
         """The penalty in the gradient or after the base's step, and what it is divided by."""
         if self._decoupled(base):
-            last = {"after": shrink if self.anchor is None else shrink_to_anchor}
+            last = Moments(after=shrink if self.anchor is None else shrink_to_anchor)
         else:
-            last = {"gradient": penalise if self.anchor is None else penalise_from_anchor}
+            last = Moments(gradient=penalise if self.anchor is None else penalise_from_anchor)
             if group.get("maximize", False):
                 raise TransformError(
                     "DSPReg: the base has maximize=True, and a penalty in its gradient would make weights "
@@ -323,10 +324,10 @@ class DSPReg(Transform):
                 )
         if self.norm == "mean":
             totals = ("sensed", "counted")
-            return Moments(sums=both, scalars=advance_and_add, totals=totals, finish=over_all, **last)
+            return replace(last, sums=both, scalars=advance_and_add, totals=totals, finish=over_all)
         if self.norm == "layer":
-            return Moments(sums=both, scalars=advance_and_add, finish=over_layer, **last)
-        return Moments(scalars=advance, finish=over_peak if self.norm == "max" else over_nothing, **last)
+            return replace(last, sums=both, scalars=advance_and_add, finish=over_layer)
+        return replace(last, scalars=advance, finish=over_peak if self.norm == "max" else over_nothing)
 
     def _decoupled(self, base: torch.optim.Optimizer) -> bool:
         return not isinstance(base, torch.optim.SGD) if self.decoupled is None else self.decoupled
@@ -428,7 +429,8 @@ class DSPReg(Transform):
             if not self._gradients.has(p):  # its gradient came outside of every domain
                 spread.zero_()
         if not self._gradients.unscaled and (scale := loss_scale()) != 1.0:
-            torch._foreach_mul_(spreads, 1.0 / scale**2)
+            for spread in spreads:
+                spread.mul_(1.0 / scale**2)
         self._gradients.unscaled = True
 
     def _find_peak(self, optimizer: Host, acting: Sequence[Tensor]) -> None:
