@@ -89,7 +89,7 @@ def step_times(arms: Sequence[str], args: Any) -> dict[str, float]:
     models = {arm: network().to(device()) for arm in arms}
     optimizers = {arm: prepared(arm, model, args) for arm, model in models.items()}
     times: dict[str, list[float]] = {arm: [] for arm in arms}
-    for _ in range(min(200, args.steps)):
+    for _ in range(max(10, min(200, args.steps))):
         for arm, model in models.items():
             started = clock()
             step(arm, model, optimizers[arm], batches, args)

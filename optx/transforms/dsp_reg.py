@@ -146,9 +146,10 @@ class DSPReg(Transform):
     Limits: Memory per weight: 8 bytes of state (S and this step's variance, float32), 4 more while a domain
     is open (the mean, which is ``p.grad`` otherwise), and an anchor's. BatchNorm sees one domain at a time.
     The noise of mini-batches counts as disagreement. Under DDP every rank has every domain, with a forward
-    pass in each block. Of a step that is not finished nothing is saved. A loss that is scaled by hand, not by
-    torch's GradScaler, scales S with its square. Parameters of another optimizer get the sum over the
-    domains, not the mean.
+    pass in each block. Of a step that is not finished nothing is saved. A loss that is scaled by hand, not
+    by torch's GradScaler, scales S with its square. A fused AdamW step moves 48 bytes per weight instead of
+    28 (40 without a mean to divide by). Parameters of another optimizer get the sum over the domains, not
+    the mean.
 
     Keywords: domain generalization, domain generalisation, DomainBed, out of distribution, OOD, spurious
     correlation, invariance, IRM, CORAL, Fishr.
