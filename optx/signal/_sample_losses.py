@@ -1,0 +1,62 @@
+"""Losses that are not reduced, of samples and of tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from optx._errors import OptxError, ShapeError
+
+
+def per_sample(losses: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A number for each sample, at least float32; and with a mask, of how many it is the mean."""
+    losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
+    if mask is None:
+        return (losses if losses.ndim == 1 else losses.flatten(1).mean(1)), None
+    counts = (mask != 0).reshape(len(mask), -1)
+    lengths = counts.sum(1)
+    total = torch.where(counts, losses.reshape(counts.shape), 0).sum(1)
+    return total / lengths.clamp_min(1), lengths
+
+
+def token_losses(
+    owner: str, logits: Tensor, labels: Tensor, shift: bool, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropies in the labels' shape, and which count; logits are not copied, labels move instead."""
+    if logits.ndim != labels.ndim + 1 or logits.shape[:-1] != labels.shape or labels.ndim == 0:
+        raise ShapeError(
+            f"{owner}: labels have shape {tuple(labels.shape)} and logits {tuple(logits.shape)}; logits "
+            "must have the labels' shape and one dimension more, of classes, at the end."
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise OptxError(f"{owner}: labels have dtype {labels.dtype}; they must be class numbers.")
+    if shift and labels.ndim > 1:
+        labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    logp = F.log_softmax(logits.reshape(-1, logits.shape[-1]), -1, dtype=wide)
+    flat = labels.reshape(-1).long()
+    tokens = F.nll_loss(logp, flat, ignore_index=ignore_index, reduction="none")
+    return tokens.view(labels.shape), labels != ignore_index
+
+
+def check_losses(owner: str, losses: Tensor, mask: Tensor | None, world: int) -> None:
+    """Raise for losses that are reduced already or of nothing, and for a mask that does not fit."""
+    if not losses.is_floating_point():
+        raise OptxError(f"{owner}: losses have dtype {losses.dtype}; they must be floating.")
+    if losses.ndim == 0:
+        raise OptxError(
+            f"{owner}: the loss is reduced already, to one number; give one per sample, as "
+            "cross_entropy(..., reduction='none') does."
+        )
+    if losses.numel() == 0 and (world == 1 or len(losses)):
+        raise OptxError(f"{owner}: losses of shape {tuple(losses.shape)} are of no sample, or of no token.")
+    if mask is None:
+        return
+    if mask.shape != losses.shape:
+        raise ShapeError(
+            f"{owner}: mask has shape {tuple(mask.shape)} and losses {tuple(losses.shape)}; they must be "
+            "equal."
+        )
+    if mask.is_floating_point() or mask.is_complex():
+        raise OptxError(f"{owner}: mask has dtype {mask.dtype}; it must be bool, or whole numbers.")
