@@ -40,6 +40,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "DSPReg": {"": {"domains": 2}, "coupled": {"domains": 2, "decoupled": False}},
     "FLoRA": {"": {}, "orthonormal": {"init": "orthonormal"}, "embedding": {}},
     "HFT": {"": {"rounds_every": 8, "seed": 5}},
+    "LossReweight": {"linupper": {}, "quadratic": {"strategy": "quadratic"}, "limited": {"max_weight": 1.5}},
     "LoRA": {"LoRA": {}, "rsLoRA": {"rslora": True}, "DoRA": {"dora": True}, "embedding": {}},
     "ParallelAdapter": {"": {}, "as BERT": {"init": "bert"}},
     "STN": {"": {"hparams": optx.HParams(drop=optx.hp(0.2, (0, 0.9)))}},
@@ -180,7 +181,12 @@ def injected(cls: type, options: dict[str, Any], setup: Setup) -> list[float]:
 
 def guided(cls: type, options: dict[str, Any], setup: Setup) -> list[float]:
     """Everything is trained, by AdamW, on a loss of optx's."""
-    return train(setup, torch.optim.AdamW(setup.model.parameters(), lr=setup.lr), cls(**options))
+    loss = cls(**options)
+    if cls is optx.LossReweight:  # it takes losses; here every token is a sample
+        criterion: Callable[..., Tensor] = lambda logits, target: loss.from_logits(logits, target)  # noqa: E731
+    else:
+        criterion = loss
+    return train(setup, torch.optim.AdamW(setup.model.parameters(), lr=setup.lr), criterion)
 
 
 def merged(cls: type, options: dict[str, Any], setup: Setup) -> list[float]:

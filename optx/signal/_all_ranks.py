@@ -71,6 +71,6 @@ class AllRanks:
         padded = values.new_full((self._room,), NO_SAMPLE)
         padded[:count] = values
         found = values.new_empty(world * self._room)
-        dist.all_gather_into_tensor(found, padded, group=self.group)
+        dist.all_gather(list(found.chunk(world)), padded, group=self.group)
         start = dist.get_rank(self.group) * self._room
         return Gathered(found, slice(start, start + count), world)

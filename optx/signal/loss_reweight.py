@@ -66,13 +66,13 @@ def _capped(score: Tensor, counts: Tensor, limit: float) -> Tensor:
     first for which the highest of the others then stays below it. No rounds, and nothing is read from the
     device.
     """
-    many = counts.sum()
+    many = counts.sum().to(score.dtype)
     ordered, order = score.sort(descending=True)
     below = ordered.flip(0).logcumsumexp(0).flip(0)  # of each and all after it
-    rank = torch.arange(len(score), device=score.device)
+    rank = torch.arange(len(score), device=score.device).to(score.dtype)
     fits = ((many - rank * limit) * (ordered - below).exp() <= limit) | (rank >= many - 1)
-    at_limit = fits.int().argmax()
-    clipped = torch.empty_like(order).scatter_(0, order, rank) < at_limit
+    at_limit = fits.int().argmax().to(score.dtype)
+    clipped = torch.empty_like(rank).scatter_(0, order, rank) < at_limit
     share = ((many - at_limit * limit) / many).clamp_min(0)
     rest = torch.where(clipped, -math.inf, score).softmax(0) * share
     return torch.where(counts, torch.where(clipped, limit / many, rest), 0.0)
@@ -132,7 +132,8 @@ class LossReweight:
     Keywords: loss reweighting, sample weighting, LinUpper, importance weighting, curriculum, data selection,
     pretraining, noisy data, duplicates.
 
-    Evidence: no recipe; ``test_loss_reweight.py``.
+    Evidence: no recipe; ``test_loss_reweight.py``, ``test_loss_reweight_loops.py``,
+    ``test_loss_reweight_processes.py``.
 
     Raises:
         OptxError: an option out of range, or losses that are reduced already.
@@ -317,7 +318,7 @@ class LossReweight:
     def _weights(self, losses: Tensor, counts: Tensor, r: float) -> Tensor:
         """Of all samples of all processes."""
         if self._is_uniform(r):
-            return counts / counts.sum().to(losses.dtype)
+            return counts.to(losses.dtype) / counts.sum()
         worth = STRATEGIES[self.strategy](places(losses, counts, self.delta), self.delta, self.alpha)
         return softmax_weights(worth, counts, r, self.max_weight)
 

@@ -1,0 +1,201 @@
+"""LossReweight over two gloo processes under DDP, beside one process that has the joined batch."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+import optx
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="gloo")
+
+# How many samples of 8 the first process has, call by call: also more than at first, none, and all.
+SPLITS = (4, 6, 2, 0, 8, 3)
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(step)
+    return torch.randn(8, 5, generator=g), torch.randn(8, 3, generator=g) * torch.arange(8)[:, None]
+
+
+def train(model: nn.Module, rw: optx.LossReweight, splits: tuple[int, ...], rank: int | None) -> list[Tensor]:
+    """The weights of each step; of all samples where ``rank`` is None."""
+    opt = torch.optim.SGD(model.parameters(), lr=0.05)
+    found: list[Tensor] = []
+    for step, cut in enumerate(splits):
+        x, y = batch(step)
+        part = slice(None) if rank is None else (slice(cut), slice(cut, None))[rank]
+        opt.zero_grad()
+        rw((model(x[part]) - y[part]).square()).backward()
+        opt.step()
+        assert rw.last_weights is not None
+        found.append(rw.last_weights)
+    return found
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "linupper": {},
+    "quadratic": {"strategy": "quadratic", "r": 1.0},
+    "warmup": {"warmup": 3},
+    "limited": {"max_weight": 1.3},
+}
+
+
+def alone_on(rank: int) -> dist.ProcessGroup:
+    """A group for each process: to what is in it, there is no other."""
+    return [dist.new_group([each]) for each in range(2)][rank]
+
+
+def ddp_equals_one_process(rank: int) -> None:
+    itself = alone_on(rank)
+    for options in OPTIONS.values():
+        model = nn.parallel.DistributedDataParallel(net())
+        rw = optx.LossReweight(**options, max_batch=8)
+        reference = optx.LossReweight(**options, process_group=itself)
+        weights = train(model, rw, SPLITS, rank)
+        alone = net()
+        wanted = train(alone, reference, SPLITS, None)
+        for a, b in zip(model.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+        for step, cut in enumerate(SPLITS):
+            own = wanted[step][(slice(cut), slice(cut, None))[rank]]
+            torch.testing.assert_close(weights[step], own, rtol=0, atol=1e-6)
+        assert rw.last_mean is not None
+        assert reference.last_mean is not None
+        assert torch.allclose(rw.last_mean, reference.last_mean)
+        assert rw.state_dict() == reference.state_dict()
+
+
+def each_process_by_itself_is_something_else(rank: int) -> None:
+    """The check above can fail: with the range of its own batch only, a process has other weights."""
+    model, alone = nn.parallel.DistributedDataParallel(net()), net()
+    itself = alone_on(rank)
+    train(model, optx.LossReweight(process_group=itself), SPLITS[:1], rank)
+    train(alone, optx.LossReweight(process_group=itself), SPLITS[:1], None)
+    off = max(float((a - b).abs().max()) for a, b in zip(model.parameters(), alone.parameters(), strict=True))
+    assert off > 1e-3
+
+
+def off_is_plain_ddp_to_the_bit(rank: int) -> None:
+    model, plain = (nn.parallel.DistributedDataParallel(net()) for _ in range(2))
+    train(model, optx.LossReweight("uniform"), (4, 4, 4), rank)
+    opt = torch.optim.SGD(plain.parameters(), lr=0.05)
+    for step in range(3):
+        x, y = batch(step)
+        part = (slice(4), slice(4, None))[rank]
+        opt.zero_grad()
+        (plain(x[part]) - y[part]).square().mean(1).mean().backward()
+        opt.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+def one_collective_of_a_number_a_sample(rank: int) -> None:
+    counted: list[tuple[str, int]] = []
+    real = {name: getattr(dist, name) for name in ("all_gather", "all_reduce")}
+
+    def counting(name: str) -> Callable[..., Any]:
+        def call(*given: Any, **named: Any) -> Any:
+            counted.append((name, next(one for one in reversed(given) if isinstance(one, Tensor)).numel()))
+            return real[name](*given, **named)
+
+        return call
+
+    rw = optx.LossReweight()
+    try:
+        for name in real:
+            setattr(dist, name, counting(name))
+        for _ in range(3):
+            rw(torch.rand(4 - rank))  # of 4 and 3
+        with torch.no_grad():
+            rw(torch.rand(4))
+    finally:
+        for name, function in real.items():
+            setattr(dist, name, function)
+    assert counted == [("all_reduce", 1), *[("all_gather", 4)] * 3]
+
+
+def a_bad_sample_of_one_process_is_left_out_on_both(rank: int) -> None:
+    def losses(model: nn.Module, part: slice) -> Tensor:
+        x, y = batch(0)
+        y[5] = float("nan")
+        return (model(x[part]) - y[part]).square()
+
+    model, alone = nn.parallel.DistributedDataParallel(net()), net()
+    rw = optx.LossReweight(skip_nonfinite=True)
+    reference = optx.LossReweight(skip_nonfinite=True, process_group=alone_on(rank))
+    with pytest.warns(UserWarning, match="1 of 8 samples is not finite; left out, 1 so far"):
+        rw(losses(model, (slice(4), slice(4, None))[rank])).backward()
+    with pytest.warns(UserWarning, match="1 of 8"):
+        reference(losses(alone, slice(None))).backward()
+    for a, b in zip(model.parameters(), alone.parameters(), strict=True):
+        assert a.grad is not None
+        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-6)
+    assert rw.skipped == 1
+
+
+def a_larger_batch_than_the_first_is_refused(rank: int) -> None:
+    rw = optx.LossReweight()
+    rw(torch.rand(2 + rank))
+    with pytest.raises(optx.OptxError, match=r"batch of 4 samples.*at most 3 on any; give max_batch=4"):
+        rw(torch.rand(4))
+    assert rw.step == 1
+
+
+CASES: list[Callable[[int], None]] = [
+    ddp_equals_one_process,
+    each_process_by_itself_is_something_else,
+    off_is_plain_ddp_to_the_bit,
+    one_collective_of_a_number_a_sample,
+    a_bad_sample_of_one_process_is_left_out_on_both,
+    a_larger_batch_than_the_first_is_refused,
+]
+
+
+def _worker(rank: int, port: int, folder: str) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(minutes=3))
+    for case in CASES:
+        try:
+            case(rank)
+        except Exception as error:
+            Path(folder, f"{case.__name__}.{rank}").write_text(repr(error))
+            raise
+        Path(folder, f"{case.__name__}.{rank}").write_text("passed")
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, str]:
+    """What each case said on each process; one start of two serves all cases."""
+    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+        free.close()
+        try:
+            mp.spawn(_worker, args=(port, folder), nprocs=2)
+        except mp.ProcessRaisedException as error:
+            print(error)
+        return {file.name: file.read_text() for file in Path(folder).iterdir()}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_two_processes(case: Callable[[int], None], outcomes: dict[str, str]) -> None:
+    assert [outcomes.get(f"{case.__name__}.{rank}", "not reached") for rank in (0, 1)] == ["passed"] * 2
