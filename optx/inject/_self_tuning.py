@@ -5,7 +5,7 @@ Source: STN, arXiv 1903.03088, algorithm 1; Delta-STN, arXiv 2010.13514, algorit
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any, Literal
@@ -37,6 +37,8 @@ class SelfTuning(Handle):
         optimizer: Adam over the raw hyperparameters and, unless ``sigma_lr`` is 0, their raw scales.
         progress: how many batches and steps there have been, and where the schedule is.
     """
+
+    injection: Any  # `optx.STN`, which this module does not know
 
     def __init__(
         self, model: nn.Module, injection: Any, served: Sequence[Served], saved: Sequence[Saved] = ()
@@ -71,7 +73,7 @@ class SelfTuning(Handle):
     @contextmanager
     def train_batch(
         self, batch: Any = None, *, learn: Literal["all", "general", "response"] = "all"
-    ) -> Iterator[None]:
+    ) -> Generator[None]:
         """A batch of which weights learn: within it the hyperparameters are perturbed for each example.
 
         Args:
@@ -106,7 +108,7 @@ class SelfTuning(Handle):
             self._count()
 
     @contextmanager
-    def valid_batch(self, batch: Any = None) -> Iterator[None]:
+    def valid_batch(self, batch: Any = None) -> Generator[None]:
         """A validation batch: backward within it reaches the hyperparameters, by the gates, and no weight.
 
         The model is in evaluation mode for that time. Within DistributedDataParallel call the module itself,
@@ -322,7 +324,7 @@ class SelfTuning(Handle):
                 now.since, now.due = 0, stn.valid_steps
 
     @contextmanager
-    def _drawn(self, draw: Draw | None) -> Iterator[None]:
+    def _drawn(self, draw: Draw | None) -> Generator[None]:
         self.hparams.draw = draw
         self._inside = True
         try:

@@ -5,7 +5,7 @@ Source: STN, arXiv 1903.03088, algorithm 1: epsilon ~ N(0, I), a row for each ex
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,7 +56,7 @@ def averaged(t: Tensor) -> Tensor:
 
 
 @contextmanager
-def resting(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def resting(parameters: Sequence[nn.Parameter]) -> Generator[None]:
     """Without a gradient for that time."""
     learning = [p for p in parameters if p.requires_grad]
     for p in learning:
@@ -69,7 +69,7 @@ def resting(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Generator[None]:
     """In evaluation mode for that time; each module then has its own mode again."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -68,13 +68,15 @@ class STN(Injection):
         ``delta=True, train_steps=5, valid_steps=1``: Delta-STN.
 
     Limits: Each served weight is there twice, and a step takes about twice as long. Embeddings, recurrent
-        cells and attention's own dropout are not served. It tunes regularisation, not learning rates.
+        cells and attention's own dropout are not served. It tunes regularisation, not learning rates. Gates
+        learn slowly from V near 0: with too short a warm-up, or weights that have memorised the training
+        set, hyperparameters follow a response that is not there.
 
     Keywords: self-tuning networks, Delta-STN, hyperparameter optimisation, HPO, bilevel, hypernetwork, best
         response, dropout schedule, tuning.
 
-    Evidence: ``test_stn.py``, ``test_stn_tuning.py``, ``test_stn_response.py``, ``test_stn_torch.py``; no
-        recipe.
+    Evidence: ``optx run selftune``; ``test_stn.py``, ``test_stn_tuning.py``, ``test_stn_response.py``,
+        ``test_stn_torch.py``.
 
     Raises:
         OptxError: an option out of range, or ``dropout`` names no hyperparameter or one that is no rate.
