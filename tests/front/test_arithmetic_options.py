@@ -110,6 +110,12 @@ RANGES: list[tuple[Any, str, tuple[Any, Any], dict[str, Any]]] = [
     (optx.ComPEFT, "density", (1e-9, 1.0), NONE),
     (optx.ComPEFT, "alpha", POSITIVE, NONE),
     (optx.AdamR, "weight", POSITIVE, NONE),
+    (optx.DSPReg, "weight", POSITIVE, {"domains": 2}),
+    (optx.DSPReg, "ema", SHARE, {"domains": 2}),
+    (optx.DSPReg, "warmup", POSITIVE, {"domains": 2}),
+    (optx.DSPReg, "eps", POSITIVE, {"domains": 2}),
+    (optx.DSPReg, "domains", COUNT, NONE),
+    (lambda number: optx.DSPReg(2, min_dim=number), "number", (0, None), NONE),
 ]
 
 
