@@ -19,11 +19,13 @@ class Gathered(NamedTuple):
 
     Attributes:
         values: a number for each place, `NO_SAMPLE` where there is none.
+        lengths: how many tokens each place's sample has, 0 where there is none; None if they were not sent.
         own: the places of this process's samples, in their order.
         world: how many processes there are.
     """
 
     values: Tensor
+    lengths: Tensor | None
     own: slice
     world: int
 
@@ -48,17 +50,22 @@ class AllRanks:
         """How many processes there are; 1 without torch.distributed."""
         if not (dist.is_available() and dist.is_initialized()):
             return 1
-        return dist.get_world_size(self.group)
+        world = dist.get_world_size(self.group)
+        if world < 1:
+            raise OptxError(
+                f"{self.owner}: this process is not in process_group; give a group that it is in."
+            )
+        return world
 
-    def gather(self, values: Tensor) -> Gathered:
-        """The values, shape (B,), of all processes; B may differ.
+    def gather(self, values: Tensor, lengths: Tensor | None = None) -> Gathered:
+        """The values, shape (B,), of all processes, and lengths of their dtype if there are; B may differ.
 
         Raises:
             OptxError: this process has more samples than any had in the first call.
         """
         count, world = len(values), self.world()
         if world == 1:
-            return Gathered(values, slice(0, count), 1)
+            return Gathered(values, lengths, slice(0, count), 1)
         if self._room is None:
             most = torch.tensor([max(count, self.at_least)], device=values.device)
             dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
@@ -68,9 +75,12 @@ class AllRanks:
                 f"{self.owner}: a batch of {count} samples on this process, after a first one of at most "
                 f"{self._room} on any; give max_batch={count} (or more) on every process."
             )
-        padded = values.new_full((self._room,), NO_SAMPLE)
-        padded[:count] = values
-        found = values.new_empty(world * self._room)
-        dist.all_gather(list(found.chunk(world)), padded, group=self.group)
+        columns = [values] if lengths is None else [values, lengths]
+        padded = values.new_full((len(columns), self._room), NO_SAMPLE)
+        padded[:, :count] = torch.stack(columns)
+        found = values.new_empty(world, *padded.shape)
+        dist.all_gather(list(found.unbind()), padded, group=self.group)
         start = dist.get_rank(self.group) * self._room
-        return Gathered(found, slice(start, start + count), world)
+        every = found.transpose(0, 1).flatten(1)
+        counted = None if lengths is None else every[1].clamp_min(0)
+        return Gathered(every[0], counted, slice(start, start + count), world)

@@ -23,6 +23,8 @@ def leave_out(losses: Tensor, samples: Tensor) -> None:
         samples: which, bool, shape (B,). Tensors on the way have B, or a multiple of it, in their first
             dimension, sample by sample; others stay as they are.
     """
+    if len(samples) == 0:
+        return
     seen: set[Any] = set()
     waiting: list[Any] = [losses.grad_fn]
     while waiting:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,9 +16,11 @@ def per_sample(losses: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | No
     losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
     if mask is None:
         return (losses if losses.ndim == 1 else losses.flatten(1).mean(1)), None
-    counts = (mask != 0).reshape(len(mask), -1)
-    lengths = counts.sum(1)
-    total = torch.where(counts, losses.reshape(counts.shape), 0).sum(1)
+    counts = mask != 0
+    total = torch.where(counts, losses, 0)
+    if losses.ndim == 1:
+        return total, counts.long()
+    lengths, total = counts.flatten(1).sum(1), total.flatten(1).sum(1)
     return total / lengths.clamp_min(1), lengths
 
 
@@ -32,12 +36,34 @@ def token_losses(
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise OptxError(f"{owner}: labels have dtype {labels.dtype}; they must be class numbers.")
     if shift and labels.ndim > 1:
+        if labels.shape[-1] < 2:
+            raise ShapeError(
+                f"{owner}: labels have shape {tuple(labels.shape)}, and with shift=True the first of each "
+                "sequence is not predicted, so none counts; give shift=False if they are shifted already."
+            )
         labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
     wide = torch.promote_types(logits.dtype, torch.float32)
     logp = F.log_softmax(logits.reshape(-1, logits.shape[-1]), -1, dtype=wide)
     flat = labels.reshape(-1).long()
     tokens = F.nll_loss(logp, flat, ignore_index=ignore_index, reduction="none")
     return tokens.view(labels.shape), labels != ignore_index
+
+
+def are_next_tokens(owner: str, outputs: Any, logits: Tensor) -> bool:
+    """Whether labels are to be shifted, by the class of what a transformers model returned.
+
+    Raises:
+        OptxError: the class does not say it.
+    """
+    name = type(outputs).__name__
+    if logits.ndim < 3 or "CausalLM" in name:
+        return True  # one label a sample is not shifted in any case
+    if any(kind in name for kind in ("MaskedLM", "Seq2SeqLM", "TokenClassifier")):
+        return False
+    raise OptxError(
+        f"{owner}: {name} does not say whether labels are those of the next token; give compute_loss_func="
+        "functools.partial(reweight.from_outputs, shift=True), or shift=False."
+    )
 
 
 def check_losses(owner: str, losses: Tensor, mask: Tensor | None, world: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,8 +16,10 @@ from torch import Tensor
 
 from optx._errors import OptxError, check_choice, check_range, warn
 from optx.signal._all_ranks import NO_SAMPLE, AllRanks, Gathered
+from optx.signal._batch_warnings import BatchWarnings
 from optx.signal._left_out import leave_out
-from optx.signal._sample_losses import check_losses, per_sample, token_losses
+from optx.signal._sample_losses import are_next_tokens, check_losses, per_sample, token_losses
+from optx.signal._softmax_weights import softmax_weights
 from optx.signal._temperature import Schedule, Temperature, check_positive, check_whole
 
 if TYPE_CHECKING:
@@ -41,41 +44,15 @@ STRATEGIES: dict[str, Callable[[Tensor, float, float], Tensor]] = {
 def places(losses: Tensor, counts: Tensor, delta: float) -> Tensor:
     """Where each loss lies between the least and the most of those that count: in [-delta, delta].
 
-    Losses that differ by less than 1e-6, as the authors' code has it, hardly count as different; if they are
-    equal, all are at 0 exactly, whatever the strategy and the dtype.
+    Losses that differ by no more than 1e-6 (the authors' code divides by that at least), or than what their
+    dtype can tell, are equal: all are at 0 exactly, whatever the strategy and the dtype.
     """
     low = torch.where(counts, losses, math.inf).amin()
     high = torch.where(counts, losses, -math.inf).amax()
-    return delta * ((losses - low) + (losses - high)) / (high - low).clamp_min(1e-6)
-
-
-def softmax_weights(worth: Tensor, counts: Tensor, r: float, max_weight: float | None) -> Tensor:
-    """exp(worth / r), summing to 1 over those that count; 0 for the others."""
-    top = torch.where(counts, worth, -math.inf).amax()
-    score = torch.where(counts, (worth - top) / r, -math.inf)
-    if max_weight is None:
-        return torch.where(counts, score.softmax(0), 0.0)
-    return _capped(score, counts, max_weight)
-
-
-def _capped(score: Tensor, counts: Tensor, limit: float) -> Tensor:
-    """Softmax with no weight above limit / M: the rest goes to the others, in proportion.
-
-    This is what maximises the same objective (mean worth less r times the divergence from uniform weights)
-    under the limit. Sorted, the k highest are at the limit and the others share 1 - k limit / M; k is the
-    first for which the highest of the others then stays below it. No rounds, and nothing is read from the
-    device.
-    """
-    many = counts.sum().to(score.dtype)
-    ordered, order = score.sort(descending=True)
-    below = ordered.flip(0).logcumsumexp(0).flip(0)  # of each and all after it
-    rank = torch.arange(len(score), device=score.device).to(score.dtype)
-    fits = ((many - rank * limit) * (ordered - below).exp() <= limit) | (rank >= many - 1)
-    at_limit = fits.int().argmax().to(score.dtype)
-    clipped = torch.empty_like(rank).scatter_(0, order, rank) < at_limit
-    share = ((many - at_limit * limit) / many).clamp_min(0)
-    rest = torch.where(clipped, -math.inf, score).softmax(0) * share
-    return torch.where(counts, torch.where(clipped, limit / many, rest), 0.0)
+    spread = high - low
+    least = (torch.finfo(losses.dtype).eps * torch.maximum(low.abs(), high.abs())).clamp_min(1e-6)
+    h = delta * ((losses - low) + (losses - high)) / spread.clamp_min(1e-6)
+    return torch.where(spread <= least, 0.0, h)
 
 
 # ---- the method -------------------------------------------------------------------------------------------
@@ -92,7 +69,8 @@ class LossReweight:
         strategy: f. ``"linupper"``: min(h + delta, alpha delta), growing with the loss up to the middle of
             the range. ``"quadratic"``: 1 - h^2 / delta^2, the middle. ``"extremes"``: |h|. ``"upper"``:
             (h + delta) / 2. ``"uniform"``: the plain mean.
-        r: temperature, above 0; at inf, weights are uniform. Or a function of the step, from 0.
+        r: temperature, above 0; at inf, weights are uniform. Or a function of the step, from 0. It may be set
+            later, too.
         warmup: for how many steps, first, weights are uniform.
         warmup_r: temperature of these steps, in the place of uniform weights.
         anneal: over how many steps after these r goes linearly from ``r_start`` to ``r``.
@@ -101,8 +79,8 @@ class LossReweight:
         alpha: where linupper stops to grow; 2 is never.
         max_weight: the largest weight, in units of 1 / M for M samples, at least 1; what is above goes to the
             others in proportion. None: no limit.
-        length_weighting: weights multiply a sequence's share of the tokens on its process; uniform ones then
-            are the mean per token, and they do not sum to 1. Needs a mask, which says the lengths.
+        length_weighting: weights multiply a sequence's share of all processes' tokens; uniform ones then are
+            the mean per token, and they do not sum to 1. Needs a mask, which says the lengths.
         skip_nonfinite: a sample whose loss is nan or infinite gets weight 0 and no gradient, is counted
             (``skipped``) and warned of at the 1st, 10th, 100th ... Each call then waits for the device.
             Without it, such a loss makes the result nan, as it makes the mean.
@@ -133,7 +111,7 @@ class LossReweight:
     pretraining, noisy data, duplicates.
 
     Evidence: no recipe; ``test_loss_reweight.py``, ``test_loss_reweight_loops.py``,
-    ``test_loss_reweight_processes.py``.
+    ``test_loss_reweight_trainer.py``, ``test_loss_reweight_processes.py``.
 
     Raises:
         OptxError: an option out of range, or losses that are reduced already.
@@ -184,10 +162,11 @@ class LossReweight:
         self.skip_nonfinite, self.accumulate = skip_nonfinite, accumulate
         self.step, self.skipped = 0, 0
         self._calls = 0  # of the step that is not yet whole
+        self._warnings = BatchWarnings(_OWNER, strategy)
         self.last_weights: Tensor | None = None
         self.last_mean: Tensor | None = None
         global _apart
-        _apart = _apart or torch.compiler.disable(_weigh)
+        _apart = _apart or cast(Any, torch.compiler.disable(_weigh))
 
     def __call__(self, losses: Tensor, mask: Tensor | None = None) -> Tensor:
         """The weighted sum of a batch's losses; of several processes, times their number.
@@ -208,7 +187,9 @@ class LossReweight:
         each, lengths = per_sample(losses, mask)
         if not torch.is_grad_enabled():
             return self._plain(each, lengths)
-        return (_apart or _weigh)(self, each, lengths)
+        if losses.ndim > 1 and mask is None:
+            self._warnings.of_zeros(losses)
+        return (_apart or _weigh)(self, each, lengths, None)
 
     def from_logits(
         self, logits: Tensor, labels: Tensor, shift: bool = True, ignore_index: int = -100
@@ -227,27 +208,46 @@ class LossReweight:
         return self(*token_losses(_OWNER, logits, labels, shift, ignore_index))
 
     def from_outputs(
-        self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None
+        self,
+        outputs: Any,
+        labels: Tensor | None,
+        num_items_in_batch: Tensor | int | None = None,
+        shift: bool | None = None,
+        average_tokens_across_devices: bool = True,
     ) -> Tensor:
-        """A language model's loss in transformers: ``Trainer(..., compute_loss_func=reweight.from_outputs)``.
+        """A model's loss in transformers: ``Trainer(..., compute_loss_func=reweight.from_outputs)``.
 
         The Trainer does not divide such a loss by the batches that it accumulates: it gives the number of
-        their labels. Each batch then counts by its share of these. Give ``accumulate`` if steps are to be the
-        optimizer's; the Trainer doesn't save a loss, so keep `state_dict` beside its checkpoints.
+        their labels, and multiplies by the number of processes. Each batch then counts by its share of these
+        labels; in evaluation, each token. Give ``accumulate`` if steps are to be the optimizer's; the Trainer
+        doesn't save a loss, so keep `state_dict` beside its checkpoints.
 
         Args:
             outputs: what the model returned: its ``logits`` are taken.
-            labels: class numbers, shape (B, T).
+            labels: class numbers, shape (B, T) or (B,).
             num_items_in_batch: labels of all batches of this optimizer step.
+            shift: as in `from_logits`; None for what the class of ``outputs`` says.
+            average_tokens_across_devices: the Trainer's setting of this name.
         """
         if labels is None:
+            raise OptxError(f"{_OWNER}: the batch has no labels; from_outputs needs those of the model.")
+        items = num_items_in_batch
+        if isinstance(items, Tensor) and items.numel() != 1:
             raise OptxError(
-                f"{_OWNER}: the batch has no labels; from_outputs needs those of a language model."
+                f"{_OWNER}: num_items_in_batch has {items.numel()} numbers, as under DataParallel, where one "
+                "process has several losses; start a process for each GPU (torchrun)."
             )
         logits = outputs["logits"] if isinstance(outputs, dict) else outputs.logits
-        tokens, counts = token_losses(_OWNER, logits, labels, True, -100)
-        loss = self(tokens, counts)
-        return loss if num_items_in_batch is None else loss * (counts.sum() / num_items_in_batch)
+        shift = are_next_tokens(_OWNER, outputs, logits) if shift is None else shift
+        tokens, counts = token_losses(_OWNER, logits, labels, shift, -100)
+        if items is None:
+            return self(tokens, counts)
+        if not torch.is_grad_enabled():
+            return torch.where(counts, tokens, 0).sum() / items
+        each, lengths = per_sample(tokens, counts)
+        if average_tokens_across_devices:
+            return (_apart or _weigh)(self, each, lengths, items)
+        return (_apart or _weigh)(self, each, lengths, None) * (counts.sum() / items)
 
     def weights(self, losses: Tensor) -> Tensor:
         """The weights that samples with these losses would have in this step; nothing is gathered or counted.
@@ -259,6 +259,15 @@ class LossReweight:
         each, _ = per_sample(losses.detach(), None)
         counts = each.isfinite() if self.skip_nonfinite else torch.ones_like(each, dtype=torch.bool)
         return self._weights(each.where(each.isfinite(), math.nan), counts, self.temperature())
+
+    @property
+    def r(self) -> float | Schedule:
+        """The temperature as it was given; another may be set, for the steps to come."""
+        return self._r.r
+
+    @r.setter
+    def r(self, value: float | Schedule) -> None:
+        self._r = replace(self._r, r=value)
 
     def temperature(self) -> float:
         """r of the present step; inf where weights are uniform."""
@@ -295,12 +304,15 @@ class LossReweight:
 
     # ---- one call -----------------------------------------------------------------------------------------
 
-    def _weighted(self, each: Tensor, lengths: Tensor | None) -> Tensor:
+    def _weighted(self, each: Tensor, lengths: Tensor | None, items: Tensor | int | None) -> Tensor:
         r = self.temperature()
         own = each.detach().where(each.detach().isfinite(), math.nan)
+        sent = None
         if lengths is not None:
             own = own.where(lengths > 0, NO_SAMPLE)
-        everyone = self._ranks.gather(own)
+            if items is not None or self.length_weighting:
+                sent = lengths.to(own.dtype)
+        everyone = self._ranks.gather(own, sent)
         counts = everyone.values != NO_SAMPLE
         if self.skip_nonfinite:
             counts = self._without_bad(each, everyone, counts)
@@ -309,8 +321,11 @@ class LossReweight:
             self.last_weights = weights[everyone.own]
             self.last_mean = torch.where(counts, everyone.values, 0).sum() / counts.sum()
         loss = self._sum(each, lengths, everyone, counts, uniform=self._is_uniform(r))
+        self._warnings.of_one_sample(len(everyone.values), self._is_uniform(r))
         self._count()
-        return loss
+        if items is None or everyone.lengths is None:
+            return loss
+        return loss * (everyone.lengths.where(counts, 0).sum() / (items * everyone.world))
 
     def _is_uniform(self, r: float) -> bool:
         return self.strategy == "uniform" or r == math.inf
@@ -333,8 +348,8 @@ class LossReweight:
         weights = cast(Tensor, self.last_weights)
         if not whole:
             each = torch.where(counts[everyone.own], each, 0)  # 0 times nan would be nan
-        if self.length_weighting and lengths is not None:
-            weights = weights * _shares(lengths.where(counts[everyone.own], 0)).to(weights.dtype)
+        if self.length_weighting and everyone.lengths is not None:
+            weights = weights * _shares(everyone.lengths.where(counts, 0))[everyone.own]
         return (weights * each).sum() * world
 
     def _plain(self, each: Tensor, lengths: Tensor | None) -> Tensor:
@@ -370,10 +385,10 @@ def _shares(lengths: Tensor) -> Tensor:
     return lengths * (lengths > 0).sum() / lengths.sum().clamp_min(1)
 
 
-def _weigh(self: LossReweight, each: Tensor, lengths: Tensor | None) -> Tensor:
+def _weigh(self: LossReweight, each: Tensor, lengths: Tensor | None, items: Tensor | int | None) -> Tensor:
     """A call from each sample's loss on; torch.compile does not trace it: to it, each step is another."""
-    return self._weighted(each, lengths)  # pyright: ignore[reportPrivateUsage]
+    return self._weighted(each, lengths, items)  # pyright: ignore[reportPrivateUsage]
 
 
-_apart: Callable[[LossReweight, Tensor, Tensor | None], Tensor] | None = None
+_apart: Callable[[LossReweight, Tensor, Tensor | None, Tensor | int | None], Tensor] | None = None
 """The same with that said to the compiler, whose import is not optx's but that of the first object here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import socket
 import tempfile
@@ -157,7 +158,76 @@ def a_larger_batch_than_the_first_is_refused(rank: int) -> None:
     assert rw.step == 1
 
 
+def labelled(step: int) -> tuple[Tensor, Tensor]:
+    """Six tokens of four classes, of which from one to six count."""
+    labels = torch.randint(4, (8, 6), generator=torch.Generator().manual_seed(step))
+    return labels.where(torch.arange(6) < torch.tensor([6, 1, 2, 6, 3, 1, 5, 4])[:, None], -100), batch(step)[
+        0
+    ]
+
+
+def from_logits_equals_one_process(rank: int) -> None:
+    """Of sequences that differ in length, also by length; one process has none in the last call."""
+    itself = alone_on(rank)
+    for options in ({"r": 0.3}, {"strategy": "extremes", "length_weighting": True}):
+        head = nn.Linear(5, 6 * 4)
+        models = nn.parallel.DistributedDataParallel(head), copy.deepcopy(head)
+        rws = (optx.LossReweight(max_batch=8, **options), optx.LossReweight(process_group=itself, **options))
+        for step, cut in enumerate((4, 6, 0)):
+            labels, x = labelled(step)
+            parts = (slice(cut), slice(cut, None))[rank], slice(None)
+            for model, rw, part in zip(models, rws, parts, strict=True):
+                model.zero_grad()
+                rw.from_logits(model(x[part]).unflatten(1, (6, 4)), labels[part], shift=False).backward()
+            for a, b in zip(*(model.parameters() for model in models), strict=True):
+                torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-6)
+
+
+def the_trainers_share_is_that_of_one_process(rank: int) -> None:
+    """The Trainer multiplies by the number of processes; they have 15 and 13 of the labels."""
+    labels, x = labelled(0)
+    itself, items = alone_on(rank), 2 * (labels != -100).sum()  # of two calls
+    for options in ({}, {"strategy": "uniform", "length_weighting": True}):
+        model, alone = nn.Linear(5, 6 * 4), nn.Linear(5, 6 * 4)
+        model = nn.parallel.DistributedDataParallel(model)
+        alone.load_state_dict(model.module.state_dict())
+        part = (slice(4), slice(4, None))[rank]
+        rws = optx.LossReweight(**options), optx.LossReweight(process_group=itself, **options)
+        logits = {"logits": model(x[part]).unflatten(1, (6, 4))}
+        (2 * rws[0].from_outputs(logits, labels[part], items, shift=False)).backward()
+        plain = {"logits": alone(x).unflatten(1, (6, 4))}
+        loss = rws[1].from_outputs(plain, labels, items, shift=False)
+        loss.backward()
+        for a, b in zip(model.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-6)
+        if options:
+            flat = plain["logits"].flatten(0, 1)
+            wanted = nn.functional.cross_entropy(flat, labels.flatten(), reduction="sum") / items
+            torch.testing.assert_close(loss, wanted)
+
+
+def fsdp_equals_one_process(rank: int) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model, alone = net(), net()
+    fully_shard(model)
+    train(model, optx.LossReweight(max_batch=8), (4, 3), rank)
+    train(alone, optx.LossReweight(process_group=alone_on(rank)), (4, 3), None)
+    for a, b in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(a.full_tensor().detach(), b.detach(), rtol=0, atol=1e-6)  # type: ignore[attr-defined]
+
+
+def a_group_of_others_is_refused(rank: int) -> None:
+    groups = [dist.new_group([each]) for each in range(2)]
+    with pytest.raises(optx.OptxError, match="this process is not in process_group"):
+        optx.LossReweight(process_group=groups[1 - rank])(torch.rand(3))
+
+
 CASES: list[Callable[[int], None]] = [
+    from_logits_equals_one_process,
+    the_trainers_share_is_that_of_one_process,
+    fsdp_equals_one_process,
+    a_group_of_others_is_refused,
     ddp_equals_one_process,
     each_process_by_itself_is_something_else,
     off_is_plain_ddp_to_the_bit,
