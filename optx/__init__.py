@@ -20,6 +20,7 @@
     loss    optx.StableMaxCrossEntropy()
             StableMaxCrossEntropy  stablemax_cross_entropy
             LossReweight                                      samples weighted by their losses
+            SAF  MESA  with_index                             flat minima from what was said epochs ago
 
     delta   optx.Delta.between(base, tuned), optx.merge(...)  checkpoints pruned, compressed and merged
             Delta: dare  find_q  magnitude  wanda  structural  lora
@@ -101,7 +102,10 @@ from optx.inject.multihead import MultiHeadParallelAdapter as MultiHeadParallelA
 from optx.inject.prefix import PrefixTuning as PrefixTuning
 from optx.inject.stn import STN as STN
 from optx.inject.svfit import SVFit as SVFit
+from optx.signal._with_index import with_index as with_index
 from optx.signal.loss_reweight import LossReweight as LossReweight
+from optx.signal.mesa import MESA as MESA
+from optx.signal.saf import SAF as SAF
 from optx.signal.stablemax import StableMaxCrossEntropy as StableMaxCrossEntropy
 from optx.signal.stablemax import stablemax_cross_entropy as stablemax_cross_entropy
 from optx.step.checkpoint import load_optimizer as load_optimizer

@@ -43,6 +43,11 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "LossReweight": {"linupper": {}, "quadratic": {"strategy": "quadratic"}, "limited": {"max_weight": 1.5}},
     "LoRA": {"LoRA": {}, "rsLoRA": {"rslora": True}, "DoRA": {"dora": True}, "embedding": {}},
     "ParallelAdapter": {"": {}, "as BERT": {"init": "bert"}},
+    "MESA": {"": {"beta": 0.8, "start_epoch": 2}},
+    "SAF": {
+        "": {"num_samples": 44, "start_epoch": 3},
+        "top-k": {"num_samples": 44, "start_epoch": 3, "top_k": 5},
+    },
     "STN": {"": {"hparams": optx.HParams(drop=optx.hp(0.2, (0, 0.9)))}},
     "PerpGrad": {"": {}, "as projected": {"rescale": False}, "along weights": {}},
 }
@@ -75,6 +80,7 @@ class Setup(NamedTuple):
         forward: logits, classes in the last dimension.
         shrink: so much of each weight is added to its gradient, which then is nearly along the weight.
         targets: of an injection, if not its own.
+        inputs: what the model is called with.
         domains: so many equal parts of the sentences have a loss each, for ``opt.dsp_reg``.
     """
 
@@ -85,6 +91,7 @@ class Setup(NamedTuple):
     shrink: float = 0.0
     targets: Any = None
     domains: int = 1
+    inputs: Any = None
 
 
 def tiny() -> Setup:
@@ -107,7 +114,8 @@ def tiny() -> Setup:
     torch.manual_seed(0)
     tokens = torch.arange(48).mul(7).remainder(59).view(4, 12) + 3
     model = LlamaForCausalLM(config).eval()
-    return Setup(model, lambda model: model(tokens[:, :-1]).logits, tokens[:, 1:], lr=1e-3)
+    forward = lambda model: model(tokens[:, :-1]).logits  # noqa: E731
+    return Setup(model, forward, tokens[:, 1:], lr=1e-3, inputs=tokens[:, :-1])
 
 
 @functools.cache
@@ -179,8 +187,27 @@ def injected(cls: type, options: dict[str, Any], setup: Setup) -> list[float]:
     return train(setup, optimizer, nn.functional.cross_entropy)
 
 
+def along(cls: type, options: dict[str, Any], setup: Setup) -> Callable[..., Tensor]:
+    """A trajectory loss beside the usual one; each step is an epoch, each token a sample."""
+    given = (
+        {"model": setup.model, "output": lambda out: out.logits.flatten(0, -2)} if cls is optx.MESA else {}
+    )
+    loss, epochs = cls(**given, **options), itertools.count()
+
+    def criterion(logits: Tensor, target: Tensor) -> Tensor:
+        loss.set_epoch(next(epochs))
+        more = torch.arange(len(logits)) if cls is optx.SAF else setup.inputs
+        return nn.functional.cross_entropy(logits, target) + loss(logits, more)
+
+    return criterion
+
+
 def guided(cls: type, options: dict[str, Any], setup: Setup) -> list[float]:
     """Everything is trained, by AdamW, on a loss of optx's."""
+    if cls in (optx.SAF, optx.MESA):
+        return train(
+            setup, torch.optim.AdamW(setup.model.parameters(), lr=setup.lr), along(cls, options, setup)
+        )
     loss = cls(**options)
     if cls is optx.LossReweight:  # it takes losses; here every token is a sample
         criterion: Callable[..., Tensor] = lambda logits, target: loss.from_logits(logits, target)  # noqa: E731

@@ -118,6 +118,8 @@ def adapter(folder: Path) -> Path:
 NEEDED: dict[str, Callable[[Path], dict[str, Any]]] = {
     "DSPReg": lambda _: {"domains": 3},
     "HFT": lambda _: {"model": nn.Transformer(8, 2, 1, 1, 16, batch_first=True)},
+    "MESA": lambda _: {"model": layers()},
+    "SAF": lambda _: {"num_samples": 10},
     "STN": lambda _: {"hparams": optx.HParams(drop=optx.hp(0.1, (0, 0.9)))},
     "compress": lambda _: {"what": {"a": torch.randn(64)}},
     "patch": lambda _: {"model": layers(), "signatures": [dict(layers().state_dict())]},

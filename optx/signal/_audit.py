@@ -1,0 +1,99 @@
+"""How much a record's short form changes the loss: measured on a few samples that are kept exactly beside "
+"it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from optx.signal._record import Record, Rows, binned
+from optx.signal._trajectory import divergence
+
+SAMPLES = 8
+SPOTS = (0, 3, 15, 63)
+"""Positions of a sequence that are looked at."""
+
+
+class Audit:
+    """The first few samples seen, in float32 and with all classes, one slot an epoch as in the record."""
+
+    def __init__(self) -> None:
+        self.rows: Tensor | None = None  # (slots, SAMPLES, positions, C)
+        self.chosen: dict[int, int] = {}
+        self.exact = self.off = self.count = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept for it."""
+        return 0 if self.rows is None else self.rows.numel() * self.rows.element_size()
+
+    def look(
+        self,
+        record: Record,
+        z: Tensor,
+        index: Sequence[int],
+        epoch: int,
+        past: tuple[Rows, Tensor | None, int] | None,
+        where: Tensor | None,
+    ) -> None:
+        """Compare the record with what is kept here, where there is a past, and keep this epoch's.
+
+        Args:
+            record: whose form is judged.
+            z: centred logits, (B, C) or (B, T, V).
+            index: of the samples.
+            epoch: now.
+            past: what the record has of these samples; None: the loss is off.
+            where: which positions count; None: all.
+        """
+        for i in index[: SAMPLES - len(self.chosen)]:
+            self.chosen.setdefault(i, len(self.chosen))
+        if not (found := self.chosen.keys() & set(index)):
+            return
+        rows = [row for row, i in enumerate(index) if i in found]
+        own = [self.chosen[index[row]] for row in rows]
+        now = _spots(z.detach()[rows]).float().cpu()
+        if self.rows is None:
+            self.rows = torch.full((record.slots, SAMPLES, *now.shape[1:]), math.nan)
+        slot = epoch % record.slots
+        if past is not None:
+            kept, values = past[0], _spots(past[0].values[rows]).cpu()
+            short = now if kept.classes is None else binned(now, _spots(kept.classes[rows]).cpu(), record.tau)
+            exact = divergence(now, self.rows[slot, own], record.tau)
+            off = divergence(short, values, record.tau) - exact
+            counted = off.isfinite()
+            for flags in (past[1], where):
+                if flags is not None:
+                    counted &= _spots(flags[rows].unsqueeze(-1)).squeeze(-1).cpu()
+            self.exact += float(exact[counted].sum())
+            self.off += float(off[counted].abs().sum())
+            self.count += float(counted.sum())
+        self.rows[slot, own] = now
+
+    def state(self) -> dict[str, Any]:
+        """All of it."""
+        return {
+            "rows": None if self.rows is None else self.rows.clone(),
+            "chosen": list(self.chosen),
+            "sums": [self.exact, self.off, self.count],
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take it over."""
+        self.rows = None if state["rows"] is None else state["rows"].clone()
+        self.chosen = {int(i): place for place, i in enumerate(state["chosen"])}
+        self.exact, self.off, self.count = state["sums"]
+
+
+def _spots(t: Tensor) -> Tensor:
+    """(B, C) as (B, 1, C); of (B, T, C) some positions, which are NaN (classes and flags: 0) past the end."""
+    if t.ndim == 2:
+        return t.unsqueeze(1)
+    if (missing := SPOTS[-1] + 1 - t.shape[1]) > 0:
+        t = F.pad(t, (0, 0, 0, missing), value=math.nan if t.is_floating_point() else 0)
+    return t[:, SPOTS]

@@ -1,0 +1,175 @@
+"""The trajectory loss that SAF and MESA share, and the epochs in which it acts.
+
+Source: "Sharpness-Aware Training for Free", arXiv 2205.14083, equations 8 and 12.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from optx._errors import OptxError, ShapeError, check_range
+
+LOWEST = -65504.0
+"""Logits lie at most so far below the largest one (float16's range): what is masked by -inf has no NaN."""
+
+
+def centred(logits: Tensor) -> Tensor:
+    """Logits less their largest one, in float32 (float64 stays): what softmax takes is the same.
+
+    Small storage formats are finest near 0, which is where the probable classes then are.
+    """
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (z - z.amax(-1, keepdim=True)).clamp_min_(LOWEST)
+
+
+def divergence(z: Tensor, past: Tensor, tau: float) -> Tensor:
+    """tau^2 KL(softmax(past / tau) || softmax(z / tau)) over the last dimension, one number a position.
+
+    tau^2 is in the paper's code and not in its equation; without it the gradient, tau (p - q), would be tau^2
+    times smaller. Logarithms are not taken of probabilities, which may underflow.
+    """
+    log_q = torch.log_softmax(past / tau, -1)
+    return (log_q.exp() * (log_q - torch.log_softmax(z / tau, -1))).sum(-1) * tau**2
+
+
+class _MeanDivergence(torch.autograd.Function):
+    """The mean over the positions that count, with the gradient tau (p - q) in closed form.
+
+    Both at once and in few operations: of a few classes each costs more to call than to compute. A position
+    without a finite divergence (NaN logits, now or then) is left out as one without a past is.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, z: Tensor, past: Tensor, tau: float, serves: Tensor | None, count: Any
+    ) -> Tensor:
+        log_q = torch.log_softmax(past.to(z.dtype) / tau, -1)
+        log_p = torch.log_softmax(z / tau, -1)
+        q = log_q.exp()
+        losses = log_q.sub_(log_p).mul_(q).sum(-1)  # not vecdot, which autocast would round
+        good = losses.isfinite() if serves is None else losses.isfinite() & serves
+        gradient = log_p.exp_().sub_(q).masked_fill_(~good.unsqueeze(-1), 0.0)
+        ctx.save_for_backward(gradient.to(logits.dtype))
+        ctx.scale = tau / count
+        return losses.masked_fill_(~good, 0.0).sum() * (tau**2 / count)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.saved_tensors[0] * (outer[0] * ctx.scale), None, None, None, None, None
+
+
+def mean_loss(
+    logits: Tensor, z: Tensor, past: Tensor, tau: float, serves: Tensor | None, where: Tensor | None
+) -> Tensor:
+    """The divergence's mean over all positions that count, of which some may have no past and add 0.
+
+    Args:
+        logits: what the gradient is for, (B, C) or (B, T, C).
+        z: these logits centred, without gradient.
+        past: the reference, as large; where it does not serve, anything.
+        tau: the temperature.
+        serves: which positions have a past, (B,) or (B, T); None: all.
+        where: which positions count, (B,) or (B, T); None: all.
+    """
+    if where is None:
+        count = max(1, z.shape[:-1].numel())
+    else:
+        count = where.sum().clamp_min(1)
+        serves = where if serves is None else serves & where
+    return cast("Tensor", _MeanDivergence.apply(logits, z, past, tau, serves, count))
+
+
+def check_logits(owner: str, logits: Any) -> None:
+    """Raise unless logits are classes last, and able to learn from a loss."""
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        found = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
+        raise OptxError(f"{owner}: logits are {found}; give the tensor of unnormalised scores.")
+    if logits.ndim not in (2, 3) or not logits.shape[-1]:
+        raise ShapeError(
+            f"{owner}: logits have shape {tuple(logits.shape)}; it must be (B, C), or (B, T, V) of a "
+            "sequence, classes last."
+        )
+    if not logits.requires_grad:
+        raise OptxError(
+            f"{owner}: these logits need no gradient, so the loss could change nothing; give the model's "
+            "own, not detached ones. (In validation call it under torch.no_grad(), where it is 0.)"
+        )
+
+
+def check_where(owner: str, where: Any, logits: Tensor) -> None:
+    """Raise unless ``where`` is a bool for each position on the logits' device."""
+    if not isinstance(where, Tensor) or where.dtype != torch.bool or where.shape != logits.shape[:-1]:
+        found = (
+            f"{where.dtype} in shape {tuple(where.shape)}"
+            if isinstance(where, Tensor)
+            else f"a {type(where)}"
+        )
+        raise ShapeError(
+            f"{owner}: where is {found}; it must be torch.bool in shape {tuple(logits.shape[:-1])}, as "
+            "logits have positions (labels != -100, for example)."
+        )
+    if where.device != logits.device:
+        raise OptxError(f"{owner}: where is on {where.device} and logits are on {logits.device}.")
+
+
+class Trajectory:
+    """When a trajectory loss acts, and how strongly.
+
+    Attributes:
+        weight: lambda; may be set at any time.
+        tau: the temperature.
+        start_epoch: the last epoch without the loss.
+        end_epoch: the first epoch without it again; None: there is none.
+        epoch: as told by `set_epoch`; None before.
+    """
+
+    _owner = ""
+
+    def __init__(self, weight: float, tau: float, start_epoch: int, end_epoch: int | None) -> None:
+        check_range(self._owner, "weight", weight, 0.0)
+        check_range(self._owner, "tau", tau, 1e-3)
+        self.weight, self.tau = weight, float(tau)
+        self.start_epoch = whole(self._owner, "start_epoch", start_epoch, 0)
+        self.end_epoch = None if end_epoch is None else whole(self._owner, "end_epoch", end_epoch, 0)
+        if self.end_epoch is not None and self.end_epoch <= self.start_epoch + 1:
+            raise OptxError(
+                f"{self._owner}: end_epoch is {end_epoch}, so no epoch has the loss; the first one is "
+                f"{self.start_epoch + 1}."
+            )
+        self.epoch: int | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch begins, counted from 0; call it at the start of each, as for a sampler."""
+        self.epoch = whole(self._owner, "epoch", epoch, 0)
+
+    @property
+    def active(self) -> bool:
+        """Whether this epoch has the loss: after `start_epoch`, before `end_epoch`, at a weight above 0."""
+        epoch = self.epoch
+        if epoch is None or epoch <= self.start_epoch or not self.weight:
+            return False
+        return self.end_epoch is None or epoch < self.end_epoch
+
+    def _now(self) -> int:
+        if self.epoch is None:
+            raise OptxError(
+                f"{self._owner}: no epoch was set; call set_epoch(epoch) at the start of each epoch, from 0 "
+                "on."
+            )
+        return self.epoch
+
+
+def whole(owner: str, argument: str, value: Any, least: int) -> int:
+    """A whole number from `least` on, or an OptxError."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if isinstance(value, bool) or number < least:
+        raise OptxError(f"{owner}: {argument} is {value!r}; it must be a whole number from {least} on.")
+    return number
