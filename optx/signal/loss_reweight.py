@@ -110,7 +110,7 @@ class LossReweight:
     Keywords: loss reweighting, sample weighting, LinUpper, importance weighting, curriculum, data selection,
     pretraining, noisy data, duplicates.
 
-    Evidence: no recipe; ``test_loss_reweight.py``, ``test_loss_reweight_loops.py``,
+    Evidence: ``optx run reweight``; ``test_loss_reweight.py``, ``test_loss_reweight_loops.py``,
     ``test_loss_reweight_trainer.py``, ``test_loss_reweight_processes.py``.
 
     Raises:

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 
-from optx.recipes import _bench, adapt, finetune, grokking, merge, qlora
+from optx.recipes import _bench, adapt, finetune, grokking, merge, qlora, reweight
 
 COUNTS: dict[Any, tuple[str, ...]] = {
     adapt: ("seeds", "batch", "length", "test", "steps"),
@@ -18,6 +18,7 @@ COUNTS: dict[Any, tuple[str, ...]] = {
     grokking: ("seeds", "p", "width", "every", "steps"),
     merge: ("seeds", "masks", "batch", "length", "valid", "test", "steps"),
     qlora: ("seeds", "rank", "alpha", "batch", "length", "eval-blocks", "steps"),
+    reweight: ("seeds", "batch", "length", "width", "layers", "passages", "every", "steps"),
 }
 RATES: dict[Any, tuple[str, ...]] = {
     adapt: ("sweep",),
@@ -25,6 +26,7 @@ RATES: dict[Any, tuple[str, ...]] = {
     grokking: ("lr",),
     merge: ("lr", "head-lr"),
     qlora: ("lr",),
+    reweight: ("lr", "r", "noisy", "duplicated"),
 }
 BAD = [
     *(

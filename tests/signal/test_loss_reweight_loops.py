@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import optx
 
+NAMES = ("uniform", "linupper", "quadratic", "extremes")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -125,3 +129,190 @@ def test_where_activations_are_nan_gradients_say_so() -> None:
     with pytest.warns(UserWarning, match="1 of 8"):
         optx.LossReweight(skip_nonfinite=True)(model(x).square()).backward()
     assert not bool(model[0].weight.grad.isfinite().all())  # type: ignore[union-attr]
+
+
+# ---- the spec's regression --------------------------------------------------------------------------------
+
+
+def squared_error(strategy: str, seed: int) -> float:
+    """How far weights are off in the end: of 20 coordinates, four are there in 15 % of the samples only."""
+    g = torch.Generator().manual_seed(seed)
+    true, w = torch.randn(20, generator=g), torch.zeros(20, requires_grad=True)
+    rw = optx.LossReweight(strategy, r=0.4)
+    for _ in range(500):
+        x = torch.randn(32, 20, generator=g)
+        x[:, :4] *= (torch.rand(32, 1, generator=g) < 0.15).float()
+        w.grad = None
+        rw(0.5 * (x @ w - x @ true).square()).backward()
+        assert w.grad is not None
+        with torch.no_grad():
+            w -= 0.02 * w.grad
+    return float((w.detach() - true).square().sum())
+
+
+def test_rare_features_are_learnt_in_the_order_of_the_spec() -> None:
+    """LinUpper far ahead of Quadratic, that of uniform weights, and Extremes behind."""
+    found = {name: sum(squared_error(name, s) for s in range(2)) / 2 for name in NAMES}
+    assert found["linupper"] < 1e-4 < 1e-2 < found["uniform"] < found["extremes"]
+    assert 10 * found["linupper"] < found["quadratic"] < found["uniform"] / 5
+
+
+# ---- autocast, accumulation, compile, memory --------------------------------------------------------------
+
+
+def test_autocast_weights_are_float32_and_sum_to_1() -> None:
+    model, x, y = net(), rows(64, 4), torch.arange(64) % 8
+    rw = optx.LossReweight()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(x)
+        assert logits.dtype == torch.bfloat16
+        loss = rw.from_logits(logits, y)
+        assert rw.last_weights is not None
+        assert loss.dtype == rw.last_weights.dtype == torch.float32
+    assert abs(float(rw.last_weights.double().sum()) - 1) < 1e-6
+    exact = F.cross_entropy(logits.detach().double(), y, reduction="none")
+    torch.testing.assert_close(rw.last_weights.double(), rw.weights(exact), rtol=1e-5, atol=0)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_accumulated_calls_are_one_step() -> None:
+    """Each call has weights of its own; the sum of their halves is the step's gradient."""
+    model, reference, x = net(), net(), rows(8, 4)
+    rw = optx.LossReweight(accumulate=2, warmup=1)
+    for step in range(2):
+        for part in x.chunk(2):
+            (rw(model(part).square()) / 2).backward()
+        assert rw.step == step + 1
+        for part in x.chunk(2):
+            losses = reference(part).square().mean(1)
+            weights = rw.weights(losses) if step else torch.full((4,), 0.25)
+            ((weights * losses).sum() / 2).backward()
+    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_compiled_steps_are_not_compiled_anew() -> None:
+    rw, eager = optx.LossReweight(warmup=2), optx.LossReweight(warmup=2)
+    compiled = torch.compile(lambda logits, labels: rw.from_logits(logits, labels), backend="aot_eager")
+    torch._dynamo.utils.counters.clear()
+    for step in range(12):
+        logits = torch.randn(4, 5, 7, generator=torch.Generator().manual_seed(step))
+        labels = torch.arange(20).view(4, 5) % 7
+        a, b = (logits.clone().requires_grad_() for _ in range(2))
+        one, other = compiled(a, labels), eager.from_logits(b, labels)
+        one.backward()
+        other.backward()
+        torch.testing.assert_close(one, other)
+        torch.testing.assert_close(a.grad, b.grad)
+    assert rw.step == 12
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+
+
+class Large(TorchDispatchMode):
+    """Counts what is made: operations, and new tensors of a size and more."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.operations, self.made, self.known = size, 0, 0, set[int]()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.operations += 1
+        for one in tree_leaves(result):
+            if isinstance(one, Tensor) and one.numel() >= self.size:
+                place = one.untyped_storage().data_ptr()
+                self.made += place not in self.known
+                self.known.add(place)
+        return result
+
+
+def test_logits_are_copied_as_often_as_by_cross_entropy() -> None:
+    logits, labels = rows(4, 64, 100), torch.arange(256).view(4, 64) % 100
+    counted: list[Large] = []
+    for loss in (
+        lambda z: F.cross_entropy(z.flatten(0, 1), labels.flatten()),
+        lambda z: optx.LossReweight().from_logits(z, labels),
+    ):
+        z = logits.clone().requires_grad_()
+        with Large(4 * 63 * 100) as mode:
+            mode.known.add(z.untyped_storage().data_ptr())
+            loss(z).backward()
+        counted.append(mode)
+    plain, weighted = counted
+    assert weighted.made == plain.made
+    assert weighted.operations - plain.operations < 130  # all but two or three of them on B numbers
+
+
+# ---- the transformers Trainer -----------------------------------------------------------------------------
+
+
+def llama() -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=16,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def examples() -> list[dict[str, Tensor]]:
+    tokens = torch.randint(32, (24, 9), generator=torch.Generator().manual_seed(3))
+    return [{"input_ids": t, "labels": t} for t in tokens]
+
+
+def trained(rw: optx.LossReweight | None, folder: Any, accumulate: int = 1) -> tuple[Any, list[float], float]:
+    """Weights after an epoch by the Trainer, its logged losses, and the loss of its evaluation."""
+    transformers = pytest.importorskip("transformers")
+    args = transformers.TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=accumulate,
+        num_train_epochs=1,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=5,
+    )
+    trainer = transformers.Trainer(
+        llama(),
+        args,
+        train_dataset=examples(),
+        eval_dataset=examples(),
+        compute_loss_func=None if rw is None else rw.from_outputs,
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return trainer.model, losses, float(trainer.evaluate()["eval_loss"])
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_trainer_off_trains_as_without(accumulate: int, tmp_path: Any) -> None:
+    """Same losses, same weights, same evaluation: sequences of one length have the mean per token."""
+    rw = optx.LossReweight("uniform", accumulate=accumulate)
+    model, losses, evaluated = trained(rw, tmp_path, accumulate)
+    plain, wanted, expected = trained(None, tmp_path, accumulate)
+    assert losses == pytest.approx(wanted, abs=2e-4)
+    assert evaluated == pytest.approx(expected, abs=2e-4)
+    assert rw.step == 6 // accumulate
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
+
+
+def test_the_trainer_trains_on_weighted_losses(tmp_path: Any) -> None:
+    rw = optx.LossReweight("linupper", r=0.4)
+    _, losses, _ = trained(rw, tmp_path)
+    _, plain, _ = trained(None, tmp_path)
+    assert all(a > b for a, b in zip(losses[:2], plain[:2], strict=True))  # the upper half weighs more
+    assert rw.last_weights is not None
+    assert abs(float(rw.last_weights.sum()) - 1) < 1e-6
+    assert float(rw.last_weights.max()) > 2 * float(rw.last_weights.min())
