@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
@@ -16,16 +16,18 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from optx._errors import FileError, OptxError
 from optx._names import is_dtensor
 
+_Held = dict[str, Tensor | None]
+_copy_: Callable[..., None] = getattr(torch, "_foreach_copy_")  # noqa: B009 (public in all but its name)
+_lerp_: Callable[..., None] = getattr(torch, "_foreach_lerp_")  # noqa: B009
 _HALVES = (torch.float16, torch.bfloat16)
 
 
 class _Place(NamedTuple):
-    """Where a tensor of the model is, by its module, because tensors get replaced; and its likeness in "
-    "the copy."""
+    """Where a tensor of the model is, by its module, as tensors get replaced; and its copy."""
 
     path: str
-    tensors: dict[str, Tensor | None]
-    likenesses: dict[str, Tensor | None]
+    tensors: _Held
+    likenesses: _Held
     name: str
     trained: bool
 
@@ -109,7 +111,9 @@ class EMACopy:
         likenesses = dict(self.module.named_modules())
         for path, module in self.live.named_modules():
             other = likenesses[path]
-            for mine, theirs in ((module._parameters, other._parameters), (module._buffers, other._buffers)):
+            for held in ("_parameters", "_buffers"):
+                mine: _Held = getattr(module, held)
+                theirs: _Held = getattr(other, held)
                 for name, live in mine.items():
                     if live is not None and id(live) not in seen:
                         seen.add(id(live))
@@ -132,21 +136,20 @@ class EMACopy:
         self._stepped, self._version, self.steps = False, version, self.steps + 1
         wide = self._wide
         if self.steps == 1:
-            torch._foreach_copy_(wide, live)
+            _copy_(wide, live)
         else:
             now = [p.to(w.dtype) for p, w in zip(live, wide, strict=True)]
-            torch._foreach_lerp_(wide, now, 1 - self.beta)
+            _lerp_(wide, now, 1 - self.beta)
         self._narrow()
         for place in self._buffers:
             if place.likeness.shape != place.live.shape:  # a cache that has grown
                 place.likeness.data = place.live.clone()
         if self._buffers:
             live = [place.live for place in self._buffers]
-            torch._foreach_copy_([place.likeness for place in self._buffers], live)
+            _copy_([place.likeness for place in self._buffers], live)
 
     def _counted(self) -> int:
-        """Autograd's count of writes. Kernels and ``.data`` write behind its back: a hook tells of "
-        "optimizers."""
+        """Autograd's count of writes: of those behind its back, an optimizer's hook tells."""
         return sum(place.live._version for place in self._averaged if place.trained)
 
     def stepped(self, optimizer: Optimizer) -> None:
@@ -197,7 +200,7 @@ class EMACopy:
             )
 
     @contextmanager
-    def swapped(self) -> Iterator[None]:
+    def swapped(self) -> Generator[None]:
         """The model with the averaged weights; its own come back bit for bit."""
         if self._swapped:
             raise OptxError(f"{self.owner}: swap_ema is on already.")

@@ -59,7 +59,7 @@ class _MeanDivergence(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return ctx.saved_tensors[0] * (outer[0] * ctx.scale), None, None, None, None, None
 
 

@@ -162,10 +162,8 @@ class MESA(Trajectory):
         Raises:
             FileError: it is none of MESA's, or of another model; nothing has changed then.
         """
-        if (
-            not isinstance(state_dict, dict)
-            or not {"epoch", "steps", "behind", "tensors"} <= state_dict.keys()
-        ):  # pyright: ignore[reportUnnecessaryIsInstance]
+        known: Any = state_dict  # of any type, if it comes from elsewhere
+        if not isinstance(known, dict) or not {"epoch", "steps", "behind", "tensors"} <= known.keys():
             raise FileError("MESA: this state is none of MESA's; give what state_dict() gave.")
         self._ema.load(state_dict)
         self.epoch = state_dict["epoch"]

@@ -211,10 +211,8 @@ class SAF(Trajectory):
             FileError: it is none of SAF's, or of a dataset of another length or another kind of record;
                 nothing has changed then.
         """
-        if (
-            not isinstance(state_dict, dict)
-            or not {"epoch", "made_for", "counts", "record"} <= state_dict.keys()
-        ):  # pyright: ignore[reportUnnecessaryIsInstance]
+        known: Any = state_dict  # of any type, if it comes from elsewhere
+        if not isinstance(known, dict) or not {"epoch", "made_for", "counts", "record"} <= known.keys():
             raise FileError("SAF: this state is none of SAF's; give what state_dict() gave.")
         self._compare(state_dict["made_for"])
         self._audit = Audit()
