@@ -1,5 +1,4 @@
-"""How much a record's short form changes the loss: measured on a few samples that are kept exactly beside "
-"it."""
+"""How much a record's short form changes the loss: measured on a few samples kept exactly besides."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 
 class _Place(NamedTuple):
-    """Where a tensor of the model is, by its module, as tensors get replaced; and its copy."""
+    """Where a tensor of the model is, by module, as tensors get replaced; and its likeness in the copy."""
 
     path: str
     tensors: _Held
@@ -67,7 +67,12 @@ class EMACopy:
         self._names = {name for name, _ in self.live.named_parameters()}
         # Halves have an average of their own; of all others the copy's weights are the average.
         self._apart = {p.path: p.likeness.data.float() for p in self._averaged if p.likeness.dtype in _HALVES}
-        self._stepped, self._version, self._swapped = True, -1, False
+        self._stepped, self._version, self._swapped, self.told = True, -1, False, False
+        _notice_steps(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or one out of a pickle, is told of steps too."""
+        self.__dict__.update(state)
         _notice_steps(self)
 
     # ---- making -----------------------------------------------------------------------------------------
@@ -128,9 +133,11 @@ class EMACopy:
             raise OptxError(
                 f"{self.owner}: the model has its averaged weights (swap_ema), which are not trained."
             )
+        self._share_again()
         live = [place.live for place in self._averaged]
         version = self._counted()
         if not self._stepped and version == self._version:
+            self._check_unseen(live)
             return
         self._check(live)
         self._stepped, self._version, self.steps = False, version, self.steps + 1
@@ -148,8 +155,31 @@ class EMACopy:
             live = [place.live for place in self._buffers]
             _copy_([place.likeness for place in self._buffers], live)
 
+    def _share_again(self) -> None:
+        """Frozen parameters that were replaced, by ``load_state_dict(assign=True)`` for one."""
+        for place in self._frozen:
+            if (old := place.likeness) is not place.live:
+                for module in self.module.modules():
+                    for name, held in module._parameters.items():
+                        if held is old:
+                            module._parameters[name] = cast("nn.Parameter", place.live)
+
+    def _check_unseen(self, live: list[Tensor]) -> None:
+        """Raise if weights are no longer those that the average began with, and no step was seen."""
+        if self.steps == 1 and not self.told:
+            began = zip(self._averaged, live, self._wide, strict=True)
+            if any(p.trained and not torch.equal(now.to(w.dtype), w) for p, now, w in began):
+                raise OptxError(
+                    f"{self.owner}: the weights change, but by no optimizer of torch's and past autograd's "
+                    f"notice (p.data); call {self.owner.lower()}.stepped() after each step."
+                )
+
+    def tell(self) -> None:
+        """Say that there was a step, which nothing else notices."""
+        self.told = self._stepped = True
+
     def _counted(self) -> int:
-        """Autograd's count of writes: of those behind its back, an optimizer's hook tells."""
+        """Autograd's count of writes. Kernels and ``.data`` write past it: a hook tells of optimizers."""
         return sum(place.live._version for place in self._averaged if place.trained)
 
     def stepped(self, optimizer: Optimizer) -> None:
@@ -204,6 +234,8 @@ class EMACopy:
         """The model with the averaged weights; its own come back bit for bit."""
         if self._swapped:
             raise OptxError(f"{self.owner}: swap_ema is on already.")
+        if not self.steps:
+            raise OptxError(f"{self.owner}: there is no average before the first call in training.")
         self._exchange()
         self._swapped = True
         try:

@@ -32,8 +32,7 @@ class Rows(NamedTuple):
 
 
 def binned(z: Tensor, classes: Tensor, tau: float) -> Tensor:
-    """The logits of some classes and, last, the one logit that has the others' probability at temperature "
-    "tau."""
+    """The logits of some classes and, last, the one that has the others' probability at temperature tau."""
     others = z.scatter(-1, classes, -math.inf)
     rest = tau * torch.logsumexp(others / tau, -1, keepdim=True)
     return torch.cat((z.gather(-1, classes), rest), -1)
@@ -74,11 +73,13 @@ class Record:
         self.values: Tensor | None = None
         self.classes: Tensor | None = None
         self.tags = torch.full((self.slots, self.samples), NEVER, dtype=torch.int32)
-        self._tags = (
-            self.tags.numpy()
-        )  # the same memory; of a few entries NumPy takes a tenth of torch's time
         self.shape: tuple[int, ...] | None = None  # (C,) or (T, V)
         self._sent: tuple[Any, int, Tensor, Rows] | None = None
+
+    @property
+    def _tags(self) -> Any:
+        """The same memory: of a few entries NumPy takes a tenth of the time. Never kept: copies part."""
+        return self.tags.numpy()
 
     @property
     def nbytes(self) -> int:
@@ -216,20 +217,38 @@ class Record:
             "tags": self.tags.clone(),
         }
 
+    def forget_from(self, epoch: int) -> None:
+        """Drop entries of this epoch and later ones."""
+        self.settle()
+        self.tags[self.tags >= epoch] = NEVER
+
+    def check(self, state: Any) -> None:
+        """Raise unless it is a table of this geometry, whole; nothing changes."""
+        wanted = Record(
+            self.samples, self.slots, self.top_k, self.tau, None, self.dtype, torch.device("meta")
+        )
+        if not isinstance(state, dict) or {"shape", "values", "classes", "tags", "audit"} - state.keys():
+            raise FileError("SAF: the state's record is not whole.")
+        if (shape := state["shape"]) is not None:
+            wanted._make(tuple(shape))
+        for name in ("values", "classes", "tags"):
+            mine, given = getattr(wanted, name), state[name]
+            kind = None if mine is None else (mine.shape, mine.dtype)
+            found = (given.shape, given.dtype) if isinstance(given, Tensor) else given
+            if found != kind:
+                raise FileError(
+                    f"SAF: the record's {name} do not have the shape and dtype that the rest of the state "
+                    "says."
+                )
+
     def load(self, state: dict[str, Any]) -> None:
-        """Take over a table; its geometry was compared."""
+        """Take over a table; it was checked."""
         self.clear()
         if (shape := state["shape"]) is not None:
             self._make(tuple(shape))
         for name in ("values", "classes", "tags"):
-            mine, given = getattr(self, name), state[name]
-            if (mine is None) != (given is None) or (mine is not None and mine.shape != given.shape):
-                self.clear()
-                raise FileError(
-                    f"SAF: the record's {name} do not have the shape that the rest of the state says."
-                )
-            if mine is not None:
-                mine.copy_(given)
+            if (mine := getattr(self, name)) is not None:
+                mine.copy_(state[name])
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -84,11 +84,21 @@ def mean_loss(
     return cast("Tensor", _MeanDivergence.apply(logits, z, past, tau, serves, count))
 
 
-def check_logits(owner: str, logits: Any) -> None:
-    """Raise unless logits are classes last, and able to learn from a loss."""
+def no_loss(owner: str, logits: Any) -> Tensor:
+    """The loss where there is none: 0, in the dtype that it would have."""
+    _check_tensor(owner, logits)
+    return torch.zeros((), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
+
+
+def _check_tensor(owner: str, logits: Any) -> None:
     if not isinstance(logits, Tensor) or not logits.is_floating_point():
         found = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
         raise OptxError(f"{owner}: logits are {found}; give the tensor of unnormalised scores.")
+
+
+def check_logits(owner: str, logits: Any) -> None:
+    """Raise unless logits are classes last, and able to learn from a loss."""
+    _check_tensor(owner, logits)
     if logits.ndim not in (2, 3) or not logits.shape[-1]:
         raise ShapeError(
             f"{owner}: logits have shape {tuple(logits.shape)}; it must be (B, C), or (B, T, V) of a "
@@ -133,6 +143,9 @@ class Trajectory:
     def __init__(self, weight: float, tau: float, start_epoch: int, end_epoch: int | None) -> None:
         check_range(self._owner, "weight", weight, 0.0)
         check_range(self._owner, "tau", tau, 1e-3)
+        for name, value in (("weight", weight), ("tau", tau)):
+            if value == float("inf"):
+                raise OptxError(f"{self._owner}: {name} is inf; it must be finite.")
         self.weight, self.tau = weight, float(tau)
         self.start_epoch = whole(self._owner, "start_epoch", start_epoch, 0)
         self.end_epoch = None if end_epoch is None else whole(self._owner, "end_epoch", end_epoch, 0)

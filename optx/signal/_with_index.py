@@ -43,6 +43,12 @@ def with_index(dataset: Any, key: str = "index") -> Dataset[Any]:
         >>> index
         tensor([0, 1, 2, 3])
     """
+    if isinstance(dataset, _Indexed):
+        raise OptxError("with_index: this dataset gives its indices already.")
+    if isinstance(dataset, Mapping):
+        raise OptxError(
+            f"with_index: a {type(dataset).__name__} has datasets by name (splits?); give one of them."
+        )
     if isinstance(dataset, IterableDataset) or not (
         hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
     ):

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from optx._errors import FileError, OptxError, ShapeError, check_range
 from optx.signal._ema_copy import EMACopy
-from optx.signal._trajectory import Trajectory, centred, check_logits, check_where, mean_loss
+from optx.signal._trajectory import Trajectory, centred, check_logits, check_where, mean_loss, no_loss
 
 
 class MESA(Trajectory):
@@ -100,6 +100,7 @@ class MESA(Trajectory):
         self._ema = EMACopy("MESA", model, beta)
         self._trusted = False
 
+    @torch.compiler.disable
     def __call__(
         self, logits: Tensor, /, *inputs: Any, where: Tensor | None = None, **keywords: Any
     ) -> Tensor:
@@ -115,9 +116,7 @@ class MESA(Trajectory):
         Returns:
             A scalar in float32 (float64 for such logits); exactly 0 while the loss is off.
         """
-        nothing = torch.zeros(
-            (), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device
-        )
+        nothing = no_loss("MESA", logits)
         if not torch.is_grad_enabled():
             return nothing
         check_logits("MESA", logits)
@@ -148,9 +147,12 @@ class MESA(Trajectory):
         return self._ema.nbytes
 
     def swap_ema(self) -> AbstractContextManager[None]:
-        """The model itself with the averaged weights, to evaluate or save it; afterwards its own, bit for "
-        "bit."""
+        """The model itself with the averaged weights, to evaluate or save it; then its own, bit for bit."""
         return self._ema.swapped()
+
+    def stepped(self) -> None:
+        """Say that the weights took a step, in a loop without a torch optimizer that writes ``p.data``."""
+        self._ema.tell()
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers, copied: epoch, steps, averages."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from optx._errors import FileError, OptxError, ShapeError, check_choice, warn
 from optx.signal._audit import Audit
 from optx.signal._record import NEVER, Record, Rows, binned
-from optx.signal._trajectory import Trajectory, centred, check_logits, check_where, mean_loss, whole
+from optx.signal._trajectory import Trajectory, centred, check_logits, check_where, mean_loss, no_loss, whole
 
 FEW = 0.9
 """Of the samples of an epoch, the share with a past under which a warning is due."""
@@ -122,6 +122,7 @@ class SAF(Trajectory):
         self._served = self._asked = self._again = 0
         self._told: set[str] = set()
 
+    @torch.compiler.disable
     def __call__(self, logits: Tensor, index: Tensor | Sequence[int], where: Tensor | None = None) -> Tensor:
         """The loss to add, weight included; and the batch is recorded.
 
@@ -135,9 +136,15 @@ class SAF(Trajectory):
             A scalar in float32 (float64 for such logits); exactly 0 while the loss is off.
         """
         if not torch.is_grad_enabled():
-            return _nothing(logits)
+            return no_loss("SAF", logits)
         places, numbers = self._checked(logits, index, where)
         epoch, record = self._now(), self._record
+        if record.tau != self.tau and record.top_k is not None:
+            raise OptxError(
+                f"SAF: tau is {self.tau} now and was {record.tau} when SAF was made, and a record with top_k "
+                "holds for that one only; make another SAF."
+            )
+        record.tau = self.tau
         record.fit(logits)
         self._count_again(record.seen(places, epoch))
         past = record.read(places, epoch - record.slots, logits.device) if self.active else None
@@ -147,7 +154,7 @@ class SAF(Trajectory):
             for theirs, part in self._everyones(places, record.encode(z)):
                 record.write(theirs, epoch, part)
         if past is None:
-            return _nothing(logits)
+            return no_loss("SAF", logits)
         (values, classes), serves, count = past
         self._served, self._asked = self._served + count, self._asked + len(places)
         if classes is not None:
@@ -158,9 +165,14 @@ class SAF(Trajectory):
         return self.weight * mean_loss(logits, z, values, self.tau, serves, where)
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch begins, counted from 0; call it at the start of each, as for a sampler."""
+        """Say which epoch begins, counted from 0; call it at the start of each, as for a sampler.
+
+        An earlier one than before forgets what was recorded from it on.
+        """
         before, served, asked = self.epoch, self._served, self._asked
         super().set_epoch(epoch)
+        if before is not None and epoch < before:  # what comes now is another course of the training
+            self._record.forget_from(epoch)
         if epoch != before:
             self._served = self._asked = self._again = 0
             self._tell_of_few(before, served, asked)
@@ -215,8 +227,10 @@ class SAF(Trajectory):
         if not isinstance(known, dict) or not {"epoch", "made_for", "counts", "record"} <= known.keys():
             raise FileError("SAF: this state is none of SAF's; give what state_dict() gave.")
         self._compare(state_dict["made_for"])
+        if (kept := state_dict["record"]) is not None:
+            self._record.check(kept)
         self._audit = Audit()
-        if (kept := state_dict["record"]) is None:
+        if kept is None:
             self._record.clear()
         else:
             self._record.load(kept)
@@ -309,7 +323,3 @@ class SAF(Trajectory):
             ]
             found.append((pieces[0].cpu(), Rows(pieces[1], pieces[2] if len(pieces) > 2 else None)))
         return found
-
-
-def _nothing(logits: Tensor) -> Tensor:
-    return torch.zeros((), dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
