@@ -19,7 +19,7 @@ class Gathered(NamedTuple):
 
     Attributes:
         values: a number for each place, `NO_SAMPLE` where there is none.
-        lengths: how many tokens each place's sample has, 0 where there is none; None if they were not sent.
+        lengths: how many tokens each place's sample has; None if they were not sent.
         own: the places of this process's samples, in their order.
         world: how many processes there are.
     """
@@ -82,5 +82,4 @@ class AllRanks:
         dist.all_gather(list(found.unbind()), padded, group=self.group)
         start = dist.get_rank(self.group) * self._room
         every = found.transpose(0, 1).flatten(1)
-        counted = None if lengths is None else every[1].clamp_min(0)
-        return Gathered(every[0], counted, slice(start, start + count), world)
+        return Gathered(every[0], None if lengths is None else every[1], slice(start, start + count), world)

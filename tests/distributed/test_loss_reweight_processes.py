@@ -150,6 +150,17 @@ def a_bad_sample_of_one_process_is_left_out_on_both(rank: int) -> None:
     assert rw.skipped == 1
 
 
+def a_process_without_samples_hears_of_anothers_bad_one(rank: int) -> None:
+    model = nn.parallel.DistributedDataParallel(net())
+    x, y = batch(0)
+    y[5] = float("nan")
+    part = (slice(0, 8), slice(8, 8))[rank]
+    with pytest.warns(UserWarning, match="1 of 8"):
+        loss = optx.LossReweight(skip_nonfinite=True)((model(x[part]) - y[part]).square().mean(1))
+    loss.backward()
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+
+
 def a_larger_batch_than_the_first_is_refused(rank: int) -> None:
     rw = optx.LossReweight()
     rw(torch.rand(2 + rank))
@@ -233,6 +244,7 @@ CASES: list[Callable[[int], None]] = [
     off_is_plain_ddp_to_the_bit,
     one_collective_of_a_number_a_sample,
     a_bad_sample_of_one_process_is_left_out_on_both,
+    a_process_without_samples_hears_of_anothers_bad_one,
     a_larger_batch_than_the_first_is_refused,
 ]
 
