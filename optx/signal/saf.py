@@ -15,6 +15,7 @@ from torch import Tensor
 
 from optx._errors import FileError, OptxError, ShapeError, check_choice, warn
 from optx.signal._audit import Audit
+from optx.signal._exchange import Exchange
 from optx.signal._record import NEVER, Record, Rows, binned
 from optx.signal._trajectory import Trajectory, centred, check_logits, check_where, mean_loss, no_loss, whole
 
@@ -46,8 +47,8 @@ class SAF(Trajectory):
         device: where the table lies: ``"cpu"``, which a GPU's outputs reach through pinned memory without
             waiting, or the GPU, where num_samples * lookback * classes * 2 bytes must fit.
         gather: with several processes, exchange outputs in one all-gather a step, so that each process has
-            all samples: what shuffling by `torch.utils.data.DistributedSampler` needs. Batches must be
-            equally large.
+            all samples: what shuffling by `torch.utils.data.DistributedSampler` needs. Each must take as
+            many steps; the first batch must be one of the largest.
 
     Paper values:
         ``weight=0.3, tau=5.0, lookback=3, start_epoch=5``: all tasks (the defaults).
@@ -121,6 +122,7 @@ class SAF(Trajectory):
         self._audit = Audit()
         self._served = self._asked = self._again = 0
         self._told: set[str] = set()
+        self._exchange: Exchange | None = None
 
     @torch.compiler.disable
     def __call__(self, logits: Tensor, index: Tensor | Sequence[int], where: Tensor | None = None) -> Tensor:
@@ -310,16 +312,6 @@ class SAF(Trajectory):
         """This process's batch or, with ``gather``, that of each, in one exchange."""
         if not (self.gather and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return [(places, rows)]
-        parts = [places.to(rows.values.device), *(t for t in rows if t is not None)]
-        sent = torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts])
-        got = [torch.empty_like(sent) for _ in range(dist.get_world_size())]
-        dist.all_gather(got, sent)
-        sizes = [part.numel() * part.element_size() for part in parts]
-        found: list[tuple[Tensor, Rows]] = []
-        for one in got:
-            pieces = [
-                piece.clone().view(part.dtype).view(part.shape)
-                for piece, part in zip(one.split(sizes), parts, strict=True)
-            ]
-            found.append((pieces[0].cpu(), Rows(pieces[1], pieces[2] if len(pieces) > 2 else None)))
-        return found
+        if self._exchange is None:
+            self._exchange = Exchange(len(places), rows.values.device)
+        return self._exchange(places, rows)

@@ -174,12 +174,32 @@ def sharded_models_are_refused(rank: int) -> None:
     assert loss > 0
 
 
+def uneven_batches_are_gathered(rank: int) -> None:
+    for top_k in (None, 2):
+        saf = optx.SAF(20, lookback=1, start_epoch=0, gather=True, top_k=top_k)
+        outputs = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+        for epoch in range(2):
+            saf.set_epoch(epoch)
+            first = 10 * (rank ^ epoch)  # four samples and three, then each the other's
+            mine = torch.arange(first, first + 4 - rank)
+            loss = saf((epoch + 1) * outputs[mine].requires_grad_(), mine)
+        tags = saf.state_dict()["record"]["tags"][0]
+        assert (tags >= 0).nonzero().flatten().tolist() == [0, 1, 2, 3, 10, 11, 12, 13]
+        assert saf.report()["served"] == (1 if rank else 3 / 4)
+        assert loss > 0
+    with pytest.raises(
+        optx.OptxError, match="batch has 5 samples and no process's first one had more than 4"
+    ):
+        saf(torch.randn(5, 3, requires_grad=True), range(5))
+
+
 CASES: list[Callable[[int], None]] = [
     gathered_all_samples_have_a_past,
     each_by_itself_loses_half_and_says_so,
     a_fixed_part_needs_no_exchange,
     one_collective_of_the_outputs_a_step,
     gathering_equals_one_process,
+    uneven_batches_are_gathered,
     averages_agree_under_ddp,
     sharded_models_are_refused,
 ]

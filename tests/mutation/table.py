@@ -119,6 +119,7 @@ TABLE = {
     "optx/signal/_all_ranks.py": "loss_reweight_processes",
     "optx/signal/_audit.py": "saf",
     "optx/signal/_ema_copy.py": "trajectory_changes mesa mesa_mistakes",
+    "optx/signal/_exchange.py": "saf_processes",
     "optx/signal/_left_out.py": "loss_reweight_loops",
     "optx/signal/_sample_losses.py": "loss_reweight loss_reweight_loops loss_reweight_trainer",
     "optx/signal/_temperature.py": "loss_reweight",
