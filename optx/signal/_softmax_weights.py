@@ -13,8 +13,14 @@ def softmax_weights(worth: Tensor, counts: Tensor, r: float, max_weight: float |
     top = torch.where(counts, worth, -math.inf).amax()
     score = torch.where(counts, (worth - top) / r, -math.inf)
     if max_weight is None:
-        return torch.where(counts, score.softmax(0), 0.0)
+        return torch.where(counts, _softmax(score), 0.0)
     return _capped(score, counts, max_weight)
+
+
+def _softmax(score: Tensor) -> Tensor:
+    """Torch's adds one number after the other: of ten thousand, its sum is off by more than 1e-6."""
+    found = score.softmax(0)
+    return found / found.sum()
 
 
 def _capped(score: Tensor, counts: Tensor, limit: float) -> Tensor:
@@ -33,5 +39,5 @@ def _capped(score: Tensor, counts: Tensor, limit: float) -> Tensor:
     at_limit = fits.int().argmax().to(score.dtype)
     clipped = torch.empty_like(rank).scatter_(0, order, rank) < at_limit
     share = ((many - at_limit * limit) / many).clamp_min(0)
-    rest = torch.where(clipped, -math.inf, score).softmax(0) * share
+    rest = _softmax(torch.where(clipped, -math.inf, score)) * share
     return torch.where(counts, torch.where(clipped, limit / many, rest), 0.0)

@@ -255,6 +255,15 @@ def test_the_temperature_can_be_set() -> None:
     assert rw.r == 1.0
 
 
+@pytest.mark.parametrize("most", [None, 50.0])
+def test_many_weights_sum_to_1_too(most: float | None) -> None:
+    """Flattened tokens, say, half of which are learnt."""
+    losses = (torch.rand(100_003, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+    for strategy in ("linupper", "quadratic", "extremes", "upper"):
+        weights = optx.LossReweight(strategy, r=0.4, max_weight=most).weights(losses)
+        assert abs(float(weights.double().sum()) - 1) < 1e-6
+
+
 def test_losses_that_rounding_alone_tells_apart_are_equal() -> None:
     """Next to 10, float32's numbers are 9.5e-7 apart."""
     close = torch.tensor([10.0, 10.0 + 1e-6, 10.0])
