@@ -51,7 +51,7 @@ class MESA(Trajectory):
 
     Keywords: MESA, SAM, sharpness-aware, flat minima, mean teacher, EMA, self-distillation, label noise.
 
-    Evidence: no recipe yet; ``test_mesa.py``.
+    Evidence: ``optx run flatness``; ``test_mesa.py``.
 
     Source: "Sharpness-Aware Training for Free", arXiv 2205.14083, section 4.3 and equation 12; the factor
     tau^2 and the average's order from the authors' code.

@@ -63,7 +63,7 @@ class SAF(Trajectory):
 
     Keywords: SAF, SAM, sharpness-aware, flat minima, trajectory loss, self-distillation, label noise.
 
-    Evidence: no recipe yet; ``test_saf.py``.
+    Evidence: ``optx run flatness``; ``test_saf.py``.
 
     Source: "Sharpness-Aware Training for Free", arXiv 2205.14083, algorithm 1, equations 8 and 12; the factor
     tau^2 from the authors' code.
