@@ -6,6 +6,7 @@ import difflib
 import sys
 import warnings
 from collections.abc import Collection, Iterable
+from numbers import Integral
 from typing import Any
 
 
@@ -69,6 +70,13 @@ def check_range(owner: str, argument: str, value: Any, low: float, high: float =
     if not inside:
         wanted = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
         raise OptxError(f"{owner}: {argument} is {value!r}; it must be {wanted}.")
+
+
+def check_whole(owner: str, argument: str, value: Any, low: int) -> None:
+    """Raise unless it is a whole number, Python's or NumPy's, of at least ``low``."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise OptxError(f"{owner}: {argument} is {value!r}; it must be a whole number.")
+    check_range(owner, argument, value, low)
 
 
 def check_choice(owner: str, argument: str, value: object, choices: Collection[object]) -> None:

@@ -6,16 +6,19 @@ arXiv 2010.13514, section 4.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from optx._errors import OptxError
+from optx._errors import OptxError, warn
+from optx._names import is_dtensor
 from optx.inject._computes import weight_of
 from optx.inject._hparams import HParams
 from optx.inject._part import Part, Weights, hidden_of, new_tensor
+from optx.inject._served import Served
 from optx.inject._weights import conv_like, is_transposed, shape_of
 
 
@@ -130,3 +133,27 @@ class BestResponse(Part):
     def note(self) -> str:
         """How many hyperparameters it responds to."""
         return f"responds to {', '.join(self.hparams)}"
+
+
+class Gates:
+    """What V was when training began, to tell who has an optimizer that does not know of it."""
+
+    ENOUGH = 32
+    """Training batches after which an optimizer must have stepped, whatever it accumulates."""
+
+    def __init__(self, served: Sequence[Served]) -> None:
+        parts = [one.part for one in served if isinstance(one.part, BestResponse)]
+        self.known = [(part, part.V.detach().clone()) for part in parts]
+
+    def check(self, batches: int) -> None:
+        """Warn, once, if after so many training batches no response has changed."""
+        if batches < self.ENOUGH or not self.known:
+            return
+        moved = (is_dtensor(part.V) or not torch.equal(part.V, V.to(part.V)) for part, V in self.known)
+        if not any(moved):
+            warn(
+                f"STN: in {batches} training batches nothing has changed how weights respond, so the "
+                "hyperparameters follow a response that is not learnt. Make the optimizer from "
+                "model.parameters() after optx.attach()."
+            )
+        self.known = []

@@ -10,13 +10,14 @@ import math
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from optx._errors import OptxError, near
+from optx._errors import OptxError, check_choice, near
 
 
 def inverse_softplus(value: float) -> float:
@@ -102,6 +103,10 @@ def hp(
         raise OptxError(f"hp: value is {value!r}; it must be a finite number.")
     if not _is_number(sigma) or sigma < 0:
         raise OptxError(f"hp: sigma is {sigma!r}; it must be a finite number of at least 0.")
+    if 0 < sigma < 1e-30:  # its softplus would be 0 in float32, and the entropy's slope no number
+        raise OptxError(f"hp: sigma is {sigma!r}; it must be 0 or at least 1e-30.")
+    check_choice("hp", "discrete", discrete, (True, False))
+    check_choice("hp", "shared", shared, (True, False))
     if discrete and any(one is not None and one != int(one) for one in (value, low, high)):
         raise OptxError(f"hp: value={value!r} and range={range!r} must be whole numbers if discrete=True.")
     inside = (low is None or low < value) and (high is None or value < high)
@@ -113,7 +118,7 @@ def hp(
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)  # NumPy's too
 
 
 def _bounds(given: Any) -> tuple[float | None, float | None]:
@@ -179,6 +184,8 @@ class HParams:
         for name, spec in specs.items():
             if not isinstance(spec, HParam):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise OptxError(f"HParams: {name} is {spec!r}; it must be made by optx.hp.")
+            if name == "batches" or name.removeprefix("sigma ") in set(specs) - {name}:
+                raise OptxError(f"HParams: {name!r} is what stn.history calls something else; rename it.")
         self.specs = dict(specs)
         self._place = {name: i for i, name in enumerate(specs)}
         each = list(specs.values())

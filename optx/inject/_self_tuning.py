@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from optx._errors import FileError, MergeError, OptxError, warn
 from optx.inject import _folder
-from optx.inject._best_response import BestResponse
+from optx.inject._best_response import BestResponse, Gates
 from optx.inject._handle import Handle
 from optx.inject._hparams import Draw, HParams
 from optx.inject._report import Report, Row
@@ -47,7 +47,6 @@ class SelfTuning(Handle):
         self.hparams: HParams = injection.hparams
         self.progress = Progress()
         self._inside = self._looked = False
-        self._batches = 0  # of this process, which has seen no other
         self.hparams.bind(self, next(one.part.V for one in self.served if isinstance(one.part, BestResponse)))
         self.hparams.read.update(part.tuned for _, part in self._tuned_dropouts())
         self.on_removal(_release)
@@ -55,6 +54,7 @@ class SelfTuning(Handle):
         groups = [{"params": [p], "lr": lr} for p, lr in rates if lr]
         self.optimizer = torch.optim.Adam(groups, weight_decay=0.0)
         self.progress.note(self.hparams)
+        self._batches, self._gates = 0, Gates(self.served)
 
     def _tuned_dropouts(self) -> Iterator[tuple[Served, TunedDropout]]:
         return ((one, one.part) for one in self.served if isinstance(one.part, TunedDropout))
@@ -135,8 +135,9 @@ class SelfTuning(Handle):
             scaler: the GradScaler that the loss was scaled with; ``scaler.update()`` remains to be called.
 
         Raises:
-            OptxError: no gradient has arrived, or one is not finite (without a scaler, which leaves such a
-                step out); or a hyperparameter was never asked for in a training batch. Nothing is changed.
+            OptxError: no gradient has arrived, or one is not finite (without an enabled scaler, which
+                leaves such a step out); or a hyperparameter was never asked for in a training batch.
+                Nothing is changed.
         """
         self._check_ready("step_hparams")
         self._check_learnt()
@@ -160,7 +161,7 @@ class SelfTuning(Handle):
                 "step_hparams: no gradient has reached the hyperparameters. Call the model and "
                 "loss.backward() within stn.valid_batch()."
             )
-        if scaler is None:
+        if scaler is None or not scaler.is_enabled():
             self._check_finite(grads)
         for p, grad in zip(learnt, grads, strict=True):
             p.grad = grad.clone()
@@ -283,6 +284,7 @@ class SelfTuning(Handle):
         check_state(own, self._own_state())
         super().load_state_dict({key: t for key, t in state_dict.items() if key not in own})
         restore(own, self.hparams, self.progress, self.optimizer)
+        self._batches, self._gates = 0, Gates(self.served)
 
     def load(self, path: str | PathLike[str]) -> None:
         """As of every handle: tensors that `save` wrote, and the values of hyperparameters with them.
@@ -359,6 +361,7 @@ class SelfTuning(Handle):
                     f"step_hparams: nothing has asked for {name!r} in a training batch yet, so there is no "
                     f"response. Use hparams[{name!r}].value in stn.train_batch(), or leave {name!r} out."
                 )
+        self._gates.check(self._batches)
         if self._batches and not self._looked:
             self._looked = True
             idle = [one.path for one, part in self._tuned_dropouts() if not part.called]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -86,8 +87,8 @@ def rows_of(batch: Any, doing: str) -> int:
     Raises:
         OptxError: it doesn't say, or says two numbers.
     """
-    if isinstance(batch, int) and not isinstance(batch, bool) and batch > 0:
-        return batch
+    if isinstance(batch, Integral) and not isinstance(batch, bool) and batch > 0:
+        return int(batch)
     found = {t.shape[0] for t in _tensors(batch) if t.ndim}
     if len(found) != 1 or 0 in found:
         raise OptxError(

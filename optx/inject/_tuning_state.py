@@ -96,6 +96,7 @@ def restore(
     state = {key.removeprefix(PREFIX): t.detach() for key, t in own.items()}
     hparams.raw.copy_(state["raw"])
     hparams.raw_sigma.copy_(state["raw_sigma"])
+    hparams.raw.grad = hparams.raw_sigma.grad = None  # they were of another run
     counts = [int(n) for n in state["counts"].tolist()]
     progress.batches, progress.steps, progress.due, progress.since, progress.draws = counts[:5]
     hparams.read = {name for name, read in zip(hparams, counts[7:], strict=True) if read}

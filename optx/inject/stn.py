@@ -6,13 +6,14 @@ Source: STN, arXiv 1903.03088, and Delta-STN, arXiv 2010.13514. The responding l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
-from optx._errors import OptxError, TargetError, check_range
+from optx._errors import OptxError, TargetError, check_choice, check_range, check_whole
 from optx.inject._best_response import BestResponse
 from optx.inject._hparams import HParams
 from optx.inject._injection import Injection, Site, Targets
@@ -76,7 +77,7 @@ class STN(Injection):
         response, dropout schedule, tuning.
 
     Evidence: ``optx run selftune``; ``test_stn.py``, ``test_stn_tuning.py``, ``test_stn_response.py``,
-        ``test_stn_torch.py``.
+        ``test_stn_torch.py``, ``test_stn_arguments.py``.
 
     Raises:
         OptxError: an option out of range, or ``dropout`` names no hyperparameter or one that is no rate.
@@ -125,12 +126,17 @@ class STN(Injection):
             raise OptxError(
                 f"STN: hparams is {self.hparams!r}; it must be optx.HParams(drop=optx.hp(0.05, (0, 0.9)))."
             )
-        check_range("STN", "lr", self.lr, 1e-12)
-        check_range("STN", "sigma_lr", self.sigma_lr, 0)
-        check_range("STN", "tau", self.tau, 0)
-        check_range("STN", "warmup", self.warmup, 0)
-        check_range("STN", "train_steps", self.train_steps, 1)
-        check_range("STN", "valid_steps", self.valid_steps, 1)
+        for option, least in (("lr", 1e-12), ("sigma_lr", 0), ("tau", 0)):
+            value = getattr(self, option)
+            check_range("STN", option, value, least)
+            if isinstance(value, bool) or math.isinf(value):
+                raise OptxError(f"STN: {option} is {value!r}; it must be a finite number.")
+            object.__setattr__(self, option, float(value))  # NumPy's would not be saved
+        for option, least in (("warmup", 0), ("train_steps", 1), ("valid_steps", 1), ("seed", -(2**63))):
+            check_whole("STN", option, getattr(self, option), least)
+            object.__setattr__(self, option, int(getattr(self, option)))
+        for option in ("delta", "shared", "scale"):
+            check_choice("STN", option, getattr(self, option), (True, False))
         for name in self._rates():
             spec = self.hparams.specs[list(self.hparams)[self.hparams.place(name)]]
             within = spec.low is not None and spec.high is not None and spec.low >= 0 and spec.high < 1

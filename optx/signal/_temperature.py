@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from optx._errors import OptxError, check_range
+from optx._errors import OptxError, check_range, check_whole
 
 Schedule = Callable[[int], float]
 
@@ -73,10 +73,3 @@ def check_positive(owner: str, name: str, value: Any, most: float) -> None:
     check_range(owner, name, value, 0.0, most)
     if value == 0:
         raise OptxError(f"{owner}: {name} is {value!r}; it must be above 0.")
-
-
-def check_whole(owner: str, name: str, value: Any, least: int) -> None:
-    """Raise unless it is an int of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise OptxError(f"{owner}: {name} is {value!r}; it must be a whole number.")
-    check_range(owner, name, value, least)

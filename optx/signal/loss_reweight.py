@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from optx._errors import OptxError, check_choice, check_range, warn
+from optx._errors import OptxError, check_choice, check_range, check_whole, warn
 from optx.signal._all_ranks import NO_SAMPLE, AllRanks, Gathered
 from optx.signal._batch_warnings import BatchWarnings
 from optx.signal._left_out import leave_out
 from optx.signal._sample_losses import are_next_tokens, check_losses, per_sample, token_losses
 from optx.signal._softmax_weights import softmax_weights
-from optx.signal._temperature import Schedule, Temperature, check_positive, check_whole
+from optx.signal._temperature import Schedule, Temperature, check_positive
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

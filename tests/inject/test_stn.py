@@ -109,33 +109,6 @@ def test_values_are_read_by_name() -> None:
         found["dorp"]
 
 
-@pytest.mark.parametrize(
-    ("make", "says"),
-    [
-        (lambda: optx.hp(0.9, (0, 0.9)), r"value is 0\.9; it must lie strictly between 0\.0 and 0\.9"),
-        (lambda: optx.hp(-1, (0, None)), r"value is -1; it must lie strictly between 0\.0 and inf"),
-        (lambda: optx.hp(25, (0, 24), discrete=True), r"value is 25; it must lie from 0\.0 to 24\.0"),
-        (lambda: optx.hp(0.5, (1, 0)), r"range is \(1, 0\); its low must be below its high"),
-        (lambda: optx.hp(0.5, 3), r"range is 3; it must be \(low, high\)"),
-        (lambda: optx.hp(float("nan")), "value is nan; it must be a finite number"),
-        (lambda: optx.hp(1, sigma=-1), "sigma is -1; it must be a finite number of at least 0"),
-        (lambda: optx.hp(1.5, (0, 4), discrete=True), "must be whole numbers if discrete=True"),
-        (lambda: optx.HParams(), "none is given"),
-        (lambda: optx.HParams(drop=0.1), r"drop is 0\.1; it must be made by optx\.hp"),
-        (lambda: optx.STN(0.1), r"hparams is 0\.1; it must be optx\.HParams"),
-        (lambda: optx.STN(hparams(), lr=0), "lr is 0; it must be at least"),
-        (lambda: optx.STN(hparams(), tau=-1), "tau is -1; it must be at least 0"),
-        (lambda: optx.STN(hparams(), train_steps=0), "train_steps is 0; it must be at least 1"),
-        (lambda: optx.STN(hparams(), dropout="h"), "no hyperparameter is called 'h'. Near: 'h0'"),
-        (lambda: optx.STN(hparams(), dropout="h0"), "a rate must be continuous with a range from 0 at least"),
-        (lambda: optx.STN(hparams(), dropout=0.5), r"dropout is 0\.5; it must be a hyperparameter's name"),
-    ],
-)
-def test_what_is_refused_at_once(make: Any, says: str) -> None:
-    with pytest.raises(optx.OptxError, match=says):
-        make()
-
-
 def test_defaults() -> None:
     stn = optx.STN(hparams())
     assert (stn.lr, stn.sigma_lr, stn.tau) == (3e-3, 3e-3, 1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -209,10 +210,30 @@ def test_what_would_go_unnoticed_is_an_error() -> None:
         (model(x).sum() * float("nan")).backward()
     with pytest.raises(optx.OptxError, match="the gradient of 'drop' is not finite"):
         stn.step_hparams()
+    with pytest.raises(optx.OptxError, match="the gradient of 'drop' is not finite"):
+        stn.step_hparams(torch.amp.GradScaler("cpu", enabled=False))
     assert torch.equal(raw, stn.hparams.raw)
+    stn.load_state_dict(stn.state_dict())
+    assert stn.hparams.raw.grad is None
+    assert stn.hparams.raw_sigma.grad is None
     stn.remove()
     with pytest.raises(optx.OptxError, match="has been removed"), stn.train_batch(x):
         pass
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_optimizer_that_does_not_know_the_responses_is_told(late: bool) -> None:
+    model = mlp()
+    opt = sgd(model)
+    stn = tuned(model, warmup=40)
+    opt = opt if late else sgd(model)
+    for step in range(40):
+        train_step(model, stn, opt, step)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        valid_step(model, stn, 0)
+        valid_step(model, stn, 1)
+    assert ["nothing has changed how weights respond" in str(one.message) for one in told] == [True] * late
 
 
 def test_batches_say_how_many_examples_they_have() -> None:
