@@ -7,7 +7,8 @@ domains there are.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -146,6 +147,22 @@ class DomainGradients:
                 f"{', '.join(map(repr, self.labels))}."
             )
 
+    def check_losses(self, losses: Any) -> None:
+        """Raise before the first backward pass if a later one could not be taken in."""
+        if not isinstance(losses, Mapping) or not losses:
+            raise OptxError(
+                f"{self.owner}: backward() was given {type(losses).__name__}, and takes a dict of each "
+                f"domain's loss by its label; the domains are {', '.join(map(repr, self.labels))}."
+            )
+        for label, loss in cast(Mapping[Any, Any], losses).items():
+            self._check_label(label)
+            if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+                what = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+                raise OptxError(
+                    f"{self.owner}: the loss of {label!r} has {what}; it must be a tensor of one number that "
+                    "has a gradient."
+                )
+
     def _check_gradients(self, label: Hashable, grads: dict[Tensor, Tensor]) -> None:
         if not grads:
             raise OptxError(
@@ -222,8 +239,8 @@ def _any_nonzero(parameters: Sequence[Tensor]) -> bool:
 
 def declared(owner: str, domains: Any) -> list[Hashable]:
     """The labels of all domains, each once."""
-    if isinstance(domains, int) and not isinstance(domains, bool) and domains >= 1:
-        return list(range(domains))
+    if isinstance(domains, Integral) and not isinstance(domains, bool) and domains >= 1:
+        return list(range(int(domains)))
     if isinstance(domains, Sequence) and not isinstance(domains, str | bytes) and domains:
         try:
             if len(set(domains)) == len(domains):

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from optx._errors import OptxError, TransformError, check_choice, warn
+from optx._errors import OptxError, TransformError, check_choice, check_whole, warn
 from optx._names import is_dtensor, parameter_names, whole
 from optx._rules import rule
 from optx.ops import maximum, minimum, where
@@ -178,7 +178,7 @@ class DSPReg(Transform):
         "weight": (0.0, float("inf")),
         "ema": (0.0, 1.0),
         "warmup": (0.0, float("inf")),
-        "eps": (0.0, float("inf")),
+        "eps": (1e-30, float("inf")),  # where S is 0 nothing else keeps it from 0 / 0
     }
 
     def __init__(
@@ -196,15 +196,15 @@ class DSPReg(Transform):
         eps: float = 1e-12,
         model: nn.Module | None = None,
     ) -> None:
-        self.options = {"weight": weight, "ema": ema, "warmup": warmup, "eps": eps}
-        for option, value in self.options.items():
+        options = {"weight": weight, "ema": ema, "warmup": warmup, "eps": eps}
+        for option, value in options.items():
             self.check_option(option, value, f"DSPReg: {option} is {value!r}")
+        self.options = options
         check_choice("DSPReg", "norm", norm, ("mean", "layer", "max", "none"))
         check_choice("DSPReg", "decoupled", decoupled, (True, False, None))
         check_choice("DSPReg", "anchor", anchor, ("init", None))
         check_choice("DSPReg", "unbiased", unbiased, (True, False))
-        if not isinstance(min_dim, int) or isinstance(min_dim, bool) or min_dim < 0:  # pyright: ignore
-            raise OptxError(f"DSPReg: min_dim is {min_dim!r}; it must be a whole number of at least 0.")
+        check_whole("DSPReg", "min_dim", min_dim, 0)
         if not (model is None or isinstance(model, nn.Module)):  # pyright: ignore
             raise OptxError(f"DSPReg: model is a {type(model).__name__}; it must be the model, or None.")
         self.norm, self.decoupled, self.anchor, self.unbiased = norm, decoupled, anchor, unbiased
@@ -272,8 +272,8 @@ class DSPReg(Transform):
             losses: of each domain, by label; scaled already where a GradScaler is used.
 
         Raises:
-            OptxError: as for `domain`; or there are several processes, between which DDP and FSDP would
-                exchange the gradients of the first backward pass only.
+            OptxError: as for `domain`; a loss is no single number; or there are several processes, between
+                which DDP and FSDP would exchange the gradients of the first backward pass only.
         """
         if _processes() > 1:
             raise OptxError(
@@ -281,6 +281,7 @@ class DSPReg(Transform):
                 "FSDP exchange the gradients of the first only; use domain(label) with a forward pass in "
                 "each block."
             )
+        self._gradients.check_losses(losses)
         for number, (label, loss) in enumerate(losses.items(), 1):
             with self.domain(label):
                 loss.backward(retain_graph=number < len(losses))
@@ -341,6 +342,11 @@ class DSPReg(Transform):
                 f"DSPReg: there is nothing to regularise: no trainable parameter has {self.min_dim} "
                 "dimensions or more and is no embedding. Lower min_dim, or serve the groups that have "
                 "dsp_reg=False."
+            )
+        if self.model is not None and set(self.model.parameters()).isdisjoint(_parameters(optimizer)):
+            raise TransformError(
+                f"DSPReg: no parameter of model, a {type(self.model).__name__}, is in the "
+                "optimizer; give the model that it trains."
             )
         if self.norm == "max" and any(map(is_dtensor, served)):
             raise TransformError("DSPReg: norm='max' does not serve sharded parameters; use norm='mean'.")

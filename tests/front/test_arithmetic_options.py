@@ -113,7 +113,7 @@ RANGES: list[tuple[Any, str, tuple[Any, Any], dict[str, Any]]] = [
     (optx.DSPReg, "weight", POSITIVE, {"domains": 2}),
     (optx.DSPReg, "ema", SHARE, {"domains": 2}),
     (optx.DSPReg, "warmup", POSITIVE, {"domains": 2}),
-    (optx.DSPReg, "eps", POSITIVE, {"domains": 2}),
+    (optx.DSPReg, "eps", (1e-30, None), {"domains": 2}),
     (optx.DSPReg, "domains", COUNT, NONE),
     (lambda number: optx.DSPReg(2, min_dim=number), "number", (0, None), NONE),
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -129,7 +130,10 @@ def test_a_mistake_is_one_sentence_and_changes_nothing(
         ({"domains": 2, "anchor": "zero"}, "anchor is 'zero'"),
         ({"domains": 2, "decoupled": "no"}, "decoupled is 'no'"),
         ({"domains": 2, "min_dim": -1}, "min_dim is -1"),
+        ({"domains": 2, "min_dim": 1.5}, r"min_dim is 1\.5; it must be a whole number"),
         ({"domains": 2, "model": "net"}, "model is a str"),
+        ({"domains": 2, "weight": True}, "weight is True; it must be a number"),
+        ({"domains": 2, "eps": 0.0}, r"eps is 0\.0; it must be at least 1e-30"),
     ],
 )
 def test_an_argument_out_of_range(options: dict[str, Any], words: str) -> None:
@@ -137,7 +141,45 @@ def test_an_argument_out_of_range(options: dict[str, Any], words: str) -> None:
         optx.DSPReg(**options)
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert optx.DSPReg(np.int64(2), weight=np.float32(0.5), min_dim=np.int64(1)).domains == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("losses", "words"),
+    [
+        (lambda loss: {0: loss, 2: loss}, r"domain\(2\) was never declared"),
+        (lambda loss: [loss, loss], "backward.. was given list, and takes a dict"),
+        (lambda loss: {}, "takes a dict of each domain's loss"),
+        (lambda loss: {0: loss, 1: loss * torch.ones(2)}, r"the loss of 1 has shape \(2,\)"),
+        (lambda loss: {0: loss, 1: 1.0}, "the loss of 1 has float"),
+    ],
+)
+def test_losses_are_looked_at_before_the_first_backward(losses: Callable[[Tensor], Any], words: str) -> None:
+    p = nn.Parameter(torch.ones(3, 3))
+    opt = optx.wrap(torch.optim.SGD([p], lr=0.5), optx.DSPReg(2))
+    loss = p.sum()
+    with pytest.raises(optx.OptxError, match=words):
+        opt.dsp_reg.backward(losses(loss))
+    assert p.grad is None
+    opt.dsp_reg.backward({0: loss, 1: 2 * loss})
+    opt.step()
+
+
+@pytest.mark.parametrize("norm", ["mean", "layer", "max"])
+def test_the_smallest_eps_keeps_equal_domains_exact(norm: Any) -> None:
+    p = nn.Parameter(torch.ones(3, 3))
+    opt = optx.wrap(torch.optim.SGD([p], lr=0.5), optx.DSPReg(2, norm=norm, eps=1e-30))
+    for d in (0, 1):
+        _block(opt, p, d)
+    opt.step()
+    assert torch.equal(p, torch.full((3, 3), 0.5))
+
+
 def test_what_cannot_be_served() -> None:
+    other, mine = nn.Embedding(3, 3), nn.Linear(3, 3)
+    with pytest.raises(optx.TransformError, match="no parameter of model, a Embedding, is in the optimizer"):
+        optx.wrap(torch.optim.SGD(mine.parameters(), lr=0.1), optx.DSPReg(2, model=other))
     bias = nn.Parameter(torch.ones(3))
     with pytest.raises(optx.TransformError, match="nothing to regularise"):
         optx.wrap(torch.optim.SGD([bias], lr=0.1), optx.DSPReg(2))
