@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Collection, Iterable
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeGuard
 
 
 class OptxError(ValueError):
@@ -72,9 +72,14 @@ def check_range(owner: str, argument: str, value: Any, low: float, high: float =
         raise OptxError(f"{owner}: {argument} is {value!r}; it must be {wanted}.")
 
 
+def is_whole(value: object) -> TypeGuard[int]:
+    """Whether it is a whole number, Python's or NumPy's, and no bool."""
+    return not isinstance(value, bool) and isinstance(value, Integral)
+
+
 def check_whole(owner: str, argument: str, value: Any, low: int) -> None:
     """Raise unless it is a whole number, Python's or NumPy's, of at least ``low``."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
+    if not is_whole(value):
         raise OptxError(f"{owner}: {argument} is {value!r}; it must be a whole number.")
     check_range(owner, argument, value, low)
 

@@ -118,7 +118,7 @@ def hp(
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)  # NumPy's too
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)  # NumPy's too
 
 
 def _bounds(given: Any) -> tuple[float | None, float | None]:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Integral
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from optx._errors import OptxError
+from optx._errors import OptxError, is_whole
 
 _MIX = 0x9E3779B97F4A7C15
 """An odd number that keeps the streams of two seeds apart, the golden ratio's in 64 bits."""
@@ -87,7 +86,7 @@ def rows_of(batch: Any, doing: str) -> int:
     Raises:
         OptxError: it doesn't say, or says two numbers.
     """
-    if isinstance(batch, Integral) and not isinstance(batch, bool) and batch > 0:
+    if is_whole(batch) and batch > 0:
         return int(batch)
     found = {t.shape[0] for t in _tensors(batch) if t.ndim}
     if len(found) != 1 or 0 in found:

@@ -160,9 +160,8 @@ class EMACopy:
         for place in self._frozen:
             if (old := place.likeness) is not place.live:
                 for module in self.module.modules():
-                    for name, held in module._parameters.items():
-                        if held is old:
-                            module._parameters[name] = cast("nn.Parameter", place.live)
+                    mine: _Held = getattr(module, "_parameters")  # noqa: B009
+                    mine.update({name: place.live for name, held in mine.items() if held is old})
 
     def _check_unseen(self, live: list[Tensor]) -> None:
         """Raise if weights are no longer those that the average began with, and no step was seen."""

@@ -162,7 +162,7 @@ class Trajectory:
 
     @property
     def active(self) -> bool:
-        """Whether this epoch has the loss: after `start_epoch`, before `end_epoch`, at a weight above 0."""
+        """Whether this epoch has the loss: after ``start_epoch``, before ``end_epoch``, weight above 0."""
         epoch = self.epoch
         if epoch is None or epoch <= self.start_epoch or not self.weight:
             return False

@@ -23,12 +23,12 @@ def with_index(dataset: Any, key: str = "index") -> Dataset[Any]:
     ``remove_unused_columns=False``, and take the index out of the batch before the model gets it.
 
     Args:
-        dataset: anything with a length and items by number: a map-style `torch.utils.data.Dataset`, `Subset`,
-            `ConcatDataset`, a Hugging Face dataset, a list.
+        dataset: anything with a length and items by number: a map-style `torch.utils.data.Dataset`,
+            ``Subset``, ``ConcatDataset``, a Hugging Face dataset, a list.
         key: under which dicts have it.
 
     Returns:
-        A map-style dataset, for a `DataLoader` with any sampler and number of workers.
+        A map-style dataset, for a ``DataLoader`` with any sampler and number of workers.
 
     Raises:
         OptxError: the dataset has no length or no items by number; when an item is read: it has the key

@@ -27,7 +27,7 @@ class SAF(Trajectory):
     """A loss that keeps outputs near those of some epochs ago, for flatter minima at the price of a table.
 
     Per sample it is weight tau^2 KL(softmax(past / tau) || softmax(logits / tau)), past being the logits that
-    the same sample had `lookback` epochs before, from a table that each call also writes. It needs no second
+    the same sample had ``lookback`` epochs ago, from a table that each call also writes. It needs no second
     pass. A sample with no entry of exactly that epoch adds 0; the mean is over all of the batch. No random
     numbers are drawn. Without gradients (validation under ``torch.no_grad()``) a call gives 0 and records
     nothing.
@@ -55,10 +55,10 @@ class SAF(Trajectory):
         ``lookback=2``: ImageNet in its script, 90 epochs, SGD, learning rate 1.4 at a batch of 4096.
 
     Limits: `set_epoch` must be called each epoch, and the index must be on the CPU if steps are not to wait.
-    Mixup and cutmix record a row for two samples: leave them out. A `DistributedSampler` that shuffles gives
+    Mixup and cutmix record a row for two samples: leave them out. A shuffling ``DistributedSampler`` gives
     each of W processes other samples in each epoch: without ``gather=True`` 1 / W of them have a past. A
     fixed part for each, ``Subset(data, range(rank, len(data), W))``, needs no exchange. A state is one
-    process's: saved by another, or for another number of them, rows are missing for `lookback` epochs, and a
+    process's: saved by another, or for another number of them, rows miss for ``lookback`` epochs, and a
     warning says how many. Classes must be last. Untested on a GPU.
 
     Keywords: SAF, SAM, sharpness-aware, flat minima, trajectory loss, self-distillation, label noise.
@@ -209,7 +209,7 @@ class SAF(Trajectory):
 
         Args:
             table: False leaves the record out, which is most of the size: the loss is then 0 for the first
-                `lookback` epochs after loading, until there is a new one.
+                ``lookback`` epochs after loading, until there is a new one.
         """
         return {
             "epoch": self.epoch,

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from numbers import Integral
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from optx._errors import OptxError
+from optx._errors import OptxError, is_whole
 from optx._names import is_dtensor
 
 SpreadOf = Callable[[Tensor], Tensor | None]
@@ -239,7 +238,7 @@ def _any_nonzero(parameters: Sequence[Tensor]) -> bool:
 
 def declared(owner: str, domains: Any) -> list[Hashable]:
     """The labels of all domains, each once."""
-    if isinstance(domains, Integral) and not isinstance(domains, bool) and domains >= 1:
+    if is_whole(domains) and domains >= 1:
         return list(range(int(domains)))
     if isinstance(domains, Sequence) and not isinstance(domains, str | bytes) and domains:
         try:
