@@ -5,7 +5,7 @@ in RotatedMNIST. A small convolutional network learns five of them and is tested
 turn. The arms see the same mini-batches: plain training on all domains' samples (ERM); the same with a
 decoupled decay (L2); CORAL, which pulls the domains' features to one mean and covariance; and DSP-Reg. The
 penalties' strengths were chosen by accuracy on kept-back samples of the five training angles (DomainBed's
-rule), with another seed.
+rule), with another seed; DSP-Reg's is the best above zero, which was a little behind none at all.
 
 Then a toy whose answer is known: logistic regression on features of which half follow the label in some
 domains only.

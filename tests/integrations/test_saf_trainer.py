@@ -1,4 +1,4 @@
-"""SAF and MESA in transformers' Trainer: accumulation, evaluation between, resumption from a checkpoint."""
+"""SAF and MESA in transformers' Trainer: accumulation, and evaluation between."""
 
 from __future__ import annotations
 
