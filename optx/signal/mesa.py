@@ -100,7 +100,7 @@ class MESA(Trajectory):
         self._ema = EMACopy("MESA", model, beta)
         self._trusted = False
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # pyright: ignore  # torch.compiler.disable would load the compiler with optx
     def __call__(
         self, logits: Tensor, /, *inputs: Any, where: Tensor | None = None, **keywords: Any
     ) -> Tensor:

@@ -124,7 +124,7 @@ class SAF(Trajectory):
         self._told: set[str] = set()
         self._exchange: Exchange | None = None
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # pyright: ignore  # torch.compiler.disable would load the compiler with optx
     def __call__(self, logits: Tensor, index: Tensor | Sequence[int], where: Tensor | None = None) -> Tensor:
         """The loss to add, weight included; and the batch is recorded.
 
