@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -119,7 +119,7 @@ def build(
             call = _bind_base(common, r, G)
             b.extend(max(len(b.levels) - 1, 0), scalars=[call])
     program = Program(
-        tuple(b.levels),
+        tuple(_with_what_sums_need(level) for level in b.levels),
         tuple(b.gradient),
         tuple(b.weight),
         _base_update(b, base) if base else (),
@@ -130,6 +130,17 @@ def build(
     )
     _check_spelling(program)
     return program
+
+
+def _with_what_sums_need(level: Level) -> Level:
+    """Without gradient rules whose results its sums do not read: they would load tensors for nothing."""
+    wanted = {ref for call in level.sums for ref in call.args}
+    needed: list[Call] = []
+    for call in reversed(level.prefix):
+        if wanted & set(call.writes):
+            needed.insert(0, call)
+            wanted |= set(call.args)
+    return replace(level, prefix=tuple(needed))
 
 
 def _cell_dtypes(transforms: Sequence[Transform]) -> Iterable[tuple[str, str | None]]:
