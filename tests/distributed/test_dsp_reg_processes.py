@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import tempfile
 from collections.abc import Iterable
 from contextlib import nullcontext
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import on_two_processes
 from torch import Tensor, nn
 
 import optx
@@ -114,22 +109,5 @@ def shared_forward(rank: int) -> None:
 CASES = [ddp, fsdp, shared_forward]
 
 
-def _worker(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(minutes=3))
-    for case in CASES:
-        case(rank)
-        Path(folder, f"{case.__name__}.{rank}").touch()
-        dist.barrier()
-    dist.destroy_process_group()
-
-
 def test_two_processes() -> None:
-    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        mp.spawn(_worker, args=(port, folder), nprocs=2)
-        passed = {path.name for path in Path(folder).iterdir()}
-    assert passed == {f"{case.__name__}.{rank}" for case in CASES for rank in (0, 1)}
+    on_two_processes(CASES)

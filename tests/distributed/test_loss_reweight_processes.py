@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
-import tempfile
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import on_two_processes
 from torch import Tensor, nn
 
 import optx
@@ -249,35 +244,5 @@ CASES: list[Callable[[int], None]] = [
 ]
 
 
-def _worker(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(minutes=3))
-    for case in CASES:
-        try:
-            case(rank)
-        except Exception as error:
-            Path(folder, f"{case.__name__}.{rank}").write_text(repr(error))
-            raise
-        Path(folder, f"{case.__name__}.{rank}").write_text("passed")
-        dist.barrier()
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def outcomes() -> dict[str, str]:
-    """What each case said on each process; one start of two serves all cases."""
-    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        try:
-            mp.spawn(_worker, args=(port, folder), nprocs=2)
-        except mp.ProcessRaisedException as error:
-            print(error)
-        return {file.name: file.read_text() for file in Path(folder).iterdir()}
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-def test_two_processes(case: Callable[[int], None], outcomes: dict[str, str]) -> None:
-    assert [outcomes.get(f"{case.__name__}.{rank}", "not reached") for rank in (0, 1)] == ["passed"] * 2
+def test_two_processes() -> None:
+    on_two_processes(CASES)

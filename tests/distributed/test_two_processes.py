@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
-import tempfile
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import on_two_processes
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -173,39 +168,8 @@ CASES: list[Callable[[int], None]] = [
 ]
 
 
-def _worker(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2, timeout=timedelta(minutes=3))
-    for case in CASES:
-        try:
-            case(rank)
-        except Exception as error:
-            Path(folder, f"{case.__name__}.{rank}").write_text(repr(error))
-            raise
-        Path(folder, f"{case.__name__}.{rank}").write_text("passed")
-        dist.barrier()
-    dist.destroy_process_group()
-
-
-def outcomes() -> dict[str, str]:
-    """What each case said on each rank; one start of two processes serves all cases."""
-    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        try:
-            mp.spawn(_worker, args=(port, folder), nprocs=2)
-        except mp.ProcessRaisedException as error:
-            print(error)
-        return {path.name: path.read_text() for path in Path(folder).iterdir()}
-
-
 def test_two_processes() -> None:
-    """One test, as two workers of pytest would start the processes twice."""
-    said = outcomes()
-    wanted = {f"{case.__name__}.{rank}": "passed" for case in CASES for rank in (0, 1)}
-    assert {name: said.get(name, "not reached") for name in wanted} == wanted
+    on_two_processes(CASES)
 
 
 def test_distributed_checkpoint_on_a_fresh_optimizer_moves_nothing() -> None:

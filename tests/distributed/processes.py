@@ -1,0 +1,48 @@
+"""Runs cases on two gloo processes; one start of the two serves all of them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+Case = Callable[[int], None]
+
+
+def on_two_processes(cases: Sequence[Case]) -> None:
+    """Call each case, a function of a test's module, with its rank on both; raise unless all came through.
+
+    To be called once a module: two workers of pytest would start the processes twice.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "said").mkdir()
+        try:
+            mp.spawn(_worker, args=(cases, folder), nprocs=2)  # type: ignore[no-untyped-call]
+        except mp.ProcessRaisedException as error:
+            print(error)
+        said = {path.name: path.read_text() for path in Path(folder, "said").iterdir()}
+    wanted = {f"{case.__name__}.{rank}": "passed" for case in cases for rank in (0, 1)}
+    assert {name: said.get(name, "not reached") for name in wanted} == wanted
+
+
+def _worker(rank: int, cases: Sequence[Case], folder: str) -> None:
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meet"
+    dist.init_process_group(
+        "gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(minutes=3)
+    )
+    said = Path(folder, "said")
+    for case in cases:
+        try:
+            case(rank)
+        except Exception as error:
+            (said / f"{case.__name__}.{rank}").write_text(repr(error))
+            raise
+        (said / f"{case.__name__}.{rank}").write_text("passed")
+        dist.barrier()
+    dist.destroy_process_group()
