@@ -14,6 +14,13 @@ NO_SAMPLE = -float("inf")
 """What stands where a process has no sample, or one that does not count."""
 
 
+def largest(count: int, device: torch.device, group: dist.ProcessGroup | None = None) -> int:
+    """The largest of all processes' counts: what a collective's size can be, which has to be one for all."""
+    most = torch.tensor([count], device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+    return int(most)
+
+
 class Gathered(NamedTuple):
     """The numbers of all processes, and which of them are this one's.
 
@@ -67,9 +74,7 @@ class AllRanks:
         if world == 1:
             return Gathered(values, lengths, slice(0, count), 1)
         if self._room is None:
-            most = torch.tensor([max(count, self.at_least)], device=values.device)
-            dist.all_reduce(most, dist.ReduceOp.MAX, group=self.group)
-            self._room = int(most)
+            self._room = largest(max(count, self.at_least), values.device, self.group)
         if count > self._room:
             raise OptxError(
                 f"{self.owner}: a batch of {count} samples on this process, after a first one of at most "

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from optx._errors import OptxError
+from optx.signal._all_ranks import largest
 from optx.signal._record import Rows
 
 
@@ -22,9 +23,7 @@ class Exchange:
     """
 
     def __init__(self, count: int, device: torch.device) -> None:
-        most = torch.tensor([count], device=device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        self.length = int(most)
+        self.length = largest(count, device)
 
     def __call__(self, places: Tensor, rows: Rows) -> list[tuple[Tensor, Rows]]:
         """Those of each process, in the order of ranks.
@@ -36,8 +35,7 @@ class Exchange:
         if count > self.length:
             raise OptxError(
                 f"SAF: a batch has {count} samples and no process's first one had more than {self.length}; "
-                "with "
-                "gather=True let the first batch be the largest."
+                "with gather=True let the first batch be the largest."
             )
         given = [places.to(rows.values.device), *(t for t in rows if t is not None)]
         parts = [self._filled(part) for part in given]

@@ -165,8 +165,6 @@ class LossReweight:
         self._warnings = BatchWarnings(_OWNER, strategy)
         self.last_weights: Tensor | None = None
         self.last_mean: Tensor | None = None
-        global _apart
-        _apart = _apart or cast(Any, torch.compiler.disable(_weigh))
 
     def __call__(self, losses: Tensor, mask: Tensor | None = None) -> Tensor:
         """The weighted sum of a batch's losses; of several processes, times their number.
@@ -189,7 +187,7 @@ class LossReweight:
             return self._plain(each, lengths)
         if losses.ndim > 1 and mask is None:
             self._warnings.of_zeros(losses)
-        return (_apart or _weigh)(self, each, lengths, None)
+        return _weigh(self, each, lengths, None)
 
     def from_logits(
         self, logits: Tensor, labels: Tensor, shift: bool = True, ignore_index: int = -100
@@ -246,8 +244,8 @@ class LossReweight:
             return torch.where(counts, tokens, 0).sum() / items
         each, lengths = per_sample(tokens, counts)
         if average_tokens_across_devices:
-            return (_apart or _weigh)(self, each, lengths, items)
-        return (_apart or _weigh)(self, each, lengths, None) * (counts.sum() / items)
+            return _weigh(self, each, lengths, items)
+        return _weigh(self, each, lengths, None) * (counts.sum() / items)
 
     def weights(self, losses: Tensor) -> Tensor:
         """The weights that samples with these losses would have in this step; nothing is gathered or counted.
@@ -385,10 +383,7 @@ def _shares(lengths: Tensor) -> Tensor:
     return lengths * (lengths > 0).sum() / lengths.sum().clamp_min(1)
 
 
+@torch._disable_dynamo  # pyright: ignore  # torch.compiler.disable would load the compiler with optx
 def _weigh(self: LossReweight, each: Tensor, lengths: Tensor | None, items: Tensor | int | None) -> Tensor:
     """A call from each sample's loss on; torch.compile does not trace it: to it, each step is another."""
     return self._weighted(each, lengths, items)  # pyright: ignore[reportPrivateUsage]
-
-
-_apart: Callable[[LossReweight, Tensor, Tensor | None, Tensor | int | None], Tensor] | None = None
-"""The same with that said to the compiler, whose import is not optx's but that of the first object here."""
