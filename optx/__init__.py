@@ -33,6 +33,8 @@
 
     tell    optx.analysis                                     diagnostics; they change nothing
             grad_norms  input_stats  nlm_alignment  softmax_collapse
+            optx.scaling                                      tune small, train large
+            shapes  Shapes  Width                             which dimensions are width
 
     errors  OptxError, and of it FileError  FusedError  MergeError  ShapeError  TargetError  TransformError
 
@@ -44,6 +46,7 @@ __version__ = "0.1.0"
 
 from optx import analysis as analysis
 from optx import ops as ops
+from optx import scaling as scaling
 from optx._errors import FileError as FileError
 from optx._errors import FusedError as FusedError
 from optx._errors import MergeError as MergeError

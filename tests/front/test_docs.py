@@ -22,7 +22,7 @@ import optx
 ROOT = Path(__file__).parents[2]
 PUBLIC = sorted(name for name in vars(optx) if not name.startswith("_"))
 # What importing a module leaves behind, and nobody is meant to name.
-SUBPACKAGES = {info.name for info in pkgutil.iter_modules(optx.__path__)} - {"analysis", "ops"}
+SUBPACKAGES = {info.name for info in pkgutil.iter_modules(optx.__path__)} - {"analysis", "ops", "scaling"}
 PROTOCOLS = (optx.Transform, optx.Injection, optx.Composite, optx.MergeMethod)
 METHODS = [
     name

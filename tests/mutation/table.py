@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 # Folders whose every module is here. The other modules of optx and kernels are here if they are sampled.
-FOLDERS = ("optx/step", "optx/delta", "optx/inject", "optx/signal", "optx/transforms", "optx/analysis")
+FOLDERS = (
+    *("optx/step", "optx/delta", "optx/inject", "optx/signal", "optx/transforms", "optx/analysis"),
+    "optx/scaling",
+)
 
 _STEP = "moments user_rules perpgrad adamr skip_nonfinite fused_cpu wrap_bases resume"
 
@@ -116,6 +119,14 @@ TABLE = {
     "optx/inject/svfit.py": "arithmetic_inject arithmetic_options svfit",
     "optx/inject/hidden_delta.py": "arithmetic_inject arithmetic_options adapter_places adapters prefix",
     "kernels/loss/stablemax_rows.py": "arithmetic_signal stablemax",
+    "optx/scaling/_compare.py": "shapes",
+    "optx/scaling/_fans.py": "shapes",
+    "optx/scaling/_on_meta.py": "shapes",
+    "optx/scaling/_parameters.py": "shapes",
+    "optx/scaling/_shapes.py": "shapes",
+    "optx/scaling/_shapes_file.py": "shapes",
+    "optx/scaling/_shapes_table.py": "shapes",
+    "optx/scaling/_width.py": "shapes",
     "optx/signal/_all_ranks.py": "loss_reweight_processes",
     "optx/signal/_audit.py": "saf",
     "optx/signal/_ema_copy.py": "trajectory_changes mesa mesa_mistakes",

@@ -1,0 +1,238 @@
+"""`shapes`: which dimensions of a model are width, found by comparing it with a narrower one.
+
+Source: Tensor Programs V, arXiv 2203.03466, appendix B; a dimension is width if it differs between two
+models of one family, as in the authors' package mup.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from os import PathLike
+
+from torch import nn
+
+from optx._errors import OptxError
+from optx.scaling._fans import Fans, fans_of, is_lookup
+from optx.scaling._on_meta import Source, build
+from optx.scaling._parameters import Found, parameters_of
+from optx.scaling._shapes import Shapes
+from optx.scaling._width import Width
+
+Models = Mapping[str, Mapping[str, Found]]
+"""The parameters of each argument: model, base, and delta if there is one."""
+
+Twins = Mapping[str, Found]
+"""One parameter in each of them."""
+
+Sizes = tuple[int, ...]
+"""One size in each of them."""
+
+
+def shapes(model: Source, base: Source | Shapes | str | PathLike[str], delta: Source | None = None) -> Shapes:
+    """Which dimensions of a model's parameters are width, and how much wider they are than a base model's.
+
+    Args:
+        model: the model to train: a module, a transformers config or a callable that returns a module. What
+            is no module yet is built on the meta device and takes no memory.
+        base: the narrow model whose learning rate and weight decay are known, in any of these forms; or
+            shapes made before with that base, or the file that they were saved to.
+        delta: a model of yet another width, if the model may have the base's. A dimension is width if base
+            and delta differ in it; without delta, if model and base do.
+
+    Returns:
+        `Shapes`: a mapping from names to `Width`, to look at, correct and save.
+
+    Raises:
+        OptxError: the models are not of one family (depth, number of dimensions, what is tied), nothing in
+            them differs, or a dimension differs that delta leaves as it is; names the first.
+
+    Example:
+        >>> import torch, optx
+        >>> def make(width):
+        ...     return torch.nn.Sequential(torch.nn.Linear(8, width), torch.nn.Linear(width, 3))
+        >>> shapes = optx.scaling.shapes(make(64), base=make(16))
+        >>> shapes["0.weight"].kind, shapes["0.weight"].m
+        ('input', 4.0)
+    """
+    if isinstance(base, str | PathLike):
+        base = Shapes.load(base)
+    given = {"model": model, "base": base, "delta": delta}
+    if isinstance(base, Shapes):
+        if delta is not None:
+            raise OptxError(
+                "shapes: base= has shapes made before, which say what is width; leave delta= out."
+            )
+        return _from_saved(parameters_of(build(model, "model", []), "shapes: model"), base)
+    built = {
+        name: build(one, name, [other for other in given.values() if other is not one])
+        for name, one in given.items()
+        if one is not None
+    }
+    there = {name: parameters_of(one, f"shapes: {name}") for name, one in built.items()}
+    for other in there.keys() - {"base"}:
+        _check_one_family(there["base"], there[other], other)
+    return Shapes(_widths(there))
+
+
+def _check_one_family(base: Mapping[str, Found], other: Mapping[str, Found], called: str) -> None:
+    """Raise unless every parameter of one is in the other, with as many dimensions, tied alike."""
+    for lacks, has, where, there in ((base, other, "base", called), (other, base, called, "base")):
+        missing = next((name for name in has if name not in lacks), None)
+        if missing is not None:
+            raise OptxError(
+                f"shapes: {where} has no parameter {missing!r}, and {there} has. They must be one "
+                "architecture in two widths, of the same depth."
+            )
+    for name, one in base.items():
+        twin = other[name]
+        if len(one.shape) != len(twin.shape):
+            raise OptxError(
+                f"shapes: {name!r} has {len(one.shape)} dimensions in base and {len(twin.shape)} in "
+                f"{called}: {one.shape} and {twin.shape}. They must be one architecture in two widths."
+            )
+        if one.tied.keys() != twin.tied.keys():
+            odd = sorted(one.tied.keys() ^ twin.tied.keys())[0]
+            raise OptxError(
+                f"shapes: {name!r} and {odd!r} are one tensor in {'base' if odd in one.tied else called} and "
+                f"two in {called if odd in one.tied else 'base'}. Tie them in both or in neither."
+            )
+
+
+def _widths(there: Models) -> list[Width]:
+    wide = "delta" if "delta" in there else "model"
+    free = _vocabularies(there)
+    found = [
+        _width({which: models[name] for which, models in there.items()}, wide, free)
+        for name in there["model"]
+    ]
+    if all(width.kind == "scalar" for width in found):
+        more = (
+            "a delta= of another width" if wide == "delta" else "delta=, a model of another width than base"
+        )
+        raise OptxError(
+            f"shapes: base and {wide} have the same shapes, so it can't be told what is width. Pass {more}."
+        )
+    return found
+
+
+def _width(every: Twins, wide: str, free: Sequence[Sizes]) -> Width:
+    """One parameter, in each of the models."""
+    model, base = every["model"], every["base"]
+    grown = _differing(every, wide, free)
+    check_grown(base, every[wide], grown, wide)
+    for axis in _differing(every, "model", free):
+        if axis not in grown:
+            raise OptxError(
+                f"shapes: {model.name!r} is {model.shape} in model and {base.shape} in base, and delta "
+                f"leaves dimension {axis} as it is in base. Let delta differ in all that grows with width."
+            )
+    fans = {which: _fans(one, base.shape, grown) for which, one in every.items()}
+    grows_in, grows_out = (fans[wide][side] != fans["base"][side] for side in (0, 1))
+    return Width(
+        model.name,
+        model.shape,
+        base.shape,
+        kind_of(grows_in, grows_out, len(model.shape)),
+        fans["model"][0] / fans["base"][0] if grows_in else 1.0,
+        fans["model"][1] / fans["base"][1] if grows_out else 1.0,
+        tuple(model.tied),
+        fans["base"],
+    )
+
+
+def kind_of(grows_in: bool, grows_out: bool, dimensions: int) -> str:
+    """What a parameter is whose fan-in or fan-out grows with width."""
+    if grows_in:
+        return "matrix" if grows_out else "output"
+    if grows_out:
+        return "vector" if dimensions == 1 else "input"
+    return "scalar"
+
+
+def _fans(one: Found, base: tuple[int, ...], grown: Sequence[int]) -> Fans:
+    """Of a parameter, as if all that is no width were as in base."""
+    shape = tuple(size if axis in grown else base[axis] for axis, size in enumerate(one.shape))
+    return fans_of(replace(one, shape=shape), grown)
+
+
+def check_grown(base: Found, wide: Found, grown: Sequence[int], called: str) -> None:
+    """Raise unless each dimension that differs is one of fan-in or fan-out."""
+    shapes = f"{base.shape} in base and {wide.shape} in {called}"
+    if len(grown) > 2:
+        raise OptxError(
+            f"shapes: {base.name!r} differs in {len(grown)} dimensions, {shapes}; only fan-in and fan-out "
+            "can grow with width. Keep the others (kernel size, number of experts) as they are in base."
+        )
+    for axis in grown:
+        alone = tuple(wide.shape[i] if i == axis else size for i, size in enumerate(base.shape))
+        if fans_of(replace(wide, shape=alone), grown) == fans_of(base, grown):
+            raise OptxError(
+                f"shapes: {base.name!r} differs in dimension {axis}, {shapes}, which is neither its fan-in "
+                "nor its fan-out and so can't grow with width. Keep it as it is in base."
+            )
+
+
+# ---- against shapes made before ----------------------------------------------------------------------
+
+
+def _from_saved(there: Mapping[str, Found], saved: Shapes) -> Shapes:
+    """Another target of the same base, whose dimensions are width as they were said to be then."""
+    base = {name: _as_it_was(width, there.get(name)) for name, width in saved.items()}
+    _check_one_family(base, there, "model")
+    free = _vocabularies({"model": there, "base": base})
+    return Shapes(
+        _again({"model": one, "base": base[name]}, saved[name], free) for name, one in there.items()
+    )
+
+
+def _as_it_was(width: Width, now: Found | None) -> Found:
+    owner, leaf = (now.owner, now.leaf) if now is not None else (nn.Module(), "")
+    return Found(width.name, width.base_shape, owner, leaf, dict.fromkeys(width.tied, owner))
+
+
+def _again(every: Twins, saved: Width, free: Sequence[Sizes]) -> Width:
+    model, base = every["model"], every["base"]
+    grown = _differing(every, "model", free)
+    check_grown(base, model, grown, "model")
+    old, new = (_fans(one, base.shape, grown) for one in (base, model))
+    if saved.base_fans == old[::-1] != old:  # the user turned it
+        old, new = old[::-1], new[::-1]
+    grows = (saved.kind in ("matrix", "output"), saved.kind in ("matrix", "input", "vector"))
+    known = [axis for axis in grown if saved.shape[axis] != saved.base_shape[axis]]
+    for side in (0, 1):
+        if new[side] != old[side] and not grows[side] and len(known) < len(grown):
+            raise OptxError(
+                f"shapes: {model.name!r} is {model.shape} in model and {base.shape} in base, and by the "
+                f"shapes made before its {('fan-in', 'fan-out')[side]} is no width. Make them with a model "
+                "in which all differs that grows with width."
+            )
+    fan_in, fan_out = (new[side] / old[side] if grows[side] else 1.0 for side in (0, 1))
+    return replace(saved, shape=model.shape, fan_in=fan_in, fan_out=fan_out)
+
+
+# ---- what is never width: rows that are looked up ----------------------------------------------------
+
+
+def _vocabularies(there: Models) -> list[Sizes]:
+    """How many rows are looked up in each model, where that differs; heads have as many outputs."""
+    tables = [
+        [models[name].shape for models in there.values()]
+        for name, one in there["model"].items()
+        if is_lookup(one)
+    ]
+    dims = [tuple(shape[1] for shape in shapes) for shapes in tables]
+    rows = (tuple(shape[0] for shape in shapes) for shapes in tables)
+    return [one for one in rows if len(set(one)) > 1 and one not in dims]
+
+
+def _differing(every: Twins, wide: str, free: Sequence[Sizes]) -> list[int]:
+    """The dimensions in which a model differs from base, without those that are never width."""
+    base, other = every["base"], every[wide]
+    return [
+        axis
+        for axis, size in enumerate(base.shape)
+        if size != other.shape[axis]
+        and not (axis == 0 and is_lookup(base))
+        and tuple(one.shape[axis] for one in every.values()) not in free
+    ]
