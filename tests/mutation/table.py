@@ -123,6 +123,7 @@ TABLE = {
     "optx/scaling/_fans.py": "shapes",
     "optx/scaling/_on_meta.py": "shapes",
     "optx/scaling/_parameters.py": "shapes",
+    "optx/scaling/_rules_of_width.py": "rules_of_width",
     "optx/scaling/_shapes.py": "shapes",
     "optx/scaling/_shapes_file.py": "shapes",
     "optx/scaling/_shapes_table.py": "shapes",
