@@ -114,6 +114,14 @@ def adapter(folder: Path) -> Path:
     return folder / "adapter"
 
 
+def pretraining_runs() -> list[dict[str, float]]:
+    return [
+        {"params": n, "tokens": d, "lr": d / n, "batch_tokens": d**0.5, "loss": 3.0}
+        for n in (1e8, 4e8)
+        for d in (1e9, 8e9)
+    ]
+
+
 # What a method needs besides the paper's values.
 NEEDED: dict[str, Callable[[Path], dict[str, Any]]] = {
     "DSPReg": lambda _: {"domains": 3},
@@ -122,6 +130,8 @@ NEEDED: dict[str, Callable[[Path], dict[str, Any]]] = {
     "SAF": lambda _: {"num_samples": 10},
     "STN": lambda _: {"hparams": optx.HParams(drop=optx.hp(0.1, (0, 0.9)))},
     "compress": lambda _: {"what": {"a": torch.randn(64)}},
+    "scaling.fit_step_law": lambda _: {"runs": pretraining_runs()},
+    "scaling.step_law": lambda _: {"params": 1e9, "tokens": 1e11},
     "patch": lambda _: {"model": layers(), "signatures": [dict(layers().state_dict())]},
     "rws.extract": lambda _: {"pretrained": layers(), "standard": layers(), "robust": layers()},
     "shallowest": lambda _: {"model": layers()},
