@@ -15,6 +15,7 @@ from torch import nn
 from optx._errors import OptxError
 from optx.scaling._fans import Fans, fans_of, is_lookup
 from optx.scaling._on_meta import Source, build
+from optx.scaling._own_scales import head_widths, heads_again, readout_factors
 from optx.scaling._parameters import Found, parameters_of
 from optx.scaling._shapes import Shapes
 from optx.scaling._width import Width
@@ -63,16 +64,18 @@ def shapes(model: Source, base: Source | Shapes | str | PathLike[str], delta: So
             raise OptxError(
                 "shapes: base= has shapes made before, which say what is width; leave delta= out."
             )
-        return _from_saved(parameters_of(build(model, "model", []), "shapes: model"), base)
+        return _from_saved(build(model, "model", []), base)
     built = {
         name: build(one, name, [other for other in given.values() if other is not one])
         for name, one in given.items()
         if one is not None
     }
     there = {name: parameters_of(one, f"shapes: {name}") for name, one in built.items()}
-    for other in there.keys() - {"base"}:
-        _check_one_family(there["base"], there[other], other)
-    return Shapes(_widths(there))
+    for called in ("model", *(["delta"] if "delta" in there else [])):
+        _check_one_family(there["base"], there[called], called)
+    widths = _widths(there)
+    heads = head_widths(built["model"], built["base"])
+    return Shapes(widths, heads, readout_factors(built["model"], widths))
 
 
 def _check_one_family(base: Mapping[str, Found], other: Mapping[str, Found], called: str) -> None:
@@ -176,32 +179,35 @@ def check_grown(base: Found, wide: Found, grown: Sequence[int], called: str) -> 
 # ---- against shapes made before ----------------------------------------------------------------------
 
 
-def _from_saved(there: Mapping[str, Found], saved: Shapes) -> Shapes:
+def _from_saved(model: nn.Module, saved: Shapes) -> Shapes:
     """Another target of the same base, whose dimensions are width as they were said to be then."""
+    there = parameters_of(model, "shapes: model")
     base = {name: _as_it_was(width, there.get(name)) for name, width in saved.items()}
     _check_one_family(base, there, "model")
     free = _vocabularies({"model": there, "base": base})
-    return Shapes(
-        _again({"model": one, "base": base[name]}, saved[name], free) for name, one in there.items()
-    )
+    pairs = {name: {"model": one, "base": base[name]} for name, one in there.items()}
+    widths = [_again(pair, saved[name], free) for name, pair in pairs.items()]
+    return Shapes(widths, heads_again(model, saved.heads), readout_factors(model, widths))
 
 
 def _as_it_was(width: Width, now: Found | None) -> Found:
-    owner, leaf = (now.owner, now.leaf) if now is not None else (nn.Module(), "")
-    return Found(width.name, width.base_shape, owner, leaf, dict.fromkeys(width.tied, owner))
+    if now is None:
+        return Found(width.name, width.base_shape, nn.Module(), "", {})
+    tied = {name: now.tied.get(name, now.owner) for name in width.tied}
+    return Found(width.name, width.base_shape, now.owner, now.leaf, tied)
 
 
 def _again(every: Twins, saved: Width, free: Sequence[Sizes]) -> Width:
     model, base = every["model"], every["base"]
     grown = _differing(every, "model", free)
     check_grown(base, model, grown, "model")
-    old, new = (_fans(one, base.shape, grown) for one in (base, model))
+    axes = sorted({*grown, *(axis for axis in range(len(base.shape)) if _grew(saved, axis))})
+    old, new = (_fans(one, base.shape, axes) for one in (base, model))
     if saved.base_fans == old[::-1] != old:  # the user turned it
         old, new = old[::-1], new[::-1]
     grows = (saved.kind in ("matrix", "output"), saved.kind in ("matrix", "input", "vector"))
-    known = [axis for axis in grown if saved.shape[axis] != saved.base_shape[axis]]
     for side in (0, 1):
-        if new[side] != old[side] and not grows[side] and len(known) < len(grown):
+        if new[side] != old[side] and not grows[side] and not all(_grew(saved, axis) for axis in grown):
             raise OptxError(
                 f"shapes: {model.name!r} is {model.shape} in model and {base.shape} in base, and by the "
                 f"shapes made before its {('fan-in', 'fan-out')[side]} is no width. Make them with a model "
@@ -209,6 +215,10 @@ def _again(every: Twins, saved: Width, free: Sequence[Sizes]) -> Width:
             )
     fan_in, fan_out = (new[side] / old[side] if grows[side] else 1.0 for side in (0, 1))
     return replace(saved, shape=model.shape, fan_in=fan_in, fan_out=fan_out)
+
+
+def _grew(saved: Width, axis: int) -> bool:
+    return saved.shape[axis] != saved.base_shape[axis]
 
 
 # ---- what is never width: rows that are looked up ----------------------------------------------------

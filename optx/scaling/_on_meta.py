@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from optx._errors import OptxError
+from optx.scaling._parameters import check_nothing_attached
 
 Source = nn.Module | Callable[[], nn.Module] | Any
 """A module, a transformers config, or a callable that returns a module."""
@@ -22,6 +23,7 @@ def build(source: Source, argument: str, others: Sequence[Source]) -> nn.Module:
         OptxError: it stands for none.
     """
     if isinstance(source, nn.Module):
+        check_nothing_attached(source, argument)
         return source
     if _is_config(source):
         kind = _class_of(source, argument, others)

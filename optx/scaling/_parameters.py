@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -37,13 +38,10 @@ def parameters_of(model: nn.Module, doing: str) -> dict[str, Found]:
     Raises:
         OptxError: there are none, or one has no shape yet.
     """
-    paths = paths_of(model)
     found: dict[int, Found] = {}
-    for here, module in model.named_modules(remove_duplicate=False):
-        if RESERVED in here.split(".") or here not in paths.plain:
-            continue
+    for path, module in _every_place(model):
         for leaf, p in module.named_parameters(recurse=False, remove_duplicate=False):
-            name = f"{paths.plain[here]}.{leaf}".removeprefix(".")
+            name = f"{path}.{leaf}".removeprefix(".")
             if isinstance(p, UninitializedParameter):
                 raise OptxError(
                     f"{doing}: {name!r} of this {type(model).__name__} is lazy and has no shape yet. Call "
@@ -57,3 +55,28 @@ def parameters_of(model: nn.Module, doing: str) -> dict[str, Found]:
     if not found:
         raise OptxError(f"{doing}: this {type(model).__name__} has no parameters.")
     return {one.name: one for one in found.values()}
+
+
+def _every_place(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules by their paths in the bare model; one that is in two places, under both."""
+    plain = dict(paths_of(model).plain)
+    for here, module in model.named_modules(remove_duplicate=False):
+        parent, _, leaf = here.rpartition(".")
+        if here not in plain and parent in plain and leaf != RESERVED:  # seen before, in another place
+            plain[here] = f"{plain[parent]}.{leaf}".removeprefix(".")
+        if here in plain:
+            yield plain[here], module
+
+
+def check_nothing_attached(model: nn.Module, argument: str) -> None:
+    """Raise if optx has attached parameters to the model, which its base does not have.
+
+    Raises:
+        OptxError: names the first.
+    """
+    for name, _ in model.named_parameters():
+        if RESERVED in name.split("."):
+            raise OptxError(
+                f"shapes: {argument} has {name!r} attached to it. Take the shapes before optx.attach, or "
+                "after handle.remove(); they hold for the model's own parameters while it is attached too."
+            )

@@ -36,10 +36,16 @@ class Shapes(Mapping[str, Width]):
         ('output', 4.0)
     """
 
-    def __init__(self, widths: Iterable[Width], heads: Mapping[str, HeadWidth] | None = None) -> None:
+    def __init__(
+        self,
+        widths: Iterable[Width],
+        heads: Mapping[str, HeadWidth] | None = None,
+        readouts: Mapping[str, float] | None = None,
+    ) -> None:
         self._widths = {width.name: width for width in widths}
         self._first = {other: width.name for width in self._widths.values() for other in width.tied}
         self._heads = dict(heads or {})
+        self._readouts = dict(readouts or {})
 
     def __getitem__(self, name: str) -> Width:
         return self._widths[self._first.get(name, name)]
@@ -53,7 +59,8 @@ class Shapes(Mapping[str, Width]):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Shapes):
             return NotImplemented
-        return list(self._widths.items()) == list(other._widths.items()) and self._heads == other._heads
+        mine, theirs = ([*one._widths.values(), one._heads, one._readouts] for one in (self, other))
+        return mine == theirs
 
     def __hash__(self) -> int:
         return hash(tuple(self._widths.values()))
@@ -65,6 +72,11 @@ class Shapes(Mapping[str, Width]):
     def heads(self) -> Mapping[str, HeadWidth]:
         """The widths of attention's heads, by the attention module's path."""
         return dict(self._heads)
+
+    @property
+    def readouts(self) -> Mapping[str, float]:
+        """By path of a head, what its model multiplies its input with besides, relative to base (T5's)."""
+        return dict(self._readouts)
 
     def set(
         self,
@@ -101,7 +113,7 @@ class Shapes(Mapping[str, Width]):
                         f"Shapes.set: {name!r} is both {given[name]}= and {kind}=; it can be of one kind."
                     )
                 new[name] = new[name].of_kind(kind)
-        return Shapes(new.values(), self._heads)
+        return Shapes(new.values(), self._heads, self._readouts)
 
     def _matching(self, patterns: Patterns, argument: str) -> Iterator[str]:
         listed = [patterns] if isinstance(patterns, str) else list(patterns or ())
@@ -129,7 +141,7 @@ class Shapes(Mapping[str, Width]):
         Raises:
             OSError: nothing can be written there.
         """
-        _shapes_file.write(path, list(self._widths.values()), self._heads)
+        _shapes_file.write(path, self.as_data())
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> Shapes:
@@ -140,6 +152,19 @@ class Shapes(Mapping[str, Width]):
             OSError: it can't be read.
         """
         return cls(*_shapes_file.read(path))
+
+    def as_data(self) -> dict[str, Any]:
+        """As plain data, which JSON can hold; `from_data` reads it."""
+        return _shapes_file.as_data(self._widths.values(), self._heads, self._readouts)
+
+    @classmethod
+    def from_data(cls, data: Any) -> Shapes:
+        """What `as_data` gave.
+
+        Raises:
+            FileError: it is something else, damaged, or of a later version.
+        """
+        return cls(*_shapes_file.from_data(data, "Shapes.from_data"))
 
     def check(self, model: nn.Module) -> None:
         """Raise unless these are the shapes of this model.

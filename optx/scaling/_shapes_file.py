@@ -1,10 +1,11 @@
-"""The JSON file of `Shapes`."""
+"""The JSON of `Shapes`."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,62 +17,83 @@ from optx.scaling._width import KINDS, HeadWidth, Width
 FORMAT = "optx.scaling.shapes"
 VERSION = 1
 
+Contents = tuple[list[Width], dict[str, HeadWidth], dict[str, float]]
+"""Parameters, attention's heads and readouts."""
 
-def write(path: str | PathLike[str], widths: Sequence[Width], heads: Mapping[str, HeadWidth]) -> None:
+
+def as_data(
+    widths: Iterable[Width], heads: Mapping[str, HeadWidth], readouts: Mapping[str, float]
+) -> dict[str, Any]:
+    """Lists, dicts, strings and numbers."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "parameters": [_listed(dataclasses.asdict(width)) for width in widths],
+        "attention": {path: dataclasses.asdict(head) for path, head in heads.items()},
+        "readouts": dict(readouts),
+    }
+
+
+def _listed(row: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in row.items()}
+
+
+def write(path: str | PathLike[str], data: Mapping[str, Any]) -> None:
     """One line a parameter, so that a change shows in a diff."""
-    rows = ",\n  ".join(json.dumps(dataclasses.asdict(width)) for width in widths)
-    lines = ",\n  ".join(
-        f"{json.dumps(path)}: {json.dumps(dataclasses.asdict(h))}" for path, h in heads.items()
-    )
+    rows = ",\n".join(f"  {json.dumps(row)}" for row in data["parameters"])
+    rest = (f" {json.dumps(key)}: {json.dumps(data[key])}" for key in ("attention", "readouts"))
+    head = f'{{"format": "{FORMAT}", "version": {VERSION},\n "parameters": [\n{rows}\n ],\n'
     with written_aside(path) as aside:
-        aside.write_text(
-            f'{{"format": "{FORMAT}", "version": {VERSION},\n "parameters": [\n  {rows}\n ],\n'
-            f' "attention": {{\n  {lines}\n }}}}\n',
-            encoding="utf-8",
-        )
+        aside.write_text(head + ",\n".join(rest) + "}\n", encoding="utf-8")
 
 
-def read(path: str | PathLike[str]) -> tuple[list[Width], dict[str, HeadWidth]]:
+def read(path: str | PathLike[str]) -> Contents:
     """What `write` wrote.
 
     Raises:
         FileError: it is none of these files, damaged, or of a later version.
     """
+    where = f"Shapes.load: {str(path)!r}"
     try:
         found: Any = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise FileError(f"Shapes.load: {str(path)!r} is no JSON file ({error}).") from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:  # pyright: ignore
-        raise FileError(f"Shapes.load: {str(path)!r} holds no shapes; give a file that Shapes.save wrote.")
-    if found["version"] != VERSION:  # pyright: ignore[reportUnknownVariableType]
-        raise FileError(
-            f"Shapes.load: {str(path)!r} has version {found['version']!r} of this format; this optx knows "
-            f"version {VERSION}."
-        )
+        raise FileError(f"{where} is no JSON file ({error}).") from None
+    return from_data(found, where)
+
+
+def from_data(data: Any, where: str) -> Contents:
+    """What `as_data` gave; ``where`` it was found, for errors."""
+    if not isinstance(data, dict) or data.get("format") != FORMAT:  # pyright: ignore[reportUnknownMemberType]
+        raise FileError(f"{where} holds no shapes; give what Shapes.save wrote.")
+    found: dict[str, Any] = data
+    if found.get("version") != VERSION:
+        raise FileError(f"{where} has version {found.get('version')!r}; this optx knows version {VERSION}.")
     try:
-        widths = [_width(row) for row in found["parameters"]]  # pyright: ignore
-        heads = {str(name): _head(row) for name, row in found["attention"].items()}  # pyright: ignore
+        widths = [_width(row) for row in found["parameters"]]
+        heads = {str(path): _head(row) for path, row in found["attention"].items()}
+        readouts = {str(path): _positive(value) for path, value in found["readouts"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FileError(f"Shapes.load: {str(path)!r} is damaged ({error!r}).") from None
-    return widths, heads
+        raise FileError(f"{where} is damaged ({error!r}).") from None
+    names = [name for width in widths for name in (width.name, *width.tied)]
+    if len(set(names)) < len(names) or not names:
+        raise FileError(f"{where} is damaged: it has no parameters, or one twice.")
+    return widths, heads, readouts
 
 
 def _width(row: dict[str, Any]) -> Width:
-    if row["kind"] not in KINDS:
-        raise ValueError(f"{row['name']}: kind {row['kind']!r}")
-    fan_in, fan_out = float(row["fan_in"]), float(row["fan_out"])
-    if not (0 < fan_in < float("inf") and 0 < fan_out < float("inf")):
-        raise ValueError(f"{row['name']}: fans {fan_in} and {fan_out}")
+    if row["kind"] not in KINDS or len(row["shape"]) != len(row["base_shape"]):
+        raise ValueError(row["name"])
     first, second = row["base_fans"]
     return Width(
         str(row["name"]),
         _sizes(row["shape"]),
         _sizes(row["base_shape"]),
         row["kind"],
-        fan_in,
-        fan_out,
+        _positive(row["fan_in"]),
+        _positive(row["fan_out"]),
         tuple(map(str, row["tied"])),
-        (int(first), int(second)),
+        (int(_positive(first)), int(_positive(second))),
     )
 
 
@@ -79,6 +101,13 @@ def _sizes(sizes: Any) -> tuple[int, ...]:
     return tuple(int(size) for size in sizes)
 
 
+def _positive(value: Any) -> float:
+    if not 0 < float(value) < math.inf:
+        raise ValueError(f"{value!r} is no ratio")
+    return float(value)
+
+
 def _head(row: dict[str, Any]) -> HeadWidth:
     scale = row["base_scale"]
-    return HeadWidth(int(row["width"]), int(row["base_width"]), None if scale is None else float(scale))
+    width, base_width = int(_positive(row["width"])), int(_positive(row["base_width"]))
+    return HeadWidth(width, base_width, None if scale is None else _positive(scale))

@@ -21,12 +21,13 @@ def rows(widths: Iterable[Width]) -> list[Row]:
     """The cells, folded: ``layers.{0..29}.weight`` where all that a row says is the same."""
     alike: dict[tuple[str, Row], list[Width]] = {}
     for width in widths:
-        alike.setdefault((_pattern(width.name), _cells(width)), []).append(width)
+        key = width.name if width.tied else _pattern(width.name)
+        alike.setdefault((key, _cells(width)), []).append(width)
     found: list[Row] = []
     for (_, cells), group in alike.items():
         folded = _folded([width.name for width in group])
         names = [folded] if folded else [width.name for width in group]
-        found += [(name, *cells) for name in names]
+        found += [(name + _tied(group[0].tied), *cells) for name in names]
     return found
 
 
@@ -62,8 +63,11 @@ def _table(made: Sequence[Row]) -> Table:
 def _cells(width: Width) -> Row:
     shape, base = (" x ".join(map(str, sizes)) or "()" for sizes in (width.shape, width.base_shape))
     numbers = (f"{ratio:.6g}" for ratio in (width.fan_in, width.fan_out, width.m))
-    tied = "".join(f" = {name}" for name in width.tied)
-    return (shape, base, width.kind + tied, *numbers)
+    return (shape, base, width.kind, *numbers)
+
+
+def _tied(names: Sequence[str]) -> str:
+    return "".join(f"\n= {name}" for name in names)
 
 
 def _pattern(name: str) -> str:
