@@ -35,6 +35,8 @@
             grad_norms  input_stats  nlm_alignment  softmax_collapse
             optx.scaling                                      tune small, train large
             shapes  Shapes  Width                             which dimensions are width
+            coordinate_check  CoordinateCheck                 which layers grow or vanish with width
+            sublayer_gain  GainMonitor  fit_gains             top singular values, in training too
             step_law  fit_step_law  non_embedding_params      learning rate and batch size of pretraining
 
     errors  OptxError, and of it FileError  FusedError  MergeError  ShapeError  TargetError  TransformError

@@ -1,0 +1,129 @@
+"""One training run of a coordinate check: a model of some width with its optimizer, as asked for."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from optx._errors import OptxError, near
+from optx.scaling._no_trace import model_kept
+
+Made = nn.Module | tuple[nn.Module, Optimizer]
+Maker = Callable[[Any], Made]
+OptimizerMaker = Callable[[nn.Module], Optimizer]
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"adamw": AdamW, "adam": Adam, "sgd": SGD}
+
+
+class Run(NamedTuple):
+    """A model and what trains it."""
+
+    model: nn.Module
+    optimizer: Optimizer
+
+
+@dataclass
+class Runs:
+    """Makes the runs.
+
+    Attributes:
+        make: the user's.
+        optimizer: a name, a function of the model, or None if ``make`` gives one.
+        lr: for a name.
+    """
+
+    make: Maker
+    optimizer: str | OptimizerMaker | None
+    lr: float
+    _names: list[str] | None = None
+    _seen: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet[nn.Module])
+
+    @contextmanager
+    def start(self, width: Any) -> Generator[Run]:
+        """A run of a width; at the end the model has its weights again, should it be somebody's."""
+        model, optimizer = self.build(width)
+        with model_kept(model):
+            yield Run(model, optimizer if optimizer is not None else self._plain(model))
+
+    def build(self, width: Any) -> tuple[nn.Module, Optimizer | None]:
+        """What ``make`` gives, looked at."""
+        try:
+            made = self.make(width)
+        except Exception as error:
+            raise OptxError(
+                f"coordinate_check: make({width!r}) raised {type(error).__name__}: {error}. Choose widths "
+                "that the model can be built with."
+            ) from error
+        model, optimizer = made if isinstance(made, tuple) else (made, None)
+        if not isinstance(cast(Any, model), nn.Module) or not isinstance(
+            cast(Any, optimizer), Optimizer | None
+        ):
+            raise OptxError(
+                f"coordinate_check: make({width!r}) gave {type(made).__name__}; it must give a "
+                "torch.nn.Module, or a module and a torch.optim.Optimizer."
+            )
+        self._check_optimizer(width, optimizer)
+        if model in self._seen:
+            raise OptxError(
+                f"coordinate_check: make({width!r}) gave a model that it had given before; each run trains "
+                "its own, so make a new one in each call."
+            )
+        self._seen.add(model)
+        self._check_names(width, model)
+        return model, optimizer
+
+    def _check_optimizer(self, width: Any, optimizer: Optimizer | None) -> None:
+        if optimizer is None and self.optimizer is None:
+            raise OptxError(
+                f"coordinate_check: make({width!r}) gave a model alone; give optimizer='adamw' (or a "
+                "function of the model), or let make return the model and its optimizer."
+            )
+        if optimizer is not None and self.optimizer is not None:
+            raise OptxError(
+                f"coordinate_check: make({width!r}) gave an optimizer, and optimizer={self.optimizer!r} is "
+                "given too; one of them must go."
+            )
+
+    def _check_names(self, width: Any, model: nn.Module) -> None:
+        names = [*dict(model.named_modules()), *(f"{n} (parameter)" for n, _ in model.named_parameters())]
+        if self._names is None:
+            self._names = names
+        elif only := sorted(set(names) ^ set(self._names)):
+            raise OptxError(
+                f"coordinate_check: the model of width {width!r} and the first have different modules or "
+                f"parameters: {only[0]!r} is in one of them only. They may differ in width, not in depth."
+            )
+
+    def _plain(self, model: nn.Module) -> Optimizer:
+        if isinstance(self.optimizer, str):
+            return OPTIMIZERS[self.optimizer](_trainable(model), lr=self.lr, weight_decay=0.0)
+        assert self.optimizer is not None
+        return self.optimizer(model)
+
+
+def prepare(
+    make: Maker,
+    widths: Sequence[Any],
+    optimizer: str | OptimizerMaker | None,
+    lr: float,
+) -> Runs:
+    """Check the options against each other, and make what all runs share."""
+    if isinstance(optimizer, str) and optimizer not in OPTIMIZERS:
+        raise OptxError(
+            f"coordinate_check: optimizer is {optimizer!r}; it must be 'adamw', 'adam' or 'sgd', or a "
+            f"function that makes one for a model. {near(optimizer, OPTIMIZERS)}"
+        )
+    return Runs(make, optimizer, lr)
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    found = [p for p in model.parameters() if p.requires_grad]
+    if not found:
+        raise OptxError("coordinate_check: the model has no parameter that requires a gradient.")
+    return found
