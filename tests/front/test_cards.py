@@ -130,6 +130,12 @@ NEEDED: dict[str, Callable[[Path], dict[str, Any]]] = {
     "SAF": lambda _: {"num_samples": 10},
     "STN": lambda _: {"hparams": optx.HParams(drop=optx.hp(0.1, (0, 0.9)))},
     "compress": lambda _: {"what": {"a": torch.randn(64)}},
+    "scaling.coordinate_check": lambda _: {
+        "make": lambda width: nn.Sequential(nn.Linear(3, width), nn.Linear(width, 2)),
+        "widths": [4, 8],
+        "batches": (torch.randn(5, 3), torch.zeros(5, dtype=torch.long)),
+        "optimizer": "sgd",
+    },
     "scaling.fit_step_law": lambda _: {"runs": pretraining_runs()},
     "scaling.step_law": lambda _: {"params": 1e9, "tokens": 1e11},
     "patch": lambda _: {"model": layers(), "signatures": [dict(layers().state_dict())]},
