@@ -1,5 +1,8 @@
 """Functions for tuning a narrow model and training a wide one with the same numbers."""
 
+from optx.scaling._abc import ABC as ABC
+from optx.scaling._abc import Classification as Classification
+from optx.scaling._abc import abc as abc
 from optx.scaling._compare import shapes as shapes
 from optx.scaling._coordinate_check import coordinate_check as coordinate_check
 from optx.scaling._coordinate_result import CoordinateCheck as CoordinateCheck
@@ -10,6 +13,11 @@ from optx.scaling._gain_fit import GainRun as GainRun
 from optx.scaling._gain_fit import fit_gains as fit_gains
 from optx.scaling._gain_monitor import GainMonitor as GainMonitor
 from optx.scaling._gain_monitor import GainRecord as GainRecord
+from optx.scaling._infinite_width import InfiniteWidthLinear as InfiniteWidthLinear
+from optx.scaling._infinite_width import infinite_width_linear as infinite_width_linear
+from optx.scaling._infinite_width import relu_kernel as relu_kernel
+from optx.scaling._infinite_width import relu_network_kernel as relu_network_kernel
+from optx.scaling._infinite_width import step_kernel as step_kernel
 from optx.scaling._non_embedding import non_embedding_params as non_embedding_params
 from optx.scaling._rules_of_width import Parametrization as Parametrization
 from optx.scaling._rules_of_width import Scale as Scale
@@ -23,11 +31,14 @@ from optx.scaling._sublayer_gain import sublayer_gain as sublayer_gain
 from optx.scaling._width import Width as Width
 
 __all__ = [
+    "ABC",
+    "Classification",
     "CoordinateCheck",
     "GainFit",
     "GainMonitor",
     "GainRecord",
     "GainRun",
+    "InfiniteWidthLinear",
     "LayerSizes",
     "Parametrization",
     "Scale",
@@ -37,11 +48,16 @@ __all__ = [
     "SublayerGains",
     "TopValue",
     "Width",
+    "abc",
     "coordinate_check",
     "fit_gains",
     "fit_step_law",
+    "infinite_width_linear",
     "non_embedding_params",
+    "relu_kernel",
+    "relu_network_kernel",
     "shapes",
+    "step_kernel",
     "step_law",
     "sublayer_gain",
 ]

@@ -181,7 +181,30 @@ MUP_TABLE_9 = Table(
 _FAN_IN = Row(init=(-0.5, 0.0))
 STANDARD = Table("standard", {"matrix": _FAN_IN, "output": _FAN_IN}, decays=False)
 
-NAMED: dict[str, Parametrization] = {table.name: table for table in (MUP, MUP_TABLE_3, MUP_TABLE_9, STANDARD)}
+# `optx.scaling.ABC.named` has where these two come from. Neither has a rule of weight decay of its own, but
+# the mean field's is another form of muP.
+NTK = Table(
+    "ntk",
+    {
+        "matrix": Row(forward=(-0.5, 0.0), adam=(-1.0, 0.0), eps=(-0.5, -0.5)),
+        "input": Row(adam=(0.0, -0.5), eps=(0.0, -0.5)),
+        "vector": Row(adam=(0.0, -0.5), eps=(0.0, -0.5)),
+        "output": Row(forward=(-0.5, 0.0), adam=(-0.5, 0.0), eps=(-0.5, 0.0)),
+    },
+    decays=False,
+)
+MEAN_FIELD = Table(
+    "mean_field",
+    {
+        "matrix": Row(forward=(-0.5, 0.0), adam=(-0.5, 0.0), sgd=(1.0, 0.0), eps=(-0.5, -1.0)),
+        "input": _INPUT,
+        "vector": _INPUT,
+        "output": Row(forward=(-1.0, 0.0), sgd=(1.0, 0.0), eps=(-1.0, 0.0)),
+    },
+)
+
+_TABLES = (MUP, MUP_TABLE_3, MUP_TABLE_9, STANDARD, NTK, MEAN_FIELD)
+NAMED: dict[str, Parametrization] = {table.name: table for table in _TABLES}
 
 
 def parametrization_of(owner: str, given: str | Parametrization) -> Parametrization:
