@@ -37,7 +37,7 @@
             shapes  Shapes  Width                             which dimensions are width
             coordinate_check  CoordinateCheck                 which layers grow or vanish with width
             sublayer_gain  GainMonitor  fit_gains             top singular values, in training too
-            abc  ABC  infinite_width_linear                   what becomes of a network as it grows wide
+            abc  ABC  feature_change  infinite_width_linear   what becomes of a network as it grows wide
             step_law  fit_step_law  non_embedding_params      learning rate and batch size of pretraining
 
     errors  OptxError, and of it FileError  FusedError  MergeError  ShapeError  TargetError  TransformError

@@ -7,6 +7,8 @@ from optx.scaling._compare import shapes as shapes
 from optx.scaling._coordinate_check import coordinate_check as coordinate_check
 from optx.scaling._coordinate_result import CoordinateCheck as CoordinateCheck
 from optx.scaling._coordinate_result import LayerSizes as LayerSizes
+from optx.scaling._feature_change import FeatureChange as FeatureChange
+from optx.scaling._feature_change import feature_change as feature_change
 from optx.scaling._fit_step_law import fit_step_law as fit_step_law
 from optx.scaling._gain_fit import GainFit as GainFit
 from optx.scaling._gain_fit import GainRun as GainRun
@@ -34,6 +36,7 @@ __all__ = [
     "ABC",
     "Classification",
     "CoordinateCheck",
+    "FeatureChange",
     "GainFit",
     "GainMonitor",
     "GainRecord",
@@ -50,6 +53,7 @@ __all__ = [
     "Width",
     "abc",
     "coordinate_check",
+    "feature_change",
     "fit_gains",
     "fit_step_law",
     "infinite_width_linear",

@@ -104,6 +104,17 @@ class Table:
         )
 
 
+def at_first(parametrization: Parametrization, width: Width) -> Scale:
+    """The factors of a parameter that no optimizer has a part in: ``forward`` and ``init``, all others 1.
+
+    For initialisation and multipliers: `optx.scaling.abc`'s exponents are for one family of optimizers and
+    refuse to speak for another.
+    """
+    family: Family = getattr(parametrization, "optimizer", "adam")
+    scale = parametrization.scale(width, family, "none")
+    return Scale(forward=scale.forward, init=scale.init)
+
+
 def decay_factor(width: Width, lr: Powers, decay: Decay) -> float:
     """The factor of the weight decay, where the decay of a step is lr * weight_decay * w.
 

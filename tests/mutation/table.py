@@ -126,6 +126,7 @@ TABLE = {
     "optx/scaling/_coordinate_probe.py": "coordinate_check",
     "optx/scaling/_coordinate_result.py": "coordinate_check",
     "optx/scaling/_coordinate_runs.py": "coordinate_check",
+    "optx/scaling/_feature_change.py": "feature_change",
     "optx/scaling/_fans.py": "shapes",
     "optx/scaling/_fit_step_law.py": "fit_step_law",
     "optx/scaling/_gain_fit.py": "gain_monitor",
