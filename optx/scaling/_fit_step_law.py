@@ -1,4 +1,4 @@
-"""A step law of one's own runs, by the procedure of arXiv 2503.04715 (`fit_tool.py` of its repository)."""
+"""A step law of one's own runs, by the procedure of arXiv 2503.04715 and of the code beside it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def fit_step_law(
 
     Evidence: ``test_fit_step_law.py``, planted laws; no recipe.
 
-    Source: "Predictable Scale: Part I", Step Law, arXiv 2503.04715, section 3, and its `fit_tool.py`.
+    Source: "Predictable Scale: Part I", Step Law, arXiv 2503.04715, section 3, and the code beside it.
 
     Raises:
         OptxError: a column is missing or not all above 0, a group has no finite loss, or the kept runs don't

@@ -35,7 +35,7 @@ class StepLaw:
         batch_covariance: of the two.
         params: smallest and largest N (parameters without embeddings and head) among those runs.
         tokens: smallest and largest D among them.
-        rows: numbers of the runs that were kept, where `fit_step_law` made it.
+        rows: numbers of the runs that were kept, where `optx.scaling.fit_step_law` made it.
         means: what ``lr`` and ``batch`` are over the resamples, where they themselves are rounded.
     """
 
@@ -194,7 +194,7 @@ def step_law(
     Limits: One warning outside the runs that it was fitted to (N from 2.1e8 to 2.2e9, D from 2e9 to 1e11) and
         above 1000 tokens a parameter. The interval holds scatter of the kept runs alone, not the choice of
         grid or the law's form: by the same fit, the 1,911 dense runs that were released have exponents
-        -0.766 and 0.197, 0.613 for the batch; within the range that is 11 % less learning rate for 1e9
+        -0.767 and 0.196, 0.613 for the batch; within the range that is 11 % less learning rate for 1e9
         parameters and 1e11 tokens, for 7e9 and 1.4e12 it is 40 % less.
 
     Keywords: learning rate, batch size, hyperparameters, pretraining, scaling law, Chinchilla, MoE.
