@@ -20,7 +20,7 @@ _IN_A_STACK = re.compile(r"(^|\.)\d+(\.|$)")
 
 
 def non_embedding_params(model: nn.Module, *, head: str | None = None) -> int:
-    """Parameters of a model without those of its embeddings and its output head; N of `optx.scaling.step_law`.
+    """Parameters of a model besides embeddings and output head: the N of `optx.scaling.step_law`.
 
     Left out are all embedding modules (of tokens, positions, segments), parameters named as position
     embeddings, and the head: what ``get_output_embeddings()`` of a transformers' model returns, else a linear
