@@ -10,6 +10,7 @@
             LoRA (rsLoRA, DoRA)  FLoRA  SVFit  BitFit  IA3  PrefixTuning  MAM  Aside  IAA
             ParallelAdapter  ScaledParallelAdapter  SequentialAdapter  MultiHeadParallelAdapter
             HiddenDelta
+            MuReadout  MuAttention                            factors of width
             STN  HParams  hp  SelfTuning                      hyperparameters tuned in the same run
             trainable_only                                    freeze all but what was attached
             set_adapter                                       which of several act, by name
@@ -109,6 +110,8 @@ from optx.inject.multihead import MultiHeadParallelAdapter as MultiHeadParallelA
 from optx.inject.prefix import PrefixTuning as PrefixTuning
 from optx.inject.stn import STN as STN
 from optx.inject.svfit import SVFit as SVFit
+from optx.scaling.mu_attention import MuAttention as MuAttention
+from optx.scaling.mu_readout import MuReadout as MuReadout
 from optx.signal._with_index import with_index as with_index
 from optx.signal.loss_reweight import LossReweight as LossReweight
 from optx.signal.mesa import MESA as MESA

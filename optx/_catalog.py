@@ -218,7 +218,14 @@ def install_command(extra: str) -> str:
     )
 
 
+# What an object of a class is for, wherever the class lives.
+_KINDS = {"Transform": "wrap", "Injection": "attach", "Composite": "attach"}
+
+
 def _verb(thing: Any) -> str | None:
+    kinds = [kind.__name__ for kind in getattr(thing, "__mro__", ())]
+    if verb := next((_KINDS[kind] for kind in kinds if kind in _KINDS), None):
+        return verb
     module = str(getattr(thing, "__module__", ""))
     return next((verb for package, verb in _VERBS.items() if f"{module}.".startswith(f"{package}.")), None)
 

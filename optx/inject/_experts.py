@@ -11,8 +11,6 @@ its ``target_parameters``.
 from __future__ import annotations
 
 import math
-import threading
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -20,13 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from optx._errors import TargetError
+from optx.inject._call_locks import lock_of
 from optx.inject._lora_options import Options
 from optx.inject._low_rank_sum import LowRankSum, made
 from optx.inject._part import Part, Weights, new_tensor
-
-# One call at a time for each module: what its parameter's name means is changed for the length of a call.
-_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
-_MAKING = threading.Lock()
 
 # Forwards of transformers' experts that index and multiply their weights, and do nothing else with them.
 _PLAIN = (None, "eager", "batched_mm", "grouped_mm")
@@ -85,7 +80,7 @@ class ParameterLoRA(Part):
         """The module's call, in which each of these names means a sum."""
         if torch.compiler.is_compiling():
             return self._summed(call, module, args, kwargs)
-        with _lock_of(module):
+        with lock_of(module):  # what its parameter's name means is changed for the length of a call
             return self._summed(call, module, args, kwargs)
 
     def _summed(
@@ -170,11 +165,3 @@ def _multiplies(module: nn.Module) -> bool:
     """Whether the module is one of transformers' experts, and computes with products that are known here."""
     known = type(module).__module__.startswith("transformers.models.") and hasattr(module, "is_transposed")
     return known and getattr(getattr(module, "config", None), "_experts_implementation", "") in _PLAIN
-
-
-def _lock_of(module: nn.Module) -> threading.RLock:
-    lock = _LOCKS.get(module)
-    if lock is None:
-        with _MAKING:
-            lock = _LOCKS.setdefault(module, threading.RLock())
-    return lock

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
@@ -65,6 +65,10 @@ class Injection(ABC):
     def parts(self, sites: Sequence[Site]) -> list[Part]:
         """The parts for all sites, in their order; for injections whose parts know of each other."""
         return [self.part(site.module, site.path) for site in sites]
+
+    def places(self, model: nn.Module) -> Collection[str] | None:
+        """The paths of the modules that it serves by default, if it knows them; None: those of its role."""
+        return None
 
     def companions(self, model: nn.Module, sites: Sequence[Site]) -> list[tuple[Injection, list[Site]]]:
         """What else the same handle attaches beside its own sites, and where."""

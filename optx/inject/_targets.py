@@ -144,6 +144,9 @@ def _near_paths(pattern: str, paths: Sequence[str]) -> str:
 
 def default_targets(model: nn.Module, injection: Injection) -> Targets:
     """What the injection serves in this model if the user names nothing."""
+    known = injection.places(model)
+    if known is not None:
+        return lambda path, module: path in known
     role = injection.role_in(model)
     if role in _ANY_MODEL:
         return _ANY_MODEL[role]

@@ -55,6 +55,16 @@ class Width:
         fan_out = {"matrix": self.fan_out, "input": grown, "vector": grown}.get(kind, 1.0)
         return replace(self, kind=kind, fan_in=fan_in, fan_out=fan_out)
 
+    @property
+    def is_table(self) -> bool:
+        """Whether rows are looked up in it, so that a head that shares it reads out."""
+        rows = len(self.base_shape) == 2 and self.base_fans == (1, self.base_shape[1])
+        return self.kind == "input" and rows
+
+    def read_out(self) -> Width:
+        """A table of embeddings as the head that shares it uses it."""
+        return replace(self, kind="output", fan_in=self.fan_out, fan_out=1.0)
+
     def turned(self) -> Width:
         """With fan-in and fan-out exchanged: stored as (in, out), and taken for (out, in), or the reverse."""
         kind = {"input": "output", "output": "input"}.get(self.kind, self.kind)
@@ -76,3 +86,9 @@ class HeadWidth:
     width: int
     base_width: int
     base_scale: float | None = None
+
+    @property
+    def scale(self) -> float:
+        """What logits are multiplied with: as in base at its width, and from there as 1 / width."""
+        own = self.base_width**-0.5 if self.base_scale is None else self.base_scale
+        return own * (self.base_width / self.width)

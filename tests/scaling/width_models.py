@@ -29,17 +29,25 @@ def qwen3(width: int, **options: Any) -> Any:
     return transformers.Qwen3Config(**{**_same(llama(width)), "head_dim": width // 2, **options})
 
 
+PLAIN = {"experts_implementation": "eager"}  # the faster ones take no float64
+
+
 def mixtral(width: int, **options: Any) -> Any:
     import transformers
 
-    return transformers.MixtralConfig(**{**_same(llama(width)), "num_local_experts": 4, **options})
+    return transformers.MixtralConfig(**{**_same(llama(width)), "num_local_experts": 4, **PLAIN, **options})
 
 
 def qwen3_moe(width: int, **options: Any) -> Any:
     import transformers
 
-    experts = {"num_experts": 4, "moe_intermediate_size": width, "head_dim": width // 2}
-    return transformers.Qwen3MoeConfig(**{**_same(llama(width)), **experts, **options})
+    experts: dict[str, Any] = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": width,
+        "head_dim": width // 2,
+    }
+    return transformers.Qwen3MoeConfig(**{**_same(llama(width)), **experts, **PLAIN, **options})
 
 
 def _same(config: Any) -> dict[str, Any]:
