@@ -41,12 +41,27 @@ def shapes(model: Source, base: Source | Shapes | str | PathLike[str], delta: So
         delta: a model of yet another width, if the model may have the base's. A dimension is width if base
             and delta differ in it; without delta, if model and base do.
 
+    Paper values:
+        There is nothing to set; the paper's proxy of GPT-3 is 256 wide for a target of 4096.
+
+    Limits: Fan-in and fan-out are known from the module that has a parameter: Linear, Conv1D, convolutions,
+        embeddings, recurrent and attention modules, experts in one tensor; others are read as torch's
+        (out, in), and what has one dimension of width as fan-out, unless ``set`` says otherwise. Keys and
+        values of a fixed number of heads, as in Llama's larger models, have a fan-out that doesn't grow and
+        count as ``"output"``: let their heads grow, or say ``shapes.set(matrix=r".*\\.[kv]_proj\\.weight")``.
+
+    Keywords: muP, muTransfer, base shapes, infinite dimensions, width multiplier, hyperparameter transfer.
+
+    Evidence: ``test_shapes.py``, ``test_shapes_families.py``: nine families of transformers' models, timm's
+        ViT and ResNet, the package mup; no recipe yet.
+
     Returns:
         `Shapes`: a mapping from names to `Width`, to look at, correct and save.
 
     Raises:
         OptxError: the models are not of one family (depth, number of dimensions, what is tied), nothing in
-            them differs, or a dimension differs that delta leaves as it is; names the first.
+            them differs, or a dimension differs that delta leaves as it is or that can't be width (a kernel,
+            the number of experts); names the first.
 
     Example:
         >>> import torch, optx
@@ -55,6 +70,8 @@ def shapes(model: Source, base: Source | Shapes | str | PathLike[str], delta: So
         >>> shapes = optx.scaling.shapes(make(64), base=make(16))
         >>> shapes["0.weight"].kind, shapes["0.weight"].m
         ('input', 4.0)
+
+    Source: Tensor Programs V, arXiv 2203.03466, appendix B.
     """
     if isinstance(base, str | PathLike):
         base = Shapes.load(base)

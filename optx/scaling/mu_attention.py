@@ -163,7 +163,7 @@ class MuAttention(Injection):
     Limits: It is no change of weights, so there is no ``merge()``. An attention module that says neither its
         scale nor how wide its heads are is refused by name.
 
-    Keywords: muP, mup, muTransfer, Maximal Update Parametrization, 1/d attention, softmax scale.
+    Keywords: muP, muTransfer, Maximal Update Parametrization, 1/d attention, softmax scale.
 
     Evidence: ``test_mu_attention.py``: equal to attention written by hand; no recipe yet.
 

@@ -114,7 +114,7 @@ class MuReadout(Injection):
         for inference. A parameter that no known module multiplies its input with (experts in one tensor,
         norms) has no place for a factor and is refused if the parametrization asks for one.
 
-    Keywords: muP, mup, muTransfer, Maximal Update Parametrization, output multiplier, tensor programs.
+    Keywords: muP, muTransfer, Maximal Update Parametrization, output multiplier, tensor programs.
 
     Evidence: ``test_mu_readout.py``: equal to the package's module; no recipe yet.
 

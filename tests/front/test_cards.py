@@ -114,6 +114,10 @@ def adapter(folder: Path) -> Path:
     return folder / "adapter"
 
 
+def widths() -> optx.scaling.Shapes:
+    return optx.scaling.shapes(nn.Linear(8, 4), base=nn.Linear(4, 4))
+
+
 def pretraining_runs() -> list[dict[str, float]]:
     return [
         {"params": n, "tokens": d, "lr": d / n, "batch_tokens": d**0.5, "loss": 3.0}
@@ -127,6 +131,8 @@ NEEDED: dict[str, Callable[[Path], dict[str, Any]]] = {
     "DSPReg": lambda _: {"domains": 3},
     "HFT": lambda _: {"model": nn.Transformer(8, 2, 1, 1, 16, batch_first=True)},
     "MESA": lambda _: {"model": layers()},
+    "MuAttention": lambda _: {"shapes": widths()},
+    "MuReadout": lambda _: {"shapes": widths()},
     "SAF": lambda _: {"num_samples": 10},
     "STN": lambda _: {"hparams": optx.HParams(drop=optx.hp(0.1, (0, 0.9)))},
     "compress": lambda _: {"what": {"a": torch.randn(64)}},
