@@ -64,6 +64,12 @@ class ABC:
     optimizer: Family = "sgd"
     name: str = "abc"
 
+    def __str__(self) -> str:
+        """Its rows of exponents."""
+        rows = (("a", self.a), ("b", self.b), ("c", self.c))
+        texts = (f"{letter} = ({', '.join(map(str, row))})" for letter, row in rows)
+        return f"{self.name}, {self.optimizer}: {', '.join(texts)}"
+
     @property
     def hidden(self) -> int:
         """L: how many hidden layers of neurons there are, one less than weights."""

@@ -101,7 +101,9 @@ def _heads(
     tables = {id(one.weight): one.weight for one in embeddings.values()}
     tied = [one for one in modules.values() if is_linear(one) and id(one.weight) in tables]
     outer = {path: one for path, one in modules.items() if is_linear(one) and not _in_a_block(path, model)}
-    named = [one for path, one in outer.items() if path.rpartition(".")[2] in _HEADS]
+    named = [
+        one for path, one in outer.items() if path.removesuffix(".out_proj").rpartition(".")[2] in _HEADS
+    ]
     return tied or named or _by_size(outer, list(tables.values()))
 
 

@@ -164,6 +164,10 @@ def test_rounding_does_not_decide():
     assert mup.classify().regime == "features"
 
 
+def test_it_is_shown_in_fractions():
+    assert str(ABC.named("mup")) == "mup, sgd: a = (-1/2, 0, 1/2), b = (1/2, 1/2, 1/2), c = (0, 0, 0)"
+
+
 def test_one_rate_or_one_a_layer():
     assert abc([0, 1], [0, 0], -1) == abc([0, 1], [0, 0], [-1, -1])
     assert abc([0, 1], [0, 0], "-1") == abc([0, 1], [0, 0], -1.0)

@@ -196,6 +196,26 @@ def test_pictures_without_positions_and_classifier():
     assert non_embedding_params(vit) == sizes_of(vit) - left_out
 
 
+@pytest.mark.parametrize(
+    ("label", "outer"),
+    [
+        ("OPT", ["model.decoder.embed_tokens", "model.decoder.embed_positions", "lm_head"]),
+        ("T5", ["shared", "encoder.block.0.layer.0.SelfAttention.relative_attention_bias", "lm_head"]),
+        ("RoBERTa", ["roberta.embeddings.word_embeddings", "classifier.out_proj"]),
+        ("DeepSeek-V3", ["model.embed_tokens", "lm_head"]),
+        ("Mamba", ["backbone.embeddings", "lm_head"]),
+    ],
+)
+def test_what_is_left_out_by_family(label, outer):
+    """Of each family the named modules, and no weight that is not an embedding's or the head's."""
+    model = BY_LABEL[label].make()
+    modules = dict(model.named_modules())
+    without = [one for one in modules.values() if isinstance(one, nn.Embedding)] + [modules[outer[-1]]]
+    assert all(modules[path] in without for path in outer)
+    left_out = {id(p): p.numel() for one in without for p in one.parameters()}
+    assert non_embedding_params(model) == sizes_of(model) - sum(left_out.values())
+
+
 def test_all_experts_count():
     model = BY_LABEL["Mixtral"].make()
     left_out = sizes_of(model.model.embed_tokens) + sizes_of(model.lm_head)
