@@ -16,7 +16,7 @@ from optx.inject._injection import Injection
 from optx.inject._module_paths import bare_path, paths_of
 from optx.inject._part import Arguments, Part, Weights, attached, hidden_of
 from optx.inject._weights import is_conv, is_linear
-from optx.scaling._rules_of_width import Parametrization, parametrization_of
+from optx.scaling._rules_of_width import Parametrization, at_first, parametrization_of
 from optx.scaling._shapes import Shapes
 from optx.scaling._width import Width
 
@@ -104,8 +104,8 @@ class MuReadout(Injection):
     Args:
         shapes: of this model, from `optx.scaling.shapes`.
         output_mult: a factor of every readout that is served, to be tuned at the base's width.
-        parametrization: ``"mup"``, ``"mup-table3"``, ``"mup-table9"``, ``"standard"`` or an object of
-            `optx.scaling.abc`; the same as for the optimizer and the initialisation.
+        parametrization: ``"mup"``, ``"mup-table3"``, ``"mup-table9"``, ``"standard"``, ``"ntk"``,
+            ``"mean_field"`` or what `optx.scaling.abc` returns; the same as for optimizer and initialisation.
 
     Paper values:
         ``output_mult=1.0``: the package's (the default). The paper tunes it on the proxy.
@@ -202,7 +202,7 @@ class MuReadout(Injection):
         return self.output_mult * self._forward(width) / self.shapes.readouts.get(path, 1.0)
 
     def _forward(self, width: Width) -> float:
-        return parametrization_of("MuReadout", self.parametrization).scale(width, "adam", "none").forward
+        return at_first(parametrization_of("MuReadout", self.parametrization), width).forward
 
     def _check_place(self, module: nn.Module, path: str, leaf: str) -> None:
         """Raise unless a factor of this parameter is one of the module's input or output."""
