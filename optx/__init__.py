@@ -1,7 +1,7 @@
 """optx: training-time methods for PyTorch, one line each.
 
     wrap    optx.wrap(optimizer, optx.PerpGrad(), ...)        what a step does to weights
-            AdamR  DSPReg  HFT  PerpGrad
+            AdamR  DSPReg  HFT  MuAdamW  PerpGrad
             save_optimizer  load_optimizer                    checkpoints by the parameters' names
             Transform  rule  Moments  Slot  like_weight  per_tensor  ops       to write your own
             Wrapped  Plan                                     what wrap returns, and what it tells
@@ -110,6 +110,7 @@ from optx.inject.multihead import MultiHeadParallelAdapter as MultiHeadParallelA
 from optx.inject.prefix import PrefixTuning as PrefixTuning
 from optx.inject.stn import STN as STN
 from optx.inject.svfit import SVFit as SVFit
+from optx.scaling.mu_adamw import MuAdamW as MuAdamW
 from optx.scaling.mu_attention import MuAttention as MuAttention
 from optx.scaling.mu_readout import MuReadout as MuReadout
 from optx.signal._with_index import with_index as with_index

@@ -20,6 +20,9 @@ from optx.scaling._infinite_width import infinite_width_linear as infinite_width
 from optx.scaling._infinite_width import relu_kernel as relu_kernel
 from optx.scaling._infinite_width import relu_network_kernel as relu_network_kernel
 from optx.scaling._infinite_width import step_kernel as step_kernel
+from optx.scaling._init import init_ as init_
+from optx.scaling._mup import group_lrs as group_lrs
+from optx.scaling._mup import mup as mup
 from optx.scaling._non_embedding import non_embedding_params as non_embedding_params
 from optx.scaling._rules_of_width import Parametrization as Parametrization
 from optx.scaling._rules_of_width import Scale as Scale
@@ -56,7 +59,10 @@ __all__ = [
     "feature_change",
     "fit_gains",
     "fit_step_law",
+    "group_lrs",
     "infinite_width_linear",
+    "init_",
+    "mup",
     "non_embedding_params",
     "relu_kernel",
     "relu_network_kernel",

@@ -1,12 +1,10 @@
 """What width does to each parameter: its multiplier, first size, learning rate, weight decay and eps.
 
 Source: "Tensor Programs V", arXiv 2203.03466, tables 3, 8 and 9 (muP); "Robust Layerwise Scaling Rules by
-Proper
-Weight Decay Tuning", arXiv 2510.15262 (decay proportional to the square root of width).
+Proper Weight Decay Tuning", arXiv 2510.15262 (decay proportional to the square root of width).
 
-Everything is relative to the base width: at ratio 1 every factor is exactly 1 (but that no vector decays
-under
-``"sqrt"``).
+Everything is relative to the base width: at ratio 1 every factor is exactly 1 (but vectors do not decay under
+``"sqrt"``, at any width).
 """
 
 from __future__ import annotations
@@ -123,8 +121,7 @@ def decay_factor(width: Width, lr: Powers, decay: Decay) -> float:
         lr: the powers of width in its learning rate.
         decay: ``"linear"`` keeps lr * weight_decay as it is at the base width (the ``mup`` package's rule),
             ``"none"`` the weight decay itself. ``"sqrt"`` has lr * weight_decay fall with the square root of
-            fan-in, and a number with its power 1 - number, for matrices; nothing else decays (arXiv
-            2510.15262).
+            fan-in, a number with its power 1 - number, in matrices; all else does not decay (2510.15262).
     """
     check_decay("decay_factor", decay)
     if decay == "none":

@@ -17,6 +17,9 @@ from torch import Tensor
 from optx._names import placed_like
 
 PREFIX = "optx."
+OF_WIDTH = (
+    "optx.mu."  # keys of groups that tell what is in their numbers: they stay as long as the numbers do
+)
 PENDING = "optx_pending"  # top-level entry of a state_dict: slots of parameters that have not stepped yet
 
 

@@ -19,7 +19,7 @@ from optx.step.checks import check_wrap
 from optx.step.known_groups import Known, gone, known_of, replaced
 from optx.step.plan import Plan
 from optx.step.slots import first_value, make_slots
-from optx.step.state import SlotStore, is_ours
+from optx.step.state import OF_WIDTH, SlotStore, is_ours
 from optx.step.stepper import Stepper
 from optx.step.transform import Fused, Group, Rounding, Transform
 
@@ -81,6 +81,7 @@ class Wrapped(Optimizer):
                         transform.set_owner(self)
                         transform.bind(self)
                         bound.append(transform)
+                    self._fill_groups()  # one may have split the groups
                     make_slots(self, self._programs())
                     # torch's distributed checkpoint asks a base that has state (a new Adagrad) for its keys.
                     self.slot_store.settle([p for p in self.slot_store.pending if self.base.state.get(p)])
@@ -329,6 +330,7 @@ class Wrapped(Optimizer):
     def _groups_changed(self) -> None:
         for transform in self.transforms:
             transform.groups_changed(self)
+        self._fill_groups()  # one may have split the groups
 
     # ---- checkpoints --------------------------------------------------------------------------------
 
@@ -403,7 +405,7 @@ class Wrapped(Optimizer):
                 del state[key]
         named = {key for t in self.transforms for key in t.group_keys()}
         for group in self.base.param_groups:
-            for key in [k for k in group if k in named or is_ours(k)]:
+            for key in [k for k in group if k in named or (is_ours(k) and not k.startswith(OF_WIDTH))]:
                 del group[key]
         return self.base
 
