@@ -81,7 +81,7 @@ def shapes(model: Source, base: Source | Shapes | str | PathLike[str], delta: So
             raise OptxError(
                 "shapes: base= has shapes made before, which say what is width; leave delta= out."
             )
-        return _from_saved(build(model, "model", []), base)
+        return _from_saved(build(model, "model", []), base).made_of(model)
     built = {
         name: build(one, name, [other for other in given.values() if other is not one])
         for name, one in given.items()
@@ -92,7 +92,7 @@ def shapes(model: Source, base: Source | Shapes | str | PathLike[str], delta: So
         _check_one_family(there["base"], there[called], called)
     widths = _widths(there)
     heads = head_widths(built["model"], built["base"])
-    return Shapes(widths, heads, readout_factors(built["model"], widths))
+    return Shapes(widths, heads, readout_factors(built["model"], widths)).made_of(model)
 
 
 def _check_one_family(base: Mapping[str, Found], other: Mapping[str, Found], called: str) -> None:

@@ -147,10 +147,20 @@ def _draw(
     ways = _ways(model, one, p, width)
     if fresh is not None:
         return _Draw(fresh, ways[fresh][1] if fresh in ways and not _is_table(one) else 1.0)
-    for how, (expected, grown) in ways.items():
-        alike = abs(rms / expected - 1.0) <= 0.01 + 6.0 * math.sqrt(0.5 / size)
-        if alike and largest <= _BOUNDS.get(how, math.inf) * expected * 1.001:
-            return _Draw(how, grown)
+    alike = {
+        how: grown
+        for how, (expected, grown) in ways.items()
+        if abs(rms / expected - 1.0) <= 0.01 + 6.0 * math.sqrt(0.5 / size)
+        and (how not in _UNIFORM or _is_up_to(largest, math.sqrt(3.0) * expected, p))
+    }
+    if len(set(alike.values())) == 1:
+        return _Draw(*alike.popitem())
+    if alike:
+        raise OptxError(
+            f"init_: {name!r} is too small to tell how it was drawn ({' or '.join(alike)}), which decides "
+            "how it is "
+            "rescaled. Say it: fresh='fan_in' (smaller in a wider model) or 'fixed'."
+        )
     raise OptxError(
         f"init_: {name!r} has values of size {rms:.3g} (rms), which is no first draw that is known here "
         "(torch's "
@@ -160,7 +170,13 @@ def _draw(
     )
 
 
-_BOUNDS = {"fan_in": math.sqrt(3.0), "xavier": math.sqrt(3.0)}  # both are uniform
+_UNIFORM = ("fan_in", "xavier")
+
+
+def _is_up_to(largest: float, bound: float, p: Tensor) -> bool:
+    """Whether this can be the largest of uniform draws up to a bound: less is as rare as exp(-20)."""
+    rounding = torch.finfo(p.dtype).eps
+    return 1.0 - 20.0 / p.numel() - rounding <= largest / bound <= 1.0 + rounding
 
 
 def _ways(model: nn.Module, one: Found, p: Tensor, width: Width) -> dict[str, tuple[float, float]]:
@@ -252,7 +268,7 @@ def _zeros(found: dict[str, Found], shapes: Shapes, output: bool, query: bool) -
             )
         if not named:
             raise OptxError(
-                "init_: zero_query=True, and no parameter is known as a query (q_proj, query, q)."
+                "init_: zero_query=True, and no parameter is named as queries are (q_proj, query)."
             )
         zeros.update(named)
     return zeros

@@ -227,7 +227,7 @@ class Multipliers:
 
     def _names(self, base: Optimizer) -> dict[int, str]:
         """Of all parameters, by id."""
-        model: Any = self.model or getattr(self.rules.shapes, "model", None)
+        model = self.model or self.rules.shapes.model
         if model is None and not has_names(base):
             raise OptxError(
                 f"{self.rules.owner}: this optimizer's parameters have no names to be found by in the "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,20 @@ class Shapes(Mapping[str, Width]):
         self._first = {other: width.name for width in self._widths.values() for other in width.tied}
         self._heads = dict(heads or {})
         self._readouts = dict(readouts or {})
+        self._model: weakref.ref[nn.Module] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_model": None}  # a copy's model is another
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The module that these were made of, while there is one; not kept alive, nor in a file."""
+        return self._model and self._model()
+
+    def made_of(self, model: object) -> Shapes:
+        """Remember what they were made of, if that is a module; returns itself."""
+        self._model = weakref.ref(model) if isinstance(model, nn.Module) else None
+        return self
 
     def __getitem__(self, name: str) -> Width:
         return self._widths[self._first.get(name, name)]
@@ -113,7 +128,7 @@ class Shapes(Mapping[str, Width]):
                         f"Shapes.set: {name!r} is both {given[name]}= and {kind}=; it can be of one kind."
                     )
                 new[name] = new[name].of_kind(kind)
-        return Shapes(new.values(), self._heads, self._readouts)
+        return Shapes(new.values(), self._heads, self._readouts).made_of(self.model)
 
     def _matching(self, patterns: Patterns, argument: str) -> Iterator[str]:
         listed = [patterns] if isinstance(patterns, str) else list(patterns or ())

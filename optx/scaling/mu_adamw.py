@@ -55,7 +55,7 @@ class MuAdamW(Transform):
     Keywords: muP, maximal update parametrization, muTransfer, width, weight decay scaling, hyperparameter
     transfer, AdamW, layerwise learning rate.
 
-    Evidence: ``test_mu_adamw.py``, ``test_mup_groups.py``.
+    Evidence: ``test_mu_adamw.py``, ``test_mup_schedules.py``, ``test_mup_trainer.py``; no recipe.
 
     Raises:
         OptxError: as `optx.scaling.mup`.

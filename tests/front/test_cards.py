@@ -126,10 +126,18 @@ def pretraining_runs() -> list[dict[str, float]]:
     ]
 
 
+def wider() -> dict[str, Any]:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8))
+    base = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 2))
+    opt = torch.optim.AdamW(model.named_parameters())
+    return {"target": opt, "shapes": optx.scaling.shapes(model, base=base)}
+
+
 # What a method needs besides the paper's values.
 NEEDED: dict[str, Callable[[Path], dict[str, Any]]] = {
     "DSPReg": lambda _: {"domains": 3},
     "HFT": lambda _: {"model": nn.Transformer(8, 2, 1, 1, 16, batch_first=True)},
+    "MuAdamW": lambda _: {"shapes": wider()["shapes"]},
     "MESA": lambda _: {"model": layers()},
     "MuAttention": lambda _: {"shapes": widths()},
     "MuReadout": lambda _: {"shapes": widths()},
@@ -143,6 +151,7 @@ NEEDED: dict[str, Callable[[Path], dict[str, Any]]] = {
         "optimizer": "sgd",
     },
     "scaling.fit_step_law": lambda _: {"runs": pretraining_runs()},
+    "scaling.mup": lambda _: wider(),
     "scaling.step_law": lambda _: {"params": 1e9, "tokens": 1e11},
     "patch": lambda _: {"model": layers(), "signatures": [dict(layers().state_dict())]},
     "rws.extract": lambda _: {"pretrained": layers(), "standard": layers(), "robust": layers()},

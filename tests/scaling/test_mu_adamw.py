@@ -1,4 +1,4 @@
-"""`optx.MuAdamW` within `optx.wrap`: beside other transforms, fused, taken off; and table against table."""
+"""`optx.MuAdamW` within `optx.wrap`: with other transforms, fused, taken off; table against table."""
 
 from __future__ import annotations
 
@@ -241,8 +241,8 @@ def test_in_the_steady_state_entries_have_the_size_of_the_paper() -> None:
     for ratio in (1, 4):
         shapes = optx.scaling.shapes(MLP(8 * ratio), base=MLP(8), delta=MLP(16))
         w = nn.Parameter(torch.zeros(16 * ratio, 8 * ratio))
-        opt = torch.optim.AdamW([("hidden.weight", w)], lr=4e-3, weight_decay=2.5, eps=0.0)
-        opt = optx.wrap(opt, optx.MuAdamW(shapes))
+        opt = torch.optim.AdamW([("hidden.weight", w)], lr=1e-3, weight_decay=4.0, eps=0.0)
+        opt = optx.scaling.mup(opt, shapes)
         (group,) = opt.param_groups
         rng, sizes = torch.Generator().manual_seed(0), []
         steps = int(3 / (group["lr"] * group["weight_decay"]))
