@@ -14,7 +14,7 @@ from optx._errors import OptxError, check_choice
 from optx._names import whole
 from optx.scaling._mup import make_rules
 from optx.scaling._parameters import Found, parameters_of
-from optx.scaling._rules_of_width import Parametrization
+from optx.scaling._rules_of_width import Parametrization, at_first
 from optx.scaling._shapes import Shapes
 from optx.scaling._width import Width
 
@@ -92,7 +92,7 @@ def init_(
         width, p = shapes[name], one.owner._parameters[one.leaf]
         assert p is not None
         draw = _draw(model, name, one, p, found, shapes, fresh)
-        scale = rules.parametrization.scale(width, "adam", "none")
+        scale = at_first(rules.parametrization, width)
         factors[name] = 1.0 if draw.how == "constant" else scale.init * draw.grown
     zeros = _zeros(found, shapes, zero_output, zero_query)
     with torch.no_grad():

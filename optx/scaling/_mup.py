@@ -64,7 +64,8 @@ def mup(
         optimizer: how the optimizer steps, where its class is not known: ``"adamw"``, ``"adam"``, ``"lion"``,
             ``"sgd"``; for groups to be made, always (or its class).
         parametrization: ``"mup"`` (table 8, as the peer package has it), ``"mup-table3"``, ``"mup-table9"``,
-            ``"standard"`` (nothing is multiplied), or what ``optx.scaling.abc`` returns.
+            ``"standard"`` (nothing is multiplied), ``"ntk"``, ``"mean_field"``, or what ``optx.scaling.abc``
+            returns, made for this family of optimizers.
         decay: ``"sqrt"``: matrices decay by the square root of their fan-in's ratio, all else not at all;
             ``"linear"``: lr * weight_decay stays (the peer's); ``"none"``: weight_decay stays.
         decay_exponent: another exponent than the square root's 0.5.

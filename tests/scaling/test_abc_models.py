@@ -1,4 +1,4 @@
-"""abc-parametrisations on models as torch makes them."""
+"""abc-parametrisations on models as torch makes them, through init_, mup and MuReadout."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from abc_networks import batch
 from torch import nn
 
 import optx
-from optx.scaling import ABC, abc, shapes
+from optx._errors import OptxError
+from optx.scaling import ABC, abc, feature_change, init_, mup, shapes
 
 BASE = 16
 
@@ -20,6 +21,13 @@ def make(width, bias=True):
 
 def widths_of(model):
     return shapes(model, base=make(BASE), delta=make(2 * BASE))
+
+
+def optimizer_of(model, widths, family, parametrization, lr):
+    kind = torch.optim.SGD if family == "sgd" else torch.optim.Adam
+    options = {} if family == "sgd" else {"eps": 1e-30}
+    base = kind(model.named_parameters(), lr=lr, **options)
+    return mup(base, widths, parametrization=parametrization, decay="none", eps="keep")
 
 
 @pytest.mark.parametrize("family", ["sgd", "adam"])
@@ -41,3 +49,91 @@ def test_multipliers_need_no_optimizer(form, family):
     if form != "own":
         with optx.attach(model, optx.MuReadout(widths_of(model), parametrization=form)):
             assert torch.allclose(model(x), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["sgd", "adam"])
+@pytest.mark.parametrize(
+    "exponents",
+    [
+        ABC.named("ntk"),
+        ABC.named("mup"),
+        ABC.named("mean_field"),
+        abc([0.25, "1/3", 0.5], [0, 0.1, 0.2], [0, 0.5, 1]),
+    ],
+    ids=lambda one: one.name,
+)
+def test_a_model_is_trained_as_its_exponents_are_written(family, exponents):
+    """Weights times (width / base)^-a, at a rate times (width / base)^-c; biases as of their page."""
+    if exponents.name == "abc":
+        one = abc(exponents.a, exponents.b, exponents.c, optimizer=family)
+    else:
+        one = ABC.named(exponents.name, optimizer=family)
+    torch.manual_seed(0)
+    x, y = batch()
+    model = make(4 * BASE).double()
+    x, y, m = x.double(), y.double(), 4.0
+    widths = widths_of(model)
+    written = [p.detach().clone().requires_grad_() for p in model.parameters()]
+    handle = optx.attach(model, optx.MuReadout(widths, parametrization=one))
+    optimizer = optimizer_of(model, widths, family, one, 0.01)
+
+    def forward(x):
+        for layer in range(3):
+            w, b = written[2 * layer], written[2 * layer + 1]
+            x = (torch.tanh(x) if layer else x) @ (w * m ** -float(one.a[layer])).T + b
+        return x
+
+    shift = 2 if family == "sgd" else 1
+    of_bias = m ** -float(one.c[0] + shift * one.a[0])
+    rates = [
+        rate for layer in range(3) for rate in (m ** -float(one.c[layer]), of_bias if layer < 2 else 1.0)
+    ]
+    kind = torch.optim.SGD if family == "sgd" else torch.optim.Adam
+    other = kind([{"params": [p], "lr": 0.01 * r} for p, r in zip(written, rates, strict=True)])
+    for group in other.param_groups:
+        if family == "adam":
+            group["eps"] = 1e-30
+    for _ in range(4):
+        for f, o in ((model, optimizer), (forward, other)):
+            o.zero_grad()
+            (f(x) - y).square().mean().backward()
+            o.step()
+        assert torch.allclose(model(x), forward(x), rtol=1e-9, atol=1e-11)
+    handle.remove()
+
+
+@pytest.mark.parametrize("name", ["ntk", "mean_field", "mup"])
+def test_first_weights_shrink_by_their_exponent(name):
+    torch.manual_seed(0)
+    one, model = ABC.named(name), make(16 * BASE)
+    init_(model, widths_of(model), parametrization=one)
+    base = make(BASE)
+    for layer, number in enumerate((0, 2, 4)):
+        fresh = float(base[number].in_features ** -0.5 / 3**0.5)
+        assert float(model[number].weight.detach().std()) == pytest.approx(
+            fresh * 16 ** -float(one.b[layer]), rel=0.1
+        )
+
+
+@pytest.mark.parametrize("family", ["sgd", "adam"])
+@pytest.mark.parametrize(("name", "slope"), [("ntk", -0.5), ("mup", 0.0), ("mean_field", 0.0)])
+def test_features_of_plain_models_follow_the_name(name, slope, family):
+    def fitted(width):
+        model = make(width)
+        widths = widths_of(model)
+        init_(model, widths, parametrization=name)
+        optx.attach(model, optx.MuReadout(widths, parametrization=name))
+        return model, optimizer_of(model, widths, family, name, 0.3 if family == "sgd" else 0.05)
+
+    found = feature_change(fitted, [64, 256, 1024], batch(), steps=2)
+    assert list(found.slopes.values()) == pytest.approx([slope, slope], abs=0.12)
+
+
+def test_the_other_familys_exponents_are_refused_by_mup_alone():
+    model = make(4 * BASE)
+    widths = widths_of(model)
+    one = ABC.named("ntk", optimizer="sgd")
+    init_(model, widths, parametrization=one)
+    optx.attach(model, optx.MuReadout(widths, parametrization=one))
+    with pytest.raises(OptxError, match="these exponents are for sgd"):
+        optimizer_of(model, widths, "adam", one, 0.1)
