@@ -207,6 +207,6 @@ def relu_network_kernel(
         )
     inner = x @ other.T
     norms = x.norm(dim=1)[:, None] * other.norm(dim=1)
-    correlation = torch.where(norms > 0, inner / norms.clamp_min(torch.finfo(x.dtype).tiny), 0.0).clamp(-1, 1)
+    correlation = (inner / norms.clamp_min(torch.finfo(x.dtype).tiny)).clamp(-1, 1)
     gp = sigma**2 * norms * relu_kernel(correlation)
     return gp if kind == "gp" else gp + sigma**2 * inner * step_kernel(correlation)

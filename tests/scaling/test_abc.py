@@ -85,6 +85,15 @@ def test_a_small_readout_alone_is_no_kernel():
     assert found.regime == "features"
 
 
+def test_features_alone_may_move_the_output_or_blow_it_up():
+    """The first layer of the NTK point, with a readout too slow to count; and at a rate of its own."""
+    slow_readout = abc([0, 0.5], [0, 0], [0, 0.5]).classify()
+    assert (slow_readout.regime, slow_readout.r) == ("kernel", HALF)
+    fast_features = abc([0, 0.5], [0, 0], [-0.25, 0]).classify()
+    assert fast_features.r == Fraction(1, 4)
+    assert fast_features.reasons == ("the features' change changes the output by width^1/4",)
+
+
 @depths
 def test_conditions_one_by_one(hidden):
     mup = ABC.named("mup", hidden)

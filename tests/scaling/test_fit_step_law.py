@@ -58,6 +58,14 @@ def test_a_law_without_noise_is_found(lr, batch):
     assert np.allclose(found.lr_covariance, 0, atol=1e-12)
 
 
+def test_resamples_that_cannot_be_fitted_are_drawn_again():
+    """Of four runs, most resamples have one size or one number of tokens, or both on a line."""
+    runs = [run(n, d, *optimum(n, d)) for n in SIZES[:2] for d in AMOUNTS[:2]]
+    found = fit_step_law(runs, resamples=300)
+    assert found.lr == pytest.approx(LR, abs=1e-6)
+    assert found.batch == pytest.approx(BATCH, abs=1e-6)
+
+
 def test_the_published_constants_come_back_and_say_the_same():
     found = fit_step_law(optima())
     assert found.lr == pytest.approx(LR, abs=1e-6)
