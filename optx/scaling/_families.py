@@ -85,15 +85,14 @@ def kind_of(owner: str, optimizer: Optimizer | type[Optimizer], asked: str | Non
         if parent.__name__ in _OTHERS:
             raise OptxError(
                 f"{owner}: {kind.__name__} {_OTHERS[parent.__name__]}, and muP's rules for Adam and SGD are "
-                "wrong for it. Take AdamW, or say what it behaves like: optimizer='adamw', 'adam', 'lion' or "
-                "'sgd'."
+                "wrong for it. Take AdamW, or say what it behaves like: optimizer='adamw', 'adam', 'lion' "
+                "or 'sgd'."
             )
         if parent.__name__ in _KNOWN:
             return _KNOWN[parent.__name__]
     raise OptxError(
         f"{owner}: {kind.__name__} is not known. Say how it steps: optimizer='adamw' (updates as large as "
-        "lr, "
-        "decay by lr * weight_decay * w), 'adam' (weight_decay * w goes into the gradient), 'lion' (as "
+        "lr, decay by lr * weight_decay * w), 'adam' (weight_decay * w goes into the gradient), 'lion' (as "
         "'adamw', without eps) or 'sgd' (updates as large as lr * gradient)."
     )
 

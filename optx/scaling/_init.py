@@ -89,15 +89,14 @@ def init_(
     found = parameters_of(model, "init_")
     factors: dict[str, float] = {}
     for name, one in found.items():
-        width, p = shapes[name], one.owner._parameters[one.leaf]
-        assert p is not None
+        width, p = shapes[name], getattr(one.owner, one.leaf)
         draw = _draw(model, name, one, p, found, shapes, fresh)
         scale = at_first(rules.parametrization, width)
         factors[name] = 1.0 if draw.how == "constant" else scale.init * draw.grown
     zeros = _zeros(found, shapes, zero_output, zero_query)
     with torch.no_grad():
         for name, one in found.items():
-            p: Any = one.owner._parameters[one.leaf]
+            p = getattr(one.owner, one.leaf)
             if factors[name] != 1.0:
                 p.mul_(factors[name])
             for rows in zeros.get(name, ()):
@@ -109,15 +108,14 @@ def init_(
 def _check_new(model: nn.Module, fresh: str | None, again: bool) -> None:
     if vars(model).get(_DONE) and not again:
         raise OptxError(
-            "init_: this model's weights were rescaled before, and once more would rescale them twice. Pass "
-            "again=True if they have been drawn anew since."
+            "init_: this model's weights were rescaled before, and once more would rescale them twice. "
+            "Pass again=True if they have been drawn anew since."
         )
     source = getattr(getattr(model, "config", None), "_name_or_path", "")
     if source and fresh is None:
         raise OptxError(
             f"init_: this model's weights come from {source!r}, and rescaling would spoil what they have "
-            "learnt. "
-            "Make it from its config, or pass fresh= if they are first ones all the same."
+            "learnt. Make it from its config, or pass fresh= if they are first ones all the same."
         )
     meta = next((name for name, p in model.named_parameters() if p.is_meta), None)
     if meta is not None:
@@ -158,15 +156,12 @@ def _draw(
     if alike:
         raise OptxError(
             f"init_: {name!r} is too small to tell how it was drawn ({' or '.join(alike)}), which decides "
-            "how it is "
-            "rescaled. Say it: fresh='fan_in' (smaller in a wider model) or 'fixed'."
+            "how it is rescaled. Say it: fresh='fan_in' (smaller in a wider model) or 'fixed'."
         )
     raise OptxError(
         f"init_: {name!r} has values of size {rms:.3g} (rms), which is no first draw that is known here "
-        "(torch's "
-        f"would be {ways['fan_in'][0]:.3g}). If they are fresh, say how they were drawn: fresh='fan_in' "
-        "(smaller in a "
-        "wider model) or 'fixed'; trained weights are not rescaled."
+        f"(torch's would be {ways['fan_in'][0]:.3g}). If they are fresh, say how they were drawn: "
+        "fresh='fan_in' (smaller in a wider model) or 'fixed'; trained weights are not rescaled."
     )
 
 
@@ -215,8 +210,8 @@ def _of_its_weight(
 ) -> _Draw:
     """torch draws a bias by its weight's fan-in."""
     beside = f"{name.rpartition('.')[0]}.weight".removeprefix(".")
-    weight = one.owner._parameters.get("weight")
-    if beside in found and weight is not None and weight.ndim >= 2 and one.leaf == "bias":
+    weight = getattr(one.owner, "weight", None)
+    if beside in found and isinstance(weight, Tensor) and weight.ndim >= 2 and one.leaf == "bias":
         grown = shapes[beside].fan_in ** 0.5
         fan_in, _ = nn.init._calculate_fan_in_and_fan_out(weight)  # pyright: ignore[reportPrivateUsage]
         if fresh == "fan_in" or (fresh is None and largest <= 1.001 / math.sqrt(fan_in)):
@@ -224,9 +219,9 @@ def _of_its_weight(
     if fresh is not None:
         return _Draw("fixed", 1.0)
     raise OptxError(
-        f"init_: {name!r} has values up to {largest:.3g}, which is no first draw that is known here. If they "
-        "are "
-        "fresh, say how they were drawn: fresh='fan_in' or 'fixed'; trained weights are not rescaled."
+        f"init_: {name!r} has values up to {largest:.3g}, which is no first draw that is known here. If "
+        "they are fresh, say how they were drawn: fresh='fan_in' or 'fixed'; trained weights are not "
+        "rescaled."
     )
 
 
@@ -253,8 +248,7 @@ def _zeros(found: dict[str, Found], shapes: Shapes, output: bool, query: bool) -
         if not heads:
             raise OptxError(
                 "init_: zero_output=True, and no parameter is an output; a head that is tied to the "
-                "embedding "
-                "can't begin at zero."
+                "embedding can't begin at zero."
             )
         zeros.update({name: [slice(None)] for name in heads})
     if query:
@@ -263,8 +257,7 @@ def _zeros(found: dict[str, Found], shapes: Shapes, output: bool, query: bool) -
         if fused:
             raise OptxError(
                 f"init_: zero_query=True, and {fused[0]!r} holds queries, keys and values in one. Zero its "
-                "queries "
-                "by hand."
+                "queries by hand."
             )
         if not named:
             raise OptxError(

@@ -7,7 +7,7 @@ into checkpoints too, and nothing is multiplied twice.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from optx._errors import OptxError, near
 from optx._names import has_names, parameter_names, plain_name
 from optx.scaling._families import Kind, coupling_of, kind_of
+from optx.scaling._readouts import look_for_readouts
 from optx.scaling._rules_of_width import Decay, Parametrization
 from optx.scaling._shapes import Shapes
 from optx.scaling._width import Width
@@ -62,16 +63,14 @@ class Rules:
         if name not in self.shapes:
             raise OptxError(
                 f"{self.owner}: the shapes have no parameter {name!r}. {near(name, self.shapes)} Make them "
-                "of "
-                "the model that is trained; what has no width (an adapter) goes into a param group with "
+                "of the model that is trained; what has no width (an adapter) goes into a param group with "
                 "mu=False."
             )
         width = self.shapes[name]
         if tuple(p.shape) != width.shape:
             raise OptxError(
                 f"{self.owner}: these shapes are another model's: {name!r} is {tuple(p.shape)}, and they "
-                "have it "
-                f"as {width.shape}. Make them for this one (optx.scaling.shapes)."
+                f"have it as {width.shape}. Make them for this one (optx.scaling.shapes)."
             )
         return width
 
@@ -85,19 +84,17 @@ class Rules:
         return scale.lr, decay, scale.eps if self.eps == "scale" and as_number(group.get("eps")) else 1.0
 
     def _has_no_rule(self, kind: Kind, in_gradient: bool) -> bool:
-        by_table = self.decay in ("linear", "none") or self.parametrization.name == "standard"
-        return not by_table and (in_gradient or kind.family == "sgd")
+        decays = getattr(self.parametrization, "decays", True)
+        return decays and self.decay not in ("linear", "none") and (in_gradient or kind.family == "sgd")
 
     def check_decay(self, kind: Kind, group: Mapping[str, Any], what: str) -> None:
         """Raise where weight decay is asked for that the rule is not made for."""
         decays = as_number(group.get("weight_decay", 0.0))
         if decays and self._has_no_rule(kind, coupling_of(kind, dict(group)) == "gradient"):
             raise OptxError(
-                f"{self.owner}: decay={self.decay!r} is a rule for decay that is apart from the gradient and "
-                "times "
-                f"lr (AdamW's), and {what} adds weight_decay={decays} * w to the gradient. Pass "
-                "decay='linear' "
-                "(as the mup package has it) or 'none', or take AdamW."
+                f"{self.owner}: decay={self.decay!r} is a rule for decay that is apart from the gradient "
+                f"and times lr (AdamW's), and {what} adds weight_decay={decays} * w to the gradient. Pass "
+                "decay='linear' (as the mup package has it) or 'none', or take AdamW."
             )
 
 
@@ -153,6 +150,7 @@ class Multipliers:
     def __init__(self, rules: Rules, model: nn.Module | None = None) -> None:
         self.rules = rules
         self.model = model
+        self._looked = False  # whether the model does in its forward pass what these rules count on
         self._places: dict[int, list[list[int]]] = {}  # of each part's parameters in the group it came from
 
     # ---- apply -------------------------------------------------------------------------------------
@@ -199,11 +197,9 @@ class Multipliers:
         changes = len(set(factors)) > 1 or any(one[0] != 1.0 for one in factors)
         if changes and "initial_lr" in group:
             raise OptxError(
-                f"{rules.owner}: a learning rate scheduler was made on this optimizer already, and remembers "
-                "its "
-                "learning rates as they were. Make the scheduler afterwards. (If it is gone, delete "
-                "'initial_lr' "
-                "from the param groups.)"
+                f"{rules.owner}: a learning rate scheduler was made on this optimizer already, and "
+                "remembers its learning rates as they were. Make the scheduler afterwards. (If it is gone, "
+                "delete 'initial_lr' from the param groups.)"
             )
         if not factors:
             factors = [(1.0, 1.0, 1.0)]
@@ -219,10 +215,8 @@ class Multipliers:
             if wanted != has:
                 raise OptxError(
                     f"{rules.owner}: the param group of {name!r} has been multiplied already, by "
-                    f"{_said(has)}, "
-                    f"and now it would be by {_said(wanted)}. Give it the shapes and options of the run that "
-                    "it "
-                    "comes from, or make a new optimizer."
+                    f"{_said(has)}, and now it would be by {_said(wanted)}. Give it the shapes and options "
+                    "of the run that it comes from, or make a new optimizer."
                 )
 
     def _names(self, base: Optimizer) -> dict[int, str]:
@@ -231,8 +225,7 @@ class Multipliers:
         if model is None and not has_names(base):
             raise OptxError(
                 f"{self.rules.owner}: this optimizer's parameters have no names to be found by in the "
-                "shapes. Make "
-                f"it of model.named_parameters(), or pass {self.rules.owner}(..., model=model)."
+                f"shapes. Make it of model.named_parameters(), or pass {self.rules.owner}(..., model=model)."
             )
         names = {i: plain_name(n) for i, n in parameter_names(base).items()}
         of_model = {} if model is None else {id(p): plain_name(n) for n, p in model.named_parameters()}
@@ -254,6 +247,9 @@ class Multipliers:
         """
         if any(recorded(group) is None and group.get("mu", True) for group in base.param_groups):
             self.apply(base)
+        if not self._looked:
+            self._looked = True
+            look_for_readouts(self.rules.owner, self.rules.shapes, self.rules.parametrization, self.model)
         first: dict[tuple[int, str], tuple[int, float]] = {}
         for i, group in enumerate(base.param_groups):
             factors = recorded(group)
@@ -280,8 +276,8 @@ class Multipliers:
         if len(saved) != len(base.param_groups):
             raise OptxError(
                 f"{owner}: the checkpoint has {len(saved)} param groups and this optimizer "
-                f"{len(base.param_groups)}, "
-                "split by width. It was saved before that, or with other shapes or options."
+                f"{len(base.param_groups)}, split by width. It was saved before that, or with other shapes "
+                "or options."
             )
         for i, (group, other) in enumerate(zip(base.param_groups, saved, strict=True)):
             has, wanted = recorded(other), recorded(group)
@@ -294,8 +290,7 @@ class Multipliers:
             if has and other.get(PREFIX + "members") != group[PREFIX + "members"]:
                 raise OptxError(
                     f"{owner}: in the checkpoint param group {i} has other parameters, or in another order, "
-                    "than "
-                    "here. Give the optimizer its parameters as in the run that saved it."
+                    "than here. Give the optimizer its parameters as in the run that saved it."
                 )
 
     # ---- undo --------------------------------------------------------------------------------------
@@ -357,9 +352,8 @@ def describe(group: Mapping[str, Any]) -> str:
 
 _WAYS = {
     "lr": "Schedulers that multiply keep it (LambdaLR, LinearLR, transformers' schedules); OneCycleLR and "
-    "CyclicLR "
-    "take max_lr=optx.scaling.group_lrs(optimizer, max_lr), ReduceLROnPlateau the same as min_lr, and "
-    "CosineAnnealingLR keeps it with eta_min=0",
+    "CyclicLR take max_lr=optx.scaling.group_lrs(optimizer, max_lr), ReduceLROnPlateau the same as min_lr, "
+    "and CosineAnnealingLR keeps it with eta_min=0",
     "weight_decay": "Multiply what is in each group instead, or make the optimizer with it",
     "eps": "Multiply what is in each group instead, or make the optimizer with it",
 }
@@ -374,47 +368,6 @@ def _off(owner: str, base: Optimizer, key: str, first: int, other: int) -> str:
         )
     return (
         f"{owner}: param groups {first} and {other} have {key} {float(a[key]):g} and {float(b[key]):g}; by "
-        "their "
-        f"widths the second is {b[PREFIX + key] / a[PREFIX + key]:g} times the first. Something has set them "
-        "by "
-        f"absolute value. {_WAYS[key]}."
+        f"their widths the second is {b[PREFIX + key] / a[PREFIX + key]:g} times the first. Something has "
+        f"set them by absolute value. {_WAYS[key]}."
     )
-
-
-# ---- hooks on the optimizer --------------------------------------------------------------------------
-
-
-class _Before:
-    """A hook of an optimizer; a class of its own, so that it is found among others' hooks."""
-
-    def __init__(self, multipliers: Multipliers, load: bool) -> None:
-        self.multipliers, self.load = multipliers, load
-
-    def __call__(self, base: Optimizer, *given: Any) -> None:
-        if self.load:
-            self.multipliers.check_load(base, given[0])
-        else:
-            self.multipliers.follow(base)
-
-
-def watch(base: Optimizer, multipliers: Multipliers) -> None:
-    """Look before every step and every load. A deepcopy is not watched: torch drops hooks."""
-    base.register_step_pre_hook(_Before(multipliers, load=False))
-    base.register_load_state_dict_pre_hook(_Before(multipliers, load=True))
-
-
-def unwatch(base: Optimizer) -> None:
-    """Look no more."""
-    for hooks in _hooks(base):
-        for number in [n for n, hook in hooks.items() if isinstance(hook, _Before)]:
-            del hooks[number]
-
-
-def watched_by(base: Optimizer) -> Multipliers | None:
-    """What looks after an optimizer's groups."""
-    found: Iterable[Any] = (hook for hooks in _hooks(base) for hook in hooks.values())
-    return next((hook.multipliers for hook in found if isinstance(hook, _Before)), None)
-
-
-def _hooks(base: Any) -> tuple[dict[int, Any], ...]:
-    return base._optimizer_step_pre_hooks, base._optimizer_load_state_dict_pre_hooks

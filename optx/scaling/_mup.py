@@ -19,11 +19,10 @@ from optx.scaling._multipliers import (
     recorded,
     split,
     times,
-    watch,
-    watched_by,
 )
 from optx.scaling._rules_of_width import Decay, Parametrization, check_decay, parametrization_of
 from optx.scaling._shapes import Shapes
+from optx.scaling._watch import watch, watched_by
 from optx.step.numbers import as_float
 from optx.step.transform import Group
 
@@ -136,8 +135,7 @@ def make_rules(
     if not isinstance(shapes, Shapes):
         raise OptxError(
             f"{owner}: shapes is a {type(shapes).__name__}; it must be what optx.scaling.shapes(model, "
-            "base=...) "
-            "returns."
+            "base=...) returns."
         )
     check_choice(owner, "decay", decay, ("sqrt", "linear", "none"))
     wanted: Decay = decay
@@ -164,8 +162,7 @@ def begin(base: Optimizer, multipliers: Multipliers) -> None:
         owner = multipliers.rules.owner
         raise OptxError(
             f"{owner}: the multipliers of width are on this {type(base).__name__} already, and once more "
-            "would "
-            "multiply twice. One of optx.scaling.mup and optx.MuAdamW is enough."
+            "would multiply twice. One of optx.scaling.mup and optx.MuAdamW is enough."
         )
     multipliers.apply(base)
     watch(base, multipliers)

@@ -227,8 +227,7 @@ def parametrization_of(owner: str, given: str | Parametrization) -> Parametrizat
         return NAMED[given]
     if not isinstance(given, Parametrization):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise OptxError(
-            f"{owner}: parametrization is a {type(given).__name__}; it must be a name ({', '.join(NAMED)}) "
-            "or "
-            "what optx.scaling.abc returns."
+            f"{owner}: parametrization is a {type(given).__name__}; it must be what optx.scaling.abc "
+            f"returns, or a name: {', '.join(NAMED)}."
         )
     return given

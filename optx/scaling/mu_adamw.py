@@ -11,10 +11,11 @@ from torch import nn
 
 from optx._errors import TransformError
 from optx.scaling._families import kind_of
-from optx.scaling._multipliers import Multipliers, describe, unwatch, watch, watched_by
+from optx.scaling._multipliers import Multipliers, describe
 from optx.scaling._mup import begin, make_rules
 from optx.scaling._rules_of_width import Parametrization
 from optx.scaling._shapes import Shapes
+from optx.scaling._watch import unwatch, watch, watched_by
 from optx.step.transform import Group, Host, Transform
 
 

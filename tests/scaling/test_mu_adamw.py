@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ import optx
 from optx.scaling import Shapes
 
 LR, DECAY = 3e-3, 0.1
+# What these train multiplies no output: the rules of its groups are looked at, not what it learns.
+pytestmark = pytest.mark.filterwarnings("ignore:.*no optx.MuReadout does:UserWarning")
 
 
 def model_and_shapes(width: int = 64) -> tuple[Any, Shapes]:
@@ -255,3 +258,21 @@ def test_in_the_steady_state_entries_have_the_size_of_the_paper() -> None:
         assert rms == pytest.approx((group["lr"] / (2 * group["weight_decay"])) ** 0.5, rel=0.06)
         found.append(rms)
     assert found[1] / found[0] == pytest.approx(4**-0.75, rel=0.1)
+
+
+# ---- what the model has to do ------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_readout_that_is_not_multiplied_is_noticed_at_the_first_step() -> None:
+    for table, attached, warns in (("mup", False, 1), ("mup", True, 0), ("mup-table3", False, 0)):
+        model, shapes = model_and_shapes()
+        if attached:
+            optx.attach(model, optx.MuReadout(shapes))
+        opt = optx.wrap(adamw(model), optx.MuAdamW(shapes, parametrization=table))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            train(model, opt, 2)
+        found = [str(one.message) for one in said if "MuReadout" in str(one.message)]
+        assert len(found) == warns
+        assert all("'head.weight' reads out" in one and "multiplied by 0.25" in one for one in found)

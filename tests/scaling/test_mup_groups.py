@@ -17,6 +17,8 @@ import optx
 from optx.scaling import Shapes
 
 LR, DECAY = 3e-3, 0.1
+# What these train multiplies no output: the rules of its groups are looked at, not what it learns.
+pytestmark = pytest.mark.filterwarnings("ignore:.*no optx.MuReadout does:UserWarning")
 
 
 def model_and_shapes(width: int = 64, base: int = 16) -> tuple[nn.Module, Shapes]:

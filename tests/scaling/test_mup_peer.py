@@ -14,6 +14,8 @@ from torch import nn
 
 import optx
 
+# What these train multiplies no output: the rules of its groups are looked at, not what it learns.
+pytestmark = pytest.mark.filterwarnings("ignore:.*no optx.MuReadout does:UserWarning")
 TABLES = json.loads(Path(__file__).with_name("mup_tables.json").read_text())["tables"]
 OPTIMIZERS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 every_table = pytest.mark.parametrize("table", TABLES, ids=lambda t: f"{t['model']}-{t['width']}")

@@ -19,6 +19,8 @@ import optx
 from optx.scaling import Shapes
 
 LR, DECAY = 3e-3, 0.1
+# What these train multiplies no output: the rules of its groups are looked at, not what it learns.
+pytestmark = pytest.mark.filterwarnings("ignore:.*no optx.MuReadout does:UserWarning")
 RATIOS = [1.0, 0.25, 1.0]
 
 

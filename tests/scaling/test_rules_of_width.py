@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from mup_models import MLP, batch
 
 import optx
 from optx.scaling import Width
@@ -73,7 +75,7 @@ def test_tables_are_one_function_written_three_ways(m: float, family: str, decay
 def test_at_the_base_width_every_factor_is_one(name: str, kind: str, family: str) -> None:
     for decay in ("linear", "none", "sqrt"):
         scale = NAMED[name].scale(width(kind, 1.0), family, decay)
-        undecayed = decay == "sqrt" and kind != "matrix" and name != "standard"
+        undecayed = decay == "sqrt" and kind != "matrix" and name not in ("standard", "ntk")
         assert scale == Scale(weight_decay=0.0 if undecayed else 1.0)
 
 
@@ -107,3 +109,20 @@ def test_what_is_no_rule_is_refused() -> None:
             MUP.scale(width("matrix", 2.0), "adam", decay)
     with pytest.raises(optx.OptxError, match="family is 'lion'"):
         MUP.scale(width("matrix", 2.0), "lion", "sqrt")  # type: ignore[arg-type]
+
+
+def test_eps_goes_as_the_gradients_do() -> None:
+    """Under muP, at the first step: every kind's gradient shrinks as its eps, for each table."""
+    for table in ("mup", "mup-table3", "mup-table9"):
+        sizes: dict[int, dict[str, float]] = {}
+        for width in (32, 512):
+            torch.manual_seed(0)
+            model = MLP(width)
+            shapes = optx.scaling.shapes(model, base=MLP(32), delta=MLP(64))
+            optx.scaling.init_(model, shapes, table)
+            optx.attach(model, optx.MuReadout(shapes, parametrization=table))
+            model(batch("mlp")).sum(-1).tanh().sum().backward()
+            sizes[width] = {n: float(p.grad.square().mean()) ** 0.5 for n, p in model.named_parameters()}  # type: ignore[union-attr]
+        for name, width in shapes.items():
+            factor = NAMED[table].scale(width, "adam", "none").eps
+            assert 0.6 < sizes[512][name] / sizes[32][name] / factor < 1.7, (table, name)
