@@ -13,7 +13,7 @@ from os import PathLike
 from torch import nn
 
 from optx._errors import OptxError
-from optx.scaling._fans import Fans, fans_of, is_lookup
+from optx.scaling._fans import Fans, fans_of, is_lookup, is_transposed_conv
 from optx.scaling._on_meta import Source, build
 from optx.scaling._own_scales import head_widths, heads_again, readout_factors
 from optx.scaling._parameters import Found, parameters_of
@@ -85,7 +85,7 @@ def shapes(model: Source, base: Source | Shapes | str | PathLike[str], delta: So
     built = {
         name: build(one, name, [other for other in given.values() if other is not one])
         for name, one in given.items()
-        if one is not None
+        if one is not None or name != "delta"
     }
     there = {name: parameters_of(one, f"shapes: {name}") for name, one in built.items()}
     for called in ("model", *(["delta"] if "delta" in there else [])):
@@ -98,42 +98,42 @@ def shapes(model: Source, base: Source | Shapes | str | PathLike[str], delta: So
 def _check_one_family(base: Mapping[str, Found], other: Mapping[str, Found], called: str) -> None:
     """Raise unless every parameter of one is in the other, with as many dimensions, tied alike."""
     for lacks, has, where, there in ((base, other, "base", called), (other, base, called, "base")):
-        missing = next((name for name in has if name not in lacks), None)
+        known = {name for one in lacks.values() for name in (one.name, *one.tied)}
+        missing = next((name for name in has if name not in known), None)
         if missing is not None:
             raise OptxError(
                 f"shapes: {where} has no parameter {missing!r}, and {there} has. They must be one "
                 "architecture in two widths, of the same depth."
             )
     for name, one in base.items():
-        twin = other[name]
+        twin = other.get(name, one)  # under another of its names: tied otherwise
         if len(one.shape) != len(twin.shape):
             raise OptxError(
                 f"shapes: {name!r} has {len(one.shape)} dimensions in base and {len(twin.shape)} in "
                 f"{called}: {one.shape} and {twin.shape}. They must be one architecture in two widths."
             )
-        if one.tied.keys() != twin.tied.keys():
-            odd = sorted(one.tied.keys() ^ twin.tied.keys())[0]
-            raise OptxError(
-                f"shapes: {name!r} and {odd!r} are one tensor in {'base' if odd in one.tied else called} and "
-                f"two in {called if odd in one.tied else 'base'}. Tie them in both or in neither."
-            )
+    ties = [{(name, odd) for name, one in models.items() for odd in one.tied} for models in (base, other)]
+    if ties[0] != ties[1]:
+        name, odd = min(ties[0] ^ ties[1])
+        one, two = ("base", called) if (name, odd) in ties[0] else (called, "base")
+        raise OptxError(
+            f"shapes: {name!r} and {odd!r} are one tensor in {one} and two in {two}. Tie them in both or in "
+            "neither."
+        )
 
 
 def _widths(there: Models) -> list[Width]:
     wide = "delta" if "delta" in there else "model"
     free = _vocabularies(there)
-    found = [
-        _width({which: models[name] for which, models in there.items()}, wide, free)
-        for name in there["model"]
-    ]
-    if all(width.kind == "scalar" for width in found):
+    every = [{which: models[name] for which, models in there.items()} for name in there["model"]]
+    if not any(_differing(twins, wide, free) for twins in every):
         more = (
             "a delta= of another width" if wide == "delta" else "delta=, a model of another width than base"
         )
         raise OptxError(
             f"shapes: base and {wide} have the same shapes, so it can't be told what is width. Pass {more}."
         )
-    return found
+    return [_width(twins, wide, free) for twins in every]
 
 
 def _width(every: Twins, wide: str, free: Sequence[Sizes]) -> Width:
@@ -222,6 +222,8 @@ def _again(every: Twins, saved: Width, free: Sequence[Sizes]) -> Width:
     old, new = (_fans(one, base.shape, axes) for one in (base, model))
     if saved.base_fans == old[::-1] != old:  # the user turned it
         old, new = old[::-1], new[::-1]
+    if is_transposed_conv(model.owner):  # whose fans depend on the base's groups
+        old = saved.base_fans
     grows = (saved.kind in ("matrix", "output"), saved.kind in ("matrix", "input", "vector"))
     for side in (0, 1):
         if new[side] != old[side] and not grows[side] and not all(_grew(saved, axis) for axis in grown):

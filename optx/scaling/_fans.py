@@ -27,6 +27,11 @@ def is_lookup(one: Found) -> bool:
     return any(leaf == "weight" and len(one.shape) == 2 and _looks_up(owner) for owner, leaf in owners)
 
 
+def is_transposed_conv(module: nn.Module) -> bool:
+    """Whether its weight is (in, out / groups, ...)."""
+    return isinstance(module, _TRANSPOSED)
+
+
 def _looks_up(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding | nn.EmbeddingBag) or "Embedding" in type(module).__name__
 
@@ -48,7 +53,7 @@ def fans_of(one: Found, grown: Sequence[int]) -> Fans:
 
 
 def _by_module(module: Any, leaf: str, shape: tuple[int, ...]) -> Fans | None:
-    if leaf == "weight" and isinstance(module, _TRANSPOSED):
+    if leaf == "weight" and is_transposed_conv(module):
         return shape[0] // module.groups, shape[1] * module.groups
     if leaf == "weight" and isinstance(module, nn.Bilinear):
         return shape[1] * shape[2], shape[0]

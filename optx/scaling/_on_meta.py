@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.parameter import UninitializedParameter
 
 from optx._errors import OptxError
 from optx.scaling._parameters import check_nothing_attached
@@ -58,14 +59,15 @@ class _Parameters:
     """While it is entered, parameters lose their memory as modules get them; other tensors are real."""
 
     def __enter__(self) -> None:
-        self.handle = register_module_parameter_registration_hook(_to_meta)
+        hook: Any = _to_meta  # torch's types know of no hook that returns another parameter
+        self.handle = register_module_parameter_registration_hook(hook)
 
     def __exit__(self, *_: object) -> None:
         self.handle.remove()
 
 
 def _to_meta(module: nn.Module, name: str, p: nn.Parameter | None) -> nn.Parameter | None:
-    if p is None or p.is_meta or isinstance(p, nn.parameter.UninitializedTensorMixin):
+    if p is None or p.is_meta or isinstance(p, UninitializedParameter):
         return None
     return nn.Parameter(p.to("meta"), requires_grad=p.requires_grad)
 

@@ -188,8 +188,13 @@ class Shapes(Mapping[str, Width]):
             OptxError: a parameter is missing, left over, of another shape or tied otherwise; names the first.
         """
         there = parameters_of(model, "Shapes.check")
+        tied = {other: one for one in there.values() for other in one.tied}
         for name, width in self._widths.items():
             found = there.get(name)
+            if found is None and name in tied:
+                raise OptxError(
+                    _other(f"has {name!r} and {tied[name].name!r} as one tensor, and they as two")
+                )
             if found is None:
                 raise OptxError(_other(f"has no parameter {name!r}. {near(name, there)}"))
             if found.shape != width.shape:
@@ -198,7 +203,7 @@ class Shapes(Mapping[str, Width]):
                 raise OptxError(
                     _other(f"ties {name!r} with {_listed(found.tied)}, and they with {_listed(width.tied)}")
                 )
-        left: Any = next((name for name in there if name not in self._widths), None)
+        left = next((name for name in there if name not in self._widths), None)
         if left is not None:
             raise OptxError(_other(f"has a parameter {left!r} that they don't know"))
 
