@@ -25,6 +25,7 @@ from optx.scaling._coordinate_probe import Probe, Reading, main_tensor
 from optx.scaling._coordinate_result import CoordinateCheck, LayerSizes, judged
 from optx.scaling._coordinate_runs import Maker, Run, prepare
 from optx.scaling._no_trace import randomness_kept
+from optx.scaling._rules_of_width import Parametrization
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -36,6 +37,7 @@ def coordinate_check(
     *,
     optimizer: str | Callable[[nn.Module], Optimizer] | None = None,
     lr: float = 1e-3,
+    parametrization: str | Parametrization | None = None,
     loss_fn: Loss | None = None,
     steps: int = 3,
     seeds: int = 3,
@@ -64,6 +66,9 @@ def coordinate_check(
         optimizer: where ``make`` gives a model alone: ``"adamw"``, ``"adam"``, ``"sgd"``, or a function of
             the model.
         lr: learning rate of an optimizer that is given by name.
+        parametrization: ``"mup"`` or what else `optx.scaling.mup` takes: models get its first weights, param
+            groups, multipliers and attention, with that of the smallest width as the base, whose ``lr`` is
+            given. None: they stay as they are made, with one learning rate.
         loss_fn: ``loss_fn(output, batch)`` gives a scalar. None: the output's ``loss``, or for a pair the
             cross-entropy over the last dimension of class numbers, or the squared error of floats.
         steps: of training; sizes are read before each and after the last.
@@ -103,6 +108,11 @@ def coordinate_check(
         >>> check = optx.scaling.coordinate_check(make, [64, 128, 256], batch, optimizer="adam", seeds=2)
         >>> check.ok, list(check.failures)  # one learning rate for all is too large for wide layers
         (False, ['2', '4'])
+        >>> mup = optx.scaling.coordinate_check(
+        ...     make, [64, 128, 256], batch, optimizer="adam", parametrization="mup", seeds=2
+        ... )
+        >>> mup.ok
+        True
 
     Source: Tensor Programs V, arXiv 2203.03466, appendix D.1; Tensor Programs IV, arXiv 2011.14522.
     """
@@ -112,7 +122,7 @@ def coordinate_check(
     readings: dict[tuple[int, int], list[dict[str, Reading]]] = {}
     facts = _Facts()
     with randomness_kept(), torch.inference_mode(False), torch.enable_grad():
-        runs = prepare(make, ordered, optimizer, lr)
+        runs = prepare(make, ordered, optimizer, lr, parametrization)
         for seed in range(seeds):
             for at, width in enumerate(ordered):
                 _seed(seed)

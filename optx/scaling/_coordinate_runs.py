@@ -12,7 +12,9 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from optx._errors import OptxError, near
+from optx.scaling._coordinate_scaled import Parametrized
 from optx.scaling._no_trace import model_kept
+from optx.scaling._rules_of_width import Parametrization
 
 Made = nn.Module | tuple[nn.Module, Optimizer]
 Maker = Callable[[Any], Made]
@@ -36,11 +38,13 @@ class Runs:
         make: the user's.
         optimizer: a name, a function of the model, or None if ``make`` gives one.
         lr: for a name.
+        parametrized: what is made of a model beyond what ``make`` does; None: nothing.
     """
 
     make: Maker
     optimizer: str | OptimizerMaker | None
     lr: float
+    parametrized: Parametrized | None = None
     _names: list[str] | None = None
     _seen: weakref.WeakSet[nn.Module] = field(default_factory=weakref.WeakSet[nn.Module])
 
@@ -49,7 +53,11 @@ class Runs:
         """A run of a width; at the end the model has its weights again, should it be somebody's."""
         model, optimizer = self.build(width)
         with model_kept(model):
-            yield Run(model, optimizer if optimizer is not None else self._plain(model))
+            if self.parametrized is None:
+                yield Run(model, optimizer if optimizer is not None else self._plain(model))
+            else:
+                with self.parametrized.applied(model, self._plain) as scaled:
+                    yield Run(model, scaled)
 
     def build(self, width: Any) -> tuple[nn.Module, Optimizer | None]:
         """What ``make`` gives, looked at."""
@@ -112,6 +120,7 @@ def prepare(
     widths: Sequence[Any],
     optimizer: str | OptimizerMaker | None,
     lr: float,
+    parametrization: str | Parametrization | None,
 ) -> Runs:
     """Check the options against each other, and make what all runs share."""
     if isinstance(optimizer, str) and optimizer not in OPTIMIZERS:
@@ -119,7 +128,16 @@ def prepare(
             f"coordinate_check: optimizer is {optimizer!r}; it must be 'adamw', 'adam' or 'sgd', or a "
             f"function that makes one for a model. {near(optimizer, OPTIMIZERS)}"
         )
-    return Runs(make, optimizer, lr)
+    runs = Runs(make, optimizer, lr)
+    if parametrization is not None:
+        if optimizer is None:
+            raise OptxError(
+                "coordinate_check: with a parametrization, the optimizer is made here; give "
+                "optimizer='adamw' (or a function of the model), and let make return the model alone."
+            )
+        base, wide = (runs.build(width)[0] for width in (widths[0], widths[-1]))
+        runs.parametrized = Parametrized(parametrization, base, wide)
+    return runs
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
