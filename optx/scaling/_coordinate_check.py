@@ -85,13 +85,13 @@ def coordinate_check(
     Paper values:
         ``steps=3`` (the default): t = 1, 2, 3 (the mup package); ``norm="l1"`` (the default).
 
-    Limits: Attention logits are computed between modules and not seen: a 1/sqrt(d) there passes. Small
-        widths bend the lines: their slopes are not those of the limit. Of a module's tuple of outputs the
-        first tensor is read.
+    Limits: Attention logits are computed between modules and not seen: a 1/sqrt(d) there passes. Under SGD,
+        separate query and key projections move as width^-0.7 in the first steps of muP too, and fail. Small
+        widths bend the lines: slopes are not those of the limit. Of a tuple of outputs the first is read.
 
     Keywords: muP, mu transfer, coord check, width, parametrization, hyperparameter transfer, diagnostics.
 
-    Evidence: ``test_coordinate_check.py``; no recipe.
+    Evidence: ``test_coordinate_check.py``, ``test_coordinate_models.py``; no recipe.
 
     Raises:
         OptxError: an argument is out of range; a width can't be built, or its modules or parameters have
