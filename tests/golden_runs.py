@@ -168,20 +168,45 @@ def by_domain(setup: Setup, optimizer: Any, criterion: Callable[..., Tensor]) ->
     optimizer.dsp_reg.backward(losses)
 
 
+def needed(cls: type, setup: Setup) -> dict[str, Any]:
+    """What a method can't be made without: the model, its shapes beside a model of half the width."""
+    asked = {name for name, one in inspect.signature(cls).parameters.items() if one.default is one.empty}
+    given: dict[str, Any] = {"model": setup.model} if "model" in asked else {}
+    if "shapes" in asked:
+        given["shapes"] = optx.scaling.shapes(setup.model, base=lambda: half_as_wide(setup.model))
+    return given
+
+
+def half_as_wide(model: Any) -> Any:
+    """A model of the same depth, of half the hidden size, with as many heads."""
+    config = copy.deepcopy(model.config)
+    for size in ("hidden_size", "intermediate_size", "head_dim"):
+        if getattr(config, size, None):
+            setattr(config, size, getattr(config, size) // 2)
+    numbers = [int(part) for name, _ in model.named_modules() for part in name.split(".") if part.isdigit()]
+    config.num_hidden_layers = 1 + max(numbers)
+    return type(model)(config)
+
+
 def transformed(cls: type, options: dict[str, Any], setup: Setup, fused: bool) -> list[float]:
     """Everything is trained, by AdamW within `optx.wrap`."""
-    model = inspect.signature(cls).parameters.get("model")
-    needed = {"model": setup.model} if model is not None and model.default is model.empty else {}
+    given = needed(cls, setup)
     trained = [p for p in setup.model.parameters() if p.requires_grad]
     base = torch.optim.AdamW(trained, lr=setup.lr, weight_decay=0.0)
-    optimizer = optx.wrap(base, cls(**needed, **options), fused=fused)
+    if cls is optx.MuAdamW:  # its learning rates count on it
+        optx.attach(setup.model, optx.MuReadout(given["shapes"]))
+    optimizer = optx.wrap(base, cls(**given, **options), fused=fused)
     return train(setup, optimizer, nn.functional.cross_entropy)
 
 
 def injected(cls: type, options: dict[str, Any], setup: Setup) -> list[float]:
     """What is added is trained, by AdamW, at ten times the rate of a whole model."""
     torch.manual_seed(1)
-    handle = optx.attach(setup.model, cls(**options), setup.targets, modules_to_save=())
+    given = {**needed(cls, setup), **options}
+    handle = optx.attach(setup.model, cls(**given), setup.targets, modules_to_save=())
+    if not list(handle.parameters()):  # it adds none
+        trained = [p for p in setup.model.parameters() if p.requires_grad]
+        return train(setup, torch.optim.AdamW(trained, lr=setup.lr), nn.functional.cross_entropy)
     optx.trainable_only(setup.model, handle)
     optimizer = torch.optim.AdamW(handle.parameters(), lr=10 * setup.lr)
     return train(setup, optimizer, nn.functional.cross_entropy)
