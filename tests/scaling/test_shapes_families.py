@@ -119,6 +119,11 @@ def test_a_vocabulary_is_never_width() -> None:
     assert (shapes["transformer.wpe.weight"].kind, shapes["transformer.wpe.weight"].m) == ("input", 4.0)
 
 
+def test_rows_that_grow_as_the_width_does_are_rows() -> None:
+    [table] = optx.scaling.shapes(nn.Embedding(64, 64), base=nn.Embedding(16, 16)).values()
+    assert (table.kind, table.fan_in, table.fan_out) == ("input", 1.0, 4.0)
+
+
 def test_heads_may_be_more_or_wider() -> None:
     more = optx.scaling.shapes(qwen3(64, num_attention_heads=8, head_dim=8), base=qwen3(16))
     wider = optx.scaling.shapes(qwen3(64), base=qwen3(16))
@@ -157,7 +162,7 @@ class ReadsANumber(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.rate = float(torch.linspace(0, 1, 3).tolist()[1])
+        self.rate = float(torch.rand(3).tolist()[1])
         self.up = nn.Linear(4, width)
         self.out = nn.Linear(width, 4)
         self.register_buffer("steps", torch.arange(width))
