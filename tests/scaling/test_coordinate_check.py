@@ -331,6 +331,33 @@ def test_inf_and_zero_at_some_width_are_faults_of_the_layer_where_they_begin():
     assert "is 0 at width 64 and is not at others" in dead.failures["1"]
 
 
+def test_after_a_loss_that_is_not_finite_nothing_more_is_read():
+    """Its gradients would make every layer look guilty."""
+
+    def make(width: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.Sequential(nn.Linear(8, width), nn.Linear(width, 3))
+        head = {"params": model[1].parameters(), "lr": math.inf}
+        return model, torch.optim.SGD([{"params": model[0].parameters()}, head], lr=0.0)
+
+    check = coordinate_check(make, [16, 32, 64], batch(), seeds=1)
+    assert list(check.failures) == ["1"]
+    assert not check.later
+
+
+def test_a_layer_with_randomness_of_its_own_is_asked_again_with_the_same():
+    class Noisy(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.dropout(super().forward(x), 0.5)
+
+    def make(width: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.Sequential(Noisy(8, width), nn.Linear(width, 3))
+        return model, torch.optim.SGD(model[1].parameters(), lr=0.1)
+
+    check = coordinate_check(make, [16, 32], batch(), seeds=1)
+    assert np.all(check.layers["0"].update == 0)
+    assert np.all(check.layers["0"].change == 0)
+
+
 def test_a_run_that_diverges_is_told_without_warnings():
     def make(width: int) -> nn.Module:
         return nn.Sequential(nn.Linear(8, width), nn.Linear(width, 3))
