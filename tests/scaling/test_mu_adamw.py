@@ -92,6 +92,15 @@ def test_a_step_is_that_of_groups_written_by_hand(chain: str, fused: bool) -> No
     assert all(map(torch.equal, ours, train(model, optx.wrap(hand, *CHAINS[chain](model), fused=fused))))
 
 
+def test_the_first_step_finds_the_groups_as_they_were_split() -> None:
+    """Else it would make every kernel and table anew, and tell all transforms that groups have come."""
+    model, shapes = model_and_shapes()
+    opt = optx.wrap(adamw(model), optx.MuAdamW(shapes))
+    stepper = opt._stepper
+    train(model, opt, 1)
+    assert opt._stepper is stepper
+
+
 def test_the_plan_shows_the_factors() -> None:
     model, shapes = model_and_shapes()
     opt = optx.wrap(adamw(model), optx.MuAdamW(shapes), optx.PerpGrad())

@@ -244,6 +244,18 @@ def test_optimizers_with_rules_of_their_own_are_refused(make: Callable[..., torc
         optx.scaling.mup(make(model.named_parameters()), shapes)
 
 
+def test_transformers_adafactor_is_served_without_what_makes_it_special() -> None:
+    transformers = pytest.importorskip("transformers")
+    model, shapes = model_and_shapes()
+    plain = {"scale_parameter": False, "relative_step": False, "lr": LR, "weight_decay": DECAY}
+    opt = transformers.Adafactor(model.parameters(), **plain)
+    optx.scaling.mup(opt, shapes)
+    assert [(g["lr"], g["weight_decay"]) for g in opt.param_groups] == [(LR, 0.0), (LR / 4, 2 * DECAY)]
+    train(model, opt, 2)
+    with pytest.raises(optx.OptxError, match="Adafactor multiplies lr by the size of each weight"):
+        optx.scaling.mup(transformers.Adafactor(model.parameters()), shapes)
+
+
 # ---- mistakes ----------------------------------------------------------------------------------------
 
 
