@@ -70,7 +70,7 @@ class BiasedMultiplier(Multiplier):
     def after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         """What the bias lacks."""
         trailing = output.ndim - 2 if is_conv(module) or isinstance(module, _TRANSPOSED) else 0
-        bias: Tensor = module.bias
+        bias: Any = module.bias
         lacking = bias * (self.of_bias - 1.0)
         return output + lacking.view(-1, *(1 for _ in range(trailing))).to(output.dtype)
 
