@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from optx._errors import OptxError, warn
 from optx._names import is_dtensor
 from optx.inject._computes import weight_of
+from optx.inject._draw import ORDER
 from optx.inject._hparams import HParams
 from optx.inject._part import Part, Weights, hidden_of, new_tensor
 from optx.inject._served import Served
@@ -57,12 +58,12 @@ class BestResponse(Part):
         if gate is None:
             return None if self.c is None else (output * self.c).to(output.dtype)
         x = hidden_of(args, kwargs)
-        self.check_rows(x)
+        axis = self.axis_in(x)
         s_w, s_b = self.gated(gate, x.device)
         total = output if self.c is None else output * self.c
-        total = total + self.along(s_w, x) * self.response(module, x)
+        total = total + self.along(s_w, x, axis) * self.response(module, x)
         if s_b is not None and self.b_h is not None:
-            total = total + self.along(s_b * self.b_h, x)
+            total = total + self.along(s_b * self.b_h, x, axis)
         return total.to(output.dtype)
 
     def gated(self, gate: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -78,23 +79,27 @@ class BestResponse(Part):
             return conv_like(module, x, W, module.groups)  # pyright: ignore[reportArgumentType]
         return F.linear(x, W.t() if self.transposed else W)
 
-    def along(self, s: Tensor, x: Tensor) -> Tensor:
+    def along(self, s: Tensor, x: Tensor, axis: int) -> Tensor:
         """(B, out) as it is multiplied with the output of x: channels first in convolutions, else last."""
         if self.kernel:
             ones = (1,) * self.kernel
             return s.view(len(s), -1, *ones) if x.ndim == self.kernel + 2 else s.view(-1, *ones)
-        return s.view(len(s), *(1,) * (x.ndim - 2), -1) if x.ndim > 1 else s.view(-1)
+        if x.ndim == 1:
+            return s.view(-1)
+        return s.view(*(1,) * axis, len(s), *(1,) * (x.ndim - 2 - axis), -1)
 
-    def check_rows(self, x: Tensor) -> None:
-        """Raise unless the first axis is that of the batch's examples, each of which has a row of its own."""
+    def axis_in(self, x: Tensor) -> int:
+        """The axis of the batch's examples; raise unless there is one with a row for each."""
         rows = self.hparams.rows
         batched = x.ndim == self.kernel + 2 if self.kernel else x.ndim > 1
-        if rows is not None and not (batched and x.shape[0] == rows):
+        axis = 0 if self.kernel else self.hparams.axis(x, repr(self.path))
+        if rows is not None and not (batched and x.shape[axis] == rows):
             raise OptxError(
                 f"STN: the input of {self.path!r} has shape {tuple(x.shape)}, and the batch has {rows} "
-                "examples, each with hyperparameters of its own, along the first axis. Leave this module out "
-                "of targets, or give all examples the same with optx.STN(..., shared=True)."
+                f"examples, each with hyperparameters of its own, along the {ORDER[axis]} axis. Leave this "
+                "module out of targets, or give all examples the same with optx.STN(..., shared=True)."
             )
+        return axis
 
     @property
     def adds(self) -> bool:
