@@ -141,14 +141,16 @@ class BestResponse(Part):
 
 
 class Gates:
-    """What V was when training began, to tell who has an optimizer that does not know of it."""
+    """What V and W were when training began, to tell who has an optimizer that does not know of one."""
 
     ENOUGH = 32
     """Training batches after which an optimizer must have stepped, whatever it accumulates."""
 
     def __init__(self, served: Sequence[Served]) -> None:
-        parts = [one.part for one in served if isinstance(one.part, BestResponse)]
-        self.known = [(part, part.V.detach().clone()) for part in parts]
+        parts = [(one.part, one.module) for one in served if isinstance(one.part, BestResponse)]
+        self.known = [(part, part.V.detach().clone()) for part, _ in parts]
+        own = [W for _, module in parts if isinstance(W := getattr(module, "weight", None), nn.Parameter)]
+        self.own = [(W, _some(W)) for W in own if not is_dtensor(W) and W.numel()]
 
     def check(self, batches: int) -> None:
         """Warn, once, if after so many training batches no response has changed."""
@@ -161,4 +163,16 @@ class Gates:
                 "hyperparameters follow a response that is not learnt. Make the optimizer from "
                 "model.parameters() after optx.attach()."
             )
-        self.known = []
+        trained = [(W, before) for W, before in self.own if W.requires_grad and W.numel()]
+        if trained and all(torch.equal(_some(W), before.to(W)) for W, before in trained):
+            warn(
+                f"STN: in {batches} training batches no weight of a served module has changed. Make the "
+                "optimizer from model.parameters(): handle.parameters() are the responses alone. Of a base "
+                "that is to stay, say so by requires_grad_(False)."
+            )
+        self.known, self.own = [], []
+
+
+def _some(W: Tensor) -> Tensor:
+    """A few of its numbers, from all over."""
+    return W.detach().flatten()[:: max(1, W.numel() // 256)].clone()

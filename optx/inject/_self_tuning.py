@@ -27,7 +27,7 @@ from optx.inject._served import Served
 from optx.inject._trained_whole import Saved
 from optx.inject._tuned_dropout import TunedDropout, dropout
 from optx.inject._tuning_batch import averaged, evaluating, noise, resting, rows_of
-from optx.inject._tuning_state import PREFIX, Progress, check_state, history, restore, state_of
+from optx.inject._tuning_state import LONG, PREFIX, Progress, check_state, history, restore, state_of
 
 
 class SelfTuning(Handle):
@@ -328,6 +328,7 @@ class SelfTuning(Handle):
         stn, now = self.injection, self.progress
         now.batches += 1
         self._batches += 1
+        now.tell_of_none(stn.warmup + LONG * stn.train_steps)
         if now.batches > stn.warmup:
             now.since += 1
             if now.since >= stn.train_steps:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from optx.signal._record import Record, Rows, binned
+from optx.signal._record import NEVER, Record, Rows, binned
 from optx.signal._trajectory import divergence
 
 SAMPLES = 8
@@ -23,6 +23,7 @@ class Audit:
 
     def __init__(self) -> None:
         self.rows: Tensor | None = None  # (slots, SAMPLES, positions, C)
+        self.epochs: list[list[int]] = []  # in which each row was seen, (slots, SAMPLES): not all are in each
         self.chosen: dict[int, int] = {}
         self.exact = self.off = self.count = 0.0
 
@@ -59,13 +60,15 @@ class Audit:
         now = _spots(z.detach()[rows]).float().cpu()
         if self.rows is None:
             self.rows = torch.full((record.slots, SAMPLES, *now.shape[1:]), math.nan)
+            self.epochs = [[NEVER] * SAMPLES for _ in range(record.slots)]
         slot = epoch % record.slots
         if past is not None:
             kept, values = past[0], _spots(past[0].values[rows]).cpu()
             short = now if kept.classes is None else binned(now, _spots(kept.classes[rows]).cpu(), record.tau)
             exact = divergence(now, self.rows[slot, own], record.tau)
             off = divergence(short, values, record.tau) - exact
-            counted = off.isfinite()
+            then = torch.tensor([self.epochs[slot][place] for place in own])
+            counted = off.isfinite() & (then == epoch - record.slots).unsqueeze(-1)
             for flags in (past[1], where):
                 if flags is not None:
                     counted &= _spots(flags[rows].unsqueeze(-1)).squeeze(-1).cpu()
@@ -73,11 +76,14 @@ class Audit:
             self.off += float(off[counted].abs().sum())
             self.count += float(counted.sum())
         self.rows[slot, own] = now
+        for place in own:
+            self.epochs[slot][place] = epoch
 
     def state(self) -> dict[str, Any]:
         """All of it."""
         return {
             "rows": None if self.rows is None else self.rows.clone(),
+            "epochs": [list(each) for each in self.epochs],
             "chosen": list(self.chosen),
             "sums": [self.exact, self.off, self.count],
         }
@@ -85,6 +91,7 @@ class Audit:
     def load(self, state: dict[str, Any]) -> None:
         """Take it over."""
         self.rows = None if state["rows"] is None else state["rows"].clone()
+        self.epochs = [list(each) for each in state["epochs"]]
         self.chosen = {int(i): place for place, i in enumerate(state["chosen"])}
         self.exact, self.off, self.count = state["sums"]
 

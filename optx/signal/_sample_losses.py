@@ -68,6 +68,11 @@ def are_next_tokens(owner: str, outputs: Any, logits: Tensor) -> bool:
 
 def check_losses(owner: str, losses: Tensor, mask: Tensor | None, world: int) -> None:
     """Raise for losses that are reduced already or of nothing, and for a mask that does not fit."""
+    given: Any = losses  # of any type, whatever is asked for
+    if not isinstance(given, Tensor):
+        raise OptxError(
+            f"{owner}: losses are a {type(given).__name__}; they must be a tensor, of one loss per sample."
+        )
     if not losses.is_floating_point():
         raise OptxError(f"{owner}: losses have dtype {losses.dtype}; they must be floating.")
     if losses.ndim == 0:

@@ -70,6 +70,6 @@ class Temperature:
 
 def check_positive(owner: str, name: str, value: Any, most: float) -> None:
     """Raise unless ``0 < value <= most``."""
-    check_range(owner, name, value, 0.0, most)
-    if value == 0:
+    if isinstance(value, int | float) and value <= 0:
         raise OptxError(f"{owner}: {name} is {value!r}; it must be above 0.")
+    check_range(owner, name, value, 0.0, most)

@@ -104,6 +104,11 @@ def check_logits(owner: str, logits: Any) -> None:
             f"{owner}: logits have shape {tuple(logits.shape)}; it must be (B, C), or (B, T, V) of a "
             "sequence, classes last."
         )
+    if logits.shape[-1] == 1:
+        raise ShapeError(
+            f"{owner}: logits have shape {tuple(logits.shape)}, and of one class softmax says 1 whatever "
+            "they are; of a binary model give both: torch.cat([torch.zeros_like(z), z], -1)."
+        )
     if not logits.requires_grad:
         raise OptxError(
             f"{owner}: these logits need no gradient, so the loss could change nothing; give the model's "
@@ -131,8 +136,6 @@ class Trajectory:
     """When a trajectory loss acts, and how strongly.
 
     Attributes:
-        weight: lambda; may be set at any time.
-        tau: the temperature.
         start_epoch: the last epoch without the loss.
         end_epoch: the first epoch without it again; None: there is none.
         epoch: as told by `set_epoch`; None before.
@@ -141,12 +144,7 @@ class Trajectory:
     _owner = ""
 
     def __init__(self, weight: float, tau: float, start_epoch: int, end_epoch: int | None) -> None:
-        check_range(self._owner, "weight", weight, 0.0)
-        check_range(self._owner, "tau", tau, 1e-3)
-        for name, value in (("weight", weight), ("tau", tau)):
-            if value == float("inf"):
-                raise OptxError(f"{self._owner}: {name} is inf; it must be finite.")
-        self.weight, self.tau = weight, float(tau)
+        self.weight, self.tau = weight, tau
         self.start_epoch = whole(self._owner, "start_epoch", start_epoch, 0)
         self.end_epoch = None if end_epoch is None else whole(self._owner, "end_epoch", end_epoch, 0)
         if self.end_epoch is not None and self.end_epoch <= self.start_epoch + 1:
@@ -155,6 +153,31 @@ class Trajectory:
                 f"{self.start_epoch + 1}."
             )
         self.epoch: int | None = None
+        self._seen_scores = False
+
+    @property
+    def weight(self) -> float:
+        """Lambda; may be set at any time."""
+        return self._weight
+
+    @weight.setter
+    def weight(self, value: float) -> None:
+        self._weight = self._finite("weight", value, 0.0)
+
+    @property
+    def tau(self) -> float:
+        """The temperature."""
+        return self._tau
+
+    @tau.setter
+    def tau(self, value: float) -> None:
+        self._tau = float(self._finite("tau", value, 1e-3))
+
+    def _finite(self, name: str, value: float, low: float) -> float:
+        check_range(self._owner, name, value, low)
+        if value == float("inf"):
+            raise OptxError(f"{self._owner}: {name} is inf; it must be finite.")
+        return value
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch begins, counted from 0; call it at the start of each, as for a sampler."""
@@ -167,6 +190,18 @@ class Trajectory:
         if epoch is None or epoch <= self.start_epoch or not self.weight:
             return False
         return self.end_epoch is None or epoch < self.end_epoch
+
+    def _check_scores(self, logits: Tensor) -> None:
+        """Once: raise for probabilities, which have the shape of logits, and of which softmax is flat."""
+        if self._seen_scores:
+            return
+        rows = logits.detach().float()
+        if bool(((rows > 0).all(-1) & ((rows.sum(-1) - 1).abs() < 1e-3)).all()):
+            raise OptxError(
+                f"{self._owner}: every row of logits is above 0 and sums to 1, as probabilities are and do; "
+                "give what softmax was taken of."
+            )
+        self._seen_scores = True
 
     def _now(self) -> int:
         if self.epoch is None:

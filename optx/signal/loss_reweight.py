@@ -218,7 +218,8 @@ class LossReweight:
         The Trainer does not divide such a loss by the batches that it accumulates: it gives the number of
         their labels, and multiplies by the number of processes. Each batch then counts by its share of these
         labels; in evaluation, each token. Give ``accumulate`` if steps are to be the optimizer's; the Trainer
-        doesn't save a loss, so keep `state_dict` beside its checkpoints.
+        doesn't save a loss, so keep `state_dict` beside its checkpoints. Its ``label_smoothing_factor`` does
+        not act on such a loss.
 
         Args:
             outputs: what the model returned: its ``logits`` are taken.

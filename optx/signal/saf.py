@@ -6,6 +6,7 @@ algorithm 1 and equations 8 and 12.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optx._errors import FileError, OptxError, ShapeError, check_choice, warn
+from optx._errors import FileError, OptxError, ShapeError, check_choice, shown, warn
 from optx.signal._audit import Audit
 from optx.signal._exchange import Exchange
 from optx.signal._record import NEVER, Record, Rows, binned
@@ -53,6 +54,11 @@ class SAF(Trajectory):
     Paper values:
         ``weight=0.3, tau=5.0, lookback=3, start_epoch=5``: all tasks (the defaults).
         ``lookback=2``: ImageNet in its script, 90 epochs, SGD, learning rate 1.4 at a batch of 4096.
+
+    In transformers' Trainer a ``compute_loss_func`` sees no index: override ``compute_loss``, which takes the
+    index out of ``inputs`` before the model's call, train on ``optx.with_index(data)`` with
+    ``remove_unused_columns=False``, and let a ``TrainerCallback`` call ``set_epoch(round(state.epoch))`` in
+    ``on_epoch_begin``. The Trainer does not save a loss: keep `state_dict` beside its checkpoints.
 
     Limits: `set_epoch` must be called each epoch, and the index must be on the CPU if steps are not to wait.
     Mixup and cutmix record a row for two samples: leave them out. A shuffling ``DistributedSampler`` gives
@@ -140,6 +146,7 @@ class SAF(Trajectory):
         if not torch.is_grad_enabled():
             return no_loss("SAF", logits)
         places, numbers = self._checked(logits, index, where)
+        self._check_scores(logits)
         epoch, record = self._now(), self._record
         if record.tau != self.tau and record.top_k is not None:
             raise OptxError(
@@ -266,7 +273,7 @@ class SAF(Trajectory):
         check_logits("SAF", logits)
         if where is not None:
             check_where("SAF", where, logits)
-        places = index.detach() if isinstance(index, Tensor) else torch.tensor(list(index), dtype=torch.int64)
+        places = _places(index)
         if places.is_floating_point() or places.dtype == torch.bool or places.shape != logits.shape[:1]:
             raise ShapeError(
                 f"SAF: index is {places.dtype} in shape {tuple(places.shape)}; it must be {len(logits)} "
@@ -299,13 +306,15 @@ class SAF(Trajectory):
             )
 
     def _tell_of_few(self, epoch: int | None, served: int, asked: int) -> None:
-        if served < FEW * asked and "few" not in self._told:
+        """Warn, once, of an epoch with few pasts; in the first of all there are none, counted from 0 or 1."""
+        early = epoch is None or epoch < self._record.slots + (not served)
+        if served < FEW * asked and not early and "few" not in self._told:
             self._told.add("few")
             warn(
-                f"SAF: in epoch {epoch} {served} of {asked} samples had an output of {self._record.slots} "
-                "epochs before, and the others added 0. With a DistributedSampler give gather=True, or each "
-                "process a fixed part of the data; after a state without its table, or of other processes, "
-                "it passes."
+                f"SAF: in epoch {epoch}, {served} of {asked} samples had an output of {self._record.slots} "
+                "epochs before, and the others added 0. In a resumed run, is load_state_dict called? With a "
+                "DistributedSampler give gather=True, or each process a fixed part of the data; after a "
+                "state without its table, or of other processes, it passes."
             )
 
     def _everyones(self, places: Tensor, rows: Rows) -> list[tuple[Tensor, Rows]]:
@@ -315,3 +324,15 @@ class SAF(Trajectory):
         if self._exchange is None:
             self._exchange = Exchange(len(places), rows.values.device)
         return self._exchange(places, rows)
+
+
+def _places(index: Any) -> Tensor:
+    if isinstance(index, Tensor):
+        return index.detach()
+    try:
+        return torch.tensor([operator.index(i) for i in index], dtype=torch.int64)
+    except (TypeError, ValueError):
+        raise OptxError(
+            f"SAF: index is {shown(index)}; it must be whole numbers, one a sample, as optx.with_index puts "
+            "them into each batch (of transformers' Trainer with remove_unused_columns=False)."
+        ) from None

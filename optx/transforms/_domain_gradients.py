@@ -141,9 +141,10 @@ class DomainGradients:
         except (TypeError, ValueError, RuntimeError):  # an array of several
             known = False
         if not known or isinstance(label, Tensor):
+            hint = " A tensor equals no label: give label.item()." if isinstance(label, Tensor) else ""
             raise OptxError(
                 f"{self.owner}: domain({label!r}) was never declared; the domains are "
-                f"{', '.join(map(repr, self.labels))}."
+                f"{', '.join(map(repr, self.labels))}.{hint}"
             )
 
     def check_losses(self, losses: Any) -> None:

@@ -119,7 +119,9 @@ class DSPReg(Transform):
 
     Args:
         domains: how many there are (they are called 0, 1, ...), or their labels. Every step has each once.
-        weight: strength of the penalty, lambda.
+        weight: strength of the penalty, lambda. Coupled (on SGD), weights run off to nan where lr * weight *
+            S^ stays above 2, and the largest S^ is easily 60 times the mean: begin at 0.01. With
+            ``decoupled=True`` they can't, and end at 0.
         ema: how much of S stays at each step; the first step takes the variance as it is.
         norm: ``"mean"``: S^ has mean 1 over all; ``"layer"``: in each tensor; ``"max"``: its largest is 1;
             ``"none"``: S itself, which fades as the domains' gradients do.
@@ -387,7 +389,8 @@ class DSPReg(Transform):
         if missing := gradients.missing():
             raise OptxError(
                 f"DSPReg: step() came before domain({missing[0]!r}) ({len(missing)} of "
-                f"{len(self._labels)} are missing); every step needs each domain once."
+                f"{len(self._labels)} are missing); every step needs each domain once, and zero_grad() "
+                "between two of them drops what came before."
             )
         acting = [p for p in optimizer.served(self) if p.grad is not None]
         self._ready_spreads(optimizer, acting)
