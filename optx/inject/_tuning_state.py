@@ -16,7 +16,6 @@ from optx.inject._stored import check_tensors
 PREFIX = "optx.stn."
 """What the keys begin with; no module's path can."""
 
-
 LONG = 100
 """Turns of the schedule after which a loop that has tuned nothing is taken to have forgotten it."""
 

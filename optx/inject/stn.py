@@ -66,8 +66,8 @@ class STN(Injection):
     hyperparameters are in none of its groups, and ``handle.state_dict()`` has all of their state.
     ``merge()`` bakes W = c W + diag(s_w) W_h at the values in force; ``remove()`` leaves W and b as they are
     trained, without c and the response, which only with ``delta=True`` and ``scale=False`` is the same model.
-    ``handle.parameters()`` are the responses alone: an optimizer of these leaves W as it is. A batch outside of
-    ``train_batch`` is trained at the values in force, and no response is learnt from it.
+    ``handle.parameters()`` are the responses alone: an optimizer of these leaves W as it is. A batch outside
+    of ``train_batch`` is trained at the values in force, and no response is learnt from it.
 
     ``handle.history`` is the schedule, to draw: a dict of lists of one length, ``"batches"`` (training
     batches so far), each hyperparameter by its name, and the scales as ``"sigma <name>"``. To resume load the
