@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import operator
 import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Collection, Iterable
-from numbers import Integral
-from typing import Any, TypeGuard
+from typing import Any
 
 
 class OptxError(ValueError):
@@ -69,16 +69,33 @@ def check_range(owner: str, argument: str, value: Any, low: float, high: float =
         raise OptxError(f"{owner}: {argument} is {shown(value)}; it must be {wanted}.")
 
 
-def is_whole(value: object) -> TypeGuard[int]:
-    """Whether it is a whole number, Python's or NumPy's, and no bool."""
-    return not isinstance(value, bool) and isinstance(value, Integral)
+def as_whole(value: Any) -> int | None:
+    """A whole number as Python, NumPy or a tensor has it; None if it is none, a bool, or a row of one."""
+    truth = isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
+    if truth or getattr(value, "ndim", 0):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
-def check_whole(owner: str, argument: str, value: Any, low: int) -> None:
-    """Raise unless it is a whole number, Python's or NumPy's, of at least ``low``."""
-    if not is_whole(value):
-        raise OptxError(f"{owner}: {argument} is {shown(value)}; it must be a whole number.")
-    check_range(owner, argument, value, low)
+def check_whole(owner: str, argument: str, value: Any, low: int | None = None, wanted: str = "") -> int:
+    """The whole number that a value is; raise unless it is one, of at least ``low``.
+
+    Args:
+        owner: whose argument it is.
+        argument: its name.
+        value: what was given.
+        low: the least that it may be; None: anything.
+        wanted: what it must be, in words, for either fault.
+    """
+    number = as_whole(value)
+    if number is None or (wanted and low is not None and number < low):
+        raise OptxError(f"{owner}: {argument} is {shown(value)}; it must be {wanted or 'a whole number'}.")
+    if low is not None:
+        check_range(owner, argument, number, low)
+    return number
 
 
 def check_choice(owner: str, argument: str, value: object, choices: Collection[object]) -> None:

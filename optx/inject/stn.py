@@ -147,8 +147,7 @@ class STN(Injection):
                 raise OptxError(f"STN: {option} is {value!r}; it must be a finite number.")
             object.__setattr__(self, option, float(value))  # NumPy's would not be saved
         for option, least in (("warmup", 0), ("train_steps", 1), ("valid_steps", 1), ("seed", -(2**63))):
-            check_whole("STN", option, getattr(self, option), least)
-            object.__setattr__(self, option, int(getattr(self, option)))
+            object.__setattr__(self, option, check_whole("STN", option, getattr(self, option), least))
         for option in ("delta", "shared", "scale"):
             check_choice("STN", option, getattr(self, option), (True, False))
         check_choice("STN", "batch_axis", self.batch_axis, (None, 0, 1))

@@ -5,13 +5,12 @@ Source: "Sharpness-Aware Training for Free", arXiv 2205.14083, equations 8 and 1
 
 from __future__ import annotations
 
-import operator
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from optx._errors import OptxError, ShapeError, check_range
+from optx._errors import OptxError, ShapeError, check_range, check_whole
 
 LOWEST = -65504.0
 """Logits lie at most so far below the largest one (float16's range): what is masked by -inf has no NaN."""
@@ -145,8 +144,8 @@ class Trajectory:
 
     def __init__(self, weight: float, tau: float, start_epoch: int, end_epoch: int | None) -> None:
         self.weight, self.tau = weight, tau
-        self.start_epoch = whole(self._owner, "start_epoch", start_epoch, 0)
-        self.end_epoch = None if end_epoch is None else whole(self._owner, "end_epoch", end_epoch, 0)
+        self.start_epoch = count_from(self._owner, "start_epoch", start_epoch, 0)
+        self.end_epoch = None if end_epoch is None else count_from(self._owner, "end_epoch", end_epoch, 0)
         if self.end_epoch is not None and self.end_epoch <= self.start_epoch + 1:
             raise OptxError(
                 f"{self._owner}: end_epoch is {end_epoch}, so no epoch has the loss; the first one is "
@@ -181,7 +180,7 @@ class Trajectory:
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch begins, counted from 0; call it at the start of each, as for a sampler."""
-        self.epoch = whole(self._owner, "epoch", epoch, 0)
+        self.epoch = count_from(self._owner, "epoch", epoch, 0)
 
     @property
     def active(self) -> bool:
@@ -212,12 +211,6 @@ class Trajectory:
         return self.epoch
 
 
-def whole(owner: str, argument: str, value: Any, least: int) -> int:
-    """A whole number from `least` on, or an OptxError."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if isinstance(value, bool) or number < least:
-        raise OptxError(f"{owner}: {argument} is {value!r}; it must be a whole number from {least} on.")
-    return number
+def count_from(owner: str, argument: str, value: Any, least: int) -> int:
+    """A number of epochs, samples or steps, from ``least`` on."""
+    return check_whole(owner, argument, value, least, f"a whole number from {least} on")

@@ -153,13 +153,13 @@ class LossReweight:
             raise OptxError(f"{_OWNER}: alpha is {alpha!r}; only 'linupper' has one, not {strategy!r}.")
         if max_weight is not None:
             check_range(_OWNER, "max_weight", max_weight, 1.0)
-        check_whole(_OWNER, "accumulate", accumulate, 1)
-        check_whole(_OWNER, "max_batch", 1 if max_batch is None else max_batch, 1)
+        most = 0 if max_batch is None else check_whole(_OWNER, "max_batch", max_batch, 1)
         self._r = Temperature(_OWNER, r, warmup, warmup_r, anneal, r_start)
-        self._ranks = AllRanks(_OWNER, process_group, max_batch or 0)
+        self._ranks = AllRanks(_OWNER, process_group, most)
         self.strategy, self.delta, self.alpha = strategy, float(delta), float(alpha)
         self.max_weight, self.length_weighting = max_weight, length_weighting
-        self.skip_nonfinite, self.accumulate = skip_nonfinite, accumulate
+        self.skip_nonfinite = skip_nonfinite
+        self.accumulate = check_whole(_OWNER, "accumulate", accumulate, 1)
         self.step, self.skipped = 0, 0
         self._calls = 0  # of the step that is not yet whole
         self._warnings = BatchWarnings(_OWNER, strategy)
@@ -288,15 +288,14 @@ class LossReweight:
                 f"{_OWNER}: the state has {', '.join(sorted(map(str, state_dict))) or 'nothing'}; it must "
                 f"have {', '.join(sorted(wanted))}, as state_dict() gives them."
             )
-        for name in wanted:
-            check_whole(_OWNER, f"the state's {name}", state_dict[name], 0)
-        calls = int(state_dict["calls"])
+        found = {name: check_whole(_OWNER, f"the state's {name}", state_dict[name], 0) for name in wanted}
+        calls = found["calls"]
         if calls >= self.accumulate:
             raise OptxError(
                 f"{_OWNER}: the state was saved after {calls} calls of a step and accumulate is "
                 f"{self.accumulate}; give the accumulate that it was saved with."
             )
-        self.step, self.skipped, self._calls = int(state_dict["step"]), int(state_dict["skipped"]), calls
+        self.step, self.skipped, self._calls = found["step"], found["skipped"], calls
 
     def __repr__(self) -> str:
         return f"LossReweight({self.strategy!r}, r={self._r.r!r}, step {self.step})"

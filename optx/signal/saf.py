@@ -18,7 +18,15 @@ from optx._errors import FileError, OptxError, ShapeError, check_choice, shown, 
 from optx.signal._audit import Audit
 from optx.signal._exchange import Exchange
 from optx.signal._record import NEVER, Record, Rows, binned
-from optx.signal._trajectory import Trajectory, centred, check_logits, check_where, mean_loss, no_loss, whole
+from optx.signal._trajectory import (
+    Trajectory,
+    centred,
+    check_logits,
+    check_where,
+    count_from,
+    mean_loss,
+    no_loss,
+)
 
 FEW = 0.9
 """Of the samples of an epoch, the share with a past under which a warning is due."""
@@ -117,11 +125,11 @@ class SAF(Trajectory):
         check_choice("SAF", "dtype", dtype, (torch.float16, torch.bfloat16, torch.float32))
         self.gather = gather
         self._record = Record(
-            whole("SAF", "num_samples", num_samples, 1),
-            whole("SAF", "lookback", lookback, 1),
-            None if top_k is None else whole("SAF", "top_k", top_k, 1),
+            count_from("SAF", "num_samples", num_samples, 1),
+            count_from("SAF", "lookback", lookback, 1),
+            None if top_k is None else count_from("SAF", "top_k", top_k, 1),
             self.tau,
-            None if max_length is None else whole("SAF", "max_length", max_length, 1),
+            None if max_length is None else count_from("SAF", "max_length", max_length, 1),
             dtype,
             torch.device(device),
         )

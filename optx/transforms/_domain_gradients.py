@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from optx._errors import OptxError, is_whole
+from optx._errors import OptxError, as_whole
 from optx._names import is_dtensor
 
 SpreadOf = Callable[[Tensor], Tensor | None]
@@ -239,8 +239,8 @@ def _any_nonzero(parameters: Sequence[Tensor]) -> bool:
 
 def declared(owner: str, domains: Any) -> list[Hashable]:
     """The labels of all domains, each once."""
-    if is_whole(domains) and domains >= 1:
-        return list(range(int(domains)))
+    if (count := as_whole(domains)) is not None and count >= 1:
+        return list(range(count))
     if isinstance(domains, Sequence) and not isinstance(domains, str | bytes) and domains:
         try:
             if len(set(domains)) == len(domains):

@@ -137,6 +137,7 @@ TABLE = {
     "optx/transforms/_anchors.py": "adamr_anchors adamr_sources adamr_mistakes adamr",
     "optx/transforms/_blocks.py": "hft_selection",
     "optx/transforms/_domain_gradients.py": "dsp_reg dsp_reg_loops dsp_reg_mistakes",
+    "optx/transforms/_drawn_half.py": "hft_rounds hft_kept hft_resume hft hft_selection",
     "optx/transforms/_flags.py": "hft_rounds hft_kept hft",
     "optx/transforms/_frozen_half.py": "hft_rounds hft_kept hft",
     "optx/transforms/_half_selection.py": "hft_selection hft",
