@@ -126,6 +126,7 @@ TABLE = {
     "optx/signal/_temperature.py": "loss_reweight",
     "optx/signal/_batch_warnings.py": "loss_reweight_trainer",
     "optx/signal/_softmax_weights.py": "loss_reweight loss_reweight_loops",
+    "optx/signal/_places.py": "loss_reweight loss_reweight_trainer",
     "optx/signal/_record.py": "trajectory_changes saf saf_mistakes saf_processes",
     "optx/signal/_trajectory.py": "saf mesa trajectory_changes saf_mistakes mesa_mistakes",
     "optx/signal/_with_index.py": "trajectory_changes with_index",
