@@ -76,7 +76,7 @@ def as_whole(value: Any) -> int | None:
         return None
     try:
         return operator.index(value)
-    except TypeError:
+    except (TypeError, RuntimeError):  # a tensor without data
         return None
 
 
