@@ -182,7 +182,8 @@ class DSPReg(Transform):
             raise OptxError(f"DSPReg: model is a {type(model).__name__}; it must be the model, or None.")
         self.norm, self.decoupled, self.anchor, self.unbiased = norm, decoupled, anchor, unbiased
         self.min_dim, self.model = least_dim, model
-        self.accumulate, self.measure = accumulate, measure
+        self.accumulate = accumulate
+        self.measure: Measure = measure
         self._labels = declared("DSPReg", domains)
         self._gradients = self._new_gradients()
         self._anchors_open = anchor is not None  # until the first domain the weights may still be loaded
