@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,6 @@ class DrawnHalf:
         model: its parameters are read anew each time, since the objects may be replaced.
         draw: what to draw, and in which round.
         blocks: a regular expression that matches the blocks' names, or None.
-        serves: whether a param group takes part.
 
     Attributes:
         flags: what the person wants, and what the round made of it.
@@ -34,12 +33,12 @@ class DrawnHalf:
         OptxError: the model is none, or has no blocks.
     """
 
-    def __init__(self, model: Any, draw: Draw, blocks: Any, serves: Callable[[Group], bool]) -> None:
+    def __init__(self, model: Any, draw: Draw, blocks: Any) -> None:
         if not isinstance(model, nn.Module):
             raise OptxError(f"HFT: model is a {type(model).__name__}; it must be the model, as HFT(model).")
         if not (blocks is None or isinstance(blocks, str)):
             raise OptxError(f"HFT: blocks is {blocks!r}; it must be a regular expression, or None.")
-        self.model, self.draw, self.serves = model, draw, serves
+        self.model, self.draw = model, draw
         self.flags = Flags()
         self.layers = ModelLayers(blocks)
         self._round = Round()
@@ -55,16 +54,16 @@ class DrawnHalf:
 
     # ---- looking -------------------------------------------------------------------------------------
 
-    def see(self, groups: Iterable[Group]) -> None:
-        """Look at which groups take part now."""
-        self._served = [self.serves(group) for group in groups]
-        out = {p for group in groups if not self.serves(group) for p in group["params"]}
+    def see(self, groups: Sequence[Group], serves: Callable[[Group], bool]) -> None:
+        """Look at which groups take part now; ``serves`` is not kept, since who has it has this object."""
+        self._served = [serves(group) for group in groups]
+        out = {p for group in groups if not serves(group) for p in group["params"]}
         named = named_parameters(self.model) if out else {}
         self._left_out = {name for name, p in named.items() if p in out}
 
-    def sees(self, groups: Iterable[Group]) -> bool:
+    def sees(self, groups: Sequence[Group], serves: Callable[[Group], bool]) -> bool:
         """Whether the same groups take part as when it last looked."""
-        return self._served == [self.serves(group) for group in groups]
+        return self._served == [serves(group) for group in groups]
 
     def follow(self) -> bool:
         """Take on the flags that the person has changed; whether there were any."""

@@ -135,7 +135,7 @@ class HFT(Transform):
         self.model = model
         self.rounds_every = rounds_every
         self.reset_state = reset_state
-        self._half = DrawnHalf(model, Draw(ratio, level, balance, seed), blocks, self.serves)
+        self._half = DrawnHalf(model, Draw(ratio, level, balance, seed), blocks)
         self._steps = 0  # in this round; counted where rounds_every asks for it
         self._frozen = FrozenHalf()
         self._first_state = FirstState()
@@ -187,7 +187,7 @@ class HFT(Transform):
     def start_round(self, number: int) -> Selection:
         """Begin round ``number``; a round's half depends only on it, the seed, and what the person froze."""
         optimizer = self._bound("start_round")
-        self._half.see(optimizer.param_groups)
+        self._half.see(optimizer.param_groups, self.serves)
         self._half.flags.follow()
         self._half.watch()
         self._half.begin(number)
@@ -200,7 +200,7 @@ class HFT(Transform):
         optimizer = self._bound("selected")
         if not self._loading:
             self._follow(optimizer)
-        self._half.see(optimizer.param_groups)
+        self._half.see(optimizer.param_groups, self.serves)
         return Selection(self._half.rows(), self.round)
 
     def freeze(self, *names: str) -> None:
@@ -254,7 +254,7 @@ class HFT(Transform):
 
     def _enter(self, optimizer: Host, reset: bool) -> None:
         """Make the flags, the gradients and the optimizer's state those of this round."""
-        self._half.see(optimizer.param_groups)
+        self._half.see(optimizer.param_groups, self.serves)
         self._half.set_flags()
         served = optimizer.served(self)
         self._frozen.take(served)
@@ -266,7 +266,7 @@ class HFT(Transform):
 
     def _follow(self, optimizer: Host) -> None:
         """Take on what the person changed: flags, and groups that are left out."""
-        if not self._half.sees(optimizer.param_groups):
+        if not self._half.sees(optimizer.param_groups, self.serves):
             self.groups_changed(optimizer)
         elif self._half.follow():
             self._frozen.take(optimizer.served(self))
@@ -289,7 +289,7 @@ class HFT(Transform):
             check_state_may_stay(base)
         half.flags.follow()
         half.watch()
-        half.see(base.param_groups)
+        half.see(base.param_groups, self.serves)
         half.check_trains(base, anew=unbound)
 
     def bind(self, optimizer: Host) -> None:
@@ -302,7 +302,7 @@ class HFT(Transform):
 
     def groups_changed(self, optimizer: Host) -> None:
         """Take in groups that came, parameters that were replaced, and layers that are new in the model."""
-        self._half.see(optimizer.param_groups)
+        self._half.see(optimizer.param_groups, self.serves)
         self._half.flags.follow()
         self._half.watch()
         self._half.take_in_new()
@@ -338,7 +338,7 @@ class HFT(Transform):
         if not self._loading:
             self._half.flags.follow()
         self._half.watch()
-        self._half.see(optimizer.param_groups)
+        self._half.see(optimizer.param_groups, self.serves)
         self._half.return_to(saved)
         self._enter(optimizer, reset=False)
         if saved.selection not in (0, self._half.checksum):
