@@ -11,76 +11,95 @@ import torch
 from torch import Tensor
 
 from optx._errors import OptxError, ShapeError, check_range, check_whole
-
-LOWEST = -65504.0
-"""Logits lie at most so far below the largest one (float16's range): what is masked by -inf has no NaN."""
-
-
-def centred(logits: Tensor) -> Tensor:
-    """Logits less their largest one, in float32 (float64 stays): what softmax takes is the same.
-
-    Small storage formats are finest near 0, which is where the probable classes then are.
-    """
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return (z - z.amax(-1, keepdim=True)).clamp_min_(LOWEST)
+from optx.kernels.available import why_unavailable
+from optx.kernels.loss.trajectory_rows import sums
 
 
-def divergence(z: Tensor, past: Tensor, tau: float) -> Tensor:
-    """tau^2 KL(softmax(past / tau) || softmax(z / tau)) over the last dimension, one number a position.
-
-    tau^2 is in the paper's code and not in its equation; without it the gradient, tau (p - q), would be tau^2
-    times smaller. Logarithms are not taken of probabilities, which may underflow.
-    """
-    log_q = torch.log_softmax(past / tau, -1)
-    return (log_q.exp() * (log_q - torch.log_softmax(z / tau, -1))).sum(-1) * tau**2
-
-
-class _MeanDivergence(torch.autograd.Function):
-    """The mean over the positions that count, with the gradient tau (p - q) in closed form.
-
-    Both at once and in few operations: of a few classes each costs more to call than to compute. A position
-    without a finite divergence (NaN logits, now or then) is left out as one without a past is.
-    """
+class _WithGradient(torch.autograd.Function):
+    """A number that was computed together with its gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, z: Tensor, past: Tensor, tau: float, serves: Tensor | None, count: Any
-    ) -> Tensor:
-        log_q = torch.log_softmax(past.to(z.dtype) / tau, -1)
-        log_p = torch.log_softmax(z / tau, -1)
-        q = log_q.exp()
-        losses = log_q.sub_(log_p).mul_(q).sum(-1)  # not vecdot, which autocast would round
-        good = losses.isfinite() if serves is None else losses.isfinite() & serves
-        gradient = log_p.exp_().sub_(q).masked_fill_(~good.unsqueeze(-1), 0.0)
-        ctx.save_for_backward(gradient.to(logits.dtype))
-        ctx.scale = tau / count
-        return losses.masked_fill_(~good, 0.0).sum() * (tau**2 / count)
+    def forward(ctx: Any, logits: Tensor, loss: Tensor, gradient: Tensor, scale: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(gradient)
+        ctx.scale = scale
+        return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return ctx.saved_tensors[0] * (outer[0] * ctx.scale), None, None, None, None, None
+        return ctx.saved_tensors[0] * (outer[0] * ctx.scale), None, None, None
+
+
+def with_gradient(logits: Tensor, total: Any, gradient: Tensor, tau: float, share: Any) -> Tensor:
+    """The loss of a sum of divergences and the gradient p - q of its rows.
+
+    Args:
+        logits: what the gradient is for.
+        total: the sum, a scalar tensor or a number.
+        gradient: in the logits' shape and dtype.
+        tau: the temperature.
+        share: what the sum counts: the weight, by the number of positions.
+    """
+    loss = total * (tau**2 * share)
+    if not isinstance(loss, Tensor):
+        loss = torch.tensor(loss, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return cast("Tensor", _WithGradient.apply(logits, loss, gradient, tau * share))
+
+
+def few(logits: Tensor, past: Tensor | None = None) -> Any:
+    """The compiled pass over a small batch on the CPU, if it serves such logits, or None."""
+    if logits.device.type != "cpu" or why_unavailable("numba") is not None:
+        return None
+    if not _loaded:
+        from optx.kernels.loss import trajectory_cpu  # loads Numba
+
+        _loaded.append(trajectory_cpu)
+    serves = _loaded[0].serves
+    return _loaded[0] if serves(logits) and (past is None or serves(past)) else None
+
+
+_loaded: list[Any] = []
 
 
 def mean_loss(
-    logits: Tensor, z: Tensor, past: Tensor, tau: float, serves: Tensor | None, where: Tensor | None
+    logits: Tensor,
+    z: Tensor,
+    past: Tensor,
+    tau: float,
+    serves: Tensor | None,
+    where: Tensor | None,
+    weight: float = 1.0,
 ) -> Tensor:
     """The divergence's mean over all positions that count, of which some may have no past and add 0.
 
+    A position without a finite divergence (NaN logits, now or then) is left out as one without a past is.
+
     Args:
         logits: what the gradient is for, (B, C) or (B, T, C).
-        z: these logits centred, without gradient.
+        z: these logits, without gradient.
         past: the reference, as large; where it does not serve, anything.
         tau: the temperature.
         serves: which positions have a past, (B,) or (B, T); None: all.
         where: which positions count, (B,) or (B, T); None: all.
+        weight: the mean is multiplied by it.
     """
     if where is None:
-        count = max(1, z.shape[:-1].numel())
+        count: Any = max(1, z.shape[:-1].numel())
     else:
         count = where.sum().clamp_min(1)
+        count = int(count) if count.device.type == "cpu" else count
         serves = where if serves is None else serves & where
-    return cast("Tensor", _MeanDivergence.apply(logits, z, past, tau, serves, count))
+    if (compiled := few(z, past)) is not None and z.shape == past.shape:
+        flags = None if serves is None else serves.reshape(-1).contiguous()
+        made = compiled.divergence(_rows(z), _rows(past), tau, flags)
+        total, gradient = made.total, cast("Tensor", made.gradient).view(z.shape)
+    else:
+        total, gradient = sums(z, past, tau, serves)
+    return with_gradient(logits, total, gradient.to(logits.dtype), tau, weight / count)
+
+
+def _rows(logits: Tensor) -> Tensor:
+    return logits if logits.ndim == 2 else logits.reshape(-1, logits.shape[-1])
 
 
 def no_loss(owner: str, logits: Any) -> Tensor:

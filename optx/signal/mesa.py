@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from optx._errors import FileError, OptxError, ShapeError, check_range, shown, warn
 from optx.signal._ema_copy import EMACopy
-from optx.signal._trajectory import Trajectory, centred, check_logits, check_where, mean_loss, no_loss
+from optx.signal._trajectory import Trajectory, check_logits, check_where, mean_loss, no_loss
 
 
 class MESA(Trajectory):
@@ -46,8 +46,9 @@ class MESA(Trajectory):
         ``beta=0.9998``: ImageNet in its script, 90 epochs of 1251 steps; the paper says between 0.9 and 1.
 
     In transformers' Trainer a ``compute_loss_func`` sees no inputs: override ``compute_loss``, and add
-    ``mesa(outputs.logits, **inputs)`` there; let a ``TrainerCallback`` call ``set_epoch(round(state.epoch))``
-    in ``on_epoch_begin``, and keep `state_dict` beside the Trainer's checkpoints.
+    ``mesa(outputs.logits, **inputs)`` there; let a ``TrainerCallback`` call
+    ``set_epoch(int(state.epoch + 1e-6))`` in ``on_epoch_begin``, and keep `state_dict` beside the Trainer's
+    checkpoints.
 
     Limits: `set_epoch` must be called each epoch. A call costs a forward pass, a third of a step or less.
     Sharded parameters (FSDP2) are refused, and a forward that draws random numbers in eval mode, or reaches
@@ -143,9 +144,8 @@ class MESA(Trajectory):
                     self._reference(logits, inputs, keywords)
             return nothing
         with torch.no_grad():
-            past = centred(self._reference(logits, inputs, keywords))
-            z = centred(logits)
-        return self.weight * mean_loss(logits, z, past, self.tau, None, where)
+            past = self._reference(logits, inputs, keywords)
+        return mean_loss(logits, logits.detach(), past, self.tau, None, where, self.weight)
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch begins, counted from 0; call it at the start of each, as for a sampler.

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import optx
-from optx.signal._trajectory import centred, mean_loss
+from optx.kernels.loss.trajectory_rows import centred
+from optx.signal._trajectory import mean_loss
 
 Z, PAST = [[2.0, 0.0, -1.0]], [[1.0, 1.0, -1.0]]
 
@@ -29,7 +30,8 @@ def official(z: Tensor, past: Tensor, tau: float) -> Tensor:
 def recorded(*pasts: Any, **options: Any) -> optx.SAF:
     """SAF that recorded these logits of samples 0, 1, ... in epochs 0, 1, ...; the next epoch has begun."""
     first = torch.as_tensor(pasts[0])
-    saf = optx.SAF(len(first), **{"lookback": len(pasts), "start_epoch": 0, "dtype": torch.float32} | options)
+    usual = {"lookback": len(pasts), "start_epoch": len(pasts) - 1, "dtype": torch.float32}
+    saf = optx.SAF(len(first), **usual | options)
     for epoch, past in enumerate(pasts):
         saf.set_epoch(epoch)
         saf(torch.as_tensor(past).clone().requires_grad_(), torch.arange(len(first)))
@@ -169,6 +171,18 @@ def test_what_was_not_seen_then_adds_nothing_and_counts() -> None:
     with pytest.warns(UserWarning, match="in epoch 2, 2 of 3 samples had an output of 2 epochs before"):
         saf.set_epoch(3)
     assert loss_and_gradient(saf, 2 * z)[0] > 0  # samples 1 and 2 were seen in epoch 1
+
+
+@pytest.mark.filterwarnings("ignore:SAF. in epoch 1 ")  # so it was made
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_what_was_never_seen_is_of_no_epoch(top_k: int | None) -> None:
+    """Nor of the one before the first, if a person sets the start lower than may be asked for."""
+    saf = optx.SAF(3, lookback=3, weight=1.0, top_k=top_k)
+    saf.start_epoch = 0
+    for epoch in range(3):
+        saf.set_epoch(epoch)
+        assert saf(torch.randn(3, 4, requires_grad=True), [0, 1, 2]) == 0
+    assert saf.report()["served"] == 0
 
 
 @pytest.mark.parametrize(("start", "end", "on"), [(0, None, {1, 2, 3, 4}), (2, None, {3, 4}), (1, 3, {2})])

@@ -51,14 +51,14 @@ def test_an_index_that_is_none(index: Any) -> None:
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_first_epochs_have_no_past_and_no_warning(first: int) -> None:
-    made = optx.SAF(4, lookback=3, start_epoch=0)
+    made = optx.SAF(4, lookback=3, start_epoch=2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for epoch in range(first, first + 6):
             made.set_epoch(epoch)
             made(LOGITS, range(4))
     assert made.report()["served"] == 1
-    forgetful = optx.SAF(4, lookback=3, start_epoch=0)
+    forgetful = optx.SAF(4, lookback=3, start_epoch=2)
     forgetful.set_epoch(8)
     forgetful(LOGITS, range(4))
     with pytest.warns(UserWarning, match="is load_state_dict called"):
