@@ -54,6 +54,8 @@ class BestResponse(Part):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
         """Add the response to what the module computed; summed in the wider precision, rounded once."""
+        if module.training and self.hparams.draw is None:
+            self.hparams.calls.stray()
         gate = self.hparams.gate(self.centred)
         if gate is None:
             return None if self.c is None else (output * self.c).to(output.dtype)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optx._errors import OptxError
+from optx._errors import OptxError, warn
 
 ORDER = ("first", "second")
 """Axes in words."""
@@ -47,9 +47,27 @@ class Calls:
     A compiled graph has what it computes again among its inputs, so it needs no look.
     """
 
+    MANY = 256
+    """Calls of served layers, in training and outside of any batch, after which there is a word about it."""
+
     def __init__(self) -> None:
         self.left_waiting = False
         """Whether the last batch was left before any backward pass through checkpoints came."""
+        self.outside = 0
+        """Calls in training mode with gradients since the last batch; -1: it has been told."""
+
+    def stray(self) -> None:
+        """Note a call that trains and is in no batch; warn, once, where a loop goes on like that."""
+        if torch.compiler.is_compiling() or self.outside < 0 or not torch.is_grad_enabled():
+            return
+        self.outside += 1
+        if self.outside == self.MANY:
+            self.outside = -1
+            warn(
+                f"STN: served layers have been called {self.MANY} times in training mode outside of "
+                "stn.train_batch(), where nothing is perturbed, so no hyperparameter is tuned. Compute each "
+                "training loss, and its backward pass, within `with stn.train_batch(x):`."
+            )
 
     def look(self, draw: Draw | None) -> None:
         """Note a call; raise if it is one again, and not in the batch that it was in before."""
@@ -59,6 +77,7 @@ class Calls:
         if not again:
             if draw is not None:
                 draw.called = draw.waiting = True
+                self.outside = min(self.outside, 0)
         elif self.left_waiting if draw is None else not draw.called:
             raise OptxError(
                 "STN: backward computes the model again (activation checkpointing) outside of the batch that "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -287,3 +288,32 @@ def test_what_remove_leaves_is_the_same_model_only_where_it_is_said(delta: bool,
     before = model.eval()(x)
     stn.remove()
     assert torch.equal(model(x), before) == (delta and not scale)
+
+
+# ---- no batch at all --------------------------------------------------------------------------------------
+
+
+def test_a_loop_that_enters_no_batch_is_told_once() -> None:
+    model = mlp()  # two layers are served
+    stn = tuned(model)
+    x, _ = batch(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.no_grad():
+            for _ in range(300):
+                model(x)
+        model.eval()
+        for _ in range(300):
+            model(x)
+        model.train()
+        for _ in range(127):
+            model(x)
+        train_step(model, stn, sgd(model), 0)  # a batch: counted anew
+        for _ in range(127):
+            model(x)
+    with pytest.warns(UserWarning, match=r"256 times in training mode outside of stn.train_batch\(\)"):
+        model(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(300):
+            model(x)
