@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import operator
 import sys
+import textwrap
 import warnings
-from collections.abc import Collection, Iterable
-from numbers import Integral
-from typing import Any, TypeGuard
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
 
 class OptxError(ValueError):
@@ -63,29 +64,60 @@ def warn(message: str) -> None:
 def check_range(owner: str, argument: str, value: Any, low: float, high: float = float("inf")) -> None:
     """Raise unless ``low <= value <= high``, in one sentence."""
     number = isinstance(value, int | float) or hasattr(value, "item")  # a tensor or a NumPy number too
-    try:
-        inside = number and bool(low <= value <= high)
-    except (TypeError, ValueError, RuntimeError):  # an array of several
-        inside = False
-    if not inside:
+    if not (number and _is_one(value) and _holds(lambda: low <= value <= high)):
         wanted = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
-        raise OptxError(f"{owner}: {argument} is {value!r}; it must be {wanted}.")
+        raise OptxError(f"{owner}: {argument} is {shown(value)}; it must be {wanted}.")
 
 
-def is_whole(value: object) -> TypeGuard[int]:
-    """Whether it is a whole number, Python's or NumPy's, and no bool."""
-    return not isinstance(value, bool) and isinstance(value, Integral)
+def as_whole(value: Any) -> int | None:
+    """A whole number as Python, NumPy or a tensor has it; None if it is none, a bool, or a row of one."""
+    truth = isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
+    if truth or getattr(value, "ndim", 0):
+        return None
+    try:
+        return operator.index(value)
+    except (TypeError, RuntimeError):  # a tensor without data
+        return None
 
 
-def check_whole(owner: str, argument: str, value: Any, low: int) -> None:
-    """Raise unless it is a whole number, Python's or NumPy's, of at least ``low``."""
-    if not is_whole(value):
-        raise OptxError(f"{owner}: {argument} is {value!r}; it must be a whole number.")
-    check_range(owner, argument, value, low)
+def check_whole(owner: str, argument: str, value: Any, low: int | None = None, wanted: str = "") -> int:
+    """The whole number that a value is; raise unless it is one, of at least ``low``.
+
+    Args:
+        owner: whose argument it is.
+        argument: its name.
+        value: what was given.
+        low: the least that it may be; None: anything.
+        wanted: what it must be, in words, for either fault.
+    """
+    number = as_whole(value)
+    if number is None or (wanted and low is not None and number < low):
+        raise OptxError(f"{owner}: {argument} is {shown(value)}; it must be {wanted or 'a whole number'}.")
+    if low is not None:
+        check_range(owner, argument, number, low)
+    return number
 
 
 def check_choice(owner: str, argument: str, value: object, choices: Collection[object]) -> None:
     """Raise unless an option is one of its values."""
-    if value not in choices:
+    if not (_is_one(value) and any(_holds(lambda one=one: value == one) for one in choices)):
         wanted = ", ".join(repr(choice) for choice in choices if choice is not None)
-        raise OptxError(f"{owner}: {argument} is {value!r}; it must be one of {wanted}.")
+        raise OptxError(f"{owner}: {argument} is {shown(value)}; it must be one of {wanted}.")
+
+
+def shown(value: object) -> str:
+    """What was given, in one line of a sentence, however many numbers it has."""
+    return textwrap.shorten(repr(value), 100, placeholder=" ...")
+
+
+def _is_one(value: object) -> bool:
+    """Whether it is no array or tensor with axes: one of a single number compares as that number does."""
+    return not getattr(value, "shape", ())
+
+
+def _holds(comparison: Callable[[], Any]) -> bool:
+    """Whether it is true; one that cannot be made (of an array, or what knows no order) is not."""
+    try:
+        return bool(comparison())
+    except (TypeError, ValueError, RuntimeError):
+        return False

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ._run import device
+from ._run import clock, device
 
 TRAIN = 1000
 MEASURED = 250
@@ -95,10 +97,38 @@ def largest_eigenvalue(gradient: Sequence[Tensor], weights: Sequence[Tensor]) ->
     return value
 
 
-def in_turn(steps: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step, all in turn, so that what else the machine does is the same for all."""
-    found: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            found[name].append(step())
-    return found
+class Steps(Protocol):
+    """What is timed."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch begins."""
+        ...
+
+    def step(self, x: Tensor, y: Tensor, index: Tensor) -> None:
+        """One optimizer step."""
+        ...
+
+
+def in_turn(loops: Mapping[str, Steps], x: Tensor, y: Tensor, batch: int, rounds: int) -> dict[str, float]:
+    """Ratios of each loop's step to the first one's, medians over rounds in which each takes one.
+
+    What else the machine does is then the same for all. Three epochs come before; ``ms`` is the first one's
+    median, in milliseconds.
+    """
+    batches = [b for b in torch.arange(TRAIN).split(batch) if len(b) == batch]
+    warm = 3 * len(batches)
+    found: dict[str, list[float]] = {kind: [] for kind in loops}
+    for count in range(warm + rounds):
+        index = batches[count % len(batches)]
+        for kind, loop in loops.items():
+            loop.set_epoch(count // len(batches))
+            began = clock()
+            loop.step(x[index], y[index], index)
+            found[kind].append(clock() - began)
+    times = {kind: each[warm:] for kind, each in found.items()}
+    first = next(iter(times.values()))
+    ratios = {
+        kind: statistics.median(a / b for a, b in zip(each, first, strict=True))
+        for kind, each in times.items()
+    }
+    return {**ratios, "ms": 1e3 * statistics.median(first)}

@@ -19,13 +19,12 @@ def tables(results: dict[str, Any]) -> list[Table]:
             headers,
             [(arm, *_cells(arm, logs, step)) for arm, logs in by_seed(results["arms"]).items()],
             f"{settings['steps']} steps of {settings['batch']} digits, {100 * settings['wrong']:.0f} % of "
-            "the "
-            "labels random",
+            "the labels random",
             "Mean and, in brackets, range over seeds. Test: 797 digits with their own labels. Fit: of the "
             "training labels, random ones included. Eigenvalue: the largest of the training loss's Hessian. "
             "Rise: of that loss on a step of length 0.05 along its gradient. Step: time as a ratio to SGD's "
             f"{step['ms']:.1f} ms, "
-            "median, all kinds in turn and all losses on. Held: from step to step, besides SGD's own.",
+            "median, all kinds in turn and all losses on. Held: by the loss, from step to step.",
         )
     ]
 

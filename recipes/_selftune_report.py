@@ -43,6 +43,12 @@ def _cells(found: Sequence[dict[str, Any]], first: Sequence[dict[str, Any]]) -> 
     ]
 
 
+def thinned(history: dict[str, list[float]], points: int = 100) -> dict[str, list[float]]:
+    """Every so many of its values, for the picture."""
+    every = max(1, len(history["batches"]) // points)
+    return {name: values[::every] for name, values in history.items()}
+
+
 def report(run: Run) -> None:
     """Print the table and draw the schedules that were discovered."""
     _report.tell(tables(run.results))

@@ -14,35 +14,23 @@ from __future__ import annotations
 import itertools
 import time
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import optx
 
 from . import _selftune_report
 from ._options import SEEDS, positive, rate
 from ._run import Run, SettingsError, chosen, clock, device, parser, settings_of
+from ._selftune_parts import Data, batches, digits, losses, noisy
 
 GRID = [*itertools.product((0.05, 0.3, 0.6), (0.05, 0.3, 0.6))]  # dropout, noise
 STARTS = {"stn": (0.05, 0.05), "stn from above": (0.8, 0.8)}
 ARMS = (*STARTS, "untuned", "grid of equal steps", "grid of equal time", "grid of whole runs")
-Data = dict[str, tuple[Tensor, Tensor]]
-
-
-def digits(seed: int, size: int) -> Data:
-    """scikit-learn's 1,797 digits of 8 x 8 in three parts, scaled to deviations of 1."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    x, y = torch.tensor(found.data, dtype=torch.float32), torch.tensor(found.target)
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    x, y = ((x - x.mean()) / x.std())[order].to(device()), y[order].to(device())
-    parts = {"train": slice(size), "valid": slice(size, 3 * size), "test": slice(3 * size, None)}
-    return {name: (x[part], y[part]) for name, part in parts.items()}
 
 
 def network(drop: float) -> nn.Sequential:
@@ -50,28 +38,6 @@ def network(drop: float) -> nn.Sequential:
     sizes = [nn.Linear(64, 256), nn.Linear(256, 256)]
     hidden = [module for layer in sizes for module in (layer, nn.ReLU(), nn.Dropout(drop))]
     return nn.Sequential(*hidden, nn.Linear(256, 10)).to(device())
-
-
-def batches(part: tuple[Tensor, Tensor], seed: int, size: int = 64) -> Iterator[tuple[Tensor, Tensor]]:
-    """Epoch after epoch, without end."""
-    draws = torch.Generator().manual_seed(seed)
-    while True:
-        for index in torch.randperm(len(part[0]), generator=draws).split(size):
-            yield part[0][index], part[1][index]
-
-
-def noisy(x: Tensor, strength: Any) -> Tensor:
-    """Augmentation: noise of one strength, or of one for each example."""
-    return x + torch.as_tensor(strength, device=x.device).view(-1, 1) * torch.randn_like(x)
-
-
-@torch.no_grad()
-def losses(model: nn.Module, data: Data) -> dict[str, float]:
-    """Cross-entropy on validation and test, and the share of test digits that are read right."""
-    was, logits = model.training, {name: model.eval()(x) for name, (x, _) in data.items()}
-    model.train(was)
-    found = {name: F.cross_entropy(logits[name], data[name][1]).item() for name in ("train", "valid", "test")}
-    return {**found, "accuracy": float((logits["test"].argmax(1) == data["test"][1]).float().mean())}
 
 
 def self_tuned(arm: str, seed: int, data: Data, args: Any, run: Run) -> dict[str, Any] | None:
@@ -101,13 +67,12 @@ def self_tuned(arm: str, seed: int, data: Data, args: Any, run: Run) -> dict[str
     seconds = clock() - start
     if run.interrupt.wanted:
         return None
-    return {**losses(model, data), "seconds": seconds, "history": thinned(stn.history), **hparams.values()}
-
-
-def thinned(history: dict[str, list[float]], points: int = 100) -> dict[str, list[float]]:
-    """Every so many of its values, for the picture."""
-    every = max(1, len(history["batches"]) // points)
-    return {name: values[::every] for name, values in history.items()}
+    return {
+        **losses(model, data),
+        "seconds": seconds,
+        "history": _selftune_report.thinned(stn.history),
+        **hparams.values(),
+    }
 
 
 def fixed(

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from optx._errors import OptxError, warn
 from optx._names import is_dtensor
 from optx.inject._computes import weight_of
+from optx.inject._draw import ORDER
 from optx.inject._hparams import HParams
 from optx.inject._part import Part, Weights, hidden_of, new_tensor
 from optx.inject._served import Served
@@ -53,16 +54,18 @@ class BestResponse(Part):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
         """Add the response to what the module computed; summed in the wider precision, rounded once."""
+        if module.training and self.hparams.draw is None:
+            self.hparams.calls.stray()
         gate = self.hparams.gate(self.centred)
         if gate is None:
             return None if self.c is None else (output * self.c).to(output.dtype)
         x = hidden_of(args, kwargs)
-        self.check_rows(x)
+        axis = self.axis_in(x)
         s_w, s_b = self.gated(gate, x.device)
         total = output if self.c is None else output * self.c
-        total = total + self.along(s_w, x) * self.response(module, x)
+        total = total + self.along(s_w, x, axis) * self.response(module, x)
         if s_b is not None and self.b_h is not None:
-            total = total + self.along(s_b * self.b_h, x)
+            total = total + self.along(s_b * self.b_h, x, axis)
         return total.to(output.dtype)
 
     def gated(self, gate: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -78,23 +81,27 @@ class BestResponse(Part):
             return conv_like(module, x, W, module.groups)  # pyright: ignore[reportArgumentType]
         return F.linear(x, W.t() if self.transposed else W)
 
-    def along(self, s: Tensor, x: Tensor) -> Tensor:
+    def along(self, s: Tensor, x: Tensor, axis: int) -> Tensor:
         """(B, out) as it is multiplied with the output of x: channels first in convolutions, else last."""
         if self.kernel:
             ones = (1,) * self.kernel
             return s.view(len(s), -1, *ones) if x.ndim == self.kernel + 2 else s.view(-1, *ones)
-        return s.view(len(s), *(1,) * (x.ndim - 2), -1) if x.ndim > 1 else s.view(-1)
+        if x.ndim == 1:
+            return s.view(-1)
+        return s.view(*(1,) * axis, len(s), *(1,) * (x.ndim - 2 - axis), -1)
 
-    def check_rows(self, x: Tensor) -> None:
-        """Raise unless the first axis is that of the batch's examples, each of which has a row of its own."""
+    def axis_in(self, x: Tensor) -> int:
+        """The axis of the batch's examples; raise unless there is one with a row for each."""
         rows = self.hparams.rows
         batched = x.ndim == self.kernel + 2 if self.kernel else x.ndim > 1
-        if rows is not None and not (batched and x.shape[0] == rows):
+        axis = 0 if self.kernel else self.hparams.axis(x, repr(self.path))
+        if rows is not None and not (batched and x.shape[axis] == rows):
             raise OptxError(
                 f"STN: the input of {self.path!r} has shape {tuple(x.shape)}, and the batch has {rows} "
-                "examples, each with hyperparameters of its own, along the first axis. Leave this module out "
-                "of targets, or give all examples the same with optx.STN(..., shared=True)."
+                f"examples, each with hyperparameters of its own, along the {ORDER[axis]} axis. Leave this "
+                "module out of targets, or give all examples the same with optx.STN(..., shared=True)."
             )
+        return axis
 
     @property
     def adds(self) -> bool:
@@ -136,14 +143,16 @@ class BestResponse(Part):
 
 
 class Gates:
-    """What V was when training began, to tell who has an optimizer that does not know of it."""
+    """What V and W were when training began, to tell who has an optimizer that does not know of one."""
 
     ENOUGH = 32
     """Training batches after which an optimizer must have stepped, whatever it accumulates."""
 
     def __init__(self, served: Sequence[Served]) -> None:
-        parts = [one.part for one in served if isinstance(one.part, BestResponse)]
-        self.known = [(part, part.V.detach().clone()) for part in parts]
+        parts = [(one.part, one.module) for one in served if isinstance(one.part, BestResponse)]
+        self.known = [(part, part.V.detach().clone()) for part, _ in parts]
+        own = [W for _, module in parts if isinstance(W := getattr(module, "weight", None), nn.Parameter)]
+        self.own = [(W, _some(W)) for W in own if not is_dtensor(W) and W.numel()]
 
     def check(self, batches: int) -> None:
         """Warn, once, if after so many training batches no response has changed."""
@@ -156,4 +165,16 @@ class Gates:
                 "hyperparameters follow a response that is not learnt. Make the optimizer from "
                 "model.parameters() after optx.attach()."
             )
-        self.known = []
+        trained = [(W, before) for W, before in self.own if W.requires_grad and W.numel()]
+        if trained and all(torch.equal(_some(W), before.to(W)) for W, before in trained):
+            warn(
+                f"STN: in {batches} training batches no weight of a served module has changed. Make the "
+                "optimizer from model.parameters(): handle.parameters() are the responses alone. Of a base "
+                "that is to stay, say so by requires_grad_(False)."
+            )
+        self.known, self.own = [], []
+
+
+def _some(W: Tensor) -> Tensor:
+    """A few of its numbers, from all over."""
+    return W.detach().flatten()[:: max(1, W.numel() // 256)].clone()

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from optx._errors import OptxError, check_choice, near
+from optx.inject._draw import Axes, Calls, Draw
 
 
 def inverse_softplus(value: float) -> float:
@@ -135,25 +136,6 @@ def _bounds(given: Any) -> tuple[float | None, float | None]:
     return low, high
 
 
-@dataclass
-class Draw:
-    """What a batch is computed with, between the two ends of a ``with``.
-
-    Attributes:
-        valid: whether a gradient is to reach the hyperparameters (a validation batch).
-        rows: how many examples it has; None: all share one row.
-        noise: standard normal, (rows or 1, H); None: nothing is perturbed.
-        shift: sigma * noise, without a gradient.
-        dual: what gates get instead, for a linearised prediction.
-    """
-
-    valid: bool
-    rows: int | None
-    noise: Tensor | None
-    shift: Tensor | None
-    dual: Tensor | None = None
-
-
 class HParams:
     """The hyperparameters that `optx.STN` tunes, by name; a loop reads them as ``hparams["drop"].value``.
 
@@ -195,6 +177,7 @@ class HParams:
         self.raw_sigma = nn.Parameter(torch.tensor(sigmas, dtype=torch.float64))
         self.tuned = torch.tensor([one.tuned for one in each])
         self.draw: Draw | None = None
+        self.calls, self.axes = Calls(), Axes()
         self.read: set[str] = set()
         """Those whose perturbed values something has asked for: the others can't be tuned."""
         self._user: weakref.ref[Any] | None = None
@@ -241,10 +224,14 @@ class HParams:
 
         Args:
             centred: Delta-STN's: without the values in force, which keep their gradient.
+
+        Raises:
+            OptxError: a backward pass computes again, outside of the batch, what was computed within it.
         """
         draw, now = self.draw, self.raw.detach()
         if not self.any_tuned:
             return None
+        self.calls.look(draw)
         if draw is not None and draw.dual is not None:
             return draw.dual
         if draw is not None and draw.valid:  # made anew at each call: every backward has a graph of its own
@@ -263,9 +250,15 @@ class HParams:
         """How many examples have hyperparameters of their own now; None: all share theirs."""
         return None if self.draw is None or self.draw.noise is None else self.draw.rows
 
+    def axis(self, x: Tensor, where: str) -> int:
+        """That of the examples in an input; ``where`` says of what, in an error."""
+        return 0 if self.draw is None else self.axes.of(x, self.draw, where)
+
     def perturbed(self, index: int) -> Tensor | None:
-        """The values of the batch, (B,) or (1,); None where they are the one in force."""
+        """The values of the batch, (B,) or (1,); None where they are the one in force; raises as `gate`."""
         draw, spec = self.draw, list(self.specs.values())[index]
+        if spec.tuned:
+            self.calls.look(draw)
         if draw is None or draw.valid or draw.shift is None or not spec.tuned:
             return None
         column = self.raw.detach()[index] + draw.shift[:, index]
@@ -276,11 +269,15 @@ class HParams:
     def bind(self, user: object, like: Tensor) -> None:
         """Belong to one handle, and lie where its model does, in float32 or its own wider precision."""
         self.check_free()
-        self._user = weakref.ref(user)
+        self.belong(user)
         dtype = torch.promote_types(like.dtype, torch.float32)
         for p in (self.raw, self.raw_sigma):
             p.data = p.data.to(like.device, dtype)
         self.tuned = self.tuned.to(like.device)
+
+    def belong(self, user: object) -> None:
+        """To one handle, as long as there is that."""
+        self._user = weakref.ref(user)
 
     def release(self) -> None:
         """Be free for another handle; the values stay."""
@@ -316,7 +313,7 @@ class HParams:
         return hparams
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_user": None}  # a copy belongs to nobody yet
+        return {**self.__dict__, "_user": None}  # its own copy takes it, if there is one
 
     def __repr__(self) -> str:
         return f"HParams({', '.join(f'{name}={value:.4g}' for name, value in self.values().items())})"

@@ -19,14 +19,15 @@ from torch.utils._pytree import tree_map
 from optx._errors import FileError, MergeError, OptxError, warn
 from optx.inject import _folder
 from optx.inject._best_response import BestResponse, Gates
+from optx.inject._draw import Draw
 from optx.inject._handle import Handle
-from optx.inject._hparams import Draw, HParams
+from optx.inject._hparams import HParams
 from optx.inject._report import Report, Row
 from optx.inject._served import Served
 from optx.inject._trained_whole import Saved
 from optx.inject._tuned_dropout import TunedDropout, dropout
 from optx.inject._tuning_batch import averaged, evaluating, noise, resting, rows_of
-from optx.inject._tuning_state import PREFIX, Progress, check_state, history, restore, state_of
+from optx.inject._tuning_state import LONG, PREFIX, Progress, check_state, history, restore, state_of
 
 
 class SelfTuning(Handle):
@@ -46,7 +47,7 @@ class SelfTuning(Handle):
         super().__init__(model, injection, served, saved)
         self.hparams: HParams = injection.hparams
         self.progress = Progress()
-        self._inside = self._looked = False
+        self._looked = False
         self.hparams.bind(self, next(one.part.V for one in self.served if isinstance(one.part, BestResponse)))
         self.hparams.read.update(part.tuned for _, part in self._tuned_dropouts())
         self.on_removal(_release)
@@ -99,7 +100,7 @@ class SelfTuning(Handle):
                     f"train_batch: the dropout {one.path!r} is in evaluation mode, so its tuned rate would "
                     "do nothing. Call model.train() first."
                 )
-        draw = self._draw(batch, valid=False) if learn != "general" else None
+        draw = self._draw(batch, valid=False) if learn != "general" else Draw(False, None, None, None)
         added = {id(p) for p in self.parameters()} if learn == "response" else set[int]()
         others = [p for p in self.model.parameters() if id(p) not in added] if added else []
         with resting(others), self._drawn(draw):
@@ -187,7 +188,7 @@ class SelfTuning(Handle):
             return x
         if self.hparams.perturbed(self.hparams.place(name)) is not None:
             self.hparams.read.add(name)
-        return dropout(x, self.hparams, name)
+        return dropout(x, self.hparams, name, f"stn.dropout(x, {name!r})")
 
     def weight_decay(self, name: str) -> Tensor:
         """A loss term: half the squared norm of the served weights times a hyperparameter; 0 when validating.
@@ -302,6 +303,11 @@ class SelfTuning(Handle):
                 self.hparams.raw_sigma.copy_(theirs.raw_sigma)
             self.progress.note(self.hparams)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if not self.removed:
+            self.hparams.belong(self)  # a copy's are the copy's
+
     # ---- within -------------------------------------------------------------------------------------
 
     def _draw(self, batch: Any, *, valid: bool) -> Draw:
@@ -309,37 +315,40 @@ class SelfTuning(Handle):
         stn, hparams = self.injection, self.hparams
         if not hparams.any_tuned or (valid and not stn.sigma_lr):
             return Draw(valid, None, None, None)
-        rows = None if stn.shared else rows_of(batch, "valid_batch" if valid else "train_batch")
+        rows = (
+            None if stn.shared else rows_of(batch, stn.batch_axis, "valid_batch" if valid else "train_batch")
+        )
         self.progress.draws += 1
         common = [spec.shared for spec in hparams.specs.values()]
         drawn = noise(stn.seed, self.progress.draws, rows, common).to(hparams.raw)
-        return Draw(valid, rows, drawn, hparams.sigma().detach() * drawn)
+        return Draw(valid, rows, drawn, hparams.sigma().detach() * drawn, stn.batch_axis)
 
     def _count(self) -> None:
         """One training batch more."""
         stn, now = self.injection, self.progress
         now.batches += 1
         self._batches += 1
+        now.tell_of_none(stn.warmup + LONG * stn.train_steps)
         if now.batches > stn.warmup:
             now.since += 1
             if now.since >= stn.train_steps:
                 now.since, now.due = 0, stn.valid_steps
 
     @contextmanager
-    def _drawn(self, draw: Draw | None) -> Generator[None]:
+    def _drawn(self, draw: Draw) -> Generator[None]:
         self.hparams.draw = draw
-        self._inside = True
         try:
             yield
         finally:
             self.hparams.draw = None
-            self._inside = False
+            self.hparams.calls.leave(draw)
 
     def _check_ready(self, doing: str) -> None:
         self._check_alive(doing)
-        if self._inside and doing != "step_hparams":
+        draw = self.hparams.draw
+        if draw is not None and doing != "step_hparams":
             raise OptxError(f"{doing}: it is within another batch of this handle. Leave that first.")
-        if self._inside and not (self.hparams.draw is not None and self.hparams.draw.valid):
+        if draw is not None and not draw.valid:
             raise OptxError(f"{doing}: it is within a training batch. Leave that first.")
         if self.merged:
             raise MergeError(f"{doing}: the responses are merged at fixed values. Call unmerge() first.")

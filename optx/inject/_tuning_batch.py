@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from optx._errors import OptxError, is_whole
+from optx._errors import OptxError, as_whole
 
 _MIX = 0x9E3779B97F4A7C15
 """An odd number that keeps the streams of two seeds apart, the golden ratio's in 64 bits."""
@@ -80,14 +80,19 @@ def evaluating(model: nn.Module) -> Generator[None]:
             module.training = mode
 
 
-def rows_of(batch: Any, doing: str) -> int:
+def rows_of(batch: Any, axis: int | None, doing: str) -> int:
     """How many examples a batch has.
 
     Raises:
-        OptxError: it doesn't say, or says two numbers.
+        OptxError: it doesn't say, or says two numbers; or ``axis`` is not the first, and no number is given.
     """
-    if is_whole(batch) and batch > 0:
-        return int(batch)
+    if (number := as_whole(batch)) is not None and number > 0:
+        return number
+    if axis:  # the first axis of some tensors is time, and of others (labels) examples
+        raise OptxError(
+            f"{doing}: with batch_axis={axis} pass the number of examples; a batch does not say which of its "
+            "tensors have time first."
+        )
     found = {t.shape[0] for t in _tensors(batch) if t.ndim}
     if len(found) != 1 or 0 in found:
         raise OptxError(

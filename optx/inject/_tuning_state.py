@@ -9,12 +9,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from optx._errors import FileError
+from optx._errors import FileError, warn
 from optx.inject._hparams import HParams
 from optx.inject._stored import check_tensors
 
 PREFIX = "optx.stn."
 """What the keys begin with; no module's path can."""
+
+LONG = 100
+"""Turns of the schedule after which a loop that has tuned nothing is taken to have forgotten it."""
 
 
 @dataclass
@@ -40,6 +43,15 @@ class Progress:
     def counts(self) -> list[int]:
         """The numbers, in the order of the fields."""
         return [self.batches, self.steps, self.due, self.since, self.draws]
+
+    def tell_of_none(self, batches: int) -> None:
+        """Warn if after so many training batches the hyperparameters have made no step."""
+        if self.batches == batches and not self.steps:
+            warn(
+                f"STN: {batches} training batches have passed, and no step_hparams(), so the hyperparameters "
+                "stay where they began. While stn.due, call the model and backward() within "
+                "stn.valid_batch(), then stn.step_hparams()."
+            )
 
     def note(self, hparams: HParams) -> None:
         """Add the values that are in force to the log."""

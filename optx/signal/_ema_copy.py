@@ -60,6 +60,7 @@ class EMACopy:
         self.module = self._copied()
         places = list(self._paired())
         self._averaged = [place for place in places if place.trained or _is_statistic(place, self.live)]
+        self._trained = [place.trained for place in self._averaged]
         paths = {place.path for place in self._averaged}
         parameters = {id(p) for p in self.live.parameters()}
         self._buffers = [p for p in places if p.path not in paths and id(p.live) not in parameters]
@@ -133,9 +134,10 @@ class EMACopy:
             raise OptxError(
                 f"{self.owner}: the model has its averaged weights (swap_ema), which are not trained."
             )
-        self._share_again()
-        live = [place.live for place in self._averaged]
-        version = self._counted()
+        if self._frozen:
+            self._share_again()
+        live = self._live
+        version = self._counted(live)
         if not self._stepped and version == self._version:
             self._check_unseen(live)
             return
@@ -145,9 +147,10 @@ class EMACopy:
         if self.steps == 1:
             _copy_(wide, live)
         else:
-            now = [p.to(w.dtype) for p, w in zip(live, wide, strict=True)]
+            now = [p if p.dtype == w.dtype else p.to(w.dtype) for p, w in zip(live, wide, strict=True)]
             _lerp_(wide, now, 1 - self.beta)
-        self._narrow()
+        if self._apart:
+            self._narrow()
         for place in self._buffers:
             if place.likeness.shape != place.live.shape:  # a cache that has grown
                 place.likeness.data = place.live.clone()
@@ -177,18 +180,29 @@ class EMACopy:
         """Say that there was a step, which nothing else notices."""
         self.told = self._stepped = True
 
-    def _counted(self) -> int:
+    def _counted(self, live: list[Tensor]) -> int:
         """Autograd's count of writes. Kernels and ``.data`` write past it: a hook tells of optimizers."""
-        return sum(place.live._version for place in self._averaged if place.trained)
+        return sum(p._version for p, trained in zip(live, self._trained, strict=True) if trained)
+
+    @property
+    def _likenesses(self) -> list[Tensor]:
+        return [cast("Tensor", likenesses[name]) for _, _, likenesses, name, _ in self._averaged]
+
+    @property
+    def _live(self) -> list[Tensor]:
+        """The model's tensors that are averaged."""
+        return [cast("Tensor", tensors[name]) for _, tensors, _, name, _ in self._averaged]
 
     def stepped(self, optimizer: Optimizer) -> None:
         """An optimizer has stepped: does it train this model?"""
         if not self._stepped:
-            own = {id(place.live) for place in self._averaged}
+            own = set(map(id, self._live))
             self._stepped = any(id(p) in own for group in optimizer.param_groups for p in group["params"])
 
     @property
     def _wide(self) -> list[Tensor]:
+        if not self._apart:
+            return self._likenesses
         return [self._apart.get(place.path, place.likeness) for place in self._averaged]
 
     def _narrow(self) -> None:
@@ -204,8 +218,9 @@ class EMACopy:
             self._apart = {path: wide.to(live[0].device) for path, wide in self._apart.items()}
 
     def _check_shapes(self) -> None:
-        for place in self._averaged:
-            if is_dtensor(place.live) or place.live.shape != place.likeness.shape:
+        for place, live, likeness in zip(self._averaged, self._live, self._likenesses, strict=True):
+            plain = type(live) in (nn.Parameter, Tensor)
+            if (not plain and is_dtensor(live)) or live.shape != likeness.shape:
                 raise OptxError(
                     f"{self.owner}: {place.path!r} was sharded or reshaped since {self.owner} was made, so "
                     "no average of it is kept."
@@ -259,7 +274,7 @@ class EMACopy:
     def state(self) -> dict[str, Any]:
         """The averages by name, copied, buffers too."""
         averages = {place.path: wide.clone() for place, wide in zip(self._averaged, self._wide, strict=True)}
-        behind = self._stepped or self._counted() != self._version
+        behind = self._stepped or self._counted(self._live) != self._version
         return {
             "steps": self.steps,
             "behind": behind,
@@ -285,7 +300,7 @@ class EMACopy:
         for name, tensor in mine.items():
             tensor.copy_(given[name])
         self._narrow()
-        self.steps, self._stepped, self._version = state["steps"], state["behind"], self._counted()
+        self.steps, self._stepped, self._version = state["steps"], state["behind"], self._counted(self._live)
 
 
 def _unwrapped(model: Any) -> nn.Module:

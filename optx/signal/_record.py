@@ -17,6 +17,8 @@ from torch.nn import functional as F
 from optx._errors import FileError, OptxError, ShapeError
 
 NEVER = -1
+UNSEEN = -2
+"""An epoch that no entry is of."""
 
 
 class Rows(NamedTuple):
@@ -92,6 +94,15 @@ class Record:
     def whole(self) -> bool:
         """Whether all logits are kept."""
         return self.top_k is None or (self.shape is not None and self.top_k >= self.shape[-1])
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is on a CPU and keeps all logits, nothing being on its way there."""
+        return self.device.type == "cpu" and self.whole and self._sent is None
+
+    def past_of(self, epoch: int) -> int:
+        """The epoch that an epoch's reference is of; one that no entry has where that is before the first."""
+        return epoch - self.slots if epoch >= self.slots else UNSEEN
 
     def fit(self, logits: Tensor) -> None:
         """Make the table for such logits, or raise if it was made for others."""

@@ -15,13 +15,27 @@ def per_sample(losses: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | No
     """A number for each sample, at least float32; and with a mask, of how many it is the mean."""
     losses = losses.to(torch.promote_types(losses.dtype, torch.float32))
     if mask is None:
-        return (losses if losses.ndim == 1 else losses.flatten(1).mean(1)), None
+        return (losses if losses.ndim == 1 else losses.mean(tuple(range(1, losses.ndim)))), None
     counts = mask != 0
     total = torch.where(counts, losses, 0)
     if losses.ndim == 1:
         return total, counts.long()
     lengths, total = counts.flatten(1).sum(1), total.flatten(1).sum(1)
     return total / lengths.clamp_min(1), lengths
+
+
+def plain_mean(each: Tensor, lengths: Tensor | None, by_length: bool) -> Tensor:
+    """The mean of the samples that count, or of their tokens."""
+    if lengths is None:
+        return each.mean()
+    if by_length:
+        return (each * lengths).sum() / lengths.sum()
+    return torch.where(lengths > 0, each, 0).sum() / (lengths > 0).sum()
+
+
+def shares(lengths: Tensor) -> Tensor:
+    """Each sequence's part of the tokens, 1 where all are of one length."""
+    return lengths * (lengths > 0).sum() / lengths.sum().clamp_min(1)
 
 
 def token_losses(
@@ -68,6 +82,11 @@ def are_next_tokens(owner: str, outputs: Any, logits: Tensor) -> bool:
 
 def check_losses(owner: str, losses: Tensor, mask: Tensor | None, world: int) -> None:
     """Raise for losses that are reduced already or of nothing, and for a mask that does not fit."""
+    given: Any = losses  # of any type, whatever is asked for
+    if not isinstance(given, Tensor):
+        raise OptxError(
+            f"{owner}: losses are a {type(given).__name__}; they must be a tensor, of one loss per sample."
+        )
     if not losses.is_floating_point():
         raise OptxError(f"{owner}: losses have dtype {losses.dtype}; they must be floating.")
     if losses.ndim == 0:

@@ -7,9 +7,16 @@ import math
 import torch
 from torch import Tensor
 
+TINY = 1e-6
+"""Temperatures from here on can't take a strategy's worth out of float32's range."""
 
-def softmax_weights(worth: Tensor, counts: Tensor, r: float, max_weight: float | None) -> Tensor:
-    """exp(worth / r), summing to 1 over those that count; 0 for the others."""
+
+def softmax_weights(worth: Tensor, counts: Tensor | None, r: float, max_weight: float | None) -> Tensor:
+    """exp(worth / r), summing to 1 over those that count (all if it is not said); 0 for the others."""
+    if counts is None and max_weight is None:
+        return _softmax((worth if r > TINY else worth - worth.amax()) / r)
+    if counts is None:
+        counts = torch.ones_like(worth, dtype=torch.bool)
     top = torch.where(counts, worth, -math.inf).amax()
     score = torch.where(counts, (worth - top) / r, -math.inf)
     if max_weight is None:

@@ -37,8 +37,8 @@ class Temperature:
         for name, value in (("r", self.r), ("warmup_r", self.warmup_r), ("r_start", self.r_start)):
             if value is not None and not (name == "r" and callable(value)):
                 check_positive(self.owner, name, value, math.inf)
-        check_whole(self.owner, "warmup", self.warmup, 0)
-        check_whole(self.owner, "anneal", self.anneal, 0)
+        for name in ("warmup", "anneal"):
+            object.__setattr__(self, name, check_whole(self.owner, name, getattr(self, name), 0))
         if self.warmup_r is not None and self.warmup == 0:
             raise OptxError(
                 f"{self.owner}: warmup_r is {self.warmup_r!r} and warmup 0; give the number of steps too."
@@ -70,6 +70,6 @@ class Temperature:
 
 def check_positive(owner: str, name: str, value: Any, most: float) -> None:
     """Raise unless ``0 < value <= most``."""
-    check_range(owner, name, value, 0.0, most)
-    if value == 0:
+    if isinstance(value, int | float) and value <= 0:
         raise OptxError(f"{owner}: {name} is {value!r}; it must be above 0.")
+    check_range(owner, name, value, 0.0, most)

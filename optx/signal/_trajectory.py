@@ -5,83 +5,101 @@ Source: "Sharpness-Aware Training for Free", arXiv 2205.14083, equations 8 and 1
 
 from __future__ import annotations
 
-import operator
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from optx._errors import OptxError, ShapeError, check_range
-
-LOWEST = -65504.0
-"""Logits lie at most so far below the largest one (float16's range): what is masked by -inf has no NaN."""
-
-
-def centred(logits: Tensor) -> Tensor:
-    """Logits less their largest one, in float32 (float64 stays): what softmax takes is the same.
-
-    Small storage formats are finest near 0, which is where the probable classes then are.
-    """
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return (z - z.amax(-1, keepdim=True)).clamp_min_(LOWEST)
+from optx._errors import OptxError, ShapeError, check_range, check_whole
+from optx.kernels.available import why_unavailable
+from optx.kernels.loss.trajectory_rows import sums
 
 
-def divergence(z: Tensor, past: Tensor, tau: float) -> Tensor:
-    """tau^2 KL(softmax(past / tau) || softmax(z / tau)) over the last dimension, one number a position.
-
-    tau^2 is in the paper's code and not in its equation; without it the gradient, tau (p - q), would be tau^2
-    times smaller. Logarithms are not taken of probabilities, which may underflow.
-    """
-    log_q = torch.log_softmax(past / tau, -1)
-    return (log_q.exp() * (log_q - torch.log_softmax(z / tau, -1))).sum(-1) * tau**2
-
-
-class _MeanDivergence(torch.autograd.Function):
-    """The mean over the positions that count, with the gradient tau (p - q) in closed form.
-
-    Both at once and in few operations: of a few classes each costs more to call than to compute. A position
-    without a finite divergence (NaN logits, now or then) is left out as one without a past is.
-    """
+class _WithGradient(torch.autograd.Function):
+    """A number that was computed together with its gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, z: Tensor, past: Tensor, tau: float, serves: Tensor | None, count: Any
-    ) -> Tensor:
-        log_q = torch.log_softmax(past.to(z.dtype) / tau, -1)
-        log_p = torch.log_softmax(z / tau, -1)
-        q = log_q.exp()
-        losses = log_q.sub_(log_p).mul_(q).sum(-1)  # not vecdot, which autocast would round
-        good = losses.isfinite() if serves is None else losses.isfinite() & serves
-        gradient = log_p.exp_().sub_(q).masked_fill_(~good.unsqueeze(-1), 0.0)
-        ctx.save_for_backward(gradient.to(logits.dtype))
-        ctx.scale = tau / count
-        return losses.masked_fill_(~good, 0.0).sum() * (tau**2 / count)
+    def forward(ctx: Any, logits: Tensor, loss: Tensor, gradient: Tensor, scale: Any) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(gradient)
+        ctx.scale = scale
+        return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return ctx.saved_tensors[0] * (outer[0] * ctx.scale), None, None, None, None, None
+        return ctx.saved_tensors[0] * (outer[0] * ctx.scale), None, None, None
+
+
+def with_gradient(logits: Tensor, total: Any, gradient: Tensor, tau: float, share: Any) -> Tensor:
+    """The loss of a sum of divergences and the gradient p - q of its rows.
+
+    Args:
+        logits: what the gradient is for.
+        total: the sum, a scalar tensor or a number.
+        gradient: in the logits' shape and dtype.
+        tau: the temperature.
+        share: what the sum counts: the weight, by the number of positions.
+    """
+    loss = total * (tau**2 * share)
+    if not isinstance(loss, Tensor):
+        loss = torch.tensor(loss, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return cast("Tensor", _WithGradient.apply(logits, loss, gradient, tau * share))
+
+
+def few(logits: Tensor, past: Tensor | None = None) -> Any:
+    """The compiled pass over a small batch on the CPU, if it serves such logits, or None."""
+    if logits.device.type != "cpu" or why_unavailable("numba") is not None:
+        return None
+    if not _loaded:
+        from optx.kernels.loss import trajectory_cpu  # loads Numba
+
+        _loaded.append(trajectory_cpu)
+    serves = _loaded[0].serves
+    return _loaded[0] if serves(logits) and (past is None or serves(past)) else None
+
+
+_loaded: list[Any] = []
 
 
 def mean_loss(
-    logits: Tensor, z: Tensor, past: Tensor, tau: float, serves: Tensor | None, where: Tensor | None
+    logits: Tensor,
+    z: Tensor,
+    past: Tensor,
+    tau: float,
+    serves: Tensor | None,
+    where: Tensor | None,
+    weight: float = 1.0,
 ) -> Tensor:
     """The divergence's mean over all positions that count, of which some may have no past and add 0.
 
+    A position without a finite divergence (NaN logits, now or then) is left out as one without a past is.
+
     Args:
         logits: what the gradient is for, (B, C) or (B, T, C).
-        z: these logits centred, without gradient.
+        z: these logits, without gradient.
         past: the reference, as large; where it does not serve, anything.
         tau: the temperature.
         serves: which positions have a past, (B,) or (B, T); None: all.
         where: which positions count, (B,) or (B, T); None: all.
+        weight: the mean is multiplied by it.
     """
     if where is None:
-        count = max(1, z.shape[:-1].numel())
+        count: Any = max(1, z.shape[:-1].numel())
     else:
         count = where.sum().clamp_min(1)
+        count = int(count) if count.device.type == "cpu" else count
         serves = where if serves is None else serves & where
-    return cast("Tensor", _MeanDivergence.apply(logits, z, past, tau, serves, count))
+    if (compiled := few(z, past)) is not None and z.shape == past.shape:
+        flags = None if serves is None else serves.reshape(-1).contiguous()
+        made = compiled.divergence(_rows(z), _rows(past), tau, flags)
+        total, gradient = made.total, cast("Tensor", made.gradient).view(z.shape)
+    else:
+        total, gradient = sums(z, past, tau, serves)
+    return with_gradient(logits, total, gradient.to(logits.dtype), tau, weight / count)
+
+
+def _rows(logits: Tensor) -> Tensor:
+    return logits if logits.ndim == 2 else logits.reshape(-1, logits.shape[-1])
 
 
 def no_loss(owner: str, logits: Any) -> Tensor:
@@ -103,6 +121,11 @@ def check_logits(owner: str, logits: Any) -> None:
         raise ShapeError(
             f"{owner}: logits have shape {tuple(logits.shape)}; it must be (B, C), or (B, T, V) of a "
             "sequence, classes last."
+        )
+    if logits.shape[-1] == 1:
+        raise ShapeError(
+            f"{owner}: logits have shape {tuple(logits.shape)}, and of one class softmax says 1 whatever "
+            "they are; of a binary model give both: torch.cat([torch.zeros_like(z), z], -1)."
         )
     if not logits.requires_grad:
         raise OptxError(
@@ -131,8 +154,6 @@ class Trajectory:
     """When a trajectory loss acts, and how strongly.
 
     Attributes:
-        weight: lambda; may be set at any time.
-        tau: the temperature.
         start_epoch: the last epoch without the loss.
         end_epoch: the first epoch without it again; None: there is none.
         epoch: as told by `set_epoch`; None before.
@@ -141,24 +162,44 @@ class Trajectory:
     _owner = ""
 
     def __init__(self, weight: float, tau: float, start_epoch: int, end_epoch: int | None) -> None:
-        check_range(self._owner, "weight", weight, 0.0)
-        check_range(self._owner, "tau", tau, 1e-3)
-        for name, value in (("weight", weight), ("tau", tau)):
-            if value == float("inf"):
-                raise OptxError(f"{self._owner}: {name} is inf; it must be finite.")
-        self.weight, self.tau = weight, float(tau)
-        self.start_epoch = whole(self._owner, "start_epoch", start_epoch, 0)
-        self.end_epoch = None if end_epoch is None else whole(self._owner, "end_epoch", end_epoch, 0)
+        self.weight, self.tau = weight, tau
+        self.start_epoch = count_from(self._owner, "start_epoch", start_epoch, 0)
+        self.end_epoch = None if end_epoch is None else count_from(self._owner, "end_epoch", end_epoch, 0)
         if self.end_epoch is not None and self.end_epoch <= self.start_epoch + 1:
             raise OptxError(
                 f"{self._owner}: end_epoch is {end_epoch}, so no epoch has the loss; the first one is "
                 f"{self.start_epoch + 1}."
             )
         self.epoch: int | None = None
+        self._seen_scores = False
+
+    @property
+    def weight(self) -> float:
+        """Lambda; may be set at any time."""
+        return self._weight
+
+    @weight.setter
+    def weight(self, value: float) -> None:
+        self._weight = self._finite("weight", value, 0.0)
+
+    @property
+    def tau(self) -> float:
+        """The temperature."""
+        return self._tau
+
+    @tau.setter
+    def tau(self, value: float) -> None:
+        self._tau = float(self._finite("tau", value, 1e-3))
+
+    def _finite(self, name: str, value: float, low: float) -> float:
+        check_range(self._owner, name, value, low)
+        if value == float("inf"):
+            raise OptxError(f"{self._owner}: {name} is inf; it must be finite.")
+        return value
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch begins, counted from 0; call it at the start of each, as for a sampler."""
-        self.epoch = whole(self._owner, "epoch", epoch, 0)
+        self.epoch = count_from(self._owner, "epoch", epoch, 0)
 
     @property
     def active(self) -> bool:
@@ -167,6 +208,18 @@ class Trajectory:
         if epoch is None or epoch <= self.start_epoch or not self.weight:
             return False
         return self.end_epoch is None or epoch < self.end_epoch
+
+    def _check_scores(self, logits: Tensor) -> None:
+        """Once: raise for probabilities, which have the shape of logits, and of which softmax is flat."""
+        if self._seen_scores:
+            return
+        rows = logits.detach().float()
+        if bool(((rows > 0).all(-1) & ((rows.sum(-1) - 1).abs() < 1e-3)).all()):
+            raise OptxError(
+                f"{self._owner}: every row of logits is above 0 and sums to 1, as probabilities are and do; "
+                "give what softmax was taken of."
+            )
+        self._seen_scores = True
 
     def _now(self) -> int:
         if self.epoch is None:
@@ -177,12 +230,6 @@ class Trajectory:
         return self.epoch
 
 
-def whole(owner: str, argument: str, value: Any, least: int) -> int:
-    """A whole number from `least` on, or an OptxError."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if isinstance(value, bool) or number < least:
-        raise OptxError(f"{owner}: {argument} is {value!r}; it must be a whole number from {least} on.")
-    return number
+def count_from(owner: str, argument: str, value: Any, least: int) -> int:
+    """A number of epochs, samples or steps, from ``least`` on."""
+    return check_whole(owner, argument, value, least, f"a whole number from {least} on")

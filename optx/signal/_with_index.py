@@ -20,7 +20,8 @@ def with_index(dataset: Any, key: str = "index") -> Dataset[Any]:
     ``with_index(Subset(data, part))`` in the part. Length and attributes are the dataset's own.
 
     transformers' Trainer drops columns that the model's call does not name: give its arguments
-    ``remove_unused_columns=False``, and take the index out of the batch before the model gets it.
+    ``remove_unused_columns=False``, and take the index out of the batch before the model gets it, in a
+    ``compute_loss`` of a subclass: its ``compute_loss_func`` sees outputs and labels alone.
 
     Args:
         dataset: anything with a length and items by number: a map-style `torch.utils.data.Dataset`,

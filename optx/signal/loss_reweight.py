@@ -18,14 +18,20 @@ from optx._errors import OptxError, check_choice, check_range, check_whole, warn
 from optx.signal._all_ranks import NO_SAMPLE, AllRanks, Gathered
 from optx.signal._batch_warnings import BatchWarnings
 from optx.signal._left_out import leave_out
-from optx.signal._sample_losses import are_next_tokens, check_losses, per_sample, token_losses
+from optx.signal._places import places
+from optx.signal._sample_losses import (
+    are_next_tokens,
+    check_losses,
+    per_sample,
+    plain_mean,
+    shares,
+    token_losses,
+)
 from optx.signal._softmax_weights import softmax_weights
 from optx.signal._temperature import Schedule, Temperature, check_positive
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-__all__ = ["LossReweight"]
 
 _OWNER = "LossReweight"
 
@@ -39,20 +45,6 @@ STRATEGIES: dict[str, Callable[[Tensor, float, float], Tensor]] = {
     "upper": lambda h, delta, alpha: (h + delta) / 2,
     "uniform": lambda h, delta, alpha: torch.zeros_like(h),
 }
-
-
-def places(losses: Tensor, counts: Tensor, delta: float) -> Tensor:
-    """Where each loss lies between the least and the most of those that count: in [-delta, delta].
-
-    Losses that differ by no more than 1e-6 (the authors' code divides by that at least), or than what their
-    dtype can tell, are equal: all are at 0 exactly, whatever the strategy and the dtype.
-    """
-    low = torch.where(counts, losses, math.inf).amin()
-    high = torch.where(counts, losses, -math.inf).amax()
-    spread = high - low
-    least = (torch.finfo(losses.dtype).eps * torch.maximum(low.abs(), high.abs())).clamp_min(1e-6)
-    h = delta * ((losses - low) + (losses - high)) / spread.clamp_min(1e-6)
-    return torch.where(spread <= least, 0.0, h)
 
 
 # ---- the method -------------------------------------------------------------------------------------------
@@ -153,18 +145,18 @@ class LossReweight:
             raise OptxError(f"{_OWNER}: alpha is {alpha!r}; only 'linupper' has one, not {strategy!r}.")
         if max_weight is not None:
             check_range(_OWNER, "max_weight", max_weight, 1.0)
-        check_whole(_OWNER, "accumulate", accumulate, 1)
-        check_whole(_OWNER, "max_batch", 1 if max_batch is None else max_batch, 1)
+        most = 0 if max_batch is None else check_whole(_OWNER, "max_batch", max_batch, 1)
         self._r = Temperature(_OWNER, r, warmup, warmup_r, anneal, r_start)
-        self._ranks = AllRanks(_OWNER, process_group, max_batch or 0)
+        self._ranks = AllRanks(_OWNER, process_group, most)
         self.strategy, self.delta, self.alpha = strategy, float(delta), float(alpha)
         self.max_weight, self.length_weighting = max_weight, length_weighting
-        self.skip_nonfinite, self.accumulate = skip_nonfinite, accumulate
+        self.skip_nonfinite = skip_nonfinite
+        self.accumulate = check_whole(_OWNER, "accumulate", accumulate, 1)
         self.step, self.skipped = 0, 0
         self._calls = 0  # of the step that is not yet whole
         self._warnings = BatchWarnings(_OWNER, strategy)
         self.last_weights: Tensor | None = None
-        self.last_mean: Tensor | None = None
+        self._mean: tuple[Tensor, Tensor | None] | Tensor | None = None
 
     def __call__(self, losses: Tensor, mask: Tensor | None = None) -> Tensor:
         """The weighted sum of a batch's losses; of several processes, times their number.
@@ -184,10 +176,10 @@ class LossReweight:
             raise OptxError(f"{_OWNER}: length_weighting needs a mask, which says how long each sequence is.")
         each, lengths = per_sample(losses, mask)
         if not torch.is_grad_enabled():
-            return self._plain(each, lengths)
+            return plain_mean(each, lengths, self.length_weighting)
         if losses.ndim > 1 and mask is None:
             self._warnings.of_zeros(losses)
-        return _weigh(self, each, lengths, None)
+        return self._called(each, lengths, None)
 
     def from_logits(
         self, logits: Tensor, labels: Tensor, shift: bool = True, ignore_index: int = -100
@@ -218,7 +210,8 @@ class LossReweight:
         The Trainer does not divide such a loss by the batches that it accumulates: it gives the number of
         their labels, and multiplies by the number of processes. Each batch then counts by its share of these
         labels; in evaluation, each token. Give ``accumulate`` if steps are to be the optimizer's; the Trainer
-        doesn't save a loss, so keep `state_dict` beside its checkpoints.
+        doesn't save a loss, so keep `state_dict` beside its checkpoints. Its ``label_smoothing_factor`` does
+        not act on such a loss.
 
         Args:
             outputs: what the model returned: its ``logits`` are taken.
@@ -244,8 +237,8 @@ class LossReweight:
             return torch.where(counts, tokens, 0).sum() / items
         each, lengths = per_sample(tokens, counts)
         if average_tokens_across_devices:
-            return _weigh(self, each, lengths, items)
-        return _weigh(self, each, lengths, None) * (counts.sum() / items)
+            return self._called(each, lengths, items)
+        return self._called(each, lengths, None) * (counts.sum() / items)
 
     def weights(self, losses: Tensor) -> Tensor:
         """The weights that samples with these losses would have in this step; nothing is gathered or counted.
@@ -255,7 +248,7 @@ class LossReweight:
         """
         check_losses(_OWNER, losses, None, 1)
         each, _ = per_sample(losses.detach(), None)
-        counts = each.isfinite() if self.skip_nonfinite else torch.ones_like(each, dtype=torch.bool)
+        counts = each.isfinite() if self.skip_nonfinite else None
         return self._weights(each.where(each.isfinite(), math.nan), counts, self.temperature())
 
     @property
@@ -266,6 +259,15 @@ class LossReweight:
     @r.setter
     def r(self, value: float | Schedule) -> None:
         self._r = replace(self._r, r=value)
+
+    @property
+    def last_mean(self) -> Tensor | None:
+        """The mean loss of all samples in the last call, not weighted; worked out when it is asked for."""
+        if isinstance(self._mean, tuple):
+            values, counts = self._mean
+            total = values if counts is None else torch.where(counts, values, 0)
+            self._mean = total.sum() / (len(values) if counts is None else counts.sum())
+        return self._mean
 
     def temperature(self) -> float:
         """r of the present step; inf where weights are uniform."""
@@ -287,37 +289,55 @@ class LossReweight:
                 f"{_OWNER}: the state has {', '.join(sorted(map(str, state_dict))) or 'nothing'}; it must "
                 f"have {', '.join(sorted(wanted))}, as state_dict() gives them."
             )
-        for name in wanted:
-            check_whole(_OWNER, f"the state's {name}", state_dict[name], 0)
-        calls = int(state_dict["calls"])
+        found = {name: check_whole(_OWNER, f"the state's {name}", state_dict[name], 0) for name in wanted}
+        calls = found["calls"]
         if calls >= self.accumulate:
             raise OptxError(
                 f"{_OWNER}: the state was saved after {calls} calls of a step and accumulate is "
                 f"{self.accumulate}; give the accumulate that it was saved with."
             )
-        self.step, self.skipped, self._calls = int(state_dict["step"]), int(state_dict["skipped"]), calls
+        self.step, self.skipped, self._calls = found["step"], found["skipped"], calls
 
     def __repr__(self) -> str:
         return f"LossReweight({self.strategy!r}, r={self._r.r!r}, step {self.step})"
 
     # ---- one call -----------------------------------------------------------------------------------------
 
+    def _called(self, each: Tensor, lengths: Tensor | None, items: Tensor | int | None) -> Tensor:
+        if torch.compiler.is_compiling():
+            return _not_traced(self, each, lengths, items)
+        return self._weigh(each, lengths, items)
+
+    def _weigh(self, each: Tensor, lengths: Tensor | None, items: Tensor | int | None) -> Tensor:
+        if lengths is None and not self.skip_nonfinite and len(each) and self._ranks.world() == 1:
+            return self._of_whole_batch(each)
+        return self._weighted(each, lengths, items)
+
+    def _of_whole_batch(self, each: Tensor) -> Tensor:
+        """The same where all there is counts and is here: a third of the operations."""
+        r, values = self.temperature(), each.detach()
+        with torch.no_grad():
+            self.last_weights = self._weights(values, None, r)
+        self._mean = values, None
+        uniform = self._is_uniform(r)
+        self._warnings.of_one_sample(len(each), uniform)
+        self._count()
+        return each.mean() if uniform else torch.dot(self.last_weights, each)
+
     def _weighted(self, each: Tensor, lengths: Tensor | None, items: Tensor | int | None) -> Tensor:
         r = self.temperature()
         own = each.detach().where(each.detach().isfinite(), math.nan)
-        sent = None
+        sent = lengths if items is not None or self.length_weighting else None
         if lengths is not None:
             own = own.where(lengths > 0, NO_SAMPLE)
-            if items is not None or self.length_weighting:
-                sent = lengths.to(own.dtype)
-        everyone = self._ranks.gather(own, sent)
+        everyone = self._ranks.gather(own, None if sent is None else sent.to(own.dtype))
         counts = everyone.values != NO_SAMPLE
         if self.skip_nonfinite:
             counts = self._without_bad(each, everyone, counts)
         with torch.no_grad():
             weights = self._weights(everyone.values, counts, r)
             self.last_weights = weights[everyone.own]
-            self.last_mean = torch.where(counts, everyone.values, 0).sum() / counts.sum()
+        self._mean = everyone.values, counts
         loss = self._sum(each, lengths, everyone, counts, uniform=self._is_uniform(r))
         self._warnings.of_one_sample(len(everyone.values), self._is_uniform(r))
         self._count()
@@ -328,9 +348,11 @@ class LossReweight:
     def _is_uniform(self, r: float) -> bool:
         return self.strategy == "uniform" or r == math.inf
 
-    def _weights(self, losses: Tensor, counts: Tensor, r: float) -> Tensor:
-        """Of all samples of all processes."""
+    def _weights(self, losses: Tensor, counts: Tensor | None, r: float) -> Tensor:
+        """Of all samples of all processes; all count if it is not said which."""
         if self._is_uniform(r):
+            if counts is None:
+                return torch.full_like(losses, 1 / len(losses))
             return counts.to(losses.dtype) / counts.sum()
         worth = STRATEGIES[self.strategy](places(losses, counts, self.delta), self.delta, self.alpha)
         return softmax_weights(worth, counts, r, self.max_weight)
@@ -347,16 +369,8 @@ class LossReweight:
         if not whole:
             each = torch.where(counts[everyone.own], each, 0)  # 0 times nan would be nan
         if self.length_weighting and everyone.lengths is not None:
-            weights = weights * _shares(everyone.lengths.where(counts, 0))[everyone.own]
+            weights = weights * shares(everyone.lengths.where(counts, 0))[everyone.own]
         return (weights * each).sum() * world
-
-    def _plain(self, each: Tensor, lengths: Tensor | None) -> Tensor:
-        """The mean, of this process alone."""
-        if lengths is None:
-            return each.mean()
-        if self.length_weighting:
-            return (each * lengths).sum() / lengths.sum()
-        return torch.where(lengths > 0, each, 0).sum() / (lengths > 0).sum()
 
     def _without_bad(self, each: Tensor, everyone: Gathered, counts: Tensor) -> Tensor:
         """Who counts but for the samples whose loss is not finite; counts, warns of and cuts those out."""
@@ -378,12 +392,9 @@ class LossReweight:
             self.step, self._calls = self.step + 1, 0
 
 
-def _shares(lengths: Tensor) -> Tensor:
-    """Each sequence's part of the tokens, 1 where all are of one length."""
-    return lengths * (lengths > 0).sum() / lengths.sum().clamp_min(1)
-
-
 @torch._disable_dynamo  # pyright: ignore  # torch.compiler.disable would load the compiler with optx
-def _weigh(self: LossReweight, each: Tensor, lengths: Tensor | None, items: Tensor | int | None) -> Tensor:
+def _not_traced(
+    self: LossReweight, each: Tensor, lengths: Tensor | None, items: Tensor | int | None
+) -> Tensor:
     """A call from each sample's loss on; torch.compile does not trace it: to it, each step is another."""
-    return self._weighted(each, lengths, items)  # pyright: ignore[reportPrivateUsage]
+    return self._weigh(each, lengths, items)  # pyright: ignore[reportPrivateUsage]

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from optx._errors import FileError, OptxError, ShapeError, check_range
+from optx._errors import FileError, OptxError, ShapeError, check_range, shown, warn
 from optx.signal._ema_copy import EMACopy
-from optx.signal._trajectory import Trajectory, centred, check_logits, check_where, mean_loss, no_loss
+from optx.signal._trajectory import Trajectory, check_logits, check_where, mean_loss, no_loss
 
 
 class MESA(Trajectory):
@@ -44,6 +44,11 @@ class MESA(Trajectory):
     Paper values:
         ``weight=0.8, tau=5.0, start_epoch=5``: all tasks (the defaults).
         ``beta=0.9998``: ImageNet in its script, 90 epochs of 1251 steps; the paper says between 0.9 and 1.
+
+    In transformers' Trainer a ``compute_loss_func`` sees no inputs: override ``compute_loss``, and add
+    ``mesa(outputs.logits, **inputs)`` there; let a ``TrainerCallback`` call
+    ``set_epoch(int(state.epoch + 1e-6))`` in ``on_epoch_begin``, and keep `state_dict` beside the Trainer's
+    checkpoints.
 
     Limits: `set_epoch` must be called each epoch. A call costs a forward pass, a third of a step or less.
     Sharded parameters (FSDP2) are refused, and a forward that draws random numbers in eval mode, or reaches
@@ -93,12 +98,20 @@ class MESA(Trajectory):
         output: Callable[[Any], Tensor] | None = None,
     ) -> None:
         super().__init__(weight, tau, start_epoch, end_epoch)
+        given: Any = model  # of any type, whatever is asked for
+        if not isinstance(given, nn.Module):
+            raise OptxError(f"MESA: model is {shown(given)}; it must be the model itself.")
+        if not (output is None or callable(output)):
+            raise OptxError(
+                f"MESA: output is {shown(output)}; it must be a function that takes the logits out of what "
+                "the model returns, or None."
+            )
         check_range("MESA", "beta", beta, 0.0, 1.0)
         if dtype not in (None, torch.bfloat16, torch.float16):
             raise OptxError(f"MESA: dtype is {dtype}; it must be torch.bfloat16, torch.float16 or None.")
         self.dtype, self.output = dtype, output
         self._ema = EMACopy("MESA", model, beta)
-        self._trusted = False
+        self._trusted = self._told = False
 
     @torch._disable_dynamo  # pyright: ignore  # torch.compiler.disable would load the compiler with optx
     def __call__(
@@ -122,17 +135,23 @@ class MESA(Trajectory):
         check_logits("MESA", logits)
         if where is not None:
             check_where("MESA", where, logits)
-        self._now()
+        self._check_scores(logits)
+        self._check_begun(self._now())
         self._ema.follow()
         if not self.active:
+            if self.weight and not self._trusted:  # inputs that do not fit show now, not epochs later
+                with torch.no_grad():
+                    self._reference(logits, inputs, keywords)
             return nothing
         with torch.no_grad():
-            past = centred(self._reference(logits, inputs, keywords))
-            z = centred(logits)
-        return self.weight * mean_loss(logits, z, past, self.tau, None, where)
+            past = self._reference(logits, inputs, keywords)
+        return mean_loss(logits, logits.detach(), past, self.tau, None, where, self.weight)
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch begins, counted from 0; call it at the start of each, as for a sampler."""
+        """Say which epoch begins, counted from 0; call it at the start of each, as for a sampler.
+
+        If only the first one is told, the loss stays 0: `active` says whether it is on.
+        """
         super().set_epoch(epoch)
         self._ema.check_names()
 
@@ -169,6 +188,15 @@ class MESA(Trajectory):
             raise FileError("MESA: this state is none of MESA's; give what state_dict() gave.")
         self._ema.load(state_dict)
         self.epoch = state_dict["epoch"]
+
+    def _check_begun(self, epoch: int) -> None:
+        """Warn of a late first call, counted from 0 or 1: a resumed run whose state was forgotten has one."""
+        if epoch > 1 and not self._ema.steps and not self._told:
+            self._told = True
+            warn(
+                f"MESA: the average begins in epoch {epoch}, with the weights as they are. In a resumed run "
+                "give the state that was saved to load_state_dict."
+            )
 
     # ---- the reference ----------------------------------------------------------------------------------
 

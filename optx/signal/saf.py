@@ -6,18 +6,29 @@ algorithm 1 and equations 8 and 12.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optx._errors import FileError, OptxError, ShapeError, check_choice, warn
+from optx._errors import FileError, OptxError, ShapeError, check_choice, shown, warn
+from optx.kernels.loss.trajectory_rows import centred
 from optx.signal._audit import Audit
 from optx.signal._exchange import Exchange
 from optx.signal._record import NEVER, Record, Rows, binned
-from optx.signal._trajectory import Trajectory, centred, check_logits, check_where, mean_loss, no_loss, whole
+from optx.signal._trajectory import (
+    Trajectory,
+    check_logits,
+    check_where,
+    count_from,
+    few,
+    mean_loss,
+    no_loss,
+    with_gradient,
+)
 
 FEW = 0.9
 """Of the samples of an epoch, the share with a past under which a warning is due."""
@@ -37,7 +48,7 @@ class SAF(Trajectory):
         weight: lambda; at 0 it records and does nothing else. An attribute that may be set at any time.
         tau: the temperature.
         lookback: how many epochs back the reference lies; the table holds so many.
-        start_epoch: the loss begins after this epoch, the record with the first one.
+        start_epoch: the loss begins after this epoch, the record with the first one; at least lookback - 1.
         end_epoch: the first epoch without the loss again.
         top_k: for many classes, a language model's: so many logits of each position are kept, and all others
             as one bin with their summed probability. `report` tells the error; from all classes on there is
@@ -54,12 +65,18 @@ class SAF(Trajectory):
         ``weight=0.3, tau=5.0, lookback=3, start_epoch=5``: all tasks (the defaults).
         ``lookback=2``: ImageNet in its script, 90 epochs, SGD, learning rate 1.4 at a batch of 4096.
 
+    In transformers' Trainer a ``compute_loss_func`` sees no index: override ``compute_loss``, which takes the
+    index out of ``inputs`` before the model's call, train on ``optx.with_index(data)`` with
+    ``remove_unused_columns=False``, and let a ``TrainerCallback`` call
+    ``set_epoch(int(state.epoch + 1e-6))`` in ``on_epoch_begin``. The Trainer does not save a loss: keep
+    `state_dict` beside its checkpoints.
+
     Limits: `set_epoch` must be called each epoch, and the index must be on the CPU if steps are not to wait.
     Mixup and cutmix record a row for two samples: leave them out. A shuffling ``DistributedSampler`` gives
     each of W processes other samples in each epoch: without ``gather=True`` 1 / W of them have a past. A
     fixed part for each, ``Subset(data, range(rank, len(data), W))``, needs no exchange. A state is one
-    process's: saved by another, or for another number of them, rows miss for ``lookback`` epochs, and a
-    warning says how many. Classes must be last. Untested on a GPU.
+    process's: loaded by another, or for another number of them, rows miss for ``lookback`` epochs, and a
+    warning says how many, at once. Classes must be last. Untested on a GPU.
 
     Keywords: SAF, SAM, sharpness-aware, flat minima, trajectory loss, self-distillation, label noise.
 
@@ -110,12 +127,17 @@ class SAF(Trajectory):
         super().__init__(weight, tau, start_epoch, end_epoch)
         check_choice("SAF", "dtype", dtype, (torch.float16, torch.bfloat16, torch.float32))
         self.gather = gather
+        if self.start_epoch < count_from("SAF", "lookback", lookback, 1) - 1:
+            raise OptxError(
+                f"SAF: start_epoch is {start_epoch} with lookback={lookback}, so the loss would begin when "
+                f"there is no epoch to look back to; start_epoch must be at least {lookback - 1}."
+            )
         self._record = Record(
-            whole("SAF", "num_samples", num_samples, 1),
-            whole("SAF", "lookback", lookback, 1),
-            None if top_k is None else whole("SAF", "top_k", top_k, 1),
+            count_from("SAF", "num_samples", num_samples, 1),
+            lookback,
+            None if top_k is None else count_from("SAF", "top_k", top_k, 1),
             self.tau,
-            None if max_length is None else whole("SAF", "max_length", max_length, 1),
+            None if max_length is None else count_from("SAF", "max_length", max_length, 1),
             dtype,
             torch.device(device),
         )
@@ -140,6 +162,7 @@ class SAF(Trajectory):
         if not torch.is_grad_enabled():
             return no_loss("SAF", logits)
         places, numbers = self._checked(logits, index, where)
+        self._check_scores(logits)
         epoch, record = self._now(), self._record
         if record.tau != self.tau and record.top_k is not None:
             raise OptxError(
@@ -148,8 +171,10 @@ class SAF(Trajectory):
             )
         record.tau = self.tau
         record.fit(logits)
+        if (compiled := self._one_pass(logits)) is not None:
+            return self._passed(compiled, logits, places, numbers, where)
         self._count_again(record.seen(places, epoch))
-        past = record.read(places, epoch - record.slots, logits.device) if self.active else None
+        past = record.read(places, record.past_of(epoch), logits.device) if self.active else None
         with torch.no_grad():
             z = centred(logits)
             self._audit.look(record, z, numbers, epoch, past, where)
@@ -164,7 +189,7 @@ class SAF(Trajectory):
                 logits = logits.masked_fill(~where.unsqueeze(-1), 0.0)  # padding may be NaN
             logits = binned(centred(logits), classes, self.tau)
             z = logits.detach()
-        return self.weight * mean_loss(logits, z, values, self.tau, serves, where)
+        return mean_loss(logits, z, values, self.tau, serves, where, self.weight)
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch begins, counted from 0; call it at the start of each, as for a sampler.
@@ -215,6 +240,7 @@ class SAF(Trajectory):
             "epoch": self.epoch,
             "made_for": self._record.geometry(),
             "counts": [self._served, self._asked, self._again],
+            "part": None if self.gather else _part(),
             "record": {**self._record.state(), "audit": self._audit.state()} if table else None,
         }
 
@@ -239,6 +265,37 @@ class SAF(Trajectory):
             self._audit.load(kept["audit"])
         self.epoch = state_dict["epoch"]
         self._served, self._asked, self._again = state_dict["counts"]
+        self._tell_of_part(state_dict.get("part"))
+
+    # ---- a small batch on a CPU --------------------------------------------------------------------------
+
+    def _one_pass(self, logits: Tensor) -> Any:
+        """Compiled code for few classes that are all kept, or None where it does not serve."""
+        return few(logits) if logits.ndim == 2 and self._record.plain and not self._gathers else None
+
+    def _passed(
+        self, compiled: Any, logits: Tensor, places: Tensor, numbers: list[int], where: Tensor | None
+    ) -> Tensor:
+        """All that a call does, the record too, in one pass over the samples."""
+        epoch, record, z = self._now(), self._record, logits.detach()
+        made = compiled.recorded(
+            z,
+            cast("Tensor", record.values),
+            record.tags,
+            places.contiguous(),
+            epoch % record.slots,
+            (record.past_of(epoch), epoch),
+            self.tau,
+            None if where is None else where.contiguous(),
+            self.active,
+        )
+        self._audit.look_at_few(record, z, numbers, epoch, made.losses)
+        self._count_again(made.again)
+        if made.gradient is None:
+            return no_loss("SAF", logits)
+        self._served, self._asked = self._served + made.served, self._asked + len(places)
+        count = len(places) if where is None else int(where.sum())
+        return with_gradient(logits, made.total, made.gradient, self.tau, self.weight / max(1, count))
 
     # ---- what is checked --------------------------------------------------------------------------------
 
@@ -266,7 +323,7 @@ class SAF(Trajectory):
         check_logits("SAF", logits)
         if where is not None:
             check_where("SAF", where, logits)
-        places = index.detach() if isinstance(index, Tensor) else torch.tensor(list(index), dtype=torch.int64)
+        places = _places(index)
         if places.is_floating_point() or places.dtype == torch.bool or places.shape != logits.shape[:1]:
             raise ShapeError(
                 f"SAF: index is {places.dtype} in shape {tuple(places.shape)}; it must be {len(logits)} "
@@ -299,19 +356,56 @@ class SAF(Trajectory):
             )
 
     def _tell_of_few(self, epoch: int | None, served: int, asked: int) -> None:
-        if served < FEW * asked and "few" not in self._told:
+        """Warn, once, of an epoch with few pasts; in the first of all there are none, counted from 0 or 1."""
+        early = epoch is None or epoch < self._record.slots + (not served)
+        if served < FEW * asked and not early and "few" not in self._told:
             self._told.add("few")
             warn(
-                f"SAF: in epoch {epoch} {served} of {asked} samples had an output of {self._record.slots} "
-                "epochs before, and the others added 0. With a DistributedSampler give gather=True, or each "
-                "process a fixed part of the data; after a state without its table, or of other processes, "
-                "it passes."
+                f"SAF: in epoch {epoch}, {served} of {asked} samples had an output of {self._record.slots} "
+                "epochs before, and the others added 0. In a resumed run, is load_state_dict called? With a "
+                "DistributedSampler give gather=True, or each process a fixed part of the data; after a "
+                "state without its table, or of other processes, it passes."
+            )
+
+    @property
+    def _gathers(self) -> bool:
+        return self.gather and _part()[1] > 1
+
+    def _tell_of_part(self, part: list[int] | None) -> None:
+        """A record of one process's samples is less than whole to another, or to another number of them."""
+        if part is not None and part[1] > 1 and (self.gather or part != _part()):
+            here = _part()
+            lost = int((self._record.tags == NEVER).all(0).sum())
+            warn(
+                f"SAF: this state is of process {part[0]} of {part[1]} without gather=True, and is loaded in "
+                f"process {here[0]} of {here[1]}{' with it' * self.gather}: {lost} of "
+                f"{self._record.samples} samples have no output in it, and add 0 for {self._record.slots} "
+                "epochs."
             )
 
     def _everyones(self, places: Tensor, rows: Rows) -> list[tuple[Tensor, Rows]]:
         """This process's batch or, with ``gather``, that of each, in one exchange."""
-        if not (self.gather and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        if not self._gathers:
             return [(places, rows)]
         if self._exchange is None:
             self._exchange = Exchange(len(places), rows.values.device)
         return self._exchange(places, rows)
+
+
+def _places(index: Any) -> Tensor:
+    if isinstance(index, Tensor):
+        return index.detach()
+    try:
+        return torch.tensor([operator.index(i) for i in index], dtype=torch.int64)
+    except (TypeError, ValueError):
+        raise OptxError(
+            f"SAF: index is {shown(index)}; it must be whole numbers, one a sample, as optx.with_index puts "
+            "them into each batch (of transformers' Trainer with remove_unused_columns=False)."
+        ) from None
+
+
+def _part() -> list[int]:
+    """This process's number, and of how many."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [0, 1]
+    return [dist.get_rank(), dist.get_world_size()]

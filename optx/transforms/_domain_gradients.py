@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from optx._errors import OptxError, is_whole
+from optx._errors import OptxError, as_whole
 from optx._names import is_dtensor
 
 SpreadOf = Callable[[Tensor], Tensor | None]
@@ -36,6 +36,9 @@ class DomainGradients:
         open: whether a domain is open.
         unscaled: whether the spreads have been freed of a GradScaler's scale.
     """
+
+    _often = "once"
+    _belongs = "its loss's backward() belongs into the block."
 
     def __init__(self, owner: str, labels: Sequence[Hashable], unbiased: bool) -> None:
         self.owner, self.labels, self.unbiased = owner, labels, unbiased
@@ -77,12 +80,7 @@ class DomainGradients:
                     "the mean over all."
                 )
             self.clear()  # zero_grad(): the step is given up
-        if label in self.seen:
-            raise OptxError(
-                f"{self.owner}: domain({label!r}) came a second time before step(); put all its "
-                "micro-batches into one block, where their gradients add up, or call zero_grad() to begin "
-                "anew."
-            )
+        self._check_again(label)
         if not self.seen and _any_nonzero(present):
             raise OptxError(
                 f"{self.owner}: there are gradients already before domain({label!r}), which belong to none; "
@@ -98,6 +96,24 @@ class DomainGradients:
         for p in parameters:
             p.grad = self._left[p][0] if p in self._left else None
 
+    def check_step(self, has_gradients: bool) -> None:
+        """Raise if a step can't be taken on what there is: gradients of every domain, or none at all."""
+        if self.open:
+            raise OptxError(
+                f"{self.owner}: step() was called inside a domain's block; leave the block first."
+            )
+        if not self.seen and has_gradients:
+            raise OptxError(
+                f"{self.owner}: step() came without domains; put each domain's backward() into "
+                "`with opt.dsp_reg.domain(label):`."
+            )
+        if self.seen and (missing := self.missing()):
+            raise OptxError(
+                f"{self.owner}: step() came before domain({missing[0]!r}) ({len(missing)} of "
+                f"{len(self.labels)} are missing); every step needs each domain {self._often}, and "
+                "zero_grad() between two of them drops what came before."
+            )
+
     @torch.no_grad()
     def take(self, label: Hashable, parameters: Sequence[Tensor], spread_of: SpreadOf) -> None:
         """Take a domain's gradients in; ``p.grad`` is the mean of all so far then."""
@@ -105,33 +121,40 @@ class DomainGradients:
         self._check_gradients(label, grads)
         dtypes = {p: left.dtype for p, (left, _) in self._left.items()}
         dtypes.update({p: g.dtype for p, g in grads.items()})
-        number = len(self.seen) + 1
+        self._fold(len(self.seen) + 1, grads, spread_of)
+        self._leave(dtypes)
+        self.seen.append(label)
+        self.open = False
+
+    def _fold(self, number: int, grads: dict[Tensor, Tensor], spread_of: SpreadOf) -> None:
+        """Take the ``number``-th domain's gradients into means and spreads; they are overwritten."""
         if number == 1:
-            self._means = {p: g.to(_wide(g.dtype), copy=True) for p, g in grads.items()}
-        else:
-            for p in [p for p in grads if p not in self._means]:  # the earlier domains' gradients of it are 0
-                self._means[p] = torch.zeros_like(grads[p], dtype=_wide(grads[p].dtype))
-                if (spread := spread_of(p)) is not None:
-                    spread.zero_()
-            self._spread_out(number, grads, spread_of)
+            self._means = {p: g.to(wide(g.dtype), copy=True) for p, g in grads.items()}
+            return
+        for p in [p for p in grads if p not in self._means]:  # the earlier domains' gradients of it are 0
+            self._means[p] = torch.zeros_like(grads[p], dtype=wide(grads[p].dtype))
+            if (spread := spread_of(p)) is not None:
+                spread.zero_()
+        self._spread_out(number, grads, spread_of)
+
+    def _leave(self, dtypes: Mapping[Tensor, torch.dtype]) -> None:
+        """Put the means into ``p.grad``, and remember them."""
         for p, mean in self._means.items():
             p.grad = left = mean.to(dtypes[p])
             self._left[p] = left, left._version
-        self.seen.append(label)
-        self.open = False
 
     def _spread_out(self, number: int, grads: dict[Tensor, Tensor], spread_of: SpreadOf) -> None:
         every = list(self._means)
         # A launch serves all tensors where launches cost; a tensor stays in the cache where memory does.
         batches = [[p] for p in every] if all(p.device.type == "cpu" for p in every) else [every]
         for batch in batches:
-            means = [_local(self._means[p]) for p in batch]
+            means = [local(self._means[p]) for p in batch]
             now = [
-                _local(grads[p]).to(m.dtype) if p in grads else torch.zeros_like(m)
+                local(grads[p]).to(m.dtype) if p in grads else torch.zeros_like(m)
                 for p, m in zip(batch, means, strict=True)
             ]
             spreads = [spread_of(p) for p in batch]
-            update(number, now, means, [s if s is None else _local(s) for s in spreads], self.unbiased)
+            update(number, now, means, [s if s is None else local(s) for s in spreads], self.unbiased)
 
     # ---- checks --------------------------------------------------------------------------------------
 
@@ -141,9 +164,18 @@ class DomainGradients:
         except (TypeError, ValueError, RuntimeError):  # an array of several
             known = False
         if not known or isinstance(label, Tensor):
+            hint = " A tensor equals no label: give label.item()." if isinstance(label, Tensor) else ""
             raise OptxError(
                 f"{self.owner}: domain({label!r}) was never declared; the domains are "
-                f"{', '.join(map(repr, self.labels))}."
+                f"{', '.join(map(repr, self.labels))}.{hint}"
+            )
+
+    def _check_again(self, label: Hashable) -> None:
+        if label in self.seen:
+            raise OptxError(
+                f"{self.owner}: domain({label!r}) came a second time before step(); put all its "
+                "micro-batches into one block, where their gradients add up, or give accumulate=True, or "
+                "call zero_grad() to begin anew."
             )
 
     def check_losses(self, losses: Any) -> None:
@@ -164,10 +196,7 @@ class DomainGradients:
 
     def _check_gradients(self, label: Hashable, grads: dict[Tensor, Tensor]) -> None:
         if not grads:
-            raise OptxError(
-                f"{self.owner}: domain({label!r}) left no gradient; its loss's backward() belongs into the "
-                "block."
-            )
+            raise OptxError(f"{self.owner}: domain({label!r}) left no gradient; {self._belongs}")
         for p, g in grads.items():
             if g.layout != torch.strided:
                 raise OptxError(
@@ -221,25 +250,32 @@ def update(
     lists._foreach_addcmul_(kept, away, away, value=add)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What gradients of a dtype are added up in."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def _local(t: Any) -> Tensor:
+def local(t: Any) -> Tensor:
     """What of a tensor lies in this process; writing to it writes to the tensor."""
     return t.to_local() if is_dtensor(t) else t
 
 
 def _any_nonzero(parameters: Sequence[Tensor]) -> bool:
     """Whether a gradient holds anything here; asks the device once, and only where there are gradients."""
-    found = [_local(p.grad).any() for p in parameters if p.grad is not None]
+    found = [local(p.grad).any() for p in parameters if p.grad is not None]
     return bool(found) and bool(torch.stack([f.to(found[0].device) for f in found]).any())
+
+
+def processes() -> int:
+    """How many there are; 1 without torch.distributed."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def declared(owner: str, domains: Any) -> list[Hashable]:
     """The labels of all domains, each once."""
-    if is_whole(domains) and domains >= 1:
-        return list(range(int(domains)))
+    if (count := as_whole(domains)) is not None and count >= 1:
+        return list(range(count))
     if isinstance(domains, Sequence) and not isinstance(domains, str | bytes) and domains:
         try:
             if len(set(domains)) == len(domains):

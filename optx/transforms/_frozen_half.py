@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optx._errors import TransformError
+from optx._errors import TransformError, warn
 from optx.step.base_step import has_modes
 from optx.step.state import is_ours
 from optx.step.transform import Group, Host
@@ -21,6 +21,7 @@ class FrozenHalf:
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
         self._versions: list[int] = []
+        self._told = False
 
     def take(self, served: Iterable[Tensor]) -> None:
         """Those of these that are frozen now."""
@@ -33,12 +34,19 @@ class FrozenHalf:
                 p.grad = None
 
     def watch(self) -> None:
-        """Remember what is in them, for `written`."""
+        """Remember what is in them, for `check_unwritten`."""
         self._versions = [p._version for p in self.tensors]
 
-    def written(self) -> bool:
-        """Whether anything wrote to one of them since `watch`."""
-        return self._versions != [p._version for p in self.tensors]
+    def check_unwritten(self, base: torch.optim.Optimizer) -> None:
+        """Warn, once, if anything wrote to one of them since `watch`."""
+        if self._told or self._versions == [p._version for p in self.tensors]:
+            return
+        self._told = True
+        warn(
+            "HFT: this step wrote to frozen weights, which have no gradient. If that was "
+            f"{type(base).__name__}, they may move by the state that reset_state=False keeps: leave "
+            "reset_state=True."
+        )
 
     def with_state(self, base: torch.optim.Optimizer) -> int:
         """How many of them the base has state of."""

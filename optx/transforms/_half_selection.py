@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import operator
 import random
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal, TypeVar, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
-from optx._errors import OptxError, ShapeError, check_choice, check_range, near
+from optx._errors import OptxError, ShapeError, check_choice, check_range, check_whole, near
 from optx.transforms._blocks import VECTORS, Layer, clean_names, grouped, layers_of
 
 Level = Literal["category", "layer", "model"]
@@ -49,7 +48,7 @@ class Draw:
     def __post_init__(self) -> None:
         check_range("HFT", "ratio", self.ratio, 0.0, 1.0)
         for argument, number in (("seed", self.seed), ("round", self.round)):
-            object.__setattr__(self, argument, whole_number(argument, number))
+            object.__setattr__(self, argument, check_whole("HFT", argument, number))
         check_range("HFT", "round", self.round, 0)
         check_choice("HFT", "level", self.level, get_args(Level))
         check_choice("HFT", "balance", self.balance, get_args(Balance))
@@ -98,17 +97,6 @@ class Draw:
         # there are few (2 of 4); where there are many, near enough.
         draws = [_shuffled(sizes, rng)[:count] for _ in range(256)]
         return set(min(draws, key=lambda names: abs(sum(sizes[name] for name in names) - target)))
-
-
-def whole_number(argument: str, value: Any, of_what: str = "") -> int:
-    """A whole number as Python, NumPy or a tensor has it."""
-    try:
-        number = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = None
-    if number is None:
-        raise OptxError(f"HFT: {argument} is {value!r}; it must be a whole number{of_what}.")
-    return number
 
 
 def _nearest(x: Fraction) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Hashable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import chain
 from typing import Any, ClassVar, Literal
 
@@ -16,59 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from optx._errors import OptxError, TransformError, check_choice, check_whole, warn
-from optx._names import is_dtensor, parameter_names, whole
+from optx._names import is_dtensor
 from optx._rules import rule
-from optx.ops import maximum, minimum, where
+from optx.ops import minimum, where
 from optx.step.transform import Group, Host, Moments, Slot, Transform, like_weight, per_tensor, wrapped_by
-from optx.transforms._domain_gradients import DomainGradients, declared, loss_scale
-
-
-@rule(writes=("known", "new"))
-def both(sensitivity: Any, spread: Any) -> Any:
-    """Summed: the smoothed variance before this step, and this step's."""
-    return sensitivity, spread
-
-
-@rule(writes=("keep", "strength", "count"))
-def advance(count: Any, chosen: Any, ema: Any, weight: Any, warmup: Any, lr: Any) -> Any:
-    """How much of the old average stays, and the penalty's strength; a step with lr 0 is a rehearsal."""
-    zero = 0.0 * count
-    keep = where(lr > 0.0, where(count > 0.0, ema + zero, zero), 1.0 + zero)
-    strength = where(count < warmup, zero, weight + zero) * chosen
-    return keep, strength, count + where(lr > 0.0, 1.0 + zero, zero)
-
-
-@rule(writes=("keep", "strength", "count", "sensed", "counted"))
-def advance_and_add(
-    known: Any, new: Any, numel: Any, count: Any, chosen: Any, ema: Any, weight: Any, warmup: Any, lr: Any
-) -> Any:
-    """The same, and the sum of S after this step."""
-    keep, strength, count = advance(count, chosen, ema, weight, warmup, lr)
-    return keep, strength, count, chosen * (keep * known + (1.0 - keep) * new), chosen * numel
-
-
-@rule(writes="rate")
-def over_all(strength: Any, total_sensed: Any, total_counted: Any, eps: Any) -> Any:
-    """lambda / (mean S + eps), the mean over everything that is regularised."""
-    return strength / (total_sensed / maximum(total_counted, 1.0) + eps)
-
-
-@rule(writes="rate")
-def over_layer(strength: Any, sensed: Any, counted: Any, eps: Any) -> Any:
-    """The mean of this tensor alone."""
-    return strength / (sensed / maximum(counted, 1.0 + 0.0 * counted) + eps)
-
-
-@rule(writes="rate")
-def over_peak(strength: Any, peak: Any, eps: Any) -> Any:
-    """The largest S of all."""
-    return strength / (peak + eps)
-
-
-@rule(writes="rate")
-def over_nothing(strength: Any) -> Any:
-    """S as it is."""
-    return strength * 1.0
+from optx.transforms._domain_gradients import DomainGradients, declared, loss_scale, processes
+from optx.transforms._repeated_domains import Measure, RepeatedDomains
+from optx.transforms._sensitivity import find_peak, keep_from_below_0, normalised, rescale, sensitivities
 
 
 @rule(writes=("g", "sensitivity"))
@@ -119,7 +72,9 @@ class DSPReg(Transform):
 
     Args:
         domains: how many there are (they are called 0, 1, ...), or their labels. Every step has each once.
-        weight: strength of the penalty, lambda.
+        weight: strength of the penalty, lambda. Coupled (on SGD), weights run off to nan where lr * weight *
+            S^ stays above 2, and the largest S^ is easily 60 times the mean: begin at 0.01. With
+            ``decoupled=True`` they can't, and end at 0.
         ema: how much of S stays at each step; the first step takes the variance as it is.
         norm: ``"mean"``: S^ has mean 1 over all; ``"layer"``: in each tensor; ``"max"``: its largest is 1;
             ``"none"``: S itself, which fades as the domains' gradients do.
@@ -133,6 +88,13 @@ class DSPReg(Transform):
         min_dim: weights of fewer dimensions are left out: biases and the norms' scales.
         eps: added to the mean (or the largest) S: where S is far below it nothing is added.
         model: leaves its embeddings out, and gives names to `sensitivity`.
+        accumulate: domains may come again before a step, each equally often, as where a loop accumulates
+            gradients with the domains in its inner loop. g_d is then the sum of a domain's blocks, kept for
+            each domain. (Micro-batches within one block need no such thing.)
+        measure: with ``accumulate``, and two blocks or more, what s is. ``"variance"``: that of the domains'
+            gradients. ``"denoised"``: less the part that the blocks' differences say is the mini-batches'
+            noise; S is kept from falling below 0. ``"disparity"``: how much the variance of a domain's
+            blocks, not their sum, differs between the domains.
 
     Group keys:
         ``dsp_reg=False`` leaves a param group out (its gradients are still averaged over the domains);
@@ -145,7 +107,9 @@ class DSPReg(Transform):
 
     Limits: Memory per weight: 8 bytes of state (S and this step's variance, float32), 4 more while a domain
     is open (the mean, which is ``p.grad`` otherwise), and an anchor's. BatchNorm sees one domain at a time.
-    The noise of mini-batches counts as disagreement. Under DDP every rank has every domain, with a forward
+    The noise of mini-batches counts as disagreement, but for ``measure="denoised"``. With ``accumulate``,
+    4 bytes more for each domain; for the other measures another 4 (``"disparity"``: for each domain), and one
+    process. Under DDP every rank has every domain, with a forward
     pass in each block. Of a step that is not finished nothing is saved. A loss that is scaled by hand, not
     by torch's GradScaler, scales S with its square. A fused AdamW step moves 48 bytes per weight instead of
     28 (40 without a mean to divide by). Parameters of another optimizer get the sum over the domains, not
@@ -195,6 +159,8 @@ class DSPReg(Transform):
         min_dim: int = 2,
         eps: float = 1e-12,
         model: nn.Module | None = None,
+        accumulate: bool = False,
+        measure: Measure = "variance",
     ) -> None:
         options = {"weight": weight, "ema": ema, "warmup": warmup, "eps": eps}
         for option, value in options.items():
@@ -204,13 +170,22 @@ class DSPReg(Transform):
         check_choice("DSPReg", "decoupled", decoupled, (True, False, None))
         check_choice("DSPReg", "anchor", anchor, ("init", None))
         check_choice("DSPReg", "unbiased", unbiased, (True, False))
-        check_whole("DSPReg", "min_dim", min_dim, 0)
+        check_choice("DSPReg", "accumulate", accumulate, (True, False))
+        check_choice("DSPReg", "measure", measure, ("variance", "denoised", "disparity"))
+        if measure != "variance" and not accumulate:
+            raise OptxError(
+                f"DSPReg: measure={measure!r} compares several blocks of a domain; give accumulate=True too, "
+                "and each domain two blocks or more in a step."
+            )
+        least_dim = check_whole("DSPReg", "min_dim", min_dim, 0)
         if not (model is None or isinstance(model, nn.Module)):  # pyright: ignore
             raise OptxError(f"DSPReg: model is a {type(model).__name__}; it must be the model, or None.")
         self.norm, self.decoupled, self.anchor, self.unbiased = norm, decoupled, anchor, unbiased
-        self.min_dim, self.model = min_dim, model
+        self.min_dim, self.model = least_dim, model
+        self.accumulate = accumulate
+        self.measure: Measure = measure
         self._labels = declared("DSPReg", domains)
-        self._gradients = DomainGradients("DSPReg", self._labels, unbiased)
+        self._gradients = self._new_gradients()
         self._anchors_open = anchor is not None  # until the first domain the weights may still be loaded
         slots: dict[str, Slot] = {
             "sensitivity": like_weight(),
@@ -226,10 +201,12 @@ class DSPReg(Transform):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy begins its step anew: a copied model has no gradients either.
-        return {
-            **super().__getstate__(),
-            "_gradients": DomainGradients("DSPReg", self._labels, self.unbiased),
-        }
+        return {**super().__getstate__(), "_gradients": self._new_gradients()}
+
+    def _new_gradients(self) -> DomainGradients:
+        if self.accumulate:
+            return RepeatedDomains("DSPReg", self._labels, self.unbiased, self.measure)
+        return DomainGradients("DSPReg", self._labels, self.unbiased)
 
     @property
     def domains(self) -> tuple[Hashable, ...]:
@@ -246,9 +223,15 @@ class DSPReg(Transform):
 
         Raises:
             OptxError: the label was never declared or came already in this step; another block is open; no
-                gradient was left; gradients were there before, or were changed between two blocks.
+                gradient was left; gradients were there before, or were changed between two blocks; another
+                measure than ``"variance"`` with several processes.
         """
         optimizer = self._bound("domain")
+        if self.measure != "variance" and processes() > 1:
+            raise OptxError(
+                f"DSPReg: measure={self.measure!r} compares blocks whose gradients DDP may not "
+                "have exchanged (no_sync); with several processes use measure='variance'."
+            )
         optimizer.follow_parameters()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._gradients.enter(label, parameters)
@@ -275,7 +258,7 @@ class DSPReg(Transform):
             OptxError: as for `domain`; a loss is no single number; or there are several processes, between
                 which DDP and FSDP would exchange the gradients of the first backward pass only.
         """
-        if _processes() > 1:
+        if processes() > 1:
             raise OptxError(
                 "DSPReg: backward(losses) makes several backward passes over one forward pass, and DDP and "
                 "FSDP exchange the gradients of the first only; use domain(label) with a forward pass in "
@@ -289,27 +272,8 @@ class DSPReg(Transform):
     def sensitivity(self) -> dict[str, Tensor]:
         """S^ of each regularised weight by name, as the next penalty would have it if S stayed as it is."""
         optimizer = self._bound("sensitivity")
-        names = parameter_names(optimizer.base, self.model)
-        kept = {
-            p: slots["optx.dsp_reg.sensitivity"]
-            for p in optimizer.served(self)
-            if self._regularises(p, optimizer)
-            and float((slots := optimizer.slot_store.of(p)).get("optx.dsp_reg.count", 0.0)) > 0.0
-        }
-        eps = {p: g.get("dsp_reg_eps", self.eps) for g in optimizer.param_groups for p in g["params"]}
-        over = self._divisors(kept)
-        return {names[id(p)]: s / (over[p] + eps[p] if over[p] else 1.0) for p, s in kept.items()}
-
-    def _divisors(self, kept: Mapping[Tensor, Tensor]) -> dict[Tensor, float]:
-        """What each S is divided by, without eps; 0 where it is left as it is."""
-        if self.norm == "none":
-            return dict.fromkeys(kept, 0.0)
-        if self.norm == "max":
-            return dict.fromkeys(kept, max((float(s.max()) for s in kept.values() if s.numel()), default=0.0))
-        sums = {p: float(whole(s.sum(dtype=torch.float64))) for p, s in kept.items()}
-        if self.norm == "layer":
-            return {p: sums[p] / max(1, s.numel()) for p, s in kept.items()}
-        return dict.fromkeys(kept, sum(sums.values()) / max(1, sum(s.numel() for s in kept.values())))
+        chosen = [p for p in optimizer.served(self) if self._regularises(p, optimizer)]
+        return sensitivities(self, optimizer, chosen)
 
     # ---- for the step --------------------------------------------------------------------------------
 
@@ -324,12 +288,7 @@ class DSPReg(Transform):
                     "DSPReg: the base has maximize=True, and a penalty in its gradient would make weights "
                     "grow; use DSPReg(decoupled=True)."
                 )
-        if self.norm == "mean":
-            totals = ("sensed", "counted")
-            return replace(last, sums=both, scalars=advance_and_add, totals=totals, finish=over_all)
-        if self.norm == "layer":
-            return replace(last, sums=both, scalars=advance_and_add, finish=over_layer)
-        return replace(last, scalars=advance, finish=over_peak if self.norm == "max" else over_nothing)
+        return normalised(last, self.norm)
 
     def _decoupled(self, base: torch.optim.Optimizer) -> bool:
         return not isinstance(base, torch.optim.SGD) if self.decoupled is None else self.decoupled
@@ -372,27 +331,14 @@ class DSPReg(Transform):
 
     def before_step(self, optimizer: Host) -> None:
         """See that every domain is there; a GradScaler's scale leaves the variances as it left ``p.grad``."""
-        gradients = self._gradients
         if optimizer.closure_pending:
             return  # the domains are in it
-        if gradients.open:
-            raise OptxError("DSPReg: step() was called inside a domain's block; leave the block first.")
-        if not gradients.seen:
-            if any(p.grad is not None for p in _parameters(optimizer)) and not _rehearses(optimizer):
-                raise OptxError(
-                    "DSPReg: step() came without domains; put each domain's backward() into "
-                    "`with opt.dsp_reg.domain(label):`."
-                )
+        ready = any(p.grad is not None for p in _parameters(optimizer)) and not _rehearses(optimizer)
+        self._gradients.check_step(ready)
+        if not self._gradients.seen:
             return
-        if missing := gradients.missing():
-            raise OptxError(
-                f"DSPReg: step() came before domain({missing[0]!r}) ({len(missing)} of "
-                f"{len(self._labels)} are missing); every step needs each domain once."
-            )
         acting = [p for p in optimizer.served(self) if p.grad is not None]
         self._ready_spreads(optimizer, acting)
-        if self.norm == "max":
-            self._find_peak(optimizer, acting)
 
     def after_step(self, optimizer: Host) -> None:
         """The gradients are used up."""
@@ -435,33 +381,17 @@ class DSPReg(Transform):
         for p, spread in zip(acting, spreads, strict=True):
             if not self._gradients.has(p):  # its gradient came outside of every domain
                 spread.zero_()
-        if not self._gradients.unscaled and (scale := loss_scale()) != 1.0:
-            for spread in spreads:
-                spread.mul_(1.0 / scale**2)
+        if not self._gradients.unscaled:
+            rescale(spreads, loss_scale())
         self._gradients.unscaled = True
-
-    def _find_peak(self, optimizer: Host, acting: Sequence[Tensor]) -> None:
-        """The largest S of all, as this step will leave it."""
-        ema = {p: g.get("dsp_reg_ema", self.ema) for g in optimizer.param_groups for p in g["params"]}
-        largest: list[Tensor] = []
-        for p in acting:
-            slots = [optimizer.slot(p, self, n) for n in ("sensitivity", "spread", "count", "chosen")]
-            known, new, count, chosen = slots
-            keep = torch.where(count > 0, float(ema[p]), 0.0).to(known.dtype)
-            if p.numel():
-                largest.append((torch.lerp(new, known, keep).max() * chosen).to(acting[0].device))
-        for p in acting:
-            peak = optimizer.slot(p, self, "peak")
-            peak.copy_(torch.stack(largest).max() if largest else torch.zeros(()))
+        if self.measure == "denoised":
+            keep_from_below_0(self, optimizer, acting)
+        if self.norm == "max":
+            find_peak(self, optimizer, acting)
 
 
 def _parameters(optimizer: Host) -> chain[Tensor]:
     return chain.from_iterable(group["params"] for group in optimizer.param_groups)
-
-
-def _processes() -> int:
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def _rehearses(optimizer: Host) -> bool:

@@ -7,19 +7,17 @@ code; the selection (section 3, category level) agrees with the re-implementatio
 from __future__ import annotations
 
 import weakref
-from collections.abc import Generator, Iterable, Sequence, Set
+from collections.abc import Generator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from optx._errors import OptxError, TransformError, near, warn
-from optx._names import parameter_names
-from optx.step.transform import Group, Host, Transform
-from optx.transforms._flags import Flags, inherited_flags, serve, serve_no_more
+from optx._errors import OptxError, TransformError, check_whole, warn
+from optx.step.transform import Host, Transform
+from optx.transforms._drawn_half import DrawnHalf, check_model
+from optx.transforms._flags import inherited_flags, serve, serve_no_more
 from optx.transforms._frozen_half import (
     FirstState,
     FrozenHalf,
@@ -27,8 +25,8 @@ from optx.transforms._frozen_half import (
     is_rehearsal,
     only_rehearsed,
 )
-from optx.transforms._half_selection import Balance, Draw, Level, Row, Selection, whole_number
-from optx.transforms._rounds import ModelLayers, Round, SavedRound, draw_round, named_parameters
+from optx.transforms._half_selection import Balance, Draw, Level, Selection
+from optx.transforms._rounds import SavedRound
 
 
 class HFT(Transform):
@@ -132,28 +130,17 @@ class HFT(Transform):
         *,
         blocks: str | None = None,
     ) -> None:
-        given: Any = model
-        if not isinstance(given, nn.Module):
-            raise OptxError(f"HFT: model is a {type(given).__name__}; it must be the model, as HFT(model).")
         if not isinstance(reset_state, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise OptxError(f"HFT: reset_state is {reset_state!r}; it must be True or False.")
-        if blocks is not None and not isinstance(blocks, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise OptxError(f"HFT: blocks is {blocks!r}; it must be a regular expression, or None.")
         self.model = model
         self.rounds_every = rounds_every
         self.reset_state = reset_state
-        self._draw = Draw(ratio, level, balance, seed)
+        self._half = DrawnHalf(model, Draw(ratio, level, balance, seed), blocks)
         self._steps = 0  # in this round; counted where rounds_every asks for it
-        self._layers = ModelLayers(blocks)
-        self._flags = Flags()
-        self._round = Round()
-        self._served: list[bool] = []  # by group, as last seen
         self._frozen = FrozenHalf()
         self._first_state = FirstState()
         self._loading = False
-        self._warned: set[str] = set()
         self._optimizer: weakref.ref[Host] | None = None
-        self._layers.of(model)  # raises where there are no blocks
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of (model, optimizer) serves the copied optimizer; a weak reference can't be copied.
@@ -167,7 +154,7 @@ class HFT(Transform):
     @property
     def round(self) -> int:
         """The current round, from 0."""
-        return self._draw.round
+        return self._half.draw.round
 
     @property
     def rounds_every(self) -> int | None:
@@ -176,7 +163,8 @@ class HFT(Transform):
 
     @rounds_every.setter
     def rounds_every(self, steps: int | None) -> None:
-        number = None if steps is None else whole_number("rounds_every", steps, " of steps, or None")
+        wanted = "a whole number of steps, or None"
+        number = None if steps is None else check_whole("HFT", "rounds_every", steps, wanted=wanted)
         if number is not None and number < 1:
             raise OptxError(f"HFT: rounds_every is {steps!r}; it must be at least 1 step, or None.")
         self._rounds_every = number
@@ -184,7 +172,7 @@ class HFT(Transform):
     @property
     def seed(self) -> int:
         """The seed of all rounds' draws."""
-        return self._draw.seed
+        return self._half.draw.seed
 
     # ---- for the person ----------------------------------------------------------------------------
 
@@ -199,11 +187,11 @@ class HFT(Transform):
     def start_round(self, number: int) -> Selection:
         """Begin round ``number``; a round's half depends only on it, the seed, and what the person froze."""
         optimizer = self._bound("start_round")
-        self._draw = replace(self._draw, round=number)
+        self._half.see(optimizer.param_groups, self.serves)
+        self._half.flags.follow()
+        self._half.watch()
+        self._half.begin(number)
         self._steps = 0
-        self._flags.follow()
-        self._flags.watch(named_parameters(self.model))
-        self._round = self._drawn(self._flags.unwanted(), self._left_out(optimizer.param_groups))
         self._enter(optimizer, self.reset_state)
         return self.selected()
 
@@ -212,7 +200,8 @@ class HFT(Transform):
         optimizer = self._bound("selected")
         if not self._loading:
             self._follow(optimizer)
-        return Selection(self._rows(self._round, self._left_out(optimizer.param_groups)), self.round)
+        self._half.see(optimizer.param_groups, self.serves)
+        return Selection(self._half.rows(), self.round)
 
     def freeze(self, *names: str) -> None:
         """Freeze parameters for good, by their names in `selected`, also where the round has done so already.
@@ -251,7 +240,7 @@ class HFT(Transform):
         optimizer = self._bound("loading")
         self._follow(optimizer)
         self._loading = True
-        self._thaw_all()
+        self._half.thaw_all()
         try:
             yield
         finally:
@@ -261,128 +250,62 @@ class HFT(Transform):
                     optimizer.drop_base_state(p)
             self._enter(optimizer, reset=False)
 
-    # ---- the selection -----------------------------------------------------------------------------
-
-    def _left_out(self, groups: Sequence[Group]) -> set[str]:
-        """Names of the parameters in groups that opted out."""
-        out = {p for group in groups if not self.serves(group) for p in group["params"]}
-        return {name for name, p in named_parameters(self.model).items() if p in out} if out else set()
-
-    def _drawn(self, unwanted: Set[str], left_out: Set[str], known: Set[str] = frozenset()) -> Round:
-        """The draw of this round among all but what the person froze, left out, or what is known already."""
-        layers, names = self._layers.of(self.model), named_parameters(self.model)
-        return draw_round(self._draw, layers, names, unwanted, left_out | known)
-
-    def _rows(self, chosen: Round, left_out: Set[str]) -> list[Row]:
-        layers, params = self._layers.of(self.model), named_parameters(self.model)
-        return chosen.rows(layers, params, self._flags.wish, left_out)
+    # ---- the round and the person ------------------------------------------------------------------
 
     def _enter(self, optimizer: Host, reset: bool) -> None:
         """Make the flags, the gradients and the optimizer's state those of this round."""
-        params = named_parameters(self.model)
-        self._flags.watch(params)
-        for row in self._rows(self._round, self._left_out(optimizer.param_groups)):
-            p = params[row.name]
-            self._flags.set(row.name, p, row.trainable)
-            if row.drawn and not row.trainable:
-                p.grad = None
+        self._half.see(optimizer.param_groups, self.serves)
+        self._half.set_flags()
         served = optimizer.served(self)
         self._frozen.take(served)
         dropped = served if reset else self._frozen.tensors if self.reset_state else ()
         for p in dropped:
             optimizer.drop_base_state(p)
         self._first_state.make(optimizer.base, filter(self.serves, optimizer.base.param_groups))
-        self._served = [self.serves(group) for group in optimizer.param_groups]
         self._tell(optimizer)
-
-    # ---- what the person does ----------------------------------------------------------------------
 
     def _follow(self, optimizer: Host) -> None:
         """Take on what the person changed: flags, and groups that are left out."""
-        if self._served != [self.serves(group) for group in optimizer.param_groups]:
+        if not self._half.sees(optimizer.param_groups, self.serves):
             self.groups_changed(optimizer)
-            return
-        thawed = self._flags.follow()
-        if thawed is None:
-            return
-        if thawed:
-            self._warn_once(
-                f"HFT: {thawed[0]!r} was thawed by hand ({len(thawed)} in all), but round {self.round} holds "
-                "it frozen, and so it stays. To train it, call opt.hft.thaw(name), or put it in a param "
-                "group with hft=False."
-            )
-        self._frozen.take(optimizer.served(self))
+        elif self._half.follow():
+            self._frozen.take(optimizer.served(self))
 
-    def _want(self, names: Iterable[str], trainable: bool, caller: str) -> None:
+    def _want(self, names: tuple[str, ...], trainable: bool, caller: str) -> None:
         optimizer = self._bound(caller)
         self._follow(optimizer)
-        known = named_parameters(self.model)
-        for name in names:
-            if name not in known:
-                raise OptxError(f"HFT: {caller}({name!r}) names no parameter. {near(name, known)}")
-        self._flags.want(names, trainable)
-        if trainable:
-            self._round = self._round.with_thawed(names)
+        self._half.want(names, trainable, caller)
         self._enter(optimizer, reset=False)
-
-    def _thaw_all(self) -> None:
-        for name, p in named_parameters(self.model).items():
-            if self._flags.wish[name]:
-                self._flags.set(name, p, True)
-
-    def _warn_once(self, message: str) -> None:
-        kind = message.split("'", 1)[0]
-        if kind not in self._warned:
-            self._warned.add(kind)
-            warn(message)
 
     # ---- the optimizer's side ----------------------------------------------------------------------
 
     def check(self, base: torch.optim.Optimizer) -> None:
         """Refuse another model's parameters, a DDP that would wait for frozen ones, and an empty half."""
-        optimizer = self._served_by()
-        if optimizer is None:
-            self._flags = inherited_flags(self.model)
-        params, names = named_parameters(self.model), parameter_names(base)
-        optimized = {p for group in base.param_groups for p in group["params"]}
-        foreign = sorted((names[id(p)], tuple(p.shape)) for p in optimized.difference(params.values()))
-        if foreign:
-            name, shape = foreign[0]
-            raise TransformError(
-                f"HFT: {name} of the optimizer, of shape {shape}, is not a parameter of the model "
-                f"({len(foreign)} in all). Give HFT the model that the optimizer trains."
-            )
-        if isinstance(self.model, DistributedDataParallel) and not self.model.find_unused_parameters:
-            raise TransformError(
-                "HFT: the model is in DistributedDataParallel, which would wait for the gradients of the "
-                "frozen half. Make it with find_unused_parameters=True."
-            )
+        unbound, half = self._served_by() is None, self._half
+        if unbound:
+            half.flags = inherited_flags(self.model)
+        check_model(self.model, base)
         if not self.reset_state:
             check_state_may_stay(base)
-        self._flags.follow()
-        self._flags.watch(params)
-        left_out = self._left_out(base.param_groups)
-        chosen = self._round if optimizer is not None else self._drawn(self._flags.unwanted(), left_out)
-        if not any(row.trainable and params[row.name] in optimized for row in self._rows(chosen, left_out)):
-            raise TransformError(
-                f"HFT: with ratio={self._draw.ratio} the optimizer has nothing to train: none of its "
-                "parameters was drawn or is outside of the blocks. Raise ratio, or give it the embeddings."
-            )
+        half.flags.follow()
+        half.watch()
+        half.see(base.param_groups, self.serves)
+        half.check_trains(base, anew=unbound)
 
     def bind(self, optimizer: Host) -> None:
         """Freeze this round's half."""
         self._optimizer = weakref.ref(optimizer)
-        serve(self.model, self._optimizer, self._flags)
-        self._round = self._drawn(self._flags.unwanted(), self._left_out(optimizer.param_groups))
+        serve(self.model, self._optimizer, self._half.flags)
+        self._half.begin(self.round)
         # One history for all parameters would go on moving those that are frozen now.
         self._enter(optimizer, reset=isinstance(optimizer.base, torch.optim.LBFGS))
 
     def groups_changed(self, optimizer: Host) -> None:
         """Take in groups that came, parameters that were replaced, and layers that are new in the model."""
-        self._flags.follow()
-        self._flags.watch(named_parameters(self.model))
-        new = self._drawn(self._flags.unwanted(), self._left_out(optimizer.param_groups), self._round.known)
-        self._round = self._round.with_new(new)
+        self._half.see(optimizer.param_groups, self.serves)
+        self._half.flags.follow()
+        self._half.watch()
+        self._half.take_in_new()
         self._enter(optimizer, reset=False)
 
     def before_step(self, optimizer: Host) -> None:
@@ -398,12 +321,8 @@ class HFT(Transform):
         """Count the step, and begin a new round where it is time."""
         if self._loading:
             return
-        if not self.reset_state and self._frozen.written():
-            self._warn_once(
-                "HFT: this step wrote to frozen weights, which have no gradient. If that was "
-                f"{type(optimizer.base).__name__}, they may move by the state that reset_state=False keeps: "
-                "leave reset_state=True."
-            )
+        if not self.reset_state:
+            self._frozen.check_unwritten(optimizer.base)
         if self.rounds_every is None or is_rehearsal(optimizer):
             return
         self._steps += 1
@@ -415,16 +334,14 @@ class HFT(Transform):
     def after_load(self, optimizer: Host) -> None:
         """Return to the round that was saved."""
         saved = SavedRound(self.round, self.seed, self._steps).found_in(optimizer.param_groups[0], self.name)
-        same = saved[:2] == (self.round, self.seed) and saved.selection == self._round.checksum
-        self._draw = replace(self._draw, seed=saved.seed, round=saved.round)
         self._steps = saved.steps
         if not self._loading:
-            self._flags.follow()
-        self._flags.watch(named_parameters(self.model))
-        if not same:
-            self._return_to(optimizer, saved.selection)
+            self._half.flags.follow()
+        self._half.watch()
+        self._half.see(optimizer.param_groups, self.serves)
+        self._half.return_to(saved)
         self._enter(optimizer, reset=False)
-        if saved.selection not in (0, self._round.checksum):
+        if saved.selection not in (0, self._half.checksum):
             warn(
                 f"HFT: the checkpoint trained another half in round {saved.round} than this HFT does. Give "
                 "it the model, ratio, level, balance and frozen parameters of the run that saved it."
@@ -436,28 +353,18 @@ class HFT(Transform):
                 "`with opt.hft.loading():`."
             )
 
-    def _return_to(self, optimizer: Host, saved: int) -> None:
-        """Draw as the saved run did when its round began; frozen by hand since is not frozen then."""
-        unwanted, left_out = self._flags.unwanted(), self._left_out(optimizer.param_groups)
-        nobody: set[str] = set()
-        ways = ((unwanted, left_out), (nobody, left_out), (unwanted, nobody), (nobody, nobody))
-        rounds = [self._drawn(*way) for way in ways]
-        self._round = next((one for one in rounds if one.checksum == saved), rounds[0])
-
     def unwrap(self, optimizer: Host) -> None:
         """Restore every ``requires_grad``."""
-        self._flags.watch(named_parameters(self.model))
-        self._flags.give_back()
+        self._half.give_back()
         serve_no_more(self.model)
         self._frozen.take(())
-        self._served.clear()
         self._optimizer = None
 
     def group_numbers(self) -> dict[str, float | int | bool]:
         """Round, seed, steps in this round, a checksum of the draw, and how many frozen have state."""
         optimizer = self._served_by()
         kept = 0 if optimizer is None else self._frozen.with_state(optimizer.base)
-        return SavedRound(self.round, self.seed, self._steps, self._round.checksum, kept)._asdict()
+        return SavedRound(self.round, self.seed, self._steps, self._half.checksum, kept)._asdict()
 
     def _tell(self, optimizer: Host) -> None:
         """Write the numbers where they are saved."""
@@ -479,5 +386,5 @@ class HFT(Transform):
         return optimizer
 
     def __repr__(self) -> str:
-        draw = self._draw
+        draw = self._half.draw
         return f"HFT(ratio={draw.ratio}, level={draw.level!r}, seed={draw.seed})"

@@ -78,6 +78,29 @@ def ddp(rank: int) -> None:
         assert max(apart) > 1e-3
 
 
+def rounds(rank: int) -> None:
+    """Domains in the inner loop; DDP is told to exchange in the last round, as the Trainer does."""
+    for view in (False, True):
+        model = nn.parallel.DistributedDataParallel(net(), gradient_as_bucket_view=view)
+        opt = wrapped(model, weight=2.0, accumulate=True)
+        for step in range(4):
+            opt.zero_grad()
+            for a in range(3):
+                start = 4 * rank + a
+                part = slice(start, start + (2 if a == 2 else 1))
+                for d in range(2):
+                    with opt.dsp_reg.domain(d), nullcontext() if a == 2 else model.no_sync():
+                        (loss_of(model, step, d, part) * (part.stop - part.start) / 4).backward()
+            opt.step()
+        alone = net()
+        theirs = wrapped(alone, weight=2.0)
+        train(alone, theirs, range(4), [slice(None)])
+        assert_alike(model, opt, alone, theirs)
+    other = wrapped(model, accumulate=True, measure="denoised")
+    with pytest.raises(optx.OptxError, match="with several processes use"), other.dsp_reg.domain(0):
+        pass
+
+
 def fsdp(rank: int) -> None:
     from torch.distributed.fsdp import fully_shard
 
@@ -106,7 +129,7 @@ def shared_forward(rank: int) -> None:
         opt.dsp_reg.backward({d: loss_of(model, 0, d) for d in range(2)})
 
 
-CASES = [ddp, fsdp, shared_forward]
+CASES = [ddp, rounds, fsdp, shared_forward]
 
 
 def test_two_processes() -> None:

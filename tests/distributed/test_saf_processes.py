@@ -188,6 +188,26 @@ def uneven_batches_are_gathered(rank: int) -> None:
         saf(torch.randn(5, 3, requires_grad=True), range(5))
 
 
+def another_processs_state_is_told_of_at_once(rank: int) -> None:
+    def made(**options: Any) -> optx.SAF:
+        return optx.SAF(6, lookback=2, start_epoch=1, **options)
+
+    mine = made()
+    mine.set_epoch(0)
+    mine(torch.randn(2, 3, requires_grad=True), [2 * rank, 2 * rank + 1])
+    states: list[Any] = [None, None]
+    dist.all_gather_object(states, mine.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made().load_state_dict(states[rank])
+        made().load_state_dict(made(gather=True).state_dict())
+    said = f"of process {1 - rank} of 2 without gather=True, and is loaded in process {rank} of 2: 4 of 6 sam"
+    with pytest.warns(UserWarning, match=said):
+        made().load_state_dict(states[1 - rank])
+    with pytest.warns(UserWarning, match="of 2 with it: 4 of 6 samples have no output in it"):
+        made(gather=True).load_state_dict(states[rank])
+
+
 CASES: list[Callable[[int], None]] = [
     gathered_all_samples_have_a_past,
     each_by_itself_loses_half_and_says_so,
@@ -195,6 +215,7 @@ CASES: list[Callable[[int], None]] = [
     one_collective_of_the_outputs_a_step,
     gathering_equals_one_process,
     uneven_batches_are_gathered,
+    another_processs_state_is_told_of_at_once,
     averages_agree_under_ddp,
     sharded_models_are_refused,
 ]

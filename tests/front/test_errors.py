@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from bases import make_net, same
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import optx
 from optx import AdamR, FusedError, OptxError, PerpGrad, ShapeError, TransformError, wrap
+from optx._errors import check_whole
 
 
 @optx.rule(writes="g")
@@ -398,3 +400,27 @@ def test_complex_parameters_are_served_where_no_transform_acts(base: Any) -> Non
         both.append(c.detach())
     assert torch.equal(*both)
     assert not torch.equal(both[0], start)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (1.5, r"n is 1\.5; it must be a whole number\."),
+        (True, r"n is True; it must be a whole number\."),
+        (torch.tensor(True), r"it must be a whole number\."),
+        (torch.tensor([3]), r"n is tensor\(\[3\]\); it must be a whole number\."),
+        (torch.tensor(3.0), r"it must be a whole number\."),
+        ("3", r"n is '3'; it must be a whole number\."),
+        (1, r"n is 1; it must be at least 2\."),
+    ],
+)
+def test_whole_numbers(value: Any, words: str) -> None:
+    """Of Python, NumPy or a tensor of no dimension; a row of one is a batch, say, and no number."""
+    for good in (3, np.int64(3), np.uint8(3), torch.tensor(3)):
+        number = check_whole("Owner", "n", good, 2)
+        assert number == 3
+        assert type(number) is int
+    with pytest.raises(OptxError, match=f"Owner: .*{words}"):
+        check_whole("Owner", "n", value, 2)
+    with pytest.raises(OptxError, match=r"n is .*; it must be two or more"):
+        check_whole("Owner", "n", value, 2, "two or more")

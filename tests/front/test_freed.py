@@ -8,6 +8,7 @@ import io
 import pickle
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -145,16 +146,26 @@ def test_a_whole_model_goes_through_torch_save() -> None:
 
 
 @pytest.mark.parametrize(
-    "transform", [lambda model: optx.PerpGrad(), lambda model: optx.HFT(model, rounds_every=1)]
+    "transform",
+    [
+        lambda model: optx.PerpGrad(),
+        lambda model: optx.AdamR(weight=0.05),
+        lambda model: optx.HFT(model, rounds_every=1),
+        lambda model: optx.DSPReg(domains=2),
+    ],
+    ids=["PerpGrad", "AdamR", "HFT", "DSPReg"],
 )
 def test_an_optimizer_is_freed_with_its_weights(transform: Any) -> None:
     def stepped() -> list[weakref.ref[Any]]:
         model = fresh()
         opt = optx.wrap(torch.optim.AdamW(model.parameters()), transform(model))
         for _ in range(3):
-            for p in model.parameters():
-                p.grad = torch.ones_like(p)
+            for domain in range(2):
+                with opt.dsp_reg.domain(domain) if hasattr(opt, "dsp_reg") else nullcontext():
+                    for p in model.parameters():
+                        p.grad = torch.full_like(p, 1.0 + domain)
             opt.step()
+            opt.zero_grad()
         return [weakref.ref(opt), *refs_of(model)]
 
     stepped()  # what a first step imports and compiles

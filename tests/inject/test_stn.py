@@ -284,7 +284,7 @@ def test_any_shape(
 ) -> None:
     torch.manual_seed(seed)
     module = nn.Linear(into, out, bias=bias).to(dtype)
-    model, stn = attached(module, count, shared=shared)
+    model, stn = attached(module, count, shared=shared, batch_axis=0)
     x = torch.randn(batch, *middle, into).to(dtype)
     with stn.train_batch(batch):
         got = model(x)

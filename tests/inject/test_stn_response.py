@@ -16,7 +16,7 @@ def test_the_best_response_of_a_linear_problem_is_exact() -> None:
     torch.manual_seed(0)
     X, y, u = torch.randn(12, 4).double(), torch.randn(12).double(), torch.randn(12).double()
     model = nn.Sequential(nn.Linear(4, 1, bias=False)).double()
-    stn = optx.attach(model, optx.STN(optx.HParams(h=optx.hp(0.7)), delta=True, shared=True))
+    stn = optx.attach(model, optx.STN(optx.HParams(h=optx.hp(0.7)), delta=True, shared=True, warmup=100_000))
     opt = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     for _ in range(2000):
         with stn.train_batch():
@@ -35,7 +35,7 @@ def test_the_papers_ridge_problem() -> None:
     model = nn.Sequential(nn.Linear(2, 1, bias=False)).double()
     torch.manual_seed(0)
     hparams = optx.HParams(log_l2=optx.hp(0.0, sigma=0.05))
-    stn = optx.attach(model, optx.STN(hparams, delta=True, shared=True))
+    stn = optx.attach(model, optx.STN(hparams, delta=True, shared=True, warmup=100_000))
     opt = torch.optim.SGD(model.parameters(), lr=0.1)
     eye = torch.eye(2).double()
     for _ in range(8000):

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from injections import move
 from stn_loop import batch, frozen, mlp, noisy, sgd, train_step, tuned, valid_step
 from torch import Tensor, nn
@@ -248,54 +246,3 @@ def test_a_folder_has_the_values_that_are_in_force(tmp_path: Path) -> None:
     third = optx.attach(mlp(), optx.STN(renamed, dropout="drop"))
     with pytest.raises(optx.FileError, match=r"is of HParams\(drop.*noise.*this handle of HParams\(.*loud"):
         third.load(tmp_path / "stn")
-
-
-# ---- two processes --------------------------------------------------------------------------------------
-
-
-def plain() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3))
-
-
-def one_run(rank: int | None) -> optx.SelfTuning:
-    """On the whole batch, or on one process's half of it."""
-    model = plain()
-    stn = tuned(model, dropout=None, train_steps=1)
-    call = model if rank is None else nn.parallel.DistributedDataParallel(model)
-    opt = sgd(model)
-    mine = slice(None) if rank is None else slice(4 * rank, 4 * rank + 4)
-    for step in range(4):
-        x, y = (t[mine] for t in batch(step))
-        with stn.train_batch(x):
-            scaled = x * (1 + stn.hparams["noise"].value + stn.hparams["drop"].value).view(-1, 1)
-            F.cross_entropy(call(scaled), y).backward()
-        opt.step()
-        opt.zero_grad()
-        x, y = (t[mine] for t in batch(100 + step))
-        with stn.valid_batch(x):
-            F.cross_entropy(model(x), y).backward()
-        stn.step_hparams()
-    return stn
-
-
-def worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    stn = one_run(rank)
-    torch.save([stn.state_dict(), stn.model.state_dict()], f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="gloo")
-def test_two_processes_are_one_on_their_joined_batch(tmp_path: Path) -> None:
-    """Perturbations are of the joined batch, and the gradients of hyperparameters are averaged."""
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)  # type: ignore[no-untyped-call]
-    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    alone = one_run(None)
-    wanted = [alone.state_dict(), alone.model.state_dict()]
-    for first, second, one in zip(*found, wanted, strict=True):
-        assert all(torch.equal(t, second[key]) for key, t in first.items())
-        for key, t in one.items():
-            torch.testing.assert_close(first[key], t, rtol=1e-4, atol=1e-6, msg=key)
-    assert abs(alone.hparams.values()["drop"] - 0.2) > 1e-4

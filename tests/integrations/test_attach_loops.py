@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import os
-import socket
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sharded_adapters
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from injections import ROWS, Row, bert, llama, run
+from processes import on_two_processes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -149,26 +145,6 @@ def test_lightning(tmp_path: Path) -> None:
 # ---- two processes ----------------------------------------------------------------------------------------
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        return int(s.getsockname()[1])
-
-
-def _worker(rank: int, port: int, job: Callable[[int], None]) -> None:
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    try:
-        job(rank)
-    finally:
-        dist.destroy_process_group()
-
-
-def in_two_processes(job: Callable[[int], None]) -> None:
-    mp.spawn(_worker, (_free_port(), job), nprocs=2)  # type: ignore[attr-defined]
-
-
 def _batch(rank: int | None) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(5)
     ids, labels = torch.randint(3, 64, (8, 7), generator=generator), torch.arange(8) % 2
@@ -223,12 +199,11 @@ def _fsdp(rank: int) -> None:
     assert wanted
 
 
-def _all(folder: Path, rank: int) -> None:
-    _ddp(rank)
-    _fsdp(rank)
-    sharded_adapters.every_case(rank, folder)
+def _adapters(rank: int) -> None:
+    sharded_adapters.every_case(rank, Path(os.environ["OPTX_TEST_FOLDER"]))
 
 
-def test_ddp_and_fsdp2(tmp_path: Path) -> None:
+def test_ddp_and_fsdp2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One start of two processes serves all."""
-    in_two_processes(partial(_all, tmp_path))
+    monkeypatch.setenv("OPTX_TEST_FOLDER", str(tmp_path))
+    on_two_processes([_ddp, _fsdp, _adapters])

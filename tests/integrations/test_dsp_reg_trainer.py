@@ -45,7 +45,7 @@ class ByDomain(Trainer):
         return torch.stack(losses).mean()
 
 
-def trainer(folder: Path) -> ByDomain:
+def trainer(folder: Path, accumulation: int = 1, **options: Any) -> ByDomain:
     torch.manual_seed(0)
     model = Reader(PretrainedConfig())
     g = torch.Generator().manual_seed(1)
@@ -56,12 +56,13 @@ def trainer(folder: Path) -> ByDomain:
     def collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
 
-    dsp = optx.DSPReg(2, weight=0.5, warmup=1)
+    dsp = optx.DSPReg(2, weight=0.5, warmup=1, **options)
     opt = optx.wrap(torch.optim.AdamW(model.named_parameters(), lr=0.05), dsp)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=6,
-        per_device_train_batch_size=8,
+        per_device_train_batch_size=8 // accumulation,
+        gradient_accumulation_steps=accumulation,
         max_grad_norm=0.5,
         save_steps=3,
         logging_steps=1,
@@ -88,3 +89,25 @@ def test_the_trainer_steps_clips_and_resumes(tmp_path: Path) -> None:
     assert torch.equal(found["head.weight"], resumed["head.weight"])
     assert float(found["head.weight"].mean()) == pytest.approx(1.0, rel=1e-5)
     assert all(entry["grad_norm"] > 0.0 for entry in whole.state.log_history if "grad_norm" in entry)
+
+
+def test_domains_in_the_inner_loop_of_an_accumulated_step(tmp_path: Path) -> None:
+    """Batches of 8 in halves of 4; the last step of an epoch has fewer, and then all domains have."""
+    whole = trainer(tmp_path / "whole")
+    halves = trainer(tmp_path / "halves", 2, accumulate=True)
+    for made in (whole, halves):
+        made.args.max_steps, made.args.train_sampling_strategy = 3, "sequential"
+        made.train()
+    for a, b in zip(whole.model.parameters(), halves.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    found, wanted = halves.dsp.sensitivity(), whole.dsp.sensitivity()
+    torch.testing.assert_close(found["head.weight"], wanted["head.weight"], rtol=1e-3, atol=1e-4)
+    norms = [[e["grad_norm"] for e in made.state.log_history if "grad_norm" in e] for made in (whole, halves)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)  # clipping sees the mean over domains
+    refused = trainer(tmp_path / "refused", 2)
+    with pytest.raises(optx.OptxError, match=r"domain\(0\) came a second time.*or give accumulate=True"):
+        refused.train()
+    odd = trainer(tmp_path / "odd", 4, accumulate=True)  # 24 batches of 2 samples; 5 at a time leave 4
+    odd.args.gradient_accumulation_steps, odd.args.train_sampling_strategy = 5, "sequential"
+    odd.train()
+    assert odd.state.global_step == 6

@@ -44,11 +44,21 @@ class Held(transformers.Trainer):
 
 
 class Epochs(transformers.TrainerCallback):
-    def __init__(self, loss: Any) -> None:
-        self.loss = loss
+    """Epochs are told, and the loss's state lies beside the model's."""
+
+    def __init__(self, loss: Any, resumed: Path | None = None) -> None:
+        self.loss, self.resumed = loss, resumed
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.resumed is not None:  # the model has its weights by now
+            self.loss.load_state_dict(torch.load(self.resumed / "loss.pt", weights_only=True))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.loss.set_epoch(round(state.epoch or 0))
+        self.loss.set_epoch(int((state.epoch or 0) + 1e-6))  # a whole number but after a resumption
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        torch.save(self.loss.state_dict(), folder / "loss.pt")
 
 
 def model() -> Any:
@@ -65,7 +75,9 @@ def model() -> Any:
     return transformers.BertForSequenceClassification(config)
 
 
-def train(kind: str, folder: Path, epochs: int, weight: float = 1.0) -> tuple[Any, Any, list[float]]:
+def train(
+    kind: str, folder: Path, epochs: int, weight: float = 1.0, save: bool = False, resumed: Path | None = None
+) -> tuple[Any, Any, list[float]]:
     net, data = model(), optx.with_index(Sentences())
     if kind == "neither":
         loss: Any = optx.SAF(len(data), start_epoch=99)
@@ -84,7 +96,8 @@ def train(kind: str, folder: Path, epochs: int, weight: float = 1.0) -> tuple[An
         learning_rate=1e-2,
         remove_unused_columns=False,  # else the index would be dropped
         eval_strategy="epoch",
-        save_strategy="no",
+        save_strategy="steps" if save else "no",
+        save_steps=1,
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
@@ -94,10 +107,10 @@ def train(kind: str, folder: Path, epochs: int, weight: float = 1.0) -> tuple[An
         arguments,
         train_dataset=data,
         eval_dataset=optx.with_index(Sentences()),
-        callbacks=[Epochs(loss)],
+        callbacks=[Epochs(loss, resumed)],
         loss_of=loss_of,
     )
-    held.train()
+    held.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     return net, loss, held.seen
 
 
@@ -122,3 +135,22 @@ def test_at_weight_0_a_trainers_run_is_the_same(kind: str, tmp_path: Path) -> No
     held, _, seen = train(kind, tmp_path / "b", 2, weight=0.0)
     assert not any(seen)
     assert all(map(torch.equal, plain.parameters(), held.parameters()))
+
+
+@pytest.mark.parametrize("kind", ["saf", "mesa"])
+def test_a_resumed_trainer_is_bit_identical(kind: str, tmp_path: Path) -> None:
+    """From the middle of the second of three epochs, the first that has the loss."""
+    whole, loss, seen = train(kind, tmp_path / "whole", 3, save=True)
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    again, resumed, rest = train(kind, tmp_path / "again", 3, resumed=checkpoint)
+    assert rest == seen[6:]
+    assert min(rest) > 0
+    assert all(map(torch.equal, whole.state_dict().values(), again.state_dict().values()))
+    for mine, other in zip(tensors(loss.state_dict()), tensors(resumed.state_dict()), strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=0, equal_nan=True)
+
+
+def tensors(state: Any) -> list[Any]:
+    if not isinstance(state, dict):
+        return [state] if isinstance(state, torch.Tensor) else []
+    return [t for one in state.values() for t in tensors(one)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -295,12 +296,18 @@ def trained(rw: optx.LossReweight | None, folder: Any, accumulate: int = 1) -> t
     return trainer.model, losses, float(trainer.evaluate()["eval_loss"])
 
 
+@pytest.fixture(scope="module")
+def without(tmp_path_factory: Any) -> Any:
+    """The Trainer's own runs, by the number of batches accumulated; each is made once."""
+    return functools.cache(lambda accumulate: trained(None, tmp_path_factory.mktemp("plain"), accumulate))
+
+
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_the_trainer_off_trains_as_without(accumulate: int, tmp_path: Any) -> None:
+def test_the_trainer_off_trains_as_without(accumulate: int, without: Any, tmp_path: Any) -> None:
     """Same losses, same weights, same evaluation: sequences of one length have the mean per token."""
     rw = optx.LossReweight("uniform", accumulate=accumulate)
     model, losses, evaluated = trained(rw, tmp_path, accumulate)
-    plain, wanted, expected = trained(None, tmp_path, accumulate)
+    plain, wanted, expected = without(accumulate)
     assert losses == pytest.approx(wanted, abs=2e-4)
     assert evaluated == pytest.approx(expected, abs=2e-4)
     assert rw.step == 6 // accumulate
@@ -308,10 +315,10 @@ def test_the_trainer_off_trains_as_without(accumulate: int, tmp_path: Any) -> No
         torch.testing.assert_close(a, b, rtol=0, atol=1e-4)
 
 
-def test_the_trainer_trains_on_weighted_losses(tmp_path: Any) -> None:
+def test_the_trainer_trains_on_weighted_losses(without: Any, tmp_path: Any) -> None:
     rw = optx.LossReweight("linupper", r=0.4)
     _, losses, _ = trained(rw, tmp_path)
-    _, plain, _ = trained(None, tmp_path)
+    _, plain, _ = without(1)
     assert all(a > b for a, b in zip(losses[:2], plain[:2], strict=True))  # the upper half weighs more
     assert rw.last_weights is not None
     assert abs(float(rw.last_weights.sum()) - 1) < 1e-6

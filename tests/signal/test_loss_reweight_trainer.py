@@ -271,3 +271,15 @@ def test_losses_that_rounding_alone_tells_apart_are_equal() -> None:
     assert optx.LossReweight(r=0.1).weights(close).tolist() == pytest.approx([1 / 3] * 3)
     apart = optx.LossReweight(r=0.1).weights(torch.tensor([10.0, 10.0001, 10.0]))
     assert apart[1] > 0.99
+
+
+@pytest.mark.parametrize("r", [1e-5, 1e-7, 1e-40])
+def test_the_smallest_temperatures_take_the_largest_loss(r: float) -> None:
+    weights = optx.LossReweight("upper", r=r).weights(torch.tensor([1.0, 2.0, 5.0]))
+    assert weights.tolist() == [0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
+def test_one_loss_that_is_not_finite_is_told_by_the_sum(bad: float) -> None:
+    for losses in ([1.0, bad, 2.0], [bad, bad], [bad]):
+        assert optx.LossReweight()(torch.tensor(losses)).isnan()

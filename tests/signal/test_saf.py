@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import optx
-from optx.signal._trajectory import centred, mean_loss
+from optx.kernels.loss.trajectory_rows import centred
+from optx.signal._trajectory import mean_loss
 
 Z, PAST = [[2.0, 0.0, -1.0]], [[1.0, 1.0, -1.0]]
 
@@ -29,7 +30,8 @@ def official(z: Tensor, past: Tensor, tau: float) -> Tensor:
 def recorded(*pasts: Any, **options: Any) -> optx.SAF:
     """SAF that recorded these logits of samples 0, 1, ... in epochs 0, 1, ...; the next epoch has begun."""
     first = torch.as_tensor(pasts[0])
-    saf = optx.SAF(len(first), **{"lookback": len(pasts), "start_epoch": 0, "dtype": torch.float32} | options)
+    usual = {"lookback": len(pasts), "start_epoch": len(pasts) - 1, "dtype": torch.float32}
+    saf = optx.SAF(len(first), **usual | options)
     for epoch, past in enumerate(pasts):
         saf.set_epoch(epoch)
         saf(torch.as_tensor(past).clone().requires_grad_(), torch.arange(len(first)))
@@ -78,7 +80,7 @@ def test_a_large_temperature_is_half_a_squared_distance() -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_equals_the_official_loss(data: st.DataObject) -> None:
-    n, classes = data.draw(st.integers(1, 7)), data.draw(st.integers(1, 40))
+    n, classes = data.draw(st.integers(1, 7)), data.draw(st.integers(2, 40))
     tau, weight = data.draw(st.sampled_from([0.7, 1.0, 5.0])), data.draw(st.sampled_from([0.3, 2.0]))
     dtype = data.draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
     g = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
@@ -166,9 +168,21 @@ def test_what_was_not_seen_then_adds_nothing_and_counts() -> None:
     assert loss.item() == pytest.approx(official(z[:2], past[:2], 5.0).item() * 2 / 3, rel=1e-4)
     assert (gradient[2] == 0).all()
     assert saf.report()["served"] == pytest.approx(2 / 3)
-    with pytest.warns(UserWarning, match="in epoch 2 2 of 3 samples had an output of 2 epochs before"):
+    with pytest.warns(UserWarning, match="in epoch 2, 2 of 3 samples had an output of 2 epochs before"):
         saf.set_epoch(3)
     assert loss_and_gradient(saf, 2 * z)[0] > 0  # samples 1 and 2 were seen in epoch 1
+
+
+@pytest.mark.filterwarnings("ignore:SAF. in epoch 1 ")  # so it was made
+@pytest.mark.parametrize("top_k", [None, 2])
+def test_what_was_never_seen_is_of_no_epoch(top_k: int | None) -> None:
+    """Nor of the one before the first, if a person sets the start lower than may be asked for."""
+    saf = optx.SAF(3, lookback=3, weight=1.0, top_k=top_k)
+    saf.start_epoch = 0
+    for epoch in range(3):
+        saf.set_epoch(epoch)
+        assert saf(torch.randn(3, 4, requires_grad=True), [0, 1, 2]) == 0
+    assert saf.report()["served"] == 0
 
 
 @pytest.mark.parametrize(("start", "end", "on"), [(0, None, {1, 2, 3, 4}), (2, None, {3, 4}), (1, 3, {2})])

@@ -22,6 +22,8 @@ from optx._errors import FileError, OptxError, ShapeError
         ({"tau": 0}, "tau is 0"),
         ({"lookback": 0}, "lookback is 0"),
         ({"top_k": 0}, "top_k is 0"),
+        ({"start_epoch": 1}, "start_epoch is 1 with lookback=3"),
+        ({"lookback": 9}, "start_epoch must be at least 8."),
         ({"start_epoch": 5, "end_epoch": 6}, "end_epoch is 6, so no epoch has the loss; the first one is 6"),
         ({"dtype": torch.int8}, "dtype is torch.int8"),
     ],

@@ -56,6 +56,17 @@ def _twice(opt: optx.Wrapped, p: Tensor) -> None:
     _block(opt, p, 0)
 
 
+def _tensor_label(opt: optx.Wrapped, p: Tensor) -> None:
+    _block(opt, p, torch.tensor(0))
+
+
+def _emptied_between(opt: optx.Wrapped, p: Tensor) -> None:
+    _block(opt, p, 0)
+    opt.zero_grad()
+    _block(opt, p, 1)
+    opt.step()
+
+
 def _missing(opt: optx.Wrapped, p: Tensor) -> None:
     _block(opt, p, 0)
     opt.step()
@@ -85,7 +96,7 @@ def _no_blocks(opt: optx.Wrapped, p: Tensor) -> None:
     [
         (lambda opt, p: _block(opt, p, 2), r"domain\(2\) was never declared; the domains are 0, 1"),
         (lambda opt, p: _block(opt, p, "a"), r"domain\('a'\) was never declared"),
-        (lambda opt, p: _block(opt, p, torch.tensor(0)), r"domain\(tensor\(0\)\) was never declared"),
+        (_tensor_label, r"domain\(tensor\(0\)\) was never declared.*give label\.item\(\)"),
         (lambda opt, p: _block(opt, p, [0]), r"domain\(\[0\]\) was never declared"),
         (_nested, r"domain\(1\) was entered while another domain is open"),
         (_step_inside, r"step\(\) was called inside a domain's block"),
@@ -94,6 +105,7 @@ def _no_blocks(opt: optx.Wrapped, p: Tensor) -> None:
         (_clipped_between, r"gradients were changed between domain\(0\) and domain\(1\)"),
         (_outside_between, r"gradients were changed between domain\(0\) and domain\(1\)"),
         (_twice, r"domain\(0\) came a second time before step\(\)"),
+        (_emptied_between, r"step\(\) came before domain\(0\).*zero_grad\(\) between two of them"),
         (_missing, r"step\(\) came before domain\(1\) \(1 of 2 are missing\)"),
         (_stepped_twice, r"step\(\) came without domains"),
         (_no_zero_grad, r"there are gradients already before domain\(0\)"),

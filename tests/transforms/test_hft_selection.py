@@ -204,9 +204,9 @@ def test_wrappers_do_not_change_the_selection(prefix: str) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own imports
 def test_compiled_and_data_parallel_models() -> None:
     model = Residual()
-    names = HFT(model)._layers.of(model)
+    names = HFT(model)._half.layers.of(model)
     for wrapped in (torch.compile(model), nn.DataParallel(model)):
-        assert HFT(wrapped)._layers.of(wrapped) == names  # type: ignore[arg-type]
+        assert HFT(wrapped)._half.layers.of(wrapped) == names  # type: ignore[arg-type]
 
 
 def test_a_tensor_tied_to_the_head_is_always_trained() -> None:
