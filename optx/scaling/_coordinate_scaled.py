@@ -12,7 +12,7 @@ from optx.inject._attach import attach
 from optx.scaling._compare import shapes
 from optx.scaling._init import init_
 from optx.scaling._mup import mup
-from optx.scaling._rules_of_width import Parametrization, parametrization_of
+from optx.scaling._rules_of_width import Parametrization, at_first, parametrization_of
 from optx.scaling._shapes import Shapes
 from optx.scaling.mu_attention import MuAttention
 from optx.scaling.mu_readout import MuReadout
@@ -52,4 +52,4 @@ class Parametrized:
 def _has_factors(own: Shapes, rules: Parametrization) -> bool:
     """Whether anything is multiplied in the forward pass: at the base's width nothing is."""
     used = [*own.values(), *(w.read_out() for w in own.values() if w.is_table and w.tied)]
-    return any(rules.scale(width, "adam", "none").forward != 1.0 for width in used)
+    return any(at_first(rules, width).forward != 1.0 for width in used)

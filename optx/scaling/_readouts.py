@@ -7,7 +7,7 @@ from torch import nn
 from optx._errors import warn
 from optx.inject._part import RESERVED
 from optx.scaling._parameters import parameters_of
-from optx.scaling._rules_of_width import Parametrization
+from optx.scaling._rules_of_width import Parametrization, at_first
 from optx.scaling._shapes import Shapes
 
 
@@ -29,7 +29,7 @@ def look_for_readouts(
         width = shapes.get(name)
         if width is None or width.kind != "output":
             continue
-        factor = parametrization.scale(width, "adam", "none").forward
+        factor = at_first(parametrization, width).forward
         parts = getattr(one.owner, RESERVED, None)
         # The peer package's own layer multiplies itself.
         if factor == 1.0 or hasattr(parts, "mu_readout") or "Readout" in type(one.owner).__name__:

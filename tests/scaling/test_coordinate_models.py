@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import optx
-from optx.scaling import coordinate_check
+from optx.scaling import ABC, coordinate_check
 
 Made = Callable[[int], nn.Module]
 
@@ -132,6 +132,16 @@ def test_with_a_parametrization_too_nothing_is_left_on_the_models() -> None:
         assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
         assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+def test_exponents_for_sgd_have_factors_too() -> None:
+    """Which are those of a model at its start, and no optimizer's."""
+    batch = pair(4, 8, classes=3)
+    options: dict[str, Any] = {"optimizer": "sgd", "lr": 0.1, "seeds": 1, "steps": 1}
+    named = coordinate_check(mlp, [8, 16], batch, parametrization="ntk", **options)
+    written = coordinate_check(mlp, [8, 16], batch, parametrization=ABC.named("ntk", 3, "sgd"), **options)
+    assert written.slopes.keys() == named.slopes.keys()
+    assert all(slopes == pytest.approx(named.slopes[name]) for name, slopes in written.slopes.items())
 
 
 def test_what_a_parametrization_cannot_be_given_with() -> None:
