@@ -91,7 +91,8 @@ def coordinate_check(
 
     Keywords: muP, mu transfer, coord check, width, parametrization, hyperparameter transfer, diagnostics.
 
-    Evidence: ``test_coordinate_check.py``, ``test_coordinate_models.py``; no recipe.
+    Evidence: ``test_coordinate_check.py``, ``test_coordinate_sizes.py``,
+        ``test_coordinate_models.py``; no recipe.
 
     Raises:
         OptxError: an argument is out of range; a width can't be built, or its modules or parameters have

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import optx
 from optx.scaling import ABC, coordinate_check
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # tiny tensors
+
 Made = Callable[[int], nn.Module]
 
 
@@ -77,7 +79,7 @@ def test_mup_passes_and_one_learning_rate_for_all_does_not(name: str, family: st
     assert not mup.later
     hidden = [n for n, layer in mup.layers.items() if layer.has_weights and not layer.finite_output]
     assert max(abs(slope) for n in hidden for slope in mup.slopes[n]) <= 0.15
-    standard = coordinate_check(make, widths, batch, **options)
+    standard = coordinate_check(make, widths[::3], batch, **options)
     print(standard)
     assert not standard.ok, standard
 
