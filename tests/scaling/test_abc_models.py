@@ -11,6 +11,7 @@ import optx
 from optx._errors import OptxError
 from optx.scaling import ABC, abc, feature_change, init_, mup, shapes
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # tiny models
 BASE = 16
 
 

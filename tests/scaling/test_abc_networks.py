@@ -8,6 +8,7 @@ from abc_networks import Written, batch, slope, train
 
 from optx.scaling import ABC, abc
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # tiny networks
 WIDTHS = (64, 128, 256, 512, 1024)
 
 

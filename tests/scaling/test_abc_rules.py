@@ -31,7 +31,7 @@ def width(kind, fan_in=4.0, fan_out=4.0):
     ("name", "table"),
     [("standard", "standard"), ("ntk", "ntk"), ("mean_field", "mean_field"), ("mup", "mup-table9")],
 )
-@few
+@settings(max_examples=4)  # of a power of one number, which two settle
 @given(ratio=ratios)
 def test_named_exponents_are_the_tables(name, table, kind, family, decay, ratio):
     exponents = ABC.named(name, 3, family)

@@ -10,6 +10,7 @@ from torch import nn
 from optx._errors import OptxError
 from optx.scaling import ABC, feature_change
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # tiny networks
 WIDTHS = (64, 256, 1024)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from optx._errors import OptxError, ShapeError
 from optx.scaling import infinite_width_linear, relu_kernel, relu_network_kernel, step_kernel
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # tiny networks
 X = torch.tensor([[1.0, 0.5, -0.3], [-0.4, 0.8, 1.0]])
 Y = torch.tensor([[0.7], [-1.1]])
 

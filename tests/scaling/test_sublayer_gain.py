@@ -15,6 +15,8 @@ from torch import Tensor, nn
 import optx
 from optx.scaling import sublayer_gain
 
+pytestmark = pytest.mark.usefixtures("one_thread")  # tiny matrices
+
 
 def holder(**weights: Tensor) -> nn.Module:
     model = nn.Module()
