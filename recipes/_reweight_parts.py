@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,15 +11,16 @@ from torch import Tensor, nn
 
 import optx
 
-from ._run import SettingsError, clock, device
+from . import _characters
+from ._run import clock, device
 
 KINDS = ("clean", "noisy", "duplicated")
 NOISE = 0.5
 """Share of a noisy sequence's characters that are drawn at random."""
 
 
-class Characters:
-    """The first 90 % of a text to train on, blocks spread over the rest to measure on.
+class Characters(_characters.Characters):
+    """A text of which some sequences are noisy and some come from a few passages, over and over.
 
     Args:
         text: of any length from some hundred sequences on.
@@ -28,39 +28,22 @@ class Characters:
     """
 
     def __init__(self, text: str, args: Any) -> None:
-        found = sorted(set(text))
-        number = {letter: place for place, letter in enumerate(found)}
-        codes = torch.tensor([number[letter] for letter in text])
-        cut = len(codes) * 9 // 10
-        self.letters, self.args = len(found), args
-        self.train, rest = codes[:cut], codes[cut:]
-        span = args.length + 1
-        if len(rest) < 2 * span:
-            raise SettingsError(f"--length {args.length}: the text has only {len(text)} characters.")
-        blocks = rest[: len(rest) // span * span].view(-1, span)
-        self.measured = blocks[torch.linspace(0, len(blocks) - 1, min(256, len(blocks))).long()]
+        super().__init__(text, args.length)
+        self.args = args
 
-    def batch(self, step: int, size: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    def mixed(self, step: int, size: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Characters, the next ones, and each sequence's kind: a function of step and seed alone."""
-        g = torch.Generator().manual_seed(1_000_003 * (seed + 1) + step)
-        args = self.args
+        g, args = self.draws(step, seed), self.args
         draw = torch.rand(size, generator=g)
         kinds = (draw < args.noisy + args.duplicated).long() + (draw < args.duplicated).long()
-        starts = torch.randint(len(self.train) - args.length, (size,), generator=g)
-        few = torch.Generator().manual_seed(seed)
-        passages = torch.randint(len(self.train) - args.length, (args.passages,), generator=few)
+        starts = self.starts(size, g)
+        passages = self.starts(args.passages, torch.Generator().manual_seed(seed))
         again = passages[torch.randint(args.passages, (size,), generator=g)]
-        starts = torch.where(kinds == 2, again, starts)
-        block = self.train[starts[:, None] + torch.arange(args.length + 1)]
+        block = self.blocks(torch.where(kinds == 2, again, starts))
         wrong = torch.randint(self.letters, block.shape, generator=g)
         spoilt = (torch.rand(block.shape, generator=g) < NOISE) & (kinds == 1)[:, None]
         block = torch.where(spoilt, wrong, block).to(device())
         return block[:, :-1], block[:, 1:], kinds
-
-    def held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Clean text that is not trained on."""
-        for block in self.measured.to(device()).split(64):
-            yield block[:, :-1], block[:, 1:]
 
 
 class Transformer(nn.Module):

@@ -40,20 +40,11 @@ def reweighting(arm: str, args: Any) -> optx.LossReweight | None:
     return None if strategy is None else optx.LossReweight(strategy, r=args.r, warmup=args.steps // 20)
 
 
-@torch.no_grad()
-def held_out(model: nn.Module, data: Characters) -> float:
-    """Mean loss per character of clean text."""
-    model.eval()
-    losses = [F.cross_entropy(model(x).flatten(0, 1), y.flatten()) for x, y in data.held_out()]
-    model.train()
-    return float(torch.stack(losses).mean())
-
-
 def train(arm: str, seed: int, args: Any, run: Run, data: Characters) -> dict[str, Any] | None:
     """One run; curves, the weights that each kind of text got, and seconds; None if interrupted."""
     torch.manual_seed(seed)
     model = Transformer(data.letters, args.length, args.width, args.layers).to(device())
-    ratio = cost(model, reweighting(arm, args), data.batch(0, args.batch, seed), args.steps)
+    ratio = cost(model, reweighting(arm, args), data.mixed(0, args.batch, seed), args.steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.01)
     schedule = warmed_up(optimizer, args.steps)
     reweight = reweighting(arm, args)
@@ -62,7 +53,7 @@ def train(arm: str, seed: int, args: Any, run: Run, data: Characters) -> dict[st
     log |= {"weights": {kind: [] for kind in KINDS}, "losses": {kind: [] for kind in KINDS}}
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
     for step in run.steps(f"{arm}, seed {seed}", 0, args.steps):
-        x, y, kinds = data.batch(step, args.batch, seed)
+        x, y, kinds = data.mixed(step, args.batch, seed)
         losses = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="none").view_as(y)
         loss = reweight(losses) if reweight else losses.mean()
         optimizer.zero_grad()
@@ -75,7 +66,7 @@ def train(arm: str, seed: int, args: Any, run: Run, data: Characters) -> dict[st
         seen.append((kinds, weights.cpu() * len(x), losses.detach().mean(1).cpu()))
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
             log["step"].append(step + 1)
-            log["held_out"].append(held_out(model, data))
+            log["held_out"].append(data.loss(model))
             note(log, seen)
             seen.clear()
     return None if run.interrupt.wanted else log

@@ -25,11 +25,11 @@ def args(**given: Any) -> Namespace:
 
 def test_kinds_of_text() -> None:
     data = Characters(TEXT, args(length=30))
-    x, y, kinds = data.batch(4, 4000, seed=1)
+    x, y, kinds = data.mixed(4, 4000, seed=1)
     assert torch.equal(x[:, 1:], y[:, :-1])
-    again = data.batch(4, 4000, seed=1)
+    again = data.mixed(4, 4000, seed=1)
     assert all(torch.equal(a, b) for a, b in zip((x, y, kinds), again, strict=True))
-    assert not torch.equal(x, data.batch(5, 4000, seed=1)[0])
+    assert not torch.equal(x, data.mixed(5, 4000, seed=1)[0])
     shares = [float((kinds == kind).float().mean()) for kind in range(3)]
     assert shares == pytest.approx([0.5, 0.2, 0.3], abs=0.03)
     letters = sorted(set(TEXT))
