@@ -66,7 +66,19 @@ class _Defaults(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if hidden else super()._get_help_string(action)
 
 
-NOT_SETTINGS = ("arms", "parts", "seeds", "out", "resume", "overwrite", "json", "threads", "folder", "work")
+NOT_SETTINGS = (
+    "arms",
+    "parts",
+    "seeds",
+    "out",
+    "resume",
+    "overwrite",
+    "json",
+    "threads",
+    "workers",
+    "folder",
+    "work",
+)
 """Options that say how much is run, how fast and where to, and not what comes out."""
 
 

@@ -53,7 +53,7 @@ def shapes(model: Source, base: Source | Shapes | str | PathLike[str], delta: So
     Keywords: muP, muTransfer, base shapes, infinite dimensions, width multiplier, hyperparameter transfer.
 
     Evidence: ``test_shapes.py``, ``test_shapes_families.py``: nine families of transformers' models, timm's
-        ViT and ResNet, the package mup; no recipe yet.
+        ViT and ResNet, the package mup; ``optx run transfer``.
 
     Returns:
         `Shapes`: a mapping from names to `Width`, to look at, correct and save.

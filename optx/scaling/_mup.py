@@ -85,7 +85,8 @@ def mup(
     Keywords: muP, maximal update parametrization, muTransfer, width, hyperparameter transfer, weight decay
     scaling, per-layer learning rate, param groups.
 
-    Evidence: ``test_mup_groups.py``, ``test_mup_peer.py``, ``test_rules_of_width.py``; no recipe.
+    Evidence: ``test_mup_groups.py``, ``test_mup_peer.py``, ``test_rules_of_width.py``;
+        ``optx run transfer``.
 
     Source: "Tensor Programs V", arXiv 2203.03466, tables 3, 8 and 9; "Robust Layerwise Scaling Rules by
     Proper Weight Decay Tuning", arXiv 2510.15262.

@@ -120,7 +120,7 @@ def sublayer_gain(
 
     Keywords: spectral norm, singular value, power iteration, weight decay, muP, steady state, diagnostics.
 
-    Evidence: ``test_sublayer_gain.py``; no recipe.
+    Evidence: ``test_sublayer_gain.py``; ``optx run transfer``.
 
     Raises:
         OptxError: a matrix holds inf or nan (it is named), there is no matrix, an option is out of range,

@@ -56,7 +56,8 @@ class MuAdamW(Transform):
     Keywords: muP, maximal update parametrization, muTransfer, width, weight decay scaling, hyperparameter
     transfer, AdamW, layerwise learning rate.
 
-    Evidence: ``test_mu_adamw.py``, ``test_mup_schedules.py``, ``test_mup_trainer.py``; no recipe.
+    Evidence: ``test_mu_adamw.py``, ``test_mup_schedules.py``, ``test_mup_trainer.py``; ``optx run transfer``,
+        by `optx.scaling.mup`, which splits the same groups.
 
     Raises:
         OptxError: as `optx.scaling.mup`.

@@ -117,7 +117,7 @@ class MuReadout(Injection):
 
     Keywords: muP, muTransfer, Maximal Update Parametrization, output multiplier, tensor programs.
 
-    Evidence: ``test_mu_readout.py``: equal to the package's module; no recipe yet.
+    Evidence: ``test_mu_readout.py``: equal to the package's module; ``optx run transfer``.
 
     Raises:
         OptxError: ``output_mult`` is not positive, or the parametrization is none.

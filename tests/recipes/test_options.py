@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 
-from optx.recipes import _bench, adapt, finetune, grokking, merge, qlora, reweight
+from optx.recipes import _bench, adapt, finetune, grokking, merge, qlora, reweight, transfer
 
 COUNTS: dict[Any, tuple[str, ...]] = {
     adapt: ("seeds", "batch", "length", "test", "steps"),
@@ -19,6 +19,7 @@ COUNTS: dict[Any, tuple[str, ...]] = {
     merge: ("seeds", "masks", "batch", "length", "valid", "test", "steps"),
     qlora: ("seeds", "rank", "alpha", "batch", "length", "eval-blocks", "steps"),
     reweight: ("seeds", "batch", "length", "width", "layers", "passages", "every", "steps"),
+    transfer: ("seeds", "wide-seeds", "batch", "length", "layers", "workers", "steps"),
 }
 RATES: dict[Any, tuple[str, ...]] = {
     adapt: ("sweep",),
@@ -27,6 +28,7 @@ RATES: dict[Any, tuple[str, ...]] = {
     merge: ("lr", "head-lr"),
     qlora: ("lr",),
     reweight: ("lr", "r", "noisy", "duplicated"),
+    transfer: ("lr", "decay"),
 }
 BAD = [
     *(
