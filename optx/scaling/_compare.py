@@ -211,7 +211,7 @@ def _as_it_was(width: Width, now: Found | None) -> Found:
     if now is None:
         return Found(width.name, width.base_shape, nn.Module(), "", {})
     tied = {name: now.tied.get(name, now.owner) for name in width.tied}
-    return Found(width.name, width.base_shape, now.owner, now.leaf, tied)
+    return Found(width.name, width.base_shape, now.owner, now.leaf, tied, now.makes)
 
 
 def _again(every: Twins, saved: Width, free: Sequence[Sizes]) -> Width:
@@ -222,7 +222,7 @@ def _again(every: Twins, saved: Width, free: Sequence[Sizes]) -> Width:
     old, new = (_fans(one, base.shape, axes) for one in (base, model))
     if saved.base_fans == old[::-1] != old:  # the user turned it
         old, new = old[::-1], new[::-1]
-    if is_transposed_conv(model.owner):  # whose fans depend on the base's groups
+    if is_transposed_conv((model.makes or (model.owner,))[0]):  # whose fans depend on the base's groups
         old = saved.base_fans
     grows = (saved.kind in ("matrix", "output"), saved.kind in ("matrix", "input", "vector"))
     for side in (0, 1):

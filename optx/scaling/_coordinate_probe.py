@@ -85,13 +85,16 @@ class Probe:
 
     def __init__(self, model: nn.Module, order: int, sample: int) -> None:
         self.model, self.order, self.sample = model, order, sample
-        self.paths = dict(model.named_modules())
+        self.paths = dict(_layers(model))
         self.order_called: list[str] = []
         self.owners: dict[str, dict[str, str]] = {}
         copies: dict[int, Tensor] = {}
         self.first: dict[str, Tensor] = {}
         for name, p in model.named_parameters(remove_duplicate=False):
-            self.first[name] = copies.setdefault(id(p), p.detach().clone())
+            if id(p) not in copies:
+                copies[id(p)] = p.detach().clone()
+                copies[id(p)].__dict__ |= vars(p)  # the peer package's layers read their width from there
+            self.first[name] = copies[id(p)]
         self.sampled: set[str] = set()  # modules whose change is an estimate, from a sample
         self._kept: dict[str, tuple[Tensor, Tensor]] = {}  # places, values
         self._now: dict[str, _Sums] = {}
@@ -201,7 +204,7 @@ class Probe:
 
     def _find_owners(self) -> dict[str, dict[str, str]]:
         called, owners = set(self.order_called), dict[str, dict[str, str]]()
-        for path, module in self.paths.items():
+        for path, module in self.model.named_modules():
             for name, _ in module.named_parameters(recurse=False):
                 owner = path
                 while owner not in called and owner:
@@ -209,6 +212,13 @@ class Probe:
                 full = f"{path}.{name}" if path else name
                 owners.setdefault(owner, {})[full.removeprefix(f"{owner}." if owner else "")] = full
         return owners
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules but those that make weights of others (weight_norm): these are part of what they make."""
+    for path, module in model.named_modules():
+        if "parametrizations" not in path.split("."):
+            yield path, module
 
 
 def main_tensor(value: Any) -> Tensor | None:

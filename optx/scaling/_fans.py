@@ -23,7 +23,7 @@ Fans = tuple[int, int]
 
 def is_lookup(one: Found) -> bool:
     """Whether some use of the tensor is to look rows up in it."""
-    owners = [(one.owner, one.leaf), *((o, n.rpartition(".")[2]) for n, o in one.tied.items())]
+    owners = [one.makes or (one.owner, one.leaf), *((o, n.rpartition(".")[2]) for n, o in one.tied.items())]
     return any(leaf == "weight" and len(one.shape) == 2 and _looks_up(owner) for owner, leaf in owners)
 
 
@@ -43,13 +43,14 @@ def fans_of(one: Found, grown: Sequence[int]) -> Fans:
         one: the parameter.
         grown: the axes that are width, by which a parameter of no known module is read.
     """
-    shape, owner = one.shape, one.owner
+    shape = one.shape
+    owner, leaf = one.makes or (one.owner, one.leaf)
     if len(shape) < 2:
         return 1, shape[0] if shape else 1
     if is_lookup(one):
         return 1, shape[1]
-    known = _by_module(owner, one.leaf, shape)
-    return known or _by_axes(owner, one.leaf, shape, grown)
+    known = _by_module(owner, leaf, shape)
+    return known or _by_axes(owner, leaf, shape, grown)
 
 
 def _by_module(module: Any, leaf: str, shape: tuple[int, ...]) -> Fans | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import ParametrizationList
 
 from optx._errors import OptxError
 from optx.inject._module_paths import paths_of
@@ -23,6 +25,8 @@ class Found:
         owner: the module that has it under that name.
         leaf: the name there.
         tied: its other names, with the modules that have it under them.
+        makes: the module whose tensor is computed from it, and that tensor's name there, for the originals of
+            `torch.nn.utils.parametrize`, weight_norm, spectral_norm and pruning.
     """
 
     name: str
@@ -30,6 +34,7 @@ class Found:
     owner: nn.Module
     leaf: str
     tied: dict[str, nn.Module]
+    makes: tuple[nn.Module, str] | None = None
 
 
 def parameters_of(model: nn.Module, doing: str) -> dict[str, Found]:
@@ -39,7 +44,8 @@ def parameters_of(model: nn.Module, doing: str) -> dict[str, Found]:
         OptxError: there are none, or one has no shape yet.
     """
     found: dict[int, Found] = {}
-    for path, module in _every_place(model):
+    places = dict(_every_place(model))
+    for path, module in places.items():
         for leaf, p in module.named_parameters(recurse=False, remove_duplicate=False):
             name = f"{path}.{leaf}".removeprefix(".")
             if isinstance(p, UninitializedParameter):
@@ -49,12 +55,26 @@ def parameters_of(model: nn.Module, doing: str) -> dict[str, Found]:
                 )
             known = found.get(id(p))
             if known is None:
-                found[id(p)] = Found(name, tuple(p.shape), module, leaf, {})
+                makes = made_of_it(path, module, leaf, places)
+                found[id(p)] = Found(name, tuple(p.shape), module, leaf, {}, makes)
             elif name != known.name:
                 known.tied[name] = module
     if not found:
         raise OptxError(f"{doing}: this {type(model).__name__} has no parameters.")
     return {one.name: one for one in found.values()}
+
+
+def made_of_it(
+    path: str, module: nn.Module, leaf: str, places: Mapping[str, nn.Module]
+) -> tuple[nn.Module, str] | None:
+    """The module and its tensor that a parameter is the original of, if it is one."""
+    if isinstance(module, ParametrizationList):
+        parent, _, tensor = f".{path}".rpartition(".parametrizations.")
+        return places[parent.removeprefix(".")], tensor
+    before = re.fullmatch(r"(.+)_(?:orig|g|v)", leaf)  # by hooks, as weight_norm and pruning were and are
+    if before and before[1] not in module._parameters and isinstance(vars(module).get(before[1]), Tensor):
+        return module, before[1]
+    return None
 
 
 def _every_place(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from optx._errors import OptxError
 from optx._names import whole
+from optx.scaling._parameters import made_of_it
 
 # Numbers that are copied next to each other for one batched product; a larger matrix is read where it lies.
 _TOGETHER = 2**18
@@ -71,13 +72,16 @@ class TopValue:
 
 def matrices_of(model: nn.Module, embeddings: bool) -> tuple[list[Matrices], dict[str, str]]:
     """A model's matrices, each tensor once; and why parameters with two dimensions or more are left out."""
-    kinds = _modules_of_parameters(model)
+    kinds, places = _modules_of_parameters(model), dict(model.named_modules())
     found: list[Matrices] = []
     left_out: dict[str, str] = {}
     for name, p in model.named_parameters():
         if p.ndim < 2:
             continue
-        if isinstance(reason := _as_matrices(name, p, kinds[id(p)], embeddings), str):
+        path, _, leaf = name.rpartition(".")
+        if made_of_it(path, places[path], leaf, places):
+            left_out[name] = "what a parametrization computes the weight from"
+        elif isinstance(reason := _as_matrices(name, p, kinds[id(p)], embeddings), str):
             left_out[name] = reason
         else:
             found.append(reason)
@@ -96,7 +100,7 @@ def _modules_of_parameters(model: nn.Module) -> dict[int, list[nn.Module]]:
 def _as_matrices(name: str, p: Tensor, holders: Sequence[nn.Module], embeddings: bool) -> Matrices | str:
     if p.is_meta:
         return "on the meta device"
-    if not p.is_floating_point() or p.layout != torch.strided:
+    if not p.is_floating_point() or p.layout != torch.strided or p.dtype.itemsize == 1:
         return f"{p.dtype}, {p.layout}: not a dense floating tensor"
     if p.numel() == 0:
         return "empty"
