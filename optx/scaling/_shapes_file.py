@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from optx._errors import FileError
 from optx._files import written_aside
@@ -57,7 +57,7 @@ def read(path: str | PathLike[str]) -> Contents:
     where = f"Shapes.load: {str(path)!r}"
     try:
         found: Any = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FileError(f"{where} is no JSON file ({error}).") from None
     return from_data(found, where)
 
@@ -73,7 +73,7 @@ def from_data(data: Any, where: str) -> Contents:
         widths = [_width(row) for row in found["parameters"]]
         heads = {str(path): _head(row) for path, row in found["attention"].items()}
         readouts = {str(path): _positive(value) for path, value in found["readouts"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise FileError(f"{where} is damaged ({error!r}).") from None
     names = [name for width in widths for name in (width.name, *width.tied)]
     if len(set(names)) < len(names) or not names:
@@ -82,32 +82,52 @@ def from_data(data: Any, where: str) -> Contents:
 
 
 def _width(row: dict[str, Any]) -> Width:
-    if row["kind"] not in KINDS or len(row["shape"]) != len(row["base_shape"]):
-        raise ValueError(row["name"])
-    first, second = row["base_fans"]
-    return Width(
-        str(row["name"]),
-        _sizes(row["shape"]),
-        _sizes(row["base_shape"]),
+    first, second = (_size(fan, 1) for fan in row["base_fans"])
+    width = Width(
+        _name(row["name"]),
+        tuple(map(_size, row["shape"])),
+        tuple(map(_size, row["base_shape"])),
         row["kind"],
         _positive(row["fan_in"]),
         _positive(row["fan_out"]),
-        tuple(map(str, row["tied"])),
-        (int(_positive(first)), int(_positive(second))),
+        tuple(map(_name, _list(row["tied"]))),
+        (first, second),
     )
+    if width.kind not in KINDS or len(width.shape) != len(width.base_shape):
+        raise ValueError(width.name)
+    grows = (width.kind in ("matrix", "output"), width.kind in ("matrix", "input", "vector"))
+    if any(
+        ratio != 1.0 and not side for ratio, side in zip((width.fan_in, width.fan_out), grows, strict=True)
+    ):
+        raise ValueError(f"{width.name!r} is {width.kind} and grows on a side where that doesn't")
+    return width
 
 
-def _sizes(sizes: Any) -> tuple[int, ...]:
-    return tuple(int(size) for size in sizes)
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r} is no list")
+    return cast("list[Any]", value)
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise TypeError(f"{value!r} is no name")
+    return value
+
+
+def _size(value: Any, least: int = 0) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise TypeError(f"{value!r} is no size")
+    return value
 
 
 def _positive(value: Any) -> float:
-    if not 0 < float(value) < math.inf:
-        raise ValueError(f"{value!r} is no ratio")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < float(value) < math.inf:
+        raise ValueError(f"{value!r} is no number above 0")
     return float(value)
 
 
 def _head(row: dict[str, Any]) -> HeadWidth:
     scale = row["base_scale"]
-    width, base_width = int(_positive(row["width"])), int(_positive(row["base_width"]))
+    width, base_width = (_size(row[key], 1) for key in ("width", "base_width"))
     return HeadWidth(width, base_width, None if scale is None else _positive(scale))

@@ -70,17 +70,21 @@ def _tied(names: Sequence[str]) -> str:
     return "".join(f"\n= {name}" for name in names)
 
 
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
 def _pattern(name: str) -> str:
-    return re.sub(r"(?<![^.])\d+(?![^.])", "{}", name)
+    return _NUMBER.sub("{}", name)
 
 
 def _folded(names: Sequence[str]) -> str | None:
     """Names that differ in numbers alone as one, if every combination of the numbers is there."""
-    numbers = [[int(part) for part in name.split(".") if part.isdigit()] for name in names]
+    numbers = [list(map(int, _NUMBER.findall(name))) for name in names]
     places = [sorted(set(column)) for column in zip(*numbers, strict=True)]
     if prod(map(len, places)) != len(names):
         return None
-    return _pattern(names[0]).format(*map(_span, places))
+    spans = map(_span, places)
+    return _NUMBER.sub(lambda _: next(spans), names[0])  # not by format: names may have braces
 
 
 def _span(numbers: Sequence[int]) -> str:
