@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -58,7 +58,8 @@ class GainMonitor:
         left_out: why parameters of two dimensions or more are not looked at.
 
     Raises:
-        OptxError: there is no matrix, or an option is out of range.
+        OptxError: there is no matrix, or an option is out of range; at a record, a matrix is gone or has
+            another shape.
 
     Example:
         >>> import torch, optx
@@ -90,11 +91,13 @@ class GainMonitor:
             )
         self.every, self.records, self.seconds = every, list[GainRecord](), 0.0
         self._blocks, self.left_out = blocks_of("GainMonitor", model, embeddings, vectors)
+        self._model = model
+        _check_of_one(model, optimizer)
         self._steps, self._iterations = 0, 0
         self._warned = False
         for _ in range(warmup):
             self._iterate()
-        self._hook: Any = optimizer.register_step_post_hook(self._after_step)
+        self._hook: Any = _with_hooks(optimizer).register_step_post_hook(self._after_step)
 
     def _after_step(self, *_: Any) -> None:
         self._steps += 1
@@ -120,12 +123,28 @@ class GainMonitor:
 
     def _iterate(self) -> Any:
         self._iterations += 1
+        self._follow()
         found: dict[str, Any] = {}
         with torch.no_grad():
             swept = [(batch, *sweep(batch)) for batch in batches(self._blocks)]
             for batch, sigma, residual in swept:
                 found |= named(batch, sigma.tolist(), residual.tolist(), self._iterations, 1e-3)
         return {name: found[name] for block in self._blocks for name in block.matrices.names()}
+
+    def _follow(self) -> None:
+        """Weights may have been replaced since the last time: loaded with ``assign=True``, sharded, moved."""
+        now = dict(self._model.named_parameters())
+        for block in self._blocks:
+            old, p = block.matrices, now.get(block.matrices.name)
+            if p is None or p.shape != old.parameter.shape:
+                found = "is gone" if p is None else f"has shape {tuple(p.shape)} now"
+                raise OptxError(
+                    f"GainMonitor: {old.name!r} {found}, where it had shape {tuple(old.parameter.shape)}. "
+                    "Make another monitor when the model has changed."
+                )
+            if p is not old.parameter:
+                block.matrices = replace(old, parameter=p)
+            block.v = block.v.to(p.device, torch.promote_types(p.dtype, torch.float32))
 
     def gains(self) -> SublayerGains:
         """The values of now, by one more iteration: to compare, to fit, or to go on from."""
@@ -142,3 +161,19 @@ class GainMonitor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.remove()
+
+
+def _with_hooks(optimizer: Any) -> Optimizer:
+    """Accelerate's wrapper is an Optimizer without hooks; that within it has them."""
+    while not hasattr(optimizer, "_optimizer_step_post_hooks") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _check_of_one(model: nn.Module, optimizer: Optimizer) -> None:
+    ids = {id(p) for p in model.parameters()}
+    if not any(id(p) in ids for group in optimizer.param_groups for p in group["params"]):
+        warn(
+            "GainMonitor: none of the optimizer's parameters is the model's, so that its steps may be "
+            "another model's. Pass the model that it trains."
+        )
