@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -86,7 +86,9 @@ def coordinate_check(
         ``steps=3`` (the default): t = 1, 2, 3 (the mup package); ``norm="l1"`` (the default).
 
     Limits: Attention logits are computed between modules and not seen: a 1/sqrt(d) there passes. Under SGD,
-        separate query and key projections move as width^-0.7 in the first steps of muP too, and fail. Small
+        where heads get wider (not more), separate query and key projections move as width^-0.5 to -0.7 in the
+        first steps of muP too, and fail, the package mup's as well: a logit's gradient sums over the head's
+        values, which don't yet agree with what is asked of them. Let the number of heads grow to check. Small
         widths bend the lines: slopes are not those of the limit. Of a tuple of outputs the first is read.
 
     Keywords: muP, mu transfer, coord check, width, parametrization, hyperparameter transfer, diagnostics.
@@ -255,6 +257,8 @@ def _check_arguments(
     widths: Sequence[float], steps: int, seeds: int, sample: int, lr: float, tolerance: float, norm: str
 ) -> None:
     owner = "coordinate_check"
+    if not isinstance(widths, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise OptxError(f"{owner}: widths is {widths!r}; it must be two or more of them.")
     for width in widths:
         check_range(owner, "a width", width, 1)
     if len(set(widths)) < 2 or len(set(widths)) < len(widths):

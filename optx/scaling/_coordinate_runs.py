@@ -112,7 +112,13 @@ class Runs:
         if isinstance(self.optimizer, str):
             return OPTIMIZERS[self.optimizer](_trainable(model), lr=self.lr, weight_decay=0.0)
         assert self.optimizer is not None
-        return self.optimizer(model)
+        made: Any = self.optimizer(model)
+        if not isinstance(made, Optimizer):
+            raise OptxError(
+                f"coordinate_check: optimizer(model) gave a {type(made).__name__}; it must give a "
+                "torch.optim.Optimizer."
+            )
+        return made
 
 
 def prepare(
@@ -127,6 +133,12 @@ def prepare(
         raise OptxError(
             f"coordinate_check: optimizer is {optimizer!r}; it must be 'adamw', 'adam' or 'sgd', or a "
             f"function that makes one for a model. {near(optimizer, OPTIMIZERS)}"
+        )
+    known = optimizer is None or isinstance(optimizer, str) or callable(optimizer)
+    if isinstance(optimizer, type) or not known:
+        raise OptxError(
+            f"coordinate_check: optimizer is {optimizer!r}; it must be a function of a model: lambda model: "
+            "torch.optim.SGD(model.parameters(), lr=0.1)."
         )
     runs = Runs(make, optimizer, lr)
     if parametrization is not None:

@@ -138,3 +138,16 @@ def test_the_other_familys_exponents_are_refused_by_mup_alone():
     optx.attach(model, optx.MuReadout(widths, parametrization=one))
     with pytest.raises(OptxError, match="these exponents are for sgd"):
         optimizer_of(model, widths, "adam", one, 0.1)
+
+
+@pytest.mark.parametrize("family", ["sgd", "adam"])
+def test_a_readout_that_nothing_multiplies_is_told_for_either_family(family):
+    model = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 64), nn.Linear(64, 3))
+    base = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3))
+    kind = torch.optim.SGD if family == "sgd" else torch.optim.Adam
+    optimizer = kind(model.parameters(), lr=0.1)
+    one = ABC.named("mup", hidden=2, optimizer=family)
+    mup(optimizer, optx.scaling.shapes(model, base=base), parametrization=one, model=model)
+    model(torch.ones(2, 8)).sum().backward()
+    with pytest.warns(UserWarning, match=r"'2.weight' reads out.* multiplied by 0.5"):
+        optimizer.step()

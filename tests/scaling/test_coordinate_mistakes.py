@@ -60,6 +60,9 @@ def test_a_run_that_diverges_is_told_without_warnings():
     ("change", "words"),
     [
         ({"widths": [8]}, "two different ones"),
+        ({"widths": 8}, "widths is 8"),
+        ({"optimizer": torch.optim.SGD}, "must be a function of a model: lambda model"),
+        ({"optimizer": lambda model: None}, "gave a NoneType"),
         ({"widths": [8, 8]}, "each once"),
         ({"widths": [0, 8]}, "a width is 0"),
         ({"steps": 0}, "steps is 0"),

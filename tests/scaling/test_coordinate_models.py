@@ -152,3 +152,52 @@ def test_what_a_parametrization_cannot_be_given_with() -> None:
         coordinate_check(mlp, [8, 16], batch, parametrization="mup")
     with pytest.raises(optx.OptxError, match="muq"):
         coordinate_check(mlp, [8, 16], batch, optimizer="adam", parametrization="muq")
+
+
+def test_queries_and_keys_under_sgd_where_heads_get_wider_and_where_they_get_more() -> None:
+    """A logit's gradient sums over a head's values, which at first are independent of it: width^-0.5."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def more(width: int) -> nn.Module:
+        heads = {"num_attention_heads": width // 8, "num_key_value_heads": width // 8}
+        sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 1}
+        return LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes, **heads))
+
+    options: dict[str, Any] = {"optimizer": "sgd", "lr": 0.1, "seeds": 2, "parametrization": "mup"}
+    found: dict[str, list[float]] = {}
+    for name, make in {"more": more, "wider": llama}.items():
+        check = coordinate_check(make, [32, 64, 128, 256], tokens(), **options)
+        slopes = check.updates.items()
+        found[name] = [s for module, each in slopes if module.endswith(("q_proj", "k_proj")) for s in each]
+    print(found)
+    assert min(found["more"]) > -0.3
+    assert max(found["wider"]) < -0.45
+
+
+def test_a_model_of_the_package_mup_is_read() -> None:
+    mup = pytest.importorskip("mup")
+
+    def make(width: int) -> nn.Module:
+        made = [
+            nn.Sequential(nn.Linear(8, w), nn.ReLU(), nn.Linear(w, w), nn.ReLU(), mup.MuReadout(w, 3))
+            for w in (width, 32, 64)
+        ]
+        return mup.set_base_shapes(made[0], made[1], delta=made[2])
+
+    def adam(model: nn.Module) -> torch.optim.Optimizer:
+        return mup.MuAdam(model.parameters(), lr=1e-3)
+
+    check = coordinate_check(make, [32, 64, 128, 256], pair(32, 8, classes=3), optimizer=adam, seeds=2)
+    assert check.ok, check
+    assert (check.layers["4"].update[:, :, 1:] > 0).all()
+
+
+@pytest.mark.parametrize("family", ["sgd", "adam"])
+def test_exponents_of_width_as_the_parametrization(family: Any) -> None:
+    """Which speak for one family of optimizers alone."""
+    rules = optx.scaling.ABC.named("mup", hidden=3, optimizer=family)
+    lr = 1e-3 if family == "adam" else 0.1
+    options: dict[str, Any] = {"optimizer": family, "lr": lr, "seeds": 2, "steps": 2}
+    make, batch, widths = MODELS["mlp"]
+    check = coordinate_check(make, widths, batch, parametrization=rules, **options)
+    assert check.ok, check
