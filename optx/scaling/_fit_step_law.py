@@ -69,6 +69,7 @@ def fit_step_law(
     """
     check_range("fit_step_law", "within", within, 0.0)
     check_whole("fit_step_law", "resamples", resamples, 2)
+    check_whole("fit_step_law", "seed", seed, 0)
     table = _table(runs)
     rows = _kept(table, within)
     n, d, lr, batch = (np.log(table[name][rows]) for name in COLUMNS[:4])
@@ -91,7 +92,13 @@ def fit_step_law(
 
 def _table(runs: Any) -> dict[str, Array]:
     if not hasattr(runs, "keys"):
-        listed: list[Any] = list(runs)
+        listed: list[Any] = list(runs) if isinstance(runs, Iterable) else [runs]
+        odd = next((i for i, run in enumerate(listed) if not hasattr(run, "keys")), None)
+        if odd is not None:
+            raise OptxError(
+                f"fit_step_law: run {odd} is a {type(listed[odd]).__name__}; it must be a mapping with "
+                f"{COLUMNS}."
+            )
         lacking = next(((i, c) for i, run in enumerate(listed) for c in COLUMNS if c not in run), None)
         if lacking is not None:
             raise OptxError(f"fit_step_law: run {lacking[0]} has no {lacking[1]!r}; each needs {COLUMNS}.")
@@ -99,7 +106,7 @@ def _table(runs: Any) -> dict[str, Array]:
     lacks = [column for column in COLUMNS if column not in runs]
     if lacks:
         raise OptxError(f"fit_step_law: runs have no {lacks[0]!r}; they need {COLUMNS}.")
-    table = {column: np.asarray(list(runs[column]), dtype=np.float64) for column in COLUMNS}
+    table = {column: _numbers(column, runs[column]) for column in COLUMNS}
     sizes = {column: len(values) for column, values in table.items()}
     if len(set(sizes.values())) > 1 or not sizes["loss"]:
         raise OptxError(f"fit_step_law: the columns have {sizes} runs; they must be one number, above 0.")
@@ -110,6 +117,16 @@ def _table(runs: Any) -> dict[str, Array]:
             where = int(bad.argmax())
             raise OptxError(f"fit_step_law: {column} of run {where} is {values[where]}; it must be above 0.")
     return table
+
+
+def _numbers(column: str, values: Any) -> Array:
+    try:
+        found = np.asarray(list(values), dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise OptxError(f"fit_step_law: {column} holds what is no number ({error}).") from None
+    if found.ndim != 1:
+        raise OptxError(f"fit_step_law: {column} has shape {found.shape}; it must be one number a run.")
+    return found
 
 
 def _kept(table: Mapping[str, Array], within: float) -> Array:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from numbers import Real
+from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from optx._errors import OptxError
 from optx.scaling._sublayer_gain import SublayerGains
@@ -57,6 +59,9 @@ class GainFit:
             raise OptxError(
                 f"GainFit.predict: {name!r} was not in the fit ({len(self.constants)} matrices were)."
             )
+        for what, value in (("width", width), ("lr", lr), ("weight_decay", weight_decay)):
+            if not _is_positive(value):
+                raise OptxError(f"GainFit.predict: {what} is {value!r}; it must be a number above 0.")
         return self.constants[name] * (lr / weight_decay) ** self.ratio_exponent * width**self.exponent
 
 
@@ -129,26 +134,41 @@ def _logs(runs: Sequence[GainRun]) -> tuple[list[str], np.ndarray]:
     """Names, and log top values as (matrices, runs)."""
     if not runs:
         raise OptxError("fit_gains: runs is empty.")
-    values = [_values(run) for run in runs]
+    values = [_values(i, run) for i, run in enumerate(runs)]
     names = list(values[0])
+    if not names:
+        raise OptxError("fit_gains: runs[0].gains is empty; give a SublayerGains, or values by name.")
     for i, (run, each) in enumerate(zip(runs, values, strict=True)):
         if only := sorted(each.keys() ^ values[0].keys()):
             raise OptxError(
                 f"fit_gains: {only[0]!r} is in one of runs[0] and runs[{i}] only; compare like with like."
             )
         for what in ("width", "lr", "weight_decay"):
-            if not 0 < getattr(run, what) < math.inf:
+            if not _is_positive(getattr(run, what)):
                 raise OptxError(
                     f"fit_gains: runs[{i}].{what} is {getattr(run, what)!r}; it must be positive."
                 )
-        if bad := [name for name, value in each.items() if not 0 < value < math.inf]:
+        if bad := [name for name, value in each.items() if not _is_positive(value)]:
             raise OptxError(
                 f"fit_gains: runs[{i}] has {each[bad[0]]!r} for {bad[0]!r}; its logarithm is wanted."
             )
     return names, np.log([[each[name] for each in values] for name in names])
 
 
-def _values(run: GainRun) -> dict[str, float]:
+def _values(at: int, run: Any) -> dict[str, float]:
+    if not isinstance(run, GainRun):
+        raise OptxError(f"fit_gains: runs[{at}] is a {type(run).__name__}; it must be a GainRun.")
     if isinstance(run.gains, SublayerGains):
         return {name: one.value for name, one in run.gains.top.items()}
+    if not isinstance(run.gains, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise OptxError(
+            f"fit_gains: runs[{at}].gains is a {type(run.gains).__name__}; give a SublayerGains, or values "
+            "by name."
+        )
     return dict(run.gains)
+
+
+def _is_positive(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        value = value.item() if value.numel() == 1 else None
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf

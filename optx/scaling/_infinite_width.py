@@ -161,13 +161,20 @@ def step_kernel(correlation: Tensor) -> Tensor:
     """
     c, inside = _inside("step_kernel", correlation)
     value = (math.pi - torch.acos(c)) / (2 * math.pi)
-    return torch.where(inside, value, (correlation.detach() > 0).to(value.dtype) / 2)
+    end = correlation.detach()
+    return torch.where(inside, value, torch.where(end.isnan(), end, (end > 0).to(value.dtype) / 2))
+
+
+def _check_floating(owner: str, argument: str, given: Any) -> None:
+    if not isinstance(given, Tensor):
+        raise OptxError(f"{owner}: {argument} is a {type(given).__name__}; it must be a floating tensor.")
+    if not given.is_floating_point():
+        raise OptxError(f"{owner}: {argument} is {given.dtype}; it must be a floating tensor.")
 
 
 def _inside(owner: str, correlation: Any) -> tuple[Tensor, Tensor]:
     """The correlation, 0 at and beyond the ends (there acos has no slope), and where it is within them."""
-    if not isinstance(correlation, Tensor) or not correlation.is_floating_point():
-        raise OptxError(f"{owner}: correlation is {correlation!r}; it must be a floating tensor.")
+    _check_floating(owner, "correlation", correlation)
     slack = 64 * torch.finfo(correlation.dtype).eps
     if bool((correlation.abs() > 1 + slack).any()):
         raise OptxError(
@@ -195,11 +202,18 @@ def relu_network_kernel(
 
     Raises:
         ShapeError: x and y are no rows of equal length.
-        OptxError: the kind is another, or sigma is below 0.
+        OptxError: x or y is no floating tensor, or they are of two dtypes; the kind is another, or sigma is
+            below 0.
     """
     check_choice("relu_network_kernel", "kind", kind, ("gp", "ntk"))
     check_range("relu_network_kernel", "sigma", sigma, 0.0)
     other = x if y is None else y
+    for argument, given in (("x", x), ("y", other)):
+        _check_floating("relu_network_kernel", argument, given)
+    if x.dtype != other.dtype:
+        raise OptxError(
+            f"relu_network_kernel: x is {x.dtype} and y {other.dtype}; they must be of one dtype."
+        )
     if x.ndim != 2 or other.ndim != 2 or x.shape[1] != other.shape[1]:
         raise ShapeError(
             f"relu_network_kernel: x and y have shapes {tuple(x.shape)} and {tuple(other.shape)}; they must "

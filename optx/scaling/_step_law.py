@@ -212,6 +212,8 @@ def step_law(
         >>> f"{r.lr:.6f}", r.batch_sequences, r.steps, r.final_lr
         ('0.001632', 544, 89758, 1e-05)
     """
+    if not isinstance(law, StepLaw | None):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise OptxError(f"step_law: law is a {type(law).__name__}; it must be what fit_step_law returned.")
     count: float = non_embedding_params(params) if isinstance(params, nn.Module) else params
     return (PUBLISHED if law is None else law).at(count, tokens, seq_len=seq_len, multiple_of=multiple_of)
 

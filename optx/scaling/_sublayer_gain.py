@@ -116,7 +116,8 @@ def sublayer_gain(
 
     Limits: A value is an estimate from below: the residual says how near to *a* singular value it is, and
         only chance could have hidden a larger one from the start. A convolution's matrix is not the
-        convolution itself.
+        convolution itself. Weights that a parametrization computes (weight_norm, spectral_norm, pruning) are
+        left out: what they are computed from is not what multiplies.
 
     Keywords: spectral norm, singular value, power iteration, weight decay, muP, steady state, diagnostics.
 
@@ -154,6 +155,8 @@ def blocks_of(
     owner: str, model: nn.Module, embeddings: bool, vectors: int
 ) -> tuple[list[Block], dict[str, str]]:
     """A block for each of a model's matrices."""
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise OptxError(f"{owner}: model is a {type(model).__name__}; it must be a torch.nn.Module.")
     matrices, left_out = matrices_of(model, embeddings)
     if not matrices:
         raise OptxError(

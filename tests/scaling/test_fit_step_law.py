@@ -169,3 +169,21 @@ def test_a_group_that_diverged_and_no_runs():
         fit_step_law(rows)
     with pytest.raises(OptxError, match="they must be one number, above 0"):
         fit_step_law([])
+
+
+@pytest.mark.parametrize(
+    ("runs", "told"),
+    [
+        (5, "run 0 is a int"),
+        ([[1.0, 2.0]], "run 0 is a list"),
+        ([{**optima()[0], "lr": "x"}], "lr holds what is no number"),
+        ({name: [[1.0], [2.0]] for name in optima()[0]}, r"params has shape \(2, 1\)"),
+    ],
+)
+def test_what_is_no_table_is_told(runs, told):
+    with pytest.raises(OptxError, match=told):
+        fit_step_law(runs)
+    with pytest.raises(OptxError, match="seed is -1"):
+        fit_step_law(optima(), seed=-1)
+    with pytest.raises(OptxError, match="law is a str"):
+        step_law(1e9, 1e11, law="mine")

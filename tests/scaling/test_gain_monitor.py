@@ -171,6 +171,11 @@ def test_what_the_law_misses_is_the_residual():
         ([GainRun(8, 1, 1, {"w": 1.0}), GainRun(9, 1, 1, {"v": 1.0})], {}, r"'v' is in one of runs\[0\]"),
         ([GainRun(8, 1, 1, {"w": 1.0}), GainRun(9, 1, 0, {"w": 1.0})], {}, r"runs\[1\].weight_decay is 0"),
         ([GainRun(8, 1, 1, {"w": 0.0}), GainRun(9, 1, 1, {"w": 1.0})], {}, r"runs\[0\] has 0.0 for 'w'"),
+        ([GainRun(8, 1, 1, {"w": "1"})], {}, r"runs\[0\] has '1' for 'w'"),
+        ([GainRun(8, 1, 1, {})], {}, r"runs\[0\].gains is empty"),
+        ([GainRun(8, 1, 1, None)], {}, r"runs\[0\].gains is a NoneType"),
+        ([GainRun("8", 1, 1, {"w": 1.0})], {}, r"runs\[0\].width is '8'"),
+        ([(8, 1, 1, {"w": 1.0})], {}, r"runs\[0\] is a tuple"),
     ],
 )
 def test_runs_that_cannot_be_fitted_are_refused(runs, options, words):
@@ -218,3 +223,42 @@ def test_the_fit_finds_noises_own_law():
     assert fit.ratio_exponent == pytest.approx(0.5, abs=0.08)
     assert fit.residual < 0.05
     assert fit.constants["weight"] == pytest.approx(2 / math.sqrt(2), rel=0.3)
+
+
+def test_a_law_of_nothing_is_refused():
+    fit = fit_gains([GainRun(d, 1, 1, {"w": 1.0}) for d in (1, 2)])
+    with pytest.raises(optx.OptxError, match="weight_decay is 0"):
+        fit.predict("w", 1, 1, 0)
+
+
+def test_accelerates_optimizer_is_followed():
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Linear(6, 2)
+    accelerator = accelerate.Accelerator(cpu=True)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    with GainMonitor(model, optimizer, every=2) as monitor:
+        train(model, optimizer, 4)
+    assert [record.step for record in monitor.records] == [2, 4]
+    train(model, optimizer, 2)
+    assert len(monitor.records) == 2
+
+
+def test_weights_that_were_replaced_are_followed():
+    model = nn.Linear(6, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with GainMonitor(model, optimizer, every=1) as monitor:
+        wide = {name: 10 * value.double() for name, value in model.state_dict().items()}
+        model.load_state_dict(wide, assign=True)  # other tensors, of another dtype
+        optimizer.step()
+        assert monitor.records[-1].value["weight"] == pytest.approx(truth(model.weight), rel=1e-5)
+        model.weight = nn.Parameter(torch.ones(3, 6))
+        with pytest.raises(optx.OptxError, match=r"'weight' has shape \(3, 6\) now"):
+            optimizer.step()
+        del model.weight
+        with pytest.raises(optx.OptxError, match="'weight' is gone"):
+            monitor.gains()
+
+
+def test_an_optimizer_of_another_model_is_told():
+    with pytest.warns(UserWarning, match="none of the optimizer's parameters"):
+        GainMonitor(nn.Linear(6, 2), torch.optim.SGD(nn.Linear(6, 2).parameters())).remove()

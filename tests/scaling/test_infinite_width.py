@@ -191,3 +191,14 @@ def test_a_zero_input_and_bad_shapes():
         relu_network_kernel(X, torch.zeros(2, 4))
     with pytest.raises(OptxError, match="kind is 'mup'"):
         relu_network_kernel(X, kind="mup")
+
+
+def test_nan_stays_nan_and_what_is_no_floating_tensor_is_told():
+    nan = torch.tensor([math.nan, 1.0])
+    for kernel in (relu_kernel, step_kernel):
+        assert kernel(nan).isnan().tolist() == [True, False]
+    for bad, told in (([[1.0]], "x is a list"), (torch.ones(2, 2, dtype=torch.long), "x is torch.int64")):
+        with pytest.raises(OptxError, match=told):
+            relu_network_kernel(bad)
+    with pytest.raises(OptxError, match=r"x is torch\.float32 and y torch\.float64"):
+        relu_network_kernel(torch.ones(2, 2), torch.ones(2, 2, dtype=torch.float64))

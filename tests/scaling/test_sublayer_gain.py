@@ -216,6 +216,8 @@ def test_inf_and_nan_are_named(bad):
         (lambda: nn.Linear(2, 2), {"iterations": 1.5}, "iterations is 1.5"),
         (lambda: nn.Linear(2, 2), {"tol": -1.0}, "tol is -1.0"),
         (lambda: nn.Linear(2, 2, device="meta"), {}, "no matrix"),
+        (lambda: nn.Linear(2, 2).to(torch.float8_e4m3fn), {}, "no matrix"),
+        (lambda: [nn.Linear(2, 2)], {}, "model is a list"),
     ],
 )
 def test_what_cannot_be_is_said(make, options, words):
