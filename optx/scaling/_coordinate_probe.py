@@ -93,7 +93,7 @@ class Probe:
         for name, p in model.named_parameters(remove_duplicate=False):
             if id(p) not in copies:
                 copies[id(p)] = p.detach().clone()
-                copies[id(p)].__dict__ |= vars(p)  # the peer package's layers read their width from there
+                vars(copies[id(p)]).update(vars(p))  # the peer package's layers read their width from there
             self.first[name] = copies[id(p)]
         self.sampled: set[str] = set()  # modules whose change is an estimate, from a sample
         self._kept: dict[str, tuple[Tensor, Tensor]] = {}  # places, values

@@ -171,4 +171,4 @@ def _values(at: int, run: Any) -> dict[str, float]:
 def _is_positive(value: Any) -> bool:
     if isinstance(value, Tensor):
         value = value.item() if value.numel() == 1 else None
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < math.inf
+    return not isinstance(value, bool) and isinstance(value, Real) and 0 < float(value) < math.inf

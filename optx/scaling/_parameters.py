@@ -72,7 +72,7 @@ def made_of_it(
         parent, _, tensor = f".{path}".rpartition(".parametrizations.")
         return places[parent.removeprefix(".")], tensor
     before = re.fullmatch(r"(.+)_(?:orig|g|v)", leaf)  # by hooks, as weight_norm and pruning were and are
-    if before and before[1] not in module._parameters and isinstance(vars(module).get(before[1]), Tensor):
+    if before and isinstance(vars(module).get(before[1]), Tensor):  # parameters and buffers are not in vars
         return module, before[1]
     return None
 
