@@ -190,14 +190,3 @@ def test_a_model_of_the_package_mup_is_read() -> None:
     check = coordinate_check(make, [32, 64, 128, 256], pair(32, 8, classes=3), optimizer=adam, seeds=2)
     assert check.ok, check
     assert (check.layers["4"].update[:, :, 1:] > 0).all()
-
-
-@pytest.mark.parametrize("family", ["sgd", "adam"])
-def test_exponents_of_width_as_the_parametrization(family: Any) -> None:
-    """Which speak for one family of optimizers alone."""
-    rules = optx.scaling.ABC.named("mup", hidden=3, optimizer=family)
-    lr = 1e-3 if family == "adam" else 0.1
-    options: dict[str, Any] = {"optimizer": family, "lr": lr, "seeds": 2, "steps": 2}
-    make, batch, widths = MODELS["mlp"]
-    check = coordinate_check(make, widths, batch, parametrization=rules, **options)
-    assert check.ok, check
