@@ -6,6 +6,7 @@ Source: Tensor Programs V, arXiv 2203.03466, section 5 and appendix B.1 (definit
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -79,7 +80,17 @@ class ScaledCall(Scaled, AttentionPart):
         self.scale, self.base = head.scale, _told(head)
 
     def attend(self, call: Attention) -> Tensor:
-        """With another scale."""
+        """With another scale.
+
+        Raises:
+            TargetError: the module has its own, whatever it says of its heads.
+        """
+        if not math.isclose(call.factor(), self.heads.width**-0.5, rel_tol=1e-6):
+            raise TargetError(
+                f"MuAttention on {self.path!r} expects torch's own scale there, of heads {self.heads.width} "
+                f"wide, and the module multiplies by {call.factor():.6g}, or its queries before. Leave it "
+                "out of targets, and divide there by hand."
+            )
         return call._replace(scale=self.scale).run()
 
 
@@ -150,8 +161,8 @@ class MuAttention(Injection):
     families. GPT-2's division by the layer's number stays, and T5, which has no scale, gets d_base / d. At
     the base's width of heads nothing changes: a model with more heads of the same width keeps its scale.
 
-    By default it serves every attention module of the model: those of transformers with a ``scaling`` of
-    their own (with eager, sdpa, flash and flex attention, norms of queries and fused projections), torch's
+    By default it serves every attention module of the model: those of transformers with a scale of their
+    own (eager, sdpa and flex attention; flash attention gets the same number, untried), torch's
     MultiheadAttention, also in TransformerEncoderLayer, and timm's.
 
     Args:
@@ -161,11 +172,12 @@ class MuAttention(Injection):
         There is nothing to set. The package's examples take 8 / d, which is 1 / sqrt(d) at d = 64.
 
     Limits: It is no change of weights, so there is no ``merge()``. An attention module that says neither its
-        scale nor how wide its heads are is refused by name.
+        scale nor how wide its heads are is refused by name, and one whose own scale does not go with them.
 
     Keywords: muP, muTransfer, Maximal Update Parametrization, 1/d attention, softmax scale.
 
-    Evidence: ``test_mu_attention.py``: equal to attention written by hand; no recipe yet.
+    Evidence: ``test_mu_attention.py``, ``test_own_scales.py``: equal to attention written by hand; no recipe
+    yet.
 
     Raises:
         TargetError: at attach, an attention module can't be served, isn't in the shapes, or is served
@@ -210,12 +222,11 @@ class MuAttention(Injection):
             )
         if isinstance(module, nn.MultiheadAttention):
             return ScaledQueries(head)
-        if _reads(module, "scaling"):
-            return ScaledAttribute("scaling", head)
-        if getattr(module, "fused_attn", None) is True:
-            return ScaledCall(path, head)
-        if getattr(module, "fused_attn", None) is False and _reads(module, "scale"):
-            return ScaledAttribute("scale", head)
+        fused = getattr(module, "fused_attn", None) is True
+        name = next((name for name in ("scaling", "scale") if not fused and _reads(module, name)), None)
+        if fused or name is not None:
+            _check_own(path, module, getattr(module, name or "scale", None), head)
+            return ScaledCall(path, head) if name is None else ScaledAttribute(name, head)
         raise TargetError(
             f"attach: MuAttention can't tell where {path!r}, a {type(module).__name__}, scales its logits. "
             "Leave it out of targets, and divide there by hand."
@@ -232,6 +243,19 @@ class MuAttention(Injection):
 
     def __str__(self) -> str:
         return "MuAttention()"
+
+
+def _check_own(path: str, module: nn.Module, own: Any, head: HeadWidth) -> None:
+    """Raise unless the own scale is to the base model's as the widths of heads say: else they are not it."""
+    base = head.base_width**-0.5 if head.base_scale is None else head.base_scale
+    ratio = head.base_width / head.width
+    if own is None or any(math.isclose(own, base * ratio**power, rel_tol=1e-6) for power in (0.0, 0.5, 1.0)):
+        return
+    raise TargetError(
+        f"attach: MuAttention finds that {path!r}, a {type(module).__name__}, multiplies its logits by "
+        f"{own:.6g} and its base's by {base:.6g}, which does not go with heads {head.width} wide and "
+        f"{head.base_width} in base. Leave it out of targets, and divide there by hand."
+    )
 
 
 def _reads(module: nn.Module, attribute: str) -> bool:

@@ -100,7 +100,8 @@ class MuReadout(Injection):
     By default it serves every module that reads out (its fan-in is width and its fan-out is not: the head,
     the router of a mixture of experts, a classifier) and all others for whose weight the parametrization has
     a factor. A head that shares the embedding's weight is scaled and the embedding is not. T5, which itself
-    multiplies by the inverse square root of the width there, gets what is lacking of 1/m.
+    multiplies by the inverse square root of the width there, gets what is lacking of 1/m; embeddings that are
+    multiplied by its square root (Gemma's, BART's with ``scale_embedding``) lose what that grew by.
 
     Args:
         shapes: of this model, from `optx.scaling.shapes`.
@@ -198,9 +199,8 @@ class MuReadout(Injection):
         return width.read_out() if reads_out else width
 
     def _factor(self, path: str, width: Width) -> float:
-        if width.kind != "output":
-            return self._forward(width)
-        return self.output_mult * self._forward(width) / self.shapes.readouts.get(path, 1.0)
+        wanted = self._forward(width) * (self.output_mult if width.kind == "output" else 1.0)
+        return wanted / self.shapes.readouts.get(path, 1.0)
 
     def _forward(self, width: Width) -> float:
         return at_first(parametrization_of("MuReadout", self.parametrization), width).forward
