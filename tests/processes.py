@@ -1,9 +1,10 @@
-"""Runs cases on two gloo processes; one start of the two serves all of them."""
+"""Runs cases on two gloo processes: one start of the two for a module, one import for all modules."""
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,16 +14,22 @@ import torch.multiprocessing as mp
 
 Case = Callable[[int], None]
 
+# What a process would spend most of its time on, and with it what torch imports at first use: the server that
+# processes are forked from, one for each worker of pytest, has it.
+_IMPORTED = ("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "optx", "pytest")
+
 
 def on_two_processes(cases: Sequence[Case]) -> None:
     """Call each case, a function of a test's module, with its rank on both; raise unless all came through.
 
     To be called once a module: two workers of pytest would start the processes twice.
     """
+    mp.get_context("forkserver").set_forkserver_preload(list(_IMPORTED))
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "said").mkdir()
+        given = (cases, folder, dict(os.environ))  # the server's own is that of its start
         try:
-            mp.spawn(_worker, args=(cases, folder), nprocs=2)  # type: ignore[no-untyped-call]
+            mp.start_processes(_worker, given, nprocs=2, start_method="forkserver")  # type: ignore[no-untyped-call]
         except mp.ProcessRaisedException as error:
             print(error)
         said = {path.name: path.read_text() for path in Path(folder, "said").iterdir()}
@@ -30,7 +37,9 @@ def on_two_processes(cases: Sequence[Case]) -> None:
     assert {name: said.get(name, "not reached") for name in wanted} == wanted
 
 
-def _worker(rank: int, cases: Sequence[Case], folder: str) -> None:
+def _worker(rank: int, cases: Sequence[Case], folder: str, environment: Mapping[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_num_threads(1)
     meeting = f"file://{folder}/meet"
     dist.init_process_group(
