@@ -66,6 +66,7 @@ _OTHERS = {
     "LBFGS": "has one step size for all weights, in one param group",
     "Lamb": "scales each update to the size of its weight, which changes with width itself",
     "LAMB": "scales each update to the size of its weight, which changes with width itself",
+    "DeMo": "steps by signs of a compressed momentum, though it inherits from SGD",
     "LARS": "scales each update to the size of its weight, which changes with width itself",
 }
 
@@ -87,6 +88,11 @@ def kind_of(owner: str, optimizer: Optimizer | type[Optimizer], asked: str | Non
                 f"{owner}: {kind.__name__} {_OTHERS[parent.__name__]}, and muP's rules for Adam and SGD are "
                 "wrong for it. Take AdamW, or say what it behaves like: optimizer='adamw', 'adam', 'lion' "
                 "or 'sgd'."
+            )
+        if parent.__name__ == "ASGD" and not parent.__module__.startswith("torch."):
+            raise OptxError(
+                f"{owner}: this {kind.__name__} estimates its step size from the curvature, and is not "
+                "torch's averaged SGD, whose rule is wrong for it. Take AdamW or SGD."
             )
         if parent.__name__ in _KNOWN:
             return _KNOWN[parent.__name__]

@@ -182,6 +182,22 @@ def test_torchs_attention(
     assert (weights is None) != need_weights
 
 
+class Another(nn.MultiheadAttention):
+    """One that computes attention in its own way."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, **more: Any) -> tuple[Tensor, None]:
+        return F.scaled_dot_product_attention(query, key, value), None
+
+
+def test_a_subclass_that_computes_in_its_own_way_is_noticed() -> None:
+    model = nn.ModuleDict({"attention": Another(32, 2)})
+    base = nn.ModuleDict({"attention": Another(8, 2)})
+    optx.attach(model, optx.MuAttention(optx.scaling.shapes(model, base=base)))
+    x = torch.randn(2, 3, 32)
+    with pytest.raises(optx.TargetError, match="on a Another did nothing"):
+        model["attention"](x, x, x)
+
+
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_torchs_encoder_takes_no_way_around(norm_first: bool) -> None:
     """Its fast path, in eval mode without gradients, hands weights to one kernel."""

@@ -244,6 +244,14 @@ def test_optimizers_with_rules_of_their_own_are_refused(make: Callable[..., torc
         optx.scaling.mup(make(model.named_parameters()), shapes)
 
 
+@pytest.mark.parametrize(("name", "why"), [("ASGD", "from the curvature"), ("DeMo", "by signs")])
+def test_a_peers_optimizer_that_is_named_or_made_as_torchs_and_steps_otherwise(name: str, why: str) -> None:
+    peer = pytest.importorskip("pytorch_optimizer")
+    model = nn.Linear(8, 3)
+    with pytest.raises(optx.OptxError, match=why):
+        optx.scaling.mup(model, model_and_shapes()[1], lr=LR, weight_decay=0.0, optimizer=getattr(peer, name))
+
+
 def test_transformers_adafactor_is_served_without_what_makes_it_special() -> None:
     transformers = pytest.importorskip("transformers")
     model, shapes = model_and_shapes()
