@@ -105,7 +105,7 @@ def options(size: str = "small") -> ArgumentParser:
         "transfer",
         __doc__ or "",
         steps=usual["steps"],
-        size={"choices": list(SIZES), "default": size, "help": "large is for a GPU"},
+        size={"choices": list(SIZES), "default": size, "help": "large: a GPU and some hours"},
         seeds={"default": 3} | SEEDS,
         wide_seeds={"type": positive, "default": usual["wide_seeds"], "help": "so many at the widest"},
         arms={"default": ",".join(ARMS), "help": "which, comma-separated"},

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,7 +18,8 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 
 from optx.recipes import _transfer_report, transfer
-from optx.recipes._characters import Characters
+from optx.recipes._characters import Characters, loss_of
+from optx.recipes._run import warmed_up
 from optx.recipes._transfer_curves import Found, Point, optimum
 from optx.recipes._transfer_sweeps import REACH, plan
 
@@ -175,6 +178,44 @@ def test_all_arms_are_one_run_at_the_narrowest_width() -> None:
         assert len({(one["loss"], *one["top"]) for one in found}) == different
 
 
+def by_hand(arm: str, width: int, lr: float, decay: float, args: Namespace, data: Characters) -> float:
+    """The same run with table 8 and the square-root rule written out."""
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    m = width / args.widths[0]
+    model = LlamaForCausalLM(transfer.config(width, args, data.letters))
+    hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers" in name]
+    others = [p for name, p in model.named_parameters() if not (p.ndim == 2 and "layers" in name)]
+    with torch.no_grad():
+        for p in [*hidden, *([model.lm_head.weight] if arm == "standard" else [])]:
+            p.div_(math.sqrt(m))
+    first: dict[str, Any] = {"params": hidden, "lr": lr, "weight_decay": decay}
+    eps = 1e-8
+    if arm == "mup-sqrt":
+        model.lm_head.register_forward_pre_hook(lambda _, given: (given[0] / m,))
+        first |= {"lr": lr / m, "weight_decay": decay * math.sqrt(m)}
+        eps /= m
+    groups = [first, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), eps=eps, fused=True)
+    schedule = warmed_up(optimizer, args.steps)
+    for step in range(args.steps):
+        loss = loss_of(model, *data.batch(step, args.batch, 0))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return data.loss(model)
+
+
+@pytest.mark.parametrize("arm", ["standard", "mup-sqrt"])
+def test_a_run_is_the_same_as_by_hand(arm: str) -> None:
+    args = Namespace(layers=1, length=12, widths=[32, 64], steps=6, batch=4)
+    data = Characters(TEXT, args.length)
+    found = transfer.train(Point(arm, 128, -5.0, 2.0), 0, args, data)["loss"]
+    assert found == pytest.approx(by_hand(arm, 128, 2.0**-5, 4.0, args, data), rel=1e-5)
+
+
 def test_a_run_that_diverges_is_told() -> None:
     args = Namespace(layers=1, length=12, widths=[16, 32], steps=12, batch=4)
     assert transfer.train(Point("standard", 16, 60.0, 0.0), 0, args, Characters(TEXT, 12)) == {"loss": None}
@@ -212,6 +253,34 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     monkeypatch.setattr(transfer, "train", none)
     transfer.main([*typed, "--out", str(tmp_path / "run"), "--resume"])
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == found
+
+
+def test_interrupted_between_two_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has ended is kept, and the same command goes on from there."""
+    (tmp_path / "text.txt").write_text(TEXT)
+    made: list[Point] = []
+
+    def counted(point: Point, seed: int, *_: Any) -> dict[str, Any]:
+        made.append(point)
+        if len(made) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return planted(point, seed)
+
+    monkeypatch.setattr(transfer, "train", counted)
+    typed = ["--workers", "1", "--seeds", "2", "--widths", "32", "64", "--data", str(tmp_path / "text.txt")]
+    out = ["--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit) as stopped:
+        transfer.main([*typed, *out])
+    assert stopped.value.code == 130
+    found = json.loads((tmp_path / "run" / "results.json").read_text())["arms"]
+    assert sum(map(len, found.values())) == 3
+    transfer.main([*typed, *out, "--resume"])
+    whole = ["--out", str(tmp_path / "whole")]
+    count = len(made)
+    transfer.main([*typed, *whole])
+    assert len(made) == 2 * count
+    resumed, once = (json.loads((tmp_path / to / "results.json").read_text()) for to in ("run", "whole"))
+    assert resumed["arms"] == once["arms"]
 
 
 def test_a_size_is_the_other_options_defaults() -> None:

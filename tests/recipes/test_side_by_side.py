@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -51,32 +52,33 @@ def _alive(pid: int) -> bool:
 
 
 SCRIPT = """
-import os, signal, time
+import os, signal, sys
 from optx.recipes._side_by_side import Processes
 
 if __name__ == "__main__":
-    with Processes(1 + 1, tuple, []) as processes:
-        processes._pool.submit(os.getpid).result()
-        print(*processes._pool._processes, flush=True)
+    with Processes(2, tuple, []) as processes:
+        list(processes.each(os.getpid, [(), ()]))
+        with open(sys.argv[1], "w") as file:
+            print(*processes._pool._processes, file=file)
         os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
-def test_they_end_with_who_made_them(tmp_path: object) -> None:
-    script = f"{tmp_path}/killed.py"
-    with open(script, "w") as file:
-        file.write(SCRIPT)
-    ended = subprocess.run(
-        [sys.executable, script], stdout=subprocess.PIPE, text=True, timeout=120, check=False
-    )
+def test_they_end_with_who_made_them(tmp_path: Path) -> None:
+    script, told = tmp_path / "killed.py", tmp_path / "pids"
+    script.write_text(SCRIPT)
+    ended = subprocess.run([sys.executable, script, told], check=False, stderr=subprocess.DEVNULL)
     assert ended.returncode == -signal.SIGKILL
-    pids = [int(pid) for pid in ended.stdout.split()]
+    pids = [int(pid) for pid in told.read_text().split()]
     assert pids
-    until = time.monotonic() + 30
+    until = time.monotonic() + 20
     while any(map(_alive, pids)) and time.monotonic() < until:
         time.sleep(0.05)
-    assert not any(map(_alive, pids))
+    left = [pid for pid in pids if _alive(pid)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert left == []
 
 
 def test_there_is_room_for_one() -> None:
