@@ -34,8 +34,9 @@
 
     tell    optx.analysis                                     diagnostics; they change nothing
             grad_norms  input_stats  nlm_alignment  softmax_collapse
-            optx.scaling                                      tune small, train large
+            optx.scaling                                      tune small, train large: its help has the order
             shapes  Shapes  Width                             which dimensions are width
+            init_  mup  group_lrs                             first weights and param groups by width
             coordinate_check  CoordinateCheck                 which layers grow or vanish with width
             sublayer_gain  GainMonitor  fit_gains             top singular values, in training too
             abc  ABC  feature_change  infinite_width_linear   what becomes of a network as it grows wide

@@ -1,4 +1,26 @@
-"""Functions for tuning a narrow model and training a wide one with the same numbers."""
+"""Tune a narrow model, train a wide one with the same learning rate and weight decay, see whether it holds.
+
+The whole path, in this order; ``narrow`` is the config (or model) that ``lr`` and ``decay`` are right for::
+
+    model = LlamaForCausalLM(wide)
+    shapes = optx.scaling.shapes(model, base=narrow)  # print(shapes); shapes.save("shapes.json")
+    optx.scaling.init_(model, shapes)  # first weights: not those of a checkpoint
+    optx.attach(model, optx.MuReadout(shapes))
+    optx.attach(model, optx.MuAttention(shapes))  # of a model with attention
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=decay)
+    optimizer = optx.wrap(optimizer, optx.MuAdamW(shapes))  # SGD, others: optx.scaling.mup(optimizer, shapes)
+    scheduler = CosineAnnealingLR(optimizer, steps)  # last; or Trainer(..., optimizers=(optimizer, None))
+
+Tune ``narrow`` without decay of its embeddings, head, norms and biases, as MuAdamW trains. These lines do for
+it too: with ``delta=``, a config of a third width, they change nothing there but that. To resume, run all of
+them again and load the state dicts of model, optimizer and scheduler; a model by ``from_pretrained`` does
+without `init_`, and its shapes are ``shapes(model, base="shapes.json")``.
+
+Whether it holds: `coordinate_check` trains a few steps at some widths and names the layers out of scale (try
+``parametrization="mup"`` and None); `GainMonitor` follows top singular values, which should be alike at all
+widths. Where there is no narrow model to tune: `step_law`, and `fit_step_law` for runs of your own. What
+other exponents would do: `abc`; a ``parametrization=`` is the same for `init_`, MuReadout and the optimizer.
+"""
 
 from optx.scaling._abc import ABC as ABC
 from optx.scaling._abc import Classification as Classification

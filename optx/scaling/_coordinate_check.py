@@ -89,7 +89,9 @@ def coordinate_check(
         where heads get wider (not more), separate query and key projections move as width^-0.5 to -0.7 in the
         first steps of muP too, and fail, the package mup's as well: a logit's gradient sums over the head's
         values, which don't yet agree with what is asked of them. Let the number of heads grow to check. Small
-        widths bend the lines: slopes are not those of the limit. Of a tuple of outputs the first is read.
+        widths bend the lines: slopes are not those of the limit. With more tokens in the batch than the
+        narrowest is wide, Adam's first updates shrink in muP too (as width^-0.3): take fewer, or wider
+        models. Of a tuple of outputs the first is read.
 
     Keywords: muP, mu transfer, coord check, width, parametrization, hyperparameter transfer, diagnostics.
 

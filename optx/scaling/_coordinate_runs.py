@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from optx._errors import OptxError, near
+from optx.inject._part import RESERVED
 from optx.scaling._coordinate_scaled import Parametrized
 from optx.scaling._no_trace import model_kept
 from optx.scaling._rules_of_width import Parametrization
@@ -100,6 +101,8 @@ class Runs:
 
     def _check_names(self, width: Any, model: nn.Module) -> None:
         names = [*dict(model.named_modules()), *(f"{n} (parameter)" for n, _ in model.named_parameters())]
+        # A multiplier of width has nothing to do at the base's.
+        names = [name for name in names if RESERVED not in name.split(".")]
         if self._names is None:
             self._names = names
         elif only := sorted(set(names) ^ set(self._names)):

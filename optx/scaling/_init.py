@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from optx._errors import OptxError, check_choice
 from optx._names import whole
-from optx.scaling._mup import make_rules
 from optx.scaling._parameters import Found, parameters_of
-from optx.scaling._rules_of_width import Parametrization, at_first
+from optx.scaling._rules_of_width import Parametrization, at_first, parametrization_of
 from optx.scaling._shapes import Shapes
 from optx.scaling._width import Width
+from optx.scaling.mu_readout import check_shapes
 
 _DONE = "_optx_first_weights"
 _QUERY = re.compile(r"(?:.*\.)?(?:q_proj|query|q_lin|wq|q)\.(?:weight|bias)")
@@ -52,7 +52,8 @@ def init_(
     A fresh weight is recognised by its module and its values: torch's default and Xavier's depend on width
     already, a fixed ``initializer_range`` (transformers) does not. Gains and zeros stay. On torch's defaults
     this is what the mup package's ``set_base_shapes`` does: the readout's weight and all biases grow by
-    sqrt(m). No random numbers are drawn.
+    sqrt(m). No random numbers are drawn. It comes before training and before a checkpoint is loaded; an
+    optimizer of `optx.scaling.mup` warns where it was forgotten.
 
     Args:
         model: just made, its weights in memory.
@@ -63,6 +64,19 @@ def init_(
         fresh: ``"fan_in"`` or ``"fixed"`` says how all weights were drawn, and that they are fresh; by
             default they must be recognised.
         again: rescale a model that was before, because its weights were drawn anew.
+
+    Paper values:
+        ``zero_output=False``: the package's (the default). The paper recommends zeros in the
+        readout and the queries.
+
+    Limits: Draws of other sizes than torch's, Xavier's, ``initializer_range``'s and GPT-2's are refused
+        unless ``fresh=`` says how they depend on width.
+
+    Keywords: muP, initialization, first weights, initializer_range, width.
+
+    Evidence: ``test_first_weights.py``, ``test_mup_peer.py``: equal to the package's; no recipe.
+
+    Source: "Tensor Programs V", arXiv 2203.03466, tables 3, 8 and 9, appendix D.2.
 
     Returns:
         The model.
@@ -81,28 +95,58 @@ def init_(
         >>> bool((model[1].weight == 2 * before).all())
         True
     """
-    rules = make_rules("init_", shapes, parametrization, "none", None, "keep", None)
+    check_shapes("init_", shapes)
+    rules = parametrization_of("init_", parametrization)
     if fresh is not None:
         check_choice("init_", "fresh", fresh, ("fan_in", "fixed"))
     shapes.check(model)
     _check_new(model, fresh, again)
     found = parameters_of(model, "init_")
-    factors: dict[str, float] = {}
-    for name, one in found.items():
-        width, p = shapes[name], getattr(one.owner, one.leaf)
-        draw = _draw(model, name, one, p, found, shapes, fresh)
-        scale = at_first(rules.parametrization, width)
-        factors[name] = 1.0 if draw.how == "constant" else scale.init * draw.grown
+    draws = _draws(model, shapes, rules, found, fresh)
     zeros = _zeros(found, shapes, zero_output, zero_query)
     with torch.no_grad():
         for name, one in found.items():
             p = getattr(one.owner, one.leaf)
-            if factors[name] != 1.0:
-                p.mul_(factors[name])
+            if draws[name][1] != 1.0:
+                p.mul_(draws[name][1])
             for rows in zeros.get(name, ()):
                 p[rows].zero_()
-    vars(model)[_DONE] = True
+    vars(model)[_DONE] = {name: at_first(rules, shapes[name]).init for name in found}
     return model
+
+
+def rescaled_for(model: nn.Module) -> dict[str, float] | None:
+    """What width made of each first weight, where `init_` was called on this model."""
+    return vars(model).get(_DONE)
+
+
+def is_to_rescale(model: nn.Module, shapes: Shapes, parametrization: Parametrization) -> str | None:
+    """A weight that `init_` would change, if all are recognised as fresh; changes nothing."""
+    try:
+        shapes.check(model)
+        _check_new(model, None, False)
+        draws = _draws(model, shapes, parametrization, parameters_of(model, "init_"), None)
+    except OptxError:
+        return None
+    # At a ratio of twice the layers, what was rescaled looks like GPT-2's projections as they were drawn.
+    told = (name for name, (how, _) in draws.items() if how != "by depth" and len(shapes[name].shape) > 1)
+    return next((name for name in told if not math.isclose(draws[name][1], 1.0)), None)
+
+
+def _draws(
+    model: nn.Module,
+    shapes: Shapes,
+    parametrization: Parametrization,
+    found: dict[str, Found],
+    fresh: str | None,
+) -> dict[str, tuple[str, float]]:
+    """How each parameter was drawn, and what it is to be multiplied by."""
+    draws: dict[str, tuple[str, float]] = {}
+    for name, one in found.items():
+        draw = _draw(model, name, one, getattr(one.owner, one.leaf), found, shapes, fresh)
+        scale = at_first(parametrization, shapes[name])
+        draws[name] = draw.how, 1.0 if draw.how == "constant" else scale.init * draw.grown
+    return draws
 
 
 def _check_new(model: nn.Module, fresh: str | None, again: bool) -> None:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from optx._errors import OptxError, near
 from optx._names import has_names, parameter_names, plain_name
 from optx.scaling._families import Kind, coupling_of, kind_of
-from optx.scaling._readouts import look_for_readouts
+from optx.scaling._readouts import look_at_model
 from optx.scaling._rules_of_width import Decay, Parametrization
 from optx.scaling._shapes import Shapes
 from optx.scaling._width import Width
@@ -150,7 +150,7 @@ class Multipliers:
     def __init__(self, rules: Rules, model: nn.Module | None = None) -> None:
         self.rules = rules
         self.model = model
-        self._looked = False  # whether the model does in its forward pass what these rules count on
+        self._looked = False  # whether the model is what these rules count on
         self._places: dict[int, list[list[int]]] = {}  # of each part's parameters in the group it came from
 
     # ---- apply -------------------------------------------------------------------------------------
@@ -249,7 +249,8 @@ class Multipliers:
             self.apply(base)
         if not self._looked:
             self._looked = True
-            look_for_readouts(self.rules.owner, self.rules.shapes, self.rules.parametrization, self.model)
+            rules, untrained = self.rules, not any(base.state.values())
+            look_at_model(rules.owner, rules.shapes, rules.parametrization, self.model, untrained)
         first: dict[tuple[int, str], tuple[int, float]] = {}
         for i, group in enumerate(base.param_groups):
             factors = recorded(group)

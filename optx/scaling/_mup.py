@@ -52,8 +52,9 @@ def mup(
     multiplied at the next step. Make learning rate schedulers afterwards.
 
     The readout must be multiplied in the forward pass too (``optx.attach(model, optx.MuReadout(shapes))``),
-    and first weights be of the right size (`optx.scaling.init_`). ``parametrization="mup-table3"`` needs no
-    multiplier, and has no tied heads.
+    logits of attention (``optx.MuAttention(shapes)``), and first weights be of the right size
+    (`optx.scaling.init_`): a warning at the first step names what is missing.
+    ``parametrization="mup-table3"`` needs no multiplier of the readout, and has no tied heads.
 
     Args:
         target: an optimizer, wrapped or not; or a model, or pairs of name and parameter, to make groups of.

@@ -49,9 +49,11 @@ class MuAdamW(Transform):
         ``decay_exponent=0.5``: follows from the measured power 0.75 of width in the singular values.
         ``decay="linear"``: muP's authors; drifts there.
 
-    Limits: The readout's multiplier and the first weights are the model's: ``optx.attach(model,
-    optx.MuReadout(shapes))`` and `optx.scaling.init_`. A base whose decay is part of the gradient
-    (`torch.optim.Adam`) is refused with ``"sqrt"``; SGD goes with `optx.scaling.mup`.
+    Limits: The rest of muP is the model's: `optx.scaling.init_`, then ``optx.attach(model,
+    optx.MuReadout(shapes))`` and ``optx.MuAttention(shapes)``; what of it is found to be missing at the first
+    step, a warning names. Tune the narrow model without decay of what is no matrix. Checkpoints load where
+    shapes and options are the same, and not from or into the plain optimizer. A base whose decay is part of
+    the gradient (`torch.optim.Adam`) is refused with ``"sqrt"``; SGD goes with `optx.scaling.mup`.
 
     Keywords: muP, maximal update parametrization, muTransfer, width, weight decay scaling, hyperparameter
     transfer, AdamW, layerwise learning rate.

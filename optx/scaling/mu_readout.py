@@ -34,9 +34,10 @@ class Multiplier(Part):
 
     folds_input: ClassVar[bool] = True
 
-    def __init__(self, factor: float, of_bias: float) -> None:
+    def __init__(self, factor: float, of_bias: float, of_width: float) -> None:
         super().__init__()
         self.factor, self.of_bias = factor, of_bias
+        self.of_width = of_width  # what of the factor is width's, which a learning rate may count on
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """Scale what goes in: exactly, and of no effect on the bias."""
@@ -189,8 +190,8 @@ class MuReadout(Injection):
                 "targets, or say by shapes.set(output=...) that it reads out."
             )
         if isinstance(module, nn.Embedding):
-            return OutputMultiplier(factor, 1.0)
-        return (Multiplier if of_bias == 1.0 else BiasedMultiplier)(factor, of_bias)
+            return OutputMultiplier(factor, 1.0, self._forward(width))
+        return (Multiplier if of_bias == 1.0 else BiasedMultiplier)(factor, of_bias, self._forward(width))
 
     def _use(self, module: nn.Module, name: str) -> Width:
         """A parameter as this module uses it."""

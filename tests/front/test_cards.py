@@ -151,6 +151,11 @@ NEEDED: dict[str, Callable[[Path], dict[str, Any]]] = {
         "optimizer": "sgd",
     },
     "scaling.fit_step_law": lambda _: {"runs": pretraining_runs()},
+    "scaling.init_": lambda _: {
+        "model": (model := nn.Linear(4, 8)),
+        "shapes": optx.scaling.shapes(model, base=nn.Linear(4, 4)),
+        "fresh": "fan_in",
+    },
     "scaling.mup": lambda _: wider(),
     "scaling.step_law": lambda _: {"params": 1e9, "tokens": 1e11},
     "patch": lambda _: {"model": layers(), "signatures": [dict(layers().state_dict())]},

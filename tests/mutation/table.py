@@ -143,7 +143,7 @@ TABLE = {
     "optx/scaling/_on_meta.py": "shapes",
     "optx/scaling/_own_scales.py": "own_scales shapes_families mu_readout mu_attention",
     "optx/scaling/_parameters.py": "shapes parametrized_weights",
-    "optx/scaling/_readouts.py": "mu_adamw",
+    "optx/scaling/_readouts.py": "mu_adamw mup_forgotten",
     "optx/scaling/_rules_of_width.py": "rules_of_width",
     "optx/scaling/_shapes.py": "shapes",
     "optx/scaling/_shapes_file.py": "shapes shapes_file",

@@ -52,6 +52,7 @@ def test_multipliers_need_no_optimizer(form, family):
             assert torch.allclose(model(x), expected, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*has the size that the model was made with:UserWarning")
 @pytest.mark.parametrize("family", ["sgd", "adam"])
 @pytest.mark.parametrize(
     "exponents",

@@ -190,3 +190,20 @@ def test_a_model_of_the_package_mup_is_read() -> None:
     check = coordinate_check(make, [32, 64, 128, 256], pair(32, 8, classes=3), optimizer=adam, seeds=2)
     assert check.ok, check
     assert (check.layers["4"].update[:, :, 1:] > 0).all()
+
+
+def test_a_multiplier_of_ones_own_may_have_nothing_to_do_at_the_base_width() -> None:
+    def narrow(width: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(8, width), nn.Linear(width, width), nn.Linear(width, 3))
+
+    def make(width: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = narrow(width)
+        shapes = optx.scaling.shapes(model, base=narrow(64), delta=narrow(32))
+        optx.scaling.init_(model, shapes, "ntk")
+        optx.attach(model, optx.MuReadout(shapes, parametrization="ntk"))
+        opt = torch.optim.SGD(model.parameters(), lr=0.05)
+        return model, optx.scaling.mup(opt, shapes, parametrization="ntk")
+
+    batch = (torch.randn(4, 8), torch.randn(4, 3))
+    check = optx.scaling.coordinate_check(make, [64, 256], batch, seeds=1, steps=1)
+    assert set(check.layers) == {"0", "1", "2", ""}

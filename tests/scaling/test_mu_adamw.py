@@ -17,7 +17,10 @@ from optx.scaling import Shapes
 
 LR, DECAY = 3e-3, 0.1
 # What these train multiplies no output: the rules of its groups are looked at, not what it learns.
-pytestmark = pytest.mark.filterwarnings("ignore:.*no optx.MuReadout does:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*no optx.MuReadout does:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*has the size that the model was made with:UserWarning"),
+]
 
 
 def model_and_shapes(width: int = 64) -> tuple[Any, Shapes]:
