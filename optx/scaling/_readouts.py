@@ -112,6 +112,6 @@ def _first_weights(shapes: Shapes, parametrization: Parametrization, model: nn.M
         wanted = at_first(parametrization, shapes[name]).init if name in shapes else init
         if not math.isclose(wanted, init):
             yield (
-                f"the first values of {name!r} were multiplied by {init:g} for width, and these shapes and "
+                f"The first values of {name!r} were multiplied by {init:g} for width, and these shapes and "
                 f"this parametrization ask for {wanted:g}. Give optx.scaling.init_ those of the optimizer."
             )
