@@ -74,7 +74,7 @@ def init_(
 
     Keywords: muP, initialization, first weights, initializer_range, width.
 
-    Evidence: ``test_first_weights.py``, ``test_mup_peer.py``: equal to the package's; no recipe.
+    Evidence: ``test_first_weights.py``, ``test_mup_peer.py``: equal to the package's; ``optx run transfer``.
 
     Source: "Tensor Programs V", arXiv 2203.03466, tables 3, 8 and 9, appendix D.2.
 
