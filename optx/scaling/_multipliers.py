@@ -271,7 +271,7 @@ class Multipliers:
                 if abs(now / factor - unscaled) > 1e-6 * max(abs(start), abs(unscaled)):
                     raise OptxError(_off(self.rules.owner, base, key, before, i))
 
-    def check_load(self, base: Optimizer, state_dict: dict[str, Any]) -> None:
+    def check_load(self, base: Optimizer, state_dict: Mapping[str, Any]) -> None:
         """Raise where a checkpoint's groups are not multiplied as these are."""
         owner, saved = self.rules.owner, state_dict.get("param_groups", [])
         if len(saved) != len(base.param_groups):

@@ -6,6 +6,9 @@ arXiv 2203.03466, table 8.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -115,6 +118,11 @@ class MuAdamW(Transform):
         super().set_owner(optimizer)
         if optimizer is not None and self._bound and watched_by(optimizer.base) is None:
             watch(optimizer.base, self._multipliers)
+
+    def before_load(self, optimizer: Host, state_dict: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint whose groups are not these, before shapes are compared group by group."""
+        if "param_groups" in state_dict:
+            self._multipliers.check_load(optimizer.base, state_dict)
 
     def groups_changed(self, optimizer: Host) -> None:
         """Multiply what came."""

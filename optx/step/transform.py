@@ -407,6 +407,9 @@ class Transform:
     def after_step(self, optimizer: Host) -> None:
         """Called once after each step that was not skipped."""
 
+    def before_load(self, optimizer: Host, state_dict: Mapping[str, Any]) -> None:
+        """Called with what ``load_state_dict`` was given, before anything is changed; may raise."""
+
     def after_load(self, optimizer: Host) -> None:
         """Called after ``load_state_dict``."""
 

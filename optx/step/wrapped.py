@@ -354,6 +354,8 @@ class Wrapped(Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
         self.follow_parameters()
+        for transform in self.transforms:
+            transform.before_load(self, state_dict)
         unpack(self, state_dict)
         self._stepper = Stepper(self)
         for transform in self.transforms:

@@ -288,3 +288,15 @@ def test_a_readout_that_is_not_multiplied_is_noticed_at_the_first_step() -> None
         found = [str(one.message) for one in said if "MuReadout" in str(one.message)]
         assert len(found) == warns
         assert all("'head.weight' reads out" in one and "multiplied by 0.25" in one for one in found)
+
+
+def test_a_checkpoint_of_the_plain_optimizer_is_refused_in_words() -> None:
+    model, shapes = model_and_shapes()
+    plain = adamw(model)
+    train(model, plain, 1)
+    opt = optx.wrap(adamw(model), optx.MuAdamW(shapes))
+    groups = [dict(group) for group in opt.param_groups]
+    with pytest.raises(optx.OptxError, match=r"has 1 param groups and this optimizer \d, split by width"):
+        opt.load_state_dict(plain.state_dict())
+    assert not opt.state
+    assert [{**a, "params": 0} for a in groups] == [{**b, "params": 0} for b in opt.param_groups]
