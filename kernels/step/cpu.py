@@ -24,9 +24,24 @@ class CpuStep(Step):
         layout: how the tensors are stored.
         numels: their sizes; 0 is fine.
         ids: a number per tensor that stays the same whichever others have a gradient, for random draws.
+        owners: for each tensor, which of the param groups it is of; all are of the first by default.
+        groups: how many there are.
+
+    Attributes:
+        groups: a row per param group: its hypers, the totals it was given, its own shares of the totals, and
+            the key of its random draws (an integer). ``hypers`` and ``totals`` lie in the first.
+        shares: after `measure`, each group's shares of the totals.
     """
 
-    def __init__(self, program: Program, layout: Layout, numels: Sequence[int], ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        program: Program,
+        layout: Layout,
+        numels: Sequence[int],
+        ids: Sequence[int],
+        owners: Sequence[int] = (),
+        groups: int = 1,
+    ) -> None:
         self.program = program
         self.columns = Columns.of(program, layout)
         self._module = compiled(program, layout)
@@ -37,17 +52,23 @@ class CpuStep(Step):
         self.tensors[:, -1] = ids
         self.cols = np.zeros((count, len(self.columns.cols)))
         self.cols[:, self.columns.cols.index("numel")] = numels
-        self.hypers = np.zeros(len(self.columns.hypers) + len(self.columns.totals))
-        self.totals = np.zeros(max(len(self.columns.totals), 1))
+        c = self.columns
+        self.groups = np.zeros((groups, c.group))
+        self.hypers = self.groups[0, : c.shares]
+        self.shares = self.groups[:, c.shares : c.key]
+        self.totals = self.shares[0]
+        self._keys = self.groups.view(np.int64)[:, c.key]
+        # Where each tensor's group has its numbers.
+        self._numbers = np.full(count, self.groups.ctypes.data)
+        self._numbers[: len(owners)] += np.array(owners, np.int64) * self.groups.strides[0]
         self._args = np.zeros(len(Args), dtype=np.int64)
         for position, table in (
             (Args.CHUNKS, self._chunks),
             (Args.TENSORS, self.tensors),
             (Args.COLS, self.cols),
-            (Args.HYPERS, self.hypers),
+            (Args.NUMBERS, self._numbers),
             (Args.PARTIALS, self._partials),
             (Args.FIRST, self._first),
-            (Args.TOTALS, self.totals),
         ):
             self._args[position] = table.ctypes.data
         self._address = int(self._args.ctypes.data)
@@ -58,9 +79,9 @@ class CpuStep(Step):
         contents = vars(self._module).items()
         self._kernels = {name: int(one.address) for name, one in contents if hasattr(one, "address")}
 
-    def set_key(self, key: int) -> None:
-        """The key of this step's random draws."""
-        self._args[_KEY] = key
+    def set_key(self, key: int | Sequence[int]) -> None:
+        """The key of this step's random draws, for all groups or for each."""
+        self._keys[:] = key
 
     def _each_tensor(self, kernel: str) -> None:
         address = self._kernels.get(kernel)
@@ -72,8 +93,8 @@ class CpuStep(Step):
         cpu.run(self._kernels[kernel], self._address, self._parallel)
 
     def measure(self, level: int) -> None:
-        """Take a level's sums and scalars, and this bucket's share of its totals."""
-        self.totals[:] = 0.0
+        """Take a level's sums and scalars, and each group's share of its totals."""
+        self.shares[:] = 0.0
         if self.program.levels[level].sums:
             self._each_chunk(f"reduce_{level}")
         self._each_tensor(f"scalars_{level}")
@@ -82,7 +103,7 @@ class CpuStep(Step):
         """Take totals over the whole optimizer, for `finish`."""
         for i, name in enumerate(self.columns.totals, start=len(self.columns.hypers)):
             if name in totals:
-                self.hypers[i] = totals[name]
+                self.groups[:, i] = totals[name]
 
     def finish(self, level: int) -> None:
         """The scalars that waited for the totals, see `receive`."""
@@ -100,4 +121,4 @@ class CpuStep(Step):
         self._each_tensor("commit")
 
 
-_NEXT, _KEY = int(Args.NEXT), int(Args.KEY)
+_NEXT = int(Args.NEXT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import IntEnum
 
 from optx.kernels.step.program import Ref
-from optx.kernels.step.text import indent, variable
+from optx.kernels.step.text import variable
 
 
 class Args(IntEnum):
@@ -16,14 +16,12 @@ class Args(IntEnum):
     CHUNKS = 2  # int64 rows (tensor, first element, number of elements)
     TENSORS = 3  # int64 rows of base addresses, one per role, then the tensor's number for random draws
     COLS = 4  # float64 rows, one per tensor
-    HYPERS = 5  # float64: numbers of the group, then totals
+    NUMBERS = 5  # int64: for each tensor, the address of its group's numbers, see CpuStep.groups
     PARTIALS = 6  # float64 rows, one per chunk
     FIRST = 7  # int64: each tensor's first chunk, and one past the last
     TENSOR_LOW = 8
     TENSOR_HIGH = 9
-    TOTALS = 10  # float64: where totals of this bucket are added
-    KEY = 11  # key of this step's random draws
-    SUM = 12  # first + last chunk: updates go from the last chunk to the first, see CpuStep
+    SUM = 10  # first + last chunk: updates go from the last chunk to the first, see CpuStep
 
 
 NJIT = '@njit(error_model="numpy")'
@@ -97,7 +95,7 @@ def register(role: str) -> str:
     return role if role in ("w", "g") else variable(Ref("slot", role))
 
 
-def tensor_kernel(name: str, head: list[str]) -> list[str]:
+def tensor_kernel(name: str) -> list[str]:
     """Opens a kernel that walks over tensors."""
     low, high = f"get_i64(args, {Args.TENSOR_LOW:d})", f"get_i64(args, {Args.TENSOR_HIGH:d})"
     return [
@@ -105,6 +103,6 @@ def tensor_kernel(name: str, head: list[str]) -> list[str]:
         "",
         CFUNC,
         f"def {name}(pointer):",
-        *indent(["args = address(pointer)", *head], 1),
+        "    args = address(pointer)",
         f"    for t in range({low}, {high}):",
     ]

@@ -50,6 +50,7 @@ def emit(program: Program, layout: Layout) -> str:
     return "\n".join(_Emitter(program, layout).module()) + "\n"
 
 
+HYPERS = f"hypers = get_i64(get_i64(args, {Args.NUMBERS:d}), t)"  # those of the tensor's group
 RUN = 128  # elements between two rounds of hints
 AHEAD = 2048  # bytes
 LANES_FROM = 32768
@@ -223,10 +224,12 @@ class _Emitter:
             )
         if use.numbers:
             inner.append(f"cols = get_i64(args, {Args.COLS:d}) + t * {8 * len(self.table.cols)}")
-            inner.append(f"hypers = get_i64(args, {Args.HYPERS:d})")
+        if use.numbers or use.random:
+            inner.append(HYPERS)
         inner += self._numbers(use.numbers, "F({})")
         if use.random:
-            inner.append(f"key = mix(get_i64(args, {Args.KEY:d}), get_i64(tensor, {self.table.row - 1}))")
+            key = f"get_i64(hypers, {self.table.key})"
+            inner.append(f"key = mix({key}, get_i64(tensor, {self.table.row - 1}))")
         call = f"{name}_chunk({arguments})"
         inner.append(f"sums = {call}" if sums else call)
         if sums:
@@ -370,8 +373,8 @@ class _Emitter:
         if self.layout.counted and name == "scalars_0":
             address = f"get_i64(tensor, {self._cell('step')})"
             body.append(f"put_f64(cols, {self.table.cols.index('step')}, get_f32({address}) + 1.0)")
-        if any(r.kind != "col" for r in refs):
-            body.append(f"hypers = get_i64(args, {Args.HYPERS:d})")
+        if totals or any(r.kind != "col" for r in refs):
+            body.append(HYPERS)
         body += self._fold(names, width)
         body += self._numbers(refs, "{}")
         body += [f"{variable(r)} = {self._get_cell(r.name)}" for r in cells]
@@ -379,10 +382,9 @@ class _Emitter:
         for ref in dict.fromkeys((*names, *written)):
             body.append(f"put_f64(cols, {self.table.cols.index(ref.name)}, {variable(ref)})")
         for ref in totals:
-            at = self.table.totals.index(ref.name)
-            body.append(f"put_f64(totals, {at}, get_f64(totals, {at}) + {variable(ref)})")
-        head = [f"totals = get_i64(args, {Args.TOTALS:d})"] if totals else []
-        return [*tensor_kernel(name, head), *indent(body, 2)]
+            at = self.table.shares + self.table.totals.index(ref.name)
+            body.append(f"put_f64(hypers, {at}, get_f64(hypers, {at}) + {variable(ref)})")
+        return [*tensor_kernel(name), *indent(body, 2)]
 
     def _fold(self, names: list[Ref], width: int) -> list[str]:
         if not names:
@@ -421,7 +423,7 @@ class _Emitter:
             body.append(self._put_cell(name, f"get_f64(cols, {self.table.cols.index(name)})"))
         body += self._fold(names, partials_per_chunk(self.program))
         body += [self._put_cell(r.name, variable(r)) for r in names]
-        return [*tensor_kernel("commit", []), *indent(body, 2)]
+        return [*tensor_kernel("commit"), *indent(body, 2)]
 
 
 def _guard(again: str, sums: int) -> list[str]:

@@ -53,6 +53,21 @@ class Columns:
         """Width of a row of the tensor table: an address per role and cell, and the tensor's number."""
         return len(self.roles) + len(self.cells) + 1
 
+    @property
+    def shares(self) -> int:
+        """In a group's row of numbers: where its shares of the totals begin, after those it was given."""
+        return len(self.hypers) + len(self.totals)
+
+    @property
+    def key(self) -> int:
+        """Where the key of its random draws is, an int64 among float64."""
+        return self.shares + len(self.totals)
+
+    @property
+    def group(self) -> int:
+        """Width of such a row."""
+        return self.key + 1
+
 
 def partials_per_chunk(program: Program) -> int:
     """How many sums the widest pass of a program takes."""

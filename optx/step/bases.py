@@ -226,15 +226,25 @@ def rule_numbers(group: Group, names: Iterable[str]) -> dict[str, float | Tensor
     Raises:
         OptxError: one of them is no number any more.
     """
-    base = base_numbers(group)
     numbers: dict[str, float | Tensor] = {}
     for name in names:
-        number = as_number(group.get(name.replace(".", "_"))) if "." in name else base.get(name)
+        value = _setting(group, name)
+        number = value if type(value) is float else as_number(value)
         if number is None:
             key = "betas" if name.startswith("beta") else name.replace(".", "_")
             raise OptxError(f"optx: a param group has {key}={group.get(key)!r}; it must be one number.")
         numbers[name] = number
     return numbers
+
+
+def _setting(group: Group, name: str) -> Any:
+    """What a group has under a rule's name for it."""
+    key = name.replace(".", "_")
+    if key in group or name not in ("beta1", "beta2"):
+        return group.get(key)
+    betas: Any = group.get("betas", ())
+    index = 0 if name == "beta1" else 1
+    return betas[index] if len(betas) > index else None
 
 
 def init_base_state(state: dict[str, Any], p: Tensor, rules: BaseRules, group: Group) -> bool:

@@ -1,9 +1,8 @@
-"""The fused paths: the tables that point kernels at a param group's tensors, and the steps over them."""
+"""The fused paths: the tables that point kernels at the tensors of param groups, and the steps over them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from itertools import repeat
 from operator import attrgetter, is_
 from typing import Any
@@ -14,53 +13,26 @@ from torch import Tensor
 from optx.kernels.step.layout import FRESH, Layout
 from optx.kernels.step.program import Program
 from optx.step.bases import BaseRules, rule_numbers
+from optx.step.buckets import ADDRESS, Bucket, Column
 from optx.step.fusable import ALIASED, SHARED, Unfusable
 from optx.step.group_tensors import SLOT_DTYPE_NAMES, GroupTensors
-from optx.step.memory import Extents, Likeness, extent
+from optx.step.memory import Extents
 from optx.step.rounding import step_key
 from optx.step.slots import KAHAN, Slots
 from optx.step.state import is_ours
 from optx.step.transform import Group
 
 
-@dataclass
-class _Column:
-    """What the tensors of one column of a table were when their addresses were taken."""
-
-    like: Likeness | None  # None for single numbers: at the same address they are what they were
-    addresses: list[int]
-    sizes: list[int]  # in bytes
-
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor], single: bool) -> _Column:
-        like = None if single else Likeness(tensors)
-        return cls(like, list(map(_ADDRESS, tensors)), list(map(extent, tensors)))
-
-
-@dataclass
-class _Bucket:
-    """Tensors of a group that one kernel serves: all of the same dtypes."""
-
-    members: list[Tensor]
-    runner: Any  # CpuStep or TritonStep
-    keys: list[str]  # where state[p] has each role after w and g, then each cell
-    columns: list[_Column] = field(default_factory=list[_Column])
-    found: dict[str, list[Tensor]] = field(default_factory=dict[str, list[Tensor]])  # in a step, by key
-    # The parameters that had state, in the order of `base.state`, and where the members are among them.
-    known: list[Tensor] = field(default_factory=list[Tensor])
-    places: list[int] = field(default_factory=list[int])
-    # By key of a derived number: its sources and itself, and their versions, as last seen.
-    looked: dict[str, tuple[list[Any], list[int] | None]] = field(default_factory=dict[str, Any])
-
-
 class FusedGroup:
-    """Runs one param group's program through compiled kernels.
+    """Runs the program of one param group, or of several that differ in their numbers only, by kernels.
+
+    Groups that share a program share its launches: a tensor's row tells where its group's numbers are.
 
     A step compares every tensor with what it was when its address was taken; where anything differs, all are
     looked at again and the tables are made anew, before anything is changed.
 
     Args:
-        group: the param group.
+        groups: the param groups; several only for the CPU's kernels.
         program: what to compute.
         rules: the base's update.
         base: its state is read and, for new parameters, made as torch makes it.
@@ -72,7 +44,7 @@ class FusedGroup:
 
     def __init__(
         self,
-        group: Group,
+        groups: Sequence[Group],
         program: Program,
         rules: BaseRules,
         base: torch.optim.Optimizer,
@@ -81,33 +53,49 @@ class FusedGroup:
         rounding: str,
         triton: bool,
     ) -> None:
-        self.group, self.program, self.rules, self.base = group, program, rules, base
+        self.groups, self.program, self.rules, self.base = list(groups), program, rules, base
         self._slots, self._rounding, self.triton = slots, rounding, triton
-        self._derived = derived
+        self._derived = list(derived)
         self._seen: list[Tensor] | None = None  # the parameters that the buckets were made for
-        self._buckets: list[_Bucket] = []
+        self._buckets: list[Bucket] = []
         self._written = Extents([], [])  # all that the kernels write
-        self._tensors = GroupTensors(group, program, rules, base, slots, triton)
+        # Of a group's settings it asks for those that a GPU's groups have, which are alone.
+        self._tensors = GroupTensors(self.groups[0], program, rules, base, slots, triton)
         self._fresh = self._tensors.fresh
         self._was_fresh = False
         self._copies: list[Tensor] = []  # gradients laid out like their weights, alive until the update
         self.active: list[Tensor] = []
-        self.draws = False  # whether anything is rounded stochastically
+        self._draws: set[int] = set()  # the groups in which something is rounded stochastically
+        self._sharing: list[list[Bucket]] = []  # each group's buckets, in the order of its parameters
         self._hypers = program.named("hyper")
+
+    def serving(self, groups: Sequence[Group]) -> FusedGroup:
+        """The same for other groups, which go with its program."""
+        return FusedGroup(
+            groups,
+            self.program,
+            self.rules,
+            self.base,
+            self._slots,
+            self._derived,
+            self._rounding,
+            self.triton,
+        )
 
     # ---- tables ------------------------------------------------------------------------------------
 
-    def prepare(self, key: Callable[[], int]) -> None:
+    def prepare(self, key: Callable[[Group], int]) -> None:
         """Point the kernels at this step's tensors and numbers.
 
         Args:
-            key: gives the key of this step's random draws.
+            key: gives the key of this step's random draws in a group.
 
         Raises:
-            Unfusable: a tensor has no memory to point at; the group can be served by torch's operations.
+            Unfusable: a tensor has no memory to point at; one of the groups can't be served by kernels, or
+                several can't be served together.
             OptxError: a tensor that goes with a parameter has another shape or device, or an unknown dtype.
         """
-        params: list[Tensor] = self.group["params"]
+        params: list[Tensor] = [p for group in self.groups for p in group["params"]]
         grads: list[Any] = [p.grad for p in params]
         active = list(params)
         if True in map(is_, grads, repeat(None)):
@@ -126,23 +114,30 @@ class FusedGroup:
         if self._derived:  # in place, once every tensor has been looked at
             for bucket in self._buckets:
                 self._refresh_derived(bucket)
-        numbers: dict[str, Any] = rule_numbers(self.group, self._hypers)
-        drawn = key() if self.draws else 0
+        self._write_numbers(key)
+
+    def _write_numbers(self, key: Callable[[Group], int]) -> None:
+        """Tell the kernels what the groups' numbers are now."""
+        rows = [rule_numbers(group, self._hypers).values() for group in self.groups]
+        keys = [key(group) if i in self._draws else 0 for i, group in enumerate(self.groups)]
+        if self.triton:
+            for bucket in self._buckets:
+                # The key of its draws was settled with the table, see `_bucket`.
+                bucket.runner.live = {i: v for i, v in enumerate(rows[0]) if _on_gpu(v)}
+                bucket.runner.hypers[: len(rows[0])] = [0.0 if _on_gpu(v) else float(v) for v in rows[0]]
+            return
+        numbers = [list(map(float, row)) for row in rows]
         for bucket in self._buckets:
-            runner = bucket.runner
-            if self.triton:
-                runner.live = {
-                    i: numbers[n] for i, n in enumerate(runner.columns.hypers) if _on_gpu(numbers[n])
-                }
-            elif self.draws:
-                runner.set_key(drawn)
-            plain = [0.0 if _on_gpu(v) else float(v) for v in map(numbers.__getitem__, runner.columns.hypers)]
-            runner.hypers[: len(plain)] = plain
+            bucket.runner.groups[:, : len(self._hypers)] = numbers
+            if self._draws:
+                bucket.runner.set_key(keys)
 
     def _rebuild(self, params: Sequence[Tensor]) -> None:
         """Look at every tensor, sort the parameters by dtypes, and make the tables."""
         tensors = self._tensors
         buckets: dict[tuple[str, ...], list[int]] = {}
+        orders: list[dict[tuple[str, ...], None]] = [{} for _ in self.groups]
+        places = [(owner, i) for owner, group in enumerate(self.groups) for i in range(len(group["params"]))]
         for i, p in enumerate(params):
             if p.grad is not None:
                 tensors.check_weight(p)
@@ -152,8 +147,16 @@ class FusedGroup:
                     tensors.cell(p, name)
                 dtypes = tuple(SLOT_DTYPE_NAMES[t.dtype] for t in (p, p.grad, *slots))
                 buckets.setdefault(dtypes, []).append(i)
-        self.draws = any("bfloat16" in (d[0], *d[2:]) for d in buckets)
-        self._buckets = [self._bucket(dtypes, members, params) for dtypes, members in buckets.items()]
+                orders[places[i][0]][dtypes] = None
+        made = {
+            dtypes: self._bucket(dtypes, [params[i] for i in members], [places[i] for i in members])
+            for dtypes, members in buckets.items()
+        }
+        self._buckets = list(made.values())
+        self._sharing = [[made[dtypes] for dtypes in order] for order in orders]
+        self._draws = {
+            owner for owner, order in enumerate(orders) if any("bfloat16" in (d[0], *d[2:]) for d in order)
+        }
         for bucket in self._buckets:
             self._take(bucket)
         written = [c for b in self._buckets for c in (b.columns[0], *b.columns[2:])]
@@ -165,42 +168,46 @@ class FusedGroup:
         if any(self._written.meet(b.columns[1].addresses, b.columns[1].sizes) for b in self._buckets):
             raise Unfusable(ALIASED)
 
-    def _bucket(self, dtypes: tuple[str, ...], numbers: list[int], params: Sequence[Tensor]) -> _Bucket:
+    def _bucket(
+        self, dtypes: tuple[str, ...], members: list[Tensor], places: list[tuple[int, int]]
+    ) -> Bucket:
+        """One for these parameters, given which group each is of and its number there."""
         low = dtypes[0] == "bfloat16"
         layout = Layout(dtypes, self._rounding if low else "nearest", self.rules.counted)
-        members = [params[i] for i in numbers]
         numels = [p.numel() for p in members]
+        owners, numbers = [owner for owner, _ in places], [number for _, number in places]
         if self.triton:
             from optx.kernels.step.triton import TritonStep
 
             runner: Any = TritonStep(self.program, layout, numels, numbers, members[0].device)
             # One key for the whole run: on the device, draws go on with the step count, also in CUDA graphs.
-            runner.set_key(step_key(self.group.get("optx.seed", 0), 0), self.group.get("optx.step", 0))
+            group = self.groups[0]
+            runner.set_key(step_key(group.get("optx.seed", 0), 0), group.get("optx.step", 0))
         else:
             from optx.kernels.step.cpu import CpuStep
 
-            runner = CpuStep(self.program, layout, numels, numbers)
+            runner = CpuStep(self.program, layout, numels, numbers, owners, len(self.groups))
         keys = [self._tensors.key(name) for name in (*runner.columns.roles[2:], *runner.columns.cells)]
         if "kahan" in runner.columns.roles:
             for p in members:
                 self._tensors.role(p, KAHAN)
-        return _Bucket(members, runner, keys)
+        return Bucket(members, runner, keys)
 
     # ---- addresses ---------------------------------------------------------------------------------
 
-    def _take(self, bucket: _Bucket) -> None:
+    def _take(self, bucket: Bucket) -> None:
         """Take the addresses of tensors that were looked at."""
         members = bucket.members
         columns = [members, self._laid_out(members)]
         columns += [[self._tensors.find(p, key) for p in members] for key in bucket.keys]
         roles = len(bucket.runner.columns.roles)
-        bucket.columns = [_Column.of(tensors, i >= roles) for i, tensors in enumerate(columns)]
+        bucket.columns = [Column.of(tensors, i >= roles) for i, tensors in enumerate(columns)]
         for number, column in enumerate(bucket.columns):
             bucket.runner.tensors[:, number] = column.addresses
         bucket.found = dict(zip(bucket.keys, columns[2:], strict=True))
         self._mark_fresh(bucket)
 
-    def _point(self, bucket: _Bucket, grads: list[Tensor]) -> bool:
+    def _point(self, bucket: Bucket, grads: list[Tensor]) -> bool:
         """Write this step's addresses into the table; False where a tensor is not what it was.
 
         What runs per tensor here is most of a small model's step.
@@ -224,7 +231,7 @@ class FusedGroup:
             for number, (column, tensors) in enumerate(zip(bucket.columns, columns, strict=True)):
                 if column.like is not None and number != 1 and not column.like(tensors):
                     return False
-                addresses = list(map(_ADDRESS, tensors))
+                addresses = list(map(ADDRESS, tensors))
                 if addresses != column.addresses:
                     # A gradient lies elsewhere in every step; one without elements lies nowhere.
                     if number != 1 or addresses.count(0) != column.addresses.count(0):
@@ -239,7 +246,7 @@ class FusedGroup:
         self._mark_fresh(bucket)
         return True
 
-    def _states(self, bucket: _Bucket) -> list[dict[str, Tensor]]:
+    def _states(self, bucket: Bucket) -> list[dict[str, Tensor]]:
         """What the base keeps of each member.
 
         torch hashes tensors in Python, which takes longer than all comparisons of a step. Where the same
@@ -256,7 +263,7 @@ class FusedGroup:
         entries = list(state.values())
         return [entries[i] for i in bucket.places]
 
-    def _mark_fresh(self, bucket: _Bucket) -> None:
+    def _mark_fresh(self, bucket: Bucket) -> None:
         if self._fresh or self._was_fresh:
             bucket.runner.cols[:, FRESH] = [id(p) in self._fresh for p in bucket.members]
 
@@ -270,7 +277,7 @@ class FusedGroup:
 
     # ---- numbers that are taken from the base's state --------------------------------------------------
 
-    def _refresh_derived(self, bucket: _Bucket) -> None:
+    def _refresh_derived(self, bucket: Bucket) -> None:
         """Take anew what no longer goes with the state that it was taken from."""
         for key, source in self._derived:
             kept = bucket.found[key]
@@ -302,16 +309,22 @@ class FusedGroup:
             bucket.runner.step()
         self._done()
 
-    def measure(self, level: int) -> dict[str, Any]:
-        """A level's sums and scalars; this group's share of its totals by name."""
+    def measure(self, level: int) -> list[dict[str, Any]]:
+        """A level's sums and scalars; each group's shares of its totals by name."""
         if level >= len(self.program.levels):
-            return {}
-        shares: dict[str, Any] = {}
+            return []
         for bucket in self._buckets:
+            bucket.runner.measure(level)
+        return [self._shares(level, owner) for owner in range(len(self.groups))]
+
+    def _shares(self, level: int, owner: int) -> dict[str, Any]:
+        """Added up as if the group were alone: its bits are the same in whatever company."""
+        shares: dict[str, Any] = {}
+        for bucket in self._sharing[owner]:
             runner = bucket.runner
-            runner.measure(level)
+            own = runner.totals if self.triton else runner.shares[owner]
             for ref in self.program.levels[level].totals:
-                share = runner.totals[runner.columns.totals.index(ref.name)]
+                share = own[runner.columns.totals.index(ref.name)]
                 shares[ref.name] = shares.get(ref.name, 0.0) + share
         return shares
 
@@ -351,7 +364,6 @@ class FusedGroup:
 
 
 _NOTHING: dict[str, Tensor] = {}
-_ADDRESS = Tensor.data_ptr
 
 _VERSION = attrgetter("_version")
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
@@ -35,6 +37,8 @@ class GroupPath:
         structure: of the group when the program was made.
         values: of its options when they were last checked.
         moments: what the transforms made of these.
+        fused: the kernels that run it; neighbours that differ in numbers only share them.
+        alone: whether its tensors and its neighbours' can't be served together.
         tensors: whether it is only its tensors that no kernel can serve; they may be others in the next step.
     """
 
@@ -47,6 +51,14 @@ class GroupPath:
     reason: str | None
     tensors: bool
     derived: list[tuple[str, str]]
+    alone: bool = False
+
+    def goes_with(self, other: GroupPath) -> bool:
+        """Whether one launch can serve both: the CPU's kernels take each tensor's numbers from its group."""
+        a, b = self.fused, other.fused
+        if a is None or b is None or a.triton or b.triton or self.alone or other.alone:
+            return False
+        return (a.program, a.rules, self.derived) == (b.program, b.rules, other.derived)
 
 
 class Paths:
@@ -61,6 +73,7 @@ class Paths:
         self._wrapped = weakref.ref(wrapped)
         self._slots = slots
         self._groups: list[GroupPath] = []
+        self._joined: list[GroupPath] = []  # those that `_join` last saw
 
     @property
     def wrapped(self) -> Host:
@@ -69,27 +82,19 @@ class Paths:
         assert wrapped is not None
         return wrapped
 
-    def _structure(self, group: Group) -> tuple[Any, ...]:
+    def _settings(self) -> tuple[Any, ...]:
         w = self.wrapped
-        flags = [group.get(key) for key in _STRUCTURAL]
-        zero = [_is_zero(group.get(key, 0)) for key in ("momentum", "weight_decay")]
-        enabled = [t.serves(group) for t in w.transforms]
-        settings = (w.fused, w.rounding, w.skip_nonfinite, self._sparse(group), step_replaced(w.base))
-        return (*settings, *flags, *zero, *enabled, *group)
+        return w.fused, w.rounding, w.skip_nonfinite, step_replaced(w.base)
 
-    def _values(self, group: Group) -> list[Any]:
-        """What a scheduler may set before every step, and a program only reads."""
-        betas = group.get("betas")
-        values = [*(betas if isinstance(betas, tuple | list) else (betas,))]
-        values += [group.get(f"{t.name}_{option}") for t in self.wrapped.transforms for option in t.options]
-        # A tensor among them is compared by its identity: its value is read where it is used.
-        return [id(v) if isinstance(v, Tensor) else v for v in values]
-
-    def _sparse(self, group: Group) -> bool:
+    def _sparse(self, groups: Sequence[Group]) -> list[bool]:
         """Whether there are sparse gradients; of the bases with a fused form, only SGD takes them."""
-        if type(self.wrapped.base) is not torch.optim.SGD or group.get("differentiable", False):
-            return False
-        return any(p.grad is not None and p.grad.layout != torch.strided for p in group["params"])
+        if type(self.wrapped.base) is not torch.optim.SGD:
+            return [False] * len(groups)
+        return [
+            not group.get("differentiable", False)
+            and any(p.grad is not None and p.grad.layout != torch.strided for p in group["params"])
+            for group in groups
+        ]
 
     def enabled(self, group: Group) -> list[Transform]:
         """The transforms that a group is not left out of."""
@@ -102,15 +107,17 @@ class Paths:
             retry: look whether tensors that no kernel could serve are others now.
         """
         groups = self.wrapped.param_groups
+        settings, transforms = self._settings(), self.wrapped.transforms
+        options = [f"{t.name}_{option}" for t in transforms for option in t.options]
         del self._groups[len(groups) :]
-        for i, group in enumerate(groups):
-            structure = self._structure(group)
+        for i, (group, sparse) in enumerate(zip(groups, self._sparse(groups), strict=True)):
+            structure = (*settings, sparse, *_structure(group, transforms))
             known = self._groups[i] if i < len(self._groups) else None
             if known is None or known.group is not group or known.structure != structure:
                 chosen = self._choose(i, group, structure)
                 check_group(group, self.wrapped.transforms, self.wrapped.base)
                 self._groups[i : i + 1] = [chosen]
-            elif known.values != (values := self._values(group)):
+            elif known.values != (values := _values(group, options)):
                 check_group(group, self.wrapped.transforms, self.wrapped.base)
                 check_settings(self.wrapped.base, group)
                 if known.moments == self._moments(group):
@@ -121,7 +128,25 @@ class Paths:
                 self._groups[i] = self._choose(i, group, structure)
             elif known.reason is not None and self.wrapped.rounding_asked:
                 self._check_rounding(i, group, known.reason)  # the model may have been cast meanwhile
+        if not _same(self._joined, self._groups):
+            self._join()
         return self._groups
+
+    def _join(self) -> None:
+        """Let neighbours that differ in numbers only share their kernels; the order of groups stays."""
+        runs: list[list[GroupPath]] = []
+        for path in self._groups:
+            if runs and runs[-1][0].goes_with(path):
+                runs[-1].append(path)
+            else:
+                runs.append([path])
+        for run in runs:
+            fused, groups = run[0].fused, [path.group for path in run]
+            if fused is not None and not _same(fused.groups, groups):
+                fused = fused.serving(groups)
+            for path in run:
+                path.fused = fused
+        self._joined = list(self._groups)
 
     def _choose(
         self, index: int, group: Group, structure: tuple[Any, ...], unfusable: str | None = None
@@ -148,9 +173,10 @@ class Paths:
             rules = base_rules(base, group)
             assert rules is not None
             runner = FusedGroup(
-                group, program, rules, base, self._slots, derived, self.wrapped.rounding, triton
+                [group], program, rules, base, self._slots, derived, self.wrapped.rounding, triton
             )
-        values, tensors = self._values(group), of_tensors is not None
+        options = [f"{t.name}_{option}" for t in self.wrapped.transforms for option in t.options]
+        values, tensors = _values(group, options), of_tensors is not None
         return GroupPath(group, structure, values, moments, program, runner, reason, tensors, derived)
 
     def _moments(self, group: Group) -> dict[str, Moments]:
@@ -192,10 +218,20 @@ class Paths:
                         self._slots.store.drop(p, [f"optx.{transform.name}.{name}"])
         return kept
 
-    def leave_kernels(self, index: int, reason: str) -> None:
-        """Have a group served by torch's operations after all: a kernel can't be pointed at a tensor."""
-        known = self._groups[index]
-        self._groups[index] = self._choose(index, known.group, known.structure, reason)
+    def leave_kernels(self, fused: FusedGroup, reason: str) -> None:
+        """Have a group served by torch's operations after all: a kernel can't be pointed at a tensor.
+
+        Of several that share their kernels, it shows which one it is when each is served alone; it may be
+        none, where tensors of two groups share their memory.
+        """
+        shared = [i for i, path in enumerate(self._groups) if path.fused is fused]
+        if len(shared) > 1:
+            for i in shared:
+                self._groups[i].alone = True
+            self._join()
+            return
+        known = self._groups[shared[0]]
+        self._groups[shared[0]] = self._choose(shared[0], known.group, known.structure, reason)
 
     def program(self, index: int) -> Program:
         """What the step of one param group computes."""
@@ -218,6 +254,28 @@ class Paths:
         return Plan(plans)
 
 
+def _same(a: Sequence[object], b: Sequence[object]) -> bool:
+    return len(a) == len(b) and all(map(is_, a, b))
+
+
 def _is_zero(value: Any) -> bool:
+    if type(value) in (float, int):
+        return value == 0
     number = as_number(value)
     return number is not None and not isinstance(number, Tensor) and number == 0
+
+
+def _structure(group: Group, transforms: Sequence[Transform]) -> tuple[Any, ...]:
+    """What decides what a group's program is. Every step makes one for each group."""
+    get = group.get
+    zero = _is_zero(get("momentum", 0)), _is_zero(get("weight_decay", 0))
+    return (*map(get, _STRUCTURAL), *zero, *[t.serves(group) for t in transforms], *group)
+
+
+def _values(group: Group, options: Sequence[str]) -> list[Any]:
+    """What a scheduler may set before every step, and a program only reads."""
+    betas = group.get("betas")
+    values = [*betas] if isinstance(betas, tuple | list) else [betas]
+    values += map(group.get, options)
+    # A tensor among them is compared by its identity: its value is read where it is used.
+    return [id(v) if isinstance(v, Tensor) else v for v in values]

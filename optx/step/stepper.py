@@ -81,14 +81,12 @@ class Stepper:
             states = self.paths.groups(retry)
             retry = False
             step = _Step(self, states)
-            for i, state in enumerate(states):
-                if state.fused is None:
-                    continue
+            for runner in step.fused:
                 try:
-                    state.fused.prepare(lambda group=state.group: self.key(group))
+                    runner.prepare(self.key)
                 except Unfusable as error:
                     step.undo()
-                    self.paths.leave_kernels(i, str(error))
+                    self.paths.leave_kernels(runner, str(error))
                     break
                 except BaseException:
                     step.undo()
@@ -107,7 +105,8 @@ class _Step:
 
     def __init__(self, stepper: Stepper, states: Sequence[GroupPath]) -> None:
         self.stepper, self.wrapped = stepper, stepper.wrapped
-        self.fused = [(state.fused, state.group) for state in states if state.fused is not None]
+        # Several groups may share one.
+        self.fused = list({id(s.fused): s.fused for s in states if s.fused is not None}.values())
         self.loose = [state for state in states if state.fused is None]
         self.levels = max((len(state.program.levels) for state in states), default=0)
         self.waits = any(state.program.has_totals for state in states)
@@ -143,7 +142,7 @@ class _Step:
         for run, state in self.runs:
             self._took(run, state)
         if store.pending:
-            store.settle(p for runner, _ in self.fused for p in runner.active)
+            store.settle(p for runner in self.fused for p in runner.active)
             store.settle(p for run, _ in self.runs for p in run.weights)
         for group in self.wrapped.param_groups:
             if "optx.step" in group:
@@ -153,7 +152,7 @@ class _Step:
 
     def undo(self) -> None:
         """Leave nothing of what was done so far."""
-        for runner, _ in self.fused:
+        for runner in self.fused:
             runner.undo()
         if self.before is not None:
             self.before.restore(self.stepper.slots.store.pending)
@@ -167,7 +166,7 @@ class _Step:
             return
         for index in range(self.levels):
             totals: dict[str, Any] = {}
-            shares = [runner.measure(index) for runner, _ in self.fused]
+            shares = [share for runner in self.fused for share in runner.measure(index)]
             shares += [run.measure(r) for run, _ in self.runs for r in run.program.levels[index : index + 1]]
             for share in shares:
                 for name, value in share.items():
@@ -176,7 +175,7 @@ class _Step:
             if incoming is not None and not torch.isfinite(torch.as_tensor(incoming)):
                 self._skip_if_nonfinite()
             self.wrapped.totals.update(totals)
-            for runner, _ in self.fused:
+            for runner in self.fused:
                 runner.finish(index, totals)
             for run, _ in self.runs:
                 run.totals.update({k: torch.as_tensor(v) for k, v in totals.items()})
@@ -192,7 +191,7 @@ class _Step:
             raise _SkipStep
 
     def _update_fused(self) -> None:
-        for runner, _ in self.fused:
+        for runner in self.fused:
             runner.update() if self.waits else runner.step()
             if runner.active:
                 torch.autograd.graph.increment_version(runner.active)

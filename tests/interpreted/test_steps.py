@@ -9,6 +9,7 @@ import torch
 from harness import Base, Bucket, Setup
 from torch import Tensor
 
+import optx
 from optx.kernels.step.cpu import CpuStep
 from optx.kernels.step.triton import TritonStep
 from optx.step.transform import Transform
@@ -330,3 +331,21 @@ def test_changed_tables_are_refused_during_capture(monkeypatch: pytest.MonkeyPat
     bucket.runner.hypers[0] += 1.0
     with pytest.raises(RuntimeError, match="while a CUDA graph was being captured"):
         bucket.runner.upload()
+
+
+def test_groups_of_one_program_each_take_their_own_numbers() -> None:
+    """The CPU's kernels serve such groups together; these serve them one by one."""
+    params: list[list[torch.nn.Parameter]] = []
+    for fused in ("triton", "cpu"):
+        params.append([torch.nn.Parameter(torch.linspace(-1, 1, n)) for n in (700, 3, 40)])
+        groups = [
+            {"params": [p], "lr": 0.1 * (i + 1), "weight_decay": 0.2 / (i + 1)}
+            for i, p in enumerate(params[-1])
+        ]
+        opt = optx.wrap(torch.optim.AdamW(groups), optx.PerpGrad(), fused=fused)
+        for _ in range(2):
+            for p in params[-1]:
+                p.grad = torch.sin(3 * p.detach()) + 0.1
+            opt.step()
+    for ours, cpu in zip(*params, strict=True):
+        torch.testing.assert_close(ours, cpu, rtol=1e-6, atol=1e-7)

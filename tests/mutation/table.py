@@ -196,13 +196,14 @@ TABLE = {
     "optx/step/checkpoint.py": "arithmetic_step resume adamr_anchors wrap_bases hft_resume",
     "optx/step/checks.py": "errors perpgrad wrap_bases",
     "optx/step/foreach.py": f"arithmetic_step {_STEP}",
-    "optx/step/fused.py": f"arithmetic_step {_STEP} fused_rounding",
+    "optx/step/fused.py": f"arithmetic_step {_STEP} fused_groups fused_rounding",
+    "optx/step/buckets.py": "fused_cpu fused_groups wrap_kernels_see wrap_breaks",
     "optx/step/fusable.py": "wrap_kernels_see wrap_breaks fused_memory fused_cpu errors",
     "optx/step/group_tensors.py": f"arithmetic_step {_STEP} wrap_kernels_see wrap_breaks errors",
     "optx/step/known_groups.py": "wrap_life integrations_base resume errors",
     "optx/step/memory.py": "wrap_kernels_see wrap_breaks lost_memory fused_memory fused_cpu errors resume",
     "optx/step/numbers.py": f"arithmetic_step {_STEP}",
-    "optx/step/paths.py": f"arithmetic_step {_STEP} fused_rounding errors",
+    "optx/step/paths.py": f"arithmetic_step {_STEP} fused_groups fused_rounding errors",
     "optx/step/pipeline.py": f"arithmetic_step errors {_STEP}",
     "optx/step/rounding.py": "arithmetic_step fused_rounding",
     "optx/_rules.py": "user_rules errors fused_cpu",
@@ -215,7 +216,7 @@ TABLE = {
     "optx/step/wrap.py": f"arithmetic_step errors {_STEP}",
     "optx/step/wrapped.py": f"arithmetic_step errors {_STEP}",
     "kernels/step/emit_cpu.py": "fused_cpu user_rules fused_rounding adamr",
-    "kernels/step/cpu.py": "fused_cpu fused_memory fused_rounding",
+    "kernels/step/cpu.py": "fused_cpu fused_groups fused_memory fused_rounding",
 }
 
 # Modules of the folders that compute nothing: they read, write, match names or hold what others compute.

@@ -1,0 +1,44 @@
+"""Which tensors one kernel of the fused paths serves, and what they were when it was pointed at them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from optx.step.memory import Likeness, extent
+
+ADDRESS = Tensor.data_ptr
+
+
+@dataclass
+class Column:
+    """What the tensors of one column of a table were when their addresses were taken."""
+
+    like: Likeness | None  # None for single numbers: at the same address they are what they were
+    addresses: list[int]
+    sizes: list[int]  # in bytes
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], single: bool) -> Column:
+        """Of tensors that have been looked at; ``single`` where each is one number."""
+        like = None if single else Likeness(tensors)
+        return cls(like, list(map(ADDRESS, tensors)), list(map(extent, tensors)))
+
+
+@dataclass
+class Bucket:
+    """Tensors that one kernel serves: all of the same dtypes."""
+
+    members: list[Tensor]
+    runner: Any  # CpuStep or TritonStep
+    keys: list[str]  # where state[p] has each role after w and g, then each cell
+    columns: list[Column] = field(default_factory=list[Column])
+    found: dict[str, list[Tensor]] = field(default_factory=dict[str, list[Tensor]])  # in a step, by key
+    # The parameters that had state, in the order of `base.state`, and where the members are among them.
+    known: list[Tensor] = field(default_factory=list[Tensor])
+    places: list[int] = field(default_factory=list[int])
+    # By key of a derived number: its sources and itself, and their versions, as last seen.
+    looked: dict[str, tuple[list[Any], list[int] | None]] = field(default_factory=dict[str, Any])
