@@ -69,8 +69,8 @@ def init_(
         ``zero_output=False``: the package's (the default). The paper recommends zeros in the
         readout and the queries.
 
-    Limits: Draws of other sizes than torch's, Xavier's, ``initializer_range``'s and GPT-2's are refused
-        unless ``fresh=`` says how they depend on width.
+    Limits: Draws of other sizes than torch's, Xavier's, ``initializer_range``'s, GPT-2's and T5's are
+        refused unless ``fresh=`` says how they depend on width.
 
     Keywords: muP, initialization, first weights, initializer_range, width.
 
@@ -186,7 +186,10 @@ def _draw(
     if p.ndim < 2:
         return _of_its_weight(model, name, one, largest, found, shapes, fresh)
     width = shapes[name]
-    ways = _ways(model, one, p, width)
+    known = _ways_of_t5(model, name, one, p, shapes)
+    ways = known or _ways(model, one, p, width)
+    if fresh is not None and known:
+        return _Draw(*next((how, grown) for how, (_, grown) in known.items()))
     if fresh is not None:
         return _Draw(fresh, ways[fresh][1] if fresh in ways and not _is_table(one) else 1.0)
     alike = {
@@ -202,9 +205,10 @@ def _draw(
             f"init_: {name!r} is too small to tell how it was drawn ({' or '.join(alike)}), which decides "
             "how it is rescaled. Say it: fresh='fan_in' (smaller in a wider model) or 'fixed'."
         )
+    usual = next(iter(ways))
     raise OptxError(
         f"init_: {name!r} has values of size {rms:.3g} (rms), which is no first draw that is known here "
-        f"(torch's would be {ways['fan_in'][0]:.3g}). If they are fresh, say how they were drawn: "
+        f"(by {usual} it would be {ways[usual][0]:.3g}). If they are fresh, say how they were drawn: "
         "fresh='fan_in' (smaller in a wider model) or 'fixed'; trained weights are not rescaled."
     )
 
@@ -237,6 +241,29 @@ def _ways(model: nn.Module, one: Found, p: Tensor, width: Width) -> dict[str, tu
     if _is_table(one):
         ways["normal"] = (1.0, 1.0)
     return ways
+
+
+def _ways_of_t5(
+    model: nn.Module, name: str, one: Found, p: Tensor, shapes: Shapes
+) -> dict[str, tuple[float, float]] | None:
+    """The one way in T5 and its kin, whose queries' draws hold the scale that their logits don't have."""
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "d_kv") or not isinstance(
+        factor := getattr(config, "initializer_factor", None), float
+    ):
+        return None
+    attention, _, module = name.rpartition(".")[0].rpartition(".")
+    queries = f"{attention}.q.weight"
+    if module == "relative_attention_bias" and queries in shapes:
+        return {"by width": (factor * config.d_model**-0.5, shapes[queries].fan_in ** 0.5)}
+    if _is_table(one) or module == "lm_head":
+        return {"normal": (factor, 1.0)}
+    fan_in, _ = nn.init._calculate_fan_in_and_fan_out(p)  # pyright: ignore[reportPrivateUsage]
+    if module == "q":
+        head = shapes.heads.get(attention)
+        wider = 1.0 if head is None else head.width / head.base_width
+        return {"by heads": (factor * (fan_in * config.d_kv) ** -0.5, (shapes[name].fan_in * wider) ** 0.5)}
+    return {"by fan_in": (factor * fan_in**-0.5, shapes[name].fan_in ** 0.5)}
 
 
 def _is_table(one: Found) -> bool:

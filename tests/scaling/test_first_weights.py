@@ -8,6 +8,7 @@ import pytest
 import torch
 from mup_models import MLP, Transformer
 from torch import nn
+from width_models import t5
 
 import optx
 
@@ -205,3 +206,34 @@ def test_fused_queries_are_refused_by_name() -> None:
     shapes = optx.scaling.shapes(model, base=make(16))
     with pytest.raises(optx.OptxError, match=r"'0\.in_proj_weight' holds queries, keys and values"):
         optx.scaling.init_(model, shapes, zero_query=True)
+
+
+@pytest.mark.parametrize("fresh", [None, "fan_in"])
+def test_t5s_draws_are_its_own(fresh: str | None) -> None:
+    """Its queries' hold the scale that its logits don't have, its table of positions the model's width."""
+    transformers = pytest.importorskip("transformers")
+    made = {width: transformers.T5ForConditionalGeneration(t5(width)) for width in (64, 256)}
+    first = {name: p.detach().clone() for name, p in made[256].named_parameters()}
+    optx.scaling.init_(made[256], optx.scaling.shapes(made[256], base=made[64]), fresh=fresh)
+    block = "encoder.block.0.layer.0.SelfAttention"
+    for name, wanted in {
+        f"{block}.q.weight": 0.5,  # as all matrices: by the square root of a ratio of 4
+        f"{block}.k.weight": 0.5,
+        f"{block}.o.weight": 0.5,
+        "decoder.block.1.layer.2.DenseReluDense.wo.weight": 0.5,
+        f"{block}.relative_attention_bias.weight": 1.0,
+        "shared.weight": 1.0,
+    }.items():
+        wide, narrow = (made[width].get_parameter(name).detach().std() for width in (256, 64))
+        assert float(wide / narrow) == pytest.approx(wanted, rel=0.25 if "bias" in name else 0.05), name
+        factor = made[256].get_parameter(name).detach() / first[name]
+        assert float(factor.max()) == pytest.approx(float(factor.min()), rel=1e-5)
+
+
+def test_a_t5_that_was_trained_is_left_alone() -> None:
+    transformers = pytest.importorskip("transformers")
+    model, base = (transformers.T5ForConditionalGeneration(t5(width)) for width in (128, 64))
+    with torch.no_grad():
+        model.get_parameter("encoder.block.0.layer.0.SelfAttention.q.weight").mul_(1.3)
+    with pytest.raises(optx.OptxError, match=r"q\.weight' has values of size .* no first draw"):
+        optx.scaling.init_(model, optx.scaling.shapes(model, base=base))
