@@ -193,8 +193,9 @@ def transformed(cls: type, options: dict[str, Any], setup: Setup, fused: bool) -
     given = needed(cls, setup)
     trained = [p for p in setup.model.parameters() if p.requires_grad]
     base = torch.optim.AdamW(trained, lr=setup.lr, weight_decay=0.0)
-    if cls is optx.MuAdamW:  # its learning rates count on it
+    if cls is optx.MuAdamW:  # its learning rates count on them
         optx.attach(setup.model, optx.MuReadout(given["shapes"]))
+        optx.attach(setup.model, optx.MuAttention(given["shapes"]))
     optimizer = optx.wrap(base, cls(**given, **options), fused=fused)
     return train(setup, optimizer, nn.functional.cross_entropy)
 
