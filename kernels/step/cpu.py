@@ -103,7 +103,7 @@ class CpuStep(Step):
         """Take totals over the whole optimizer, for `finish`."""
         for i, name in enumerate(self.columns.totals, start=len(self.columns.hypers)):
             if name in totals:
-                self.groups[:, i] = totals[name]
+                self.groups[:, i] = float(totals[name])  # of one that is a tensor of a subclass too
 
     def finish(self, level: int) -> None:
         """The scalars that waited for the totals, see `receive`."""

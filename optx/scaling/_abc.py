@@ -210,7 +210,7 @@ def abc(
     *,
     optimizer: Family = "sgd",
 ) -> ABC:
-    """A parametrisation of width by its exponents: is it stable, does it learn features?
+    """A parametrisation of width by its exponents, which say whether it is stable and learns features.
 
     Layer l of a network of width n has weights ``n^-a_l w``, ``w ~ N(0, n^-2 b_l)``, and trains w at a rate
     ``lr n^-c``. `ABC.classify` says what becomes of it as n grows, `ABC.shift` gives its equals,

@@ -25,7 +25,7 @@ Sizes = npt.NDArray[np.float64]  # (seeds, widths, steps + 1)
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """One module, over seeds, widths and steps: what `coordinate_check` measured.
+    """One module, over seeds, widths and steps: what `optx.scaling.coordinate_check` measured.
 
     Where a module was not called, or gave no floating tensor, all four are nan.
 
@@ -50,7 +50,7 @@ class LayerSizes:
 
 @dataclass(frozen=True)
 class CoordinateCheck:
-    """What `coordinate_check` found; ``print(check)`` shows it as a table.
+    """What `optx.scaling.coordinate_check` found; ``print(check)`` shows it as a table.
 
     Slopes are of log size (mean over seeds) on log width, by least squares: estimates of what happens as
     the width grows. ``nan`` where there is none: a size is 0 or missing at every width.

@@ -22,7 +22,8 @@ class GainRun(NamedTuple):
         width: its width.
         lr: the learning rate of its matrices (after muP's division, if any).
         weight_decay: of its matrices, decoupled as AdamW's: lr * weight_decay of a weight is lost in a step.
-        gains: its `SublayerGains`, or top singular values by name, as `GainRecord.value` has them.
+        gains: its `SublayerGains`, or top singular values by name (``value`` of an
+            `optx.scaling.GainRecord`).
     """
 
     width: float

@@ -104,7 +104,7 @@ def _width(row: dict[str, Any]) -> Width:
 
 
 def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
+    if not isinstance(value, list | tuple):  # a saved injection's options are read with tuples
         raise TypeError(f"{value!r} is no list")
     return cast("list[Any]", value)
 

@@ -67,7 +67,8 @@ def rows() -> Rows:
 def test_every_injection_is_measured_on_every_family(rows: Rows) -> None:
     assert len(rows) == len(BY_LABEL) * len(_bench_families.METHODS)
     missing = set(public_injections()) - set(_bench_families.METHODS)
-    assert missing == {"HiddenDelta"}  # the others are its choices
+    of_width = {"MuReadout", "MuAttention"}  # fixed factors; their families: tests/scaling
+    assert missing == {"HiddenDelta", *of_width}  # the others are HiddenDelta's choices
 
 
 def test_what_is_refused_and_nothing_else(rows: Rows) -> None:

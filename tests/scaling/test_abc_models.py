@@ -142,7 +142,7 @@ def test_the_other_familys_exponents_are_refused_by_mup_alone():
 
 
 @pytest.mark.parametrize("family", ["sgd", "adam"])
-def test_a_readout_that_nothing_multiplies_is_told_for_either_family(family):
+def test_a_factor_that_nothing_applies_is_told_for_either_family(family):
     model = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 64), nn.Linear(64, 3))
     base = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 3))
     kind = torch.optim.SGD if family == "sgd" else torch.optim.Adam
@@ -150,5 +150,5 @@ def test_a_readout_that_nothing_multiplies_is_told_for_either_family(family):
     one = ABC.named("mup", hidden=2, optimizer=family)
     mup(optimizer, optx.scaling.shapes(model, base=base), parametrization=one, model=model)
     model(torch.ones(2, 8)).sum().backward()
-    with pytest.warns(UserWarning, match=r"'2.weight' reads out.* multiplied by 0.5"):
+    with pytest.warns(UserWarning, match=r"'0.weight' is of kind 'input'.* multiplied by 2, which no"):
         optimizer.step()
