@@ -39,10 +39,13 @@ REFUSED = [
 
 @pytest.mark.parametrize("pattern", REFUSED)
 def test_what_can_not_be_bounded_is_refused(pattern: str) -> None:
-    start = time.process_time()
-    with pytest.raises(FileError, match=r"file: the pattern .* can't be matched in bounded time"):
-        full_match(pattern, "aaaa", "file")
-    assert time.process_time() - start < 1
+    took: list[float] = []
+    for _ in range(3):  # a collection of all the process's garbage may fall into one of them
+        start = time.process_time()
+        with pytest.raises(FileError, match=r"file: the pattern .* can't be matched in bounded time"):
+            full_match(pattern, "aaaa", "file")
+        took.append(time.process_time() - start)
+    assert min(took) < 1
 
 
 @pytest.mark.parametrize("pattern", ["[", "(", "a{2,1}", "(" * 3000 + ")" * 3000, "*", "(?P<a", "\\"])
