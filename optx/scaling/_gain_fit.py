@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -15,7 +15,8 @@ from optx._errors import OptxError
 from optx.scaling._sublayer_gain import SublayerGains
 
 
-class GainRun(NamedTuple):
+@dataclass(frozen=True)
+class GainRun:
     """A trained model, for `fit_gains`.
 
     Attributes:
