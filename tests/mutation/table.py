@@ -89,6 +89,7 @@ TABLE = {
     "optx/inject/_merge.py": "arithmetic_inject guards_weights attach lora lora_peft svfit ia3 flora",
     "optx/inject/_offload.py": "computes",
     "optx/inject/_own_call.py": "own_call",
+    "optx/inject/_own_loss.py": "own_loss",
     "optx/inject/_part.py": "arithmetic_inject guards_weights attach attach_targets lora adapters",
     "optx/inject/_quantised.py": "quantised guards_weights",
     "optx/inject/_passed_by.py": "passed_by",
