@@ -32,6 +32,9 @@
             patch  Patch  shallowest  rws  Signature          robustness that is added to a model
             MergeMethod                                       to write your own
 
+    prune   masks = optx.prune(model, optx.Magnitude(0.5))    weights that go in one pass
+            Magnitude  Masks
+
     tell    optx.analysis                                     diagnostics; they change nothing
             grad_norms  input_stats  nlm_alignment  softmax_collapse
             optx.scaling                                      tune small, train large: its help has the order
@@ -60,6 +63,7 @@ from optx._errors import OptxError as OptxError
 from optx._errors import ShapeError as ShapeError
 from optx._errors import TargetError as TargetError
 from optx._errors import TransformError as TransformError
+from optx._masks import Masks as Masks
 from optx._rules import rule as rule
 from optx.delta import rws as rws
 from optx.delta._compressed import Compressed as Compressed
@@ -111,6 +115,8 @@ from optx.inject.multihead import MultiHeadParallelAdapter as MultiHeadParallelA
 from optx.inject.prefix import PrefixTuning as PrefixTuning
 from optx.inject.stn import STN as STN
 from optx.inject.svfit import SVFit as SVFit
+from optx.pruning._prune import prune as prune
+from optx.pruning.magnitude import Magnitude as Magnitude
 from optx.scaling.mu_adamw import MuAdamW as MuAdamW
 from optx.scaling.mu_attention import MuAttention as MuAttention
 from optx.scaling.mu_readout import MuReadout as MuReadout

@@ -18,13 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# The five verbs, by where a method is public, else by the package that it lives in.
+# The verbs, by where a method is public, else by the package that it lives in.
 _VERBS = {
     "optx.transforms": "wrap",
     "optx.step": "wrap",
     "optx.inject": "attach",
     "optx.signal": "loss",
     "optx.delta": "delta",
+    "optx.pruning": "prune",
     "optx.scaling": "tell",
     "optx.analysis": "tell",
 }
@@ -36,6 +37,7 @@ _FRAMES = {
     "Injection": "optx.attach(model, {})",
     "Composite": "optx.attach(model, {})",
     "MergeMethod": "optx.merge(base, models, {})",
+    "PruneMethod": "optx.prune(model, {})",
     "ComPEFT": "optx.compress(delta, {})",
 }
 
@@ -46,7 +48,7 @@ class Entry:
 
     Attributes:
         name: as it is typed.
-        verb: ``wrap``, ``attach``, ``loss``, ``delta``, ``tell`` (it changes nothing) or ``run``.
+        verb: ``wrap``, ``attach``, ``loss``, ``delta``, ``prune``, ``tell`` (it changes nothing) or ``run``.
         summary: the first line of its docstring.
         paper: an arXiv number where its source has one, else the source's title; empty if it names none.
         use: one line of code, or the command.

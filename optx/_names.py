@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+RESERVED = "optx"
+"""The name of the submodule under which everything lives that `optx.attach` adds to a module."""
+
 
 def parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module | None = None) -> dict[int, str]:
     """Names of an optimizer's parameters, by ``id``.

@@ -79,8 +79,22 @@ def drop_smallest(change: Tensor, score: Tensor, count: int) -> Tensor:
     """
     if count <= 0:
         return change.clone()
-    if count >= change.numel():
-        return torch.zeros_like(change)
+    kept = kept_largest(score, count)
+    return change.masked_fill(~kept.view(change.shape).to(change.device), 0)
+
+
+def kept_largest(score: Tensor, count: int) -> Tensor:
+    """A mask without the ``count`` lowest scores; of equals, the first go first.
+
+    Args:
+        score: any shape, not negative.
+        count: how many go.
+
+    Returns:
+        bool of the scores' shape: True where one is kept.
+    """
+    if not 0 < count < score.numel():
+        return torch.full(score.shape, count <= 0, device=score.device)
     scores = score.reshape(-1)
     flat = scores.cpu().numpy().copy()
     flat.partition(count - 1)  # in place: torch.kthvalue would carry an index of 8 bytes per element
@@ -90,7 +104,7 @@ def drop_smallest(change: Tensor, score: Tensor, count: int) -> Tensor:
     spare = count - int((scores < threshold).sum())
     equal = (scores == threshold).nonzero()[spare:]
     kept[equal.flatten()] = True
-    return change.masked_fill(~kept.view(change.shape).to(change.device), 0)
+    return kept.view(score.shape)
 
 
 def magnitude(change: Tensor, p: float) -> Tensor:

@@ -17,10 +17,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from optx._errors import OptxError
+from optx._names import RESERVED as RESERVED
 from optx.inject import _forward, _offload, _unfilled
-
-RESERVED = "optx"
-"""The name of the submodule under which everything added lives."""
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -239,4 +239,4 @@ def test_readme_has_what_the_list_has(name: str) -> None:
 
 
 def test_the_list_has_what_readme_has() -> None:
-    assert in_readme() - {"wrap", "attach", "Delta.between"} <= METHODS.keys()
+    assert in_readme() - {"wrap", "attach", "prune", "Delta.between"} <= METHODS.keys()

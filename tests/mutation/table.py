@@ -7,7 +7,7 @@ from pathlib import Path
 # Folders whose every module is here. The other modules of optx and kernels are here if they are sampled.
 FOLDERS = (
     *("optx/step", "optx/delta", "optx/inject", "optx/signal", "optx/transforms", "optx/analysis"),
-    "optx/scaling",
+    *("optx/scaling", "optx/pruning"),
 )
 
 _STEP = "moments user_rules perpgrad adamr skip_nonfinite fused_cpu wrap_bases resume"
@@ -208,6 +208,16 @@ TABLE = {
     "optx/step/pipeline.py": f"arithmetic_step errors {_STEP}",
     "optx/step/rounding.py": "arithmetic_step fused_rounding",
     "optx/_rules.py": "user_rules errors fused_cpu",
+    "optx/_mask_bits.py": "masks masks_models",
+    "optx/_mask_report.py": "masks",
+    "optx/_mask_sources.py": "masks_models",
+    "optx/_masked_model.py": "masks_models",
+    "optx/_masks.py": "masks masks_models",
+    "optx/pruning/_folder.py": "prune_folders",
+    "optx/pruning/_folder_layers.py": "prune_folders",
+    "optx/pruning/_method.py": "magnitude",
+    "optx/pruning/_prune.py": "prune_folders",
+    "optx/pruning/magnitude.py": "magnitude",
     "optx/step/interrupts.py": "wrap_signals",
     "optx/step/slots.py": f"arithmetic_step {_STEP}",
     "optx/step/state.py": "arithmetic_step resume wrap_bases adamr_anchors freed hft_kept hft_resume",

@@ -1,0 +1,160 @@
+"""Masks on a model: finding its weights by name, setting what is masked to 0, and looking whether it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from optx._errors import OptxError, ShapeError, near
+from optx._mask_bits import unpack
+from optx._module_paths import paths_of
+from optx._names import is_dtensor
+
+Bits = Mapping[str, Tensor]
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def named(model: nn.Module) -> dict[str, nn.Parameter]:
+    """A model's parameters under every name that they have in the bare model; without what optx added."""
+    return {
+        f"{path}.{name}" if path else name: p
+        for path, module in paths_of(model).modules.items()
+        for name, p in module._parameters.items()  # pyright: ignore[reportPrivateUsage]
+        if p is not None
+    }
+
+
+def parameters_of(who: str, shapes: Shapes, model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that masks are for, by the masks' names.
+
+    Raises:
+        OptxError: the model lacks one, or it has no numbers that can be looked at and set; names it.
+        ShapeError: one has another shape; names it.
+    """
+    there = named(model)
+    found: dict[str, nn.Parameter] = {}
+    for name, shape in shapes.items():
+        p = there.get(name)
+        if p is None:
+            raise OptxError(
+                f"{who}: these are masks of another model: this one, a {type(model).__name__}, has no "
+                f"parameter {name!r}. {near(name, there)}"
+            )
+        why = without_numbers(p)
+        if why:
+            raise OptxError(f"{who}: {name!r} {why}")
+        if tuple(p.shape) != shape:
+            raise ShapeError(
+                f"{who}: {name!r} has shape {tuple(p.shape)}, and its mask is of {shape}: these are masks of "
+                "another model."
+            )
+        found[name] = p
+    return found
+
+
+def without_numbers(p: Tensor) -> str:
+    """Why a weight can't be looked at, number by number, and set to 0; empty if it can."""
+    if p.is_meta:
+        return (
+            "is on the meta device, without numbers (offloaded, or not loaded yet). Load it first, or take "
+            "off accelerate's hooks (accelerate.hooks.remove_hook_from_submodules)."
+        )
+    kind = type(p)
+    library = kind.__module__.partition(".")[0]
+    quantised = library in ("bitsandbytes", "torchao", "hqq", "quanto", "optimum") or p.is_quantized
+    if quantised or (is_traceable_wrapper_subclass(p) and not is_dtensor(p)) or not p.is_floating_point():
+        what = kind.__name__ if kind is not nn.Parameter and kind is not Tensor else str(p.dtype)
+        return f"is quantised ({what}): codes, not numbers. Prune before it is quantised."
+    if hasattr(p, "ds_id"):
+        return "is partitioned by DeepSpeed's ZeRO-3. Prune before deepspeed.initialize."
+    if p.layout != torch.strided:
+        return f"is {str(p.layout).removeprefix('torch.')}; it must be dense, with zeros (to_dense)."
+    return ""
+
+
+def local_mask(p: Tensor, bits: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The part of a mask that belongs to this process's part of a weight, on the weight's device."""
+    if not is_dtensor(p):
+        return unpack(bits.to(p.device), shape)
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    spread: Any = p
+    sizes, offsets = compute_local_shape_and_global_offset(p.shape, spread.device_mesh, spread.placements)
+    rows = bits[offsets[0] : offsets[0] + sizes[0]] if shape else bits
+    part = unpack(rows.to(spread.to_local().device), (*sizes[:1], *shape[1:]))
+    for axis, (begin, size) in enumerate(zip(offsets, sizes, strict=True)):
+        if axis:
+            part = part.narrow(axis, begin, size)
+    return part
+
+
+def local(p: Tensor) -> Tensor:
+    """This process's part of a weight, in the weight's own memory."""
+    own: Any = p.detach()
+    return own.to_local() if is_dtensor(p) else own
+
+
+def in_all(p: Tensor, count: Tensor) -> Tensor:
+    """A count over a weight's part as one over the whole weight."""
+    if not is_dtensor(p):
+        return count
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    spread: Any = p
+    parts = [Partial("sum") if one.is_shard() else Replicate() for one in spread.placements]
+    return DTensor.from_local(count, spread.device_mesh, parts, run_check=False).full_tensor()
+
+
+def apply_(bits: Bits, shapes: Shapes, model: nn.Module) -> None:
+    """Set what is masked to 0."""
+    found = parameters_of("Masks.apply_", shapes, model)
+    with torch.no_grad():
+        for name, p in _once("Masks.apply_", bits, found):
+            local(p).masked_fill_(~local_mask(p, bits[name], shapes[name]), 0)
+
+
+def _once(who: str, bits: Bits, found: Mapping[str, nn.Parameter]) -> list[tuple[str, nn.Parameter]]:
+    """Each parameter with one of its names, which are several where weights are tied.
+
+    Raises:
+        OptxError: two masks of one parameter are not the same.
+    """
+    first: dict[int, str] = {}
+    for name, p in found.items():
+        other = first.setdefault(id(p), name)
+        if not torch.equal(bits[name], bits[other]):
+            raise OptxError(f"{who}: {other!r} and {name!r} are one weight here, and their masks are two.")
+    return [(name, found[name]) for name in first.values()]
+
+
+def regrown(bits: Bits, shapes: Shapes, found: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, int, int]]:
+    """Of each weight that is not 0 where it is masked: its name, how many aren't, and how many are masked."""
+    for name, p in found.items():
+        off = ~local_mask(p, bits[name], shapes[name])
+        both = torch.stack([((local(p) != 0) & off).sum(), off.sum()])
+        wrong, masked = in_all(p, both).tolist()
+        if wrong:
+            yield name, wrong, masked
+
+
+def verify(bits: Bits, shapes: Shapes, model: nn.Module) -> None:
+    """Raise unless all that is masked is 0."""
+    found = parameters_of("Masks.verify", shapes, model)
+    wrong = list(regrown(bits, shapes, found))
+    if wrong:
+        count = sum(one for _, one, _ in wrong)
+        raise OptxError(
+            f"Masks.verify: {count:,} masked weights are not 0, in {len(wrong)} of {len(bits)}: "
+            f"{told(wrong)}. masks.apply_(model) sets them to 0; optx.KeepMask(masks) keeps "
+            "them so in training."
+        )
+
+
+def told(wrong: list[tuple[str, int, int]], most: int = 3) -> str:
+    """The first of what `regrown` gives, in words."""
+    first = [f"{name!r} ({count:,} of {masked:,})" for name, count, masked in wrong[:most]]
+    return ", ".join(first) + (", ..." if len(wrong) > most else "")

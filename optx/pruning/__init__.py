@@ -1,0 +1,1 @@
+"""One-shot pruning: which weights go, in one pass over the model."""
