@@ -11,6 +11,7 @@
             ParallelAdapter  ScaledParallelAdapter  SequentialAdapter  MultiHeadParallelAdapter
             HiddenDelta
             MuReadout  MuAttention                            factors of width
+            Perp  PerpHandle                                  what a pruned model is retrained by
             STN  HParams  hp  SelfTuning                      hyperparameters tuned in the same run
             trainable_only                                    freeze all but what was attached
             set_adapter                                       which of several act, by name
@@ -97,6 +98,7 @@ from optx.inject._injection import Injection as Injection
 from optx.inject._injection import Site as Site
 from optx.inject._part import Part as Part
 from optx.inject._part import Weights as Weights
+from optx.inject._perp_handle import PerpHandle as PerpHandle
 from optx.inject._report import Report as Report
 from optx.inject._self_tuning import SelfTuning as SelfTuning
 from optx.inject._switch import set_adapter as set_adapter
@@ -112,6 +114,7 @@ from optx.inject.iaa import Aside as Aside
 from optx.inject.lora import LoRA as LoRA
 from optx.inject.mam import MAM as MAM
 from optx.inject.multihead import MultiHeadParallelAdapter as MultiHeadParallelAdapter
+from optx.inject.perp import Perp as Perp
 from optx.inject.prefix import PrefixTuning as PrefixTuning
 from optx.inject.stn import STN as STN
 from optx.inject.svfit import SVFit as SVFit

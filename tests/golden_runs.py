@@ -49,6 +49,11 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "top-k": {"num_samples": 44, "start_epoch": 3, "top_k": 5},
     },
     "STN": {"": {"hparams": optx.HParams(drop=optx.hp(0.2, (0, 0.9)))}},
+    "Perp": {
+        "": {},
+        "MaskLoRA": {"adapter": "mask", "rank": 4},
+        "ScaleLoRA": {"adapter": "scale", "rank": 4},
+    },
     "PerpGrad": {"": {}, "as projected": {"rescale": False}, "along weights": {}},
 }
 # What a variant has besides options: targets of an injection, or `Setup.shrink`.
@@ -57,6 +62,8 @@ AROUND: dict[tuple[str, str], dict[str, Any]] = {
     ("DSPReg", "coupled"): {"domains": 2},
     ("FLoRA", "embedding"): {"targets": nn.Embedding},
     ("LoRA", "embedding"): {"targets": nn.Embedding},
+    ("Perp", "MaskLoRA"): {"pruned": 0.5},
+    ("Perp", "ScaleLoRA"): {"pruned": 0.5},
     ("PerpGrad", "along weights"): {"shrink": 10.0},
 }
 
@@ -81,6 +88,7 @@ class Setup(NamedTuple):
         shrink: so much of each weight is added to its gradient, which then is nearly along the weight.
         targets: of an injection, if not its own.
         inputs: what the model is called with.
+        pruned: this share of each matrix goes before an injection comes.
         domains: so many equal parts of the sentences have a loss each, for ``opt.dsp_reg``.
     """
 
@@ -90,6 +98,7 @@ class Setup(NamedTuple):
     lr: float
     shrink: float = 0.0
     targets: Any = None
+    pruned: float = 0.0
     domains: int = 1
     inputs: Any = None
 
@@ -204,6 +213,8 @@ def injected(cls: type, options: dict[str, Any], setup: Setup) -> list[float]:
     """What is added is trained, by AdamW, at ten times the rate of a whole model."""
     torch.manual_seed(1)
     given = {**needed(cls, setup), **options}
+    if setup.pruned:
+        given["masks"] = optx.prune(setup.model, optx.Magnitude(setup.pruned))
     handle = optx.attach(setup.model, cls(**given), setup.targets, modules_to_save=())
     if not list(handle.parameters()):  # it adds none
         trained = [p for p in setup.model.parameters() if p.requires_grad]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +50,11 @@ def bert(layers: int = 2) -> nn.Module:
     return BertForSequenceClassification(config).eval()
 
 
+def pruned_bert(layers: int = 2) -> nn.Module:
+    """With half of each row of the encoder's matrices 0."""
+    return _pruned(bert(layers), "bert.encoder.")
+
+
 def cnn() -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -62,6 +67,15 @@ def cnn() -> nn.Module:
         nn.Linear(54, 4),
     )
     return model.eval()
+
+
+def _pruned(model: nn.Module, within: str) -> nn.Module:
+    rows = {n: p.detach().abs().flatten(1) for n, p in model.named_parameters() if p.ndim > 1 and within in n}
+    kept = {
+        n: (r > r.median(1, keepdim=True).values).view(model.get_parameter(n).shape) for n, r in rows.items()
+    }
+    optx.Masks.from_bool(kept).apply_(model)
+    return model
 
 
 def tokens() -> Tensor:
@@ -176,9 +190,19 @@ ROWS = [
     Row("STN", llama, lambda: optx.STN(_rate()), ALL_LINEAR, identity=False),
     Row("STN, dropout", bert, lambda: optx.STN(_rate(), dropout="drop", scale=True), identity=False),
     Row("STN, conv", cnn, lambda: optx.STN(_rate(), scale=True), CONV, identity=False),
+    Row("Perp", pruned_bert, lambda: optx.Perp(adapter="mask", rank=4)),
     Row("IAA", bert, lambda: optx.IAA(rank=3, aside=3), merges=False),
     Row("IAA, Llama", llama, lambda: optx.IAA(rank=3, aside=3), merges=False),
 ]
+
+
+TRANSFORMERS = (llama, bert, pruned_bert)
+
+
+def rows_on(build: Callable[..., nn.Module], rows: Sequence[Row] = ROWS) -> list[Row]:
+    """Rows that serve a model: a pruned one is also as good as any."""
+    models = {build, bert} if build is pruned_bert else {build}
+    return [row for row in rows if row.model in models]
 
 
 def public_injections() -> list[str]:

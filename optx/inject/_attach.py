@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any, Protocol, TypeVar, overload, runtime_checkable
 
-from torch import nn
+from torch import Tensor, nn
 
 from optx._errors import OptxError
+from optx._masks import Masks
 from optx.inject import _folder
 from optx.inject._handle import Handle
 from optx.inject._injection import Composite, Injection, Targets
@@ -35,6 +36,15 @@ class WithHandle(Protocol[OwnHandle]):
         ...
 
 
+@runtime_checkable
+class WithMasks(Protocol):
+    """An injection that serves pruned weights."""
+
+    def having(self, masks: Masks | Mapping[str, Tensor]) -> Injection:
+        """The same with these masks."""
+        ...
+
+
 @overload
 def attach(
     model: nn.Module,
@@ -45,6 +55,7 @@ def attach(
     modules_to_save: Sequence[str] | None = None,
     layers: Layers | None = None,
     exclude: Targets | None = None,
+    masks: Masks | Mapping[str, Tensor] | None = None,
 ) -> OwnHandle: ...
 
 
@@ -58,6 +69,7 @@ def attach(
     modules_to_save: Sequence[str] | None = None,
     layers: Layers | None = None,
     exclude: Targets | None = None,
+    masks: Masks | Mapping[str, Tensor] | None = None,
 ) -> Handle: ...
 
 
@@ -70,6 +82,7 @@ def attach(
     modules_to_save: Sequence[str] | None = None,
     layers: Layers | None = None,
     exclude: Targets | None = None,
+    masks: Masks | Mapping[str, Tensor] | None = None,
 ) -> Handle:
     """Attach a method to modules of a model; its weights, names and class stay as they are.
 
@@ -100,6 +113,7 @@ def attach(
         exclude: what is left out of what is targeted, in any form of ``targets``
             (``["down_proj"]``; a string is a regex that a whole name must match); all of it, and each entry
             of a list, must leave something out. As PEFT's ``exclude_modules``.
+        masks: for `optx.Perp`: which weights of a pruned model are kept.
 
     Returns:
         A `Handle`; ``handle.parameters()`` are for the optimizer, ``handle.remove()`` undoes everything.
@@ -135,11 +149,19 @@ def attach(
             )
         if targets is not None:
             raise OptxError("attach: a saved adapter says itself which modules it serves; leave targets out.")
+        if masks is not None:
+            raise OptxError("attach: a saved adapter has its masks with it; leave masks out.")
         return _attach_saved(model, injection, name)
     if not isinstance(injection, Injection):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise OptxError(
             f"attach: injection is {injection!r}; it must be one such as optx.LoRA(rank=8), or a folder."
         )
+    if masks is not None:
+        if not isinstance(injection, WithMasks):
+            raise OptxError(
+                f"attach: masks= is for optx.Perp; {type(injection).__name__} has no use for them."
+            )
+        injection = injection.having(masks)
     served, saved = install(model, injection, targets, name, modules_to_save, layers, exclude)
     return _handle_of(model, injection, served, saved)
 
@@ -156,6 +178,7 @@ def _attach_saved(model: nn.Module, path: str | PathLike[str], name: str | None)
     """Attach what a folder holds, to the modules it was saved for, and load its tensors."""
     stored = _folder.read(path, model)
     here = paths_of(model)
+    stored.injection = stored.injection.as_stored(model, stored.tensors)
     exact = {member: Exactly(filter(None, map(here.find, one))) for member, one in stored.served.items()}
     targets = exact if isinstance(stored.injection, Composite) else exact[""]
     with read_from_file():

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from optx._errors import TargetError
-from optx.inject._call_locks import lock_of
 from optx.inject._lora_options import Options
 from optx.inject._low_rank_sum import LowRankSum, made
 from optx.inject._part import Part, Weights, new_tensor
+from optx.inject._stand_in import called_with
 
 # Forwards of transformers' experts that index and multiply their weights, and do nothing else with them.
 _PLAIN = (None, "eager", "batched_mm", "grouped_mm")
@@ -78,28 +78,12 @@ class ParameterLoRA(Part):
         self, call: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """The module's call, in which each of these names means a sum."""
-        if torch.compiler.is_compiling():
-            return self._summed(call, module, args, kwargs)
-        with lock_of(module):  # what its parameter's name means is changed for the length of a call
-            return self._summed(call, module, args, kwargs)
 
-    def _summed(
-        self, call: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        apart = not torch.compiler.is_compiling() and _multiplies(module)
-        own = module.__dict__
-        before = {name: own[name] for name in self.pairs if name in own}  # of another handle, further out
-        sums = {name: self._sum(name, getattr(module, name), apart) for name in self.pairs}
-        for name, total in sums.items():
-            own[name] = total
-        try:
-            return call(*args, **kwargs)
-        finally:
-            for name in sums:
-                if name in before:
-                    own[name] = before[name]
-                else:
-                    del own[name]
+        def sums() -> dict[str, Any]:
+            apart = not torch.compiler.is_compiling() and _multiplies(module)
+            return {name: self._sum(name, getattr(module, name), apart) for name in self.pairs}
+
+        return called_with(sums, call, module, args, kwargs)
 
     def _sum(self, name: str, weight: Any, apart: bool) -> Any:
         left, right = self._pair(name).factors(weight.dtype)

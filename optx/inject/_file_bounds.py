@@ -160,6 +160,8 @@ def _check_types(injection: Injection, where: str) -> None:
     """Raise unless options of plain types are of them."""
     values = values_of(injection)
     for field in dataclasses.fields(injection):
+        if field.name not in values:
+            continue
         kinds = str(field.type).replace(" ", "").split("|")
         value = values[field.name]
         if all(kind in _PLAIN for kind in kinds) and not any(_PLAIN[kind](value) for kind in kinds):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 from optx._errors import OptxError, near
 from optx.inject._part import Part
@@ -75,6 +75,15 @@ class Injection(ABC):
         return []
 
     @property
+    def trains_biases(self) -> bool:
+        """Whether it is to train every bias of the model, so that those which it can't are told."""
+        return False
+
+    def as_stored(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> Injection:
+        """Itself, with what the tensors of a file that it was read from say beyond its options."""
+        return self
+
+    @property
     def needs_weight(self) -> bool:
         """Whether it works with a module's weight, and does not only add to what the module computes."""
         return False
@@ -107,8 +116,13 @@ class Injection(ABC):
 
 
 def values_of(injection: Injection) -> dict[str, Any]:
-    """Its options by name, as they are; `Injection.options` gives plain copies of them."""
-    return {field.name: getattr(injection, field.name) for field in dataclasses.fields(injection)}
+    """Its options by name, as they are; `Injection.options` gives plain copies of them.
+
+    A field without ``repr`` is none: it is not told and not saved.
+    """
+    return {
+        field.name: getattr(injection, field.name) for field in dataclasses.fields(injection) if field.repr
+    }
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -74,7 +74,8 @@ def install(
             raise TargetError("attach: every target is in modules_to_save, so nothing is left to serve.")
         served.extend(made)
     _check_names(served)
-    if every_bias or getattr(injection, "bias", None) == "all":
+    whole = targets is None and layers is None and exclude is None
+    if every_bias or getattr(injection, "bias", None) == "all" or (whole and injection.trains_biases):
         warn_of_biases(model, served, modules_to_save)
     _warn_if_compiled(model)
     _put(model, served)

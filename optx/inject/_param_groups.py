@@ -14,10 +14,11 @@ from torch import nn
 from optx._errors import OptxError, check_range
 from optx.inject._experts import ParameterLoRA
 from optx.inject._low_rank import EmbeddingLoRA, LowRank
+from optx.inject._perp_parts import UnderMask
 from optx.inject._served import OnModel
 from optx.inject.bitfit import BiasShift
 
-_FACTORS = (LowRank, ParameterLoRA)
+_FACTORS = (LowRank, ParameterLoRA, UnderMask)
 """Parts with an A and a B, or one of each for every parameter."""
 
 

@@ -11,7 +11,21 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from injections import ROWS, Row, assert_same, bert, clone, cnn, llama, move, public_injections, run, snapshot
+from injections import (
+    ROWS,
+    Row,
+    assert_same,
+    bert,
+    clone,
+    cnn,
+    llama,
+    move,
+    pruned_bert,
+    public_injections,
+    rows_on,
+    run,
+    snapshot,
+)
 from plain_mlp import mlp, run_mlp
 from torch import nn
 
@@ -192,8 +206,8 @@ def test_pickle_and_deepcopy(row: Row) -> None:
 @settings(max_examples=30, phases=[Phase.explicit, Phase.generate])
 @given(st.data())
 def test_any_stack_comes_off_in_any_order(data: st.DataObject) -> None:
-    build = data.draw(st.sampled_from([llama, bert, cnn]))
-    rows = [row for row in ROWS if row.model is build]
+    build = data.draw(st.sampled_from([llama, bert, pruned_bert, cnn]))
+    rows = rows_on(build)
     stack = data.draw(st.lists(st.sampled_from(rows), min_size=1, max_size=4))
     order = data.draw(st.permutations(range(len(stack))))
     frozen = data.draw(st.booleans())
@@ -218,8 +232,8 @@ def test_any_stack_comes_off_in_any_order(data: st.DataObject) -> None:
 @settings(max_examples=25, phases=[Phase.explicit, Phase.generate])  # shrinking builds models for minutes
 @given(st.data())
 def test_merges_of_a_stack_are_exact_or_refused(data: st.DataObject) -> None:
-    build = data.draw(st.sampled_from([llama, bert, cnn]))
-    rows = [row for row in MERGING if row.model is build]
+    build = data.draw(st.sampled_from([llama, bert, pruned_bert, cnn]))
+    rows = rows_on(build, MERGING)
     stack = data.draw(st.lists(st.sampled_from(rows), min_size=2, max_size=3))
     model = build().double()
     handles = [row.attach(model, name=f"number{i}") for i, row in enumerate(stack)]

@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from injections import ROWS, Row, bert, checkpoint_layers, clone, llama, move, no_dropout, run, tokens
+from injections import ROWS, TRANSFORMERS, Row, checkpoint_layers, clone, llama, move, no_dropout, run, tokens
 from torch import Tensor, nn
 
 import optx
 
 each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.label)
 on_transformers = pytest.mark.parametrize(
-    "row", [row for row in ROWS if row.model in (llama, bert)], ids=lambda row: row.label
+    "row", [row for row in ROWS if row.model in TRANSFORMERS], ids=lambda row: row.label
 )
 
 
