@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,15 +14,32 @@ from torch import Tensor, nn
 
 from optx._errors import FileError, OptxError, check_range, near, warn
 from optx._mask_bits import layout, ones, pack, packed_shape
-from optx._masked_model import local, named, without_numbers
+from optx._masked_model import local, named, pruned_by_torch, without_numbers
 from optx._names import is_dtensor
-from optx._safetensors import Reader, check_complete, shards
+from optx._quantised_entries import quantised
+from optx._safetensors import Entry, Reader, check_complete, shards
 
 Pruned: TypeAlias = nn.Module | Mapping[str, Tensor] | str | PathLike[str]
 """A module, a state dict, a safetensors file, or a folder with one or several of them."""
 
-Shape = tuple[int, ...]
-_Opened: TypeAlias = tuple[dict[str, int], Callable[[str], Tensor], str]
+Shape: TypeAlias = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What masks are taken from.
+
+    Attributes:
+        entries: shape and dtype of every tensor, by name.
+        read: gives one.
+        what: it is, for messages.
+        names: of tensors that may be pruned weights, where nobody said which.
+    """
+
+    entries: Mapping[str, Entry]
+    read: Callable[[str], Tensor]
+    what: str
+    names: Sequence[str]
 
 
 def zeros_of(
@@ -29,24 +47,25 @@ def zeros_of(
 ) -> dict[str, tuple[Tensor, Shape]]:
     """Bits (1: not 0) and shape of every weight that is pruned, by name; see `optx.Masks.of`."""
     check_range("Masks.of", "min_sparsity", min_sparsity, 0.0, 1.0)
-    ranks, read, what = _opened(pruned)
-    wanted = _wanted(names, ranks, what)
+    source = _opened(pruned)
+    wanted = source.names if names is None else _wanted(names, source)
+    least = min_sparsity if names is None else 0.0
     found: dict[str, tuple[Tensor, Shape]] = {}
     empty: list[str] = []
     for name in wanted:
-        bits, shape = _bits(name, read(name))
+        bits, shape = _bits(name, source.read(name))
         rows, length = layout(shape)
         zeros = rows * length - ones(bits)
         if names is None and zeros == rows * length and zeros:
             empty.append(name)
-        elif zeros and (names is not None or zeros >= min_sparsity * rows * length):
+        elif zeros and zeros >= least * rows * length:
             found[name] = bits, shape
-        elif names is not None and not isinstance(names, str):
-            raise OptxError(f"Masks.of: {name!r} in {what} has no weight that is 0.")
+        elif not isinstance(names, str | None):
+            raise OptxError(f"Masks.of: {name!r} in {source.what} has no weight that is 0.")
     if not found:
         raise OptxError(
-            f"Masks.of: {what} is not pruned: of {len(wanted)} weights none has a share of zeros of at least "
-            f"{0.0 if names is not None else min_sparsity:g}{_but_for(empty)}. Prune it with optx.prune."
+            f"Masks.of: {source.what} is not pruned: of {len(wanted)} weights none has a share of zeros of "
+            f"at least {least:g}{_but_for(empty)}. Prune it with optx.prune."
         )
     if empty:
         warn(
@@ -95,21 +114,31 @@ def _gathered(weight: Any, shape: Shape) -> Tensor:
 # ---- what they are taken from ----------------------------------------------------------------------------
 
 
-def _opened(pruned: Any) -> _Opened:
-    """By name the dimensions of all floating tensors, what reads one, and what it is, for messages."""
+def _opened(pruned: Any) -> _Source:
     if isinstance(pruned, nn.Module):
-        return _in_memory(dict(_first_names(pruned)), f"the {type(pruned).__name__}")
+        return _in_module(pruned)
     if isinstance(pruned, Mapping):
         for name, tensor in pruned.items():
             if not isinstance(tensor, Tensor):
                 raise OptxError(f"Masks.of: {name!r} is a {type(tensor).__name__}, not a tensor.")
-        return _in_memory(dict(pruned), "the state dict")
+        entries = {name: Entry(tuple(t.shape), t.dtype) for name, t in pruned.items()}
+        return _of_entries(entries, pruned.__getitem__, "the state dict")
     if isinstance(pruned, str | PathLike):
         return _in_files(Path(pruned).expanduser())
     raise OptxError(
         f"Masks.of: pruned is a {type(pruned).__name__}; it must be a module, a state dict, a safetensors "
         "file, or a folder of them."
     )
+
+
+def _in_module(model: nn.Module) -> _Source:
+    found = dict(_first_names(model))
+    for name in found:
+        if why := pruned_by_torch(name, found, model):
+            raise OptxError(f"Masks.of: {why}")
+    entries = {name: Entry(tuple(p.shape), p.dtype) for name, p in found.items()}
+    matrices = [name for name, entry in entries.items() if len(entry.shape) >= 2]
+    return _Source(entries, found.__getitem__, f"the {type(model).__name__}", matrices)
 
 
 def _first_names(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -121,12 +150,23 @@ def _first_names(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, p
 
 
-def _in_memory(tensors: Mapping[str, Tensor], what: str) -> _Opened:
-    # Codes of quantised weights stay in: they are refused by name when they are read.
-    return {n: t.ndim for n, t in tensors.items()}, tensors.__getitem__, what
+def _of_entries(entries: Mapping[str, Entry], read: Callable[[str], Tensor], what: str) -> _Source:
+    """A checkpoint, in which buffers (masks of attention among them) are tensors as weights are.
+
+    Raises:
+        OptxError: it is quantised; names a weight.
+    """
+    for name in entries:
+        if kind := quantised(name, entries):
+            raise OptxError(
+                f"Masks.of: {name!r} in {what} belongs to {kind} quantised weights: codes, not numbers. Take "
+                "the masks of the checkpoint that it was made of."
+            )
+    names = [n for n, e in entries.items() if len(e.shape) >= 2 and n.endswith(("weight", "_proj"))]
+    return _Source(entries, read, what, names)
 
 
-def _in_files(path: Path) -> _Opened:
+def _in_files(path: Path) -> _Source:
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         raise FileError(
             f"Masks.of: {str(path)!r} is a pickle, which can run code when it is opened. Convert it to "
@@ -134,13 +174,13 @@ def _in_files(path: Path) -> _Opened:
         )
     if not path.exists():
         raise FileError(f"Masks.of: there is no file or folder {str(path)!r}.")
-    readers = [Reader(file) for file in (shards(path) if path.is_dir() else [path])]
     where: dict[str, Reader] = {}
-    for reader in readers:
+    for file in shards(path) if path.is_dir() else [path]:
+        reader = Reader(file)
         if "optx" in reader.metadata:
             raise FileError(
-                f"Masks.of: {str(reader.path)!r} is a file of optx's own, not a model's weights. If it holds "
-                "masks: optx.Masks.load(path)."
+                f"Masks.of: {str(file)!r} is a file of optx's own, not a model's weights. If it holds masks: "
+                "optx.Masks.load(path)."
             )
         for name in reader.entries:
             if name in where:
@@ -148,27 +188,27 @@ def _in_files(path: Path) -> _Opened:
             where[name] = reader
     if path.is_dir():
         check_complete(path, where)
-    ranks = {name: len(reader.entries[name].shape) for name, reader in where.items()}
-    return ranks, lambda name: where[name].read(name), repr(str(path))
+    entries = {name: reader.entries[name] for name, reader in where.items()}
+    return _of_entries(entries, lambda name: where[name].read(name), repr(str(path)))
 
 
-def _wanted(names: str | Sequence[str] | None, ranks: Mapping[str, int], what: str) -> Collection[str]:
-    """The weights to look at.
+def _wanted(names: str | Sequence[str], source: _Source) -> Sequence[str]:
+    """The weights that somebody named.
 
     Raises:
         OptxError: names are none of these, or no regular expression.
     """
-    if names is None:
-        return [name for name, rank in ranks.items() if rank >= 2]
     if isinstance(names, str):
         try:
-            chosen = [name for name in ranks if re.fullmatch(names, name)]
+            chosen = [name for name in source.entries if re.fullmatch(names, name)]
         except re.error as error:
             raise OptxError(f"Masks.of: names={names!r} is not a regular expression ({error}).") from None
         if not chosen:
-            raise OptxError(f"Masks.of: names={names!r} matches no weight of {what}. {near(names, ranks)}")
+            raise OptxError(
+                f"Masks.of: names={names!r} matches no weight of {source.what}. {near(names, source.entries)}"
+            )
         return chosen
     for name in names:
-        if name not in ranks:
-            raise OptxError(f"Masks.of: {what} has no weight {name!r}. {near(name, ranks)}")
+        if name not in source.entries:
+            raise OptxError(f"Masks.of: {source.what} has no weight {name!r}. {near(name, source.entries)}")
     return list(names)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,13 +19,36 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def named(model: nn.Module) -> dict[str, nn.Parameter]:
-    """A model's parameters under every name that they have in the bare model; without what optx added."""
-    return {
-        f"{path}.{name}" if path else name: p
-        for path, module in paths_of(model).modules.items()
-        for name, p in module._parameters.items()  # pyright: ignore[reportPrivateUsage]
-        if p is not None
-    }
+    """A model's parameters under every name that they have in the bare model.
+
+    Neither what wrappers put into names, nor what optx or PEFT added, nor PEFT's names for what was there.
+    """
+    modules = paths_of(model).modules
+    found: dict[str, nn.Parameter] = {}
+    for path, module in modules.items():
+        bare = _without_peft(path, modules)
+        if bare is not None:
+            for name, p in module._parameters.items():  # pyright: ignore[reportPrivateUsage]
+                if p is not None:
+                    found[f"{bare}.{name}".removeprefix(".")] = p
+    return found
+
+
+_PEFT = {"base_model", "model", "base_layer", "original_module"}
+"""What PEFT's classes call the modules that they wrap."""
+
+
+def _without_peft(path: str, modules: Mapping[str, nn.Module]) -> str | None:
+    """A path without what PEFT put into it; None for what it added."""
+    bare: list[str] = []
+    here = ""
+    for leaf in path.split(".") if path else ():
+        if not type(modules[here]).__module__.startswith("peft."):
+            bare.append(leaf)
+        elif leaf not in _PEFT:
+            return None
+        here = f"{here}.{leaf}".removeprefix(".")
+    return ".".join(bare)
 
 
 def parameters_of(who: str, shapes: Shapes, model: nn.Module) -> dict[str, nn.Parameter]:
@@ -36,14 +59,12 @@ def parameters_of(who: str, shapes: Shapes, model: nn.Module) -> dict[str, nn.Pa
         ShapeError: one has another shape; names it.
     """
     there = named(model)
+    rename = _prefix(shapes, there, model)
     found: dict[str, nn.Parameter] = {}
     for name, shape in shapes.items():
-        p = there.get(name)
+        p = there.get(rename(name))
         if p is None:
-            raise OptxError(
-                f"{who}: these are masks of another model: this one, a {type(model).__name__}, has no "
-                f"parameter {name!r}. {near(name, there)}"
-            )
+            raise OptxError(f"{who}: {_missing(name, there, model)}")
         why = without_numbers(p)
         if why:
             raise OptxError(f"{who}: {name!r} {why}")
@@ -56,6 +77,40 @@ def parameters_of(who: str, shapes: Shapes, model: nn.Module) -> dict[str, nn.Pa
     return found
 
 
+def _missing(name: str, there: Mapping[str, Any], model: nn.Module) -> str:
+    """Why a model has no parameter of this name."""
+    return pruned_by_torch(f"{name}_orig", there, model) or (
+        f"these are masks of another model: this one, a {type(model).__name__}, has no parameter {name!r}. "
+        f"{near(name, there)}"
+    )
+
+
+def _prefix(shapes: Shapes, there: Mapping[str, Any], model: nn.Module) -> Callable[[str], str]:
+    """A checkpoint's names as they are here: with a head, transformers' models have a prefix before them."""
+    base = next((one for m in model.modules() if (one := getattr(m, "base_model_prefix", None))), None)
+    if isinstance(base, str) and not all(name in there for name in shapes):
+        for rename in (lambda name: f"{base}.{name}", lambda name: name.removeprefix(f"{base}.")):
+            if all(rename(name) in there for name in shapes):
+                return rename
+    return lambda name: name
+
+
+def pruned_by_torch(name: str, there: Mapping[str, Any], model: nn.Module) -> str:
+    """What to do about a weight that torch.nn.utils.prune has in its hands; empty if it has not."""
+    stem = name.removesuffix("_orig")
+    if stem == name or not any(
+        f"{path}.{buffer}".removeprefix(".") == f"{stem}_mask"
+        for path, module in paths_of(model).modules.items()
+        for buffer in module._buffers  # pyright: ignore[reportPrivateUsage]
+    ):
+        return ""
+    leaf = stem.rpartition(".")[2]
+    return (
+        f"{stem!r} is pruned by torch.nn.utils.prune, which keeps what it prunes in {name!r} and masks it in "
+        f"every call. Make it plain first: torch.nn.utils.prune.remove(module, {leaf!r})."
+    )
+
+
 def without_numbers(p: Tensor) -> str:
     """Why a weight can't be looked at, number by number, and set to 0; empty if it can."""
     if p.is_meta:
@@ -63,14 +118,14 @@ def without_numbers(p: Tensor) -> str:
             "is on the meta device, without numbers (offloaded, or not loaded yet). Load it first, or take "
             "off accelerate's hooks (accelerate.hooks.remove_hook_from_submodules)."
         )
-    kind = type(p)
-    library = kind.__module__.partition(".")[0]
-    quantised = library in ("bitsandbytes", "torchao", "hqq", "quanto", "optimum") or p.is_quantized
-    if quantised or (is_traceable_wrapper_subclass(p) and not is_dtensor(p)) or not p.is_floating_point():
-        what = kind.__name__ if kind is not nn.Parameter and kind is not Tensor else str(p.dtype)
-        return f"is quantised ({what}): codes, not numbers. Prune before it is quantised."
     if hasattr(p, "ds_id"):
         return "is partitioned by DeepSpeed's ZeRO-3. Prune before deepspeed.initialize."
+    kind = type(p)
+    wrapped = is_traceable_wrapper_subclass(p) and not is_dtensor(p)
+    if wrapped or p.is_quantized or kind.__module__.startswith(("bitsandbytes", "torchao")):
+        return f"is a {kind.__name__}, quantised or wrapped: it has no plain numbers. Prune before that."
+    if not p.is_floating_point() or p.dtype.itemsize == 1:
+        return f"is {p.dtype}, codes and not plain numbers. Prune before it is quantised."
     if p.layout != torch.strided:
         return f"is {str(p.layout).removeprefix('torch.')}; it must be dense, with zeros (to_dense)."
     return ""

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from optx._errors import OptxError
@@ -14,6 +13,7 @@ from optx._mask_bits import pack
 from optx._masks import Masks
 from optx.delta._checkpoint_output import plan_of, write_checkpoint
 from optx.delta._checkpoint_source import Files, Source, open_source
+from optx.delta._float32_sums import wide
 from optx.pruning._folder_layers import Matrix, matrices
 from optx.pruning._method import PruneMethod, check_finite
 
@@ -95,7 +95,7 @@ class _Job:
 
     def _kept(self, name: str, weight: Tensor) -> Tensor:
         check_finite(name, weight)
-        matrix = as_matrix(weight.to(torch.float32), self._chosen[name].transposed)
+        matrix = as_matrix(weight.to(wide(weight.dtype)), self._chosen[name].transposed)
         kept = self._method.prune_matrix(matrix)[0]
         mask = (kept.t() if self._chosen[name].transposed else kept).reshape(weight.shape)
         self._bits[name] = pack(mask).cpu()

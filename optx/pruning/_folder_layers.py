@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from optx._errors import OptxError, near
+from optx._errors import OptxError, near, warn
+from optx._quantised_entries import quantised
 from optx._safetensors import Entry
-from optx.delta._refusals import check_not_quantised
 
 _BLOCK = re.compile(r"(?:^|\.)\d+\.")
 _NO_LAYER = re.compile(
@@ -59,9 +59,9 @@ def matrices(
     Raises:
         OptxError: nothing is left, or a weight is quantised; names it.
     """
-    known = {
-        name.removesuffix("weight").removesuffix("."): name for name in entries if name.endswith("weight")
-    }
+    _check_plain(entries, where)
+    every = [name for name in entries if name.endswith("weight")]
+    known = {name.removesuffix("weight").removesuffix("."): name for name in every}
     if targets is not None:
         chosen = {path: name for path, name in known.items() if re.fullmatch(targets, path)}
     else:
@@ -73,16 +73,34 @@ def matrices(
     ]
     if not left:
         paths = [path for path, name in known.items() if len(entries[name].shape) >= 2]
-        what = (
-            "in numbered blocks (layers.0, ...)" if targets is None else f"that targets={targets!r} matches"
-        )
+        what = f"that matches {targets!r}" if targets else "in numbered blocks (layers.0, ...)"
         raise OptxError(
             f"prune: {where} has no matrix {what}, but for what exclude= has; give targets=, a regex over "
             f"modules' names. {near(targets or 'layer', paths)}"
         )
-    check_not_quantised("prune", entries, where, left.__contains__)
+    if targets is None:
+        _warn_of_experts(entries)
     turned = _transposed(entries, left)
     return {name: Matrix(entries[name].shape, name in turned) for name in left}
+
+
+def _check_plain(entries: Mapping[str, Entry], where: str) -> None:
+    for name, entry in entries.items():
+        eight = entry.dtype.is_floating_point and entry.dtype.itemsize == 1
+        if kind := quantised(name, entries) or ("float8" if eight else ""):
+            raise OptxError(
+                f"prune: {name!r} in {where} belongs to {kind} quantised weights: codes, not numbers. "
+                "Dequantise the model (in transformers: model.dequantize()), save it, and prune that one."
+            )
+
+
+def _warn_of_experts(entries: Mapping[str, Entry]) -> None:
+    found = [n for n, e in entries.items() if len(e.shape) == 3 and n.endswith("_proj") and _BLOCK.search(n)]
+    if found:
+        warn(
+            f"prune: {len(found)} stacks of experts in one tensor, as {found[0]!r}, are left whole: names "
+            "and shapes don't tell which of their axes run over inputs."
+        )
 
 
 def _transposed(entries: Mapping[str, Entry], names: list[str]) -> set[str]:
