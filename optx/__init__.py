@@ -34,7 +34,7 @@
             MergeMethod                                       to write your own
 
     prune   masks = optx.prune(model, optx.Magnitude(0.5))    weights that go in one pass
-            Magnitude  Masks
+            Magnitude  Wanda  SparseGPT  Masks
 
     tell    optx.analysis                                     diagnostics; they change nothing
             grad_norms  input_stats  nlm_alignment  softmax_collapse
@@ -120,6 +120,8 @@ from optx.inject.stn import STN as STN
 from optx.inject.svfit import SVFit as SVFit
 from optx.pruning._prune import prune as prune
 from optx.pruning.magnitude import Magnitude as Magnitude
+from optx.pruning.sparsegpt import SparseGPT as SparseGPT
+from optx.pruning.wanda import Wanda as Wanda
 from optx.scaling.mu_adamw import MuAdamW as MuAdamW
 from optx.scaling.mu_attention import MuAttention as MuAttention
 from optx.scaling.mu_readout import MuReadout as MuReadout

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from optx._errors import OptxError, near
-from optx._masked_model import without_numbers
+from optx._errors import OptxError, shown
+from optx._mask_bits import pack
 from optx._masks import Masks
-from optx._module_paths import paths_of
-from optx.inject._weights import is_conv, is_linear
-from optx.pruning._folder import as_matrix, prune_folder
-from optx.pruning._method import PruneMethod, check_finite
+from optx.inject._injection import Targets
+from optx.inject._targets import matcher
+from optx.pruning._blocks import prune_blocks, pruned
+from optx.pruning._blocks_resume import Ledger
+from optx.pruning._calibration import batches_of
+from optx.pruning._folder import prune_folder
+from optx.pruning._method import PruneMethod
+from optx.pruning._prune_layers import Layer, layers_of
 
-HEADS = re.compile(r".*(classifier|lm_head|score|qa_outputs).*")
+Bar = Callable[[Iterable[str]], Iterable[str]]
 
 
 def prune(
@@ -27,72 +30,99 @@ def prune(
     method: PruneMethod,
     data: Any = None,
     *,
-    targets: str | None = None,
-    exclude: Sequence[str] | str = (),
-    progress: bool = True,
+    targets: Targets | None = None,
+    exclude: Targets | None = None,
+    progress: bool | Bar = True,
+    resume: str | PathLike[str] | None = None,
     out: str | PathLike[str] | None = None,
 ) -> Masks:
     """Prune a model, or a checkpoint, in one go; give back which weights are kept.
 
+    A model is pruned in place, in the order in which it runs. Methods that look at inputs go through it
+    block by
+    block: each block is fed what the pruned blocks before it make of ``data``, pruned by what its dense
+    layers are given then, and run once more. Any row of numbered modules whose each hands its output to
+    the next is such a row of blocks, whatever they are called; other layers are reached by running the
+    model up to them, once for each. The model is in eval mode meanwhile, without gradients, and no random
+    number is drawn.
+
+    Beside the model are held: the activations between two blocks, of all of ``data``; what blocks are given
+    beside them (masks, positions); and of one block each layer's sums, (inputs) numbers for `optx.Wanda`,
+    (inputs)^2 for `optx.SparseGPT`.
+
     Args:
-        target: a module, which is pruned in place; or, for `optx.Magnitude`, a state dict (in place too,
-            unless ``out`` is given), a safetensors file, or a folder of shards, a tensor at a time in memory.
+        target: a module; or, for `optx.Magnitude`, a state dict (in place too, unless ``out`` is given), a
+            safetensors file, or a folder of shards, a tensor at a time in memory.
         method: which weights go, and how many.
-        data: batches of inputs, for methods that need them.
-        targets: a regex over modules' names; None: all linear layers and convolutions but the head.
-        exclude: regexes over modules' names, which are left out.
-        progress: whether a terminal shows how far it is.
+        data: calibration data for methods that look at inputs: batches, each one a tensor, a dict of keyword
+            arguments or a tuple of positional ones, as the model is called. Tokens that an ``attention_mask``
+            (batch, tokens) leaves out are not counted.
+        targets: which modules, in any form that `optx.attach` takes; of a checkpoint a regex over names.
+            None: the linear layers and convolutions in the blocks of the families that optx knows; in other
+            models all but output embeddings and what is called head, classifier, score, or the like.
+        exclude: what is left out of these, in any form of ``targets``; of a checkpoint by names.
+        progress: True shows it on a terminal; or what wraps the names of blocks, as ``tqdm.tqdm`` does.
+        resume: a folder for finished blocks: killed, the same call on the same dense model goes on where it
+            stopped, to the same result.
         out: a ``.safetensors`` file or a new folder, for what is on the disk. It is written under a hidden
             name and renamed; killed, the same call goes on where it stopped.
 
     Raises:
-        OptxError: nothing is left to prune, or a weight is quantised or has inf or nan; names it.
+        TargetError: there is nothing to prune, or a layer can't be: its weight is tied to another
+            module's, or it is used without a call; names it.
+        OptxError: there is no calibration data, or a weight is quantised or has inf or nan, before
+            anything is changed; or a layer's inputs are inf or nan once what comes before it is pruned.
         ShapeError: the pattern doesn't divide a weight's inputs; names it.
+        FileError: a file is missing or damaged.
     """
-    skip = excluded(exclude)
+    if not isinstance(method, PruneMethod):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise OptxError(f"prune: method is {shown(method)}; it must be one such as optx.Wanda(0.5).")
     bar = bar_of(type(method).__name__, progress)
     if not isinstance(target, nn.Module):
-        return prune_folder(target, method, targets=targets, exclude=skip, out=out, progress=bar)
-    chosen = _layers(target, targets, skip)
-    masks = dict[str, Tensor]()
-    for path, module in chosen.items():
-        weight: Any = module.weight
-        why = without_numbers(weight)
-        if why:
-            raise OptxError(f"prune: {path + '.weight'!r} {why}")
-        method.check_shape(f"{path}.weight", as_matrix(weight, not _plain(module)).shape[1])
-        check_finite(f"{path}.weight", weight)
-    for path in bar(list(chosen)):
-        module = chosen[path]
-        own: Any = module.weight
-        matrix = as_matrix(own.detach().float(), not _plain(module))
-        kept, new = method.prune_matrix(matrix)
-        turned = (kept, new) if _plain(module) else (kept.t(), new.t())
-        masks[f"{path}.weight" if path else "weight"] = turned[0].reshape(own.shape)
+        if resume is not None or not isinstance(targets, str | None):
+            what = "resume is for models" if resume is not None else f"targets is {shown(targets)}"
+            raise OptxError(
+                f"prune: {what}; a checkpoint takes targets= as a regex, and goes on with the same out=."
+            )
+        return prune_folder(target, method, targets=targets, exclude=_named(exclude), out=out, progress=bar)
+    if out is not None:
+        raise OptxError("prune: out= is for checkpoints; a model is pruned in place.")
+    layers = layers_of(target, method, targets, exclude)
+    if method.needs_inputs:
+        batches = batches_of(target, data, type(method).__name__)
+        ledger = None if resume is None else Ledger(resume, target, method, layers, batches)
+        bits = prune_blocks(target, method, layers, batches, bar, ledger)
+    else:
+        if resume is not None:
+            raise OptxError(f"prune: {type(method).__name__} takes moments, and has nothing to resume.")
+        bits = _without_inputs(method, layers, bar)
+    masks = Masks(bits, {layer.name: layer.weight.shape for layer in layers if layer.name in bits})
+    masks.apply_(target)
+    return masks
+
+
+def _without_inputs(method: PruneMethod, layers: list[Layer], bar: Bar) -> dict[str, Tensor]:
+    known = {layer.name: layer for layer in layers}
+    bits: dict[str, Tensor] = {}
+    for name in bar(list(known)):
+        layer = known[name]
+        kept, new = pruned(layer, method)
         with torch.no_grad():
-            own.copy_(turned[1].reshape(own.shape))
-    made = Masks.from_bool(masks)
-    made.apply_(target)
-    return made
+            layer.weight.copy_(new)
+        bits[name] = pack(kept).cpu()
+    return bits
 
 
-def excluded(patterns: Sequence[str] | str) -> Callable[[str], bool]:
-    """Whether a module's name is left out.
-
-    Raises:
-        OptxError: a pattern is no regular expression.
-    """
-    every = [patterns] if isinstance(patterns, str) else list(patterns)
-    for pattern in every:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise OptxError(f"prune: exclude={pattern!r} is not a regular expression ({error}).") from None
-    return lambda path: any(re.fullmatch(pattern, path) for pattern in every)
+def _named(exclude: Targets | None) -> Callable[[str], bool]:
+    """Whether a name is left out of a checkpoint."""
+    if not exclude:
+        return lambda path: False
+    matches, nothing = matcher(exclude), nn.Module()
+    return lambda path: matches(path, nothing)
 
 
-def bar_of(title: str, shown: bool) -> Callable[[Iterable[str]], Iterable[str]]:
-    """What shows on a terminal how far it is."""
+def bar_of(title: str, shown: bool | Bar) -> Bar:
+    """What shows how far it is."""
 
     def bar(names: Iterable[str]) -> Iterable[str]:
         from rich.console import Console
@@ -101,24 +131,6 @@ def bar_of(title: str, shown: bool) -> Callable[[Iterable[str]], Iterable[str]]:
         console = Console(stderr=True)
         return track(list(names), title, console=console, transient=True, disable=not sys.stderr.isatty())
 
+    if callable(shown):
+        return shown
     return bar if shown else lambda names: names
-
-
-def _plain(module: nn.Module) -> bool:
-    return type(module).__name__ != "Conv1D"
-
-
-def _layers(model: nn.Module, targets: str | None, skip: Callable[[str], bool]) -> dict[str, nn.Module]:
-    every = {
-        path: module
-        for path, module in paths_of(model).modules.items()
-        if is_linear(module) or is_conv(module)
-    }
-    if targets is not None:
-        chosen = {path: module for path, module in every.items() if re.fullmatch(targets, path)}
-    else:
-        chosen = {path: module for path, module in every.items() if not HEADS.fullmatch(path)}
-    chosen = {path: module for path, module in chosen.items() if not skip(path)}
-    if not chosen:
-        raise OptxError(f"prune: nothing is left to prune. {near(targets or '', every)}")
-    return chosen
