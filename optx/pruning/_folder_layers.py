@@ -57,8 +57,12 @@ def matrices(
         exclude: which modules are left out.
 
     Raises:
-        OptxError: nothing is left, or a weight is quantised; names it.
+        OptxError: nothing is left, ``targets`` is no regular expression, or a weight is quantised; names it.
     """
+    try:
+        re.compile(targets or "")
+    except re.error as error:
+        raise OptxError(f"prune: targets={targets!r} is not a regular expression ({error}).") from None
     _check_plain(entries, where)
     every = [name for name in entries if name.endswith("weight")]
     known = {name.removesuffix("weight").removesuffix("."): name for name in every}
