@@ -133,7 +133,8 @@ def _check_shapes(
     names = parameter_names(wrapped.base)
     for group in wrapped.param_groups:
         rules = base_rules(wrapped.base, group)
-        of_base = frozenset(rules.slots) if rules else frozenset[str]()
+        keeps_shapes = all(t.keeps_shapes for t in wrapped.transforms if t.serves(group))
+        of_base = frozenset(rules.slots) if rules and keeps_shapes else frozenset[str]()
         members = set(map(id, group["params"]))
         for key, p in keyed.items():
             if id(p) not in members:

@@ -59,7 +59,7 @@ class Stepper:
         if closure is not None and not inside:
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad():
+        with torch.no_grad(), w.around_step():
             step = self._prepared()
             if not step.loose:
                 self.copies.clear()

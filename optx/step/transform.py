@@ -8,6 +8,7 @@ import math
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, ClassVar, Literal, Protocol
@@ -207,6 +208,10 @@ class Host(Protocol):
         """Take on what was put into the groups by hand."""
         ...
 
+    def around_step(self) -> AbstractContextManager[None]:
+        """All transforms' `Transform.around_step`."""
+        ...
+
 
 class Transform:
     """A change to what an optimizer step does to the weights.
@@ -266,9 +271,12 @@ class Transform:
             Other arguments of the constructor are read at wrap time: setting one from outside afterwards
             raises, but for properties with a setter (``opt.hft.rounds_every``).
         limits: the range of each option, both ends included.
+        keeps_shapes: whether the base's state of a weight has the weight's shape; where not, the transform
+            looks at loaded state itself (`before_load`).
     """
 
     name: ClassVar[str]
+    keeps_shapes: bool = True
     slots: Mapping[str, Slot] = {}
     options: Mapping[str, float] = {}
     limits: ClassVar[Mapping[str, tuple[float, float]]] = {}
@@ -400,6 +408,13 @@ class Transform:
 
         With a closure the first call comes before it (``optimizer.closure_pending``), and sees old gradients.
         """
+
+    def around_step(self, optimizer: Host) -> AbstractContextManager[None]:
+        """Entered once a step's gradients are there, left when it is over, skipped or undone too.
+
+        Inside, ``p.grad`` and what the groups hold may be others than before and after.
+        """
+        return nullcontext()
 
     def groups_changed(self, optimizer: Host) -> None:
         """Called after param groups came, by ``add_param_group`` or by hand, or parameters were replaced."""

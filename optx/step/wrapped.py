@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from operator import is_
 from typing import Any, cast
 
@@ -241,7 +242,18 @@ class Wrapped(Optimizer):
             group 0: foreach (1 tensor, 2 numbers, 2 passes): PerpGrad(rescale=True) -> RAdam
                 not fused: RAdam has no fused form (SGD, Adam and AdamW have)
         """
-        return self._stepper.paths.plan()
+        with torch.no_grad(), self.around_step():
+            return self._stepper.paths.plan()
+
+    def around_step(self) -> AbstractContextManager[None]:
+        """What the transforms put in the place of gradients and parameters during a step."""
+        own = [t for t in self.transforms if type(t).around_step is not Transform.around_step]
+        if not own:
+            return nullcontext()
+        with ExitStack() as stack:
+            for transform in own:
+                stack.enter_context(transform.around_step(self))
+            return stack.pop_all()
 
     def settings(self) -> tuple[str, ...]:
         """The arguments of `wrap` that are not its defaults, as they are written."""
