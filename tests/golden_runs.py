@@ -44,6 +44,10 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "LoRA": {"LoRA": {}, "rsLoRA": {"rslora": True}, "DoRA": {"dora": True}, "embedding": {}},
     "ParallelAdapter": {"": {}, "as BERT": {"init": "bert"}},
     "MESA": {"": {"beta": 0.8, "start_epoch": 2}},
+    "SaRA": {
+        "": {"fraction": 0.3, "reselect_at": 8},
+        "compact": {"fraction": 0.3, "reselect_at": 8, "compact": True, "reset_state_on_reselect": True},
+    },
     "SAF": {
         "": {"num_samples": 44, "start_epoch": 3},
         "top-k": {"num_samples": 44, "start_epoch": 3, "top_k": 5},

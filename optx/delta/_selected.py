@@ -30,11 +30,13 @@ class Trained:
         weight: the tensor.
         selected: the entries that are trained; None: all may have changed.
         threshold: in the base, whatever was selected is below it in size.
+        all_below: whether everything below it is still selected.
     """
 
     weight: Tensor
     selected: Tensor | None = None
     threshold: float = 0.0
+    all_below: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,13 +112,23 @@ def _check_rest(who: str, name: str, old: Tensor, new: Tensor, trained: Trained)
     size = old.abs()
     within = (size if size.dtype == torch.float64 else size.float()) < trained.threshold
     same = (old == new) | (old.isnan() & new.isnan())
-    wrong = int(((~within) & (~same | trained.selected.cpu())).sum())
+    selected = trained.selected.cpu()
+    wrong = int((~within & (~same | selected)).sum())
+    if wrong == 0 and trained.all_below:
+        lost = int((within & ~selected).sum())
+        if lost:
+            raise OptxError(
+                f"{who}: {lost:,} entries of {name!r} are below {trained.threshold:g} in the base and were "
+                f"not selected, so the selection was made of weights that had been trained. {_OWN}"
+            )
     if wrong:
         raise OptxError(
             f"{who}: this is not the base that was trained from: {wrong:,} entries of {name!r} differ, or "
-            f"are trained, that are not below {trained.threshold:g} in it. Where the optimizer was made from "
-            "weights that were trained before, load its own checkpoint, which has the base's selection."
+            f"are trained, that are not below {trained.threshold:g} in it. {_OWN}"
         )
+
+
+_OWN = "A resumed run has to load its optimizer's checkpoint, which has the base's selection."
 
 
 def _exact(old: Tensor, new: Tensor) -> _Kept | None:

@@ -124,13 +124,10 @@ class CompactStep:
             vector = self._vectors[p] = nn.Parameter(p.detach().new_empty(0), requires_grad=p.requires_grad)
         vector.requires_grad_(p.requires_grad)
         _, mask = self._mask_of(p)
-        if p.grad is not None and p.grad.layout == torch.strided:
-            self.gather(p)  # one that was set by hand, or came where no hook was
+        if p.grad is not None:
+            g: Any = p.grad
             vector.data = p.detach()[mask()]
-            vector.grad = p.grad.kept  # type: ignore[attr-defined]
-        elif p.grad is not None:
-            vector.data = p.detach()[mask()]
-            vector.grad = p.grad.to_dense()[mask()]
+            vector.grad = g.kept if isinstance(g, CompactGradient) else g.to_dense()[mask()]
         swapped.append((p, vector, mask))
         return vector
 

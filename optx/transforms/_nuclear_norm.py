@@ -15,6 +15,7 @@ from torch import Tensor
 from optx._errors import OptxError, TransformError
 from optx._names import parameter_names, placed_like, whole
 from optx.step.transform import Group, Host
+from optx.transforms._frozen_half import is_rehearsal
 
 LEAST_SIDE = 65  # rows and columns of a matrix that is pulled: "min(shape) > 64"
 LEAST_SELECTED = 101  # entries: "more than 100"
@@ -79,7 +80,7 @@ class Pull:
             for p in group["params"]
             if _served(p) and p.grad is not None
         ]
-        if not candidates:
+        if not candidates or is_rehearsal(optimizer):
             return
         p, strength = choice(sara.seed, sara.steps, candidates)
         mask = self._mask_of(p)

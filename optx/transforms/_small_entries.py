@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -38,7 +37,7 @@ def ones(kept: Tensor, p: Tensor) -> int:
 
 
 def threshold_of_share(weights: Sequence[Tensor], share: float) -> float:
-    """The least float32 that so many of all entries are below: the share's own number, and what ties with it.
+    """The least float32 that so many of all entries are below, to the nearest whole number, and their ties.
 
     Two counts of the sizes' bits, one tensor at a time: nothing is sorted, and it is exact.
 
@@ -46,7 +45,7 @@ def threshold_of_share(weights: Sequence[Tensor], share: float) -> float:
         weights: any shapes and float dtypes, with at least one entry in all.
         share: above 0, at most 1.
     """
-    wanted = max(1, int(Fraction(str(float(share))) * sum(p.numel() for p in weights)))
+    wanted = max(1, round(share * sum(p.numel() for p in weights)))
     high = torch.zeros(1 << (31 - _LOW), dtype=torch.int64)
     for p in weights:
         high += torch.bincount(_codes(p) >> _LOW, minlength=high.numel()).cpu()

@@ -19,6 +19,7 @@ from optx._rules import rule
 from optx.ops import where
 from optx.step.base_step import has_modes
 from optx.step.transform import Host, Moments, Slot, Transform, like_weight, wrapped_by
+from optx.transforms._compact_gradient import CompactGradient
 from optx.transforms._compact_step import CompactStep
 from optx.transforms._frozen_half import FirstState, is_rehearsal
 from optx.transforms._nuclear_norm import Pull
@@ -74,22 +75,25 @@ class SaRA(Transform):
         ``sara=False`` leaves a param group out: all of it is trained, as without SaRA.
 
     Paper values:
-        ``threshold=2e-3``: Stable Diffusion 1.5, with lr 5e-4, weight decay 0.01 and ``rank_weight=5e-4``;
-            ``reselect_at`` half of the run's steps.
-        ``threshold=8e-4``, ``threshold=2e-4``: fewer; lr 7.6e-4 and 9.3e-4, by 1e-3 exp(-350 threshold).
+        ``threshold=2e-3, rank_weight=5e-4, reselect_at=2500``: Stable Diffusion 1.5, over 5000 steps at lr
+            5e-4 with weight decay 0.01.
+        ``threshold=8e-4``, ``threshold=2e-4``: fewer entries; lr 7.6e-4 and 9.3e-4, by 1e-3 exp(-350
+            threshold).
         ``fraction=0.1`` to ``fraction=0.2``: the share that other models have below such thresholds.
 
     Limits: The gradient is masked before the base's step and the weights after it, so any base serves; not
     those that move weights outside of ``step`` (schedulefree). Dense, ``p.grad`` and the base's state have
     all entries, and clipping counts them. With ``compact=True``: SGD, Adam or AdamW, alone, no sharded
-    weights; ``p.grad`` is gathered in the backward pass, is 0 elsewhere to whoever reads it, and clipping counts the
-    selected entries only; of AdamW's state there are 8 bytes a selected entry (float32), and a bit an entry.
-    Under DDP the buckets still hold whole gradients. Checkpoints of the two forms don't load into each other.
+    weights; ``p.grad`` is gathered in the backward pass, is 0 elsewhere to whoever reads it, and clipping
+    counts the selected entries only; of AdamW's state there are 8 bytes a selected entry (float32), and a
+    bit an entry. Under DDP the buckets still hold whole gradients. Checkpoints of the two forms don't load
+    into each other.
 
     Keywords: sparse fine-tuning, parameter-efficient, mask, diffusion, pruning, magnitude, nuclear norm,
     progressive, memory, unstructural backpropagation.
 
-    Evidence: ``optx run sara``; ``test_sara.py``, ``test_sara_compact.py``.
+    Evidence: ``test_sara.py``, ``test_sara_compact.py``, ``test_sara_rank.py``, ``test_sara_delta.py``; no
+    recipe.
 
     Raises:
         OptxError: an argument out of range, or not exactly one of ``threshold`` and ``fraction``.
@@ -233,8 +237,9 @@ class SaRA(Transform):
             A delta that gives these weights bit for bit when applied to the base, and raises on another.
 
         Raises:
-            OptxError: a parameter has no name, or the base is not the one that was trained from: it differs
-                where nothing is selected, or is not below the threshold where something is.
+            OptxError: a parameter has no name; or the base is not the one that was trained from: it differs
+                where nothing was selected, or the selection is not what is below the threshold in it (that of
+                a run that was resumed without its optimizer's checkpoint).
             ShapeError: it has a tensor in another shape.
 
         Example:
@@ -264,7 +269,8 @@ class SaRA(Transform):
                 if names[id(p)].startswith("param_groups["):
                     raise OptxError(f"SaRA: delta() finds no name for {names[id(p)]} in model.")
                 mask = whole(self._mask(p)) if p in served else None
-                tensors[names[id(p)]] = Trained(whole(p.detach()), mask, self._known_threshold())
+                known = self._known_threshold(), not self._reselected
+                tensors[names[id(p)]] = Trained(whole(p.detach()), mask, *known)
         return selected_delta("SaRA.delta", base, tensors)
 
     # ---- the optimizer's side ----------------------------------------------------------------------
@@ -314,8 +320,10 @@ class SaRA(Transform):
         if not self._watching:
             self._watch(optimizer)
         self._pull.give_back()
-        if not is_rehearsal(optimizer):
-            self._pull.add(self, optimizer)
+        if self._compact is not None:
+            for p in optimizer.served(self):
+                self._compact.gather(p)  # what was set by hand, or came where no hook was
+        self._pull.add(self, optimizer)
 
     @contextmanager
     def around_step(self, optimizer: Host) -> Generator[None]:
@@ -362,6 +370,8 @@ class SaRA(Transform):
             for p in optimizer.served(self):
                 if p.requires_grad:
                     self._compact.spread(optimizer, p)
+                if isinstance(p.grad, CompactGradient):
+                    p.grad = p.grad.dense()
 
     def group_numbers(self) -> dict[str, float | int | bool]:
         """Steps, threshold, seed, whether there was a re-selection, and the form of the state."""
