@@ -14,6 +14,7 @@ from optx._masks import Masks
 from optx.delta._checkpoint_output import plan_of, write_checkpoint
 from optx.delta._checkpoint_source import Files, Source, open_source
 from optx.delta._float32_sums import wide
+from optx.inject._injection import Targets
 from optx.pruning._folder_layers import Matrix, matrices
 from optx.pruning._method import PruneMethod, check_finite
 
@@ -23,7 +24,7 @@ def prune_folder(
     method: PruneMethod,
     *,
     targets: str | None,
-    exclude: Callable[[str], bool],
+    exclude: Targets | None,
     out: str | PathLike[str] | None,
     progress: Callable[[Iterable[str]], Iterable[str]] = lambda names: names,
 ) -> Masks:
@@ -33,7 +34,7 @@ def prune_folder(
         target: a state dict, a safetensors file, or a folder of shards.
         method: one that needs no inputs.
         targets: a regex over modules' names; None: the linear layers and convolutions of numbered blocks.
-        exclude: which modules are left out.
+        exclude: which modules are left out, by names, in any form that `optx.attach` takes.
         out: where the result is written to; None: into the state dict's own tensors.
         progress: wraps the names of what is pruned or written.
 

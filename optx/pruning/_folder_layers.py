@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from optx._errors import OptxError, near, warn
+from torch import nn
+
+from optx._errors import OptxError, near
 from optx._quantised_entries import quantised
 from optx._safetensors import Entry
+from optx.inject._injection import Targets
+from optx.pruning._prune_layers import without
 
 _BLOCK = re.compile(r"(?:^|\.)\d+\.")
 _NO_LAYER = re.compile(
-    r"(?:.*\.)?(?:\w*embed\w*|wte|wpe|shared|lm_head|classifier|score|qa_outputs|relative_attention_bias)"
-    r"(?:\..*)?"
+    r"(?:.*\.)?(?:\w*embed\w*|wte|wpe|shared|lm_head|classifier|score|qa_outputs|relative_attention_bias|"
+    r"gate|router|shared_expert_gate)(?:\..*)?"
 )
-"""Embeddings, heads, and tables of positions, by the names that transformers' models give them."""
+"""Embeddings, heads, tables of positions and routers, by the names that transformers' models give them."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ def matrices(
     entries: Mapping[str, Entry],
     where: str,
     targets: str | None,
-    exclude: Callable[[str], bool],
+    exclude: Targets | None,
 ) -> dict[str, Matrix]:
     """The tensors to prune by name, with how they are matrices.
 
@@ -54,27 +58,28 @@ def matrices(
         entries: of the checkpoint.
         where: what it is, for messages.
         targets: a regex over names of modules, which are the tensors' without ``.weight``.
-        exclude: which modules are left out.
+        exclude: which modules are left out, by names.
 
     Raises:
-        OptxError: nothing is left, ``targets`` is no regular expression, or a weight is quantised; names it.
+        OptxError: nothing is left, experts are in one tensor, ``targets`` is no regular expression, or a
+            weight is quantised; names it.
     """
     try:
         re.compile(targets or "")
     except re.error as error:
         raise OptxError(f"prune: targets={targets!r} is not a regular expression ({error}).") from None
     _check_plain(entries, where)
+    if targets is None:
+        _check_no_stacks(entries, where)
     every = [name for name in entries if name.endswith("weight")]
     known = {name.removesuffix("weight").removesuffix("."): name for name in every}
     if targets is not None:
         chosen = {path: name for path, name in known.items() if re.fullmatch(targets, path)}
     else:
         chosen = {p: n for p, n in known.items() if _BLOCK.search(n) and not _NO_LAYER.fullmatch(p)}
-    left = [
-        name
-        for path, name in chosen.items()
-        if not exclude(path) and len(entries[name].shape) >= 2 and entries[name].numel
-    ]
+    chosen = {p: n for p, n in chosen.items() if len(entries[n].shape) >= 2 and entries[n].numel}
+    by_name = {path: nn.Module() for path in chosen}
+    left = [chosen[path] for path in (without(by_name, exclude) if exclude else chosen)]
     if not left:
         paths = [path for path, name in known.items() if len(entries[name].shape) >= 2]
         what = f"that matches {targets!r}" if targets else "in numbered blocks (layers.0, ...)"
@@ -82,8 +87,6 @@ def matrices(
             f"prune: {where} has no matrix {what}, but for what exclude= has; give targets=, a regex over "
             f"modules' names. {near(targets or 'layer', paths)}"
         )
-    if targets is None:
-        _warn_of_experts(entries)
     turned = _transposed(entries, left)
     return {name: Matrix(entries[name].shape, name in turned) for name in left}
 
@@ -98,12 +101,12 @@ def _check_plain(entries: Mapping[str, Entry], where: str) -> None:
             )
 
 
-def _warn_of_experts(entries: Mapping[str, Entry]) -> None:
+def _check_no_stacks(entries: Mapping[str, Entry], where: str) -> None:
     found = [n for n, e in entries.items() if len(e.shape) == 3 and n.endswith("_proj") and _BLOCK.search(n)]
     if found:
-        warn(
-            f"prune: {len(found)} stacks of experts in one tensor, as {found[0]!r}, are left whole: names "
-            "and shapes don't tell which of their axes run over inputs."
+        raise OptxError(
+            f"prune: {found[0]!r} in {where} is a stack of experts in one tensor ({len(found)} in all), "
+            "which is not pruned; pass targets= to say that the rest is meant."
         )
 
 

@@ -14,7 +14,6 @@ from optx._errors import OptxError, shown
 from optx._mask_bits import pack
 from optx._masks import Masks
 from optx.inject._injection import Targets
-from optx.inject._targets import matcher
 from optx.pruning._blocks import prune_blocks, pruned
 from optx.pruning._blocks_resume import Ledger
 from optx.pruning._calibration import batches_of
@@ -84,7 +83,7 @@ def prune(
             raise OptxError(
                 f"prune: {what}; a checkpoint takes targets= as a regex, and goes on with the same out=."
             )
-        return prune_folder(target, method, targets=targets, exclude=_named(exclude), out=out, progress=bar)
+        return prune_folder(target, method, targets=targets, exclude=exclude, out=out, progress=bar)
     if out is not None:
         raise OptxError("prune: out= is for checkpoints; a model is pruned in place.")
     layers = layers_of(target, method, targets, exclude)
@@ -111,14 +110,6 @@ def _without_inputs(method: PruneMethod, layers: list[Layer], bar: Bar) -> dict[
             layer.weight.copy_(new)
         bits[name] = pack(kept).cpu()
     return bits
-
-
-def _named(exclude: Targets | None) -> Callable[[str], bool]:
-    """Whether a name is left out of a checkpoint."""
-    if not exclude:
-        return lambda path: False
-    matches, nothing = matcher(exclude), nn.Module()
-    return lambda path: matches(path, nothing)
 
 
 def bar_of(title: str, shown: bool | Bar) -> Bar:

@@ -113,7 +113,7 @@ def layers_of(
     every = {path: one for path, one in modules.items() if is_linear(one) or is_conv(one)}
     chosen = _by_default(model, modules, every) if targets is None else _named(model, modules, every, targets)
     if exclude:
-        chosen = _without(chosen, exclude)
+        chosen = without(chosen, exclude)
     if method.needs_inputs:
         chosen = _called(model, modules, chosen, named=targets is not None)
     layers = [Layer(path, module) for path, module in chosen.items()]
@@ -196,7 +196,12 @@ def _named(
     return found
 
 
-def _without(chosen: Mapping[str, nn.Module], exclude: Targets) -> dict[str, nn.Module]:
+def without(chosen: Mapping[str, nn.Module], exclude: Targets) -> dict[str, nn.Module]:
+    """What is left of modules by name.
+
+    Raises:
+        TargetError: that is nothing, or all: what ``exclude`` was meant for would be pruned in silence.
+    """
     check_each_matches(exclude, list(chosen.items()), "prune: exclude")
     matches = matcher(exclude)
     left = {path: module for path, module in chosen.items() if not matches(path, module)}

@@ -32,6 +32,7 @@ OPERATIONS: dict[str, str] = {
     "merge a delta": "optx.merge('base', [Delta.load('delta.safetensors')], optx.TaskArithmetic(), out)",
     "a searched merge": "searched(out)",
     "a patch": "patched(out)",
+    "a pruning": "optx.prune('base', optx.Magnitude(0.5), targets='.*', out=out)",
     "command": "typed(['delta', 'dare', 'base', 'tuned', out])",
     "command, overwriting": "typed(['delta', 'dare', 'base', 'tuned', out, '--overwrite'])",
 }
