@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from optx._errors import OptxError
-from optx.inject import _peft_write
+from optx.inject import _folder, _peft_write
 from optx.inject._handle import Handle
 from optx.inject._low_rank import LowRank
 from optx.inject._peft_match import paths_of
+from optx.inject._perp_export import Twin, as_lora
+from optx.inject._perp_handle import PerpHandle
 from optx.inject._served import Served
+from optx.inject._watch import check_there
 from optx.inject._weights import is_conv
 from optx.inject.lora import LoRA
 
@@ -30,13 +33,13 @@ class LowRankChange(Protocol):
 
 
 def export_lora(handle: Handle, path: str | PathLike[str]) -> None:
-    """Write SVFit or FLoRA as a LoRA folder, which PEFT, vLLM and others read and optx does too.
+    """Write SVFit, FLoRA, or Perp with plain LoRA, as a LoRA folder, which PEFT, vLLM, others and optx read.
 
     What is written is the change of each weight as B A; trained further as a LoRA, it is another method. It
     cannot be loaded back as what it was: `Handle.save` is for that.
 
     Args:
-        handle: of SVFit or FLoRA, on linear modules, embeddings, or convolutions without groups.
+        handle: of SVFit or FLoRA, on linear modules, embeddings, or convolutions without groups; or of Perp.
         path: the folder, which is written as `Handle.save` writes it.
 
     Raises:
@@ -54,15 +57,16 @@ def export_lora(handle: Handle, path: str | PathLike[str]) -> None:
     """
     if handle.removed:
         raise OptxError("export_lora: this handle has been removed from its model. Attach again.")
-    twin = _as_lora_handle(handle)
+    check_there(handle.model, [*handle.served, *handle.saved], "export_lora")
+    twin = as_lora(handle) if isinstance(handle, PerpHandle) else _as_lora_handle(handle)
     config = _peft_write.config_of(twin)
     if isinstance(config, str):
         raise OptxError(f"export_lora: PEFT can't read this adapter, as {config}.")
-    twin.save(path)
+    _folder.save(twin, path)
 
 
-def _as_lora_handle(handle: Handle) -> Handle:
-    """A handle of the LoRA that does the same, with parts that are not installed on the model."""
+def _as_lora_handle(handle: Handle) -> Twin:
+    """The LoRA that does the same, with parts that are not installed on the model."""
     plain = paths_of(handle.model).plain
     changes = {plain[one.path]: _change(one) for one in handle.served}
     ranks = {path: len(A) for path, (A, _) in changes.items()}
@@ -78,7 +82,7 @@ def _as_lora_handle(handle: Handle) -> Handle:
             part.A.copy_(A.view_as(part.A))
             part.B.copy_(B.view_as(part.B))
             served.append(Served(one.path, one.module, part, lora, lora.name))
-    return Handle(handle.model, lora, served, handle.saved)
+    return Twin(handle.model, lora, served, handle.saved)
 
 
 def _change(one: Served) -> tuple[Tensor, Tensor]:

@@ -111,7 +111,7 @@ class UnderMask(Part, Masked):
                 "weight": summed(W, original_or(module, W), self.A, self.B, self.mask, self._shape(module))
             }
             if self.bias is not None:
-                new["bias"] = _shifted(module.bias, self.bias)
+                new["bias"] = shifted(module.bias, self.bias)
             return new
 
         return called_with(make, call, module, args, kwargs)
@@ -125,7 +125,7 @@ class UnderMask(Part, Masked):
         return self.known and not any(part.overrides("around") and part.active for part in others)
 
     def _computed(self, module: Any, x: Tensor) -> Tensor:
-        bias = module.bias if self.bias is None else _shifted(module.bias, self.bias)
+        bias = module.bias if self.bias is None else shifted(module.bias, self.bias)
         shape = self._shape(module)
         if shape.groups and (isinstance(module.padding, str) or module.padding_mode != "zeros"):
             mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
@@ -168,7 +168,7 @@ def original_or(module: nn.Module, weight: Tensor) -> Tensor:
     return original(module, "weight") if container is not None and container.originals else weight
 
 
-def _shifted(tensor: Tensor, by: Tensor) -> Tensor:
+def shifted(tensor: Tensor, by: Tensor) -> Tensor:
     """A parameter and its shift in the precision of sums, rounded once to the parameter's own."""
     return (in_sum_precision(tensor) + by).to(tensor.dtype)
 
@@ -227,7 +227,7 @@ class Shift(Part):
         """The module's call, in which these names mean sums."""
 
         def make() -> dict[str, Tensor]:
-            return {name: _shifted(getattr(module, name), by) for name, by in self.named_parameters()}
+            return {name: shifted(getattr(module, name), by) for name, by in self.named_parameters()}
 
         return called_with(make, call, module, args, kwargs)
 

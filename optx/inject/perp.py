@@ -5,13 +5,23 @@ Source: PERP, arXiv 2312.15230. What each part computes is in ``_perp_parts.py``
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from optx._errors import FileError, OptxError, TargetError, check_choice, check_range, check_whole, near
+from optx._errors import (
+    FileError,
+    OptxError,
+    TargetError,
+    check_choice,
+    check_range,
+    check_whole,
+    near,
+    warn,
+)
 from optx._masks import Masks
 from optx.inject._computes import derived, weight_of
 from optx.inject._injection import Injection, Site
@@ -21,9 +31,9 @@ from optx.inject._part import RESERVED, Part
 from optx.inject._perp_handle import PerpHandle
 from optx.inject._perp_norms import is_norm
 from optx.inject._perp_parts import MaskedConvLoRA, MaskedLinearLoRA, Shift, UnderMask
+from optx.inject._perp_places import acts, found_bits, given_bits, has_bias, head_of, masked_parameters
 from optx.inject._quantised import kind_of
 from optx.inject._served import Served
-from optx.inject._targets import check_servable
 from optx.inject._trained_whole import Saved
 from optx.inject._weights import is_conv, is_linear, shape_of
 from optx.inject.bitfit import BiasShift
@@ -78,12 +88,13 @@ class Perp(Injection):
     Limits: B A is made at every call of a module and once more in backward, an array of the weight's size for
         that time; nothing of that size is kept in between, but by ``torch.compile``, if its partition of the
         graph says so. Weights that are codes (bitsandbytes, torchao) take ``adapter="lora"`` alone. Under
-        FSDP2 masks are whole on each process.
+        FSDP2 masks are whole on each process. What BatchNorm has counted in training stays after
+        ``remove()``.
 
     Keywords: pruning, pruned, sparse, sparsity, retraining, MaskLoRA, ScaleLoRA, LoRA-Prune, PERP, recovery,
         BIAS, LayerNorm tuning, 2:4.
 
-    Evidence: ``test_perp.py``.
+    Evidence: ``test_perp.py``, ``test_perp_masks.py``, ``test_perp_models.py``.
 
     Raises:
         OptxError: an option out of range.
@@ -121,7 +132,8 @@ class Perp(Injection):
 
     def __post_init__(self) -> None:
         for option in ("bias", "norm", "equal_start"):
-            check_choice("Perp", option, getattr(self, option), (True, False))
+            if not isinstance(getattr(self, option), bool):
+                raise OptxError(f"Perp: {option} is {getattr(self, option)!r}; it must be True or False.")
         if not isinstance(self.head, bool | str) or self.head == "":  # pyright: ignore[reportUnnecessaryIsInstance]
             raise OptxError(f"Perp: head is {self.head!r}; it must be True, False or a module's path.")
         check_choice("Perp", "adapter", self.adapter, ("none", "mask", "scale", "lora", "lora_prune"))
@@ -162,19 +174,35 @@ class Perp(Injection):
 
     def places(self, model: nn.Module) -> Collection[str]:
         """All that the options name and that acts when something is attached to it."""
+        head = head_of(model, self.head)
+        self._masked(model)
         modules = {
             path: module
             for path, module in model.named_modules()
-            if path and RESERVED not in path.split(".") and path != self.head_of(model)
+            if path not in ("", head) and RESERVED not in path.split(".")
         }
-        pruned = self._bits({path: m for path, m in modules.items() if is_linear(m) or is_conv(m)}, model)
+        with warnings.catch_warnings():  # of layers that are 0 throughout: `parts` says it
+            warnings.simplefilter("ignore")
+            pruned = self._bits({path: m for path, m in modules.items() if is_linear(m) or is_conv(m)})
         found = [path for path, module in modules.items() if path in pruned or self._trains(module)]
-        found = [path for path in found if _acts(Site(path, modules[path]), model)]
+        found = [path for path in found if acts(Site(path, modules[path]), model)]
+        self._tell_left(found)
         if not found and not self.head:
             raise TargetError(
                 f"attach: {self} leaves no trainable parameter in this {type(model).__name__}{self._why()}."
             )
-        return found or [str(self.head_of(model))]
+        return found or [head]
+
+    def _tell_left(self, found: Sequence[str]) -> None:
+        """Warn of masks whose weights get no adapter, as those of embeddings."""
+        served = {bare_path(f"{path}.weight") for path in found}
+        matrices = [name for name in self.masks or () if self.masks is not None and self.masks[name].ndim > 1]
+        left = [name for name in matrices if name not in served]
+        if left and self.adapter != "none":
+            warn(
+                f"attach: Perp has no adapter for {len(left)} of the masked weights, which stay as they are: "
+                f"{', '.join(map(repr, left[:3]))}{', ...' if len(left) > 3 else ''}."
+            )
 
     def _why(self) -> str:
         asked = [what for what, on in (("bias", self.bias), ("norm", self.norm)) if on]
@@ -182,53 +210,17 @@ class Perp(Injection):
 
     def _trains(self, module: nn.Module) -> bool:
         """Whether there is a bias or norm in it to train."""
-        return (self.norm and is_norm(module)) or (self.bias and _has_bias(module))
-
-    def head_of(self, model: nn.Module) -> str:
-        """The path of the head, empty if there is none to serve.
-
-        Raises:
-            TargetError: it is asked for and not found.
-        """
-        if not self.head:
-            return ""
-        modules = {path: module for path, module in model.named_modules() if path}
-        if isinstance(self.head, str):
-            path = paths_of(model).here.get(self.head, "")
-            if not path:
-                raise TargetError(
-                    f"attach: Perp's head={self.head!r} is no module. {near(self.head, modules)}"
-                )
-            return path
-        found = getattr(model, "get_output_embeddings", lambda: None)()
-        path = next((path for path, module in modules.items() if module is found), "")
-        if not path:
-            raise TargetError(
-                f"attach: Perp has head=True, and this {type(model).__name__} says of no module that it is "
-                "its output head. Name it by its path: head='lm_head'."
-            )
-        return path
+        return (self.norm and is_norm(module)) or (self.bias and has_bias(module))
 
     # ---- what -------------------------------------------------------------------------------------------
 
-    def _bits(self, modules: Mapping[str, nn.Module], model: nn.Module | None = None) -> dict[str, Tensor]:
+    def _bits(self, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         """The packed masks of what has an adapter, by module."""
         if self.adapter == "none" or not modules:
             return {}
-        names = {path: bare_path(f"{path}.weight") for path in modules}
-        if self.masks is not None:
-            given = self.masks
-            assert isinstance(given, Masks)
-            return {path: given.packed(name) for path, name in names.items() if name in given}
-        weights = {names[path]: weight_of(module, path) for path, module in modules.items()}
-        try:
-            found = Masks.of(weights)
-        except OptxError as error:
-            raise TargetError(
-                f"attach: Perp's adapter={self.adapter!r} is for pruned weights, and no masks are given "
-                f"({error})"
-            ) from None
-        return {path: found.packed(name) for path, name in names.items() if name in found}
+        if isinstance(self.masks, Masks):
+            return given_bits(self.masks, modules)
+        return found_bits(modules, f"Perp's adapter={self.adapter!r}")
 
     def parts(self, sites: Sequence[Site]) -> list[Part]:
         """One per site: an adapter, a norm's shift or a bias's."""
@@ -253,9 +245,16 @@ class Perp(Injection):
             names = tuple(name for name in names if isinstance(getattr(module, name, None), nn.Parameter))
             if names:
                 return Shift(module, names)
-        if self.bias and _has_bias(module):
+        if self.bias and has_bias(module):
             return BiasShift(module) if adds_bias(module) else Shift(module, ("bias",))
-        raise TargetError(
+        if self.head and is_linear(
+            module
+        ):  # nothing else is served; `companions` sees to it that it is the head
+            return self._head_lora().part(module, path)
+        raise self._not_served(module, path)
+
+    def _not_served(self, module: nn.Module, path: str) -> TargetError:
+        return TargetError(
             f"attach: {self} serves {self.serves}; {path!r}, a {type(module).__name__}, is not one, or its "
             "options leave it out."
         )
@@ -299,17 +298,40 @@ class Perp(Injection):
         bias = "lora_only" if biased else "none"
         return LoRA(rank=self.rank, alpha=self.alpha, dropout=self.dropout, bias=bias)
 
+    def _masked(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The model's parameters that have a mask; raises if one is of another model."""
+        return masked_parameters(self.masks, model) if isinstance(self.masks, Masks) else {}
+
     def companions(self, model: nn.Module, sites: Sequence[Site]) -> list[tuple[Injection, list[Site]]]:
         """The head's LoRA; and whether masks are this model's."""
-        if isinstance(self.masks, Masks):
-            self.masks.parameters_of(model)
-        path = self.head_of(model)
+        masked = self._masked(model)
+        for site in sites:
+            for name, p in site.module.named_parameters(recurse=False):
+                if any(p is one for one in masked.values()) and (name == "bias" or is_norm(site.module)):
+                    raise TargetError(
+                        f"attach: masks have '{site.path}.{name}', a bias or norm, which Perp trains without "
+                        "one. Pass masks of matrices alone, or leave that module out by exclude=."
+                    )
+        path = head_of(model, self.head)
         if not path:
             return []
         module = model.get_submodule(path)
-        if any(site.path == path for site in sites):
+        linear = {site.path: site.module for site in sites if is_linear(site.module)}
+        others = {at: m for at, m in linear.items() if at not in self._bits(linear) and not self._trains(m)}
+        for at, other in others.items():
+            if at != path:
+                raise self._not_served(other, at)
+        if any(site.path == path for site in sites) and path not in others:
             raise TargetError(f"attach: Perp's head {path!r} is a target too. Leave it out of targets.")
-        return [(replace(self._lora(self.bias), dropout=0.0), [Site(path, module)])]
+        if any(module.weight is one for one in masked.values()):
+            raise TargetError(
+                f"attach: Perp's head {path!r} is pruned, and a LoRA would fill it in. Leave head= out: with "
+                "an adapter it is served as the other pruned modules are."
+            )
+        return [] if any(site.path == path for site in sites) else [(self._head_lora(), [Site(path, module)])]
+
+    def _head_lora(self) -> LoRA:
+        return replace(self._lora(self.bias), dropout=0.0)
 
     # ---- handle and files -------------------------------------------------------------------------------
 
@@ -336,16 +358,3 @@ class Perp(Injection):
             return replace(self, masks=Masks(bits, shapes))
         except OptxError as error:
             raise FileError(f"load: the masks of the file are of another model ({error})") from None
-
-
-def _has_bias(module: nn.Module) -> bool:
-    bias = module._parameters.get("bias")  # pyright: ignore[reportPrivateUsage]
-    return bias is not None and bias.is_floating_point()
-
-
-def _acts(site: Site, model: nn.Module) -> bool:
-    try:
-        check_servable(site, model)
-    except TargetError:
-        return False
-    return True

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import sharded_adapters
 import torch
-from injections import ROWS, Row, bert, llama, run
+from injections import ROWS, Row, bert, llama, pruned_bert, run
 from processes import on_two_processes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -162,7 +162,7 @@ def _train(call: Any, handle: optx.Handle, rank: int | None) -> dict[str, Tensor
     return {key: t.clone() for key, t in handle.state_dict().items()}
 
 
-LABELS = [row.label for row in ROWS if row.model is bert]
+LABELS = [row.label for row in ROWS if row.model in (bert, pruned_bert)]
 
 
 def _ddp(rank: int) -> None:
@@ -182,7 +182,11 @@ def _ddp(rank: int) -> None:
 def _fsdp(rank: int) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    row = BY_LABEL["LoRA, BERT"]
+    for label in ("LoRA, BERT", "Perp"):
+        _sharded(BY_LABEL[label], rank, fully_shard)
+
+
+def _sharded(row: Row, rank: int, fully_shard: Any) -> None:
     alone, handle = row.attached()
     optx.trainable_only(alone, handle)
     wanted = _train(alone, handle, None)
