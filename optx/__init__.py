@@ -13,6 +13,7 @@
             MuReadout  MuAttention                            factors of width
             Perp  PerpHandle                                  what a pruned model is retrained by
             STN  HParams  hp  SelfTuning                      hyperparameters tuned in the same run
+            WindowPrune  WindowBlock  WindowHandle            computes only the windows that need it
             trainable_only                                    freeze all but what was attached
             set_adapter                                       which of several act, by name
             export_lora  fold_prefix                          what remains to do after the training
@@ -102,6 +103,9 @@ from optx.inject._perp_handle import PerpHandle as PerpHandle
 from optx.inject._report import Report as Report
 from optx.inject._self_tuning import SelfTuning as SelfTuning
 from optx.inject._switch import set_adapter as set_adapter
+from optx.inject._window_block import WindowBlock as WindowBlock
+from optx.inject._window_cost import WindowCost as WindowCost
+from optx.inject._window_handle import WindowHandle as WindowHandle
 from optx.inject.adapters import ParallelAdapter as ParallelAdapter
 from optx.inject.adapters import ScaledParallelAdapter as ScaledParallelAdapter
 from optx.inject.adapters import SequentialAdapter as SequentialAdapter
@@ -118,6 +122,7 @@ from optx.inject.perp import Perp as Perp
 from optx.inject.prefix import PrefixTuning as PrefixTuning
 from optx.inject.stn import STN as STN
 from optx.inject.svfit import SVFit as SVFit
+from optx.inject.window_prune import WindowPrune as WindowPrune
 from optx.pruning._prune import prune as prune
 from optx.pruning.magnitude import Magnitude as Magnitude
 from optx.pruning.sparsegpt import SparseGPT as SparseGPT
