@@ -14,6 +14,7 @@
             Perp  PerpHandle                                  what a pruned model is retrained by
             STN  HParams  hp  SelfTuning                      hyperparameters tuned in the same run
             WindowPrune  WindowBlock  WindowHandle            computes only the windows that need it
+            FTWT  FilterPruning                               filters picked for each sample
             trainable_only                                    freeze all but what was attached
             set_adapter                                       which of several act, by name
             export_lora  fold_prefix                          what remains to do after the training
@@ -88,6 +89,7 @@ from optx.delta.rws import Signature as Signature
 from optx.delta.ties import TIES as TIES
 from optx.inject._attach import attach as attach
 from optx.inject._export import export_lora as export_lora
+from optx.inject._filter_pruning import FilterPruning as FilterPruning
 from optx.inject._fold_prefix import fold_prefix as fold_prefix
 from optx.inject._freeze import Frozen as Frozen
 from optx.inject._freeze import trainable_only as trainable_only
@@ -111,6 +113,7 @@ from optx.inject.adapters import ScaledParallelAdapter as ScaledParallelAdapter
 from optx.inject.adapters import SequentialAdapter as SequentialAdapter
 from optx.inject.bitfit import BitFit as BitFit
 from optx.inject.flora import FLoRA as FLoRA
+from optx.inject.ftwt import FTWT as FTWT
 from optx.inject.hidden_delta import HiddenDelta as HiddenDelta
 from optx.inject.ia3 import IA3 as IA3
 from optx.inject.iaa import IAA as IAA

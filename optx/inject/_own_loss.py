@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from optx._errors import OptxError, warn
@@ -26,10 +27,14 @@ class Collected:
     with the first part that is called again. What activation checkpointing computes again in a backward pass
     is no new value, and neither is anything in evaluation mode (where parts don't collect) or without
     gradients.
+
+    Args:
+        method: what errors call it.
+        alone: whether what learns by this loss learns by it alone, and not by the task's too.
     """
 
-    def __init__(self, method: str) -> None:
-        self.method = method
+    def __init__(self, method: str, *, alone: bool = True) -> None:
+        self.method, self.alone = method, alone
         self.values: dict[str, list[Tensor]] = {}
         self._waiting = False  # for tracing, which must not look at another graph's tensors
         self._new, self._inside, self._learning, self._told = True, False, False, False
@@ -39,7 +44,21 @@ class Collected:
         return {**self.__dict__, "values": {}, "_waiting": False, "_new": True, "_inside": False}
 
     def begin(self, model: nn.Module, args: tuple[Any, ...]) -> None:
-        """Before the model's call."""
+        """Before the model's call.
+
+        Raises:
+            OptxError: DistributedDataParallel waits for gradients of what has been frozen since.
+        """
+        ddp = _ddp()
+        if (
+            ddp is not None
+            and not ddp.find_unused_parameters
+            and not all(map(_requires, ddp._module_parameters))
+        ):
+            raise OptxError(
+                f"{self.method}: a parameter was frozen since DistributedDataParallel wrapped the model, "
+                "which waits for its gradient and averages nothing. Wrap the model again after that."
+            )
         self._new, self._inside, self._learning = True, True, torch.is_grad_enabled()
 
     def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -50,13 +69,20 @@ class Collected:
         """Keep one part's value, with its graph.
 
         Raises:
-            OptxError: the model is computed with gradients, and this part of it without.
+            OptxError: the model is computed with gradients, and this part of it without; or a wrapper would
+                take what learns here for unused.
         """
         if not torch.is_grad_enabled():
             self._check_without_gradients(path)
             return
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:  # pyright: ignore[reportPrivateUsage]
             return  # computed again by a checkpoint; a compiled graph does that within itself
+        ddp = _ddp()
+        if self.alone and ddp is not None and ddp.find_unused_parameters and not ddp.static_graph:
+            raise OptxError(
+                f"{self.method}: DistributedDataParallel(find_unused_parameters=True) takes what only the "
+                "own loss uses for unused. Leave that out, or pass static_graph=True."
+            )
         if self._new or (not self._inside and path in self.values):
             if self._waiting and not self._told:
                 self._told = True
@@ -90,6 +116,17 @@ def _tell(method: str) -> None:
 # While torch.compile traces it is called, as by `torch.compiler.assume_constant_result`, which would load
 # Dynamo here; a graph has no warnings.
 _tell._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _ddp() -> Any:
+    """The DistributedDataParallel that the model is called by now, if one calls it."""
+    if torch.compiler.is_compiling() or not dist.is_available() or not dist.is_initialized():
+        return None
+    return nn.parallel.DistributedDataParallel._get_active_ddp_module()  # pyright: ignore[reportPrivateUsage]
+
+
+def _requires(p: Tensor) -> bool:
+    return p.requires_grad
 
 
 class LossPart(Part):
