@@ -152,7 +152,7 @@ class Layer:
         for i in range(len(x)):
             out, channels = _numbers(self.mask[i]), None if into is None else _numbers(into[i])
             y = rows_of(conv, x[i : i + 1], out, channels)
-            rows.append(spread(normed(norm, y, out) if folds else y, out, self.out))
+            rows.append(spread(normed(norm, y, out) if folds and len(out) else y, out, self.out))
             pairs += len(out) * (self.into if channels is None else len(channels))
         whole = rows[0] if len(rows) == 1 else torch.cat(rows)
         if folds or norm is None:

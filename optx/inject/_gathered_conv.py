@@ -52,32 +52,32 @@ def rows_of(conv: Any, x: Tensor, out: Tensor, into: Tensor | None) -> Tensor:
         out: numbers of the filters, ascending.
         into: numbers of the input's channels that are not all 0, ascending; None: all.
     """
-    weight, bias = conv.weight, conv.bias
-    if conv.groups > 1:
-        return _depthwise(conv, x, out, into)
-    weight = weight.index_select(0, out)
-    if into is not None:
-        weight, x = weight.index_select(1, into), x.index_select(1, into)
-    y = conv_like(conv, x, weight, 1)
-    return y if bias is None else y + bias.index_select(0, out).to(y.dtype).view(-1, 1, 1)
-
-
-def _depthwise(conv: Any, x: Tensor, out: Tensor, into: Tensor | None) -> Tensor:
-    both, where = out, None
-    if into is not None:
-        kept = torch.isin(out, into, assume_unique=True)
-        both, where = out[kept], kept.nonzero().view(-1)
-    y = (
-        conv_like(conv, x.index_select(1, both), conv.weight.index_select(0, both), len(both))
-        if len(both)
-        else None
-    )
-    if where is not None and len(both) < len(out):
-        shape = (1, len(out), *output_size(conv, x.shape[-2:]))
-        whole = x.new_zeros(shape, dtype=None if y is None else y.dtype)
-        y = whole if y is None else whole.index_copy(1, where, y)
-    assert y is not None
+    both, where = (out, None) if conv.groups == 1 or into is None else _shared(out, into)
+    if not len(both) or (into is not None and not len(into)):
+        y = _zeros(conv, x, len(out))
+    elif conv.groups == 1:
+        weight = conv.weight.index_select(0, out)
+        if into is not None:
+            weight, x = weight.index_select(1, into), x.index_select(1, into)
+        y = conv_like(conv, x, weight, 1)
+    else:
+        y = conv_like(conv, x.index_select(1, both), conv.weight.index_select(0, both), len(both))
+        if where is not None and len(both) < len(out):
+            y = _zeros(conv, x, len(out)).index_copy(1, where, y)
     return y if conv.bias is None else y + conv.bias.index_select(0, out).to(y.dtype).view(-1, 1, 1)
+
+
+def _shared(out: Tensor, into: Tensor) -> tuple[Tensor, Tensor]:
+    """The depthwise filters that have their channel, and where they are among all that are kept."""
+    there = torch.isin(out, into, assume_unique=True)
+    return out[there], there.nonzero().view(-1)
+
+
+def _zeros(conv: Any, x: Tensor, filters: int) -> Tensor:
+    """What filters without an input give, as autocast would have it."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return x.new_zeros(1, filters, *output_size(conv, x.shape[-2:]), dtype=dtype)
 
 
 def normed(norm: Any, y: Tensor, out: Tensor) -> Tensor:

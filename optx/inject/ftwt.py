@@ -76,7 +76,7 @@ class FTWT(Injection):
     Keywords: dynamic pruning, channel gating, conditional computation, filter pruning, skip, FLOPs, sparse
         inference, self-supervised masks.
 
-    Evidence: ``optx run skip``; ``test_ftwt.py``, ``test_ftwt_chains.py``, ``test_ftwt_inference.py``.
+    Evidence: ``test_ftwt.py``, ``test_ftwt_chains.py``, ``test_ftwt_inference.py``; no recipe.
 
     Raises:
         OptxError: an option out of range; at attach, a model that can't be traced.

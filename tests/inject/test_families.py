@@ -68,7 +68,8 @@ def test_every_injection_is_measured_on_every_family(rows: Rows) -> None:
     assert len(rows) == len(BY_LABEL) * len(_bench_families.METHODS)
     missing = set(public_injections()) - set(_bench_families.METHODS)
     of_width = {"MuReadout", "MuAttention"}  # fixed factors; their families: tests/scaling
-    assert missing == {"HiddenDelta", *of_width}  # the others are HiddenDelta's choices
+    of_images = {"FTWT"}  # convolutions, in test_ftwt_chains.py
+    assert missing == {"HiddenDelta", *of_width, *of_images}  # the others are HiddenDelta's choices
 
 
 def test_what_is_refused_and_nothing_else(rows: Rows) -> None:
