@@ -63,10 +63,20 @@ def test_masks_are_those_of_plain_sorting(
 
 
 def test_rows_are_sorted_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    score = torch.randn(9, 16, generator=torch.Generator().manual_seed(0)).abs()
+    score = torch.randn(9, 40, generator=torch.Generator().manual_seed(0)).abs()
     whole = keep_in_rows(score, 5)
-    monkeypatch.setattr(_method, "_ROWS", 32)
+    monkeypatch.setattr(_method, "_PIECE", 32)
     assert torch.equal(keep_in_rows(score, 5), whole)
+
+
+@pytest.mark.parametrize("width", [1, 5, 16, 17, 40])
+@pytest.mark.parametrize("values", [1, 3, 1000])
+def test_rows_of_any_width_with_and_without_ties(width: int, values: int) -> None:
+    score = torch.randint(values, (30, width), generator=torch.Generator().manual_seed(width)).float()
+    for count in range(width + 1):
+        for own in (score, score.double()):
+            kept = keep_in_rows(own, count).numpy()
+            assert np.array_equal(kept, np.stack([lowest(row, count) for row in score.numpy()]))
 
 
 def test_sparsity_is_the_patterns_or_a_half() -> None:
