@@ -22,7 +22,7 @@ from optx.inject._lora_options import Options
 from optx.inject._low_rank import ConvLoRA, LinearLoRA
 from optx.inject._low_rank_start import begin
 from optx.inject._own_call import has_own_call
-from optx.inject._part import Part, Weights, attached, new_tensor, original
+from optx.inject._part import Part, Weights, attached, new_tensor
 from optx.inject._perp_product import Shape, change, product, summed
 from optx.inject._stand_in import called_with
 from optx.inject._weights import in_sum_precision, is_conv, is_transposed, shape_of
@@ -106,13 +106,9 @@ class UnderMask(Part, Masked):
             return self._computed(module, args[0])
 
         def make() -> dict[str, Tensor]:
-            W: Any = module.weight
-            new = {
-                "weight": summed(W, original_or(module, W), self.A, self.B, self.mask, self._shape(module))
-            }
-            if self.bias is not None:
-                new["bias"] = shifted(module.bias, self.bias)
-            return new
+            own: Any = module
+            W = summed(own.weight, own_weight(module), self.A, self.B, self.mask, self._shape(module))
+            return {"weight": W} if self.bias is None else {"weight": W, "bias": shifted(own.bias, self.bias)}
 
         return called_with(make, call, module, args, kwargs)
 
@@ -130,15 +126,14 @@ class UnderMask(Part, Masked):
         if shape.groups and (isinstance(module.padding, str) or module.padding_mode != "zeros"):
             mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
             x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
-        W = module.weight
-        base = original_or(module, W)
+        W, base = module.weight, own_weight(module)
         return product(x, W, bias, (self.A, self.B), self.mask, shape, None if base is W else base)
 
     def _shape(self, module: Any) -> Shape:
         if not is_conv(module):
             return Shape(self.scale, self.transposed)
         apart = isinstance(module.padding, str) or module.padding_mode != "zeros"
-        padding = tuple(0 for _ in module.kernel_size) if apart else module.padding
+        padding: Any = tuple(0 for _ in module.kernel_size) if apart else module.padding
         return Shape(self.scale, False, module.stride, padding, module.dilation, module.groups)
 
     # ---- the rest -----------------------------------------------------------------------------------
@@ -162,10 +157,11 @@ class UnderMask(Part, Masked):
         return f"rank {self.rank}{scale}, {self.masked_share():.1%} pruned"
 
 
-def original_or(module: nn.Module, weight: Tensor) -> Tensor:
-    """W without what is merged into it, if anything is."""
+def own_weight(module: nn.Module) -> Any:
+    """W without what is merged into it, or stands in for it during another part's call."""
     container = attached(module)
-    return original(module, "weight") if container is not None and container.originals else weight
+    merged = container.originals.get("weight") if container is not None else None
+    return module._parameters["weight"] if merged is None else merged  # pyright: ignore[reportPrivateUsage]
 
 
 def shifted(tensor: Tensor, by: Tensor) -> Tensor:

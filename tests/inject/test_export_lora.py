@@ -46,10 +46,11 @@ def test_peft_and_optx_compute_the_same_from_it(case: str, tmp_path: Path) -> No
     handle = attached(model, injection, targets=targets)
     tuned = outputs(model)
     assert (tuned - before).abs().max() > 5e-3
-    state = torch.get_rng_state()
+    state, hooks = torch.get_rng_state(), len(model._forward_pre_hooks)
     optx.export_lora(handle, tmp_path)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(outputs(model), tuned)  # which is left as it was
+    assert len(model._forward_pre_hooks) == hooks
     theirs = in_peft(build(), tmp_path)
     assert_close(outputs(theirs), tuned)
     assert_close(outputs(theirs.merge_and_unload()), tuned)

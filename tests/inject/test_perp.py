@@ -234,6 +234,30 @@ def test_a_merge_is_the_output_of_before_to_the_bit(kind: str, form: str, dtype:
     assert torch.equal(model(x), before)
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_several_on_one_weight_add_up(kind: str) -> None:
+    """Each scales the weight that is the module's own, whatever is beside it and is merged first."""
+    model = nn.Sequential(layer(kind)).double()
+    masks, x = pruned(model[0]), batch(kind, torch.float64)
+    before, handles = model(x), list[optx.Handle]()
+    for form in ("scale", "mask", "scale"):
+        perp = Perp(adapter=form, rank=2)  # type: ignore[arg-type]
+        handles.append(optx.attach(model, perp, masks=masks, name=f"number{len(handles)}"))
+        move(handles[-1])
+    y = model(x)
+    for order in ((0, 1, 2), (2, 0, 1)):
+        for i in order:
+            handles[i].merge()
+            torch.testing.assert_close(model(x), y, rtol=1e-12, atol=1e-12)
+        masks.verify(model)
+        for i in order:
+            handles[i].unmerge()
+            torch.testing.assert_close(model(x), y, rtol=1e-12, atol=1e-12)
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(model(x), before)
+
+
 def test_lora_prune_jumps_where_it_would_fill_in() -> None:
     """Property 4, second half."""
     for share in (0.5, 0.0):
