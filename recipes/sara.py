@@ -93,7 +93,7 @@ def options() -> ArgumentParser:
         lr={
             "type": rate,
             "nargs": "+",
-            "default": [3e-4, 1e-3, 3e-3, 1e-2],
+            "default": [1e-3, 3e-3, 1e-2, 3e-2],
             "help": "learning rates of all arms",
         },
         batch={"type": positive, "default": 32, "help": "digits a step"},

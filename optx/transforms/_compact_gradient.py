@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from optx._errors import OptxError
+from optx.transforms._gather import gathered, put
 
 # What acts on each element alone, written into the first argument.
 _IN_PLACE = {
@@ -51,7 +52,7 @@ class CompactGradient(Tensor):
     def dense(self) -> Tensor:
         """All of it, zeros among them."""
         out = torch.zeros(self.shape, dtype=self.kept.dtype, device=self.kept.device)
-        return out.masked_scatter_(self._mask(), self.kept)
+        return put(out, self._mask(), self.kept)
 
     def __repr__(self, *, tensor_contents: object = None) -> str:  # pyright: ignore
         return f"<CompactGradient: {self.kept.numel():,} of {self.numel():,} numbers, {self.kept.dtype}>"
@@ -85,7 +86,7 @@ class CompactGradient(Tensor):
             return value
         if isinstance(value, CompactGradient) and value.token is self.token:
             return value.kept
-        return _dense(value).expand(self.shape)[self._mask()]
+        return gathered(_dense(value).expand(self.shape), self._mask())
 
 
 def _counts_no_zeros(args: Sequence[Any]) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from optx.step.state import is_ours
 from optx.step.transform import Group, Host
 from optx.transforms._compact_gradient import CompactGradient
+from optx.transforms._gather import gathered, put
 
 MaskOf = Callable[[Tensor], tuple[Tensor, Callable[[], Tensor]]]
 """A weight's mask as it is kept, and what makes a bool tensor of it."""
@@ -60,7 +61,7 @@ class CompactStep:
             if g.token is token:
                 return
             g = g.dense()  # the selection is another since
-        p.grad = CompactGradient(g.detach()[mask()], p.shape, token, mask)
+        p.grad = CompactGradient(gathered(g, mask()), p.shape, token, mask)
 
     # ---- state -----------------------------------------------------------------------------------------
 
@@ -70,7 +71,7 @@ class CompactStep:
         for state in _base_states(optimizer, p):
             for key, t in state.items():
                 if isinstance(t, Tensor) and _not_ours(key) and t.shape == p.shape and t.ndim:
-                    state[key] = t[mask]
+                    state[key] = gathered(t, mask)
 
     def spread(self, optimizer: Host, p: Tensor) -> None:
         """Give a base's state the weight's shape again, zeros where nothing was kept."""
@@ -80,7 +81,7 @@ class CompactStep:
             for key, t in state.items():
                 if isinstance(t, Tensor) and _not_ours(key) and t.shape == (count,) and key != "step":
                     full = torch.zeros(p.shape, dtype=t.dtype, device=t.device)
-                    state[key] = full.masked_scatter_(mask, t)
+                    state[key] = put(full, mask, t)
 
     def shrink(self, optimizer: Host, p: Tensor, old: Tensor, new: Tensor) -> None:
         """Of the state that went with an old mask, keep what goes with a new one within it."""
@@ -108,7 +109,7 @@ class CompactStep:
             yield
             for p, vector, mask in swapped:
                 if vector.grad is not None:
-                    p.detach().masked_scatter_(mask(), vector.detach())
+                    put(p.detach(), mask(), vector.detach())
         finally:
             for p, vector, _ in swapped:
                 optimizer.slot_store.follow(vector, p)
@@ -126,8 +127,8 @@ class CompactStep:
         _, mask = self._mask_of(p)
         if p.grad is not None:
             g: Any = p.grad
-            vector.data = p.detach()[mask()]
-            vector.grad = g.kept if isinstance(g, CompactGradient) else g.to_dense()[mask()]
+            vector.data = gathered(p, mask())
+            vector.grad = g.kept if isinstance(g, CompactGradient) else gathered(g.to_dense(), mask())
         swapped.append((p, vector, mask))
         return vector
 

@@ -224,7 +224,9 @@ class SaRA(Transform):
             self._first_state.make(optimizer.base, filter(self.serves, optimizer.base.param_groups))
         self._reselected = True
         self._tell(optimizer)
-        return self.density()
+        if not (left := self.density()).selected:
+            warn("SaRA: no entry is below the threshold any more, so nothing is trained from here on.")
+        return left
 
     def delta(self, base: Checkpoint, model: nn.Module | None = None) -> Delta:
         """What was trained: the optimizer's weights as they are now, minus the base, for a sparse file.

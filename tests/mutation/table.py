@@ -212,6 +212,7 @@ TABLE = {
     "optx/transforms/_rounds.py": "hft_rounds hft_kept hft hft_selection",
     "optx/transforms/_compact_gradient.py": "sara_compact",
     "optx/transforms/_compact_step.py": "sara_compact",
+    "optx/transforms/_gather.py": "sara_compact sara_delta",
     "optx/transforms/_nuclear_norm.py": "sara_rank",
     "optx/transforms/_sara_checks.py": "sara_mistakes sara_compact",
     "optx/transforms/_small_entries.py": "sara",
