@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from optx.inject._module_paths import paths_of
+from optx._module_paths import paths_of
 from optx.inject._served import OnModel
 
 CARD = "README.md"

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from optx._errors import OptxError
 from optx._masks import Masks
+from optx._module_paths import paths_of
 from optx.inject import _folder
 from optx.inject._handle import Handle
 from optx.inject._injection import Composite, Injection, Targets
 from optx.inject._install import check_model, install
 from optx.inject._low_rank_start import read_from_file
-from optx.inject._module_paths import paths_of
 from optx.inject._narrow import Layers
 from optx.inject._parameters import Exactly
 from optx.inject._served import Served

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from optx._errors import FileError, OptxError, near, warn
+from optx._module_paths import paths_of
 from optx._names import placed_like, whole
 from optx._safetensors import brief, parsed
 from optx.inject import _peft_read, _peft_write
@@ -25,7 +26,6 @@ from optx.inject._file_bounds import check_config, check_sizes, decoded, words_o
 from optx.inject._folder_output import written_folder
 from optx.inject._injection import Composite, Injection, values_of
 from optx.inject._low_rank_start import is_of_weight, split
-from optx.inject._module_paths import paths_of
 from optx.inject._served import OnModel, Served
 from optx.inject._stored import Stored, check_tensors
 from optx.inject.lora import LoRA

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from optx._module_paths import paths_of
 from optx.inject._file_patterns import full_match
-from optx.inject._module_paths import paths_of
 from optx.inject._part import RESERVED
 from optx.inject._weights import is_linear
 

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from optx._errors import FileError, TargetError, near
+from optx._module_paths import Paths
 from optx.inject._injection import Site
-from optx.inject._module_paths import Paths
 from optx.inject._parameters import Exactly, own_parameters, with_parameters
 from optx.inject._served import Served
 

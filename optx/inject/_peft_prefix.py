@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from optx._errors import FileError, TargetError, warn
+from optx._module_paths import paths_of
 from optx.inject._attention import heads_of
 from optx.inject._heads import Prefix
-from optx.inject._module_paths import paths_of
 from optx.inject._peft_match import task_of
 from optx.inject._served import OnModel, Served
 from optx.inject._sharding import whole

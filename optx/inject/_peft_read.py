@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from optx._errors import FileError, near, warn
+from optx._module_paths import Paths, bare_path, paths_of
 from optx.inject import _peft_parameters, _peft_prefix
 from optx.inject._injection import Injection, Site
 from optx.inject._low_rank_start import is_of_weight
-from optx.inject._module_paths import Paths, bare_path, paths_of
 from optx.inject._parameters import parameter_paths
 from optx.inject._part import RESERVED
 from optx.inject._peft_match import any_of, is_feedforward, kept_whole, targeted

@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from optx._module_paths import Paths, paths_of
 from optx._names import whole
 from optx.inject import _peft_parameters, _peft_prefix
 from optx.inject._injection import Injection
 from optx.inject._low_rank import LowRank
 from optx.inject._low_rank_start import START, joined
-from optx.inject._module_paths import Paths, paths_of
 from optx.inject._part import original
 from optx.inject._peft_match import any_of, kept_whole, targeted, task_of
 from optx.inject._served import OnModel

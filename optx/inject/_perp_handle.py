@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from optx._errors import FileError, MergeError, OptxError
 from optx._masks import Masks
+from optx._module_paths import bare_path
 from optx.inject._handle import Handle
-from optx.inject._module_paths import bare_path
 from optx.inject._part import Part
 from optx.inject._perp_parts import Masked, MaskedConvLoRA, MaskedLinearLoRA
 

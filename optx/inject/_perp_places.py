@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from optx._errors import OptxError, ShapeError, TargetError, near
 from optx._masks import Masks
+from optx._module_paths import bare_path, paths_of
 from optx.inject._computes import weight_of
 from optx.inject._injection import Site
-from optx.inject._module_paths import bare_path, paths_of
 from optx.inject._quantised import kind_of
 from optx.inject._targets import check_servable
 from optx.inject._weights import shape_of

@@ -10,11 +10,11 @@ from typing import Any
 from torch import nn
 
 from optx._errors import TargetError, near, warn
+from optx._module_paths import paths_of
 from optx.inject import _anatomy
 from optx.inject._alternatives import idle
 from optx.inject._families import Family
 from optx.inject._injection import Injection, Site, Targets
-from optx.inject._module_paths import paths_of
 from optx.inject._own_call import adds_bias
 from optx.inject._parameters import names_parameters, own_parameters, stacks, with_parameters
 from optx.inject._part import RESERVED, Attached

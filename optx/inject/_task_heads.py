@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from optx._errors import warn
+from optx._module_paths import paths_of
 from optx.inject._injection import Site
-from optx.inject._module_paths import paths_of
 from optx.inject._peft_match import kept_whole
 
 # PEFT's names of the tasks that have such heads, by the ends of transformers' class names.

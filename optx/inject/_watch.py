@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from optx._errors import OptxError
-from optx.inject._module_paths import bare_path, paths_of
+from optx._module_paths import bare_path, paths_of
 from optx.inject._part import RESERVED, Attached, Part
 from optx.inject._passed_by import FirstCall, doubtful
 from optx.inject._served import Served

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from optx._errors import OptxError, TargetError, near
+from optx._module_paths import bare_path
 from optx.inject._families import FAMILIES
 from optx.inject._injection import Injection, Site
-from optx.inject._module_paths import bare_path
 from optx.inject._part import Arguments, Part, Weights, hidden_of, new_tensor
 from optx.inject._targets import check_each_matches, matcher
 from optx.inject._weights import features, is_conv, is_linear, is_transposed, shape_of

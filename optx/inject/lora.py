@@ -15,13 +15,13 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from optx._errors import OptxError, TargetError, check_range, warn
+from optx._module_paths import bare_path
 from optx.inject._embeddings import peculiar
 from optx.inject._experts import ParameterLoRA
 from optx.inject._file_patterns import full_match
 from optx.inject._injection import Injection, Site
 from optx.inject._low_rank import ConvLoRA, EmbeddingLoRA, LinearLoRA
 from optx.inject._low_rank_start import check_init, is_of_weight
-from optx.inject._module_paths import bare_path
 from optx.inject._own_call import adds_bias
 from optx.inject._parameters import parameter_paths
 from optx.inject._part import RESERVED, Part

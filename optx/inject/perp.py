@@ -23,9 +23,9 @@ from optx._errors import (
     warn,
 )
 from optx._masks import Masks
+from optx._module_paths import bare_path, paths_of
 from optx.inject._computes import derived, weight_of
 from optx.inject._injection import Injection, Site
-from optx.inject._module_paths import bare_path, paths_of
 from optx.inject._own_call import adds_bias
 from optx.inject._part import RESERVED, Part
 from optx.inject._perp_handle import PerpHandle

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
+from optx._module_paths import paths_of
 from optx.inject._anatomy import attentions_of
 from optx.inject._attention import Heads, heads_of
-from optx.inject._module_paths import paths_of
 from optx.scaling._width import HeadWidth, Width
 
 

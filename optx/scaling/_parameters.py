@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import ParametrizationList
 
 from optx._errors import OptxError
-from optx.inject._module_paths import paths_of
+from optx._module_paths import paths_of
 from optx.inject._part import RESERVED
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from optx._errors import warn
-from optx.inject._module_paths import paths_of
+from optx._module_paths import paths_of
 from optx.inject._part import attached
 from optx.scaling._init import is_to_rescale, rescaled_for
 from optx.scaling._own_scales import scale_of

@@ -17,11 +17,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from optx._errors import TargetError, near
+from optx._module_paths import bare_path, paths_of
 from optx.inject._anatomy import attentions_of
 from optx.inject._attention import Attention, AttentionPart, Heads
 from optx.inject._call_locks import lock_of
 from optx.inject._injection import Injection
-from optx.inject._module_paths import bare_path, paths_of
 from optx.inject._part import Part
 from optx.scaling._shapes import Shapes
 from optx.scaling.mu_readout import check_once, check_shapes

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 
 from optx._errors import OptxError, TargetError, check_range, near, warn
+from optx._module_paths import bare_path, paths_of
 from optx.inject._injection import Injection
-from optx.inject._module_paths import bare_path, paths_of
 from optx.inject._part import Arguments, Part, Weights, attached, hidden_of
 from optx.inject._weights import is_conv, is_linear
 from optx.scaling._rules_of_width import Parametrization, at_first, parametrization_of

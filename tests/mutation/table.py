@@ -280,7 +280,7 @@ _FILES = (
 )
 _HANDLES = (
     "_adapter_card _attach _export _families _folder _folder_output _handle _injection _install "
-    "_lora_options _module_paths _parameters _peft_match _peft_parameters _peft_prefix _peft_read "
+    "_lora_options _parameters _peft_match _peft_parameters _peft_prefix _peft_read "
     "_peft_start _peft_write _report _served _sharding "
     "_stored _targets"
 )
