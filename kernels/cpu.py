@@ -265,6 +265,44 @@ def _from_float(b: Any, value: Any, dtype: str, random: Any) -> Any:
             return value
 
 
+# ---- bits -------------------------------------------------------------------------------------------
+
+RUN = 128  # elements that a loop over packed bits takes at a time
+
+
+@_typed(nt.int64, nt.int64)
+def scratch(builder: Any, _size: Any) -> Any:
+    """`RUN` bytes of the function's own, for `expand`; the argument is not looked at."""
+    room = cgutils.alloca_once(builder, ir.ArrayType(I8, RUN))
+    room.align = 64
+    return builder.ptrtoint(room, I64)
+
+
+def _expand(count: int) -> Any:
+    """An intrinsic ``(bits, bytes)``: so many bytes of bits as 8 times as many bytes, 0 or not.
+
+    Written as vectors, which every target has instructions for: each byte eight times, one bit of each.
+    """
+    few, many = ir.VectorType(I8, count), ir.VectorType(I8, 8 * count)
+    lanes = ir.Constant(ir.VectorType(I32, 8 * count), [i // 8 for i in range(8 * count)])
+    bit = ir.Constant(many, [1 << i % 8 for i in range(8 * count)])
+
+    @_typed(nt.void, nt.int64, nt.int64)
+    def expand(builder: Any, bits: Any, room: Any) -> None:
+        held = builder.load(builder.inttoptr(bits, few.as_pointer()))
+        held.align = 1
+        spread = builder.shuffle_vector(held, ir.Constant(few, ir.Undefined), lanes)
+        found = builder.icmp_unsigned("!=", builder.and_(spread, bit), ir.Constant(many, [0] * 8 * count))
+        stored = builder.store(builder.sext(found, many), builder.inttoptr(room, many.as_pointer()))
+        stored.align = 8
+
+    return expand
+
+
+expand_1 = _expand(1)
+expand_4 = _expand(4)
+
+
 def _prefetch(write: bool) -> Any:
     @_typed(nt.void, nt.int64)
     def prefetch(builder: Any, base: Any) -> None:

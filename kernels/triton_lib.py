@@ -42,6 +42,19 @@ def read(p, mask, MATH: tl.constexpr):
 
 
 @triton.jit
+def read_bits(p, lane, mask, MATH: tl.constexpr):
+    """Packed bits of the elements ``lane``, as 0 or 1; ``p`` is where the first lies, in the lowest bit."""
+    if mask is None:
+        # A byte is loaded once, for eight elements.
+        COUNT: tl.constexpr = lane.shape[0] // 8
+        held = tl.load(p + tl.arange(0, COUNT)).to(tl.int32)
+        bits = tl.reshape((held[:, None] >> tl.arange(0, 8)[None, :]) & 1, (COUNT * 8,))
+    else:
+        bits = (tl.load(p + (lane >> 3), mask).to(tl.int32) >> (lane & 7)) & 1
+    return bits.to(MATH)
+
+
+@triton.jit
 def widen(half):
     """The float32 with the upper half ``half``."""
     return (half.to(tl.uint32) << 16).to(tl.float32, bitcast=True)

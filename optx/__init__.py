@@ -1,7 +1,7 @@
 """optx: training-time methods for PyTorch, one line each.
 
     wrap    optx.wrap(optimizer, optx.PerpGrad(), ...)        what a step does to weights
-            AdamR  DSPReg  HFT  MuAdamW  PerpGrad  SaRA
+            AdamR  DSPReg  HFT  KeepMask  MuAdamW  PerpGrad  SaRA
             save_optimizer  load_optimizer                    checkpoints by the parameters' names
             Transform  rule  Moments  Slot  like_weight  per_tensor  ops       to write your own
             Wrapped  Plan                                     what wrap returns, and what it tells
@@ -152,5 +152,6 @@ from optx.step.wrapped import Wrapped as Wrapped
 from optx.transforms.adamr import AdamR as AdamR
 from optx.transforms.dsp_reg import DSPReg as DSPReg
 from optx.transforms.hft import HFT as HFT
+from optx.transforms.keep_mask import KeepMask as KeepMask
 from optx.transforms.perpgrad import PerpGrad as PerpGrad
 from optx.transforms.sara import SaRA as SaRA

@@ -64,7 +64,11 @@ def make(
     bound = {t.name: t.moments(group, optimizer) for t in transforms}
     program = build(transforms, bound, rules, rules.slots, base_numbers(group))
     kept = {f"{t.name}.{slot}": s.dtype or w for t in transforms for slot, s in t.slots.items()}
-    dtypes = (w, g or w, *(kept.get(slot, moments or w) for slot in program.slots))
+    dtypes = (
+        w,
+        g or w,
+        *("bits" if s in program.packed else kept.get(s, moments or w) for s in program.slots),
+    )
     names = tuple(str(dtype).removeprefix("torch.") for dtype in dtypes)
     return Case(name, program, Layout(names, rounding, rules.counted))
 

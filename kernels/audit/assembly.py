@@ -51,7 +51,7 @@ class Machine:
 
     Attributes:
         registers: per thread (vector registers on AMD).
-        spills: bytes per thread (NVIDIA), registers or bytes (AMD) that did not fit.
+        spills: bytes per thread (NVIDIA), vector registers or bytes (AMD) that went to memory.
         shared: bytes per program.
         loop: memory accesses of the main loop, as the processor does them; empty if there is no loop.
         instructions: how many the main loop has.
@@ -209,7 +209,9 @@ def _of_amdgcn(text: str, shared: int) -> Machine:
         elif match := _GCN_LINE.match(line):
             lines.append((match[1], match[2].strip()))
     code = [_gcn(name, rest, labels) for name, rest in lines]
-    keys = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    # Scalar registers that did not fit go into lanes of a vector register. Only where there is none left do
+    # they go to memory, and then the private segment says so.
+    keys = ("vgpr_spill_count", "private_segment_fixed_size")
     spills = sum(_gcn_number(text, key) for key in keys)
     return Machine(_gcn_number(text, "vgpr_count"), spills, shared, *_main_loop(code))
 

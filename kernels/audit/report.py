@@ -24,7 +24,7 @@ from optx.kernels.audit.assembly import Machine, inspect, widths
 from optx.kernels.audit.traffic import call_bytes
 from optx.kernels.step.emit_triton import compiled
 from optx.kernels.step.layout import Layout
-from optx.kernels.step.program import Program
+from optx.kernels.step.program import Program, Ref
 from optx.kernels.step.triton import CHUNK_WARPS, TENSOR_WARPS, block_size, compiler_options
 from optx.kernels.triton_lib import LAUNCH
 
@@ -84,6 +84,7 @@ class Kernel:
         bytes: per element that its roles imply.
         options: of the compiler.
         narrowest: bits of the narrowest access allowed in the main loop.
+        octets: how many roles are packed bits, of which a thread loads a byte for every eight elements.
     """
 
     program: str
@@ -97,6 +98,7 @@ class Kernel:
     bytes: float = 0.0
     options: dict[str, Any] = field(default_factory=lambda: dict(LAUNCH))
     narrowest: int = ACCESS
+    octets: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,17 +126,23 @@ def kernels(case: Case, target: Target) -> Iterator[Kernel]:
     program = case.program
     sums = {f"reduce_{i}": (*v.prefix, *v.sums) for i, v in enumerate(program.levels) if v.sums}
     block = block_size(target.wave)
+    roles = zip(program.slots, case.layout.dtypes[2:], strict=True)
+    packed = {Ref("slot", name) for name, dtype in roles if dtype == "bits"}
     for name, calls in sums.items():
-        yield _kernel(case.name, name, module, block, call_bytes(program, case.layout, calls, stores=False))
+        moved = call_bytes(program, case.layout, calls, stores=False)
+        yield _kernel(case.name, name, module, block, moved, len(packed & program.reads(calls)))
     calls = (*program.update, *program.observe)
-    update = _kernel(case.name, "update", module, block, call_bytes(program, case.layout, calls, stores=True))
+    moved = call_bytes(program, case.layout, calls, stores=True)
+    update = _kernel(case.name, "update", module, block, moved, len(packed & program.reads(calls)))
     yield replace(update, options=compiler_options(case.layout, "update", target.backend == "cuda"))
     for name in vars(module):
         if re.fullmatch(r"(scalars|totals|finish)_\d+|commit", name):
             yield _kernel(case.name, name, module)
 
 
-def _kernel(program: str, name: str, module: Any, block: int = 0, moved: float = 0.0) -> Kernel:
+def _kernel(
+    program: str, name: str, module: Any, block: int = 0, moved: float = 0.0, octets: int = 0
+) -> Kernel:
     function = vars(module)[name]
     names = list(function.arg_names)
     constexprs = {"BLOCK": block, "ALIGNED": True} if block else {}
@@ -142,7 +150,7 @@ def _kernel(program: str, name: str, module: Any, block: int = 0, moved: float =
     attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"}
     positions = {(names.index(n),): value for n, value in constexprs.items()}
     warps = CHUNK_WARPS if block or name.startswith("totals") else TENSOR_WARPS
-    return Kernel(program, name, function, signature, positions, attrs, warps, block, moved)
+    return Kernel(program, name, function, signature, positions, attrs, warps, block, moved, octets=octets)
 
 
 def _loss_kernels() -> Iterator[Kernel]:
@@ -216,11 +224,11 @@ def measure(kernel: Kernel, target: Target) -> Row:
         counted,
         kernel.bytes,
         machine.instructions / machine.turns / per_thread if kernel.elements else 0.0,
-        list(_problems(kernel, machine, counted)),
+        list(_problems(kernel, machine, counted, per_thread)),
     )
 
 
-def _problems(kernel: Kernel, machine: Machine, counted: float) -> Iterator[str]:
+def _problems(kernel: Kernel, machine: Machine, counted: float, per_thread: float) -> Iterator[str]:
     if machine.spills:
         yield f"spills {machine.spills}"
     if not kernel.elements:
@@ -228,7 +236,9 @@ def _problems(kernel: Kernel, machine: Machine, counted: float) -> Iterator[str]
     if not machine.loop:
         yield "has no loop that accesses memory"
         return
-    narrowest = min(8 * a.bytes for a in machine.loop)
+    octets = round(kernel.octets * per_thread / 8 * machine.turns)
+    bytewise = [a for a in machine.loop if a.bytes == 1 and not a.store][:octets]
+    narrowest = min((8 * a.bytes for a in machine.loop if not any(a is b for b in bytewise)), default=ACCESS)
     if narrowest < kernel.narrowest:
         yield f"accesses memory by {narrowest} bits"
     if abs(counted - kernel.bytes) > 0.01:

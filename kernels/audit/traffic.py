@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from optx.kernels.step.layout import Layout
 from optx.kernels.step.program import Call, Program
 
-SIZES = {
+SIZES: dict[str, float] = {
     **{"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2},
     **{"bool": 1, "uint8": 1, "int8": 1, "int16": 2, "int32": 4, "int64": 8},
+    **{"bits": 0.125, "ones": 0},  # packed slots
 }
 
 
-def call_bytes(program: Program, layout: Layout, calls: Iterable[Call], stores: bool) -> int:
+def call_bytes(program: Program, layout: Layout, calls: Iterable[Call], stores: bool) -> float:
     """Bytes per element that some calls must read and, in the update, write."""
     size = {"w": SIZES[layout.dtypes[0]], "g": SIZES[layout.dtypes[1]]}
     size |= {name: SIZES[dtype] for name, dtype in zip(program.slots, layout.dtypes[2:], strict=True)}
@@ -24,7 +25,7 @@ def call_bytes(program: Program, layout: Layout, calls: Iterable[Call], stores: 
     return sum(size[role] for role in read) + sum(size[role] for role in written)
 
 
-def step_bytes(program: Program, layout: Layout) -> int:
+def step_bytes(program: Program, layout: Layout) -> float:
     """Bytes per element of a whole step: every level's pass and the update."""
     total = call_bytes(program, layout, (*program.update, *program.observe), stores=True)
     for level in program.levels:

@@ -84,6 +84,23 @@ def sign(x):
     return np.float32(x > 0) - np.float32(x < 0)"""
 PRELUDE = PRELUDE_TEXT.splitlines()
 
+# A run of packed bits, a multiple of 8, as bytes. Loops over elements read those: one that shifted a bit out
+# of its byte for each element would be no loop over vectors.
+EXPAND = """
+
+@njit(error_model="numpy")
+def expand(bits, n, room):
+    if n == 128:
+        expand_4(bits, room)
+        expand_4(bits + 4, room + 32)
+        expand_4(bits + 8, room + 64)
+        expand_4(bits + 12, room + 96)
+    else:
+        for i in range(n >> 5):
+            expand_4(bits + 4 * i, room + 32 * i)
+        for i in range(n >> 5 << 2, n >> 3):
+            expand_1(bits + i, room + 8 * i)""".splitlines()
+
 
 def local(role: str) -> str:
     """A role's name in a local variable."""

@@ -18,6 +18,7 @@ from optx.kernels import cpu
 from optx.kernels.generated import load_module
 from optx.kernels.step.cpu_text import (
     CFUNC,
+    EXPAND,
     NJIT,
     NJIT_SUM,
     PRELUDE,
@@ -51,7 +52,7 @@ def emit(program: Program, layout: Layout) -> str:
 
 
 HYPERS = f"hypers = get_i64(get_i64(args, {Args.NUMBERS:d}), t)"  # those of the tensor's group
-RUN = 128  # elements between two rounds of hints
+RUN = cpu.RUN  # elements between two rounds of hints
 AHEAD = 2048  # bytes
 LANES_FROM = 32768
 # A run whose sums lie outside is taken again in float64: squares of 1e-23 or 1e20 leave float32's range.
@@ -66,6 +67,7 @@ class _Use:
     addressed: list[str]
     numbers: list[Ref]
     random: bool
+    dtypes: dict[str, str]
 
     @property
     def key(self) -> list[str]:
@@ -74,6 +76,20 @@ class _Use:
     @property
     def pointers(self) -> list[str]:
         return [f"{local(role)}_p" for role in self.addressed]
+
+    @property
+    def packed(self) -> list[str]:
+        """Those whose address is of bits, which a run is given as bytes."""
+        return [role for role in self.addressed if self.dtypes[role] == "bits"]
+
+    def moved(self, role: str, count: str) -> str:
+        """The address of a role so many elements on."""
+        by = (
+            f"({count} >> 3)"
+            if self.dtypes[role] == "bits"
+            else f"{count} * {cpu.ITEMSIZE[self.dtypes[role]]}"
+        )
+        return f"{local(role)}_p + {by}"
 
 
 class _Emitter:
@@ -98,8 +114,8 @@ class _Emitter:
             "import numpy as np",
             "from numba import types",
             "from optx.kernels.cpu import (add_any_order, add_lanes, address, get_f32, get_f64, get_i64,",
-            "    get_number, load, mix, prefetch_read, prefetch_write, put_f32, put_f64, put_number,",
-            "    random_bits, store, take, upper_half, whole_number)",
+            "    expand_1, expand_4, get_number, load, mix, prefetch_read, prefetch_write, put_f32, put_f64,",
+            "    put_number, random_bits, scratch, store, take, upper_half, whole_number)",
             "from optx.kernels.jit import cfunc, njit",
             "",
             "F = np.float64" if self.wide else "F = np.float32",
@@ -107,6 +123,7 @@ class _Emitter:
             "SIGNATURE = types.void(types.voidptr)",
             *self._accessors(),
             *PRELUDE,
+            *(EXPAND if "bits" in self.dtypes.values() else []),
         ]
         if not self.wide:
             lines += rule_text(narrow, "_32", NJIT, lambda v: f"F({float(v)!r})")
@@ -137,6 +154,9 @@ class _Emitter:
             # rounding would never let them fall.
             dither = dtype == "bfloat16" and (draw if role == "w" else role != "kahan")
             name = local(role)
+            if role in self.program.packed:  # only read; a run's bits come as bytes
+                lines += [f"load_{name} = load('bool', {number})"] if dtype != "ones" else []
+                continue
             lines.append(f"load_{name} = load({dtype!r}, {number})")
             lines.append(f"store_{name} = store({dtype!r}, {number}, {dither})")
         for name, dtype in self.cells.items():
@@ -188,6 +208,8 @@ class _Emitter:
         lines: list[str] = []
         for role in roles:
             value = f"load_{local(role)}({local(role)}_p, i)"
+            if self.dtypes[role] == "ones":
+                value = "F(1.0)"
             if role == "w" and self.layout.rounding == "kahan":
                 value += " + load_kahan(kahan_p, i)"
             lines.append(f"{register(role)} = {value}")
@@ -218,10 +240,8 @@ class _Emitter:
         lines = ["", "", CFUNC, f"def {name}(pointer):", *indent(open_chunk(name == "update"), 1)]
         inner = [f"tensor = get_i64(args, {Args.TENSORS:d}) + t * {8 * self.table.row}"]
         for role in use.addressed:
-            size = cpu.ITEMSIZE[self.dtypes[role]]
-            inner.append(
-                f"{local(role)}_p = get_i64(tensor, {self.table.roles.index(role)}) + start * {size}"
-            )
+            inner.append(f"{local(role)}_p = get_i64(tensor, {self.table.roles.index(role)})")
+            inner.append(f"{local(role)}_p = {use.moved(role, 'start')}")
         if use.numbers:
             inner.append(f"cols = get_i64(args, {Args.COLS:d}) + t * {8 * len(self.table.cols)}")
         if use.numbers or use.random:
@@ -242,7 +262,8 @@ class _Emitter:
         roles = self._roles(calls)
         kahan = ["kahan"] if self.layout.rounding == "kahan" and "w" in roles else []
         numbers = {r for c in calls for r in c.args if r.kind in (*NUMBER_KINDS, "cell")}
-        return _Use(roles, [*roles, *kahan], sorted(numbers), random)
+        addressed = [role for role in (*roles, *kahan) if self.dtypes[role] != "ones"]
+        return _Use(roles, addressed, sorted(numbers), random, self.dtypes)
 
     def _reduce(self, number: int, level: Level) -> list[str]:
         """Sums over a chunk: in float64, or, over long chunks, in short runs of float32 lanes.
@@ -260,22 +281,36 @@ class _Emitter:
         load = self._loads(use.roles)
         wide = [*load, *prefix, *widen, *(self._call(c, "_sum", sums=True) for c in level.sums)]
         if self.mixed:
-            loops = self._loop(f"{name}_chunk", arguments, wide, sums, "add_any_order")
+            loops = self._loop(
+                f"{name}_{'run' if use.packed else 'chunk'}", arguments, wide, sums, "add_any_order"
+            )
+            loops += self._in_runs(name, use, arguments, len(sums), ()) if use.packed else []
         else:
             lanes = [*load, *prefix, *(self._call(c, "_lane", sums=True) for c in level.sums)]
             loops = self._loop(f"{name}_wide", arguments, wide, sums, "add_any_order")
             loops += self._loop(f"{name}_lanes_run", arguments, lanes, sums, "add_lanes")
             loops += self._in_runs(f"{name}_lanes", use, arguments, len(sums), (), f"{name}_wide")
+            short = f"{name}_wide"
+            if use.packed:
+                short = f"{name}_short_chunk"
+                loops += self._in_runs(f"{name}_short", use, arguments, len(sums), (), run=f"{name}_wide")
             loops += [
                 *["", "", NJIT, f"def {name}_chunk({arguments}):"],
                 f"    if n < {LANES_FROM}:",
-                f"        return {name}_wide({arguments})",
+                f"        return {short}({arguments})",
                 f"    return {name}_lanes_chunk({arguments})",
             ]
         return [*loops, *self._callback(name, use, arguments, len(sums))]
 
     def _in_runs(
-        self, name: str, use: _Use, arguments: str, sums: int, written: Sequence[str], again: str = ""
+        self,
+        name: str,
+        use: _Use,
+        arguments: str,
+        sums: int,
+        written: Sequence[str],
+        again: str = "",
+        run: str = "",
     ) -> list[str]:
         """``<name>_chunk``: calls ``<name>_run`` for `RUN` elements at a time, fetching what comes after.
 
@@ -284,21 +319,25 @@ class _Emitter:
         """
         hints: list[str] = []
         for role in use.addressed:
-            size = cpu.ITEMSIZE[self.dtypes[role]]
+            # A run's bits are a quarter of a line.
+            size = 0 if role in use.packed else cpu.ITEMSIZE[self.dtypes[role]]
             hint = "prefetch_write" if role in written else "prefetch_read"
-            at = f"{local(role)}_p + at * {size} + {AHEAD}"
-            hints += [f"{hint}({at + (f' + {line}' if line else '')})" for line in range(0, RUN * size, 64)]
-        moved = [f"{local(r)}_p + at * {cpu.ITEMSIZE[self.dtypes[r]]}" for r in use.addressed]
+            at = f"{use.moved(role, 'at')} + {AHEAD}"
+            lines = range(0, RUN * size, 64) or (0,)
+            hints += [f"{hint}({at + (f' + {line}' if line else '')})" for line in lines]
+        moved = [f"{local(r)}_b" if r in use.packed else use.moved(r, "at") for r in use.addressed]
         length = f"min({RUN}, n - at)"
-        run = ", ".join([*moved, *map(variable, use.numbers), "start + at", length, *use.key])
-        call = f"{name}_run({run})"
+        given = ", ".join([*moved, *map(variable, use.numbers), "start + at", length, *use.key])
+        call = f"{run or f'{name}_run'}({given})"
         return [
             *["", "", NJIT, f"def {name}_chunk({arguments}):"],
             *indent((f"sum_{i} = 0.0" for i in range(sums)), 1),
+            *indent((f"{local(r)}_b = scratch(0)" for r in use.packed), 1),
             f"    for at in range(0, n, {RUN}):",
             *indent(hints, 2),
+            *indent((f"expand({use.moved(r, 'at')}, {length}, {local(r)}_b)" for r in use.packed), 2),
             f"        {'run = ' if sums else ''}{call}",
-            *(indent(_guard(f"{again}({run})", sums), 2) if again else []),
+            *(indent(_guard(f"{again}({given})", sums), 2) if again else []),
             *indent((f"sum_{i} += run[{i}]" for i in range(sums) if not again), 2),
             *indent([f"return ({' '.join(f'sum_{i},' for i in range(sums))})"] if sums else [], 1),
         ]

@@ -31,14 +31,15 @@ _POINTERS = {
     "float16": "tl.float16",
     "bfloat16": "tl.uint16",
     "bool": "tl.int8",
+    "bits": "tl.uint8",
     **{name: f"tl.{name}" for name in ("uint8", "int8", "int16", "int32", "int64")},
 }
 _SMALL = ("uint8", "int8", "int16")
 _WIDE = ("float64", "int32", "int64")  # read in float64
 _LIBRARY = [
     *("abs", "exp", "log", "maximum", "minimum", "power", "sign", "sqrt", "where"),
-    *("dithered", "fold", "get_number", "nearest", "put_number", "random_bits", "read", "stream"),
-    *("whole_number", "widen", "write"),
+    *("dithered", "fold", "get_number", "nearest", "put_number", "random_bits", "read", "read_bits"),
+    *("stream", "whole_number", "widen", "write"),
 ]
 _NUMBERS = (*NUMBER_KINDS, "cell")
 
@@ -159,10 +160,24 @@ class _Emitter:
         return narrow | {f"d{variable(r)}": self._number(r) for r in sorted(_number_refs(sums))}
 
     def _loads(self, roles: Sequence[str]) -> list[str]:
-        lines = [f"{_register(r)} = read({_stream(r)} + lane, mask, {self._math_of(r)})" for r in roles]
+        lines = [f"{_register(r)} = {self._read(r)}" for r in roles]
         if self.layout.rounding == "kahan" and "w" in roles:
             lines.insert(roles.index("w") + 1, "w += read(kahan_p + lane, mask, tl.float32)")
         return lines
+
+    def _read(self, role: str) -> str:
+        """The elements of a role in the dtype that rules compute in."""
+        match self.dtypes[role]:
+            case "ones":
+                return f"tl.full((), 1.0, {self.math})"
+            case "bits":
+                return f"read_bits({_stream(role)}, lane, mask, {self.math})"
+            case _:
+                return f"read({_stream(role)} + lane, mask, {self._math_of(role)})"
+
+    def _on(self, role: str, count: str) -> str:
+        """A distance in elements as one in what a role's pointer points at."""
+        return f"{count} // 8" if self.dtypes[role] == "bits" else count
 
     def _roles(self, calls: Iterable[Call]) -> list[str]:
         """Roles whose elements some calls touch, in table order."""
@@ -182,7 +197,7 @@ class _Emitter:
         random: bool = False,
     ) -> list[str]:
         """``<name>_block`` for one block of elements, and the kernel that walks a chunk with it."""
-        streams = [r for r in roles if r != "kahan"]
+        streams = [r for r in roles if r != "kahan" and self.dtypes[r] != "ones"]
         if self.layout.rounding == "kahan" and "w" in streams:
             streams.append("kahan")
         numbers = numbers | (self._step_source() if random else {})
@@ -203,7 +218,8 @@ class _Emitter:
         for role in streams:
             address = f"tensor + {self.table.roles.index(role)}"
             dtype = _POINTERS[self.dtypes[role]]
-            setup.append(f"{_stream(role)} = stream({address}, {dtype}, start, ALIGNED)")
+            first = self._on(role, "start")
+            setup.append(f"{_stream(role)} = stream({address}, {dtype}, {first}, ALIGNED)")
         setup.append(f"numbers = cols + t * {len(self.table.cols)}")
         setup += [f"{local} = {source}" for local, source in numbers.items()]
         return [*lines, *indent([*setup, *self._walk(name, streams, passed, sums, random)], 1)]
@@ -214,7 +230,7 @@ class _Emitter:
         """Full blocks without a mask, which would split vector accesses; then what is left."""
 
         def block(at: str, mask: str) -> list[str]:
-            pointers = [f"{_stream(s)} + {at}" for s in streams]
+            pointers = [f"{_stream(s)} + {self._on(s, at)}" for s in streams]
             call = ", ".join([*pointers, *passed, *([f"start + {at}"] if random else []), "lane", mask])
             if not sums:
                 return [f"{name}_block({call})"]

@@ -80,6 +80,9 @@ class Program:
     kept: tuple[str, ...] = ()
     # Dtypes of cells that aren't float64, by name; None for the weight's.
     cell_dtypes: tuple[tuple[str, str | None], ...] = ()
+    # Slots of one bit an element, which are only read. A layout has them as "bits" (in memory order), "bool"
+    # (bytes) or "ones" (not there: every one is 1).
+    packed: tuple[str, ...] = ()
 
     @property
     def update(self) -> tuple[Call, ...]:

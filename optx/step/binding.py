@@ -147,6 +147,11 @@ class Binder:
                 register = "g" if moment == "gradient" else "w"
                 if name == register:
                     return REGISTERS[name]
+                if slot is not None and slot.packed:
+                    raise self._error(
+                        f"rule {rule.name!r} ({moment}) writes {name!r}, a packed slot, which rules can only "
+                        "read."
+                    )
                 if slot is not None and not slot.scalar:
                     return own
                 allowed = f"{register!r} and slots per element {self._slots(False)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any
 
 from torch import Tensor
@@ -20,12 +21,20 @@ class Column:
     like: Likeness | None  # None for single numbers: at the same address they are what they were
     addresses: list[int]
     sizes: list[int]  # in bytes
+    # Of packed slots: the tensors, and others on their memory, which thus stays where it is. That a tensor is
+    # the same object is then all that a step has to look at; only `.data = ...` goes unseen.
+    held: tuple[list[Tensor], list[Tensor]] | None = None
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor], single: bool) -> Column:
+    def of(cls, tensors: Sequence[Tensor], single: bool, packed: bool = False) -> Column:
         """Of tensors that have been looked at; ``single`` where each is one number."""
         like = None if single else Likeness(tensors)
-        return cls(like, list(map(ADDRESS, tensors)), list(map(extent, tensors)))
+        held = (list(tensors), [t.detach() for t in tensors]) if packed else None
+        return cls(like, list(map(ADDRESS, tensors)), list(map(extent, tensors)), held)
+
+    def holds(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the packed slots whose memory is held."""
+        return self.held is not None and all(map(is_, tensors, self.held[0]))
 
 
 @dataclass

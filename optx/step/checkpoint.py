@@ -18,6 +18,7 @@ from torch import Tensor
 from optx._errors import OptxError, ShapeError
 from optx._files import written_aside
 from optx._names import is_dtensor, parameter_names
+from optx.step import bits
 from optx.step.bases import base_rules
 from optx.step.checks import TORCH_KEYS, check_count, check_group
 from optx.step.slots import KAHAN
@@ -106,7 +107,7 @@ def unpack(wrapped: Host, state_dict: dict[str, Any]) -> None:
             slots = {k: v for k, v in before[p].items() if k in known and not known[k].derived}
             loaded = {k: v for k, v in ours.get(key, {}).items() if k in known or k == kahan}
             slots.update(
-                {k: _as_declared(v, known.get(k)).to(p.device, copy=True) for k, v in loaded.items()}
+                {k: _as_declared(v, known.get(k), p).to(p.device, copy=True) for k, v in loaded.items()}
             )
             if slots:
                 store.pending[p] = slots
@@ -153,7 +154,8 @@ def _check_shapes(
                 if name in known:
                     tensors[name] = slot if not known[name].scalar or slot.numel() != 1 else None
             for name, t in tensors.items():
-                if isinstance(t, Tensor) and t.shape != p.shape:
+                packed = name in known and known[name].packed
+                if isinstance(t, Tensor) and (not bits.fits(t.shape, p) if packed else t.shape != p.shape):
                     raise ShapeError(
                         f"load_state_dict: parameter {names[id(p)]!r} has shape {tuple(p.shape)}, the "
                         f"{name!r} that was saved for it has {tuple(t.shape)}. Give the optimizer its "
@@ -181,8 +183,10 @@ def _is_setting(value: Any) -> bool:
 _ANOTHER = "It was saved by another optimizer; load it into one of that class."
 
 
-def _as_declared(value: Tensor, slot: Slot | None) -> Tensor:
+def _as_declared(value: Tensor, slot: Slot | None, p: Tensor) -> Tensor:
     """A slot in its own dtype: on the way through an unwrapped optimizer torch cast it to the weight's."""
+    if slot is not None and slot.packed:
+        return bits.settled(value, p)
     return value if slot is None or slot.dtype is None else value.to(slot.dtype)
 
 

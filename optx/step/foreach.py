@@ -14,6 +14,7 @@ from optx._errors import TransformError
 from optx._names import is_dtensor, whole
 from optx.kernels.step.program import W0, Call, G, Level, Program, Ref, W
 from optx.ops import Several
+from optx.step.bits import Packed
 from optx.step.rounding import step_key, write
 
 Operand = Any  # a TensorList, a number, or one number or 0-dim tensor per tensor
@@ -268,7 +269,7 @@ class GroupRun:
 
     def _elementwise(self, call: Call, registers: dict[Ref, list[Tensor]], store: bool = False) -> None:
         """Run one rule; what it writes is in ``registers`` then, and what it stores in the slots."""
-        if self._lists:
+        if self._lists and not any(ref.name in self.program.packed for ref in call.args):
             arguments = [self._list(ref, registers) for ref in call.args]
             columns = [self._column(v) for v in _applied(call, arguments)]
         else:
@@ -341,7 +342,9 @@ class GroupRun:
         """A call's arguments, tensor after tensor."""
         columns: list[list[Any]] = []
         for ref in call.args:
-            if ref.kind in _ELEMENTS:
+            if ref.kind == "slot" and ref.name in self.program.packed:
+                columns.append(list(map(Packed, self.state[ref.name], self.weights)))
+            elif ref.kind in _ELEMENTS:
                 tensors = registers[ref] if ref in registers else self.state[ref.name]
                 columns.append([t.detach() for t in tensors])
             elif ref.kind in ("col", "cell"):
@@ -372,7 +375,7 @@ class GroupRun:
             and all(t.is_contiguous() for t in tensors)
         ):
             split = [
-                a.view(-1).split(_PIECE) if is_element else None
+                (a if isinstance(a, Packed) else a.view(-1)).split(_PIECE) if is_element else None
                 for a, is_element in zip(row, elements, strict=True)
             ]
             count = -(-tensors[0].numel() // _PIECE)

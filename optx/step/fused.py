@@ -145,7 +145,9 @@ class FusedGroup:
                 slots = [tensors.role(p, tensors.key(name)) for name in self.program.slots]
                 for name in self.program.cells:
                     tensors.cell(p, name)
-                dtypes = tuple(SLOT_DTYPE_NAMES[t.dtype] for t in (p, p.grad, *slots))
+                named = zip(self.program.slots, slots, strict=True)
+                kept = (tensors.dtype(p, name, t) for name, t in named)
+                dtypes = (SLOT_DTYPE_NAMES[p.dtype], SLOT_DTYPE_NAMES[p.grad.dtype], *kept)
                 buckets.setdefault(dtypes, []).append(i)
                 orders[places[i][0]][dtypes] = None
         made = {
@@ -201,7 +203,8 @@ class FusedGroup:
         columns = [members, self._laid_out(members)]
         columns += [[self._tensors.find(p, key) for p in members] for key in bucket.keys]
         roles = len(bucket.runner.columns.roles)
-        bucket.columns = [Column.of(tensors, i >= roles) for i, tensors in enumerate(columns)]
+        packed = [False, False, *(key in self._tensors.packed for key in bucket.keys)]
+        bucket.columns = [Column.of(tensors, i >= roles, packed[i]) for i, tensors in enumerate(columns)]
         for number, column in enumerate(bucket.columns):
             bucket.runner.tensors[:, number] = column.addresses
         bucket.found = dict(zip(bucket.keys, columns[2:], strict=True))
@@ -229,6 +232,10 @@ class FusedGroup:
                 else:
                     columns.append([s[key] for s in states])
             for number, (column, tensors) in enumerate(zip(bucket.columns, columns, strict=True)):
+                if column.held is not None:
+                    if column.holds(tensors):
+                        continue
+                    return False
                 if column.like is not None and number != 1 and not column.like(tensors):
                     return False
                 addresses = list(map(ADDRESS, tensors))

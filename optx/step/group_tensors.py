@@ -11,6 +11,7 @@ from torch import Tensor
 from optx._errors import OptxError, ShapeError
 from optx._names import parameter_names
 from optx.kernels.step.program import Program
+from optx.step import bits
 from optx.step.bases import BaseRules, init_base_state
 from optx.step.checks import check_count, shapes_differ
 from optx.step.fusable import Unfusable, why_not_gradient, why_not_weight
@@ -35,6 +36,7 @@ class GroupTensors:
     Attributes:
         fresh: parameters whose base state was made since the last update, by id: the names made, and whether
             None was there (a person's doing).
+        packed: the keys of packed slots.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class GroupTensors:
         self._group, self._program, self._rules, self._base = group, program, rules, base
         self._slots, self._triton = slots, triton
         self._base_keys = (*rules.slots, *(("step",) if rules.counted else ()))
+        self.packed = frozenset(f"optx.{name}" for name in program.packed)
         self.fresh: dict[int, dict[str, bool]] = {}
 
     def check_weight(self, p: Tensor) -> None:
@@ -81,11 +84,25 @@ class GroupTensors:
         """A state tensor with one element per weight element, laid out like the weight."""
         t = self.find(p, key)
         self._check_tensor(p, key, t)
+        if key in self.packed:
+            return self._packed_role(p, key, t)
         self._check_fits(p, _words(key), t)
         if t.dtype not in (DTYPES if key in self._base_keys else SLOT_DTYPE_NAMES):
             raise OptxError(f"optx: {_words(key)} of {self._name(p)} is {t.dtype}, which no kernel reads.")
         _lay_out_like(t, p)
         return t
+
+    def _packed_role(self, p: Tensor, key: str, t: Tensor) -> Tensor:
+        if not bits.fits(t.shape, p):
+            raise ShapeError(shapes_differ(parameter_names(self._base)[id(p)], p, _words(key), t))
+        t = self._slots.packed(p, key)
+        if t.shape == p.shape:
+            _lay_out_like(t, p)
+        return t
+
+    def dtype(self, p: Tensor, name: str, t: Tensor) -> str:
+        """What kernels call the dtype of a role."""
+        return bits.form(t, p) if self.key(name) in self.packed else SLOT_DTYPE_NAMES[t.dtype]
 
     def cell(self, p: Tensor, name: str) -> Tensor:
         """A state tensor with one element per weight, in the dtype that kernels are made for."""

@@ -34,6 +34,9 @@ class _Builder:
     after: list[Call] = field(default_factory=list[Call])
     observe: list[Call] = field(default_factory=list[Call])
     kept: list[str] = field(default_factory=list[str])
+    # Of transforms that enclose the others: after each gradient rule that is not theirs, and after all.
+    closing: list[Call] = field(default_factory=list[Call])
+    last: list[Call] = field(default_factory=list[Call])
     # The level whose scalars the gradient rules so far depend on, plus one; and how many of the gradient
     # rules each level's pass must re-apply to see the gradient it sums.
     depth: int = 0
@@ -112,8 +115,9 @@ def build(
         # A col of its own: later transforms may replace grad_sq.
         b.extend(0, scalars=[Call(_keep, (GRAD_SQ,), (Ref("col", "incoming_sq"),))])
         b.extend(0, totals=[Ref("col", "incoming_sq")])
-    for transform in transforms:
+    for transform in sorted(transforms, key=lambda t: not t.encloses):
         _add(b, transform, moments[transform.name])
+    b.after += b.last
     if base:
         for r in base.scalars:
             call = _bind_base(common, r, G)
@@ -127,6 +131,7 @@ def build(
         tuple(b.observe),
         tuple(b.kept),
         tuple(_cell_dtypes(transforms)),
+        tuple(f"{t.name}.{name}" for t in transforms for name, slot in t.slots.items() if slot.packed),
     )
     _check_spelling(program)
     return program
@@ -204,10 +209,15 @@ def _add(b: _Builder, transform: Transform, m: Moments) -> None:
         b.extend(level, scalars=[finish] if finish else [])
     if gradient := binder.call("gradient"):
         b.gradient.append(gradient)
+        if transform.encloses:
+            b.closing.append(gradient)
+        else:
+            b.gradient += b.closing
         b.grad_sq_level = level if scalars and GRAD_SQ in scalars.writes else -1
         if any(ref.kind in ("col", "total") and ref != NUMEL for ref in gradient.args):
             b.depth = max(b.depth, level + 1)
-    for moment, calls in (("weight", b.weight), ("after", b.after), ("observe", b.observe)):
+    after = b.last if transform.encloses else b.after
+    for moment, calls in (("weight", b.weight), ("after", after), ("observe", b.observe)):
         if call := binder.call(moment):
             calls.append(call)
     b.kept += [name for name in binder.kept if name not in b.kept]

@@ -12,6 +12,7 @@ from torch import Tensor
 from optx._errors import TransformError
 from optx._names import parameter_names
 from optx.kernels.step.program import Program
+from optx.step import bits
 from optx.step.checks import check_has_memory
 from optx.step.state import SlotStore, close_enough
 from optx.step.transform import Group, Host, Slot, Transform
@@ -42,6 +43,19 @@ class Slots:
             return self.store.get(p, key, lambda: torch.zeros_like(p, requires_grad=False))
         transform, name, _ = self._declared(key)
         return self._owner().slot(p, transform, name)
+
+    def packed(self, p: Tensor, key: str) -> Tensor:
+        """A packed slot in the form that its weight asks for now; kept so from then on.
+
+        Raises:
+            ShapeError: it has another weight's shape.
+        """
+        kept = self.get(p, key)
+        now = bits.settled(kept, p)
+        if now is not kept:  # the weight was laid out or sharded anew, or somebody put another form there
+            self.store.put(p, key, now)
+            now = self.get(p, key)
+        return now
 
     def refresh(self, parameters: Sequence[Tensor], key: str, sources: Sequence[Any]) -> None:
         """Take numbers anew whose source in the base's state is not what it was when they were taken.
@@ -95,6 +109,8 @@ def first_value(wrapped: Host, transform: Transform, name: str, p: Tensor) -> Te
     """What a transform's `init_slot` makes of a slot; raises where that is no tensor of the slot's shape."""
     value: Any = transform.init_slot(name, p, wrapped)
     scalar = transform.slots[name].scalar
+    if transform.slots[name].packed and isinstance(value, Tensor) and bits.fits(value.shape, p):
+        return bits.settled(value, p)
     if isinstance(value, Tensor) and (value.numel() == 1 if scalar else value.shape == p.shape):
         return value.reshape(()) if scalar and value.ndim else value
     got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from optx._names import placed_like
+from optx.step import bits
 
 PREFIX = "optx."
 OF_WIDTH = (
@@ -161,8 +162,16 @@ class SlotStore:
             self.base.state[new] = self.base.state.pop(old)
         for slots in (self.pending, self.lasting):
             if old in slots:
-                moved = {k: placed_like(v, new) for k, v in slots.pop(old).items()}
+                moved = {k: _moved(v, old, new) for k, v in slots.pop(old).items()}
                 slots[new] = {**moved, **slots.get(new, {})}
+
+
+def _moved(slot: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    """A slot of a parameter as it goes with the one in its place; packed bits by their rows."""
+    packed = slot.dtype == torch.uint8 and slot.ndim == 2 and slot.shape != old.shape == new.shape
+    if packed and bits.fits(slot.shape, old):
+        return bits.settled(slot, new)
+    return placed_like(slot, new)
 
 
 class Derived:

@@ -12,6 +12,7 @@ from torch import Tensor
 from optx._errors import ShapeError, TransformError
 from optx._names import parameter_names, whole
 from optx.kernels.step.program import W0
+from optx.step import bits
 from optx.step.base_step import step_without_hooks
 from optx.step.bases import has_fused_form, rule_numbers
 from optx.step.checks import check_has_memory, check_memory, check_state_shapes, shapes_differ
@@ -234,7 +235,7 @@ class _Step:
             program,
             active,
             grads,
-            _StateOf(self.stepper, active),
+            _StateOf(self.stepper, active, program.packed),
             numbers,
             cols,
             lambda stepper=self.stepper: stepper.key(
@@ -357,18 +358,19 @@ class _Step:
 class _StateOf(Mapping[str, list[Tensor]]):
     """State tensors of some parameters by role: the base's (zeros until it has any) or a transform's."""
 
-    def __init__(self, stepper: Stepper, params: Sequence[Tensor]) -> None:
-        self._stepper, self._params = stepper, params
+    def __init__(self, stepper: Stepper, params: Sequence[Tensor], packed: Sequence[str] = ()) -> None:
+        self._stepper, self._params, self._packed = stepper, params, packed
 
     def __getitem__(self, name: str) -> list[Tensor]:
         if "." in name:
             slots = [self._stepper.slots.get(p, f"optx.{name}") for p in self._params]
+            packed = name in self._packed
             for p, slot in zip(self._params, slots, strict=True):
                 check_has_memory(self._stepper.wrapped.base, p, f"its state 'optx.{name}'", slot)
-                if slot.shape != p.shape and slot.numel() != 1:
+                if not bits.fits(slot.shape, p) if packed else slot.shape != p.shape and slot.numel() != 1:
                     owner = parameter_names(self._stepper.wrapped.base)[id(p)]
                     raise ShapeError(shapes_differ(owner, p, f"its state 'optx.{name}'", slot))
-            return slots
+            return [self._stepper.slots.packed(p, f"optx.{name}") for p in self._params] if packed else slots
         state = self._stepper.wrapped.base.state
         found = [_base_state(state, p, name) for p in self._params]
         return [torch.zeros_like(p) if t is None else t for t, p in zip(found, self._params, strict=True)]

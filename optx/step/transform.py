@@ -49,9 +49,15 @@ class Slot:
             made anew whenever that was changed by anything but a step that keeps this up.
         lasting: it can't be made again later (an anchor: the weights have moved), so it survives
             ``optimizer.state.clear()``.
+        packed: one bit an element, which rules can read (as 0 or 1) and not write; needs
+            ``dtype=torch.bool``. It is kept as uint8 of (rows, bytes of a row), laid out as in `Masks`, where
+            the weight's rows are multiples of 8 long and lie one after another; else as bool of the
+            weight's shape; and as one number where all bits are 1, which costs nothing to read.
+            `Transform.init_slot` may return any of the three.
 
     Raises:
-        TransformError: a dtype that no rule can read: complex, quantised, of 8 or fewer float bits.
+        TransformError: a dtype that no rule can read: complex, quantised, of 8 or fewer float bits; or
+            a packed slot that is not bool, or one number.
     """
 
     dtype: torch.dtype | None = torch.float32
@@ -59,8 +65,14 @@ class Slot:
     saved: bool = True
     derived: str = ""
     lasting: bool = False
+    packed: bool = False
 
     def __post_init__(self) -> None:
+        if self.packed and (self.dtype != torch.bool or self.scalar):
+            raise TransformError(
+                "like_weight: packed=True is for dtype=torch.bool, one bit an element; dtype is "
+                f"{self.dtype!r}."
+            )
         if self.dtype is not None and self.dtype not in SLOT_DTYPES:
             names = ", ".join(str(d).removeprefix("torch.") for d in SLOT_DTYPES)
             raise TransformError(
@@ -73,12 +85,18 @@ class Slot:
         dtype = p.dtype if self.dtype is None else self.dtype
         if self.scalar:
             return torch.zeros((), dtype=dtype, device=p.device)
+        # A packed one is settled where it is kept.
         return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
 
 
-def like_weight(dtype: torch.dtype | None = torch.float32, saved: bool = True, lasting: bool = False) -> Slot:
-    """A slot with one element per weight element."""
-    return Slot(dtype, saved=saved, lasting=lasting)
+def like_weight(
+    dtype: torch.dtype | None = torch.float32,
+    saved: bool = True,
+    lasting: bool = False,
+    packed: bool = False,
+) -> Slot:
+    """A slot with one element per weight element; ``packed=True`` with ``torch.bool``: one bit."""
+    return Slot(dtype, saved=saved, lasting=lasting, packed=packed)
 
 
 def per_tensor(dtype: torch.dtype = torch.float64, derived: str = "") -> Slot:
@@ -273,10 +291,13 @@ class Transform:
         limits: the range of each option, both ends included.
         keeps_shapes: whether the base's state of a weight has the weight's shape; where not, the transform
             looks at loaded state itself (`before_load`).
+        encloses: it holds whatever the others do, and wherever it stands among them: its ``gradient`` rule
+            comes first and again after each of theirs, its ``after`` rule last.
     """
 
     name: ClassVar[str]
     keeps_shapes: bool = True
+    encloses: ClassVar[bool] = False
     slots: Mapping[str, Slot] = {}
     options: Mapping[str, float] = {}
     limits: ClassVar[Mapping[str, tuple[float, float]]] = {}
@@ -421,6 +442,9 @@ class Transform:
 
     def after_step(self, optimizer: Host) -> None:
         """Called once after each step that was not skipped."""
+
+    def weights_moved(self, optimizer: Host) -> None:
+        """Called where the base moved weights outside of a step: in its ``train()`` and ``eval()``."""
 
     def before_load(self, optimizer: Host, state_dict: Mapping[str, Any]) -> None:
         """Called with what ``load_state_dict`` was given, before anything is changed; may raise."""

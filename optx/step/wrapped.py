@@ -433,11 +433,16 @@ class _WrappedWithModes(Wrapped):
 
     def train(self) -> Any:
         """As the base."""
-        return cast(Any, self.base).train()
+        return self._moved(cast(Any, self.base).train())
 
     def eval(self) -> Any:
         """As the base."""
-        return cast(Any, self.base).eval()
+        return self._moved(cast(Any, self.base).eval())
+
+    def _moved(self, result: Any) -> Any:
+        for transform in () if self._removed else self.transforms:
+            transform.weights_moved(self)
+        return result
 
 
 def class_for(base: Optimizer) -> type[Wrapped]:
