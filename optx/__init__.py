@@ -37,6 +37,7 @@
 
     prune   masks = optx.prune(model, optx.Magnitude(0.5))    weights that go in one pass
             Magnitude  Wanda  SparseGPT  Masks
+            reconstruct  Reconstruction                       blocks fitted to what they were, by Perp
 
     tell    optx.analysis                                     diagnostics; they change nothing
             grad_norms  input_stats  nlm_alignment  softmax_collapse
@@ -127,6 +128,8 @@ from optx.inject.stn import STN as STN
 from optx.inject.svfit import SVFit as SVFit
 from optx.inject.window_prune import WindowPrune as WindowPrune
 from optx.pruning._prune import prune as prune
+from optx.pruning._reconstruct import Reconstruction as Reconstruction
+from optx.pruning._reconstruct import reconstruct as reconstruct
 from optx.pruning.magnitude import Magnitude as Magnitude
 from optx.pruning.sparsegpt import SparseGPT as SparseGPT
 from optx.pruning.wanda import Wanda as Wanda

@@ -7,6 +7,7 @@ its outputs computed anew for the next. Held are the activations between two blo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,34 +49,67 @@ def prune_blocks(
     Returns:
         Masks by the weights' names, packed.
     """
-    with as_in_use(model):
-        steps = plan(model, dict(paths_of(model).modules), layers, batches)
-        walk = _Walk(model, method, batches, ledger)
-        units = walk.steps(steps)
-        for path in bar([unit.path for step in steps for unit in _units(step)]):
-            unit = next(units)
-            assert unit.path == path
+    walk = Walk(model, method, batches, ledger)
+    walk(layers, bar)
     return walk.bits
 
 
-def _units(step: Step) -> Sequence[Unit]:
+def units_of(step: Step) -> Sequence[Unit]:
+    """The blocks of a step."""
     return step.units if isinstance(step, Chain) else (step,)
 
 
-class _Walk:
+@dataclass(frozen=True)
+class Fed:
+    """What one block is given: of each batch hidden states, and the rest of its call."""
+
+    module: nn.Module
+    batches: Sequence[Batch]
+    hidden: Sequence[Tensor]
+    calls: Sequence[Call]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def output(self, i: int) -> Tensor:
+        """The hidden states that the block makes of a batch; it may write to what it is given, in a copy."""
+        found = hidden_of(self.calls[i](self.module, self.hidden[i].clone()))
+        assert found is not None
+        return found
+
+
+class Walk:
+    """Goes through a model and prunes it.
+
+    Attributes:
+        bits: masks of what is pruned so far, packed.
+    """
+
     def __init__(
-        self, model: nn.Module, method: PruneMethod, batches: Sequence[Batch], ledger: Ledger | None
+        self, model: nn.Module, method: PruneMethod, batches: Sequence[Batch], ledger: Ledger | None = None
     ) -> None:
         self.model, self.method, self.batches, self.ledger = model, method, batches, ledger
         self.bits: Bits = {}
 
-    def steps(self, steps: Sequence[Step]) -> Iterator[Unit]:
-        """Prune unit after unit."""
+    def __call__(self, layers: Sequence[Layer], bar: Callable[[Iterable[str]], Iterable[str]]) -> None:
+        """Prune these layers; ``bar`` shows how far it is, given the blocks' names."""
+        with as_in_use(self.model):
+            steps = plan(self.model, dict(paths_of(self.model).modules), layers, self.batches)
+            self.check(steps)
+            units = self._units(steps)
+            for path in bar([unit.path for step in steps for unit in units_of(step)]):
+                unit = next(units)
+                assert unit.path == path
+
+    def check(self, steps: Sequence[Step]) -> None:
+        """Before anything is changed."""
+
+    def _units(self, steps: Sequence[Step]) -> Iterator[Unit]:
         for step in steps:
             if isinstance(step, Chain):
                 yield from self._chain(step)
             else:
-                self._finish(step, lambda sums, unit=step: self._by_running(unit, sums))
+                self.finish(step, lambda sums, unit=step: self._by_running(unit, sums))
                 yield step
 
     def _chain(self, chain: Chain) -> Iterator[Unit]:
@@ -89,19 +123,25 @@ class _Walk:
             calls.append(call)
             del first  # or the first block's activations are held to the end
         for number, unit in enumerate(chain.units):
-
-            def feed(sums: _Sums, unit: Unit = unit, number: int = number) -> None:
-                for batch, h, call in zip(self.batches, hidden, calls, strict=True):
-                    sums.batch = batch
-                    call[number](unit.module, h.clone())  # a block may write to what it is given
-
-            self._finish(unit, feed)
+            fed = Fed(unit.module, self.batches, hidden, [call[number] for call in calls])
+            if unit.layers:
+                self.block(unit, fed)
             if unit is not chain.units[-1]:
-                for i, call in enumerate(calls):
-                    hidden[i] = _handed(unit, call[number](unit.module, hidden[i]))
+                for i in range(len(fed)):
+                    hidden[i] = fed.output(i)
             yield unit
 
-    def _by_running(self, unit: Unit, sums: _Sums) -> None:
+    def block(self, unit: Unit, fed: Fed) -> None:
+        """Prune a block by what it is fed."""
+
+        def feed(sums: Sums) -> None:
+            for i, batch in enumerate(fed.batches):
+                sums.batch = batch
+                fed.output(i)
+
+        self.finish(unit, feed)
+
+    def _by_running(self, unit: Unit, sums: Sums) -> None:
         """What is in no chain: the whole model, as far as the unit."""
 
         def stop(*_: Any) -> None:
@@ -112,17 +152,15 @@ class _Walk:
                 sums.batch = batch
                 run(self.model, batch)
 
-    def _finish(self, unit: Unit, feed: Callable[[_Sums], None]) -> None:
+    def finish(self, unit: Unit, feed: Callable[[Sums], None]) -> None:
         """Prune a unit, or take it from what was done before."""
-        if not unit.layers:
-            return
         done = self.ledger.take(unit) if self.ledger is not None else None
         if done is None:
-            sums = _Sums(unit, self.method)
-            with hooked(dict.fromkeys((layer.module for layer in unit.layers), sums.enter)):
+            sums = Sums(unit, self.method)
+            with hooked(dict.fromkeys((layer.module for layer in sums.layers), sums.enter)):
                 feed(sums)
             # All of it before any of it is written: what is interrupted has whole blocks, kept and pruned.
-            made = {layer: self._prune(layer, sums.pop(layer)) for layer in unit.layers}
+            made = {layer: self.prune(layer, sums.pop(layer)) for layer in unit.layers}
             done = {layer.name: pack(kept).cpu() for layer, (kept, _) in made.items()}
             if self.ledger is not None:
                 self.ledger.put(unit, {layer.name: new for layer, (_, new) in made.items()}, done)
@@ -130,8 +168,9 @@ class _Walk:
                 layer.weight.copy_(new)
         self.bits |= done
 
-    def _prune(self, layer: Layer, sums: InputSums) -> tuple[Tensor, Tensor]:
-        if not sums.tokens:
+    def prune(self, layer: Layer, sums: InputSums | None) -> tuple[Tensor, Tensor]:
+        """The mask of a layer's weight and its new value."""
+        if sums is not None and not sums.tokens:
             warn(
                 f"optx.prune: {layer.path!r} sees no token any more once what comes before it is pruned; its "
                 "inputs are taken to be all alike, so that it is pruned by magnitude."
@@ -158,34 +197,34 @@ def pruned(layer: Layer, method: PruneMethod, sums: InputSums | None = None) -> 
     return kept, value
 
 
-def _handed(unit: Unit, output: Any) -> Tensor:
-    found = hidden_of(output)
-    assert found is not None, unit.path
-    return found
+class Sums:
+    """Of a unit's layers, if the method needs any; what several are given together is multiplied once.
 
-
-class _Sums:
-    """Of a unit's layers; what several are given together is multiplied once."""
+    Attributes:
+        batch: which runs now.
+        layers: those that are summed over.
+    """
 
     batch: Batch
 
     def __init__(self, unit: Unit, method: PruneMethod) -> None:
-        self._layers = {layer.module: layer for layer in unit.layers}
-        self._sums = {layer.module: layer.sums(method) for layer in unit.layers}
+        self.layers = unit.layers if method.needs_inputs else ()
+        self._sums = {layer.module: (layer, layer.sums(method)) for layer in self.layers}
         self._last: tuple[Any, Tensor, int] = (None, torch.empty(0), 0)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a layer's call."""
-        layer, sums = self._layers[module], self._sums[module]
+        layer, sums = self._sums[module]
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
         key = None if is_conv(module) else (x, x._version)
-        if key is None or self._last[0] is None or self._last[0][0] is not x or self._last[0] != key:
+        known = self._last[0]
+        if key is None or known is None or known[0] is not x or known[1] != key[1]:
             rows = layer.rows(x, self.batch.counted(x, layer.path))
             self._last = (key, summed(type(sums), rows), len(rows)) if len(rows) else (None, rows, 0)
         if self._last[2]:
             sums.add(self._last[1], self._last[2])
 
-    def pop(self, layer: Layer) -> InputSums:
+    def pop(self, layer: Layer) -> InputSums | None:
         """A layer's, which are not held any longer."""
         self._last = (None, torch.empty(0), 0)
-        return self._sums.pop(layer.module)
+        return self._sums.pop(layer.module)[1] if self.layers else None

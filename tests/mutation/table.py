@@ -259,6 +259,7 @@ TABLE = {
     "optx/pruning/_calibration.py": "prune_blocks prune_mistakes",
     "optx/pruning/_calibration_sums.py": "wanda sparsegpt prune_blocks",
     "optx/pruning/_prune.py": "prune_blocks prune_mistakes prune_folders",
+    "optx/pruning/_reconstruct.py": "reconstruct",
     "optx/pruning/_prune_layers.py": "prune_blocks prune_mistakes",
     "optx/pruning/sparsegpt.py": "sparsegpt",
     "optx/pruning/wanda.py": "wanda",

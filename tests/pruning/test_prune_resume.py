@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -109,37 +106,3 @@ def test_a_damaged_folder_is_an_error(tmp_path: Path) -> None:
     (run / "prune.json").write_text("{}")
     with pytest.raises(FileError, match="damaged"):
         optx.prune(llama(), optx.Wanda(), DATA, resume=run)
-
-
-KILLED = """
-import os, sys
-sys.path.insert(0, sys.argv[2])
-from test_prune_resume import DATA, llama, optx
-
-def bar(names):
-    for i, name in enumerate(names):
-        if i == 1:
-            os._exit(9)
-        yield name
-
-optx.prune(llama(), optx.Wanda(), DATA, resume=sys.argv[1], progress=bar)
-"""
-
-
-def test_after_a_kill_in_another_process(tmp_path: Path) -> None:
-    tests = Path(__file__).parents[1]
-    ended = subprocess.run(
-        [sys.executable, "-c", KILLED, str(tmp_path / "run"), str(Path(__file__).parent)],
-        env={**os.environ, "PYTHONPATH": str(tests)},
-        check=False,
-    )
-    assert ended.returncode == 9
-    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
-        "model.layers.0.safetensors",
-        "prune.json",
-    ]
-    whole, again = llama(), llama()
-    assert optx.prune(again, optx.Wanda(), DATA, resume=tmp_path / "run") == optx.prune(
-        whole, optx.Wanda(), DATA
-    )
-    assert all(map(torch.equal, whole.parameters(), again.parameters()))
