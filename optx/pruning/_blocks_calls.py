@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -64,8 +64,10 @@ def split(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Cal
     rest = tuple(None if _is_cache(value) else value for value in args)
     if rest:
         return (rest[0], Call(None, rest[1:], plain)) if isinstance(rest[0], Tensor) else None
-    key = next((key for key, value in plain.items() if isinstance(value, Tensor)), None)
-    return None if key is None else (plain.pop(key), Call(key, (), plain))
+    for key, value in plain.items():
+        if isinstance(value, Tensor):
+            return value, Call(key, (), {other: one for other, one in plain.items() if other != key})
+    return None
 
 
 def hidden_of(output: Any) -> Tensor | None:
@@ -112,7 +114,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 def hooked(
     before: Mapping[nn.Module, Callable[..., Any]],
     after: Mapping[nn.Module, Callable[..., Any]] | None = None,
-) -> Iterator[None]:
+) -> Generator[None]:
     """Hooks on modules for a while; ``before`` gets (module, args, kwargs), ``after`` the output too."""
     with ExitStack() as stack:
         for module, hook in before.items():

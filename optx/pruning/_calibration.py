@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -108,7 +108,7 @@ def _placed(value: Any, device: torch.device) -> Any:
 
 
 @contextmanager
-def randomness_kept() -> Iterator[None]:
+def randomness_kept() -> Generator[None]:
     """torch's random numbers go on afterwards as if none had been drawn."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices):
@@ -116,7 +116,7 @@ def randomness_kept() -> Iterator[None]:
 
 
 @contextmanager
-def as_in_use(model: nn.Module) -> Iterator[None]:
+def as_in_use(model: nn.Module) -> Generator[None]:
     """The model in eval mode, without gradients or autocast; each module is put back into its mode."""
     modes = [(module, module.training) for module in model.modules()]
     kinds = {p.device.type for p in model.parameters()} or {"cpu"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from optx._errors import OptxError, TargetError, warn
 from optx._masked_model import without_numbers
 from optx._module_paths import paths_of
-from optx._names import is_dtensor
+from optx._names import RESERVED, is_dtensor
 from optx.inject._anatomy import stacks_of
 from optx.inject._injection import Targets
 from optx.inject._quantised import kind_of
@@ -25,6 +25,7 @@ from optx.pruning._calibration_sums import InputSums
 from optx.pruning._method import PruneMethod, check_finite
 
 _HEADS = {"lm_head", "head", "heads", "classifier", "score", "qa_outputs", "embed_out"}
+_ROUTERS = {"gate", "router", "shared_expert_gate"}  # a few numbers that decide about many
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +126,7 @@ def layers_of(
 
 def _check_bare(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
     """Raise if adapters are attached: what a layer computes would not be its weight's doing alone."""
-    own = next((path for path, module in model.named_modules() if path.endswith(("optx", ".optx"))), None)
+    own = next((path for path, _ in model.named_modules() if RESERVED in path.split(".")), None)
     peft = next((p for p, m in modules.items() if type(m).__module__.startswith("peft.tuners.")), None)
     found = peft if own is None else own
     if found is not None:
@@ -156,7 +157,9 @@ def _by_default(
                 "as "
                 "targets=torch.nn.Linear with exclude= of the head."
             )
-    return _or_none({path: m for path, m in every.items() if path.startswith(blocks)}, model, "in its blocks")
+    inside = {path: m for path, m in every.items() if path.startswith(blocks)}
+    found = {path: m for path, m in inside.items() if path.rpartition(".")[2] not in _ROUTERS}
+    return _or_none(found, model, "in its blocks")
 
 
 def _or_none(found: dict[str, nn.Module], model: nn.Module, where: str) -> dict[str, nn.Module]:
@@ -283,9 +286,6 @@ def _check_tied(layers: Sequence[Layer], modules: Mapping[str, nn.Module]) -> No
                 f"pruned for "
                 f"one is pruned for the other{also}; leave it out with exclude=, or untie them."
             )
-
-
-Chooser = Callable[[str, nn.Module], bool]
 
 
 def numbers_of(layer: Layer) -> Tensor:

@@ -127,12 +127,12 @@ class SparseGPT(PruneMethod):
 
     def _prune_rows(self, weight: Tensor, H: Tensor, name: str, before: int) -> tuple[Tensor, Tensor]:
         """Rows that have the same inputs; ``before`` are the numbers of the rows above them."""
-        H, diagonal = H.clone(), H.diagonal()
+        diagonal = H.diagonal()
         dead = diagonal == 0
         # The code has 1 for these; then damping would depend on how large inputs are, and on how many are 0.
         level = float(diagonal.sum()) / max(1, len(H) - int(dead.sum()))
-        H.diagonal().masked_fill_(dead, level or 1.0)
-        U = inverse_factor(H, self.damping, name)
+        alive = H.diagonal_scatter(diagonal.masked_fill(dead, level or 1.0))
+        U = inverse_factor(alive, self.damping, name)
         columns = weight.t().masked_fill(dead[:, None], 0.0)  # a column of the weight is a row of memory
         kept = torch.ones_like(columns, dtype=torch.bool)
         for start, stop in self._blocks(len(columns)):
