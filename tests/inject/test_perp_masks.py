@@ -113,6 +113,7 @@ _FLIPPED = pruned(seed=1)[1]
         ({"adapter": "mask"}, {"masks": _OTHER}, r"'7\.weight'"),
         ({"adapter": "none"}, {"masks": _OTHER}, r"'7\.weight'"),
         ({"adapter": "mask"}, {"masks": _SHAPE}, r"'0\.weight'.*\(8, 5\).*\(8, 6\)|\(8, 6\).*\(8, 5\)"),
+        ({"adapter": "none"}, {"masks": _SHAPE}, r"the mask of '0\.weight' has shape \(8, 5\)"),
         ({"adapter": "mask"}, {"masks": _BIAS}, r"masks have '5\.bias', a bias or norm"),
         (
             {"adapter": "mask"},
