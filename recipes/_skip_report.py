@@ -4,23 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import _report, _skip_filters
-from ._report import Table
+from . import _report, _skip_filters, _skip_windows
+from ._report import Table, by_seed
 from ._run import Run
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
-    """Of filters, and what time it takes to skip them."""
-    return _skip_filters.tables(results)
+    """Of filters and of windows, whichever were run."""
+    halves = (_skip_filters, _skip_windows)
+    return [
+        one
+        for half in halves
+        if set(half.ARMS) & set(by_seed(results["arms"]))
+        for one in half.tables(results)
+    ]
 
 
 def report(run: Run) -> None:
     """Print the tables and draw the picture."""
     run.write()
     _report.tell(tables(run.results))
-    figure, axes = _report.canvas(1)
-    left = axes[0][0]
-    _skip_filters.draw(left, run.results, _report.COLOURS)
+    figure, axes = _report.canvas(2)
+    left, right = axes[0]
+    _skip_filters.draw(left, run.results)
     _report.label(left, "Digits: filters at random as x", "multiply-adds, share of dense", "test accuracy")
-    left.legend(frameon=False, fontsize=8)
+    if left.get_legend_handles_labels()[0]:
+        left.legend(frameon=False, fontsize=8)
+    _report.label(right, "Blurred (kept windows framed), deblurred, sharp")
+    _skip_windows.draw(right, run.results)
     _report.save(figure, run.folder / "skip.png")
