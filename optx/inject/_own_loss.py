@@ -6,6 +6,7 @@ trains begins anew, and warns, once, if nobody took what the last one had collec
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -38,10 +39,13 @@ class Collected:
         self.values: dict[str, list[Tensor]] = {}
         self._waiting = False  # for tracing, which must not look at another graph's tensors
         self._new, self._inside, self._learning, self._told = True, False, False, False
+        self._wrapper: weakref.ref[Any] | None = None
+        self._stale: weakref.ref[Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For a copy of the model, which has computed nothing: a graph can't be copied."""
-        return {**self.__dict__, "values": {}, "_waiting": False, "_new": True, "_inside": False}
+        fresh = {"values": {}, "_waiting": False, "_new": True, "_inside": False}
+        return {**self.__dict__, **fresh, "_wrapper": None, "_stale": None}
 
     def begin(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         """Before the model's call.
@@ -49,17 +53,19 @@ class Collected:
         Raises:
             OptxError: DistributedDataParallel waits for gradients of what has been frozen since.
         """
-        ddp = _ddp()
-        if (
-            ddp is not None
-            and not ddp.find_unused_parameters
-            and not all(map(_requires, ddp._module_parameters))
-        ):
-            raise OptxError(
-                f"{self.method}: a parameter was frozen since DistributedDataParallel wrapped the model, "
-                "which waits for its gradient and averages nothing. Wrap the model again after that."
-            )
+        if (ddp := _ddp()) is not None:
+            if self._stale is not None and self._stale() is ddp and not ddp.find_unused_parameters:
+                raise OptxError(
+                    f"{self.method}: DistributedDataParallel waits for gradients of what handle.freeze() has "
+                    "frozen since it wrapped the model, and averages nothing. Wrap the model again then."
+                )
+            self._wrapper = weakref.ref(ddp)
         self._new, self._inside, self._learning = True, True, torch.is_grad_enabled()
+
+    def freeze(self) -> None:
+        """Nothing learns from now on: who waits for its gradients, waits in vain."""
+        self.take()
+        self._stale = self._wrapper
 
     def end(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After it."""
@@ -125,10 +131,6 @@ def _ddp() -> Any:
     return nn.parallel.DistributedDataParallel._get_active_ddp_module()  # pyright: ignore[reportPrivateUsage]
 
 
-def _requires(p: Tensor) -> bool:
-    return p.requires_grad
-
-
 class LossPart(Part):
     """A part that has something to say about the loss.
 
@@ -192,7 +194,7 @@ class LossHandle(Handle):
         for p in self.parameters():
             p.requires_grad_(False)
             p.grad = None
-        self.collected.take()
+        self.collected.freeze()
 
     def param_groups(
         self,

@@ -66,7 +66,10 @@ class FTWT(Injection):
             without a schedule for predictors (``handle.param_groups()``).
         ``r=0.91`` to ``0.97``: ImageNet. ``handle.freeze()`` after half of the epochs in both.
 
-    Limits: It skips work in evaluation mode alone; training computes every filter. Gathered, a convolution
+    Limits: Predictors learn slowly: what they see is about 1 / C_in, so that their weights learn 1 / C_in^2 as
+        fast as their biases, and at the paper's rate a run of a few hundred steps has the same filters for all
+        samples (none at all where each is wanted by fewer than half of them). There a rate of 5 to 20 is
+        better. It skips work in evaluation mode alone; training computes every filter. Gathered, a convolution
         with groups that is not depthwise, one with a forward of its own and one that has another injection
         are computed whole and masked; and a hook on a convolution sees what is normed already. Modules that
         a forward calls twice, and convolutions followed by a norm that mixes channels or an activation that
@@ -76,7 +79,7 @@ class FTWT(Injection):
     Keywords: dynamic pruning, channel gating, conditional computation, filter pruning, skip, FLOPs, sparse
         inference, self-supervised masks.
 
-    Evidence: ``test_ftwt.py``, ``test_ftwt_chains.py``, ``test_ftwt_inference.py``; no recipe.
+    Evidence: ``optx run skip``; ``test_ftwt.py``, ``test_ftwt_chains.py``, ``test_ftwt_inference.py``.
 
     Raises:
         OptxError: an option out of range; at attach, a model that can't be traced.

@@ -90,7 +90,7 @@ TABLE = {
     "optx/inject/_merge.py": "arithmetic_inject guards_weights attach lora lora_peft svfit ia3 flora",
     "optx/inject/_offload.py": "computes",
     "optx/inject/_own_call.py": "own_call",
-    "optx/inject/_own_loss.py": "own_loss",
+    "optx/inject/_own_loss.py": "own_loss own_loss_processes",
     "optx/inject/_conv_chains.py": "ftwt_chains",
     "optx/inject/_conv_trace.py": "ftwt_chains",
     "optx/inject/_filter_pruning.py": "ftwt_inference ftwt",
