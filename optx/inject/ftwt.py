@@ -66,15 +66,15 @@ class FTWT(Injection):
             without a schedule for predictors (``handle.param_groups()``).
         ``r=0.91`` to ``0.97``: ImageNet. ``handle.freeze()`` after half of the epochs in both.
 
-    Limits: Predictors learn slowly: what they see is about 1 / C_in, so that their weights learn 1 / C_in^2 as
-        fast as their biases, and at the paper's rate a run of a few hundred steps has the same filters for all
-        samples (none at all where each is wanted by fewer than half of them). There a rate of 5 to 20 is
-        better. It skips work in evaluation mode alone; training computes every filter. Gathered, a convolution
-        with groups that is not depthwise, one with a forward of its own and one that has another injection
-        are computed whole and masked; and a hook on a convolution sees what is normed already. Modules that
-        a forward calls twice, and convolutions followed by a norm that mixes channels or an activation that
-        is not 0 at 0, are not served. The official code counts groups by a division without rest, so that
-        depthwise layers cost it nothing; here every kept pair counts.
+    Limits: Predictors see numbers of about 1 / C_in, so that their weights learn slowly: at the paper's rate
+        a run of a few hundred steps has the same filters for all samples (and none where fewer than half of
+        the samples want each); there a rate of 5 to 20 is better. It skips work in evaluation mode alone;
+        training computes every filter. Gathered, a convolution with groups that is not depthwise, one with a
+        forward of its own and one that has another injection are computed whole and masked; and a hook on a
+        convolution sees what is normed already. Modules that a forward calls twice, and convolutions followed
+        by a norm that mixes channels or an activation that is not 0 at 0, are not served. The official code
+        counts groups by a division without rest, so that depthwise layers cost it nothing; here every kept
+        pair counts.
 
     Keywords: dynamic pruning, channel gating, conditional computation, filter pruning, skip, FLOPs, sparse
         inference, self-supervised masks.
