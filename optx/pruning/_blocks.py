@@ -172,8 +172,8 @@ class Walk:
         """The mask of a layer's weight and its new value."""
         if sums is not None and not sums.tokens:
             warn(
-                f"optx.prune: {layer.path!r} sees no token any more once what comes before it is pruned; its "
-                "inputs are taken to be all alike, so that it is pruned by magnitude."
+                f"optx.prune: {layer.path!r} sees no token any more once what comes before it is pruned; "
+                "its inputs are taken to be all alike, so that it is pruned by magnitude."
             )
         try:
             return pruned(layer, self.method, sums)

@@ -167,8 +167,7 @@ class Capture:
         if len(calls) not in (1, len(self.blocks)):
             raise OptxError(
                 f"prune: a batch reaches {len(calls)} of {len(self.blocks)} blocks that another reaches all "
-                f"of; "
-                "give batches that all go the same way."
+                "of; give batches that all go the same way."
             )
         if len(calls) == len(self.blocks):
             kind = look(calls[0].around(hidden[0]))

@@ -85,8 +85,7 @@ def _refuse_unseen(paths: Sequence[str], batches: int) -> None:
     some = ", ".join(map(repr, paths[:3])) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
     raise OptxError(
         f"prune: {some} saw no token of the calibration data ({batches} batches), so that there is nothing "
-        f"to go "
-        "by; give more data, or leave them out with exclude=."
+        "to go by; give more data, or leave them out with exclude=."
     )
 
 
@@ -157,8 +156,7 @@ class _Rehearsal:
         if not bool(x.isfinite().all()):
             raise OptxError(
                 f"prune: what {layer.path!r} is given in calibration is inf or nan before anything is "
-                f"pruned; look "
-                "for where the model's activations overflow, or calibrate it in float32."
+                "pruned; look for where the model's activations overflow, or calibrate it in float32."
             )
         self.batch.counted(x, layer.path)
 

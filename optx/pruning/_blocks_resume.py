@@ -77,8 +77,7 @@ class Ledger:
         if other:
             raise OptxError(
                 f"prune: resume={str(self.folder)!r} is of another run (it differs in {', '.join(other)}); "
-                f"give a new "
-                "folder, or call prune as before."
+                "give a new folder, or call prune as before."
             )
         self._check_weights(dense, now)
         return dense
@@ -96,8 +95,7 @@ class Ledger:
         if changed:
             raise OptxError(
                 f"prune: resume={str(self.folder)!r} is of a model with another {sorted(changed)[0]!r}; "
-                f"load the "
-                "dense model as before, or give a new folder."
+                "load the dense model as before, or give a new folder."
             )
 
     def take(self, unit: Unit) -> dict[str, Tensor] | None:

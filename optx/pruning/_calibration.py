@@ -44,14 +44,14 @@ class Batch:
             shapes = " or ".join(str(tuple(mask.shape)) for mask in self.padding)
             raise OptxError(
                 f"prune: a batch has padding (a mask of shape {shapes}), and {name!r} is given "
-                f"{tuple(x.shape)}, of which optx can't tell what is padding; calibrate with batches without."
+                f"{tuple(x.shape)}, of which optx can't tell what is padding; calibrate with batches "
+                "without."
             )
         if any(not torch.equal(mask, fits[0]) for mask in fits[1:]):
             raise OptxError(
                 f"prune: a batch has two masks of shape {tuple(fits[0].shape)} that differ, and optx can't "
-                f"tell "
-                f"which is for {name!r}; pad the two sides to different lengths, or give batches of one "
-                f"sequence."
+                f"tell which is for {name!r}; pad the two sides to different lengths, or give batches of "
+                "one sequence."
             )
         return fits[0].flatten()
 

@@ -53,8 +53,7 @@ class InputSums(ABC):
         if not bool(self.total.isfinite().all()):
             raise OptxError(
                 f"prune: what {self.name!r} is given in calibration is inf or nan, so that its inputs can't "
-                f"be "
-                "compared; look for where the model's activations overflow, or calibrate it in float32."
+                "be compared; look for where the model's activations overflow, or calibrate it in float32."
             )
         return self.total / self.tokens
 

@@ -37,13 +37,11 @@ def prune(
 ) -> Masks:
     """Prune a model, or a checkpoint, in one go; give back which weights are kept.
 
-    A model is pruned in place, in the order in which it runs. Methods that look at inputs go through it
-    block by
-    block: each block is fed what the pruned blocks before it make of ``data``, pruned by what its dense
-    layers are given then, and run once more. Any row of numbered modules whose each hands its output to
-    the next is such a row of blocks, whatever they are called; other layers are reached by running the
-    model up to them, once for each. The model is in eval mode meanwhile, without gradients, and no random
-    number is drawn.
+    A model is pruned in place, in the order in which it runs. Methods that look at inputs go through it block
+    by block: each is fed what the pruned blocks before it make of ``data``, pruned by what its dense layers
+    are given then, and run once more. Blocks are numbered modules each of which hands its output to the next,
+    whatever they are called; other layers are reached by running the model up to them, once for each. The
+    model is in eval mode meanwhile, without gradients, and random numbers go on as if none had been drawn.
 
     Beside the model are held: the activations between two blocks, of all of ``data``; what blocks are given
     beside them (masks, positions); and of one block each layer's sums, (inputs) numbers for `optx.Wanda`,

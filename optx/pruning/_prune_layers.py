@@ -152,10 +152,8 @@ def _by_default(
             name, p = own[0]
             raise TargetError(
                 f"prune: {path!r} computes with {name!r}, a parameter of shape {tuple(p.shape)} and no "
-                f"module "
-                "(experts in one tensor), which is not pruned; pass targets= to say that the rest is meant, "
-                "as "
-                "targets=torch.nn.Linear with exclude= of the head."
+                "module (experts in one tensor), which is not pruned; pass targets= to say that the rest "
+                "is meant, as targets=torch.nn.Linear with exclude= of the head."
             )
     inside = {path: m for path, m in every.items() if path.startswith(blocks)}
     found = {path: m for path, m in inside.items() if path.rpartition(".")[2] not in _ROUTERS}
@@ -166,8 +164,7 @@ def _or_none(found: dict[str, nn.Module], model: nn.Module, where: str) -> dict[
     if not found:
         raise TargetError(
             f"prune: this {type(model).__name__} has no linear layer or convolution {where}; pass targets=, "
-            f"a "
-            "regex over module names."
+            "a regex over module names."
         )
     return found
 
@@ -262,8 +259,7 @@ def _check(layer: Layer, method: PruneMethod) -> None:
     if method.needs_inputs and isinstance(module, nn.Conv3d):
         raise TargetError(
             f"prune: {layer.path!r} is a Conv3d, whose inputs {type(method).__name__} can't take apart; "
-            f"exclude "
-            "it, or use Magnitude."
+            "exclude it, or use Magnitude."
         )
     method.check_shape(layer.name, layer.width)
     check_finite(layer.name, weight)
@@ -283,8 +279,7 @@ def _check_tied(layers: Sequence[Layer], modules: Mapping[str, nn.Module]) -> No
             also = " as well" if others[0] in chosen else ""
             raise TargetError(
                 f"prune: the weight of {layer.path!r} is that of {others[0]!r} too (tied), and what is "
-                f"pruned for "
-                f"one is pruned for the other{also}; leave it out with exclude=, or untie them."
+                f"pruned for one is pruned for the other{also}; leave it out with exclude=, or untie them."
             )
 
 

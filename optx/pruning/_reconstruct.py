@@ -112,10 +112,9 @@ def reconstruct(
     Paper values:
         None at hand: rates and steps are tuned for each model there.
 
-    Limits: Beside what `optx.prune` holds, the targets of one block are held, as large as its activations.
-        Blocks
-    must follow one another, each called once; layers outside of them are refused. A bfloat16 model's block is
-    trained in bfloat16.
+    Limits: Beside what `optx.prune` holds, the targets of one block are, as large as its activations. Blocks
+    follow one another and are called once each; layers outside of them are refused. A bfloat16 model's block
+    computes in bfloat16. A run that was killed begins anew.
 
     Keywords: PERP, layer-wise reconstruction, block-wise reconstruction, calibration, pruning, distillation.
 
