@@ -84,6 +84,7 @@ def prune(
         return prune_folder(target, method, targets=targets, exclude=exclude, out=out, progress=bar)
     if out is not None:
         raise OptxError("prune: out= is for checkpoints; a model is pruned in place.")
+    target = uncompiled(target)
     layers = layers_of(target, method, targets, exclude)
     if method.needs_inputs:
         batches = batches_of(target, data, type(method).__name__)
@@ -96,6 +97,12 @@ def prune(
     masks = Masks(bits, {layer.name: layer.weight.shape for layer in layers if layer.name in bits})
     masks.apply_(target)
     return masks
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that torch.compile was given: a compiled call runs no hooks that are new, nor blocks."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else model
 
 
 def _without_inputs(method: PruneMethod, layers: list[Layer], bar: Bar) -> dict[str, Tensor]:

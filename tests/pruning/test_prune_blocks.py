@@ -190,6 +190,41 @@ def test_weights_of_other_dtypes(dtype: torch.dtype, method: Any) -> None:
             assert p.isfinite().all()
 
 
+def test_a_weight_that_grows_too_large_for_its_dtype() -> None:
+    layer, x = nn.Linear(2, 1, bias=False).half(), torch.randn(20, 1) + 0.01 * torch.randn(20, 2)
+    layer.weight.data.fill_(6e4)  # what is kept takes over what goes
+    with pytest.raises(optx.OptxError, match=r"'weight' would be inf or nan in torch.float16"):
+        optx.prune(layer, optx.SparseGPT(damping=0), [x.half() / 100])
+    assert layer.weight.tolist() == [[6e4, 6e4]]
+
+
+def test_a_compiled_model_is_pruned_as_the_one_it_was_made_from() -> None:
+    model, alone = llama(), llama()
+    masks = optx.prune(torch.compile(model), optx.Wanda(), [ids()])
+    assert masks == optx.prune(alone, optx.Wanda(), [ids()])
+    masks.verify(model)
+
+
+def test_a_cache_of_keys_is_not_added_to() -> None:
+    class Caching(nn.Module):
+        """Makes a cache whatever it is told, as some models do."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = llama()
+
+        def forward(self, x: Tensor) -> Any:
+            return self.inner(x, use_cache=True)
+
+    torch.manual_seed(0)
+    masks = optx.prune(Caching(), optx.Wanda(), [ids()], targets=r".*_proj")
+    assert dict_of(masks) == dict_of(optx.prune(llama(), optx.Wanda(), [ids()]))
+
+
+def dict_of(masks: optx.Masks) -> dict[str, list[bool]]:
+    return {name.removeprefix("inner."): mask.flatten().tolist() for name, mask in masks.items()}
+
+
 def test_it_holds_the_activations_between_two_blocks_and_no_more() -> None:
     torch.manual_seed(0)
     width, batches = 32, [torch.randn(4, 50, 32) for _ in range(6)]
