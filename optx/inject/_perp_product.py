@@ -69,10 +69,17 @@ def _low(A: Tensor, B: Tensor, like: torch.Size, transposed: bool) -> Tensor:
 
 def _masked(D: Tensor, bits: Tensor) -> Tensor:
     """D with zeros where the mask has them, in place."""
-    plain = type(D) is Tensor and D.is_contiguous() and not torch.compiler.is_compiling()
+    plain = type(D) is Tensor and D.is_contiguous() and not _is_traced()
     if plain and not (torch.is_grad_enabled() and D.requires_grad):
         return keep_(D, bits)
     return D.masked_fill_(~_kept(bits, D.shape), 0)
+
+
+def _is_traced() -> bool:
+    """Whether operations are rewritten, so that this function's own backward would be in the way."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
 
 
 def _kept(bits: Tensor, shape: torch.Size) -> Tensor:
@@ -121,7 +128,7 @@ def product(
     if dtype is not None:
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     with torch.autocast(kind, enabled=False):
-        if torch.compiler.is_compiling():  # whose partition of the graph says what is kept
+        if _is_traced():  # by torch.compile, whose partition says what is kept, or by vmap and its like
             W_now = summed(W, base, *factors, bits, shape)
             return _applied(x, W_now.to(dtype or W.dtype), bias, shape)
         return _Product.apply(x, W, bias, base, *factors, bits, shape, dtype or W.dtype)  # pyright: ignore

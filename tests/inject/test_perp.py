@@ -127,6 +127,24 @@ def test_a_derivative_of_gradients(form: str) -> None:
         torch.testing.assert_close(one * kept, other * kept, rtol=1e-9, atol=1e-9, msg=name)
 
 
+@both_forms
+def test_vmap_over_adapters(form: str) -> None:
+    """An ensemble over one pruned base in one call, and its gradients."""
+    model, handle, _ = attached("linear", form)
+    stacked = {name: torch.randn(3, *p.shape) for name, p in handle.named_parameters()}
+    x = batch("linear")
+
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, values, (x,)).square().sum()
+
+    together = torch.vmap(torch.func.grad(loss))(stacked)
+    for i in range(3):
+        values = {name: t[i].clone().requires_grad_() for name, t in stacked.items()}
+        wanted = torch.autograd.grad(loss(values), list(values.values()))
+        for name, gradient in zip(values, wanted, strict=True):
+            torch.testing.assert_close(together[name][i], gradient, rtol=1e-4, atol=1e-3)
+
+
 # ---- the paper's properties -------------------------------------------------------------------------------
 
 
