@@ -175,13 +175,13 @@ def _cells(logs: Sequence[dict[str, float]]) -> tuple[str, ...]:
 
 
 def draw(axes: Any, results: dict[str, Any]) -> None:
-    """Accuracy against work, a point for each seed; as many filters at random beside it."""
+    """Accuracy against work, a point for each seed; hollow: as many filters at random."""
     logs_by_arm = by_seed(results["arms"])
-    for colour, arm in zip(COLOURS, ARMS, strict=False):
+    for colour, marker, arm in zip(COLOURS, "o^sDvP", ARMS, strict=False):
         if logs := logs_by_arm.get(arm):
-            axes.scatter(
-                *zip(*((log["kept"], log["test"]) for log in logs), strict=True), color=colour, label=arm
-            )
+            points = [(log["kept"], log["test"]) for log in logs]
+            axes.scatter(*zip(*points, strict=True), color=colour, marker=marker, s=24, label=arm)
             random = [(log["kept"], log["random"]) for log in logs if "random" in log]
             if random:
-                axes.scatter(*zip(*random, strict=True), color=colour, marker="x")
+                hollow = {"facecolors": "none", "edgecolors": colour, "marker": marker, "s": 24}
+                axes.scatter(*zip(*random, strict=True), **hollow)

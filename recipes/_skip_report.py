@@ -27,7 +27,9 @@ def report(run: Run) -> None:
     figure, axes = _report.canvas(2)
     left, right = axes[0]
     _skip_filters.draw(left, run.results)
-    _report.label(left, "Digits: filters at random as x", "multiply-adds, share of dense", "test accuracy")
+    _report.label(
+        left, "Digits (hollow: as many filters at random)", "multiply-adds, share of dense", "test accuracy"
+    )
     if left.get_legend_handles_labels()[0]:
         left.legend(frameon=False, fontsize=8)
     _report.label(right, "Blurred (kept windows framed), deblurred, sharp")

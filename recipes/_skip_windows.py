@@ -256,7 +256,8 @@ def draw(axes: Any, results: dict[str, Any]) -> None:
     axes.axis("off")
     if not found:
         return
-    rows = [list(bytes.fromhex(line)) for picture in found[0]["pictures"] for line in picture]
+    pictures = [bytes.fromhex(line) for picture in found[0]["pictures"] for line in picture]
+    rows = [[grey & 0xF0 for grey in line] for line in pictures]  # the page's picture has 128 colours for all
     axes.imshow(rows, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
     for number, kept in enumerate(found[0]["kept"]):
         for place in (place for place, one in enumerate(kept) if one):
