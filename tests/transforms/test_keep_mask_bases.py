@@ -8,13 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from bases import BASES, Base, make_net, through_a_file, train
+from bases import BASES, BY_NAME, Base, make_net, through_a_file, train
 from torch import Tensor, nn
 
 import optx
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-STEPS = 50  # 200 were taken once: nothing changes after the first few
+STEPS = 20  # 200 were taken once: nothing changes after the first few
+
+
+KEEPING = (
+    *("AdamW", "SGD", "Adagrad", "Adadelta", "ASGD", "RMSprop", "torch_optimizer.MADGRAD"),
+    *("schedulefree.AdamW", "schedulefree.SGD", "pytorch_optimizer.Lion", "transformers.Adafactor"),
+)
 
 
 def _muon(p: Any) -> torch.optim.Optimizer:
@@ -30,7 +36,7 @@ def _other(name: str) -> Base:
 
 
 # Their updates are dense; SPlus averages the weights before anything after the step could look at them.
-MIXING = [Base("Muon", _muon), *map(_other, ("SOAP", "SPlus", "Prodigy", "Kron"))]
+MIXING = [Base("Muon", _muon), *map(_other, ("SOAP", "SPlus"))]
 
 
 class Pruned(nn.Module):
@@ -88,22 +94,22 @@ def test_no_zero_grows_back(base: Base) -> None:
     start = net.even.detach().clone()
     fused = "auto" if base.name == "AdamW" else False  # that one path is like another: test_keep_mask.py
     opt = optx.wrap(base.make(net.parameters()), optx.KeepMask(net.masks, net), fused=fused)
-    _steps(net, opt, 40 if base.closure else STEPS, base.closure)
+    _steps(net, opt, 8 if base.closure else STEPS, base.closure)
     net.masks.verify(net)
     assert not _signed(net)
     kept = net.masks["even"]
     assert torch.isfinite(net.even).all()
-    assert ((net.even.detach() != start) & kept).sum() > 0.9 * kept.sum() or base.name == "Prodigy"
+    assert ((net.even.detach() != start) & kept).sum() > 0.9 * kept.sum()
     if hasattr(opt, "eval"):
         for switch in (opt.eval, opt.train):
             switch()
             net.masks.verify(net)
 
 
-@pytest.mark.parametrize("base", [b for b in BASES if not b.closure], ids=str)
-def test_state_from_before_the_pruning_is_masked(base: Base) -> None:
-    """Moments and averages that a base brings along; wrapped twice, resumed from a file, with a new group."""
-    net = Pruned()
+@pytest.mark.parametrize("name", KEEPING)
+def test_state_from_before_the_pruning_is_masked(name: str) -> None:
+    """Moments and averages that a base brings along; wrapped twice, resumed from a file."""
+    net, base = Pruned(), BY_NAME[name]
     inner = base.make(net.named_parameters())
     if hasattr(inner, "train"):
         inner.train()
