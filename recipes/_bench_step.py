@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import optx
 from optx.kernels.audit.traffic import step_bytes
 from optx.kernels.step.layout import Layout
+from optx.kernels.step.program import Program
 
 from . import _bench
 from ._report import Table, console, tell
@@ -130,7 +131,13 @@ def _compositions() -> dict[str, list[Callable[[nn.Module], optx.Transform]]]:
         "PerpGrad": [perp],
         "PerpGrad + AdamR": [perp, pull],
         "HFT": [lambda model: optx.HFT(model)],
+        # All is kept (the weights are everybody's), which costs a step what any mask does.
+        "KeepMask": [lambda model: optx.KeepMask(_masks(model))],
     }
+
+
+def _masks(model: nn.Module) -> dict[str, Tensor]:
+    return {n: torch.ones(p.shape, dtype=torch.bool) for n, p in model.named_parameters() if p.ndim >= 2}
 
 
 def subjects(peers: bool, compiled: bool) -> list[Subject]:
@@ -211,9 +218,15 @@ def _traffic(optimizer: Any, model: nn.Module) -> float | None:
         return None
     program = optimizer.program(0)
     active = [p for p in model.parameters() if p.requires_grad]
-    layout = Layout(("float32",) * (2 + len(program.slots)), "nearest", True)
-    share = sum(p.numel() for p in active) / sum(p.numel() for p in model.parameters())
-    return step_bytes(program, layout) * share
+    moved = sum(step_bytes(program, _layout(program, p)) * p.numel() for p in active)
+    return moved / sum(p.numel() for p in model.parameters())
+
+
+def _layout(program: Program, p: Tensor) -> Layout:
+    """How a step finds a weight's tensors in float32."""
+    packed = ("bits" if p.shape[-1] % 8 == 0 else "bool") if p.ndim >= 2 else "ones"
+    slots = (packed if name in program.packed else "float32" for name in program.slots)
+    return Layout(("float32", "float32", *slots), "nearest", True)
 
 
 def measure(shape: str, rounds: int, peers: bool, compiled: bool, device: str) -> list[Subject]:

@@ -66,6 +66,7 @@ AROUND: dict[tuple[str, str], dict[str, Any]] = {
     ("DSPReg", "coupled"): {"domains": 2},
     ("FLoRA", "embedding"): {"targets": nn.Embedding},
     ("LoRA", "embedding"): {"targets": nn.Embedding},
+    ("KeepMask", ""): {"pruned": 0.5},
     ("Perp", "MaskLoRA"): {"pruned": 0.5},
     ("Perp", "ScaleLoRA"): {"pruned": 0.5},
     ("PerpGrad", "along weights"): {"shrink": 10.0},
@@ -92,7 +93,7 @@ class Setup(NamedTuple):
         shrink: so much of each weight is added to its gradient, which then is nearly along the weight.
         targets: of an injection, if not its own.
         inputs: what the model is called with.
-        pruned: this share of each matrix goes before an injection comes.
+        pruned: this share of each matrix goes before the method comes, which is given the masks.
         domains: so many equal parts of the sentences have a loss each, for ``opt.dsp_reg``.
     """
 
@@ -204,6 +205,8 @@ def half_as_wide(model: Any) -> Any:
 def transformed(cls: type, options: dict[str, Any], setup: Setup, fused: bool) -> list[float]:
     """Everything is trained, by AdamW within `optx.wrap`."""
     given = needed(cls, setup)
+    if setup.pruned:
+        given["masks"] = optx.prune(setup.model, optx.Magnitude(setup.pruned))
     trained = [p for p in setup.model.parameters() if p.requires_grad]
     base = torch.optim.AdamW(trained, lr=setup.lr, weight_decay=0.0)
     if cls is optx.MuAdamW:  # its learning rates count on them
