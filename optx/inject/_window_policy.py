@@ -30,7 +30,8 @@ class Predictor(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Of the block's input, before its norm."""
-        h = self.embed(x.to(self.score[0].weight.dtype))
+        first: Any = self.embed[0]
+        h = self.embed(x.to(first.weight.dtype))
         local, whole = h.split([h.shape[-1] // 2, h.shape[-1] - h.shape[-1] // 2], dim=-1)
         whole = whole.mean((1, 2), keepdim=True).expand(*h.shape[:-1], -1)
         return self.score(torch.cat([local, whole], dim=-1))

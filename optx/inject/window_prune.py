@@ -139,7 +139,7 @@ class WindowPrune(Injection):
 
     def parts(self, sites: Sequence[Site]) -> list[Part]:
         """One per block; those of a stage share a policy."""
-        collected, chains = Collected("WindowPrune"), dict[tuple[str, bool], Chain]()
+        collected, chains = Collected("WindowPrune", alone=False), dict[tuple[str, bool], Chain]()
         made: list[Part] = []
         for site in sites:
             block = made_by(self.blocks, self.window, site.module, site.path)
