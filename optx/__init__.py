@@ -13,7 +13,7 @@
             MuReadout  MuAttention                            factors of width
             Perp  PerpHandle                                  what a pruned model is retrained by
             STN  HParams  hp  SelfTuning                      hyperparameters tuned in the same run
-            WindowPrune  WindowBlock  WindowHandle            computes only the windows that need it
+            WindowPrune  WindowBlock  WindowHandle  WindowCost   computes only the windows that need it
             FTWT  FilterPruning                               filters picked for each sample
             trainable_only                                    freeze all but what was attached
             set_adapter                                       which of several act, by name

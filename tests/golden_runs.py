@@ -81,7 +81,7 @@ def methods() -> dict[str, type]:
         for name, thing in vars(optx).items()
         if inspect.isclass(thing)
         and (issubclass(thing, kinds) or thing.__module__.startswith("optx.signal."))
-        and thing not in (*kinds, optx.Composite, optx.FTWT)  # it has no convolutions to serve here
+        and thing not in (*kinds, optx.Composite, optx.FTWT, optx.WindowPrune)  # nothing to serve here
     }
 
 

@@ -162,5 +162,5 @@ class WindowPrune(Injection):
         return WindowHandle(model, injection, served, saved)
 
     def options(self) -> dict[str, Any]:
-        """As plain data; a function of modules is none, so `handle.load` goes with an attach that has it."""
+        """As plain data; a function of modules is none, so `Handle.load` goes with an attach that has it."""
         return {"window": self.window, "tau": self.tau, "share_policy": self.share_policy}
