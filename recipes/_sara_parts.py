@@ -13,6 +13,7 @@ import optx
 from ._rotated import turned
 from ._run import device
 
+PRETRAINING = 300  # steps
 ZEROED = [n / 10 for n in range(10)]
 Views = dict[str, tuple[Tensor, Tensor]]
 
@@ -46,13 +47,18 @@ def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
     return float((model(data[0]).argmax(1) == data[1]).float().mean())
 
 
+def network() -> nn.Sequential:
+    """A perceptron of two hidden layers."""
+    hidden = [nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()]
+    return nn.Sequential(*hidden, nn.Linear(256, 10)).to(device())
+
+
 def pretrained(seed: int, views: Views) -> nn.Sequential:
     """A network that reads upright digits."""
     torch.manual_seed(seed)
-    hidden = [nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()]
-    model = nn.Sequential(*hidden, nn.Linear(256, 10)).to(device())
+    model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _ in range(300):
+    for _ in range(PRETRAINING):
         step(model, optimizer, views["learn old"], 32)
     return model
 

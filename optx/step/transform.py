@@ -226,7 +226,7 @@ class Host(Protocol):
         """Take on what was put into the groups by hand."""
         ...
 
-    def around_step(self) -> AbstractContextManager[None]:
+    def around_step(self) -> AbstractContextManager[Any]:
         """All transforms' `Transform.around_step`."""
         ...
 

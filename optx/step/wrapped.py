@@ -245,7 +245,7 @@ class Wrapped(Optimizer):
         with torch.no_grad(), self.around_step():
             return self._stepper.paths.plan()
 
-    def around_step(self) -> AbstractContextManager[None]:
+    def around_step(self) -> AbstractContextManager[Any]:
         """What the transforms put in the place of gradients and parameters during a step."""
         own = [t for t in self.transforms if type(t).around_step is not Transform.around_step]
         if not own:

@@ -41,7 +41,7 @@ class CompactGradient(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
 
     @staticmethod
-    def __new__(cls, kept: Tensor, shape: torch.Size, token: Tensor, mask: Callable[[], Tensor]) -> Any:
+    def __new__(cls: Any, kept: Tensor, shape: torch.Size, token: Tensor, mask: Callable[[], Tensor]) -> Any:
         """A gradient of so many numbers; ``mask`` gives the bool tensor of ``shape`` when it is needed."""
         made: Any = Tensor._make_wrapper_subclass(  # pyright: ignore
             cls, shape, dtype=kept.dtype, device=kept.device

@@ -1,4 +1,4 @@
-"""What SaRA refuses: weights without values, company that moves what is to stay, and foreign checkpoints."""
+"""What SaRA refuses: weights without values, company of a compact step, and foreign checkpoints."""
 
 from __future__ import annotations
 
@@ -10,19 +10,18 @@ from torch import Tensor
 
 from optx._errors import ShapeError, TransformError
 from optx._names import is_dtensor, parameter_names
+from optx.step import bits
 from optx.step.bases import has_fused_form
 from optx.step.state import is_ours, saved_slots
-from optx.step.transform import Host, Transform
-from optx.transforms._small_entries import ones
+from optx.step.transform import Host
 
 _KEY = "optx.sara.mask"
 
 
 def check_company(sara: Any, optimizer: Host) -> None:
-    """Raise unless base and other transforms leave alone what is not selected."""
-    transforms = optimizer.transforms
+    """Raise where a step on the selected entries alone is not what base and other transforms ask for."""
     if sara.compact:
-        others = [t for t in transforms if t is not sara]
+        others = [t for t in optimizer.transforms if t is not sara]
         if others:
             raise TransformError(
                 f"SaRA: compact=True steps on the selected entries alone, where {type(others[0]).__name__} "
@@ -33,13 +32,6 @@ def check_company(sara: Any, optimizer: Host) -> None:
                 f"SaRA: compact=True serves SGD, Adam and AdamW; the base is {type(optimizer.base).__name__}."
                 " Use compact=False."
             )
-    later: tuple[Transform, ...] = transforms[transforms.index(sara) + 1 :]
-    for group in filter(sara.serves, optimizer.param_groups):
-        for t in later:
-            if t.serves(group) and t.moments(group, optimizer.base).after is not None:
-                raise TransformError(
-                    f"SaRA: {type(t).__name__} moves weights after it, unselected ones too. Give SaRA last."
-                )
 
 
 def check_weights(sara: Any, optimizer: Host) -> list[Tensor]:
@@ -96,7 +88,7 @@ def _check_sizes(name: str, p: Tensor, mask: Any, entry: dict[str, Any]) -> None
     """A compact state has as many numbers as its mask has entries."""
     if not isinstance(mask, Tensor):
         return  # the load itself says so
-    count = ones(mask, p)
+    count = int(bits.mask_of(bits.settled(mask, p), p).sum())
     for key, t in entry.items():
         if not is_ours(key) and key != "step" and isinstance(t, torch.Tensor) and t.shape != (count,):
             raise ShapeError(

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optx._mask_bits import unpack
 from optx._names import whole
 
 _LOW = 16  # bits of a float32 that the second count tells apart
@@ -20,20 +19,6 @@ def small(p: Tensor, threshold: float) -> Tensor:
     size = p.detach().abs()
     # A 16-bit tensor would be compared with the threshold rounded to 16 bits.
     return (size if size.dtype == torch.float64 else size.to(torch.float32)) < threshold
-
-
-def as_bool(kept: Tensor, p: Tensor) -> Tensor:
-    """A weight's mask as a bool tensor, however it is kept (see `Slot`)."""
-    if kept.shape == p.shape:
-        return kept if kept.dtype == torch.bool else kept != 0
-    if not kept.ndim:
-        return torch.ones_like(p, dtype=torch.bool, requires_grad=False)
-    return unpack(kept, p.shape)
-
-
-def ones(kept: Tensor, p: Tensor) -> int:
-    """How many entries a weight's mask has, however it is kept."""
-    return int(as_bool(kept, p).sum())
 
 
 def threshold_of_share(weights: Sequence[Tensor], share: float) -> float:

@@ -17,6 +17,7 @@ from optx._errors import OptxError, TransformError, check_range, check_whole, wa
 from optx._names import has_names, parameter_names, whole
 from optx._rules import rule
 from optx.ops import where
+from optx.step import bits
 from optx.step.base_step import has_modes
 from optx.step.transform import Host, Moments, Slot, Transform, like_weight, wrapped_by
 from optx.transforms._compact_gradient import CompactGradient
@@ -24,7 +25,7 @@ from optx.transforms._compact_step import CompactStep
 from optx.transforms._frozen_half import FirstState, is_rehearsal
 from optx.transforms._nuclear_norm import Pull
 from optx.transforms._sara_checks import check_company, check_load, check_weights
-from optx.transforms._small_entries import Density, Row, as_bool, small, threshold_of_share
+from optx.transforms._small_entries import Density, Row, small, threshold_of_share
 
 if TYPE_CHECKING:
     from optx.delta._checkpoint_source import Checkpoint
@@ -92,8 +93,8 @@ class SaRA(Transform):
     Keywords: sparse fine-tuning, parameter-efficient, mask, diffusion, pruning, magnitude, nuclear norm,
     progressive, memory, unstructural backpropagation.
 
-    Evidence: ``test_sara.py``, ``test_sara_compact.py``, ``test_sara_rank.py``, ``test_sara_delta.py``; no
-    recipe.
+    Evidence: ``optx run sara``; ``test_sara.py``, ``test_sara_compact.py``, ``test_sara_rank.py``,
+    ``test_sara_delta.py``.
 
     Raises:
         OptxError: an argument out of range, or not exactly one of ``threshold`` and ``fraction``.
@@ -119,7 +120,8 @@ class SaRA(Transform):
     """
 
     name = "sara"
-    slots: Mapping[str, Slot] = {"mask": like_weight(torch.bool, lasting=True)}
+    encloses = True
+    slots: Mapping[str, Slot] = {"mask": like_weight(torch.bool, lasting=True, packed=True)}
     limits: ClassVar[Mapping[str, tuple[float, float]]] = {"rank_weight": (0.0, float("inf"))}
 
     def __init__(
@@ -217,7 +219,7 @@ class SaRA(Transform):
                 new = old & small(p, self._known_threshold())
                 if self._compact is not None:
                     self._compact.shrink(optimizer, p, old, new)
-                optimizer.slot_store.put(p, "optx.sara.mask", new)
+                optimizer.slot_store.put(p, "optx.sara.mask", bits.settled(new, p))
                 if self.reset_state_on_reselect:
                     optimizer.drop_base_state(p)
         if self.reset_state_on_reselect:
@@ -394,10 +396,10 @@ class SaRA(Transform):
 
     def _kept_mask(self, p: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
         kept = self._bound("step").slot(p, self, "mask")
-        return kept, lambda: as_bool(kept, p)
+        return kept, lambda: bits.mask_of(kept, p)
 
     def _mask(self, p: Tensor, optimizer: Host | None = None) -> Tensor:
-        return as_bool((optimizer or self._bound("mask")).slot(p, self, "mask"), p)
+        return bits.mask_of((optimizer or self._bound("mask")).slot(p, self, "mask"), p)
 
     def _known_threshold(self) -> float:
         assert self._threshold is not None  # settled in bind

@@ -17,7 +17,7 @@ from sara_runs import adamw, assert_same, copies, loss, masks, net, train, wrapp
 from torch import Tensor, nn
 
 import optx
-from optx.transforms._small_entries import as_bool, small, threshold_of_share
+from optx.transforms._small_entries import small, threshold_of_share
 
 W = [0.001, -0.0015, 0.01, -0.5, 0.0]
 
@@ -28,7 +28,7 @@ def test_the_specs_own_step(fused: Any, compact: bool) -> None:
     w = nn.Parameter(torch.tensor(W))
     base = torch.optim.AdamW([w], lr=5e-4, weight_decay=0.01)
     opt = optx.wrap(base, optx.SaRA(2e-3, compact=compact), fused=fused)
-    assert as_bool(opt.slot(w, opt.sara, "mask"), w).tolist() == [True, True, False, False, True]
+    assert opt.sara._mask(w).tolist() == [True, True, False, False, True]
     w.grad = torch.tensor([1.0, -2.0, 3.0, 4.0, -0.5])
     opt.step()
     wanted = torch.tensor([4.99995005e-4, -9.99992503e-4, 0.01, -0.5, 4.9999999e-4])
@@ -93,7 +93,7 @@ def test_any_base_keeps_unselected_entries(base: Any) -> None:
         train_base(model, opt, range(4), closure=base.closure)
     moved = 0
     for p, old in start.items():
-        mask = as_bool(opt.slot(p, opt.sara, "mask"), p)
+        mask = opt.sara._mask(p)
         assert torch.equal(p[~mask], old[~mask])
         moved += int((p[mask] != old[mask]).sum())
     assert moved > 10
