@@ -5,7 +5,7 @@ Source: AdaWPT, arXiv 2306.14268, equations of the block; steps 5 and 6 of the a
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,9 +44,7 @@ def residual(
         u = u if real is None else u * real  # padding is 0 after the norm
     u, a_mask = _gated(u, gate), _mask(grid, u, index)
     out: Any = block.attn(u, a_mask)
-    a, weights = cast(
-        "Any", (out[0], out[1] if len(out) > 1 else None) if isinstance(out, tuple) else (out, None)
-    )
+    a, weights = (*out, None)[:2] if isinstance(out, tuple) else (out, None)
     a = block.norm1(a) if block.post_norm else a
     first, second = block.drop_path or (None, None)
     # Biases make this other than 0 for a window whose input is 0: the second D is what drops it.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,6 +83,22 @@ def test_what_a_block_drops_is_what_came_in(kind: str) -> None:
                 assert (before != after).any(-1)[kept[:, 0]].float().mean() > 0.99
     for hook in hooks:
         hook.remove()
+
+
+def test_a_saved_folder_is_attached(tmp_path: Path) -> None:
+    model = real("Swinv2")
+    handle = attached(model, share_policy="block", tau=0.5)
+    move(handle)
+    want = model(pixels()).last_hidden_state
+    handle.save(tmp_path / "a")
+    handle.remove()
+    again = optx.attach(model, str(tmp_path / "a"))
+    assert torch.equal(model(pixels()).last_hidden_state, want)
+    assert again.injection == optx.WindowPrune(share_policy="block", tau=0.5)
+    own = nn.Sequential(Block())
+    optx.attach(own, optx.WindowPrune(blocks=blocks)).save(tmp_path / "b")
+    with pytest.raises(optx.TargetError, match=r"a saved folder holds no such function"):
+        optx.attach(nn.Sequential(Block()), str(tmp_path / "b"))
 
 
 def test_post_norm_is_seen_by_what_a_block_computes() -> None:
@@ -233,6 +251,30 @@ def test_a_block_that_does_more_is_refused() -> None:
 def test_what_can_not_be_served(model: Any, options: dict[str, Any], says: str) -> None:
     with pytest.raises(optx.TargetError, match=says):
         attached(model(), **options)
+
+
+class Failing(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError("not today")
+
+
+def test_a_block_that_can_not_be_tried_or_has_no_width() -> None:
+    with pytest.raises(optx.TargetError, match=r"its forward takes none of .* \(RuntimeError: not today\)"):
+        attached(nn.Sequential(Failing()), blocks=blocks)
+
+    def without(module: nn.Module) -> optx.WindowBlock | None:
+        found = blocks(module)
+        return found and dataclasses.replace(found, norm1=lambda x: module.one(x))
+
+    with pytest.raises(optx.TargetError, match="can't see the width of '0' by its norm1"):
+        attached(nn.Sequential(Block()), blocks=without)
+
+
+def test_tokens_in_a_row_need_a_size() -> None:
+    model = nn.Sequential(Block())
+    attached(model, blocks=blocks)
+    with pytest.raises(optx.OptxError, match=r"called with \(2, 16, 8\) and no height and width in tokens"):
+        model(torch.randn(2, 16, 8))
 
 
 def test_a_target_that_is_no_block_says_what_it_lacks() -> None:
