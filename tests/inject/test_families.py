@@ -68,7 +68,7 @@ def test_every_injection_is_measured_on_every_family(rows: Rows) -> None:
     assert len(rows) == len(BY_LABEL) * len(_bench_families.METHODS)
     missing = set(public_injections()) - set(_bench_families.METHODS)
     of_width = {"MuReadout", "MuAttention"}  # fixed factors; their families: tests/scaling
-    of_images = {"FTWT"}  # convolutions, in test_ftwt_chains.py
+    of_images = {"FTWT", "WindowPrune"}  # test_ftwt_chains.py, test_window_models.py
     assert missing == {"HiddenDelta", *of_width, *of_images}  # the others are HiddenDelta's choices
 
 

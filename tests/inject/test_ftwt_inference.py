@@ -254,6 +254,29 @@ def test_an_output_changed_before_its_norm_is_an_error() -> None:
     assert torch.isfinite(model(x1)).all()
 
 
+class Switched(nn.Module):
+    """What the last convolution reads was another one's when it was traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.other = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.first(x))
+        return self.last(torch.ones_like(y) if self.other else y)
+
+
+def test_a_channel_is_skipped_only_where_it_is_zero() -> None:
+    torch.manual_seed(0)
+    model = Switched().eval()
+    handle = optx.attach(model, optx.FTWT(), targets=["first", "last"])
+    scattered(handle)
+    for other in (False, True):
+        model.other = other
+        gathered, masked = both(model, handle, x3)
+        torch.testing.assert_close(gathered, masked, rtol=1e-5, atol=1e-5)
+
+
 def test_auto_skips_what_is_worth_it() -> None:
     """Large layers; small ones are faster computed whole."""
     model = trained("vgg")
