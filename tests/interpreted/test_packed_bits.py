@@ -39,4 +39,6 @@ def test_triton_is_the_cpu(dtype: torch.dtype, perp: bool) -> None:
     masks.verify(ours)
     for (name, a), b in zip(ours.named_parameters(), cpu.parameters(), strict=True):
         assert torch.isfinite(a).all(), name
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6 if perp else 0.0)
+        # Moments in bfloat16 are rounded by random bits, which are not the same ones.
+        near = 0.02 if dtype == torch.bfloat16 else 1e-6 if perp else 0.0
+        torch.testing.assert_close(a, b, rtol=0, atol=near)
