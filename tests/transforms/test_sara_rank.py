@@ -148,3 +148,22 @@ def test_closures_that_ask_several_times_get_it_each_time() -> None:
     before, now = torch.linalg.svdvals(target), torch.linalg.svdvals(w.detach())
     assert torch.allclose(now[before > 2], before[before > 2] - 1.0, atol=0.2)
     assert torch.allclose(w.grad, w.detach() - target, atol=0.2)  # type: ignore[arg-type]
+
+
+def test_pytorch_optimizers_sara_pulls_alike_where_there_is_one_matrix() -> None:
+    """Its choice is of Python's global generator, a matrix a group; and under maximize its norm grows."""
+    from pytorch_optimizer import SaRA
+
+    torch.manual_seed(0)
+    start = torch.randn(80, 70)
+    a, b = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    base = torch.optim.AdamW([a], lr=1e-2, weight_decay=0.1)
+    opt = optx.wrap(base, optx.SaRA(0.5, rank_weight=0.1), fused=False)
+    peer = SaRA([b], lr=1e-2, weight_decay=0.1, threshold=0.5, lambda_rank=0.1)
+    for _ in range(5):
+        g = torch.randn(80, 70)
+        for w, optimizer in ((a, opt), (b, peer)):
+            w.grad = g.clone()
+            optimizer.step()
+    assert torch.allclose(a, b, atol=1e-6)
+    assert not torch.equal(a, start)
