@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -118,17 +118,12 @@ def _locally(t: Tensor, p: Tensor, change: Callable[[Tensor], Tensor], shape: tu
         return change(t)
     from torch.distributed.tensor import DTensor
 
+    spread: Any = p
     whole = torch.Size(shape)
     made = change(t.to_local())  # type: ignore[attr-defined]
     stride = torch.empty(whole, device="meta").stride()
-    return DTensor.from_local(
-        made,
-        p.device_mesh,
-        p.placements,
-        run_check=False,
-        shape=whole,
-        stride=stride,  # type: ignore[attr-defined]
-    )
+    mesh, placements = spread.device_mesh, spread.placements
+    return DTensor.from_local(made, mesh, placements, run_check=False, shape=whole, stride=stride)
 
 
 class Packed:

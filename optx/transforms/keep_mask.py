@@ -103,7 +103,6 @@ class KeepMask(Transform):
 
     name = "keep_mask"
     encloses = True
-    slots: ClassVar = {"kept": like_weight(torch.bool, lasting=True, packed=True)}
     rules: ClassVar = {"gradient": keep_gradient, "after": keep_weight}
 
     def __init__(
@@ -119,6 +118,7 @@ class KeepMask(Transform):
         if owner is not None and not isinstance(owner, nn.Module):
             raise OptxError(f"KeepMask: model is a {type(owner).__name__}; it must be a torch.nn.Module.")
         self.options = {}
+        self.slots = {"kept": like_weight(torch.bool, lasting=True, packed=True)}
         own = masks if masks is None or isinstance(masks, Masks) else Masks.from_bool(masks)
         self._pairing = Pairing(own, model)
         self._unchecked = False  # whether weights may be others than those that were looked at
