@@ -119,6 +119,7 @@ def _transforms() -> Iterator[Case]:
 
 # How to make the variants of a transform that compile to different kernels, where ``Class()`` is not all.
 _VARIANTS: dict[str, dict[str, Callable[[Any], Transform]]] = {
+    "SaRA": {"SaRA": lambda c: c(fraction=0.1)},
     "AdamR": {
         "AdamR": lambda c: c(),
         "AdamR plain": lambda c: c(normalize=False),
