@@ -263,6 +263,9 @@ def test_a_rehearsal_step_of_distributed_checkpoint_counts_nothing() -> None:
     for compact in (False, True):
         model, again = net(), net()
         opt = wrapped(model, reselect_at=4, compact=compact)
+        dcp.get_optimizer_state_dict(model, opt)  # makes the state by a step with lr 0
+        assert opt.state
+        assert opt.sara.steps == 0
         train(model, opt, range(3))
         kept = dcp.get_optimizer_state_dict(model, opt)
         resumed = wrapped(again, reselect_at=4, compact=compact)
