@@ -86,6 +86,7 @@ class Work:
 class FilterPruning(LossHandle):
     """What `optx.attach` returns for `optx.FTWT`: a handle that also has a loss, and counts work."""
 
+    injection: Any  # `optx.FTWT`, which this module does not know
     group: ClassVar[Mapping[str, float]] = {"lr": 0.1, "weight_decay": 0.0}
 
     def __init__(
