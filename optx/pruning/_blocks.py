@@ -216,7 +216,8 @@ class Sums:
         """Before a layer's call."""
         layer, sums = self._sums[module]
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        key = None if is_conv(module) else (x, x._version)
+        # Under inference_mode tensors don't know whether they were written to.
+        key = None if is_conv(module) or x.is_inference() else (x, x._version)
         known = self._last[0]
         if key is None or known is None or known[0] is not x or known[1] != key[1]:
             rows = layer.rows(x, self.batch.counted(x, layer.path))

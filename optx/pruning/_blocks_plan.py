@@ -60,13 +60,16 @@ def plan(
     rows = _rows(modules, layers)
     seen = _Rehearsal(layers, rows)
     with hooked(*seen.hooks()):
+        padded = next((batch for batch in batches if batch.padding), None)
         for batch in batches:
+            done = all(seen.calls[layer.module] for layer in layers)
+            if done and batch is not padded:
+                continue
             seen.begin(batch)
             run(model, batch)
-            if all(seen.calls[layer.module] for layer in layers):
-                break
-        else:
-            _refuse_unseen([layer.path for layer in layers if not seen.calls[layer.module]], len(batches))
+        unseen = [layer.path for layer in layers if not seen.calls[layer.module]]
+        if unseen:
+            _refuse_unseen(unseen, len(batches))
     steps: list[tuple[int, Step]] = []
     for row in rows:
         for step in _steps_of(row, seen, model, batches[0]):

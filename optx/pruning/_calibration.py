@@ -24,7 +24,8 @@ class Batch:
     Attributes:
         args: positional arguments, on the model's device.
         kwargs: keyword arguments.
-        padding: of the masks among them that mask anything, True where a token counts: each (batch, tokens).
+        padding: if any token is padding, the masks of all sequences among them, True where a token counts:
+            each (batch, tokens).
     """
 
     args: tuple[Any, ...]
@@ -91,16 +92,30 @@ def _batch(model: nn.Module, row: Any, device: torch.device) -> Batch:
         args, kwargs = (_placed(row, device),), {}
     else:
         raise OptxError(f"prune: a batch is {shown(row)}; data must be {_WAYS}.")
-    if any(kwargs.get(name) is not None for name in ("past_key_values", "cache")):
+    takes = inspect.signature(model.forward).parameters
+    named = dict(zip(takes, args, strict=False)) | kwargs
+    if any(named.get(name) is not None for name in ("past_key_values", "cache")):
         raise OptxError(
             "prune: a batch has past_key_values, which blocks would add to at each call; give whole "
             "sequences."
         )
-    if "use_cache" in inspect.signature(model.forward).parameters:
+    if "use_cache" in takes and "use_cache" not in list(takes)[: len(args)]:
         kwargs["use_cache"] = False
-    masks = [value for name, value in kwargs.items() if name.endswith("attention_mask")]
-    padding = [one.bool() for one in masks if isinstance(one, Tensor) and one.ndim == 2]
-    return Batch(args, kwargs, tuple(mask for mask in padding if not bool(mask.all())))
+    masks = _masks(
+        named, encodes=getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True
+    )
+    return Batch(args, kwargs, masks if any(not bool(mask.all()) for mask in masks) else ())
+
+
+def _masks(named: Mapping[str, Any], *, encodes: bool) -> tuple[Tensor, ...]:
+    """The masks of a batch's sequences; of one that comes without, ones, as no other's mask is for it."""
+    masks = {name: one for name, one in named.items() if name.endswith("attention_mask")}
+    found = [one.bool() for one in masks.values() if isinstance(one, Tensor) and one.ndim == 2]
+    for name in ("decoder_input_ids", "decoder_inputs_embeds", "labels") if encodes else ():
+        one = named.get(name)
+        if isinstance(one, Tensor) and one.ndim >= 2 and masks.get("decoder_attention_mask") is None:
+            return (*found, torch.ones(one.shape[:2], dtype=torch.bool, device=one.device))
+    return tuple(found)
 
 
 def _placed(value: Any, device: torch.device) -> Any:
@@ -120,11 +135,14 @@ def as_in_use(model: nn.Module) -> Generator[None]:
     """The model in eval mode, without gradients or autocast; each module is put back into its mode."""
     modes = [(module, module.training) for module in model.modules()]
     kinds = {p.device.type for p in model.parameters()} or {"cpu"}
+    fast = torch.backends.mha.get_fastpath_enabled()
     try:
         model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)  # it calls no layers, and hands on nested tensors
         with torch.no_grad(), torch.autocast(kinds.pop(), enabled=False), randomness_kept():
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for module, mode in modes:
             module.training = mode
 

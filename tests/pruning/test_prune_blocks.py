@@ -57,6 +57,10 @@ def test_padding_does_not_count(side: str) -> None:
         mask = mask.flip(1)
     padded = {"input_ids": tokens * mask, "attention_mask": mask, "labels": tokens}
     masks = optx.prune(model, optx.Wanda(), [padded])
+    positional = (tokens * mask, mask)
+    assert optx.prune(llama(), optx.Wanda(), [positional]) == masks
+    with torch.inference_mode():
+        assert optx.prune(llama(), optx.Wanda(), [positional]) == masks
     kept = walk(by_hand, ["model.layers.0", "model.layers.1"], lambda: by_hand(**padded), counted=mask.bool())
     assert_same(masks, kept)
 

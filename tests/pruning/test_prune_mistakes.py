@@ -142,6 +142,10 @@ def test_padding_where_tokens_can_not_be_told() -> None:
     mask = torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
     batch = {"x": torch.randn(2, 5, 4), "attention_mask": mask}
     refused(Routed(), r"is given \(\d, 4\), of which optx can't tell what is padding", [batch])
+    late = nn.Sequential(nn.Linear(4, 4), Routed())
+    late.forward = lambda x, attention_mask=None: late[1](late[0](x))  # pyright: ignore[reportAttributeAccessIssue]
+    plain = {"x": torch.cat([batch["x"], -batch["x"]])}
+    refused(late, "can't tell what is padding", [plain, batch])
 
 
 def test_layers_whose_weight_is_used_without_a_call() -> None:
@@ -152,6 +156,17 @@ def test_layers_whose_weight_is_used_without_a_call() -> None:
     assert set(masks) == {"linear1.weight", "linear2.weight"}
     refused(model, "so that what it is given can't be seen", x, targets=nn.Linear)
     assert "self_attn.out_proj.weight" in optx.prune(model, optx.Magnitude())
+
+
+def test_padding_of_torchs_own_encoder_makes_no_nested_tensors() -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+    padding = torch.tensor([[False] * 5, [False, False, False, True, True]])
+    with pytest.warns(UserWarning, match="MultiheadAttention"):
+        masks = optx.prune(
+            model, optx.Wanda(), [{"src": torch.randn(2, 5, 8), "src_key_padding_mask": padding}]
+        )
+    assert len(masks) == 4
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_methods_and_targets_that_are_none() -> None:

@@ -56,6 +56,24 @@ def test_cross_attention_is_given_what_the_pruned_encoder_makes() -> None:
     }
     with pytest.raises(optx.OptxError, match=r"two masks of shape .* that differ"):
         optx.prune(family.make(), optx.Wanda(), [{"input_ids": ids, "attention_mask": mask, **same}])
+    whole = {"decoder_input_ids": ids, "decoder_attention_mask": torch.ones_like(ids)}
+    for given in (whole, {"decoder_input_ids": ids}, {"labels": ids}):
+        with pytest.raises(optx.OptxError, match=r"two masks of shape .* that differ"):
+            optx.prune(family.make(), optx.Wanda(), [{"input_ids": ids, "attention_mask": mask, **given}])
+
+
+def test_a_decoder_without_padding_beside_an_encoder_with() -> None:
+    family = BY_LABEL["BART"]
+    ids = family.inputs()["input_ids"]
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids[:, :5]}
+    masks = optx.prune(family.make(), optx.Wanda(), [batch])
+    alone = [
+        {"input_ids": ids[:1, :4], "decoder_input_ids": ids[:1, :5]},
+        {"input_ids": ids[1:], "decoder_input_ids": ids[1:, :5]},
+    ]
+    assert_same(masks, dict(optx.prune(family.make(), optx.Wanda(), alone)))
 
 
 def test_experts_in_one_tensor_are_not_left_out_in_silence() -> None:
