@@ -43,8 +43,7 @@ def residual(
         u = block.norm1(u)
         u = u if real is None else u * real  # padding is 0 after the norm
     u, a_mask = _gated(u, gate), _mask(grid, u, index)
-    out: Any = block.attn(u, a_mask)
-    a, weights = (*out, None)[:2] if isinstance(out, tuple) else (out, None)
+    a, weights = _with_weights(block.attn(u, a_mask))
     a = block.norm1(a) if block.post_norm else a
     first, second = block.drop_path or (None, None)
     # Biases make this other than 0 for a window whose input is 0: the second D is what drops it.
@@ -52,6 +51,11 @@ def residual(
     y = y if real is None else y * real  # for an MLP that sees its whole window
     m = block.norm2(block.mlp(y)) if block.post_norm else block.mlp(block.norm2(y))
     return y + _gated(_path(second, m, index, batch), gate), weights
+
+
+def _with_weights(out: Any) -> tuple[Any, Any]:
+    """What attention gave, and its weights, where it gives those too."""
+    return (out[0], out[1] if len(out) > 1 else None) if isinstance(out, tuple) else (out, None)
 
 
 def _gated(x: Tensor, gate: Tensor | None) -> Tensor:
