@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from optx._errors import OptxError, ShapeError, near
 from optx._mask_bits import unpack
-from optx._module_paths import paths_of
+from optx._module_paths import bare_path, paths_of
 from optx._names import is_dtensor
 
 Bits = Mapping[str, Tensor]
@@ -86,13 +86,22 @@ def _missing(name: str, there: Mapping[str, Any], model: nn.Module) -> str:
 
 
 def _prefix(shapes: Shapes, there: Mapping[str, Any], model: nn.Module) -> Callable[[str], str]:
-    """A checkpoint's names as they are here: with a head, transformers' models have a prefix before them."""
+    """A checkpoint's names as they are here.
+
+    With a head, transformers' models have a prefix before them; DDP and torch.compile put theirs into the
+    names of a state dict.
+    """
     base = next((one for m in model.modules() if (one := getattr(m, "base_model_prefix", None))), None)
-    if isinstance(base, str) and not all(name in there for name in shapes):
-        for rename in (lambda name: f"{base}.{name}", lambda name: name.removeprefix(f"{base}.")):
+    stem = f"{base}." if isinstance(base, str) else ""
+    for unwrap in (str, bare_path, lambda name: bare_path(name).removeprefix("module.")):
+        for rename in (
+            unwrap,
+            lambda name, unwrap=unwrap: f"{stem}{unwrap(name)}",
+            lambda name, unwrap=unwrap: unwrap(name).removeprefix(stem),
+        ):
             if all(rename(name) in there for name in shapes):
                 return rename
-    return lambda name: name
+    return str
 
 
 def pruned_by_torch(name: str, there: Mapping[str, Any], model: nn.Module) -> str:

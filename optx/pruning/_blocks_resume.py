@@ -45,7 +45,7 @@ class Ledger:
             FileError: it is damaged.
             OSError: nothing can be written there.
         """
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
         chosen = {id(layer.weight) for layer in layers}
         rest = {n: t for n, t in [*model.named_parameters(), *model.named_buffers()] if id(t) not in chosen}
         run = {

@@ -87,6 +87,12 @@ def matrices(
             f"prune: {where} has no matrix {what}, but for what exclude= has; give targets=, a regex over "
             f"modules' names. {near(targets or 'layer', paths)}"
         )
+    for name in left:
+        if not entries[name].dtype.is_floating_point:
+            raise OptxError(
+                f"prune: {name!r} in {where} is {entries[name].dtype}, codes or a table, not weights; leave "
+                "it out with exclude=, or prune before it is quantised."
+            )
     turned = _transposed(entries, left)
     return {name: Matrix(entries[name].shape, name in turned) for name in left}
 

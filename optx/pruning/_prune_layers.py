@@ -113,6 +113,8 @@ def layers_of(
     _check_bare(model, modules)
     every = {path: one for path, one in modules.items() if is_linear(one) or is_conv(one)}
     chosen = _by_default(model, modules, every) if targets is None else _named(model, modules, every, targets)
+    if targets is None and not method.needs_inputs:
+        _tell_of_attention(modules, chosen)
     if exclude:
         chosen = without(chosen, exclude)
     if method.needs_inputs:
@@ -158,6 +160,18 @@ def _by_default(
     inside = {path: m for path, m in every.items() if path.startswith(blocks)}
     found = {path: m for path, m in inside.items() if path.rpartition(".")[2] not in _ROUTERS}
     return _or_none(found, model, "in its blocks")
+
+
+def _tell_of_attention(modules: Mapping[str, nn.Module], chosen: Mapping[str, nn.Module]) -> None:
+    """torch's own attention has three of its four matrices in one parameter, of no linear layer."""
+    owners = (path.rpartition(".")[0] for path in chosen if path)
+    dense = [path for path in owners if isinstance(modules[path], nn.MultiheadAttention)]
+    if dense:
+        warn(
+            f"optx.prune: queries, keys and values of {dense[0]!r} ({len(dense)} in all) are a parameter "
+            "of a MultiheadAttention and no layer; left dense. A state dict's are pruned: "
+            "optx.prune(model.state_dict(), ...)."
+        )
 
 
 def _or_none(found: dict[str, nn.Module], model: nn.Module, where: str) -> dict[str, nn.Module]:

@@ -190,7 +190,13 @@ def test_a_compiled_model_has_the_same_names() -> None:
     compiled = torch.compile(model)
     masks.verify(compiled)
     assert Masks.of(compiled) == masks
-    masks.apply_(nn.DataParallel(net()))
+    parallel = nn.DataParallel(net())
+    masks.apply_(parallel)
+    for wrapped in (compiled, parallel, torch.compile(parallel)):
+        there = Masks.of(wrapped.state_dict())  # their names have what wraps the model
+        assert list(there) != list(masks)
+        for one in (wrapped, model):
+            there.verify(one)
 
 
 # ---- what has no numbers ----------------------------------------------------------------------------------

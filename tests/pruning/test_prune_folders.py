@@ -208,6 +208,9 @@ def test_quantised_checkpoints_are_refused_by_name() -> None:
     refused({**layers(), "layers.2.qweight": torch.zeros(4, 4).int()}, "GPTQ's or AWQ's")
     refused({**layers(), "x": torch.eye(4).to(torch.float8_e4m3fn)}, "'x' .* float8")
     refused({**layers(), "layers.2.up.weight": torch.empty(4, 4, device="meta")}, "on the meta device")
+    table = {**layers(), "layers.2.index.weight": torch.arange(16).view(4, 4)}
+    refused(table, "'layers.2.index.weight' .* is torch.int64, codes or a table")
+    assert set(optx.prune(table, Magnitude(), exclude="layers.2.index")) == set(CHOSEN)
 
 
 def test_methods_that_need_inputs_need_a_model() -> None:
