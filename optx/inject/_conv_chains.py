@@ -68,7 +68,7 @@ def chains_of(model: nn.Module, shape: Sequence[int] | None = None) -> dict[str,
     for op in ops:
         if isinstance(op.module, nn.Conv2d):
             chain, end = _chain(op, op.module, calls)
-            chain.source = _source(op, ends)
+            chain.source = _source(op, op.module, ends)
             found[op.path], ends[end] = chain, op.path
     return found
 
@@ -86,9 +86,11 @@ def _chain(op: Op, conv: nn.Conv2d, calls: Counter[str]) -> tuple[Chain, Op]:
     elif calls[op.path] > 1 or calls[end.path] > 1:
         chain.refused = "it, or its norm, is called more than once"
     after = end.users[0] if len(end.users) == 1 else None
-    if after is not None and (act := activation_of(after)) is not None:
+    act = None if after is None else activation_of(after)
+    kept = None if act is None else _keeps_zero(act, conv, conv.out_channels)
+    if after is not None and kept is not None:
         chain.activation, chain.said = act, _said(after)
-        if not _keeps_zero(act, conv):
+        if not kept:
             chain.refused = f"{_said(after)} of 0 is not 0"
     if _is_classifier(end):
         chain.left = "its output is the model's"
@@ -129,12 +131,17 @@ class _Module:
         return self.module.forward(t.clone() if getattr(self.module, "inplace", False) else t)
 
 
-def _keeps_zero(act: Callable[[Tensor], Tensor], conv: nn.Conv2d) -> bool:
+def _keeps_zero(act: Callable[[Tensor], Tensor], conv: nn.Conv2d, channels: int) -> bool | None:
+    """Whether it gives 0 for 0; None: it has other channels than it was given (GLU)."""
     if conv.weight.is_meta:
         return True
     with torch.no_grad():
-        zeros = torch.zeros(1, conv.out_channels, 1, 1, dtype=conv.weight.dtype, device=conv.weight.device)
-        return not act(zeros).count_nonzero()
+        zeros = torch.zeros(1, channels, 1, 1, dtype=conv.weight.dtype, device=conv.weight.device)
+        try:
+            y = act(zeros)
+        except RuntimeError:  # of a number of channels that can't be halved
+            return None
+        return not y.count_nonzero() if y.shape == zeros.shape else None
 
 
 # ---- where a chain lies in the model -------------------------------------------------------------------
@@ -154,11 +161,16 @@ def _keeps_channels(op: Op) -> bool:
     return op.path in _POOLS | _GLOBAL | _SAME or activation_of(op) is not None
 
 
-def _source(op: Op, ends: dict[Op, str]) -> str | None:
+def _source(op: Op, conv: nn.Conv2d, ends: dict[Op, str]) -> str | None:
     """The convolution whose chain ends in what this one reads, if only such operations are between them."""
+
+    def zeros_stay(one: Op) -> bool:
+        act = activation_of(one)
+        return _keeps_channels(one) and (act is None or _keeps_zero(act, conv, conv.in_channels) is True)
+
     now = op.inputs[0] if len(op.inputs) == 1 else None
     while now is not None and now not in ends:
-        now = now.inputs[0] if _keeps_channels(now) else None
+        now = now.inputs[0] if zeros_stay(now) else None
     return ends[now] if now is not None else None
 
 

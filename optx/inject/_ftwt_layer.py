@@ -92,12 +92,13 @@ class Layer:
             return places < mask.sum(1, keepdim=True)
         return mask
 
-    def end(self, y: Tensor, x: Tensor) -> Tensor:
+    def end(self, y: Tensor, x: Tensor, *, own: bool = True) -> Tensor:
         """What comes out of the chain, masked; its loss is collected or its work counted.
 
         Args:
             y: (B, C, H', W'), or (C, H', W') of one sample; before the activation, which keeps zeros.
             x: what it was computed from.
+            own: whether nobody else has y.
         """
         z, self._logits = self._logits, None
         if self.mask is None:  # the convolution was not called
@@ -108,10 +109,10 @@ class Layer:
         if not self._training:
             self.count(batch)
         mask = self.mask[:, :, None, None].to(y.dtype)
-        if torch.is_grad_enabled() or y is x or torch.compiler.is_compiling():
+        if not own or torch.is_grad_enabled() or y is x or torch.compiler.is_compiling():
             batch = batch * mask
         else:
-            batch.mul_(mask)  # which nobody else has
+            batch.mul_(mask)
         return batch if y.ndim == 4 else batch[0]
 
     def own_loss(self, z: Tensor, y: Tensor) -> Tensor:
@@ -195,7 +196,8 @@ class Layer:
         if torch.compiler.is_compiling():
             return
         rows, positions = len(y), y.shape[-2] * y.shape[-1]
-        self.samples += rows
+        if self.collected.first_call(self.path):  # a later one is of the same samples
+            self.samples += rows
         self.total += rows * self.size(positions)
         if kept is not None:
             self._kept += kept * positions * self.window

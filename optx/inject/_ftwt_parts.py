@@ -17,7 +17,7 @@ from optx.inject._ftwt_layer import Layer
 from optx.inject._gathered_conv import output_size
 from optx.inject._injection import Injection
 from optx.inject._own_loss import Collected, LossPart
-from optx.inject._part import Part, hidden_of, new_tensor
+from optx.inject._part import Part, attached, hidden_of, new_tensor
 
 _START = 1.0
 """What a predictor's bias starts at: above what its weights can take away, so that all filters are kept."""
@@ -27,7 +27,28 @@ _WORTHWHILE = 4_000_000
 """Multiply-adds of a sample below which choosing takes as long as computing, on a core of a CPU."""
 
 
-class Predictor(LossPart):
+class Ending(Part):
+    """What may be at the end of a chain, where the mask is: behind all else that acts on the module."""
+
+    last: ClassVar[bool] = True
+
+    layer: Layer | None
+    ends: bool
+
+    def later(self, module: nn.Module) -> bool:
+        """Whether another part still adds to the module's output, so that it can't be masked before."""
+        container = attached(module)
+        others = () if container is None else (part for part in container.parts.values() if part is not self)
+        return any(part.overrides("after") and part.active for part in others)
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Mask what others have added to."""
+        if self.layer is None or not self.ends or not self.later(module):
+            return None
+        return self.layer.end(output, hidden_of(args, kwargs), own=False)
+
+
+class Predictor(LossPart, Ending):
     """z = W softmax(pool(x)) + b, from the input of a convolution; filter c is computed where z_c > 0.
 
     weight: (C, C_in dim^2); bias: (C,).
@@ -59,9 +80,9 @@ class Predictor(LossPart):
         y = layer.gathered(module, x, pooled) if self.gathers(module, x) else None
         if y is None:
             y = call(*args, **kwargs)
-        if self.ends and not layer.finished(y):
-            y = layer.end(y, x)
-        return y
+        if not self.ends or self.later(module) or layer.finished(y):
+            return y
+        return layer.end(y, x)
 
     def pooled(self, x: Tensor) -> Tensor:
         """(B, C_in, dim, dim) in the precision of sums."""
@@ -99,7 +120,7 @@ class Predictor(LossPart):
         return f"{self.weight.shape[0]} filters from {self.weight.shape[1]} numbers"
 
 
-class End(Part):
+class End(Ending):
     """On the norm behind a convolution: the mask is on its output, which an activation of 0 leaves 0."""
 
     weightless: ClassVar[bool] = True
@@ -107,6 +128,7 @@ class End(Part):
     def __init__(self) -> None:
         super().__init__()
         self.layer: Layer | None = None
+        self.ends = True
 
     def around(
         self, call: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -115,7 +137,10 @@ class End(Part):
         layer, x = self.layer, hidden_of(args, kwargs)
         if layer is None:
             return call(*args, **kwargs)
-        return x if layer.finished(x) else layer.end(call(*args, **kwargs), x)
+        if layer.finished(x):
+            return x
+        y = call(*args, **kwargs)
+        return y if self.later(module) else layer.end(y, x)
 
     def note(self) -> str:
         """Whose end it is."""

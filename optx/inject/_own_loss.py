@@ -39,12 +39,13 @@ class Collected:
         self.values: dict[str, list[Tensor]] = {}
         self._waiting = False  # for tracing, which must not look at another graph's tensors
         self._new, self._inside, self._learning, self._told = True, False, False, False
+        self._called: set[str] = set()
         self._wrapper: weakref.ref[Any] | None = None
         self._stale: weakref.ref[Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For a copy of the model, which has computed nothing: a graph can't be copied."""
-        fresh = {"values": {}, "_waiting": False, "_new": True, "_inside": False}
+        fresh = {"values": {}, "_waiting": False, "_new": True, "_inside": False, "_called": set[str]()}
         return {**self.__dict__, **fresh, "_wrapper": None, "_stale": None}
 
     def begin(self, model: nn.Module, args: tuple[Any, ...]) -> None:
@@ -61,6 +62,14 @@ class Collected:
                 )
             self._wrapper = weakref.ref(ddp)
         self._new, self._inside, self._learning = True, True, torch.is_grad_enabled()
+        if not torch.compiler.is_compiling():
+            self._called.clear()
+
+    def first_call(self, path: str) -> bool:
+        """Whether a module is called for the first time in this forward; ask once a call."""
+        again = self._inside and path in self._called
+        self._called.add(path)
+        return not again
 
     def freeze(self) -> None:
         """Nothing learns from now on: who waits for its gradients, waits in vain."""

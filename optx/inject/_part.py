@@ -70,6 +70,9 @@ class Part(nn.Module):
     """Whether all it changes is what the module's own parameters are while it computes: such a part is inside
     of all others, whenever they were attached."""
 
+    last: ClassVar[bool] = False
+    """Whether its `after` comes after those of all other parts, whenever they were attached."""
+
     weightless: ClassVar[bool] = False
     """Whether it acts in training alone, so that a merge, which is of weights, goes on without it."""
 
@@ -301,12 +304,19 @@ class Attached(nn.Module):
             hooks.append(module.register_forward_pre_hook(part._before, with_kwargs=True))  # pyright: ignore[reportPrivateUsage]
         if part.overrides("after"):
             hooks.append(module.register_forward_hook(part._after, with_kwargs=True))  # pyright: ignore[reportPrivateUsage]
+            self._put_last(module)
         if part.overrides("around"):
             if not _forward.leads_to(module, self.call):
                 self._forward = _forward.put(module, self.call)
             hooks.append(module.register_forward_pre_hook(self._look_for_call))
             hooks.append(module.register_forward_hook(self._check_reached))
         return hooks
+
+    def _put_last(self, module: nn.Module) -> None:
+        hooks = module._forward_hooks  # pyright: ignore[reportPrivateUsage]
+        for key, hook in [*hooks.items()]:
+            if getattr(getattr(hook, "__self__", None), "last", False) is True:
+                hooks.move_to_end(key)
 
     def unhook(self) -> None:
         """Give the module its own forward back once no part goes around it.

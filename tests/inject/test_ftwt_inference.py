@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import optx
 from optx.inject._ftwt_parts import Predictor
@@ -164,6 +166,61 @@ def test_pairs_of_groups_count_and_depthwise_is_not_free() -> None:
     assert work["6"] == 4 / 8
 
 
+class Twice(nn.Module):
+    """A convolution that is called twice, so that its work is that of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.twice, self.last = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.first(x))
+        return self.last(torch.relu(self.twice(torch.relu(self.twice(y)))).mean((2, 3)))
+
+
+def test_each_call_of_a_convolution_counts() -> None:
+    model = Twice().eval()
+    handle = optx.attach(model, optx.FTWT())
+    with FlopCounterMode(display=False) as counter:
+        model(x3)
+    model(x1)
+    work = handle.flops()
+    assert 2 * 3 * work.total == counter.get_flop_counts()["Global"][torch.ops.aten.convolution]
+    assert work.samples == 4
+    assert work.kept == work.total
+
+
+@pytest.mark.parametrize("between", [torch.sigmoid, partial(torch.softmax, dim=1), torch.tanh, nn.GLU(1)])
+def test_masked_channels_that_are_not_zero_any_more_count(between: Any) -> None:
+    """What is counted of masked calls is what gathered ones compute."""
+    torch.manual_seed(0)
+
+    class Between(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            glu = isinstance(between, nn.GLU)
+            self.first, self.norm = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+            self.last, self.out = nn.Conv2d(4 if glu else 8, 6, 3), nn.Linear(6, 2)
+            self.bend = nn.Identity() if glu else nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = between(self.bend(self.norm(self.first(x))))
+            return self.out(torch.relu(self.last(y)).mean((2, 3)))
+
+    model = Between().eval()
+    handle = optx.attach(model, optx.FTWT())
+    scattered(handle)
+    counts: list[float] = []
+    for way in ("gather", "mask"):
+        for part in predictors(handle):
+            part.inference = way
+        model(x3)
+        counts.append(handle.flops(reset=True).kept)
+    assert counts[0] == pytest.approx(counts[1])
+    model.train()(x3)
+    assert handle.loss().isfinite()
+
+
 def test_training_masks_as_evaluation_does() -> None:
     """With norms at rest, as in much fine-tuning; and without any."""
     for kind in ("resnet", "vgg, no norm"):
@@ -240,6 +297,42 @@ def test_what_else_acts_on_a_layer_is_not_skipped() -> None:
         for p in lora.parameters():
             p.add_(0.1 * torch.randn(p.shape))
     gathered, masked = both(model, handle, x3)
+    torch.testing.assert_close(gathered, masked, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["vgg", "vgg, no norm"])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mask_is_behind_what_others_add(kind: str, first: bool, training: bool) -> None:
+    """Shifts of norms and convolutions, attached before or after, are of kept filters alone."""
+    model = trained(kind)
+    others: list[optx.Handle] = []
+
+    def attach() -> None:
+        others.append(optx.attach(model, optx.BitFit(), targets=["0", "1"] if kind == "vgg" else ["0", "2"]))
+        others.append(optx.attach(model, optx.LoRA(rank=2), targets=["0"]))
+        with torch.no_grad():
+            for p in (p for one in others for p in one.parameters()):
+                p.add_(torch.randn(p.shape))
+
+    if first:
+        attach()
+    handle = optx.attach(model, optx.FTWT(inference="gather"))
+    scattered(handle)
+    if not first:
+        attach()
+    seen: list[Tensor] = []
+    end: Any = model[1 if kind == "vgg" else 0]  # pyright: ignore[reportIndexIssue]
+    model.train(training)
+    with end.register_forward_hook(lambda module, args, output: seen.append(output.detach().clone())):
+        model(x3)
+    dropped = ~handle.masks()["0"]
+    assert dropped.any()
+    assert not seen[0][dropped].any()
+    assert seen[0][~dropped].any()
+    for one in others:
+        one.remove()
+    gathered, masked = both(model.eval(), handle, x3)
     torch.testing.assert_close(gathered, masked, rtol=1e-5, atol=1e-5)
 
 
