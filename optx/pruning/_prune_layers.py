@@ -146,6 +146,7 @@ def _by_default(
     if not stacks:
         heads = heads_of(model, modules)
         left = {path: module for path, module in every.items() if path not in heads}
+        _tell_of_stacks(modules)
         return _or_none(left, model, "but its head")
     blocks = tuple(f"{path}." for stack in stacks for path in stack.blocks)
     for path, module in modules.items():
@@ -160,6 +161,23 @@ def _by_default(
     inside = {path: m for path, m in every.items() if path.startswith(blocks)}
     found = {path: m for path, m in inside.items() if path.rpartition(".")[2] not in _ROUTERS}
     return _or_none(found, model, "in its blocks")
+
+
+def _tell_of_stacks(modules: Mapping[str, nn.Module]) -> None:
+    """Matrices that numbered modules compute with by themselves, as experts do that are one tensor."""
+    found = [
+        (f"{path}.{name}", tuple(p.shape))
+        for path, module in modules.items()
+        if any(part.isdigit() for part in path.split(".")) and not hasattr(module, "kernel_size")
+        for name, p in module.named_parameters(recurse=False)
+        if p.ndim > 2 and min(p.shape) > 1
+    ]
+    if found:
+        (name, shape), *rest = found
+        warn(
+            f"optx.prune: {name!r}, of shape {shape} ({1 + len(rest)} such in all), is the parameter of no "
+            "linear layer or convolution; left dense."
+        )
 
 
 def _tell_of_attention(modules: Mapping[str, nn.Module], chosen: Mapping[str, nn.Module]) -> None:
@@ -265,6 +283,12 @@ def _check(layer: Layer, method: PruneMethod) -> None:
         )
     kind = kind_of(module)
     weight: Any = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and not kind and module._parameters.get("weight") is not weight:
+        raise TargetError(
+            f"prune: {layer.name!r} is no parameter but made of others at every call, as by weight_norm, "
+            "spectral_norm or prune of torch.nn.utils; undo that first (remove_weight_norm, "
+            "remove_spectral_norm, prune.remove)."
+        )
     why = f"is {kind}; prune before it is quantised." if kind else without_numbers(weight)
     if not why and is_dtensor(weight):
         why = "is sharded; prune before the model is (Masks.apply_ serves a sharded model)."

@@ -9,6 +9,7 @@ import torch
 from adapter_models import llama
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils import prune as torch_prune
 
 import optx
 from optx import OptxError
@@ -115,6 +116,10 @@ def test_activations_that_are_inf_before_anything_is_pruned() -> None:
     )
 
 
+def dropped(module: nn.Module) -> nn.Module:
+    return torch_prune.random_unstructured(module, "weight", 0.3)
+
+
 class Routed(nn.Module):
     """Two experts, by the sign of the first input."""
 
@@ -129,6 +134,34 @@ class Routed(nn.Module):
             if mine.any():
                 out[mine] = expert(x[mine])
         return out
+
+
+class Stacked(nn.Module):
+    """Two experts in one tensor, of no family that optx knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.experts = nn.Parameter(torch.randn(2, 4, 4))
+
+
+def test_experts_in_one_tensor_of_an_unknown_model_are_told_of() -> None:
+    model = nn.Sequential(Stacked(), Stacked())
+    with pytest.warns(
+        UserWarning, match=r"'0.experts', of shape \(2, 4, 4\) \(2 such in all\), .* left dense"
+    ):
+        masks = optx.prune(model, optx.Magnitude())
+    assert set(masks) == {"0.linear.weight", "1.linear.weight"}
+
+
+@pytest.mark.parametrize("how", [nn.utils.weight_norm, nn.utils.spectral_norm, dropped])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_a_weight_that_is_made_at_every_call(how: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), how(nn.Linear(4, 4)))
+    before = model[0].weight.clone()
+    with pytest.raises(optx.TargetError, match="'1.weight' is no parameter but made of others"):
+        optx.prune(model, optx.Magnitude())
+    assert torch.equal(model[0].weight, before)
 
 
 def test_an_expert_that_saw_no_token() -> None:
