@@ -159,7 +159,7 @@ def test_experts_in_one_tensor_of_an_unknown_model_are_told_of() -> None:
 def test_a_weight_that_is_made_at_every_call(how: Any) -> None:
     model = nn.Sequential(nn.Linear(4, 4), how(nn.Linear(4, 4)))
     before = model[0].weight.clone()
-    with pytest.raises(optx.TargetError, match="'1.weight' is no parameter but made of others"):
+    with pytest.raises(optx.TargetError, match=r"'1.weight' is no parameter but made of others"):
         optx.prune(model, optx.Magnitude())
     assert torch.equal(model[0].weight, before)
 
