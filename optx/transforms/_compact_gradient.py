@@ -7,14 +7,14 @@ at the kept entries; elsewhere it is dropped, as a gradient there moves nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from optx._errors import OptxError
-from optx.transforms._gather import gathered, put
+from optx.transforms._gather import Selection
 
 # What acts on each element alone, written into the first argument.
 _IN_PLACE = {
@@ -31,28 +31,31 @@ class CompactGradient(Tensor):
 
     Attributes:
         kept: its numbers at those entries, in the order of the weight's rows.
-        token: what the mask was made of; the gradient goes with it while it is the same object.
+        selection: the entries.
     """
 
     kept: Tensor
-    token: Tensor
-    _mask: Callable[[], Tensor]
+    selection: Selection
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
 
     @staticmethod
-    def __new__(cls: Any, kept: Tensor, shape: torch.Size, token: Tensor, mask: Callable[[], Tensor]) -> Any:
-        """A gradient of so many numbers; ``mask`` gives the bool tensor of ``shape`` when it is needed."""
+    def __new__(cls: Any, kept: Tensor, selection: Selection) -> Any:
+        """A gradient of so many numbers, and of the selection's shape."""
         made: Any = Tensor._make_wrapper_subclass(  # pyright: ignore
-            cls, shape, dtype=kept.dtype, device=kept.device
+            cls, selection.shape, dtype=kept.dtype, device=kept.device
         )
-        made.kept, made.token, made._mask = kept, token, mask
+        made.kept, made.selection = kept, selection
         return made
+
+    def goes_with(self, selection: Selection) -> bool:
+        """Whether its entries are these: of the same mask, not of an equal one."""
+        return self.selection.kept is selection.kept
 
     def dense(self) -> Tensor:
         """All of it, zeros among them."""
         out = torch.zeros(self.shape, dtype=self.kept.dtype, device=self.kept.device)
-        return put(out, self._mask(), self.kept)
+        return self.selection.put(out, self.kept)
 
     def __repr__(self, *, tensor_contents: object = None) -> str:  # pyright: ignore
         return f"<CompactGradient: {self.kept.numel():,} of {self.numel():,} numbers, {self.kept.dtype}>"
@@ -70,7 +73,7 @@ class CompactGradient(Tensor):
                 return first
             if name in _SAME:
                 kept = func(first.kept, **{k: v for k, v in kwargs.items() if k != "memory_format"})
-                return CompactGradient(kept, first.shape, first.token, first._mask)
+                return CompactGradient(kept, first.selection)
             if name == "linalg_vector_norm" and not kwargs and _counts_no_zeros(args[1:]):
                 # Of no number at all the largest is not defined; the gradient's is 0.
                 kept = first.kept if first.kept.numel() else first.kept.new_zeros(1)
@@ -84,9 +87,9 @@ class CompactGradient(Tensor):
         """What an argument is at the kept entries."""
         if not isinstance(value, Tensor) or not value.ndim:
             return value
-        if isinstance(value, CompactGradient) and value.token is self.token:
+        if isinstance(value, CompactGradient) and value.goes_with(self.selection):
             return value.kept
-        return gathered(_dense(value).expand(self.shape), self._mask())
+        return self.selection.gathered(_dense(value).expand(self.shape))
 
 
 def _counts_no_zeros(args: Sequence[Any]) -> bool:

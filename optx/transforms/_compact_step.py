@@ -21,21 +21,21 @@ from torch import Tensor, nn
 from optx.step.state import is_ours
 from optx.step.transform import Group, Host
 from optx.transforms._compact_gradient import CompactGradient
-from optx.transforms._gather import gathered, put
+from optx.transforms._gather import Selection
 
-MaskOf = Callable[[Tensor], tuple[Tensor, Callable[[], Tensor]]]
-"""A weight's mask as it is kept, and what makes a bool tensor of it."""
+SelectionOf = Callable[[Tensor], Selection]
+"""Which of a weight's entries are selected now."""
 
 
 class CompactStep:
     """The hooks and the vectors of one optimizer's served weights.
 
     Args:
-        mask_of: asked at each gradient and step.
+        selection_of: asked at each gradient and step.
     """
 
-    def __init__(self, mask_of: MaskOf) -> None:
-        self._mask_of = mask_of
+    def __init__(self, selection_of: SelectionOf) -> None:
+        self._selection_of = selection_of
         self._hooks: dict[Tensor, Any] = {}
         self._vectors: dict[Tensor, nn.Parameter] = {}
 
@@ -56,32 +56,32 @@ class CompactStep:
         g = p.grad
         if g is None or g.layout != torch.strided:
             return  # sparse ones are refused where the step sees them
-        token, mask = self._mask_of(p)
+        selection = self._selection_of(p)
         if isinstance(g, CompactGradient):
-            if g.token is token:
+            if g.goes_with(selection):
                 return
             g = g.dense()  # the selection is another since
-        p.grad = CompactGradient(gathered(g, mask()), p.shape, token, mask)
+        p.grad = CompactGradient(selection.gathered(g), selection)
 
     # ---- state -----------------------------------------------------------------------------------------
 
     def condense(self, optimizer: Host, p: Tensor) -> None:
         """Keep of a base's state that has the weight's shape what its mask has."""
-        mask = self._mask_of(p)[1]()
+        selection = self._selection_of(p)
         for state in _base_states(optimizer, p):
             for key, t in state.items():
                 if isinstance(t, Tensor) and _not_ours(key) and t.shape == p.shape and t.ndim:
-                    state[key] = gathered(t, mask)
+                    state[key] = selection.gathered(t)
 
     def spread(self, optimizer: Host, p: Tensor) -> None:
         """Give a base's state the weight's shape again, zeros where nothing was kept."""
-        mask = self._mask_of(p)[1]()
-        count = int(mask.sum())
+        selection = self._selection_of(p)
+        count = selection.count()
         for state in _base_states(optimizer, p):
             for key, t in state.items():
                 if isinstance(t, Tensor) and _not_ours(key) and t.shape == (count,) and key != "step":
                     full = torch.zeros(p.shape, dtype=t.dtype, device=t.device)
-                    state[key] = put(full, mask, t)
+                    state[key] = selection.put(full, t)
 
     def shrink(self, optimizer: Host, p: Tensor, old: Tensor, new: Tensor) -> None:
         """Of the state that went with an old mask, keep what goes with a new one within it."""
@@ -96,7 +96,7 @@ class CompactStep:
     @contextmanager
     def standing_in(self, optimizer: Host, groups: Iterable[Group]) -> Generator[None]:
         """Inside, the groups hold vectors of selected entries; afterwards the weights have what they are."""
-        swapped: list[tuple[Tensor, nn.Parameter, Callable[[], Tensor]]] = []
+        swapped: list[tuple[Tensor, nn.Parameter, Selection]] = []
         held: list[tuple[Group, list[Tensor]]] = []
         try:
             for group in groups:
@@ -107,9 +107,9 @@ class CompactStep:
             for p, vector, _ in swapped:
                 optimizer.slot_store.follow(p, vector)
             yield
-            for p, vector, mask in swapped:
+            for p, vector, selection in swapped:
                 if vector.grad is not None:
-                    put(p.detach(), mask(), vector.detach())
+                    selection.put(p.detach(), vector.detach())
         finally:
             for p, vector, _ in swapped:
                 optimizer.slot_store.follow(vector, p)
@@ -124,12 +124,12 @@ class CompactStep:
         if vector is None or vector.dtype != p.dtype or vector.device != p.device:
             vector = self._vectors[p] = nn.Parameter(p.detach().new_empty(0), requires_grad=p.requires_grad)
         vector.requires_grad_(p.requires_grad)
-        _, mask = self._mask_of(p)
+        selection = self._selection_of(p)
         if p.grad is not None:
             g: Any = p.grad
-            vector.data = gathered(p, mask())
-            vector.grad = g.kept if isinstance(g, CompactGradient) else gathered(g.to_dense(), mask())
-        swapped.append((p, vector, mask))
+            vector.data = selection.gathered(p)
+            vector.grad = g.kept if isinstance(g, CompactGradient) else selection.gathered(g.to_dense())
+        swapped.append((p, vector, selection))
         return vector
 
     def release(self) -> None:

@@ -6,7 +6,7 @@ Source: "SaRA: High-Efficient Diffusion Model Fine-tuning with Progressive Spars
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,6 +23,7 @@ from optx.step.transform import Host, Moments, Slot, Transform, like_weight, wra
 from optx.transforms._compact_gradient import CompactGradient
 from optx.transforms._compact_step import CompactStep
 from optx.transforms._frozen_half import FirstState, is_rehearsal
+from optx.transforms._gather import Selection
 from optx.transforms._nuclear_norm import Pull
 from optx.transforms._sara_checks import check_company, check_load, check_weights
 from optx.transforms._small_entries import Density, Row, small, threshold_of_share
@@ -169,7 +170,7 @@ class SaRA(Transform):
     def _ready(self) -> None:
         """What a copy makes anew: hooks on weights, and gradients that are another's for a step."""
         self._pull = Pull(self._mask)
-        self._compact = CompactStep(self._kept_mask) if self.compact else None
+        self._compact = CompactStep(self._selection) if self.compact else None
         self._watching = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -394,9 +395,8 @@ class SaRA(Transform):
             self._compact.watch(optimizer.served(self))
         self._watching = True
 
-    def _kept_mask(self, p: Tensor) -> tuple[Tensor, Callable[[], Tensor]]:
-        kept = self._bound("step").slot(p, self, "mask")
-        return kept, lambda: bits.mask_of(kept, p)
+    def _selection(self, p: Tensor) -> Selection:
+        return Selection(self._bound("step").slot(p, self, "mask"), p.shape)
 
     def _mask(self, p: Tensor, optimizer: Host | None = None) -> Tensor:
         return bits.mask_of((optimizer or self._bound("mask")).slot(p, self, "mask"), p)

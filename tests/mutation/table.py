@@ -212,7 +212,7 @@ TABLE = {
     "optx/transforms/_rounds.py": "hft_rounds hft_kept hft hft_selection",
     "optx/transforms/_compact_gradient.py": "sara_compact",
     "optx/transforms/_compact_step.py": "sara_compact",
-    "optx/transforms/_gather.py": "sara_compact sara_delta",
+    "optx/transforms/_gather.py": "gather sara_compact",
     "optx/transforms/_nuclear_norm.py": "sara_rank",
     "optx/transforms/_sara_checks.py": "sara_mistakes sara_compact",
     "optx/transforms/_small_entries.py": "sara",
@@ -272,6 +272,7 @@ TABLE = {
     "optx/step/undo.py": f"wrap_whole wrap_breaks arithmetic_step skip_nonfinite {_STEP}",
     "optx/step/wrap.py": f"arithmetic_step errors {_STEP}",
     "optx/step/wrapped.py": f"arithmetic_step errors {_STEP}",
+    "kernels/entries/cpu.py": "gather",
     "kernels/step/emit_cpu.py": "fused_cpu user_rules fused_rounding adamr",
     "kernels/step/cpu.py": "fused_cpu fused_groups fused_memory fused_rounding",
 }

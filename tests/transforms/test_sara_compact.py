@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import optx
 from optx.transforms._compact_gradient import CompactGradient
+from optx.transforms._gather import Selection
 
 MAKERS: dict[str, Any] = {
     "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
@@ -88,7 +89,7 @@ def test_a_gradient_is_the_dense_one_with_zeros_to_whoever_reads_it(
     mask = w.detach().abs() < threshold
     g = torch.randn(shape).to(dtype)
     dense = g.masked_fill(~mask, 0)
-    w.grad = CompactGradient(g[mask], w.shape, mask, lambda: mask)
+    w.grad = CompactGradient(g[mask], Selection(mask, w.shape))
     other = nn.Parameter(w.detach().clone())
     other.grad = dense.clone()
     assert torch.equal(w.grad * 2.0, dense * 2.0)
