@@ -45,7 +45,7 @@ class Masks(Mapping[str, Tensor]):
 
     Keywords: sparsity, sparse, zeros, pruning, prune, 2:4, n:m, semi-structured, mask.
 
-    Evidence: ``test_masks.py``, ``test_masks_models.py``; no recipe.
+    Evidence: ``optx run prune``; ``test_masks.py``, ``test_masks_models.py``.
 
     Raises:
         OptxError: nothing is given, or bits that are no mask of their shape; names it.

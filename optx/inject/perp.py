@@ -94,7 +94,7 @@ class Perp(Injection):
     Keywords: pruning, pruned, sparse, sparsity, retraining, MaskLoRA, ScaleLoRA, LoRA-Prune, PERP, recovery,
         BIAS, LayerNorm tuning, 2:4.
 
-    Evidence: ``test_perp.py``, ``test_perp_masks.py``, ``test_perp_models.py``; no recipe.
+    Evidence: ``optx run prune``; ``test_perp.py``, ``test_perp_masks.py``, ``test_perp_models.py``.
 
     Raises:
         OptxError: an option out of range.

@@ -118,7 +118,7 @@ def reconstruct(
 
     Keywords: PERP, layer-wise reconstruction, block-wise reconstruction, calibration, pruning, distillation.
 
-    Evidence: no recipe yet; ``test_reconstruct.py``.
+    Evidence: ``optx run prune``; ``test_reconstruct.py``.
 
     Raises:
         TargetError: there is nothing to train or to prune in a block, or a layer is in no row of blocks.

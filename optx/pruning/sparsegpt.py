@@ -75,7 +75,7 @@ class SparseGPT(PruneMethod):
 
     Keywords: OBS, optimal brain surgeon, one-shot pruning, Hessian, 2:4, n:m, semi-structured, sparsity.
 
-    Evidence: no recipe yet; ``test_sparsegpt.py``, ``test_prune_peer.py`` (llmcompressor).
+    Evidence: ``optx run prune``; ``test_sparsegpt.py``, ``test_prune_peer.py`` (llmcompressor).
 
     Raises:
         OptxError: an option is out of range; in `optx.prune`, n:m that doesn't divide a layer's inputs, no

@@ -36,7 +36,7 @@ class Wanda(PruneMethod):
 
     Keywords: activations, one-shot pruning, importance, 2:4, n:m, semi-structured, sparsity.
 
-    Evidence: no recipe yet; ``test_wanda.py``, ``test_prune_peer.py`` (llmcompressor).
+    Evidence: ``optx run prune``; ``test_wanda.py``, ``test_prune_peer.py`` (llmcompressor).
 
     Raises:
         OptxError: an option is out of range; in `optx.prune`, n:m that doesn't divide a layer's inputs, no

@@ -74,7 +74,7 @@ class KeepMask(Transform):
     Keywords: pruning, sparse training, sparsity, retraining, masked optimizer, 2:4, n:m, semi-structured,
     zeros, lottery ticket, freeze zeros.
 
-    Evidence: ``optx bench step``; ``test_keep_mask.py``, ``test_keep_mask_bases.py``; no recipe.
+    Evidence: ``optx run prune``; ``optx bench step``; ``test_keep_mask.py``, ``test_keep_mask_bases.py``.
 
     Raises:
         OptxError: ``masks`` are no masks, two masks of one weight differ, or a pruned weight is not 0 when
