@@ -84,7 +84,7 @@ def prune(
         return prune_folder(target, method, targets=targets, exclude=exclude, out=out, progress=bar)
     if out is not None:
         raise OptxError("prune: out= is for checkpoints; a model is pruned in place.")
-    target = uncompiled(target)
+    target = unwrapped(target)
     layers = layers_of(target, method, targets, exclude)
     if method.needs_inputs:
         batches = batches_of(target, data, type(method).__name__)
@@ -99,10 +99,15 @@ def prune(
     return masks
 
 
-def uncompiled(model: nn.Module) -> nn.Module:
-    """The module that torch.compile was given: a compiled call runs no hooks that are new, nor blocks."""
-    inner = getattr(model, "_orig_mod", None)
-    return inner if isinstance(inner, nn.Module) else model
+def unwrapped(model: nn.Module) -> nn.Module:
+    """What torch.compile, DDP or DataParallel was given: their calls run no new hooks, nor blocks."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
 
 
 def _without_inputs(method: PruneMethod, layers: list[Layer], bar: Bar) -> dict[str, Tensor]:

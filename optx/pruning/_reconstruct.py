@@ -6,7 +6,7 @@ Source: PERP, arXiv 2312.15230, reconstruction of layers' outputs.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from optx._errors import OptxError, TargetError, check_range, check_whole, shown
 from optx._masks import Masks
 from optx._module_paths import paths_of
 from optx.inject._attach import attach
+from optx.inject._handle import Handle
 from optx.inject._injection import Targets
 from optx.inject.perp import Perp
 from optx.pruning._blocks import Fed, Sums, Walk, units_of
@@ -24,7 +25,7 @@ from optx.pruning._blocks_plan import Chain, Step, Unit
 from optx.pruning._calibration import Batch, batches_of
 from optx.pruning._calibration_sums import InputSums
 from optx.pruning._method import PruneMethod
-from optx.pruning._prune import Bar, bar_of
+from optx.pruning._prune import Bar, bar_of, unwrapped
 from optx.pruning._prune_layers import Layer, layers_of
 
 _WARM_UP = 0.1
@@ -136,7 +137,8 @@ def reconstruct(
 
     Source: arXiv 2312.15230, section on layer-wise reconstruction.
     """
-    perp = _checked(perp, steps, lr)
+    perp = _checked(perp, steps, lr, seed)
+    model = unwrapped(model)
     known = method if isinstance(method, Masks) else None
     if not isinstance(method, PruneMethod | Masks):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise OptxError(
@@ -146,6 +148,7 @@ def reconstruct(
     if known is not None:
         targets = _of_masks(model, known, targets)
     layers = layers_of(model, way, targets, exclude)
+    _check_all_layers(known, layers, exclude)
     batches = batches_of(model, data, "reconstruct")
     walk = _Rebuild(model, way, batches, known, perp, (steps, lr, seed))
     walk(layers, bar_of("reconstruct", progress))
@@ -154,8 +157,11 @@ def reconstruct(
     return Reconstruction(masks, tuple(walk.rows))
 
 
-def _checked(perp: Any, steps: int, lr: float) -> Perp:
+def _checked(perp: Any, steps: int, lr: float, seed: int) -> Perp:
     """What is trained in blocks."""
+    if torch.is_inference_mode_enabled():
+        raise OptxError("reconstruct: it trains, which inference_mode forbids; call it outside of that.")
+    check_whole("reconstruct", "seed", seed)
     check_whole("reconstruct", "steps", steps, 1)
     check_range("reconstruct", "lr", lr, 0.0)
     if not isinstance(perp, Perp):
@@ -182,6 +188,17 @@ def _of_masks(model: nn.Module, masks: Masks, targets: Targets | None) -> Target
         )
     owners = {name.rpartition(".")[0] for name in found}
     return lambda path, module: path in owners
+
+
+def _check_all_layers(known: Masks | None, layers: Sequence[Layer], exclude: Targets | None) -> None:
+    """Raise if masks are of weights that are no layers': these would stay dense in silence."""
+    names = {layer.name for layer in layers}
+    odd = [name for name in known or () if name not in names]
+    if odd and not exclude:
+        raise TargetError(
+            f"reconstruct: masks have {odd[0]!r} ({len(odd)} such in all), the weight of no linear layer or "
+            "convolution; give masks without it."
+        )
 
 
 class _Rebuild(Walk):
@@ -214,6 +231,12 @@ class _Rebuild(Walk):
             units = [unit.path for step in steps for unit in units_of(step)]
             if not any(_inside(plain[place], unit) for place in places for unit in units):
                 raise TargetError(f"reconstruct: {self.perp} leaves no trainable parameter in any block.")
+        for unit in (unit for step in steps for unit in units_of(step) if unit.layers):
+            handle = self._attached(
+                unit, {one.name: torch.ones_like(one.weight).bool() for one in unit.layers}
+            )
+            if handle is not None:  # what it refuses, as a rank, it refuses here
+                handle.remove()
 
     def prune(self, layer: Layer, sums: InputSums | None) -> tuple[Tensor, Tensor]:
         """By the method, or by masks that are given."""
@@ -240,16 +263,20 @@ class _Rebuild(Walk):
         seconds = time.perf_counter() - start
         self.rows.append(Rebuilt(unit.path, before / size, after / size, trained, seconds))
 
-    def _fit(self, unit: Unit, fit: _Fit, before: float) -> tuple[float, int]:
-        """The error in the end, and how many numbers were trained."""
-        shapes = {layer.name: layer.weight.shape for layer in unit.layers}
-        perp = self.perp.having(Masks({name: self.bits[name] for name in shapes}, shapes))
+    def _attached(self, unit: Unit, masks: Mapping[str, Tensor]) -> Handle | None:
+        """PERP on a block alone; None: it has nothing to train there."""
+        perp = self.perp.having(masks)
         plain = paths_of(self.model).plain
         own = {place for place in perp.places(self.model) if _inside(plain[place], unit.path)}
-        if not own:
-            return before, 0
+        return attach(self.model, perp, lambda path, module: path in own) if own else None
+
+    def _fit(self, unit: Unit, fit: _Fit, before: float) -> tuple[float, int]:
+        """The error in the end, and how many numbers were trained."""
         torch.manual_seed(self.seed)  # within as_in_use, which puts the process's own back
-        handle = attach(self.model, perp, lambda path, module: path in own)
+        shapes = {layer.name: layer.weight.shape for layer in unit.layers}
+        handle = self._attached(unit, Masks({name: self.bits[name] for name in shapes}, shapes))
+        if handle is None:
+            return before, 0
         try:
             parameters = handle.parameters()
             fit.train(parameters, self.count, self.lr)

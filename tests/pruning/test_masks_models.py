@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,10 @@ def test_weights_without_numbers_are_refused_by_name() -> None:
         Masks.of(model.to("meta"))
     with pytest.raises(OptxError, match=r"Masks.apply_: '0.weight' is on the meta device"):
         masks.apply_(model)
+    partitioned = nn.Linear(4, 4, bias=False)
+    partitioned.weight.ds_id = 0  # pyright: ignore[reportAttributeAccessIssue]  # as ZeRO-3 marks its parameters
+    with pytest.raises(OptxError, match=r"Masks.of: 'weight' is partitioned by DeepSpeed"):
+        Masks.of(partitioned)
     with pytest.raises(OptxError, match=r"Masks.of: 'a' is sparse_coo"):
         Masks.of({"a": torch.eye(3).to_sparse()}, "a")
     with pytest.raises(OptxError, match=r"Masks.of: 'a' is torch.float8_e4m3fn, codes"):
@@ -261,6 +266,11 @@ def test_files_that_are_no_model(tmp_path: Path) -> None:
         save_file({"w.weight": torch.eye(3)}, tmp_path / f"{name}.safetensors")
     with pytest.raises(FileError, match=r"'w.weight' is in two files"):
         Masks.of(tmp_path)
+    (tmp_path / "b.safetensors").unlink()
+    index = {"weight_map": {"w.weight": "a.safetensors", "v.weight": "b.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FileError, match=r"lacks|v\.weight|b\.safetensors"):  # its zeros would not be seen
+        Masks.of(tmp_path, ".*")
 
 
 # ---- with adapters, and with heads ------------------------------------------------------------------------

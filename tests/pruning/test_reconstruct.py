@@ -102,6 +102,31 @@ def test_it_leaves_no_trace_and_is_the_same_again() -> None:
     assert all(module.training for module in model.modules())
 
 
+def of_embeddings() -> optx.Masks:
+    """Masks of what no block has beside a layer's."""
+    model = llama()
+    names = ("model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight")
+    return optx.Masks.from_bool({name: model.get_parameter(name) > 0 for name in names})
+
+
+def test_wrapped_models_are_what_they_wrap() -> None:
+    model, compiled, parallel = llama(), llama(), llama()
+    for one in (model, torch.compile(compiled), nn.DataParallel(parallel)):
+        optx.reconstruct(one, optx.Magnitude(), Perp(adapter="mask", rank=2), DATA, steps=2)
+    for other in (compiled, parallel):
+        assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+def test_what_is_refused_by_arguments() -> None:
+    model = llama()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(OptxError, match="seed is 'a'"):
+        optx.reconstruct(model, optx.Wanda(), Perp(), DATA, seed="a")  # pyright: ignore[reportArgumentType]
+    with torch.inference_mode(), pytest.raises(OptxError, match="inference_mode forbids"):
+        optx.reconstruct(model, optx.Wanda(), Perp(), DATA)
+    assert all(map(torch.equal, before, model.parameters()))
+
+
 class Loop(nn.Module):
     """A block that is called twice."""
 
@@ -121,6 +146,8 @@ class Loop(nn.Module):
         (llama, optx.Wanda(), optx.LoRA(), "perp is LoRA"),
         (llama, "wanda", Perp(), "method is 'wanda'"),
         (Loop, optx.Wanda(), Perp(), "'blocks.0' is in no row of blocks"),
+        (llama, optx.Wanda(), Perp(adapter="mask", rank=64), "rank=64 is larger than the weight of"),
+        (llama, of_embeddings(), Perp(), "masks have 'model.embed_tokens.weight' .* no linear layer"),
     ],
 )
 def test_mistakes_change_nothing(make: Any, method: Any, perp: Any, match: str) -> None:
