@@ -7,6 +7,7 @@ gradient reaches all that was added, and whether everything is as it was after r
 from __future__ import annotations
 
 import re
+import warnings
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ METHODS: dict[str, Method] = {
     "Aside": Method(lambda: optx.Aside(rank=2, form="gelu")),
     "STN": Method(lambda: optx.STN(optx.HParams(drop=optx.hp(0.2, (0, 0.9)))), prefix=True),
     "IAA": Method(lambda: optx.IAA(rank=2, aside=2, form="gelu")),
+    "Perp": Method(optx.Perp),
 }
 
 
@@ -71,7 +73,9 @@ def _one(family: Family, model: nn.Module, base: Tensor, method: Method) -> dict
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     torch.manual_seed(0)
     try:
-        handle = optx.attach(model, method.make())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of what is left out: the table has what is served
+            handle = optx.attach(model, method.make())
     except optx.OptxError as error:
         return {"refused": str(error)}
     with handle:

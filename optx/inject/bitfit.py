@@ -73,8 +73,12 @@ def warn_of_biases(model: nn.Module, served: Sequence[Served], whole: Sequence[s
 
 
 def _is_bias(name: str) -> bool:
-    """A bias by its name: of nn.MultiheadAttention, recurrent and parametrized modules too."""
-    return any(re.fullmatch(r"bias|bias_\w+|\w+_bias", part) for part in name.split(".")[-2:])
+    """A bias by its name: of nn.MultiheadAttention, recurrent and parametrized modules too.
+
+    A table of T5's or Swin's relative positions is a module's weight, whatever the module is called.
+    """
+    parts = name.split(".")[-2:]
+    return parts[-1] != "weight" and any(re.fullmatch(r"bias|bias_\w+|\w+_bias", part) for part in parts)
 
 
 @dataclass(frozen=True)

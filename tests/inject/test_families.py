@@ -41,6 +41,7 @@ REFUSED = {
     "MAM": f"{NO_SDPA} {NO_FFN_MODULE}",
     "Aside": "",
     "IAA": "Mamba",
+    "Perp": "",
     "STN": f"{EXPERTS} Mamba",
 }
 

@@ -3,6 +3,7 @@ the merged weight means the same, else refused before anything changes."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,14 @@ def test_a_bias_with_an_activation_behind_it_is_left_and_named() -> None:
     with pytest.warns(UserWarning, match=r"1 biases are left as they are .*1\.bias"):
         handle = optx.attach(model, optx.BitFit())
     assert [one.path for one in handle.served] == ["0"]
+
+
+def test_a_table_of_relative_positions_is_no_bias_that_is_left() -> None:
+    model = nn.ModuleDict({"relative_attention_bias": nn.Embedding(4, 2), "out": nn.Linear(2, 2)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        handle = optx.attach(model, optx.BitFit())
+    assert [one.path for one in handle.served] == ["out"]
 
 
 @pytest.mark.parametrize("size", [4, 6])
