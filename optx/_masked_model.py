@@ -131,7 +131,7 @@ def without_numbers(p: Tensor) -> str:
         return "is partitioned by DeepSpeed's ZeRO-3. Prune before deepspeed.initialize."
     kind = type(p)
     wrapped = is_traceable_wrapper_subclass(p) and not is_dtensor(p)
-    if wrapped or p.is_quantized or kind.__module__.startswith(("bitsandbytes", "torchao")):
+    if wrapped or kind.__module__.startswith(("bitsandbytes", "torchao")):
         return f"is a {kind.__name__}, quantised or wrapped: it has no plain numbers. Prune before that."
     if not p.is_floating_point() or p.dtype.itemsize == 1:
         return f"is {p.dtype}, codes and not plain numbers. Prune before it is quantised."

@@ -215,6 +215,9 @@ def test_weights_without_numbers_are_refused_by_name() -> None:
         Masks.of(partitioned)
     with pytest.raises(OptxError, match=r"Masks.of: 'a' is sparse_coo"):
         Masks.of({"a": torch.eye(3).to_sparse()}, "a")
+    for kind in (torch.int64, torch.complex64, torch.bool):
+        with pytest.raises(OptxError, match=r"Masks.of: 'a.weight' is torch.\w+, codes"):
+            Masks.of({"a.weight": torch.eye(3).to(kind)})
     with pytest.raises(OptxError, match=r"Masks.of: 'a' is torch.float8_e4m3fn, codes"):
         Masks.of({"a": torch.eye(3).to(torch.float8_e4m3fn)}, "a")
     codes = {"x.weight": torch.zeros(4, 4, dtype=torch.int8), "x.scale": torch.ones(4)}
