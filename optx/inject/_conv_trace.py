@@ -74,7 +74,7 @@ def operations(model: nn.Module, shape: Sequence[int] | None = None) -> list[Op]
         OptxError: torch.fx can't trace the model, and neither can it be called with images.
     """
     if shape is None:
-        with contextlib.suppress(Exception):  # whatever a forward may do to a proxy
+        with contextlib.suppress(Exception), evaluating(model):  # whatever a forward may do to a proxy
             return _by_fx(model)
     return _by_call(model, shape)
 

@@ -84,7 +84,7 @@ class Layer:
         self.mask = self._decided(z.detach())
 
     def _decided(self, z: Tensor) -> Tensor:
-        mask = z > 0
+        mask = ~(z <= 0)  # what is no number hides nothing
         if self.force == "all":
             return torch.ones_like(mask)
         if self.force == "random":
@@ -139,6 +139,8 @@ class Layer:
             call has to compute them.
         """
         assert self.mask is not None
+        if not bool(pooled.isfinite().all()):
+            return None
         norm = None if self._norm is None else self._norm()
         if not can_gather(conv) or (norm is not None and norm.training):
             return None

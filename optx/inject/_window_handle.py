@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,12 +32,16 @@ class WindowHandle(LossHandle):
         self, model: nn.Module, injection: Any, served: Sequence[Served], saved: Sequence[Saved] = ()
     ) -> None:
         super().__init__(model, injection, served, saved)
-        self._boundaries.append(model.register_forward_pre_hook(self._begin))
+        self._image: Sequence[int] = ()
+        self._boundaries.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
 
-    def _begin(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A forward begins: no policy of the last one is followed, even where a first block is left out."""
         for _, part in self._parts():
             part.place.chain.clear()
+        given = () if torch.compiler.is_compiling() else (*args, *kwargs.values())
+        images = (one.shape for one in given if isinstance(one, Tensor) and one.ndim == 4)
+        self._image = next(images, ())
 
     def _parts(self) -> Iterator[tuple[str, Windowed]]:
         return ((one.path, one.part) for one in self.served if isinstance(one.part, Windowed))
@@ -61,7 +66,8 @@ class WindowHandle(LossHandle):
 
         Raises:
             OptxError: no forward in training mode came before, the mask is of another batch, coarser than the
-                tokens, or not within 0 and 1.
+                tokens, neither of the model's input nor a whole multiple or part of that size, or not within
+                0 and 1.
         """
         check_range("loss", "share", share, 0, 1)
         mask = _checked(blur_mask)
@@ -100,7 +106,24 @@ class WindowHandle(LossHandle):
                     f"{name} is {finest}. Pass it at the size of the model's input."
                 )
             steps.append(-(-mask.shape[axis] // finest) * round(finest / own))
+        self._check_scale(mask, [max(one.height for one in grids), max(one.width for one in grids)])
         return steps[0], steps[1]
+
+    def _check_scale(self, mask: Tensor, finest: Sequence[int]) -> None:
+        """Raise if pixels of the mask are not where those of the model's input are."""
+        if not self._image:
+            return
+        size = mask.shape[-2:]
+        for own in (self._image[-2:], self._image[1:3]):  # channels may be last
+            pairs = [*zip(size, own, finest, strict=True)]
+            same = all(-(-n // tokens) == -(-m // tokens) for n, m, tokens in pairs)
+            scaled = size[0] * own[1] == size[1] * own[0] and not (size[0] % own[0] and own[0] % size[0])
+            if same or scaled:
+                return
+        raise OptxError(
+            f"loss: the mask is {tuple(size)}, and the model's input was {tuple(self._image)}: neither that "
+            "size nor a whole multiple or part of it, so it isn't known which window a pixel is in."
+        )
 
     # ---- what was decided ---------------------------------------------------------------------------------
 

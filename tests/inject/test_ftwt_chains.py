@@ -161,6 +161,13 @@ def test_what_is_not_served_is_told() -> None:
     assert handle.report().rows[0].note == "4 filters from 4 numbers"
 
 
+def test_chains_are_those_of_evaluation_mode_whatever_the_mode() -> None:
+    model = Odd()
+    assert found(model.train()) == found(model.eval())
+    assert "aside" not in found(model.train())
+    assert model.training
+
+
 def test_nothing_to_serve_is_an_error() -> None:
     for model in (nn.Sequential(nn.Linear(3, 3)), nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sigmoid(), *head(4))):
         before = snapshot(model)

@@ -201,7 +201,7 @@ def test_masked_channels_that_are_not_zero_any_more_count(between: Any) -> None:
             glu = isinstance(between, nn.GLU)
             self.first, self.norm = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
             self.last, self.out = nn.Conv2d(4 if glu else 8, 6, 3), nn.Linear(6, 2)
-            self.bend = nn.Identity() if glu else nn.ReLU()
+            self.bend = (lambda y: y) if glu else torch.relu
 
         def forward(self, x: Tensor) -> Tensor:
             y = between(self.bend(self.norm(self.first(x))))
@@ -382,6 +382,17 @@ def test_auto_skips_what_is_worth_it() -> None:
 def _pairs(handle: Any, model: Any) -> list[tuple[Any, Any]]:
     convs = [model[0], model[3], model[7]]
     return list(zip(predictors(handle), convs, strict=True))
+
+
+@pytest.mark.parametrize("way", ["gather", "mask"])
+def test_what_is_not_finite_is_not_hidden(way: str) -> None:
+    """Neither in an image, nor in predictors that went astray (which leave the dense model)."""
+    model, handle = served("vgg", inference=way)
+    bad = x1.clone()
+    bad[0, 1, 2, 3] = float("nan")
+    assert model(bad).isnan().all()
+    biased(handle, float("nan"))
+    assert torch.equal(model(x1), trained("vgg")(x1))
 
 
 def test_nothing_counted_is_an_error() -> None:

@@ -139,6 +139,24 @@ def test_a_mask_that_is_none(mask: Tensor, says: str) -> None:
         handle.loss(mask)
 
 
+def test_a_mask_on_another_grid_than_the_input_is_refused() -> None:
+    """Its pixels would be taken for others; at twice the size, and of the tokens, they are the same."""
+    model = real("Swin").train()
+    handle = optx.attach(model, optx.WindowPrune())
+    for size in ((33, 33), (40, 40), (32, 64)):
+        model(pixels())
+        with pytest.raises(optx.OptxError, match=r"the model's input was \(2, 3, 32, 32\): neither"):
+            handle.loss(torch.ones(2, *size))
+    mask = torch.zeros(2, 1, 32, 32)
+    mask[..., :12] = 1
+    losses: list[Tensor] = []
+    for factor in (2, 1, 0.5):
+        torch.manual_seed(0)
+        model(pixel_values=pixels())
+        losses.append(handle.loss(F.interpolate(mask, scale_factor=factor)))
+    assert len({float(one.detach()) for one in losses}) == 1
+
+
 # ---- decisions --------------------------------------------------------------------------------------------
 
 
@@ -195,7 +213,7 @@ def test_a_follower_without_its_first_says_so() -> None:
     model(image())
     with pytest.raises(optx.OptxError, match="'2' follows the first block of its stage"):
         model[2](image(2))
-    handle._begin(model, ())
+    handle._begin(model, (), {})
     with pytest.raises(optx.OptxError, match="'2' follows the first block of its stage"):
         model[2](image())
 
