@@ -30,7 +30,7 @@ _WORTHWHILE = 4_000_000
 class Ending(Part):
     """What may be at the end of a chain, where the mask is: behind all else that acts on the module."""
 
-    last: ClassVar[bool] = True
+    comes_last: ClassVar[bool] = True
 
     layer: Layer | None
     ends: bool

@@ -70,7 +70,7 @@ class Part(nn.Module):
     """Whether all it changes is what the module's own parameters are while it computes: such a part is inside
     of all others, whenever they were attached."""
 
-    last: ClassVar[bool] = False
+    comes_last: ClassVar[bool] = False
     """Whether its `after` comes after those of all other parts, whenever they were attached."""
 
     weightless: ClassVar[bool] = False
@@ -313,9 +313,9 @@ class Attached(nn.Module):
         return hooks
 
     def _put_last(self, module: nn.Module) -> None:
-        hooks = module._forward_hooks  # pyright: ignore[reportPrivateUsage]
+        hooks: Any = module._forward_hooks  # pyright: ignore[reportPrivateUsage]
         for key, hook in [*hooks.items()]:
-            if getattr(getattr(hook, "__self__", None), "last", False) is True:
+            if getattr(getattr(hook, "__self__", None), "comes_last", False) is True:
                 hooks.move_to_end(key)
 
     def unhook(self) -> None:
