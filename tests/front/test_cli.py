@@ -212,7 +212,7 @@ def test_show_is_the_methods_card(name: str) -> None:
         ("DARE", "Delta.dare", "DARELinear, DARETIES"),
         ("DAREx", "Delta.find_q", ""),
         ("StableMax", "StableMaxCrossEntropy", ""),
-        ("wanda", "Delta.wanda", ""),
+        ("wanda", "Wanda", "Delta.wanda"),
     ],
 )
 def test_show_knows_other_names(asked: str, name: str, also: str) -> None:
