@@ -138,6 +138,26 @@ def regrown(pairs: Mapping[Tensor, Tensor]) -> Iterator[tuple[Tensor, int]]:
                 yield p, count
 
 
+def newly_kept(
+    asked: Mapping[Tensor, Tensor], now: Mapping[Tensor, Tensor], least: float
+) -> Iterator[tuple[Tensor, int]]:
+    """Of weights, those of which masks now keep numbers that others have pruned, and how many.
+
+    Args:
+        asked: the others, as settled slots; a weight without one is left out.
+        now: those now.
+        least: the share of a weight's numbers that is not too few to count.
+    """
+    for p, slot in now.items():
+        other = asked.get(p)
+        if other is None or other is slot or bits.form(other, p) == "ones" or not p.numel():
+            continue
+        kept, wanted = local(bits.mask_of(slot, p)), local(bits.mask_of(bits.settled(other, p), p))
+        count = int(in_all(p, (kept & ~wanted).sum()))
+        if count and count >= least * p.numel():
+            yield p, count
+
+
 # Names under which optimizers keep, number by number, what goes with a weight: other weights (averages, those
 # of steps before), and moments. What mixes weights (factors, preconditioners, what lies in another basis) is
 # left: it moves a pruned weight at most for as long as a step lasts.

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from optx._errors import OptxError, TransformError
+from optx._errors import OptxError, TransformError, warn
 from optx._masked_model import local
 from optx._masks import Masks
 from optx._names import parameter_names, plain_name
@@ -21,7 +21,7 @@ from optx.ops import where
 from optx.step import bits
 from optx.step.state import is_ours, saved_slots
 from optx.step.transform import Host, Transform, like_weight, wrapped_by
-from optx.transforms._kept_weights import Pairing, mask_state, regrown
+from optx.transforms._kept_weights import LEAST, Pairing, mask_state, newly_kept, regrown
 
 
 @rule(writes="g")
@@ -48,7 +48,8 @@ class KeepMask(Transform):
     A weight that is kept and happens to be 0 is trained on: the mask is stored, not taken from zeros again.
     It is in ``state[p]["optx.keep_mask.kept"]`` (one bit a weight, laid out as in `Masks`; a byte where a row
     is no multiple of 8 numbers) and in checkpoints, outlasts ``optimizer.state.clear()``, and is sharded as
-    its weight. A checkpoint's mask takes the place of the one given here.
+    its weight. A checkpoint's mask takes the place of the one given here, with a warning if that lets zeros
+    go; ``masks`` take the place of what a state that was loaded before the wrap has.
 
     Its place among other transforms does not matter: its gradient rule comes before all others', so that
     their sums (PerpGrad's) see what the base will see, and again after each that writes gradients; its
@@ -121,6 +122,7 @@ class KeepMask(Transform):
         self.slots = {"kept": like_weight(torch.bool, lasting=True, packed=True)}
         own = masks if masks is None or isinstance(masks, Masks) else Masks.from_bool(masks)
         self._pairing = Pairing(own, model)
+        self._before: dict[Tensor, Tensor] = {}  # while a checkpoint is loaded, the masks until then
         self._unchecked = False  # whether weights may be others than those that were looked at
 
     # ---- for the person ----------------------------------------------------------------------------
@@ -155,9 +157,13 @@ class KeepMask(Transform):
         served = optimizer.served(self)
         found = self._pairing.of(served, optimizer)
         _refuse_history(optimizer, optimizer.base.state)
-        for p in served:
-            slot = found.get(id(p), bits.every_bit(p))
-            optimizer.slot(p, self, "kept", lambda p=p, slot=slot: bits.settled(slot, p))
+        asked = {p: bits.settled(found.get(id(p), bits.every_bit(p)), p) for p in served}
+        if self._pairing.masks is not None:  # what a checkpoint left in the base's state is an older mask
+            for p in served:
+                optimizer.slot_store.drop(p, [self._key])
+        for p, slot in asked.items():
+            optimizer.slot(p, self, "kept", lambda slot=slot: slot)
+        self._tell_regrowing(optimizer, asked, "the optimizer's state has masks already", "pass masks=")
         self._check(optimizer)
         self._mask_state(optimizer)
 
@@ -183,14 +189,36 @@ class KeepMask(Transform):
 
     def before_load(self, optimizer: Host, state_dict: Mapping[str, Any]) -> None:
         """Refuse a history that mixes all weights, unless it was made under a mask."""
-        key = f"optx.{self.name}.kept"
-        if not any(key in slots for slots in saved_slots(dict(state_dict)).values()):
+        self._before = self._slots(optimizer)
+        if not any(self._key in slots for slots in saved_slots(dict(state_dict)).values()):
             _refuse_history(optimizer, state_dict.get("state", {}))
 
     def after_load(self, optimizer: Host) -> None:
         """Mask what the checkpoint brought; the weights may still be loaded after this."""
         self._mask_state(optimizer)
         self._unchecked = True
+        before, self._before = self._before, {}
+        way_out = "call remove() after the load and wrap again with masks="
+        self._tell_regrowing(optimizer, before, "load_state_dict: the checkpoint has other masks", way_out)
+
+    def _tell_regrowing(
+        self, optimizer: Host, asked: Mapping[Tensor, Tensor], why: str, way_out: str
+    ) -> None:
+        """Warn if weights that were to be pruned are kept by the masks in force: zeros are trained."""
+        least = LEAST if self._pairing.masks is None else 0.0  # without masks a 0 may be chance
+        found = list(newly_kept(asked, self._slots(optimizer), least))
+        if found:
+            p, count = found[0]
+            others = f", and some in {len(found) - 1} others" if len(found) > 1 else ""
+            shape = tuple(p.shape)
+            warn(
+                f"KeepMask: {why}, which are in force now and keep {count:,} weights of one of shape {shape}"
+                f"{others} that were pruned here: these zeros will be trained. To keep them, {way_out}."
+            )
+
+    @property
+    def _key(self) -> str:
+        return f"optx.{self.name}.kept"
 
     def _bound(self) -> Host:
         owner = wrapped_by(self)

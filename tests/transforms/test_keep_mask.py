@@ -166,6 +166,31 @@ def test_resume_is_exact(fused: Any) -> None:
     assert same(whole, again)
 
 
+def test_masks_of_before_a_second_pruning() -> None:
+    """Pruned further, trained on: a state from before must not let the new zeros go without a word."""
+    model = net()
+    first = masks_of(model)
+    opt = optx.wrap(adamw(model), optx.KeepMask(first), fused=False)
+    run(opt, model, range(2))
+    saved = through_a_file(opt.state_dict())
+    second = masks_of(model, 0.8)  # of the same draw: what it keeps, the first keeps too
+    again = optx.wrap(adamw(model), optx.KeepMask(second), fused=False)
+    with pytest.warns(UserWarning, match=r"checkpoint has other masks.* keep \d+ weights .*call remove\(\)"):
+        again.load_state_dict(saved)
+    assert again.keep_mask.current() == first
+    plain = adamw(model)
+    plain.load_state_dict(saved)
+    wrapped = optx.wrap(plain, optx.KeepMask(second), fused=False)  # masks= is newer than what was loaded
+    assert wrapped.keep_mask.current() == second
+    wrapped.state.clear()
+    run(wrapped, model, range(2))
+    second.verify(model)
+    plain = adamw(model)
+    plain.load_state_dict(saved)
+    with pytest.warns(UserWarning, match="state has masks already.* pass masks="):
+        optx.wrap(plain, optx.KeepMask(), fused=False)
+
+
 def test_through_safetensors_and_an_optimizer_without_it(tmp_path: Any) -> None:
     """torch casts what it does not know to the weight's dtype; 255 survives that in bfloat16 too."""
     model = net(dtype=torch.bfloat16)
