@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.text import Text
 
+import optx
 from optx import _catalog
 from optx._errors import near
 from optx.delta import cli as delta_cli
@@ -127,6 +128,8 @@ def _instead(method: str) -> str:
     """What may be meant by a name that no method has."""
     word = method.removeprefix("optx.")
     if any(word.partition(".")[0] == entry.name for entry in _catalog.functions()):
+        return f"help(optx.{word}) in Python tells of it."
+    if word.partition(".")[0] in dir(optx):
         return f"help(optx.{word}) in Python tells of it."
     if close := _catalog.similar(method):
         return f"near: {', '.join(map(repr, close))}."

@@ -248,7 +248,15 @@ def test_show_of_a_wrong_name_is_told_the_near_one() -> None:
     assert "AdamR" in shown.output
 
 
-@pytest.mark.parametrize(("asked", "says"), [("SGD2", "optx has none"), ("forgetting", "finds AdamR, HFT.")])
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ("SGD2", "optx has none"),
+        ("forgetting", "finds AdamR, HFT."),
+        ("Masks", "help(optx.Masks) in Python"),
+        ("optx.Masks.of", "help(optx.Masks.of) in Python"),
+    ],
+)
 def test_show_of_what_is_no_method(asked: str, says: str) -> None:
     shown = typed("show", asked)
     assert shown.exit_code == 2
