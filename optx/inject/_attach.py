@@ -153,8 +153,11 @@ def attach(
             raise OptxError("attach: a saved adapter has its masks with it; leave masks out.")
         return _attach_saved(model, injection, name)
     if not isinstance(injection, Injection):  # pyright: ignore[reportUnnecessaryIsInstance]
+        given: Any = injection
+        wraps = f"; {type(given).__name__} goes around an optimizer: optx.wrap(optimizer, ...)"
         raise OptxError(
-            f"attach: injection is {injection!r}; it must be one such as optx.LoRA(rank=8), or a folder."
+            f"attach: injection is {given!r}; it must be one such as optx.LoRA(rank=8), or a folder"
+            f"{wraps if callable(getattr(given, 'bind', None)) else ''}."
         )
     if masks is not None:
         if not isinstance(injection, WithMasks):

@@ -177,6 +177,8 @@ class FilterPruning(LossHandle):
     def flops(self, *, reset: bool = False) -> Work:
         """Multiply-adds kept and in all, by layer: the mean over all samples computed in evaluation mode.
 
+        Print it, or read ``kept``, ``total`` (the dense model's), ``share`` and ``predictor`` (beside them).
+
         Of a layer: positions x K^2 x the sum over groups of (kept filters x kept channels of the input).
         Channels of an input are masked where it comes from one served layer by pools and activations that are
         0 at 0. This is what masks let be skipped: layers that are computed whole save nothing of it.

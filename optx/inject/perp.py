@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -147,7 +148,8 @@ class Perp(Injection):
             )
         if self.masks is not None and not isinstance(self.masks, Masks):
             if not isinstance(self.masks, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise OptxError(f"Perp: masks is a {type(self.masks).__name__}; it must be optx.Masks.")
+                hint = " Of a file: optx.Masks.load(path)." if isinstance(self.masks, str | PathLike) else ""
+                raise OptxError(f"Perp: masks is a {type(self.masks).__name__}; it must be optx.Masks.{hint}")
             object.__setattr__(self, "masks", Masks.from_bool(self.masks))
         if not (self.bias or self.norm or self.head or self.adapter != "none"):
             raise OptxError(

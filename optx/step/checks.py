@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from optx._errors import OptxError, ShapeError, TransformError, near
+from optx._masks import Masks
 from optx._names import parameter_names
 from optx.step.bases import base_rules
 from optx.step.memory import LOST, lost_memory, why_not_plain
@@ -66,12 +67,23 @@ def _check_options(wrapped: Host) -> None:
         )
 
 
+def _hint(given: Any) -> str:
+    """What was probably meant by something that is no transform."""
+    if isinstance(given, type):
+        return " Call it, as optx.PerpGrad()."
+    if isinstance(given, Sequence):
+        return " Pass them one by one: wrap(opt, *them)."
+    if isinstance(given, Masks):
+        return " Pass optx.KeepMask(masks)."
+    if callable(getattr(given, "part", None)):  # an injection, which this package does not know of
+        return f" It goes into the model: optx.attach(model, optx.{type(given).__name__}(...))."
+    return ""
+
+
 def _check_transforms(transforms: Sequence[Any], wrapped_type: type) -> None:
     for transform in transforms:
         if not isinstance(transform, Transform):
-            hint = " Call it, as optx.PerpGrad()." if isinstance(transform, type) else ""
-            hint = " Pass them one by one: wrap(opt, *them)." if isinstance(transform, Sequence) else hint
-            raise TransformError(f"wrap: {transform!r} is not a transform.{hint}")
+            raise TransformError(f"wrap: {transform!r} is not a transform.{_hint(transform)}")
         name: Any = getattr(transform, "name", None)
         if not isinstance(name, str) or not name.isidentifier() or hasattr(wrapped_type, name):
             raise TransformError(

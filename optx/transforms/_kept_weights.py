@@ -63,9 +63,15 @@ class Pairing:
             raise TransformError(
                 f"KeepMask: none of the {len(self.masks)} weights that have a mask, as "
                 f"{next(iter(self.masks))!r}, is trained by this optimizer in a group that keep_mask acts "
-                "on; there is nothing to keep."
+                f"on; there is nothing to keep.{self._whose(optimizer)}"
             )
         return found
+
+    def _whose(self, optimizer: Host) -> str:
+        """What to do where names were those of the model that the masks remember."""
+        if self.model is not None or has_names(optimizer.base):
+            return ""
+        return " Names were those of the model that the masks are of: for another one, pass model=model."
 
     def _names(self, masks: Masks, optimizer: Host) -> dict[int, list[str]]:
         """The masks' names of each parameter; several where weights are tied."""

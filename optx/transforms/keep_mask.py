@@ -7,6 +7,7 @@ Rethinking the Prune-Retrain Paradigm in the Era of LLMs", arXiv 2312.15230, sec
 from __future__ import annotations
 
 from collections.abc import Mapping
+from os import PathLike
 from typing import Any, ClassVar
 
 import torch
@@ -111,9 +112,11 @@ class KeepMask(Transform):
     ) -> None:
         given: Any = masks
         if given is not None and not isinstance(given, Mapping):
+            hint = " Of a file: optx.Masks.load(path)." if isinstance(given, str | PathLike) else ""
+            hint = " A model goes in as KeepMask(model=model)." if isinstance(given, nn.Module) else hint
             raise OptxError(
                 f"KeepMask: masks is a {type(given).__name__}; it must be optx.Masks, or bool tensors by "
-                "name, as {'layers.0.weight': weight != 0}."
+                f"name, as {{'layers.0.weight': weight != 0}}.{hint}"
             )
         owner: Any = model
         if owner is not None and not isinstance(owner, nn.Module):

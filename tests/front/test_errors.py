@@ -136,6 +136,16 @@ BAD: dict[str, Bad] = {
         adamw, [PerpGrad], {}, TransformError, r"PerpGrad'> is not a transform. Call it, as optx.PerpGrad\(\)"
     ),
     "a list": (adamw, [[PerpGrad()]], {}, TransformError, r"one by one: wrap\(opt, \*them\)"),
+    "an injection": (
+        adamw, [optx.FTWT()], {}, TransformError, r"goes into the model: optx.attach\(model, optx.FTWT\("
+    ),
+    "masks": (
+        adamw,
+        [optx.Masks.from_bool({"weight": torch.ones(2, 2).bool()})],
+        {},
+        TransformError,
+        r"not a transform. Pass optx.KeepMask\(masks\)",
+    ),
     "a module": (adamw, [nn.ReLU()], {}, TransformError, r"ReLU\(\) is not a transform"),
     "no name": (adamw, [NoName()], {}, TransformError, "NoName.name is None; it must be an identifier"),
     "taken name": (adamw, [TakenName()], {}, TransformError, "TakenName.name is 'state'"),
