@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,29 @@ def test_killed_the_same_call_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     assert prune_folder(source, Magnitude(0.5), out=out, progress=noted, **options) == whole
     assert 0 < len(written) < len(llama().state_dict()) - 1
     for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (out / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("what", ["method", "targets", "source"])
+def test_killed_another_call_takes_nothing_of_it(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Writer, "FLUSH", 1)
+    source, out = in_folder(llama(), tmp_path / "in"), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        prune_folder(source, Magnitude(), targets=None, exclude=None, out=out, progress=stopping(4))
+    method = Magnitude(0.25) if what == "method" else Magnitude()
+    targets = ".*(q|v)_proj" if what == "targets" else None
+    if what == "source":
+        other = llama()
+        with torch.no_grad():
+            for p in other.parameters():
+                p.neg_().add_(0.01)
+        shutil.rmtree(source)
+        in_folder(other, source)
+    fresh = optx.prune(source, method, targets=targets, out=tmp_path / "fresh")
+    assert optx.prune(source, method, targets=targets, out=out) == fresh
+    for path in (tmp_path / "fresh").iterdir():
         assert path.read_bytes() == (out / path.name).read_bytes()
 
 
