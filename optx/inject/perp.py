@@ -270,6 +270,11 @@ class Perp(Injection):
                 f"attach: Perp's rank={self.rank} is larger than the weight of {path!r}, {into_out}. Use at "
                 f"most {min(into_out)}, or leave that module out by exclude=."
             )
+        if self.adapter == "lora_prune" and getattr(module, "groups", 1) > 1:
+            raise TargetError(
+                f"attach: {path!r} is a convolution with groups={module.groups}, into whose weight LoRA "
+                "does not merge, and 'lora_prune' is LoRA. Use adapter='mask', or leave it out by exclude=."
+            )
         biased = self.bias and isinstance(module.bias, nn.Parameter)
         if self.adapter in ("lora", "lora_prune"):
             kind = MaskedConvLoRA if is_conv(module) else MaskedLinearLoRA

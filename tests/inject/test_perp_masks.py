@@ -141,6 +141,16 @@ def test_what_does_not_fit_changes_nothing(options: Any, attached: Any, says: st
     assert_same(model, before)
 
 
+def test_what_could_not_be_merged_is_told_before_it_is_trained() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 16, 3, groups=2))
+    masks = optx.prune(model, optx.Magnitude(0.5), targets=["0"], progress=False)
+    before = snapshot(model)
+    with pytest.raises(optx.TargetError, match=r"'0' is a convolution with groups=2.*adapter='mask'"):
+        optx.attach(model, Perp(adapter="lora_prune", rank=2), masks=masks)
+    assert_same(model, before)
+    optx.attach(model, Perp(adapter="mask", rank=2), masks=masks).merge_and_unload()
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
