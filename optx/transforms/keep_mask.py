@@ -127,6 +127,8 @@ class KeepMask(Transform):
         self._pairing = Pairing(own, model)
         self._before: dict[Tensor, Tensor] = {}  # while a checkpoint is loaded, the masks until then
         self._unchecked = False  # whether weights may be others than those that were looked at
+        self._versions: dict[int, int] = {}  # torch's counts of writes, as the last step left them
+        self._stepping = False
 
     # ---- for the person ----------------------------------------------------------------------------
 
@@ -177,8 +179,16 @@ class KeepMask(Transform):
 
     def before_step(self, optimizer: Host) -> None:
         """After a load, weights of other masks would be pruned without a word."""
-        if self._unchecked:
+        first, self._stepping = not self._stepping, True  # a closure may have moved them for a while
+        if self._unchecked or (first and self._versions and self._versions != self._written(optimizer)):
             self._check(optimizer)
+
+    def after_step(self, optimizer: Host) -> None:
+        """Whoever writes into the weights from here on is noticed."""
+        self._stepping, self._versions = False, self._written(optimizer)
+
+    def _written(self, optimizer: Host) -> dict[int, int]:
+        return {id(p): p._version for p in optimizer.served(self) if not p.is_inference()}
 
     def groups_changed(self, optimizer: Host) -> None:
         """Parameters that came, or were replaced, are looked at before the next step."""

@@ -50,3 +50,35 @@ def test_a_transform_that_is_attached_is_sent_to_wrap() -> None:
         optx.attach(model, optx.KeepMask(masks))  # pyright: ignore[reportArgumentType]
     with pytest.raises(optx.OptxError, match=r"or a folder\.$"):
         optx.attach(model, 3)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_dense_weights_that_come_between_two_steps_are_not_pruned_in_silence(
+    fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And weights are looked at only where somebody wrote into them."""
+    model = nn.Linear(16, 8)
+    dense = {name: t.clone() for name, t in model.state_dict().items()}
+    masks = optx.prune(model, optx.Magnitude(0.5), targets="", progress=False)
+    opt = optx.wrap(torch.optim.AdamW(model.parameters()), optx.KeepMask(masks), fused=fused)
+    looked: list[int] = []
+    check = optx.KeepMask._check
+    monkeypatch.setattr(optx.KeepMask, "_check", lambda self, owner: (looked.append(1), check(self, owner)))
+
+    def step() -> None:
+        opt.zero_grad()
+        model(torch.ones(2, 16)).square().sum().backward()
+        opt.step()
+
+    for _ in range(3):
+        step()
+    assert looked == []
+    model.load_state_dict(dense)
+    with pytest.raises(optx.OptxError, match="masked weights that are not 0"):
+        step()
+    assert torch.equal(model.weight, dense["weight"])
+    masks.apply_(model)
+    step()
+    step()
+    assert len(looked) == 2
+    masks.verify(model)
