@@ -166,6 +166,9 @@ class LossPart(Part):
         self.collected.add(self.path, value)
 
 
+_PATIENCE = 200  # losses taken while nothing was learnt; no one accumulates over as many
+
+
 class LossHandle(Handle):
     """A handle whose injection has a loss of its own. A subclass has ``loss()``, from `_take`."""
 
@@ -177,6 +180,7 @@ class LossHandle(Handle):
     ) -> None:
         super().__init__(model, injection, served, saved)
         self.collected = next(one.part.collected for one in served if isinstance(one.part, LossPart))
+        self._taken, self._written = 0, list[int]()
         self._boundaries = [
             model.register_forward_pre_hook(self.collected.begin),
             model.register_forward_hook(self.collected.end),
@@ -256,7 +260,24 @@ class LossHandle(Handle):
                 "first, with gradients, and loss() once after each forward; keep it in a variable to use it "
                 "twice."
             )
+        if values and not idle:
+            self._look_for_learning()
         return {} if idle else values
+
+    def _look_for_learning(self) -> None:
+        """Tell, once, of predictors that no optimizer has: their loss is taken, and they stay as they are."""
+        if self._taken > _PATIENCE:
+            return
+        written = [p._version for p in self.parameters()]
+        if self._taken == 0:
+            self._written = written
+        self._taken = _PATIENCE + 1 if written != self._written else self._taken + 1
+        if self._taken == _PATIENCE:
+            warn(
+                f"{self.collected.method}: its loss was taken {_PATIENCE} times, and nothing that was "
+                "attached has changed since, so no optimizer has it. Give it handle.param_groups(), by "
+                "optimizer.add_param_group for one that was made before."
+            )
 
     def _mean(self, values: Mapping[str, Sequence[Tensor]]) -> Tensor:
         """The mean over modules of the scalars that each collected, averaged over its calls; else 0."""

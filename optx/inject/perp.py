@@ -147,9 +147,10 @@ class Perp(Injection):
                 "weight itself. Leave it out."
             )
         if self.masks is not None and not isinstance(self.masks, Masks):
-            if not isinstance(self.masks, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-                hint = " Of a file: optx.Masks.load(path)." if isinstance(self.masks, str | PathLike) else ""
-                raise OptxError(f"Perp: masks is a {type(self.masks).__name__}; it must be optx.Masks.{hint}")
+            given: Any = self.masks
+            if not isinstance(given, Mapping):
+                hint = " Of a file: optx.Masks.load(path)." if isinstance(given, str | PathLike) else ""
+                raise OptxError(f"Perp: masks is a {type(given).__name__}; it must be optx.Masks.{hint}")
             object.__setattr__(self, "masks", Masks.from_bool(self.masks))
         if not (self.bias or self.norm or self.head or self.adapter != "none"):
             raise OptxError(

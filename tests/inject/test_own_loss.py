@@ -269,6 +269,20 @@ def test_layers_compiled_one_by_one() -> None:
         torch.testing.assert_close(handle.loss().detach(), wanted(model, x(seed)))
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_predictors_that_no_optimizer_has_are_told_of_once(given: bool) -> None:
+    model, handle = guessed()
+    opt = torch.optim.SGD(model.parameters() if given else [nn.Parameter(torch.ones(1))], lr=0.0)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(450):
+            model(x())
+            handle.loss().backward()
+            opt.step()
+    assert len(told) == (0 if given else 1)
+    assert given or "no optimizer has it" in str(told[0].message)
+
+
 def test_groups_have_the_methods_settings() -> None:
     model, handle = guessed()
     (group,) = handle.param_groups()
