@@ -7,6 +7,7 @@ Rethinking the Prune-Retrain Paradigm in the Era of LLMs", arXiv 2312.15230, sec
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import attrgetter
 from os import PathLike
 from typing import Any, ClassVar
 
@@ -23,6 +24,8 @@ from optx.step import bits
 from optx.step.state import is_ours, saved_slots
 from optx.step.transform import Host, Transform, like_weight, wrapped_by
 from optx.transforms._kept_weights import LEAST, Pairing, mask_state, newly_kept, regrown
+
+_version = attrgetter("_version")
 
 
 @rule(writes="g")
@@ -127,7 +130,8 @@ class KeepMask(Transform):
         self._pairing = Pairing(own, model)
         self._before: dict[Tensor, Tensor] = {}  # while a checkpoint is loaded, the masks until then
         self._unchecked = False  # whether weights may be others than those that were looked at
-        self._versions: dict[int, int] = {}  # torch's counts of writes, as the last step left them
+        self._watched: list[Tensor] = []  # whose writes torch counts, from the first step on
+        self._writes = 0  # of all of them, as the last step left them
         self._stepping = False
 
     # ---- for the person ----------------------------------------------------------------------------
@@ -180,19 +184,17 @@ class KeepMask(Transform):
     def before_step(self, optimizer: Host) -> None:
         """After a load, weights of other masks would be pruned without a word."""
         first, self._stepping = not self._stepping, True  # a closure may have moved them for a while
-        if self._unchecked or (first and self._versions and self._versions != self._written(optimizer)):
+        if self._unchecked or (first and self._watched and self._writes != sum(map(_version, self._watched))):
             self._check(optimizer)
 
     def after_step(self, optimizer: Host) -> None:
         """Whoever writes into the weights from here on is noticed."""
-        self._stepping, self._versions = False, self._written(optimizer)
-
-    def _written(self, optimizer: Host) -> dict[int, int]:
-        return {id(p): p._version for p in optimizer.served(self) if not p.is_inference()}
+        self._watched = self._watched or [p for p in optimizer.served(self) if not p.is_inference()]
+        self._stepping, self._writes = False, sum(map(_version, self._watched))
 
     def groups_changed(self, optimizer: Host) -> None:
         """Parameters that came, or were replaced, are looked at before the next step."""
-        self._unchecked = True
+        self._unchecked, self._watched = True, []
 
     def weights_moved(self, optimizer: Host) -> None:
         """A base that averages weights may put a little into what is pruned."""
