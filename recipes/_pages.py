@@ -21,6 +21,7 @@ import io
 import json
 import pkgutil
 import re
+import shlex
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -299,7 +300,7 @@ def _command(made: Source, results: Mapping[str, Any]) -> str:
     if made.arms is not None and (seeds := _seeds(results)) != defaults(options).get("seeds"):
         words += f" --seeds {seeds}"
     if made.arms is not None and set(arms := by_seed(results["arms"])) != set(made.arms):
-        words += f" --arms {','.join(arms)}"
+        words += f" --arms {shlex.quote(','.join(arms))}"
     return words
 
 
