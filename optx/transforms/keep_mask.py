@@ -26,6 +26,7 @@ from optx.step.transform import Host, Transform, like_weight, wrapped_by
 from optx.transforms._kept_weights import LEAST, Pairing, mask_state, newly_kept, regrown
 
 _version = attrgetter("_version")
+_WATCHED = 32  # weights: to ask each of hundreds takes a twentieth of a step
 
 
 @rule(writes="g")
@@ -189,7 +190,9 @@ class KeepMask(Transform):
 
     def after_step(self, optimizer: Host) -> None:
         """Whoever writes into the weights from here on is noticed."""
-        self._watched = self._watched or [p for p in optimizer.served(self) if not p.is_inference()]
+        if not self._watched:
+            served = [p for p in optimizer.served(self) if not p.is_inference()]
+            self._watched = served[:: -(-len(served) // _WATCHED) or 1]  # a load writes into all
         self._stepping, self._writes = False, sum(map(_version, self._watched))
 
     def groups_changed(self, optimizer: Host) -> None:
