@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from optx._errors import OptxError
+from optx.inject._nested import tensors_in
 from optx.inject._part import Attached
 from optx.inject._tuning_batch import evaluating
 
@@ -148,9 +149,9 @@ class _Followed(TorchFunctionMode):
         self.within = 0
 
     def note(self, op: Op, given: Any, result: Any) -> None:
-        op.reads([self.made.get(id(t), self.ops[0]) for t in _tensors(given)])
+        op.reads([self.made.get(id(t), self.ops[0]) for t in tensors_in(given)])
         self.ops.append(op)
-        for t in _tensors(result):
+        for t in tensors_in(result):
             self.made[id(t)] = op
             self.alive.append(t)
 
@@ -159,8 +160,8 @@ class _Followed(TorchFunctionMode):
         result = func(*args, **options)
         if (
             not self.within
-            and any(True for _ in _tensors(result))
-            and any(True for _ in _tensors((args, options)))
+            and any(True for _ in tensors_in(result))
+            and any(True for _ in tensors_in((args, options)))
         ):
             one = isinstance(args[0] if args else None, Tensor)
             call = _Function(func, args[1:], options) if one else None
@@ -174,17 +175,6 @@ class _Followed(TorchFunctionMode):
         self.within -= 1
         if not self.within:
             self.note(Op(path, module), (args, kwargs), result)
-
-
-def _tensors(value: Any) -> Generator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for one in value.values():  # pyright: ignore[reportUnknownVariableType]
-            yield from _tensors(one)
-    elif isinstance(value, list | tuple):
-        for one in value:  # pyright: ignore[reportUnknownVariableType]
-            yield from _tensors(one)
 
 
 @contextmanager

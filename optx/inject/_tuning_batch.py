@@ -5,7 +5,7 @@ Source: STN, arXiv 1903.03088, algorithm 1: epsilon ~ N(0, I), a row for each ex
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from optx._errors import OptxError, as_whole
+from optx.inject._nested import tensors_in
 
 _MIX = 0x9E3779B97F4A7C15
 """An odd number that keeps the streams of two seeds apart, the golden ratio's in 64 bits."""
@@ -93,21 +94,10 @@ def rows_of(batch: Any, axis: int | None, doing: str) -> int:
             f"{doing}: with batch_axis={axis} pass the number of examples; a batch does not say which of its "
             "tensors have time first."
         )
-    found = {t.shape[0] for t in _tensors(batch) if t.ndim}
+    found = {t.shape[0] for t in tensors_in(batch) if t.ndim}
     if len(found) != 1 or 0 in found:
         raise OptxError(
             f"{doing}: the batch has to say how many examples it has, by the first axis of its tensors; "
             f"found {sorted(found) or 'none'}. Pass the number, or use optx.STN(..., shared=True)."
         )
     return found.pop()
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for one in batch.values():  # pyright: ignore[reportUnknownVariableType]
-            yield from _tensors(one)
-    elif isinstance(batch, list | tuple):
-        for one in batch:  # pyright: ignore[reportUnknownVariableType]
-            yield from _tensors(one)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from optx._errors import OptxError
+from optx.inject._nested import tensors_in
 from optx.pruning._calibration import Batch
 
 
@@ -96,18 +97,6 @@ def look(value: Any) -> Any:
     if isinstance(value, tuple | list):
         return tuple(look(one) for one in value)  # pyright: ignore[reportUnknownVariableType]
     return value if isinstance(value, bool | int | float | str) else type(value)
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All that is nested in arguments."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for one in value.values():  # pyright: ignore[reportUnknownVariableType]
-            yield from tensors_in(one)
-    elif isinstance(value, tuple | list):
-        for one in value:  # pyright: ignore[reportUnknownVariableType]
-            yield from tensors_in(one)
 
 
 @contextmanager

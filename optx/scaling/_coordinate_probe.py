@@ -9,7 +9,7 @@ the layer's doing alone, whatever has become of the layers before it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from optx.inject._nested import tensors_in
 from optx.scaling._no_trace import buffers_kept
 
 # A layer asked twice with the same weights may differ by rounding: no update that is to be judged.
@@ -226,19 +227,7 @@ def main_tensor(value: Any) -> Tensor | None:
 
     The first floating one with a dimension (a loss has none) in tuples, lists and mappings, in order.
     """
-    return next(_tensors(value), None)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if value.is_floating_point() and value.ndim:
-            yield value
-    elif isinstance(value, Mapping):
-        for one in cast("Mapping[Any, Any]", value).values():
-            yield from _tensors(one)
-    elif isinstance(value, tuple | list):
-        for one in cast("list[Any]", value):
-            yield from _tensors(one)
+    return next((t for t in tensors_in(value) if t.is_floating_point() and t.ndim), None)
 
 
 def _power_sum(x: Tensor, order: int) -> Tensor:

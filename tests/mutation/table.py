@@ -89,6 +89,7 @@ TABLE = {
     "optx/inject/_low_rank_start.py": "lora_start",
     "optx/inject/_merge.py": "arithmetic_inject guards_weights attach lora lora_peft svfit ia3 flora",
     "optx/inject/_offload.py": "computes",
+    "optx/inject/_nested.py": "stn_tuning ftwt_chains prune_blocks coordinate_check",
     "optx/inject/_own_call.py": "own_call",
     "optx/inject/_own_loss.py": "own_loss own_loss_processes",
     "optx/inject/_conv_chains.py": "ftwt_chains",
