@@ -49,6 +49,9 @@
             abc  ABC  feature_change  infinite_width_linear   what becomes of a network as it grows wide
             step_law  fit_step_law  non_embedding_params      learning rate and batch size of pretraining
 
+    engine  optx.integrations                                 other people's trainers, one line in each
+            transformers                                      Trainer, and TRL's trainers
+
     errors  OptxError, and of it FileError  FusedError  MergeError  ShapeError  TargetError  TransformError
 
 ``help(optx.HFT)`` or ``optx show HFT`` say all of one; ``optx list`` names every method, and
@@ -58,6 +61,7 @@
 __version__ = "0.1.0"
 
 from optx import analysis as analysis
+from optx import integrations as integrations
 from optx import ops as ops
 from optx import scaling as scaling
 from optx._errors import FileError as FileError

@@ -22,7 +22,9 @@ import optx
 ROOT = Path(__file__).parents[2]
 PUBLIC = sorted(name for name in vars(optx) if not name.startswith("_"))
 # What importing a module leaves behind, and nobody is meant to name.
-SUBPACKAGES = {info.name for info in pkgutil.iter_modules(optx.__path__)} - {"analysis", "ops", "scaling"}
+SUBPACKAGES = {info.name for info in pkgutil.iter_modules(optx.__path__)} - {
+    *("analysis", "integrations", "ops", "scaling")
+}
 PROTOCOLS = (optx.Transform, optx.Injection, optx.Composite, optx.MergeMethod)
 METHODS = [
     name
@@ -57,7 +59,7 @@ def test_help_names_everything_under_its_verb() -> None:
     words = set(re.findall(r"\w+", optx.__doc__ or ""))
     assert {name for name in PUBLIC if name not in SUBPACKAGES} <= words
     verbs = re.findall(r"^    (\w+) ", optx.__doc__ or "", flags=re.MULTILINE)
-    assert verbs == ["wrap", "attach", "loss", "delta", "prune", "tell", "errors"]
+    assert verbs == ["wrap", "attach", "loss", "delta", "prune", "tell", "engine", "errors"]
 
 
 def _class_or_function(name: str) -> Any:

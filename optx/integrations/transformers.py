@@ -1,0 +1,1 @@
+"""The Trainer of transformers, and TRL's trainers, which are made of it."""
