@@ -24,7 +24,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from optx._errors import ShapeError
-from optx.kernels import cpu
+from optx.kernels import cpu, words
 from optx.kernels.generated import load_module, source
 
 WORDS = 1 << 10  # of 64 entries, in a chunk
@@ -105,7 +105,7 @@ def _compiled(width: int) -> ModuleType:
     assert text.count(default) == 1
     text = text.replace(default, f"WIDTH = {width}\n")
     # The compiler's cache is kept by the text, so what it imports has to be part of that.
-    imported = hashlib.sha256((cpu.digest() + source(_PACKAGE, "cpu.py")).encode()).hexdigest()
+    imported = hashlib.sha256((words.digest() + source(_PACKAGE, "cpu.py")).encode()).hexdigest()
     return load_module("entries", f"{text}# imports {imported}\n")
 
 
@@ -175,25 +175,5 @@ def word_of_bools(_context: Any, _base: Any) -> Any:
         held = builder.load(builder.inttoptr(values[0], many.as_pointer()))
         held.align = 1
         return builder.bitcast(builder.icmp_unsigned("!=", held, ir.Constant(many, [0] * 64)), _I64)
-
-    return nt.int64(nt.int64), codegen
-
-
-@intrinsic
-def ones_in(_context: Any, _word: Any) -> Any:
-    """How many bits of a number are 1."""
-
-    def codegen(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        return builder.ctpop(values[0])
-
-    return nt.int64(nt.int64), codegen
-
-
-@intrinsic
-def first_bit(_context: Any, _word: Any) -> Any:
-    """The position of the lowest bit that is 1; one must be."""
-
-    def codegen(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        return builder.cttz(values[0], ir.Constant(ir.IntType(1), 1))
 
     return nt.int64(nt.int64), codegen

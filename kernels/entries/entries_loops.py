@@ -17,14 +17,13 @@ from optx.kernels.entries.cpu import (
     WORDS,
     Args,
     copier,
-    first_bit,
     get_byte,
-    ones_in,
     put_i64,
     word_of_bits,
     word_of_bools,
 )
 from optx.kernels.jit import cfunc, njit
+from optx.kernels.words import count_ones, first_one
 
 WIDTH = 4
 copy = copier(WIDTH)
@@ -58,53 +57,45 @@ def count(pointer):
             break
         total = 0
         for i in range(chunk * WORDS, min(chunk * WORDS + WORDS, words)):
-            total += ones_in(word_at(mask, bools, n, i))
+            total += count_ones(word_at(mask, bools, n, i))
         put_i64(starts, chunk + 1, total)
+
+
+@njit(error_model="numpy", inline="always")
+def move(pointer, back):
+    """Numbers from the dense tensor's entries to the compact vector, or back."""
+    args = address(pointer)
+    n, mask, bools = get_i64(args, Args.NUMEL), get_i64(args, Args.MASK), get_i64(args, Args.BOOLS)
+    starts, dense, compact = (
+        get_i64(args, Args.STARTS),
+        get_i64(args, Args.DENSE),
+        get_i64(args, Args.COMPACT),
+    )
+    words = (n + 63) // 64
+    while True:
+        chunk = take(args)
+        if chunk * WORDS >= words:
+            break
+        at = get_i64(starts, chunk)
+        for i in range(chunk * WORDS, min(chunk * WORDS + WORDS, words)):
+            word = word_at(mask, bools, n, i)
+            while word != 0:
+                place = 64 * i + first_one(word)
+                if back:
+                    copy(dense, place, compact, at)
+                else:
+                    copy(compact, at, dense, place)
+                word &= word - 1
+                at += 1
 
 
 @cfunc(KERNEL, error_model="numpy", cache=True)
 def gather(pointer):
     """The dense tensor's numbers at the entries, one behind the other."""
-    args = address(pointer)
-    n, mask, bools = get_i64(args, Args.NUMEL), get_i64(args, Args.MASK), get_i64(args, Args.BOOLS)
-    starts, dense, compact = (
-        get_i64(args, Args.STARTS),
-        get_i64(args, Args.DENSE),
-        get_i64(args, Args.COMPACT),
-    )
-    words = (n + 63) // 64
-    while True:
-        chunk = take(args)
-        if chunk * WORDS >= words:
-            break
-        at = get_i64(starts, chunk)
-        for i in range(chunk * WORDS, min(chunk * WORDS + WORDS, words)):
-            word = word_at(mask, bools, n, i)
-            while word != 0:
-                copy(compact, at, dense, 64 * i + first_bit(word))
-                word &= word - 1
-                at += 1
+    move(pointer, False)
 
 
 @cfunc(KERNEL, error_model="numpy", cache=True)
 def scatter(pointer):
     """The other way."""
-    args = address(pointer)
-    n, mask, bools = get_i64(args, Args.NUMEL), get_i64(args, Args.MASK), get_i64(args, Args.BOOLS)
-    starts, dense, compact = (
-        get_i64(args, Args.STARTS),
-        get_i64(args, Args.DENSE),
-        get_i64(args, Args.COMPACT),
-    )
-    words = (n + 63) // 64
-    while True:
-        chunk = take(args)
-        if chunk * WORDS >= words:
-            break
-        at = get_i64(starts, chunk)
-        for i in range(chunk * WORDS, min(chunk * WORDS + WORDS, words)):
-            word = word_at(mask, bools, n, i)
-            while word != 0:
-                copy(dense, 64 * i + first_bit(word), compact, at)
-                word &= word - 1
-                at += 1
+    move(pointer, True)

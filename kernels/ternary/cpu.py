@@ -31,7 +31,7 @@ from numba import carray
 from numba.extending import intrinsic
 from torch import Tensor
 
-from optx.kernels import cpu
+from optx.kernels import cpu, words
 from optx.kernels.generated import load_module, source
 from optx.kernels.jit import njit
 
@@ -145,37 +145,6 @@ def poke(_context: Any, _address: Any, _index: Any, _value: Any) -> Any:
 
 
 @intrinsic
-def count_ones(_context: Any, _word: Any) -> Any:
-    """How many bits of a uint64 are set."""
-
-    def codegen(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        return builder.ctpop(values[0])
-
-    return nt.uint64(nt.uint64), codegen
-
-
-@intrinsic
-def first_one(_context: Any, _word: Any) -> Any:
-    """The position of a uint64's lowest bit that is set; 64 if none is."""
-
-    def codegen(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        return builder.cttz(values[0], ir.Constant(ir.IntType(1), 0))
-
-    return nt.uint64(nt.uint64), codegen
-
-
-@intrinsic
-def last_one(_context: Any, _word: Any) -> Any:
-    """The position of a uint64's highest bit that is set; one must be."""
-
-    def codegen(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        before = builder.ctlz(values[0], ir.Constant(ir.IntType(1), 0))
-        return builder.sub(ir.Constant(ir.IntType(64), 63), before)
-
-    return nt.uint64(nt.uint64), codegen
-
-
-@intrinsic
 def value_of(_context: Any, _bits: Any) -> Any:
     """The float32 with these bits."""
 
@@ -245,7 +214,7 @@ def _loops(name: str) -> ModuleType:
 
 def _compiled(kind: str, text: str) -> ModuleType:
     # The compiler's cache is kept by the text, so what it imports has to be part of that.
-    imported = hashlib.sha256((cpu.digest() + source(_PACKAGE, "cpu.py")).encode()).hexdigest()
+    imported = hashlib.sha256((words.digest() + source(_PACKAGE, "cpu.py")).encode()).hexdigest()
     return load_module(kind, f"{text}# imports {imported}\n")
 
 

@@ -24,12 +24,10 @@ from optx.kernels.ternary.cpu import (
     THIRDS,
     Codec,
     array,
-    count_ones,
-    first_one,
-    last_one,
     peek,
     poke,
 )
+from optx.kernels.words import count_ones, first_one, last_one
 
 U = np.uint64
 ONE, ALL = U(1), U(0xFFFFFFFFFFFFFFFF)

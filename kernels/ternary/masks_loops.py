@@ -23,9 +23,9 @@ from optx.kernels.ternary.cpu import (
     Select,
     Vote,
     array,
-    count_ones,
     value_of,
 )
+from optx.kernels.words import count_ones
 
 U = np.uint64
 MAGNITUDE = np.uint32(0x7FFFFFFF)
