@@ -14,6 +14,7 @@ from optx._names import placed_like
 from optx.inject import _folder, _merge, _offload
 from optx.inject._injection import Injection
 from optx.inject._install import detach
+from optx.inject._metrics import collect
 from optx.inject._param_groups import param_groups
 from optx.inject._part import RESERVED, Part, attached
 from optx.inject._quantised import Rounding, numbers, warn_of_rounding
@@ -396,6 +397,21 @@ class Handle:
             what = type(kept.module).__name__ + (", gone from the model" if id(kept) in lost else "")
             rows.append(Row(kept.path, "trained whole", what, count, count))
         return Report(rows, sum(numbers(p) for p in self.model.parameters()))
+
+    def metrics(self) -> dict[str, float]:
+        """Plain numbers for a log; names begin with the adapter's (``lora/``, or `attach`'s ``name``).
+
+        ======================= ==============================================================================
+        name                    what it is
+        ======================= ==============================================================================
+        ``<adapter>/trainable`` how many numbers an optimizer can move
+        ======================= ==============================================================================
+
+        Raises:
+            OptxError: it has been removed.
+        """
+        self._check_alive("metrics")
+        return collect(self)
 
     def __len__(self) -> int:
         return len(self.served)

@@ -452,6 +452,10 @@ class Transform:
     def after_load(self, optimizer: Host) -> None:
         """Called after ``load_state_dict``."""
 
+    def metrics(self, optimizer: Host) -> Mapping[str, float]:
+        """Numbers of the last step for `Wrapped.metrics`, where they are called ``<name>/<key>``."""
+        return {}
+
     def group_numbers(self) -> dict[str, float | int | bool]:
         """Plain numbers to keep in every param group under ``optx.<name>.<key>`` (counters, seeds)."""
         return {}

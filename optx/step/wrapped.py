@@ -18,6 +18,7 @@ from optx.step.base_step import guard, has_modes, release, run_post_hooks, run_p
 from optx.step.checkpoint import pack, unpack
 from optx.step.checks import check_wrap
 from optx.step.known_groups import Known, gone, known_of, replaced
+from optx.step.metrics import collect
 from optx.step.plan import Plan
 from optx.step.slots import first_value, make_slots
 from optx.step.state import OF_WIDTH, SlotStore, is_ours
@@ -245,6 +246,25 @@ class Wrapped(Optimizer):
         with torch.no_grad(), self.around_step():
             return self._stepper.paths.plan()
 
+    def metrics(self) -> dict[str, float]:
+        """Plain numbers for a log, by name; what no step has measured yet is not among them.
+
+        It may be called on one rank alone, and gives the same on all.
+
+        ======================= ==============================================================================
+        name                    what it is
+        ======================= ==============================================================================
+        ``optx/lr``             the param groups' learning rates now, their mean
+        ``optx/lr/<i>``         each group's, where they differ
+        ``optx/skipped_steps``  how many steps were skipped for a gradient that is not finite
+        ======================= ==============================================================================
+
+        Raises:
+            OptxError: `remove` was called.
+        """
+        self._check_alive("metrics")
+        return collect(self)
+
     def around_step(self) -> AbstractContextManager[Any]:
         """What the transforms put in the place of gradients and parameters during a step."""
         own = [t for t in self.transforms if type(t).around_step is not Transform.around_step]
@@ -403,6 +423,11 @@ class Wrapped(Optimizer):
             guard(self.base, self)
         for transform in () if self._removed else self.transforms:
             transform.set_owner(self)
+
+    @property
+    def removed(self) -> bool:
+        """Whether `remove` was called."""
+        return self._removed
 
     def remove(self) -> Optimizer:
         """Take the transforms off and return the base, whose state stays; this can't be stepped any more."""
