@@ -1,0 +1,154 @@
+"""What a checkpoint of adapters leaves out: the base model's tensors, as long as nobody writes to them.
+
+The script that resumes makes the base model anew, so its frozen tensors need not be saved. That holds only
+for tensors that are still what the script made. A checksum of each is taken at set-up: one that has changed
+since (a running average, a teacher, a round of half fine-tuning) is saved like what trains. The checksums go
+into the checkpoint, and a resumption on another base model is told.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # pyright: ignore[reportUnknownVariableType]
+
+from optx._errors import MergeError, OptxError, warn
+from optx._names import is_dtensor
+from optx.inject._handle import Handle
+
+Mark = tuple[str, list[int], int]  # dtype, shape, sum of the bits; a list, as JSON gives it back
+
+
+class BaseLeftOut:
+    """Which of a model's saved tensors need not be in a checkpoint.
+
+    Args:
+        module: whose state dict it is about.
+        handles: what is attached in it.
+        where: what an error begins with.
+
+    Raises:
+        OptxError: no handle, one that was removed, or one of another model.
+    """
+
+    def __init__(self, module: nn.Module, handles: Sequence[Handle], where: str) -> None:
+        if not handles:
+            raise OptxError(
+                f"{where}: no handle is given, so nothing would be saved. Pass what optx.attach returned."
+            )
+        inside = set(map(id, module.modules()))
+        for handle in handles:
+            if not isinstance(handle, Handle):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise OptxError(f"{where}: {handle!r} is no handle. Pass what optx.attach returned.")
+            if handle.removed or not inside.issuperset(id(one.part) for one in handle.served):
+                raise OptxError(
+                    f"{where}: {handle!r} is not in this {type(module).__name__}, so its checkpoints would "
+                    "not have it. Pass the handle of the model that is trained here."
+                )
+        self.module, self.handles = module, list(handles)
+        self._made: dict[str, Mark | None] = {name: mark(t) for name, t in self._frozen()}
+
+    def _frozen(self) -> Iterator[tuple[str, Tensor]]:
+        own = adapters_own(self.handles)
+        for name, t in saved_tensors(self.module):
+            if not t.requires_grad and id(t) not in own:
+                yield name, t
+
+    def names(self) -> dict[str, Mark | None]:
+        """What may be left out now, with its checksum.
+
+        Raises:
+            MergeError: an adapter is merged, so that the base's weights are not the base's.
+        """
+        for handle in self.handles:
+            if handle.merged:
+                raise MergeError(
+                    f"save: {handle!r} is merged into the weights, which a checkpoint of adapters leaves "
+                    "out. Call unmerge() before saving."
+                )
+        now = {name: mark(t) for name, t in self._frozen()}
+        return {name: found for name, found in now.items() if _as_made(found, self._made.get(name, ()))}
+
+    def tell_of_another(self, saved: Mapping[str, Mark | None]) -> None:
+        """Warn where a checkpoint was trained on other frozen weights than those that are here."""
+        here = dict(saved_tensors(self.module))
+        for name, wanted in saved.items():
+            found = None if wanted is None or name not in here else mark(here[name], wanted[0])
+            if name not in here or (found is not None and wanted is not None and list(found) != list(wanted)):
+                what = "is not the one" if name in here else "is not here. It was one of those"
+                warn(
+                    f"optx: {name!r} of the base model {what} that this checkpoint was trained with, and a "
+                    "checkpoint of adapters has the adapters alone. Make the same base model before resuming."
+                )
+                return
+
+
+def adapters_own(handles: Sequence[Handle]) -> set[int]:
+    """The tensors of handles that are in the model, and of modules that they train whole, by ``id``."""
+    own: set[int] = set()
+    for handle in handles:
+        for module in (*(one.part for one in handle.served), *(kept.module for kept in handle.saved)):
+            own.update(id(t) for _, t in saved_tensors(module))
+    return own
+
+
+def saved_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and saved buffers by the names that a state dict has, shared ones by all of their names.
+
+    Not ``state_dict()``: hooks of ours and of others change what that says.
+    """
+    for path, one in module.named_modules(remove_duplicate=False):
+        start = f"{path}." if path else ""
+        unsaved = one._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
+        own: dict[str, Any] = {**one._parameters, **one._buffers}  # pyright: ignore[reportPrivateUsage]
+        for name, t in own.items():
+            if t is not None and name not in unsaved:
+                yield start + name, t
+
+
+@torch.no_grad()
+def mark(t: Tensor, dtype: str = "") -> Mark | None:
+    """A tensor's dtype, shape and the sum of its bits as whole numbers; None where they can't be read here.
+
+    Args:
+        t: any; offloaded, sharded and quantised ones can't be read.
+        dtype: as which to read it: a float that was saved as another is rounded as that was.
+    """
+    if t.is_meta or is_dtensor(t) or is_traceable_wrapper_subclass(t):
+        return None
+    wanted: Any = getattr(torch, dtype.removeprefix("torch.")) if dtype else t.dtype
+    if wanted != t.dtype and not (wanted.is_floating_point and t.is_floating_point()):
+        return None
+    flat = t.detach().to(wanted).contiguous().reshape(-1).view(torch.uint8)
+    if flat.data_ptr() % 8:
+        flat = flat.clone()
+    end = len(flat) // 8 * 8
+    total = int(flat[:end].view(torch.int64).sum()) + int(flat[end:].sum(dtype=torch.int64))
+    return str(wanted), list(t.shape), total
+
+
+def as_text(names: Mapping[str, Mark | None]) -> str:
+    """What was left out, for a file."""
+    return json.dumps(names, separators=(",", ":"))
+
+
+def from_text(text: str) -> dict[str, Mark | None]:
+    """What `as_text` wrote."""
+    return json.loads(text)
+
+
+def is_left_out(key: str, names: Mapping[str, Any]) -> bool:
+    """Whether an entry of a state dict is one of these, or belongs to one: ``weight.absmax`` of 4 bits."""
+    parts = key.split(".")
+    return any(".".join(parts[:count]) in names for count in range(len(parts), 0, -1))
+
+
+def _as_made(found: Mark | None, made: Mark | tuple[()] | None) -> bool:
+    """Whether a tensor is what the script made; a cast, which it does anew when it resumes, is no change."""
+    if made == ():
+        return False  # it was not there, or trained, at set-up
+    return found is None or made is None or found[0] != made[0] or list(found) == list(made)
