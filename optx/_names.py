@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -55,5 +57,10 @@ def placed_like(t: Tensor, p: Tensor) -> Tensor:
 
 def is_dtensor(p: Tensor) -> bool:
     """Whether a tensor is sharded or replicated over a device mesh."""
+    return _is_dtensor_type(type(p))
+
+
+@functools.cache
+def _is_dtensor_type(kind: type) -> bool:
     # Looked up by name: importing torch.distributed.tensor costs a second.
-    return any(c.__name__ == "DTensor" for c in type(p).__mro__)
+    return any(c.__name__ == "DTensor" for c in kind.__mro__)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
 from optx.kernels import cpu
 from optx.kernels.step.cpu_text import Args
@@ -26,6 +28,7 @@ class CpuStep(Step):
         ids: a number per tensor that stays the same whichever others have a gradient, for random draws.
         owners: for each tensor, which of the param groups it is of; all are of the first by default.
         groups: how many there are.
+        wholes: where the tensors are shards, the sizes of what they are shards of; see `Step`.
 
     Attributes:
         groups: a row per param group: its hypers, the totals it was given, its own shares of the totals, and
@@ -41,6 +44,7 @@ class CpuStep(Step):
         ids: Sequence[int],
         owners: Sequence[int] = (),
         groups: int = 1,
+        wholes: Sequence[int] | None = None,
     ) -> None:
         self.program = program
         self.columns = Columns.of(program, layout)
@@ -51,7 +55,7 @@ class CpuStep(Step):
         self.tensors = np.zeros((count, self.columns.row), dtype=np.int64)
         self.tensors[:, -1] = ids
         self.cols = np.zeros((count, len(self.columns.cols)))
-        self.cols[:, self.columns.cols.index("numel")] = numels
+        self.cols[:, self.columns.cols.index("numel")] = numels if wholes is None else wholes
         c = self.columns
         self.groups = np.zeros((groups, c.group))
         self.hypers = self.groups[0, : c.shares]
@@ -71,13 +75,38 @@ class CpuStep(Step):
             (Args.FIRST, self._first),
         ):
             self._args[position] = table.ctypes.data
-        self._address = int(self._args.ctypes.data)
+        self._address = self._per_tensor = int(self._args.ctypes.data)
         self._args[Args.STOP] = len(self._chunks)
         self._args[Args.SUM] = len(self._chunks) - 1
         self._args[Args.TENSOR_HIGH] = count
+        if wholes is not None:
+            self._take_apart()
         self._parallel = sum(numels) > SERIAL
         contents = vars(self._module).items()
         self._kernels = {name: int(one.address) for name, one in contents if hasattr(one, "address")}
+
+    def _take_apart(self) -> None:
+        """Have the kernels that go over tensors read sums that were completed meanwhile.
+
+        They fold each tensor's chunks, so they are told that it has one.
+        """
+        count = len(self.tensors)
+        self._sums = np.zeros((count, self._partials.shape[1]))
+        self.sums = torch.from_numpy(self._sums)  # pyright: ignore[reportUnknownMemberType]
+        self._filled = np.flatnonzero(np.diff(self._first))  # a process may have nothing of a tensor
+        self._starts = self._first[self._filled]
+        self._single = np.arange(count + 1)
+        self._tensor_args: npt.NDArray[np.int64] = np.array(self._args)
+        self._tensor_args[Args.PARTIALS] = self._sums.ctypes.data
+        self._tensor_args[Args.FIRST] = self._single.ctypes.data
+        self._per_tensor = int(self._tensor_args.ctypes.data)
+
+    def _fold(self) -> None:
+        """Of shards: each tensor's sums over its chunks."""
+        if self.sums is not None:
+            self._sums[:] = 0.0
+            if len(self._starts):
+                self._sums[self._filled] = np.add.reduceat(self._partials, self._starts)
 
     def set_key(self, key: int | Sequence[int]) -> None:
         """The key of this step's random draws, for all groups or for each."""
@@ -86,17 +115,21 @@ class CpuStep(Step):
     def _each_tensor(self, kernel: str) -> None:
         address = self._kernels.get(kernel)
         if address is not None:
-            cpu.run(address, self._address, parallel=False)
+            cpu.run(address, self._per_tensor, parallel=False)
 
     def _each_chunk(self, kernel: str) -> None:
         self._args[_NEXT] = 0
         cpu.run(self._kernels[kernel], self._address, self._parallel)
 
-    def measure(self, level: int) -> None:
-        """Take a level's sums and scalars, and each group's share of its totals."""
-        self.shares[:] = 0.0
+    def sum(self, level: int) -> None:
+        """Take a level's sums."""
         if self.program.levels[level].sums:
             self._each_chunk(f"reduce_{level}")
+            self._fold()
+
+    def scalars(self, level: int) -> None:
+        """Take the scalars that follow from them, and each group's share of its totals."""
+        self.shares[:] = 0.0
         self._each_tensor(f"scalars_{level}")
 
     def receive(self, totals: Mapping[str, float]) -> None:
@@ -115,6 +148,8 @@ class CpuStep(Step):
         Goes from the last chunk to the first: what the pass before read last is still in cache.
         """
         self._each_chunk("update")
+        if self.program.observe:
+            self._fold()
 
     def commit(self) -> None:
         """Make the step count and observed sums state."""

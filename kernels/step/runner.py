@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from optx.kernels.step.layout import Columns
 from optx.kernels.step.program import Program
 
@@ -16,8 +18,12 @@ class Step(ABC):
     Before a step the caller fills the tables: addresses into ``tensors``, numbers into ``cols`` and
     ``hypers``, in the order of ``columns``.
 
+    Of tensors that are shards of larger ones (``wholes`` was given) only the caller can complete the sums:
+    after `sum`, and after `update` where something is observed, it adds to ``sums`` what others have.
+
     Attributes:
         totals: after `measure`, this bucket's share of each total.
+        sums: of shards: a row per tensor, float64.
     """
 
     program: Program
@@ -26,10 +32,20 @@ class Step(ABC):
     cols: Any
     hypers: Any
     totals: Any
+    sums: Tensor | None = None
 
     @abstractmethod
+    def sum(self, level: int) -> None:
+        """Take a level's sums."""
+
+    @abstractmethod
+    def scalars(self, level: int) -> None:
+        """Take the scalars that follow from a level's sums, and this bucket's share of its totals."""
+
     def measure(self, level: int) -> None:
         """Take a level's sums and scalars, and this bucket's share of its totals."""
+        self.sum(level)
+        self.scalars(level)
 
     @abstractmethod
     def receive(self, totals: Mapping[str, Any]) -> None:

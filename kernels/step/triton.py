@@ -13,11 +13,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from optx.kernels.step.emit_triton import CHUNK_ROW, compiled
+from optx.kernels.step.emit_triton import CHUNK_ROW, FOLD_LANES, compiled
 from optx.kernels.step.layout import CHUNK, Columns, Layout, partials_per_chunk, split
 from optx.kernels.step.program import Program
 from optx.kernels.step.runner import Step
-from optx.kernels.triton_lib import LAUNCH
+from optx.kernels.triton_lib import LAUNCH, fold_chunks
 
 CHUNK_WARPS = 4
 TENSOR_WARPS = 1
@@ -63,6 +63,7 @@ class TritonStep(Step):
         numels: their sizes; 0 is fine.
         ids: a number per tensor that stays the same whichever others have a gradient, for random draws.
         device: where the tensors are.
+        wholes: where the tensors are shards, the sizes of what they are shards of; see `Step`.
         chunk: elements per program of a chunk kernel, a multiple of ``block``.
         block: elements that a program handles at once.
 
@@ -79,6 +80,7 @@ class TritonStep(Step):
         numels: Sequence[int],
         ids: Sequence[int],
         device: torch.device | str,
+        wholes: Sequence[int] | None = None,
         *,
         chunk: int | None = None,
         block: int | None = None,
@@ -100,14 +102,21 @@ class TritonStep(Step):
         self.tensors = self._tensors.host
         self.tensors[:, -1] = ids
         self.cols = self._cols.host.view(np.float64)
-        self.cols[:, c.cols.index("numel")] = numels
+        self.cols[:, c.cols.index("numel")] = numels if wholes is None else wholes
         self.hypers = self._hypers.host.view(np.float64)[0]
         self.totals = torch.zeros(max(len(c.totals), 1), dtype=torch.float64, device=self.device)
         self.skip = torch.zeros(1, dtype=torch.int64, device=self.device)
         # Numbers that live on the device (a tensor lr): by position in hypers, read anew in every step.
         self.live: Mapping[int, Tensor] = {}
         self._spans: tuple[tuple[Tensor, bool], ...] = ()  # chunks on the device, and whether aligned
-        self._arguments = self._bind(first, partials_per_chunk(program), len(numels))
+        width = partials_per_chunk(program)
+        self._arguments = self._bind(first, width, len(numels))
+        # Of shards: what kernels that go over tensors fold in the place of their chunks' sums.
+        self._completed: dict[str, Tensor] = {}
+        if wholes is not None:
+            self.sums = torch.zeros((len(numels), width), dtype=torch.float64, device=self.device)
+            single = torch.arange(len(numels) + 1, device=self.device)
+            self._completed = {"partials": self.sums, "first": single}
 
     def _bind(self, first: npt.NDArray[np.int64], width: int, count: int) -> dict[str, Any]:
         """Device memory by the names that generated kernels give it."""
@@ -184,17 +193,30 @@ class TritonStep(Step):
             kernel[(programs,)](*arguments, num_warps=warps, **self._options.get(name, LAUNCH))
 
     def _each_tensor(self, name: str) -> None:
-        self._launch(name, len(self.tensors), TENSOR_WARPS)
+        self._launch(name, len(self.tensors), TENSOR_WARPS, **self._completed)
+
+    def _fold(self) -> None:
+        """Of shards: each tensor's sums over its chunks."""
+        if self.sums is not None:
+            with self._on_device():
+                options: dict[str, Any] = {"WIDTH": self.sums.shape[1], "LANES": FOLD_LANES}
+                options |= {"num_warps": TENSOR_WARPS, **LAUNCH}
+                chunked = self._arguments["partials"], self._arguments["first"]
+                fold_chunks[(len(self.tensors),)](*chunked, self.sums, **options)
 
     def _each_chunk(self, name: str) -> None:
         for chunks, aligned in self._spans:
             self._launch(name, len(chunks), CHUNK_WARPS, chunks=chunks, BLOCK=self._block, ALIGNED=aligned)
 
-    def measure(self, level: int) -> None:
-        """Take a level's sums and scalars, and this bucket's share of its totals."""
+    def sum(self, level: int) -> None:
+        """Take a level's sums."""
         self.upload()
         if self.program.levels[level].sums:
             self._each_chunk(f"reduce_{level}")
+            self._fold()
+
+    def scalars(self, level: int) -> None:
+        """Take the scalars that follow from them, and this bucket's share of its totals."""
         self._each_tensor(f"scalars_{level}")
         self._launch(f"totals_{level}", 1, CHUNK_WARPS)
 
@@ -207,6 +229,8 @@ class TritonStep(Step):
         """Rewrite weights and state, unless ``skip`` is set."""
         self.upload()
         self._each_chunk("update")
+        if self.program.observe:
+            self._fold()
 
     def commit(self) -> None:
         """Make the step count and observed sums state, unless ``skip`` is set."""

@@ -9,7 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
+from optx._names import is_dtensor
+from optx.kernels.step.program import Call
 from optx.step.memory import Likeness, extent
+from optx.step.sharded import Shards, Share, all_here, here, specs_of
 
 ADDRESS = Tensor.data_ptr
 
@@ -24,13 +27,26 @@ class Column:
     # Of packed slots: the tensors, and others on their memory, which thus stays where it is. That a tensor is
     # the same object is then all that a step has to look at; only `.data = ...` goes unseen.
     held: tuple[list[Tensor], list[Tensor]] | None = None
+    specs: list[Any] | None = None  # of DTensors: how they are spread; all else is said of what lies here
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor], single: bool, packed: bool = False) -> Column:
         """Of tensors that have been looked at; ``single`` where each is one number."""
+        given, tensors = tensors, list(map(here, tensors))
+        specs = specs_of(given) if given and all(map(is_dtensor, given)) else None
         like = None if single else Likeness(tensors)
-        held = (list(tensors), [t.detach() for t in tensors]) if packed else None
-        return cls(like, list(map(ADDRESS, tensors)), list(map(extent, tensors)), held)
+        held = (list(given), [t.detach() for t in tensors]) if packed else None
+        return cls(like, list(map(ADDRESS, tensors)), list(map(extent, tensors)), held, specs)
+
+    def here(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What of a column of DTensors lies here.
+
+        Raises:
+            AttributeError: one is no DTensor, or is spread in another way.
+        """
+        if specs_of(tensors) != self.specs:
+            raise AttributeError("spread in another way")
+        return all_here(tensors)
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the packed slots whose memory is held."""
@@ -39,11 +55,12 @@ class Column:
 
 @dataclass
 class Bucket:
-    """Tensors that one kernel serves: all of the same dtypes."""
+    """Tensors that one kernel serves: all of the same dtypes, and spread over the same processes."""
 
     members: list[Tensor]
     runner: Any  # CpuStep or TritonStep
     keys: list[str]  # where state[p] has each role after w and g, then each cell
+    shards: Shards | None = None
     columns: list[Column] = field(default_factory=list[Column])
     found: dict[str, list[Tensor]] = field(default_factory=dict[str, list[Tensor]])  # in a step, by key
     # The parameters that had state, in the order of `base.state`, and where the members are among them.
@@ -51,3 +68,10 @@ class Bucket:
     places: list[int] = field(default_factory=list[int])
     # By key of a derived number: its sources and itself, and their versions, as last seen.
     looked: dict[str, tuple[list[Any], list[int] | None]] = field(default_factory=dict[str, Any])
+
+    def partial(self, calls: Sequence[Call]) -> list[Share]:
+        """Of shards: what some calls have summed of them, to be completed over the mesh."""
+        count = sum(len(call.writes) for call in calls)
+        if self.shards is None or not count:
+            return []
+        return [(self.runner.sums[:, :count], self.shards)]

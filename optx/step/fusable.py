@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optx._names import is_dtensor
 from optx._rules import RuleSourceError
 from optx.kernels.available import why_unavailable
 from optx.kernels.step.program import Program
 from optx.step.base_step import step_replaced
 from optx.step.bases import base_rules
 from optx.step.memory import DTYPES, Extents, extent, why_not_dense, why_not_plain
+from optx.step.sharded import why_not_spread
 from optx.step.state import is_ours
 from optx.step.transform import Group
 
@@ -52,6 +54,8 @@ def why_not_tensors(group: Group, state: Any) -> str | None:
         reason = why_not_weight(p) or (why_not_gradient(p.grad) if p.grad is not None else None)
         if reason:
             return reason
+        if is_dtensor(p):
+            continue  # the memory of shards is looked at in each step: other processes don't see it
         written.append(p)
         if p.grad is not None and why_not_plain(p.grad) is None:
             read.append(p.grad)
@@ -71,15 +75,18 @@ def why_not_tensors(group: Group, state: Any) -> str | None:
 
 def why_not_weight(p: Tensor) -> str | None:
     """Why a parameter can't be served by a kernel."""
-    reason = why_not_plain(p)
+    spread = is_dtensor(p)
+    reason = why_not_spread(p) if spread else why_not_plain(p)
     if reason is None and p.dtype not in DTYPES:
         reason = f"is {p.dtype}"
-    reason = reason or why_not_dense(p)
+    reason = reason or (None if spread else why_not_dense(p))
     return reason and f"a parameter {reason}"
 
 
 def why_not_gradient(g: Tensor) -> str | None:
     """Why a gradient can't be served, nor be laid out anew for a kernel."""
+    if is_dtensor(g):
+        return None  # it is spread as its weight is, or will be
     if g.layout != torch.strided:
         return "a gradient is sparse"
     reason = why_not_plain(g)

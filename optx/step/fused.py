@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optx._names import is_dtensor, parameter_names
 from optx.kernels.step.layout import FRESH, Layout
 from optx.kernels.step.program import Program
 from optx.step.bases import BaseRules, rule_numbers
@@ -18,6 +19,7 @@ from optx.step.fusable import ALIASED, SHARED, Unfusable
 from optx.step.group_tensors import SLOT_DTYPE_NAMES, GroupTensors
 from optx.step.memory import Extents
 from optx.step.rounding import step_key
+from optx.step.sharded import Shards, Share, all_here, here, spread_as, surprise
 from optx.step.slots import KAHAN, Slots
 from optx.step.state import is_ours
 from optx.step.transform import Group
@@ -68,6 +70,8 @@ class FusedGroup:
         self._draws: set[int] = set()  # the groups in which something is rounded stochastically
         self._sharing: list[list[Bucket]] = []  # each group's buckets, in the order of its parameters
         self._hypers = program.named("hyper")
+        self.sharded = any(is_dtensor(p) for group in groups for p in group["params"])
+        self._spread: dict[int, Tensor] = {}  # gradients that came spread otherwise than their weights, by id
 
     def serving(self, groups: Sequence[Group]) -> FusedGroup:
         """The same for other groups, which go with its program."""
@@ -103,6 +107,8 @@ class FusedGroup:
             grads = [g for g in grads if g is not None]
         self.active = active
         self._copies.clear()
+        if self.sharded:
+            grads = self._spread_gradients(grads)
         seen = self._seen
         same = seen is not None and len(active) == len(seen) and all(map(is_, active, seen))
         if len(self._buckets) != 1:
@@ -130,34 +136,37 @@ class FusedGroup:
         for bucket in self._buckets:
             bucket.runner.groups[:, : len(self._hypers)] = numbers
             if self._draws:
-                bucket.runner.set_key(keys)
+                salt = 0 if bucket.shards is None else bucket.shards.salt
+                bucket.runner.set_key([one ^ salt for one in keys] if salt else keys)
 
     def _rebuild(self, params: Sequence[Tensor]) -> None:
         """Look at every tensor, sort the parameters by dtypes, and make the tables."""
         tensors = self._tensors
-        buckets: dict[tuple[str, ...], list[int]] = {}
-        orders: list[dict[tuple[str, ...], None]] = [{} for _ in self.groups]
+        buckets: dict[_Kind, list[int]] = {}
+        orders: list[dict[_Kind, None]] = [{} for _ in self.groups]
         places = [(owner, i) for owner, group in enumerate(self.groups) for i in range(len(group["params"]))]
         for i, p in enumerate(params):
             if p.grad is not None:
-                tensors.check_weight(p)
+                grad = self._spread.get(id(p), p.grad)
+                tensors.check_weight(p, grad)
                 tensors.make_missing(p)
                 slots = [tensors.role(p, tensors.key(name)) for name in self.program.slots]
                 for name in self.program.cells:
                     tensors.cell(p, name)
                 named = zip(self.program.slots, slots, strict=True)
                 kept = (tensors.dtype(p, name, t) for name, t in named)
-                dtypes = (SLOT_DTYPE_NAMES[p.dtype], SLOT_DTYPE_NAMES[p.grad.dtype], *kept)
-                buckets.setdefault(dtypes, []).append(i)
-                orders[places[i][0]][dtypes] = None
+                dtypes = (SLOT_DTYPE_NAMES[p.dtype], SLOT_DTYPE_NAMES[grad.dtype], *kept)
+                kind = dtypes, Shards.of(p)
+                buckets.setdefault(kind, []).append(i)
+                orders[places[i][0]][kind] = None
         made = {
-            dtypes: self._bucket(dtypes, [params[i] for i in members], [places[i] for i in members])
-            for dtypes, members in buckets.items()
+            kind: self._bucket(kind, [params[i] for i in members], [places[i] for i in members])
+            for kind, members in buckets.items()
         }
         self._buckets = list(made.values())
-        self._sharing = [[made[dtypes] for dtypes in order] for order in orders]
+        self._sharing = [[made[kind] for kind in order] for order in orders]
         self._draws = {
-            owner for owner, order in enumerate(orders) if any("bfloat16" in (d[0], *d[2:]) for d in order)
+            owner for owner, order in enumerate(orders) if any("bfloat16" in (d[0], *d[2:]) for d, _ in order)
         }
         for bucket in self._buckets:
             self._take(bucket)
@@ -166,34 +175,38 @@ class FusedGroup:
             [a for c in written for a in c.addresses], [n for c in written for n in c.sizes]
         )
         if self._written.overlap:
-            raise Unfusable(SHARED)
+            raise self._refusal(SHARED)
         if any(self._written.meet(b.columns[1].addresses, b.columns[1].sizes) for b in self._buckets):
-            raise Unfusable(ALIASED)
+            raise self._refusal(ALIASED)
 
-    def _bucket(
-        self, dtypes: tuple[str, ...], members: list[Tensor], places: list[tuple[int, int]]
-    ) -> Bucket:
+    def _refusal(self, reason: str) -> Exception:
+        return surprise(reason) if self.sharded else Unfusable(reason)
+
+    def _bucket(self, kind: _Kind, members: list[Tensor], places: list[tuple[int, int]]) -> Bucket:
         """One for these parameters, given which group each is of and its number there."""
+        dtypes, shards = kind
         low = dtypes[0] == "bfloat16"
         layout = Layout(dtypes, self._rounding if low else "nearest", self.rules.counted)
-        numels = [p.numel() for p in members]
+        numels = [here(p).numel() for p in members]
+        wholes = None if shards is None else [p.numel() for p in members]
         owners, numbers = [owner for owner, _ in places], [number for _, number in places]
         if self.triton:
             from optx.kernels.step.triton import TritonStep
 
-            runner: Any = TritonStep(self.program, layout, numels, numbers, members[0].device)
+            runner: Any = TritonStep(self.program, layout, numels, numbers, members[0].device, wholes)
             # One key for the whole run: on the device, draws go on with the step count, also in CUDA graphs.
             group = self.groups[0]
-            runner.set_key(step_key(group.get("optx.seed", 0), 0), group.get("optx.step", 0))
+            key = step_key(group.get("optx.seed", 0), 0) ^ (0 if shards is None else shards.salt)
+            runner.set_key(key, group.get("optx.step", 0))
         else:
             from optx.kernels.step.cpu import CpuStep
 
-            runner = CpuStep(self.program, layout, numels, numbers, owners, len(self.groups))
+            runner = CpuStep(self.program, layout, numels, numbers, owners, len(self.groups), wholes)
         keys = [self._tensors.key(name) for name in (*runner.columns.roles[2:], *runner.columns.cells)]
         if "kahan" in runner.columns.roles:
             for p in members:
                 self._tensors.role(p, KAHAN)
-        return Bucket(members, runner, keys)
+        return Bucket(members, runner, keys, shards)
 
     # ---- addresses ---------------------------------------------------------------------------------
 
@@ -218,7 +231,9 @@ class FusedGroup:
         members = bucket.members
         pending, states = self._slots.store.pending, self._states(bucket)
         try:
-            grads = grads or [p.grad for p in members]  # type: ignore[misc]
+            grads = grads or self._gradients(members)
+            if bucket.shards is not None:
+                grads = all_here(grads)
             like = bucket.columns[1].like
             if like is None or not like(grads):
                 grads = self._laid_out(members)
@@ -236,6 +251,8 @@ class FusedGroup:
                     if column.holds(tensors):
                         continue
                     return False
+                if column.specs is not None:
+                    tensors = column.here(tensors)
                 if column.like is not None and number != 1 and not column.like(tensors):
                     return False
                 addresses = list(map(ADDRESS, tensors))
@@ -247,7 +264,7 @@ class FusedGroup:
                         return False
                     bucket.runner.tensors[:, number] = addresses
                     column.addresses = addresses
-        except (KeyError, TypeError, RuntimeError):  # not there, no tensor, or one without memory
+        except (KeyError, TypeError, RuntimeError, AttributeError):  # not there, no tensor, without memory
             return False
         bucket.found = dict(zip(bucket.keys, columns[2:], strict=True))
         self._mark_fresh(bucket)
@@ -274,9 +291,34 @@ class FusedGroup:
         if self._fresh or self._was_fresh:
             bucket.runner.cols[:, FRESH] = [id(p) in self._fresh for p in bucket.members]
 
+    def _gradients(self, members: Sequence[Tensor]) -> list[Tensor]:
+        """Spread as their weights are."""
+        grads: list[Tensor] = [p.grad for p in members]  # type: ignore[misc]
+        if self._spread:
+            grads = [self._spread.get(id(p), g) for p, g in zip(members, grads, strict=True)]
+        return grads
+
+    def _spread_gradients(self, grads: list[Any]) -> list[Any]:
+        """Spread those otherwise that are not spread as their weights are.
+
+        Before anything else, and once: all processes take part.
+        """
+        self._spread.clear()
+        found = list(grads)
+        for i, (p, g) in enumerate(zip(self.active, grads, strict=True)):
+            spec = getattr(p, "_spec", None)
+            if spec is not None and getattr(g, "_spec", None) is not spec:
+                name = parameter_names(self.base)[id(p)]
+                found[i] = spread_as(g, p, name, "its gradient")
+                if found[i] is not g:
+                    self._spread[id(p)] = found[i]
+        return found
+
     def _laid_out(self, members: Sequence[Tensor]) -> list[Tensor]:
         """The gradients in their weights' memory order."""
-        grads: list[Tensor] = [p.grad for p in members]  # type: ignore[misc]
+        grads = self._gradients(members)
+        if self.sharded:
+            grads, members = list(map(here, grads)), list(map(here, members))
         laid_out = [_like(g, p) for g, p in zip(grads, members, strict=True)]
         # Only the copies: a gradient kept here would outlive zero_grad().
         self._copies += [new for new, g in zip(laid_out, grads, strict=True) if new is not g]
@@ -316,12 +358,24 @@ class FusedGroup:
             bucket.runner.step()
         self._done()
 
+    def sum(self, level: int) -> list[Share]:
+        """A level's sums over shards that lie here, to be completed before `measure`."""
+        if level >= len(self.program.levels):
+            return []
+        sharded = [bucket for bucket in self._buckets if bucket.shards is not None]
+        for bucket in sharded:
+            bucket.runner.sum(level)
+        return [share for bucket in sharded for share in bucket.partial(self.program.levels[level].sums)]
+
     def measure(self, level: int) -> list[dict[str, Any]]:
         """A level's sums and scalars; each group's shares of its totals by name."""
         if level >= len(self.program.levels):
             return []
         for bucket in self._buckets:
-            bucket.runner.measure(level)
+            if bucket.shards is None:
+                bucket.runner.measure(level)
+            else:
+                bucket.runner.scalars(level)
         return [self._shares(level, owner) for owner in range(len(self.groups))]
 
     def _shares(self, level: int, owner: int) -> dict[str, Any]:
@@ -343,12 +397,24 @@ class FusedGroup:
             bucket.runner.receive(totals)
             bucket.runner.finish(level)
 
-    def update(self) -> None:
-        """Rewrite weights and state, and count the step."""
+    def update(self) -> list[Share]:
+        """Rewrite weights and state; what was observed of shards is to be completed before `commit`."""
         for bucket in self._buckets:
             bucket.runner.update()
+        return [share for bucket in self._buckets for share in bucket.partial(self.program.observe)]
+
+    def commit(self) -> None:
+        """Count the step, and keep what was observed."""
+        for bucket in self._buckets:
             bucket.runner.commit()
         self._done()
+
+    @property
+    def written(self) -> list[Tensor]:
+        """The weights that a step has moved, and what of them lies here."""
+        if not self.sharded:
+            return self.active
+        return [*self.active, *(here(p) for p in self.active)]
 
     def _done(self) -> None:
         self._took_derived()
@@ -359,6 +425,7 @@ class FusedGroup:
         """Let go of what is only held during a step."""
         self._fresh.clear()
         self._copies.clear()
+        self._spread.clear()
         for bucket in self._buckets:
             bucket.found = {}
 
@@ -369,6 +436,8 @@ class FusedGroup:
             self._seen, self._buckets = None, []
         self._release()
 
+
+_Kind = tuple[tuple[str, ...], "Shards | None"]  # dtypes, and how they are spread
 
 _NOTHING: dict[str, Tensor] = {}
 

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from optx._errors import OptxError, ShapeError
-from optx._names import parameter_names
+from optx._names import is_dtensor, parameter_names
 from optx.kernels.step.program import Program
 from optx.step import bits
 from optx.step.bases import BaseRules, init_base_state
 from optx.step.checks import check_count, shapes_differ
 from optx.step.fusable import Unfusable, why_not_gradient, why_not_weight
-from optx.step.memory import DTYPES, why_not_plain
+from optx.step.memory import DTYPES, why_not_dense, why_not_plain
+from optx.step.sharded import here, spread_as, surprise, why_not_spread
 from optx.step.slots import KAHAN, Slots
 from optx.step.transform import SLOT_DTYPES, Group
 
@@ -54,22 +55,32 @@ class GroupTensors:
         self.packed = frozenset(f"optx.{name}" for name in program.packed)
         self.fresh: dict[int, dict[str, bool]] = {}
 
-    def check_weight(self, p: Tensor) -> None:
+    def check_weight(self, p: Tensor, grad: Tensor) -> None:
         """Raise unless kernels can take the weight and its gradient.
 
         Raises:
             Unfusable: they can't, and torch's operations can.
             OptxError: the gradient does not go with the weight, or has an unknown dtype.
         """
-        assert p.grad is not None
-        reason = why_not_weight(p) or why_not_gradient(p.grad)
+        reason = why_not_weight(p) or why_not_gradient(grad)
         if reason:
             raise Unfusable(reason)
-        if p.grad.dtype not in DTYPES:
-            raise OptxError(
-                f"optx: the gradient of {self._name(p)} is {p.grad.dtype}, which no kernel reads."
-            )
-        self._check_fits(p, "its gradient", p.grad)
+        if grad.dtype not in DTYPES:
+            raise OptxError(f"optx: the gradient of {self._name(p)} is {grad.dtype}, which no kernel reads.")
+        self._check_fits(p, "its gradient", grad)
+        if is_dtensor(p):
+            self._check_shard(p, "its shard", p, dense=True)
+            self._check_shard(p, "its gradient's shard", grad)
+
+    def _check_shard(self, p: Tensor, what: str, t: Tensor, dense: bool = False) -> None:
+        """Raise for memory of a shard that no address leads to: other processes can't know of it."""
+        local = here(t)
+        lazy = local.is_neg() or local.is_conj() or local._is_zerotensor()  # pyright: ignore
+        reason = None if lazy and not dense else why_not_plain(local)
+        if reason is None and dense:
+            reason = why_not_dense(local)
+        if reason:
+            raise surprise(f"{what} of {self._name(p)} {reason}")
 
     def _check_fits(self, p: Tensor, what: str, t: Tensor) -> None:
         """What goes with a weight element by element has its shape and is where it is."""
@@ -83,21 +94,36 @@ class GroupTensors:
     def role(self, p: Tensor, key: str) -> Tensor:
         """A state tensor with one element per weight element, laid out like the weight."""
         t = self.find(p, key)
-        self._check_tensor(p, key, t)
+        if is_dtensor(p) and isinstance(t, Tensor) and key not in self.packed:  # pyright: ignore
+            t = self._spread_role(p, key, t)
+        else:
+            self._check_tensor(p, key, t)
         if key in self.packed:
             return self._packed_role(p, key, t)
         self._check_fits(p, _words(key), t)
         if t.dtype not in (DTYPES if key in self._base_keys else SLOT_DTYPE_NAMES):
             raise OptxError(f"optx: {_words(key)} of {self._name(p)} is {t.dtype}, which no kernel reads.")
-        _lay_out_like(t, p)
+        _lay_out_like(here(t), here(p))
         return t
+
+    def _spread_role(self, p: Tensor, key: str, t: Tensor) -> Tensor:
+        """One that lies over the mesh as its weight does."""
+        name = parameter_names(self._base)[id(p)]
+        spread = spread_as(t, p, name, _words(key))
+        if spread is not t:
+            if key in self._base_keys:
+                self._base.state[p][key] = spread
+            else:
+                self._slots.store.put(p, key, spread)
+        self._check_shard(p, f"{_words(key)}'s shard", spread)
+        return spread
 
     def _packed_role(self, p: Tensor, key: str, t: Tensor) -> Tensor:
         if not bits.fits(t.shape, p):
             raise ShapeError(shapes_differ(parameter_names(self._base)[id(p)], p, _words(key), t))
         t = self._slots.packed(p, key)
         if t.shape == p.shape:
-            _lay_out_like(t, p)
+            _lay_out_like(here(t), here(p))
         return t
 
     def dtype(self, p: Tensor, name: str, t: Tensor) -> str:
@@ -123,7 +149,8 @@ class GroupTensors:
             raise OptxError(
                 f"optx: {_words(key)} of {self._name(p)} is a {type(t).__name__}; it must be a tensor."
             )
-        if reason := why_not_plain(t):
+        packed = key in self.packed and is_dtensor(p)
+        if reason := why_not_spread(t) if packed and is_dtensor(t) else why_not_plain(t):
             raise Unfusable(f"{_words(key)} of a parameter {reason}")
 
     def _name(self, p: Tensor) -> str:

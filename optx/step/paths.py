@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from optx._errors import FusedError, OptxError
+from optx._names import is_dtensor
 from optx.kernels.step.program import Program
 from optx.step.base_step import step_replaced
 from optx.step.bases import base_numbers, base_rules, check_settings, readable_state
@@ -242,14 +243,16 @@ class Paths:
         plans: list[GroupPlan] = []
         for i, (state, group) in enumerate(zip(self.groups(), self.wrapped.param_groups, strict=True)):
             params: list[Tensor] = group["params"]
-            path = "foreach"
+            path, on_shards = "foreach", False
             if state.fused is not None:
                 path = "fused triton" if state.fused.triton else "fused cpu"
+                on_shards = any(map(is_dtensor, params))
             chain = (*(t.describe(group) for t in self.enabled(group)), type(self.wrapped.base).__name__)
             passes = 1 + sum(bool(level.sums) for level in state.program.levels)
             numbers = sum(p.numel() for p in params)
+            settings = self.wrapped.settings()
             plans.append(
-                GroupPlan(i, path, state.reason, len(params), numbers, chain, passes, self.wrapped.settings())
+                GroupPlan(i, path, state.reason, len(params), numbers, chain, passes, settings, on_shards)
             )
         return Plan(plans)
 

@@ -17,6 +17,7 @@ class GroupPlan:
         chain: the transforms and the base, in order.
         passes: reads of the gradient per step (the update, and one per level of sums).
         settings: those of `wrap` that are not its defaults, as ``("rounding='kahan'",)``.
+        on_shards: whether kernels act on the local shards of DTensors.
     """
 
     index: int
@@ -27,12 +28,14 @@ class GroupPlan:
     chain: tuple[str, ...]
     passes: int
     settings: tuple[str, ...] = ()
+    on_shards: bool = False
 
     def __str__(self) -> str:
         size = f"{self.tensors} tensor{'s' * (self.tensors != 1)}, {self.numbers:,} numbers"
         passes = "" if self.passes == 1 else f", {self.passes} passes"
         settings = "".join(f", {setting}" for setting in self.settings)
-        line = f"group {self.index}: {self.path} ({size}{passes}{settings}): {' -> '.join(self.chain)}"
+        path = f"{self.path} on local shards" if self.on_shards else self.path
+        line = f"group {self.index}: {path} ({size}{passes}{settings}): {' -> '.join(self.chain)}"
         return line if self.reason is None else f"{line}\n    not fused: {self.reason}"
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,8 @@ def write(p: Tensor, value: Tensor, stochastic: bool, seed: int) -> None:
         p.copy_(value)
         return
     target, source = (t.to_local() if is_dtensor(t) else t for t in (p, value))  # type: ignore[attr-defined]
+    if number := shard_number(p):
+        seed = abs(seed ^ step_key(0, 0, number))
     generator = torch.Generator(device=source.device).manual_seed(seed)
     dither = torch.randint(
         0, 1 << 16, source.shape, generator=generator, device=source.device, dtype=torch.int32
@@ -32,3 +36,15 @@ def step_key(seed: int, step: int, part: int = 0) -> int:
     x = ((x ^ (x >> 31)) * 0xD6E8FEB86659FD93) % (1 << 64)
     x ^= x >> 32
     return x - (1 << 64) if x >= 1 << 63 else x
+
+
+def shard_number(p: Tensor) -> int:
+    """Which of a DTensor's shards lies in this process, from 0; its replicas have the same number."""
+    if not is_dtensor(p):
+        return 0
+    spread: Any = p
+    mesh, number = spread.device_mesh, 0
+    for dim, placement in enumerate(spread.placements):
+        if type(placement).__name__ != "Replicate":
+            number = number * mesh.size(dim) + mesh.get_local_rank(dim)
+    return number

@@ -21,6 +21,7 @@ from optx.step.fusable import Unfusable
 from optx.step.interrupts import Held, uninterrupted
 from optx.step.paths import GroupPath, Paths
 from optx.step.rounding import step_key, write
+from optx.step.sharded import complete
 from optx.step.slots import Slots
 from optx.step.state import is_ours
 from optx.step.transform import Group, Host
@@ -111,6 +112,7 @@ class _Step:
         self.loose = [state for state in states if state.fused is None]
         self.levels = max((len(state.program.levels) for state in states), default=0)
         self.waits = any(state.program.has_totals for state in states)
+        self.waits = self.waits or any(runner.sharded for runner in self.fused)
         self.runs: list[tuple[GroupRun, GroupPath]] = []
         self.originals: list[tuple[Tensor, Tensor | None]] = []
         self.starts: dict[int, list[Tensor]] = {}
@@ -166,6 +168,7 @@ class _Step:
                     run.measure(level)
             return
         for index in range(self.levels):
+            complete(share for runner in self.fused for share in runner.sum(index))
             totals: dict[str, Any] = {}
             shares = [share for runner in self.fused for share in runner.measure(index)]
             shares += [run.measure(r) for run, _ in self.runs for r in run.program.levels[index : index + 1]]
@@ -192,10 +195,12 @@ class _Step:
             raise _SkipStep
 
     def _update_fused(self) -> None:
+        if self.waits:
+            complete([share for runner in self.fused for share in runner.update()])
         for runner in self.fused:
-            runner.update() if self.waits else runner.step()
+            runner.commit() if self.waits else runner.step()
             if runner.active:
-                torch.autograd.graph.increment_version(runner.active)
+                torch.autograd.graph.increment_version(runner.written)
         self.wrapped.base._opt_called = True  # type: ignore[attr-defined]  # schedulers made on the base look at it
 
     # ---- groups whose base runs as it is -------------------------------------------------------------
