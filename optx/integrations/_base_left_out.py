@@ -9,7 +9,7 @@ into the checkpoint, and a resumption on another base model is told.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,6 +51,7 @@ class BaseLeftOut:
                 )
         self.module, self.handles = module, list(handles)
         self._made: dict[str, Mark | None] = {name: mark(t) for name, t in self._frozen()}
+        self._loaded: set[str] = set()
 
     def _frozen(self) -> Iterator[tuple[str, Tensor]]:
         own = adapters_own(self.handles)
@@ -71,7 +72,19 @@ class BaseLeftOut:
                     "out. Call unmerge() before saving."
                 )
         now = {name: mark(t) for name, t in self._frozen()}
-        return {name: found for name, found in now.items() if _as_made(found, self._made.get(name, ()))}
+        made = self._made  # what was not there at set-up, or trained then, is none of it
+        return {name: found for name, found in now.items() if name in made and _as_made(found, made[name])}
+
+    def loaded(self, names: Iterable[str]) -> None:
+        """Note what has its values from a checkpoint: it is no longer what the script made."""
+        self._loaded.update(names)
+
+    def settle(self) -> None:
+        """Take a cast for none of training's changes: what has another dtype now is what the script made."""
+        for name, t in self._frozen():
+            before = self._made.get(name)
+            if before is not None and before[0] != str(t.dtype) and name not in self._loaded:
+                self._made[name] = mark(t)
 
     def tell_of_another(self, saved: Mapping[str, Mark | None]) -> None:
         """Warn where a checkpoint was trained on other frozen weights than those that are here."""
@@ -101,7 +114,8 @@ def saved_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     Not ``state_dict()``: hooks of ours and of others change what that says.
     """
-    for path, one in module.named_modules(remove_duplicate=False):
+    every: Iterator[tuple[str, nn.Module]] = module.named_modules(remove_duplicate=False)
+    for path, one in every:
         start = f"{path}." if path else ""
         unsaved = one._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
         own: dict[str, Any] = {**one._parameters, **one._buffers}  # pyright: ignore[reportPrivateUsage]
@@ -147,8 +161,6 @@ def is_left_out(key: str, names: Mapping[str, Any]) -> bool:
     return any(".".join(parts[:count]) in names for count in range(len(parts), 0, -1))
 
 
-def _as_made(found: Mark | None, made: Mark | tuple[()] | None) -> bool:
-    """Whether a tensor is what the script made; a cast, which it does anew when it resumes, is no change."""
-    if made == ():
-        return False  # it was not there, or trained, at set-up
-    return found is None or made is None or found[0] != made[0] or list(found) == list(made)
+def _as_made(found: Mark | None, made: Mark | None) -> bool:
+    """Whether a tensor is what it was at set-up, as far as that can be read."""
+    return found is None or made is None or list(found) == list(made)
