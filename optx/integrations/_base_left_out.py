@@ -117,7 +117,7 @@ def saved_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     every: Iterator[tuple[str, nn.Module]] = module.named_modules(remove_duplicate=False)
     for path, one in every:
         start = f"{path}." if path else ""
-        unsaved = one._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
+        unsaved: set[str] = one._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
         own: dict[str, Any] = {**one._parameters, **one._buffers}  # pyright: ignore[reportPrivateUsage]
         for name, t in own.items():
             if t is not None and name not in unsaved:

@@ -222,13 +222,14 @@ def _handles_of(given: Handle | Iterable[Handle] | str | None, module: Any) -> l
     return [] if given is None else [given] if isinstance(given, Handle) else list(given)  # type: ignore[arg-type]
 
 
-def _namespaces(kind: type) -> set[str]:
-    return {name for one in kind.__mro__ for name in _NAMESPACES if one.__module__.startswith(f"{name}.")}
+def _namespaces(thing: object) -> set[str]:
+    return {
+        name for one in type(thing).__mro__ for name in _NAMESPACES if one.__module__.startswith(f"{name}.")
+    }
 
 
 def _check_namespace(callback: Callback, trainer: Any) -> None:
-    kind: type = type(trainer)
-    own, theirs = _namespaces(type(callback)), _namespaces(kind)
+    own, theirs = _namespaces(callback), _namespaces(trainer)
     if not own & theirs:
         other = next(iter(theirs), "neither namespace")
         raise OptxError(
