@@ -49,6 +49,10 @@
             abc  ABC  feature_change  infinite_width_linear   what becomes of a network as it grows wide
             step_law  fit_step_law  non_embedding_params      learning rate and batch size of pretraining
 
+    config  optx.from_config({"transforms": ["PerpGrad"]}, opt)   all of it out of a plain dict (YAML, Hydra)
+            from_config  Configured                           what it returns
+            to_config                                         and back
+
     engine  optx.integrations                                 other people's trainers, one line in each
             transformers                                      Trainer, and TRL's trainers
 
@@ -64,6 +68,9 @@ from optx import analysis as analysis
 from optx import integrations as integrations
 from optx import ops as ops
 from optx import scaling as scaling
+from optx._config import Configured as Configured
+from optx._config import from_config as from_config
+from optx._config_written import to_config as to_config
 from optx._errors import FileError as FileError
 from optx._errors import FusedError as FusedError
 from optx._errors import MergeError as MergeError

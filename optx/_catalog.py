@@ -28,6 +28,8 @@ _VERBS = {
     "optx.pruning": "prune",
     "optx.scaling": "tell",
     "optx.analysis": "tell",
+    "optx._config": "config",
+    "optx._config_written": "config",
 }
 # What an operation of an object is called on; other objects by their own name.
 _OBJECTS = {"Delta": "optx.Delta.between(base, tuned)"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from optx._errors import OptxError, check_choice, near
+from optx._expression import expression
 from optx.inject._draw import Axes, Calls, Draw
 
 
@@ -36,6 +37,15 @@ class HParam:
     sigma: float = 0.5
     discrete: bool = False
     shared: bool = False
+
+    def arguments(self) -> dict[str, Any]:
+        """What `optx.hp` takes to make it."""
+        bounds = None if self.low is None and self.high is None else (self.low, self.high)
+        kept = {"sigma": self.sigma, "discrete": self.discrete, "shared": self.shared}
+        return {"value": self.value, "range": bounds, **kept}
+
+    def __repr__(self) -> str:
+        return expression(hp, self.arguments())
 
     @property
     def tuned(self) -> bool:
@@ -315,8 +325,20 @@ class HParams:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_user": None}  # its own copy takes it, if there is one
 
+    def arguments(self) -> dict[str, HParam]:
+        """Each with the value and the scale in force, as `hp` takes them."""
+        sigmas, values = self.sigma().tolist(), self.values()
+        found: dict[str, HParam] = {}
+        for i, (name, spec) in enumerate(self.specs.items()):
+            start = torch.tensor(spec.raw(), dtype=torch.float64).to(self.raw.dtype)
+            width = torch.tensor(inverse_softplus(spec.sigma) if spec.tuned else 0.0, dtype=torch.float64)
+            value = spec.value if self.raw[i] == start else values[name]
+            sigma = spec.sigma if self.raw_sigma[i] == width.to(self.raw_sigma.dtype) else sigmas[i]
+            found[name] = replace(spec, value=value, sigma=sigma)
+        return found
+
     def __repr__(self) -> str:
-        return f"HParams({', '.join(f'{name}={value:.4g}' for name, value in self.values().items())})"
+        return expression(type(self), self.arguments())
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 from torch import Tensor, nn
 
 from optx._errors import OptxError, near
+from optx._expression import expression
 from optx.inject._part import Part
 
 if TYPE_CHECKING:
@@ -108,6 +109,19 @@ class Injection(ABC):
             if key not in known:
                 raise OptxError(f"{cls.__name__}: no option is called {key!r}. {near(key, known)}")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+
+    def arguments(self) -> dict[str, Any]:
+        """All its fields as they are, also those that no file has; ``repr`` and `to_config` write them."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # The dataclass that a subclass is made into would write one that can't be typed again.
+        super().__init_subclass__(**kwargs)
+        if "__repr__" not in vars(cls):
+            cls.__repr__ = Injection.__repr__
+
+    def __repr__(self) -> str:
+        return expression(type(self), self.arguments())
 
     def __str__(self) -> str:
         defaults = {field.name: _default(field) for field in dataclasses.fields(self)}

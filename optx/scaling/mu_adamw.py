@@ -97,7 +97,8 @@ class MuAdamW(Transform):
         rules = make_rules("MuAdamW", shapes, parametrization, decay, decay_exponent, eps, optimizer)
         self._multipliers = Multipliers(rules, model)
         self._bound = False
-        self._shown = f"decay={decay!r}" if decay_exponent is None else f"decay_exponent={decay_exponent:g}"
+        self.shapes, self.decay, self.decay_exponent = shapes, decay, decay_exponent
+        self.parametrization, self.eps, self.optimizer, self.model = parametrization, eps, optimizer, model
 
     def check(self, base: torch.optim.Optimizer) -> None:
         """Refuse what does not step as Adam does."""
@@ -137,6 +138,3 @@ class MuAdamW(Transform):
     def describe(self, group: Group) -> str:
         """With the factors that are in a group's numbers."""
         return f"MuAdamW({describe(group)})"
-
-    def __repr__(self) -> str:
-        return f"MuAdamW({self._shown})"

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from optx._errors import TransformError
+from optx._expression import NotKept, expression
 from optx._rules import Rule
 from optx.step.numbers import as_float
 from optx.step.state import SlotStore
@@ -400,8 +401,15 @@ class Transform:
         """The transform with the numbers that are in force in a param group."""
         if type(self).__repr__ is not Transform.__repr__:
             return repr(self)
-        numbers = ((k, group.get(f"{self.name}_{k}", v)) for k, v in self.options.items())
-        return f"{type(self).__name__}({', '.join(f'{k}={v}' for k, v in numbers)})"
+        numbers = {k: group.get(f"{self.name}_{k}", v) for k, v in self.options.items()}
+        return expression(type(self), {**self.arguments(), **numbers}, always=self.options)
+
+    def arguments(self) -> dict[str, Any]:
+        """What its constructor takes, by name, with the values in force; ``repr`` and `to_config` write it.
+
+        As it is found in attributes of these names. Override it where an argument is kept otherwise.
+        """
+        return {name: getattr(self, name, NotKept()) for name in _own_arguments(type(self))}
 
     def moments(self, group: Group, base: torch.optim.Optimizer) -> Moments:
         """The rules for one param group; by default the same for all."""
@@ -468,8 +476,7 @@ class Transform:
         return keys
 
     def __repr__(self) -> str:
-        inside = ", ".join(f"{k}={getattr(self, k)}" for k in self.options)
-        return f"{type(self).__name__}({inside})"
+        return expression(type(self), self.arguments(), always=self.options)
 
 
 # What a step's program is made of, beside the constructor's arguments.
@@ -486,6 +493,12 @@ def _constructor_arguments(kind: type[Transform]) -> list[str]:
     """The names of what a transform, or a class that it inherits from, is made with."""
     makers = [vars(c)["__init__"] for c in kind.__mro__[:-1] if "__init__" in vars(c)]
     return [name for maker in makers for name in list(inspect.signature(maker).parameters)[1:]]
+
+
+def _own_arguments(kind: type[Transform]) -> list[str]:
+    """The names that a transform is made with, without ``*args`` and ``**kwargs``."""
+    every = list(inspect.signature(kind).parameters.values())
+    return [p.name for p in every if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
 def _is_method_of(transform: Transform, frame: FrameType) -> bool:

@@ -26,7 +26,7 @@ from optx.step.stepper import Stepper
 from optx.step.transform import Fused, Group, Rounding, Transform
 
 Settings = dict[str, Any]  # of fused, skip_nonfinite and rounding, those that were given
-_DEFAULTS: Settings = {"fused": "auto", "skip_nonfinite": False, "rounding": "stochastic"}
+DEFAULTS: Settings = {"fused": "auto", "skip_nonfinite": False, "rounding": "stochastic"}
 
 
 class Wrapped(Optimizer):
@@ -54,7 +54,7 @@ class Wrapped(Optimizer):
         self.fused: Fused
         self.skip_nonfinite: bool
         self.rounding: Rounding
-        vars(self).update(_DEFAULTS)
+        vars(self).update(DEFAULTS)
         self.rounding_asked = False
         self.slot_store = SlotStore(base)
         self._hooks()
@@ -277,7 +277,7 @@ class Wrapped(Optimizer):
 
     def settings(self) -> tuple[str, ...]:
         """The arguments of `wrap` that are not its defaults, as they are written."""
-        return tuple(f"{k}={vars(self)[k]!r}" for k, v in _DEFAULTS.items() if vars(self)[k] != v)
+        return tuple(f"{k}={vars(self)[k]!r}" for k, v in DEFAULTS.items() if vars(self)[k] != v)
 
     def program(self, index: int) -> Program:
         """What the step of one param group computes, as data (see `optx.kernels.step.program`)."""

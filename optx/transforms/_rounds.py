@@ -108,7 +108,7 @@ class ModelLayers:
     """
 
     def __init__(self, blocks: str | None) -> None:
-        self._blocks = blocks
+        self.pattern = blocks
         self._looked_at: Any = None
         self._found: list[Layer] = []
 
@@ -125,6 +125,6 @@ class ModelLayers:
         shapes = {clean[name]: tuple(p.shape) for name, p in named.items()}
         if (shapes, same) != self._looked_at:  # with 10,000 experts it takes a second
             again = {name: other for name, other in same.items() if name != other}
-            self._found = layers_of(shapes, self._blocks, again)
+            self._found = layers_of(shapes, self.pattern, again)
             self._looked_at = (shapes, same)
         return self._found

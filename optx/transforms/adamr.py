@@ -209,7 +209,8 @@ class AdamR(Transform):
                 "a file); with anchor=None a resumed run would be pulled to the resumed weights."
             )
         self.options = {"weight": number}
-        self.norm, self.normalize = norm, normalize
+        self.norm, self.normalize, self.save_anchor = norm, normalize, save_anchor
+        self.anchor, self.model = anchor, model
         self._to_zero = isinstance(anchor, str) and anchor == "zero"
         self._anchors = Anchors("AdamR", anchor, model)
         self._warned_decay = False

@@ -199,6 +199,11 @@ class DSPReg(Transform):
             slots["anchor"] = like_weight(dtype=None, lasting=True)
         self.slots = slots
 
+    def arguments(self) -> dict[str, Any]:
+        """With the domains' labels, or how many there are where those are their numbers."""
+        numbered = self._labels == [*range(len(self._labels))]
+        return {**super().arguments(), "domains": len(self._labels) if numbered else [*self._labels]}
+
     def __getstate__(self) -> dict[str, Any]:
         # A copy begins its step anew: a copied model has no gradients either.
         return {**super().__getstate__(), "_gradients": self._new_gradients()}

@@ -385,6 +385,8 @@ class HFT(Transform):
         optimizer.follow_parameters()
         return optimizer
 
-    def __repr__(self) -> str:
+    def arguments(self) -> dict[str, Any]:
+        """With those that the draw keeps; the seed is a loaded checkpoint's, if there was one."""
         draw = self._half.draw
-        return f"HFT(ratio={draw.ratio}, level={draw.level!r}, seed={draw.seed})"
+        drawn = {"ratio": draw.ratio, "level": draw.level, "balance": draw.balance}
+        return {**super().arguments(), **drawn, "blocks": self._half.layers.pattern}

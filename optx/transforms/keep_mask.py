@@ -135,6 +135,10 @@ class KeepMask(Transform):
         self._writes = 0  # of all of them, as the last step left them
         self._stepping = False
 
+    def arguments(self) -> dict[str, Any]:
+        """As they were given; `current` has the masks in force."""
+        return {"masks": self._pairing.masks, "model": self._pairing.model}
+
     # ---- for the person ----------------------------------------------------------------------------
 
     def current(self) -> Masks:

@@ -412,6 +412,6 @@ class SaRA(Transform):
             )
         return optimizer
 
-    def __repr__(self) -> str:
-        given = f"threshold={self._threshold:g}" if self.fraction is None else f"fraction={self.fraction:g}"
-        return f"SaRA({given}{', compact=True' if self.compact else ''})"
+    def arguments(self) -> dict[str, Any]:
+        """With the one of threshold and fraction that was given."""
+        return {**super().arguments(), "threshold": self._threshold if self.fraction is None else None}

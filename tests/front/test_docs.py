@@ -59,7 +59,7 @@ def test_help_names_everything_under_its_verb() -> None:
     words = set(re.findall(r"\w+", optx.__doc__ or ""))
     assert {name for name in PUBLIC if name not in SUBPACKAGES} <= words
     verbs = re.findall(r"^    (\w+) ", optx.__doc__ or "", flags=re.MULTILINE)
-    assert verbs == ["wrap", "attach", "loss", "delta", "prune", "tell", "engine", "errors"]
+    assert verbs == ["wrap", "attach", "loss", "delta", "prune", "tell", "config", "engine", "errors"]
 
 
 def _class_or_function(name: str) -> Any:

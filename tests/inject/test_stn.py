@@ -104,7 +104,10 @@ def test_values_are_read_by_name() -> None:
     assert found["cut"].value.dtype == torch.int64
     assert found["drop"].value.shape == ()
     assert found["drop"].sigma == pytest.approx(0.5)
-    assert repr(found) == "HParams(drop=0.05, cut=4, wd=0.0001)"
+    assert repr(found) == (
+        "HParams(drop=hp(value=0.05, range=(0.0, 0.9)), cut=hp(value=4.0, range=(0.0, 24.0), discrete=True), "
+        "wd=hp(value=0.0001, range=(0.0, None)))"
+    )
     with pytest.raises(optx.OptxError, match=r"no hyperparameter is called 'dorp'\. Near: 'drop'"):
         found["dorp"]
 

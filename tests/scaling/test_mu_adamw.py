@@ -110,8 +110,8 @@ def test_the_plan_shows_the_factors() -> None:
     shown = str(opt.plan())
     assert "MuAdamW(lr x 0.25, weight_decay x 2, eps x 0.25) -> PerpGrad(rescale=True) -> AdamW" in shown
     assert "MuAdamW(lr x 1, weight_decay x 0, eps x 1)" in shown
-    assert "MuAdamW(decay='sqrt')" in repr(opt)
-    assert repr(optx.MuAdamW(shapes, decay_exponent=0.25)) == "MuAdamW(decay_exponent=0.25)"
+    assert "MuAdamW(shapes=shapes)" in repr(opt)
+    assert repr(optx.MuAdamW(shapes, decay_exponent=0.25)) == "MuAdamW(shapes=shapes, decay_exponent=0.25)"
 
 
 def test_remove_gives_the_optimizer_back() -> None:

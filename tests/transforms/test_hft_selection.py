@@ -340,4 +340,4 @@ def test_the_table() -> None:
     share = sum(row.numel for row in drawn if row.trainable) / sum(row.numel for row in drawn)
     assert table.ratio.params == share
     assert table.ratio.count == 0.5
-    assert repr(opt.hft) == "HFT(ratio=0.5, level='category', seed=1)"
+    assert repr(opt.hft) == "HFT(model=model, seed=1)"
