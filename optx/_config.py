@@ -8,12 +8,12 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple, cast
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from optx._config_values import Reader, accepted, check_known, dotted, plain
-from optx._errors import OptxError, near, shown
+from optx._config_names import find
+from optx._config_values import Reader, accepted, check_known, plain
+from optx._errors import OptxError, shown
 from optx.inject._attach import attach
 from optx.inject._freeze import trainable_only
 from optx.inject._handle import Handle
@@ -199,7 +199,7 @@ class _Maker:
     def call(self, entry: Any, where: str, kind: type) -> Callable[[], Any]:
         """The class of an entry with its arguments, looked at."""
         name, given = _entry(entry, where)
-        cls, who = _find(name, where, kind), f"from_config: {where} ({name})"
+        cls, who = find(name, where, kind), f"from_config: {where} ({name})"
         kinds = accepted(cls)
         wild = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(cls).parameters.values())
         if not wild:
@@ -253,50 +253,6 @@ def _entry(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
     if not isinstance(name, str):
         raise OptxError(f"from_config: {where} is {shown(entry)}; it must be a name, or a table with a name.")
     return name, {key: value for key, value in table.items() if key != "name"}
-
-
-# ---- names ----------------------------------------------------------------------------------------------
-
-_CALLED: dict[type, str] = {
-    Transform: "transform",
-    Injection: "injection",
-    Optimizer: "optimizer of torch.optim",
-    nn.Module: "loss",
-}
-
-
-def _known(kind: type) -> dict[str, Any]:
-    """The classes that an entry may name, by name."""
-    import optx
-
-    there = vars(torch.optim if kind is Optimizer else optx).items()
-    classes = {name: one for name, one in there if isinstance(one, type) and not inspect.isabstract(one)}
-    if kind is nn.Module:
-        return {name: one for name, one in classes.items() if one.__module__.startswith("optx.signal.")}
-    return {name: one for name, one in classes.items() if issubclass(one, kind) and one is not kind}
-
-
-def _find(name: str, where: str, kind: type) -> Any:
-    """The class that a name stands for."""
-    known = _known(kind)
-    if name in known:
-        return known[name]
-    who = f"from_config: {where}"
-    if "." in name:
-        try:
-            found = dotted(name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise OptxError(f"{who}: {name!r} can't be imported ({error}).") from None
-        ours = isinstance(found, type) and issubclass(found, kind)
-        if not (ours if kind in (Transform, Injection) else callable(found)):
-            raise OptxError(f"{who}: {name!r} is no {_CALLED[kind]}.")
-        return found
-    for other, section in ((Transform, "transforms"), (Injection, "attach"), (nn.Module, "loss")):
-        if other is not kind and name in _known(other):
-            raise OptxError(f"{who}: {name} is no {_CALLED[kind]}; it goes into {section!r}.")
-    folded = [one for one in known if one.casefold() == name.casefold().replace("_", "")]
-    like = f"Is {folded[0]!r} meant?" if folded else near(name, known)
-    raise OptxError(f"{who}: there is no {_CALLED[kind]} {name!r}. {like}")
 
 
 # ---- the optimizer --------------------------------------------------------------------------------------

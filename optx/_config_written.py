@@ -11,10 +11,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from optx._config_names import name_of
 from optx._config_values import accepted, dotted
 from optx._errors import OptxError, shown
 from optx._expression import HasArguments, Unwritable, defaults, plain_number, same, torch_type, what
-from optx._masks import Masks
 from optx._module_paths import bare_path
 from optx.inject._handle import Handle
 from optx.inject._hparams import HParams, hp
@@ -57,16 +57,7 @@ def to_config(thing: Transform | Injection | Handle | Wrapped) -> dict[str, Any]
 
 def _entry(thing: Transform | Injection) -> dict[str, Any]:
     kind = type(thing)
-    return {"name": _name(kind), **_arguments(kind.__name__, kind, thing)}
-
-
-def _name(kind: type) -> str:
-    """What a config calls a class: optx's by its name alone."""
-    import optx
-
-    return (
-        kind.__name__ if getattr(optx, kind.__name__, None) is kind else f"{kind.__module__}.{kind.__name__}"
-    )
+    return {"name": name_of(kind), **_arguments(kind.__name__, kind, thing)}
 
 
 def _of_handle(handle: Handle) -> dict[str, Any]:
@@ -142,7 +133,7 @@ def written(who: str, name: str, value: Any) -> Any:
     if isinstance(value, dict):
         return {str(k): written(who, name, one) for k, one in cast("dict[Any, Any]", value).items()}
     if isinstance(value, HasArguments) and not isinstance(value, type):
-        return {"name": _name(type(value)), **_arguments(who, type(value), value)}
+        return {"name": name_of(type(value)), **_arguments(who, type(value), value)}
     return _path_of(who, name, value)
 
 
@@ -156,7 +147,7 @@ def _path_of(who: str, name: str, value: Any) -> str:
             return path
     except (Unwritable, ImportError, AttributeError, ValueError):
         pass
-    if isinstance(value, Masks) or what(value).endswith("of tensors"):
+    if what(value).startswith("tensors"):
         way = "save it and give the file's path in the config"
     else:
         way = "a config has words, numbers, lists and tables"

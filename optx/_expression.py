@@ -139,5 +139,5 @@ def what(value: Any) -> str:
     if inspect.isroutine(value):
         return f"the function {value.__name__}"
     if isinstance(value, Mapping) and any(isinstance(one, Tensor) for one in value.values()):
-        return f"a {type(value).__name__} of tensors"
+        return f"tensors (a {type(value).__name__})"
     return f"a {type(value).__name__}"

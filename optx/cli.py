@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import textwrap
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,7 +15,7 @@ from rich.text import Text
 
 import optx
 from optx import _catalog
-from optx._errors import near
+from optx._errors import OptxError, near
 from optx.delta import cli as delta_cli
 
 # Everything after the recipe's name is the recipe's, --help too.
@@ -54,7 +55,14 @@ def _stop(message: str, code: int = 1) -> typer.Exit:
 
 @app.command(context_settings={**_PASS_ON, "help_option_names": []})
 def run(context: typer.Context, recipe: Annotated[str, typer.Argument(help="its name")] = "") -> None:
-    """Run a recipe: ``optx run NAME [options]``; ``optx run NAME --help`` lists its options."""
+    """Run a recipe: ``optx run NAME [options]``; ``optx run NAME --help`` lists its options.
+
+    ``--config FILE`` reads options from YAML or JSON, and the recipe's name too if that is left out.
+    """
+    args = list(context.args)
+    if recipe.partition("=")[0] == "--config":
+        args = [recipe, *args]
+        recipe = _recipe_of(args)
     names = [entry.name for entry in _catalog.recipes()]
     if recipe in ("", "--help", "-h"):
         typer.echo("Usage: optx run RECIPE [options]; optx run RECIPE --help lists its options.\n")
@@ -66,11 +74,28 @@ def run(context: typer.Context, recipe: Annotated[str, typer.Argument(help="its 
     from optx.recipes._assets import AssetError
 
     try:
-        importlib.import_module(f"optx.recipes.{recipe}").main(context.args)
+        importlib.import_module(f"optx.recipes.{recipe}").main(args)
     except AssetError as error:
         raise _stop(f"optx run {recipe}: {error}") from None
     except KeyboardInterrupt:
         raise _stop("Interrupted.", 130) from None
+
+
+def _recipe_of(args: list[str]) -> str:
+    """The recipe that the file of ``--config`` is of."""
+    from optx.recipes._config_file import RECIPE, read
+
+    file = args[0].partition("=")[2] or "".join(args[1:2])
+    try:
+        found = read(Path(file)).get(RECIPE)
+    except OptxError as error:
+        raise _stop(f"optx run: {error}", 2) from None
+    if not isinstance(found, str):
+        raise _stop(
+            f"optx run: --config {file} names no recipe. Add the line `recipe: finetune`, or type the name.",
+            2,
+        )
+    return found
 
 
 @app.command("list")

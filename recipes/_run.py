@@ -28,6 +28,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import optx
 from optx._files import written_aside
 
+from ._config_file import Options
 from ._options import first_seed, path, positive
 from ._report import console
 
@@ -44,7 +45,7 @@ def parser(name: str, doc: str, steps: int, **options: dict[str, Any]) -> argpar
         steps: default of ``--steps``.
         options: keyword arguments of ``add_argument`` by option name (``lr`` for ``--lr``).
     """
-    made = argparse.ArgumentParser(
+    made = Options(
         prog=f"optx run {name}",
         description=inspect.cleandoc(doc),
         formatter_class=type("Form", (argparse.RawDescriptionHelpFormatter, _Defaults), {}),
@@ -53,6 +54,9 @@ def parser(name: str, doc: str, steps: int, **options: dict[str, Any]) -> argpar
     made.add_argument("--seed", type=first_seed, default=0, help="of the data order and all random draws")
     made.add_argument("--out", type=path, default=Path("runs") / name, help="folder for results and picture")
     made.add_argument("--overwrite", action="store_true", help="replace the run that --out holds")
+    made.add_argument(
+        "--config", type=path, help="YAML or JSON with any of these options; what is typed wins"
+    )
     for option, keywords in options.items():
         made.add_argument(f"--{option.replace('_', '-')}", **keywords)
     return made
@@ -71,6 +75,7 @@ NOT_SETTINGS = (
     "parts",
     "seeds",
     "out",
+    "config",
     "resume",
     "overwrite",
     "json",

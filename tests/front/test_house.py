@@ -54,6 +54,7 @@ BY_STRING = re.compile(r"\b(import_module|__import__|run_module|run_path|resolve
 BY_FOLDER = re.compile(r"^\s*(?:from|import(?:.*,)?)\s+(?:kernels|recipes)\b", re.MULTILINE)
 MAY = {  # what these import is chosen by a name that a person typed, or is looked for
     "optx/_audit.py",
+    "optx/_config_values.py",
     "optx/_doctor.py",
     "optx/cli.py",
     "kernels/available.py",
