@@ -130,11 +130,15 @@ def written(who: str, name: str, value: Any) -> Any:
         return {key: _arguments(f"{who}: {name}", hp, one) for key, one in value.arguments().items()}
     if isinstance(value, tuple | list):
         return [written(who, name, one) for one in cast("Sequence[Any]", value)]
-    if isinstance(value, dict):
+    if isinstance(value, dict) and not _are_tensors(value):
         return {str(k): written(who, name, one) for k, one in cast("dict[Any, Any]", value).items()}
     if isinstance(value, HasArguments) and not isinstance(value, type):
         return {"name": name_of(type(value)), **_arguments(who, type(value), value)}
     return _path_of(who, name, value)
+
+
+def _are_tensors(value: Any) -> bool:
+    return what(value).startswith("tensors")
 
 
 def _path_of(who: str, name: str, value: Any) -> str:
@@ -147,7 +151,7 @@ def _path_of(who: str, name: str, value: Any) -> str:
             return path
     except (Unwritable, ImportError, AttributeError, ValueError):
         pass
-    if what(value).startswith("tensors"):
+    if _are_tensors(value):
         way = "save it and give the file's path in the config"
     else:
         way = "a config has words, numbers, lists and tables"
