@@ -291,7 +291,7 @@ def test_offloaded_models_train_are_evaluated_and_resume(place: Any, tmp_path: P
         handle = optx.attach(model, optx.LoRA(rank=2))
         optx.trainable_only(model, handle)
         opt = optx.wrap(torch.optim.AdamW(handle.parameters(), lr=1e-2), optx.PerpGrad())
-        model, opt = accelerator.prepare(model, opt)
+        model, opt = accelerator.prepare(model, opt, device_placement=[not placed, True])
         adapters_only(accelerator, handle)
         return accelerator, model, opt, handle
 
