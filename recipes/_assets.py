@@ -41,6 +41,7 @@ __all__ = [
     "classifier",
     "fetch",
     "language_model",
+    "smollm2",
     "text",
     "unpacked",
 ]
@@ -307,7 +308,7 @@ def language_model(name: str | None = None, **options: Any) -> tuple[Any, Any]:
     """
     from transformers import AutoModelForCausalLM
 
-    model, tokenizer = _pretrained(AutoModelForCausalLM, name or str(_smollm2()), **options)
+    model, tokenizer = _pretrained(AutoModelForCausalLM, name or str(smollm2()), **options)
     return model.train(), tokenizer
 
 
@@ -343,7 +344,7 @@ def _pretrained(kind: Any, source: str, **options: Any) -> tuple[Any, Any]:
         ) from error
 
 
-def _smollm2() -> Path:
+def smollm2() -> Path:
     """SmolLM2 as float32 safetensors: converted once from the 4-bit file (20 s), then opened in a second."""
     folder = _cache() / f"{SMOLLM2.project}-{SMOLLM2.version}-float32"
     if _whole(folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,9 +67,7 @@ class Transformer(nn.Module):
         return self.head(self.blocks(x, self.mask, is_causal=True))
 
 
-def cost(
-    model: nn.Module, reweight: optx.LossReweight | None, batch: tuple[Tensor, Tensor, Tensor], step: int
-) -> float:
+def cost(model: nn.Module, reweight: optx.LossReweight | None, batch: Sequence[Tensor], step: int) -> float:
     """How long a step takes with weights, the same step with the mean being 1: the median over pairs.
 
     The model is left as it was: the rate is 0. ``step`` is past the warm-up, in which nothing is weighted.

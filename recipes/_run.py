@@ -9,14 +9,11 @@ import json
 import os
 import platform
 import shlex
-import signal
 import statistics
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -29,7 +26,10 @@ import optx
 from optx._files import written_aside
 
 from ._config_file import Options
+from ._interrupt import Interrupt
+from ._live import Live
 from ._options import first_seed, path, positive
+from ._parallel import ALONE, WEIGHTS, Team, processes
 from ._report import console
 
 SettingsError = SystemExit
@@ -83,6 +83,7 @@ NOT_SETTINGS = (
     "workers",
     "folder",
     "work",
+    "fsdp",
 )
 """Options that say how much is run, how fast and where to, and not what comes out."""
 
@@ -145,31 +146,6 @@ def environment() -> dict[str, Any]:
     }
 
 
-class Interrupt:
-    """Turns the first Ctrl-C (or SIGTERM) into a wish, so that a loop stops between two steps.
-
-    A second one stops at once, as Python does. Use as a context manager and look at `wanted`.
-    """
-
-    def __init__(self) -> None:
-        self.wanted = False
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self) -> Interrupt:
-        if threading.current_thread() is threading.main_thread():
-            self._old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.wanted = True
-        self.__exit__()  # the next one is Python's own
-        console.print("[yellow]Stopping after this step; again to stop at once.")
-
-
 class Run:
     """A recipe's folder: ``results.json`` grows arm by arm, ``checkpoint.pt`` is an arm that was interrupted.
 
@@ -180,26 +156,41 @@ class Run:
         settings: what must be the same for results to be comparable and for a checkpoint to be continued.
         resume: go on with what the folder holds.
         overwrite: replace the run that the folder holds, at the first write.
+        team: the processes that run it together; the first one alone reads and writes the folder.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], resume: bool, overwrite: bool = False) -> None:
-        self.folder, self.settings, self.resume = folder, settings, resume
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict[str, Any],
+        resume: bool,
+        overwrite: bool = False,
+        team: Team = ALONE,
+    ) -> None:
+        self.folder, self.settings, self.resume, self.team = folder, settings, resume, team
         self.interrupt = Interrupt()
-        self.results: dict[str, Any] = {"settings": self.settings, "environment": environment(), "arms": {}}
+        self._live, self._now = Live(), dict[str, str]()
+        if team is ALONE and processes() > 1:
+            raise SettingsError(f"{processes()} processes were started: this recipe runs in one.")
         if resume and overwrite:
             raise SettingsError("--resume goes on with the run that --overwrite replaces. Give one of them.")
+        found = team.told(lambda: self._opened(overwrite))
+        self._replaces = not resume  # the checkpoint that is there is of another run
+        new = {"settings": self.settings, "environment": environment() | team.about, "arms": {}}
+        self.results: dict[str, Any] = found or new
+
+    def _opened(self, overwrite: bool) -> dict[str, Any] | None:
+        """The results of the run to go on with; raises unless the folder may be written into."""
         try:
-            self._check_folder(resume, overwrite)
-            found = self._earlier() if resume and self.json.exists() else None
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):  # that it can't be written into is known before training
-                pass
+            self._check_folder(self.resume, overwrite)
+            found = self._earlier() if self.resume and self.json.exists() else None
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):  # known before training
+                return found
         except OSError as error:
             raise SettingsError(
-                f"--out: {folder}: {error.strerror}. Give a folder that is there or can be made."
+                f"--out: {self.folder}: {error.strerror}. Give a folder that is there or can be made."
             ) from None
-        self._replaces = not resume  # the checkpoint that is there is of another run
-        self.results = found or self.results
 
     def _check_folder(self, resume: bool, overwrite: bool) -> None:
         """Raise if the folder is none, or has something that this run would write over."""
@@ -271,6 +262,8 @@ class Run:
 
     def write(self) -> None:
         """Write results.json."""
+        if not self.team.leads:
+            return
         if self._replaces:
             self.checkpoint.unlink(missing_ok=True)
             self._replaces = False
@@ -279,7 +272,13 @@ class Run:
 
     def save(self, arm: str, state: dict[str, Any]) -> None:
         """Write the checkpoint of an interrupted arm, with torch's random state."""
-        kept = {"settings": self.settings, "arm": arm, "rng": torch.get_rng_state(), **state}
+        random = self.team.gathered(torch.get_rng_state())
+        if self.team.leads:
+            self._save({"settings": self.settings, "arm": arm, "rng": random, **state})
+            console.print(f"Stopped in arm {arm}; the same command with --resume goes on from there.")
+        self.team.together()  # torchrun ends all as soon as one has ended
+
+    def _save(self, kept: dict[str, Any]) -> None:
         status = console.status("Writing the checkpoint")
         with status, written_aside(self.checkpoint) as aside, aside.open("wb") as file:
             torch.save(kept, file)
@@ -287,11 +286,29 @@ class Run:
             os.fsync(file.fileno())
         self._replaces = False
         self.write()
-        console.print(f"Stopped in arm {arm}; the same command with --resume goes on from there.")
 
     def load(self, arm: str) -> dict[str, Any] | None:
-        """The checkpoint of this arm, if it was interrupted; sets torch's random state as it was."""
-        if not (self.resume and self.checkpoint.exists()):
+        """The checkpoint of this arm, if it was interrupted; sets torch's random state as it was.
+
+        The first process has all of it, the others all but the weights.
+        """
+        if not self.resume:
+            return None
+        whole: dict[str, Any] = {}
+
+        def small() -> dict[str, Any] | None:
+            whole.update(self._read(arm) or {})
+            return {name: part for name, part in whole.items() if name not in WEIGHTS} or None
+
+        if (told := self.team.told(small)) is None:
+            return None
+        random = told["rng"][self.team.rank % len(told["rng"])]  # there may be more processes now
+        torch.set_rng_state(random.cpu())
+        return told | whole
+
+    def _read(self, arm: str) -> dict[str, Any] | None:
+        """The checkpoint, if there is one of this arm."""
+        if not self.checkpoint.exists():
             return None
         try:
             state = torch.load(self.checkpoint, map_location=device(), weights_only=True)
@@ -302,7 +319,6 @@ class Run:
         if state["arm"] != arm:
             return None
         self._compare(state["settings"])
-        torch.set_rng_state(state["rng"].cpu())
         return state
 
     def say(self, line: str) -> None:
@@ -316,14 +332,27 @@ class Run:
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[now]}", markup=False),
         )
         with Progress(*columns, console=console) as bars, self.interrupt:
-            bar = bars.add_task(arm, total=stop, completed=start)
+            self._now = {}
+            bar = bars.add_task(arm, total=stop, completed=start, now="")
             for step in range(start, stop):
+                self.interrupt.wanted = self.team.agrees(self.interrupt.wanted)
                 if self.interrupt.wanted:
                     return
                 yield step
-                bars.update(bar, completed=step + 1)
+                bars.update(bar, completed=step + 1, **self._now)
+
+    def live(
+        self,
+        loss: Tensor | float | None,
+        optimizer: Optimizer | None = None,
+        handle: optx.Handle | None = None,
+    ) -> None:
+        """Show a step's loss and metrics beside the bar; at most twice a second, and on a terminal alone."""
+        if (line := self._live.line(loss, optimizer, handle)) is not None:
+            self._now = {"now": line}
 
 
 def warmed_up(optimizer: Optimizer, steps: int) -> LambdaLR:

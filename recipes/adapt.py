@@ -69,6 +69,7 @@ def train(arm: str, seed: int, lr: float, data: Sentences, test: Sentences, args
         optimizer.step()
         scheduler.step()
         losses.append(loss.item())
+        run.live(losses[-1], optimizer, handle)
     if run.interrupt.wanted:
         return None
     return {

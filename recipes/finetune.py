@@ -7,6 +7,9 @@ KL(pretrained || tuned) in nats a token, on general English and on the model's o
 after; the loss on general English; memory; times. What moves less drifts less: hold an arm against AdamW at a
 smaller rate too, as in ``--arms adamw,adamw@0.5,adamw+hft``.
 
+``torchrun --nproc-per-node 2 -m optx.recipes.finetune`` trains on two processes, which share a batch (DDP);
+with ``--fsdp`` the weights too (FSDP2). One process with the same ``--batch`` gives the same numbers.
+
 Source: HFT, arXiv 2404.18466; AdamR, arXiv 2410.09344.
 """
 
@@ -22,7 +25,7 @@ from torch.optim import Optimizer
 
 import optx
 
-from . import _assets, _drift, _finetune_report, _text
+from . import _assets, _drift, _finetune_report, _parallel, _text
 from ._options import SEEDS, path, positive, rate, whole
 from ._run import (
     Run,
@@ -68,25 +71,35 @@ class Measures(NamedTuple):
         drift: from the pretrained model.
         tokenizer: the model's.
         asked: the prompts.
+        answer_length: tokens of an answer, at most.
     """
 
     data: _text.TextData
     drift: _drift.Drift
     tokenizer: Any
     asked: Sequence[str]
+    answer_length: int
 
-    def point(self, model: nn.Module) -> dict[str, float]:
+    def point(self, model: nn.Module, team: _parallel.Team) -> dict[str, float]:
         """Where the model is now."""
-        return {"held_out": _text.loss_on(model, self.data.held_out)} | self.drift.measure(model)
+        with team.whole(model):
+            return {"held_out": _text.loss_on(model, self.data.held_out)} | self.drift.measure(model)
+
+    def answers(self, model: nn.Module, team: _parallel.Team) -> _drift.Answers:
+        """What it answers now."""
+        with team.whole(model):
+            return _drift.answers(model, self.tokenizer, self.asked, self.answer_length)
 
 
 def train(arm: str, seed: int, measures: Measures, args: Any, run: Run) -> dict[str, Any] | None:
     """Fine-tune from the pretrained weights with one arm's optimizer; None if interrupted."""
     torch.manual_seed(seed)
+    team = run.team
     model = _assets.language_model(args.model)[0].to(device())
+    method, factor = arm_and_factor(arm)
+    trained = team.spread(model, idle="hft" in method)  # several processes: DDP or FSDP2; else the model
     pretrained = [p.detach().clone() for p in model.parameters()]
 
-    method, factor = arm_and_factor(arm)
     lr = factor * args.lr
     optimizer: Optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
     optimizer = ARMS[method](optimizer, model, seed)
@@ -95,45 +108,43 @@ def train(arm: str, seed: int, measures: Measures, args: Any, run: Run) -> dict[
     key = f"{arm}/{seed}"
     log: dict[str, Any] = {"step": 0, "loss": [], "curve": [], "step_s": [], "optimizer_s": []}
     if saved := run.load(key):
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        team.restore(model, optimizer, saved)
         scheduler.load_state_dict(saved["scheduler"])
         log = saved["log"]
 
     looked_at = {args.steps * part // 3 for part in (1, 2, 3)}
     for step in run.steps(f"{arm}, seed {seed}", log["step"], args.steps):
-        tokens = measures.data.batch(step, args.batch, seed)
+        tokens = team.share(measures.data.batch(step, args.batch, seed))
         started = clock()
-        loss = model(input_ids=tokens, labels=tokens).loss
+        loss = trained(input_ids=tokens, labels=tokens).loss
         optimizer.zero_grad()
         loss.backward()
         before = clock()
         optimizer.step()
         ended = clock()
         scheduler.step()
-        log["loss"].append(loss.item())
+        log["loss"].append(team.mean(loss))
+        run.live(log["loss"][-1], optimizer)
         log["step_s"].append(ended - started)
         log["optimizer_s"].append(ended - before)
         log["step"] = step + 1
         if log["step"] in looked_at:
-            log["curve"].append({"step": log["step"]} | measures.point(model))
+            log["curve"].append({"step": log["step"]} | measures.point(model, team))
             run.say(_finetune_report.line(arm, log["curve"][-1]))
 
     if log["step"] < args.steps:
-        states = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-        run.save(key, {"log": log} | {name: part.state_dict() for name, part in states.items()})
+        states = team.states(model, optimizer) | {"scheduler": scheduler.state_dict()}
+        run.save(key, {"log": log} | states)
         return None
-    pairs = zip(model.parameters(), pretrained, strict=True)
-    moved = sum(float((now.detach() - before).square().sum()) for now, before in pairs)
     return {
         "loss": log["loss"],
         "curve": log["curve"],
-        "distance": moved**0.5,
+        "distance": _parallel.distance(model.parameters(), pretrained),
         "gradient_bytes": gradient_bytes(optimizer),
         "state_bytes": state_bytes(optimizer),
         "optimizer_ms": median_ms(log["optimizer_s"]),
         "step_ms": median_ms(log["step_s"]),
-        "answers": _drift.answers(model, measures.tokenizer, measures.asked, args.answer_length).texts,
+        "answers": measures.answers(model, team).texts,
     }
 
 
@@ -152,37 +163,54 @@ def options() -> ArgumentParser:
         # AdamW's best by loss on held-out Shakespeare: 5e-5 came to 3.525, 1e-4 to 3.510, 2e-4 to 3.523, with
         # a seed that is in no table (100). As many steps as six minutes on two cores leave to three arms.
         lr={"type": rate, "default": 1e-4, "help": "peak learning rate"},
-        batch={"type": positive, "default": 1, "help": "blocks a step"},
+        batch={
+            "type": positive,
+            "default": _parallel.processes(),
+            "help": "blocks a step, of all processes together",
+        },
         length={"type": whole(4), "default": 256, "help": "tokens of a block"},
         answer_length={"type": positive, "default": 48, "help": "tokens of an answer, at most"},
         eval_blocks={"type": positive, "default": 8, "help": "blocks of each text to measure losses on"},
         resume={"action": "store_true", "help": "go on with an interrupted run"},
+        fsdp=_parallel.FSDP,
     )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the arms one after the other and report."""
-    args = options().parse_args(argv)
-    asked_for = [arm_and_factor(name) for name in args.arms.split(",") if name.strip()]
-    chosen(",".join(arm for arm, _ in asked_for), ARMS)
-    arms = list(dict.fromkeys(arm if factor == 1 else f"{arm}@{factor:g}" for arm, factor in asked_for))
-    asked = _drift.prompts(args.prompts)
-    run = Run(args.out, settings_of(args), args.resume, args.overwrite)
-    if "before" in run.results and run.results["before"]["prompts"] != list(asked):
-        raise SettingsError(f"--resume: the run in {args.out} asked other prompts than --prompts has now.")
+    """Run the arms one after the other and report; under torchrun, on all of its processes."""
+    with _parallel.team(options(), argv) as (team, args):
+        asked_for = [arm_and_factor(name) for name in args.arms.split(",") if name.strip()]
+        chosen(",".join(arm for arm, _ in asked_for), ARMS)
+        arms = list(dict.fromkeys(arm if factor == 1 else f"{arm}@{factor:g}" for arm, factor in asked_for))
+        asked = _drift.prompts(args.prompts)
+        team.divides(args.batch)
+        run = Run(args.out, settings_of(args), args.resume, args.overwrite, team)
+        if "before" in run.results and run.results["before"]["prompts"] != list(asked):
+            raise SettingsError(
+                f"--resume: the run in {args.out} asked other prompts than --prompts has now."
+            )
+        measures, before = measured_before(asked, args, team)
+        run.results.setdefault("before", before)
+        for seed in range(args.seed, args.seed + args.seeds):
+            for arm in arms:
+                run.part(f"{arm}/{seed}", train, arm, seed, measures, args, run)
+        if team.leads:
+            run.checkpoint.unlink(missing_ok=True)
+            _finetune_report.report(run, arms)
+
+
+def measured_before(asked: Sequence[str], args: Any, team: _parallel.Team) -> tuple[Measures, dict[str, Any]]:
+    """What the arms are measured with, made from the pretrained model, and how that one does."""
+    with team.in_turn():
+        _text.bring(args)
     model, tokenizer = _assets.language_model(args.model)
     model.to(device())
-    data = _text.load(tokenizer, args)
     own = _drift.answers(model, tokenizer, asked, args.answer_length)
-    measures = Measures(data, _drift.Drift(model, data.general, own), tokenizer, asked)
-    if "before" not in run.results:
-        run.results["before"] = measures.point(model) | {"prompts": list(asked), "answers": own.texts}
-    del model
-    for seed in range(args.seed, args.seed + args.seeds):
-        for arm in arms:
-            run.part(f"{arm}/{seed}", train, arm, seed, measures, args, run)
-    run.checkpoint.unlink(missing_ok=True)
-    _finetune_report.report(run, arms)
+    data = _text.load(tokenizer, args)
+    drift = _drift.Drift(model, data.general, own)
+    measures = Measures(data, drift, tokenizer, asked, args.answer_length)
+    before = measures.point(model, team) | {"prompts": list(asked), "answers": own.texts}
+    return measures, before
 
 
 if __name__ == "__main__":

@@ -94,6 +94,7 @@ def train(arm: str, seed: int, args: Any, run: Run) -> dict[str, list[float]] | 
             for name, value in now.items():
                 log.setdefault(name, []).append(value)
         optimizer.step()
+        run.live(loss, optimizer)
     return None if run.interrupt.wanted else log
 
 

@@ -75,6 +75,7 @@ def fine_tune(expert: Expert, trained: str, label: str, seed: int, args: Any, ru
         loss.backward()
         optimizer.step()
         scheduler.step()
+        run.live(loss, optimizer)
     if not run.interrupt.wanted:
         expert.save()
     return not run.interrupt.wanted

@@ -61,6 +61,7 @@ def train(arm: str, seed: int, args: Namespace, run: Run) -> dict[str, Any] | No
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
+        run.live(losses[-1])
         seconds.append(clock() - started)
     if len(losses) < args.steps:
         return None

@@ -67,6 +67,7 @@ def train(arm: str, seed: int, args: Any, run: Run) -> dict[str, Any] | None:
         started = clock()
         step(model, optimizer, views["learn new"], args.batch)
         log["seconds"].append(clock() - started)
+        run.live(None, optimizer)
         if (now + 1) % args.every == 0 or now == args.steps - 1:
             log["step"].append(now + 1)
             for view in ("old", "new"):

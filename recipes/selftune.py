@@ -64,6 +64,7 @@ def self_tuned(arm: str, seed: int, data: Data, args: Any, run: Run) -> dict[str
             with stn.valid_batch(x):
                 F.cross_entropy(model(x), y).backward()
             stn.step_hparams()
+        run.live(loss, handle=stn)
     seconds = clock() - start
     if run.interrupt.wanted:
         return None

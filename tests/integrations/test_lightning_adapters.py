@@ -240,16 +240,12 @@ def test_what_is_wrong_is_told_before_anything_is_trained(tmp_path: Path) -> Non
 
 
 def test_strategies_are_refused_by_name() -> None:
-    from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+    from lightning.pytorch.strategies import FSDPStrategy
 
     from optx.integrations.lightning import _check_strategy
 
     with pytest.raises(optx.OptxError, match=r"FSDPStrategy is FSDP1.*ModelParallelStrategy"):
         _check_strategy(FSDPStrategy(), [])
-    whole_models = ModelParallelStrategy(save_distributed_checkpoint=False)
-    _check_strategy(whole_models, [])
-    with pytest.raises(optx.OptxError, match=r"save_distributed_checkpoint=False\) reads whole models alone"):
-        _check_strategy(whole_models, [Module().handle])
 
 
 def test_another_adapter_or_base_is_told(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import recipe_models
 import torch
 
 pytest.importorskip("transformers")
@@ -17,55 +18,24 @@ pytest.importorskip("matplotlib")
 
 from optx.recipes import _drift, _finetune_report, _run, finetune, grokking
 
-WORDS = (
-    "the king is dead and the crown lies upon the ground while a cold wind blows from the sea " * 80
-).strip()
-
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a Llama of two layers and a tokenizer of single bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("llama")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytewise = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytewise.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=bytewise).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(alphabet),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        attention_dropout=0.1,  # so that a resumed run needs torch's random state too
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return folder
+    """Its dropout needs torch's random state in a resumed run too."""
+    return recipe_models.llama(tmp_path_factory.mktemp("llama"), dropout=0.1)
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("texts")
-    data, general = folder / "data.txt", folder / "general.txt"
-    data.write_text(WORDS)
-    general.write_text(WORDS[::-1])
-    return data, general
+def texts(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return recipe_models.texts(tmp_path_factory.mktemp("texts"))
 
 
 @pytest.fixture
-def options(llama: Path, texts: tuple[Path, Path]) -> list[str]:
-    data, general = map(str, texts)
+def options(llama: Path, texts: list[str]) -> list[str]:
     small = ["--steps", "6", "--length", "32", "--eval-blocks", "4", "--lr", "0.01", "--answer-length", "6"]
-    return ["--model", str(llama), "--data", data, "--general", general, *small]
+    return ["--model", str(llama), *texts, *small]
 
 
 def results(folder: Path) -> dict[str, Any]:
