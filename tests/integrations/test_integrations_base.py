@@ -159,8 +159,16 @@ def test_the_implementation_flag_of_the_base_changes_nothing(flag: str, path: An
     assert close(*nets)
 
 
-@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RAdam])
-@both_paths
+@pytest.mark.parametrize(
+    ("base", "path"),
+    [
+        *(
+            (base, False)
+            for base in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.RAdam)
+        ),
+        *((base, "auto") for base in (torch.optim.SGD, torch.optim.AdamW)),  # seconds of compiling each
+    ],
+)
 def test_maximize_is_minimising_the_negative(base: Any, path: Any) -> None:
     up, down = make_net(), make_net()
     for net, sign, options in ((up, -1.0, {"maximize": True}), (down, 1.0, {})):
@@ -203,8 +211,14 @@ def test_differentiable_without_a_transform_is_the_bases_own() -> None:
 # ---- parameters that change after wrapping ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
-@both_paths
+@pytest.mark.parametrize(
+    ("dtype", "path"),
+    [
+        *((dtype, False) for dtype in (torch.float64, torch.float16, torch.bfloat16)),
+        *((dtype, "auto") for dtype in (torch.float64, torch.bfloat16)),  # seconds of compiling each
+    ],
+    ids=str,
+)
 def test_the_model_is_cast_after_wrapping(dtype: torch.dtype, path: Any) -> None:
     def wrapped(net: nn.Module) -> optx.Wrapped:
         base = torch.optim.AdamW(net.parameters(), lr=0.01, eps=1e-4)  # 1e-8 is 0 in float16

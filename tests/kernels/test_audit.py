@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import os
 import pkgutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 
 import optx.transforms
 from optx import _audit as audit_cases
+from optx import cli
 from optx._audit import Case
 from optx.kernels.audit import assembly as audit_asm
 from optx.kernels.audit import report as audit
@@ -44,19 +44,9 @@ def update(case: Case, target: audit.Target) -> audit.Row:
 
 def test_the_command_passes_and_writes_its_rows(tmp_path: Path) -> None:
     file = tmp_path / "audit.json"
-    command = [
-        sys.executable,
-        "-m",
-        "optx.cli",
-        "audit",
-        "--quick",
-        "--only",
-        "^PerpGrad . AdamW$",
-        "--json",
-        str(file),
-    ]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=1200)
-    assert run.returncode == 0, run.stdout + run.stderr
+    command = ["audit", "--quick", "--only", "^PerpGrad . AdamW$", "--json", str(file)]
+    run = CliRunner().invoke(cli.app, command)
+    assert run.exit_code == 0, run.output
     rows = json.loads(file.read_text())["rows"]
     assert {r["target"] for r in rows} == {"sm_90", "gfx942"}
     assert {r["kernel"] for r in rows} == {"reduce_0", "scalars_0", "update", "commit"}
@@ -64,16 +54,15 @@ def test_the_command_passes_and_writes_its_rows(tmp_path: Path) -> None:
     assert [moved["sm_90", k] for k in ("reduce_0", "update", "commit")] == [8.0, 28.0, 0.0]
     assert [moved["gfx942", k] for k in ("reduce_0", "update", "commit")] == [8.0, 28.0, 0.0]
     assert all(r["machine"]["registers"] > 0 and r["machine"]["spills"] == 0 for r in rows)
-    assert "10.7" in run.stdout  # 36 bytes at 3.35 TB/s, in ms per billion parameters
+    assert "10.7" in run.output  # 36 bytes at 3.35 TB/s, in ms per billion parameters
 
 
-def test_it_refuses_the_interpreter_and_an_empty_selection() -> None:
-    command = [sys.executable, "-m", "optx.cli", "audit"]
-    interpreted = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}
-    )
-    assert interpreted.returncode == 2
-    assert "TRITON_INTERPRET=1" in interpreted.stderr
+def test_it_refuses_the_interpreter_and_an_empty_selection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    interpreted = CliRunner().invoke(cli.app, ["audit"])
+    assert interpreted.exit_code == 2
+    assert "TRITON_INTERPRET=1" in interpreted.output
+    monkeypatch.delenv("TRITON_INTERPRET")
     assert audit_cases.main(["--quick", "--only", "no such program"]) == 1
 
 
