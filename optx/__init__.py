@@ -54,7 +54,7 @@
             to_config                                         and back
 
     engine  optx.integrations                                 other people's trainers, one line in each
-            transformers                                      Trainer, and TRL's trainers
+            transformers  accelerate  lightning               Trainer (TRL's too), Accelerator, Lightning's
 
     errors  OptxError, and of it FileError  FusedError  MergeError  ShapeError  TargetError  TransformError
 

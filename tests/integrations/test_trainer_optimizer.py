@@ -82,7 +82,7 @@ def test_a_transform_that_needs_the_model_gets_it(tmp_path: Path) -> None:
     made = trainer(
         tmp_path,
         None,  # type: ignore[arg-type]
-        model_init=llama,
+        model_init=lambda: llama(),
         optimizer_cls_and_kwargs=optimizer(torch.optim.AdamW, half),
         max_steps=1,
         save_strategy="no",
@@ -94,7 +94,7 @@ def test_a_transform_that_needs_the_model_gets_it(tmp_path: Path) -> None:
     fixed = trainer(
         tmp_path,
         None,  # type: ignore[arg-type]
-        model_init=llama,
+        model_init=lambda: llama(),
         optimizer_cls_and_kwargs=optimizer(torch.optim.AdamW, optx.PerpGrad()),
         max_steps=1,
         save_strategy="no",
