@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import sys
@@ -84,6 +85,25 @@ def _nothing_compiled_stays() -> Iterator[None]:
     frames: Any = sys.modules.get("torch._dynamo.convert_frame")
     if frames is not None and frames.FRAME_COUNTER:
         torch._dynamo.reset()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collectstart() -> None:
+    """What is imported and collected stays: nobody needs to look through a million objects for dead ones."""
+    gc.disable()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Nor afterwards: a look through all takes a second, and some tests, and calls of optx, ask for one."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """Else bindings complain, at Python's end, of what was not freed."""
+    gc.unfreeze()
 
 
 # The longest, half a minute and more each: begun last, one would leave the other worker idle.

@@ -10,9 +10,15 @@ from torch import Tensor, nn
 
 from optx._errors import OptxError
 from optx.inject._handle import Handle
+from optx.integrations._accelerate_sharded import ShardedAdapters
 from optx.integrations._adapter_checkpoint import REST, AdapterCheckpoint
 
 WHERE = "adapters_only"
+_REFUSED = {
+    "FSDP": "FSDP1, whose flat parameters optx does not serve (fsdp_version=2 is served)",
+    "DEEPSPEED": "DeepSpeed",
+    "MEGATRON_LM": "Megatron-LM",
+}
 
 
 class AdaptersOnly:
@@ -27,6 +33,9 @@ class AdaptersOnly:
         self._accelerator = accelerator
         self._model = prepared_model(accelerator, handles)
         self._checkpoint = AdapterCheckpoint(accelerator.unwrap_model(self._model), handles, WHERE)
+        if accelerator.is_fsdp2:
+            self._hooks: list[Any] = [ShardedAdapters(accelerator, self._model, handles)]
+            return
         self._hooks = [
             accelerator.register_save_state_pre_hook(self._save),
             accelerator.register_load_state_pre_hook(self._load),
@@ -92,14 +101,8 @@ def prepared_model(accelerator: Any, handles: Sequence[Handle]) -> nn.Module:
 
 def _check_kind(accelerator: Any) -> None:
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
-    if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
-        what = {
-            "FSDP": "FSDP2"
-            if accelerator.is_fsdp2
-            else "FSDP1, which optx does not serve: set fsdp_version=2",
-            "DEEPSPEED": "DeepSpeed",
-            "MEGATRON_LM": "Megatron-LM",
-        }[kind]
+    if kind in _REFUSED and not accelerator.is_fsdp2:
+        what = _REFUSED[kind]
         raise OptxError(
             f"{WHERE}: this Accelerator saves with {what}, whose checkpoints are written before its hooks "
             "are asked. Use accelerator.save_state() for the whole, and handle.save(folder) for the adapter."

@@ -75,7 +75,8 @@ class AdapterCheckpoint:
         Raises:
             FileError: a file is damaged, or of another model, rank or choice of targets.
         """
-        rest, left_out = _read(folder / REST) if (folder / REST).exists() else ({}, {})
+        nothing: tuple[dict[str, Tensor], dict[str, Any]] = {}, {}
+        rest, left_out = _read(folder / REST) if (folder / REST).exists() else nothing
         self._base.tell_of_another(left_out)
         here = dict(saved_tensors(self.module))
         found = {key.removeprefix(_MODEL): t for key, t in rest.items() if key.startswith(_MODEL)}
@@ -92,7 +93,7 @@ class AdapterCheckpoint:
 
 
 def _write(file: Path, tensors: Mapping[str, Tensor], left_out: str) -> None:
-    from safetensors.torch import save_file
+    from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 
     # Copies: safetensors takes no two names of one storage.
     copies = {key: t.detach().cpu().clone().contiguous() for key, t in tensors.items()}
@@ -100,11 +101,12 @@ def _write(file: Path, tensors: Mapping[str, Tensor], left_out: str) -> None:
         save_file(copies, aside, metadata={"optx_left_out": left_out})
 
 
-def _read(file: Path) -> tuple[dict[str, Tensor], Any]:
+def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="pt") as opened:
+        with safe_open(file, framework="pt") as given:
+            opened: Any = given
             left_out = from_text((opened.metadata() or {})["optx_left_out"])
             return {key: opened.get_tensor(key) for key in opened.keys()}, left_out  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError, OSError) as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +114,7 @@ def saved_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     Not ``state_dict()``: hooks of ours and of others change what that says.
     """
-    every: Iterator[tuple[str, nn.Module]] = module.named_modules(remove_duplicate=False)
+    every = cast("Iterator[tuple[str, nn.Module]]", module.named_modules(remove_duplicate=False))
     for path, one in every:
         start = f"{path}." if path else ""
         unsaved: set[str] = one._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]

@@ -30,6 +30,7 @@ class AdaptersOnly:
 
     Attributes:
         handles: whose adapters the module's state dict holds.
+        acting: whether it does so now.
     """
 
     def __init__(self, module: nn.Module, handles: Sequence[Handle]) -> None:
@@ -41,6 +42,7 @@ class AdaptersOnly:
             )
         self._base = BaseLeftOut(module, handles, "adapters_only")
         self._module, self.handles = module, list(handles)
+        self.acting = True
         self._beside: dict[int, dict[str, Tensor]] = {}
         self._hooks = [
             # torch marks the first hook as its own, and a bound method takes no marks.
@@ -62,6 +64,8 @@ class AdaptersOnly:
         self._base.settle()
 
     def _leave_out(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+        if not self.acting:
+            return
         left_out = self._base.names()
         sharded = False
         for key in [key for key in state_dict if key.startswith(prefix)]:
@@ -77,6 +81,8 @@ class AdaptersOnly:
                 state_dict[f"{prefix}{MARK}.{number}.{key}"] = t
 
     def _fill_in(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        if not self.acting:
+            return
         mark = state_dict.pop(f"{prefix}{MARK}", None)
         here = dict(saved_tensors(module))
         self._base.loaded(name for name in here if prefix + name in state_dict)

@@ -44,8 +44,9 @@ def adapters_only(accelerator: Accelerator, *handles: Handle) -> AdaptersOnly:
         An object whose ``remove()`` undoes it.
 
     Raises:
-        OptxError: the handles are of no prepared model; or it is sharded (FSDP1, FSDP2, DeepSpeed), where
-            Accelerate writes the model before anyone is asked.
+        OptxError: the handles are of no prepared model; or it is saved by FSDP1, DeepSpeed or Megatron-LM,
+            which write the model before anyone is asked. (FSDP2 is served, with torch's distributed
+            checkpoints in place of the file of what else has changed.)
 
     Example:
         >>> import torch, optx, os, tempfile

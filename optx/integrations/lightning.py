@@ -245,6 +245,11 @@ def _check_strategy(strategy: Any, handles: list[Handle]) -> None:
             "OptxCallback: FSDPStrategy is FSDP1, whose flat parameters optx does not serve. Use "
             "ModelParallelStrategy with fully_shard in configure_model (FSDP2), or strategy='ddp'."
         )
+    if handles and not getattr(strategy, "_save_distributed_checkpoint", True):
+        raise OptxError(
+            "OptxCallback: ModelParallelStrategy(save_distributed_checkpoint=False) reads whole models "
+            "alone. Leave save_distributed_checkpoint out (the default is True)."
+        )
     if "DeepSpeedStrategy" in names and (handles or strategy.zero_stage_3):
         why = (
             "with ZeRO-3 partitions parameters, which optx does not serve"

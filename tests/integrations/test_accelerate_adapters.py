@@ -14,6 +14,7 @@ import optx
 pytest.importorskip("accelerate")
 
 from accelerate_run import SAVED, Run, fresh, same, spoil
+from injections import llama
 from stn_loop import mlp, sgd, train_step, tuned, valid_step
 
 from optx.integrations.accelerate import adapters_only
@@ -257,3 +258,60 @@ def test_several_optimizers_have_names_of_their_own() -> None:
     found = optx.integrations.accelerate.metrics(accelerator)
     assert (found["optx/lr"], found["optx_2/lr"]) == (0.1, 0.2)
     assert not any("3" in name for name in found)
+
+
+# ---- models larger than memory ----------------------------------------------------------------------------
+
+
+def on_disk(model: Any, folder: Path) -> Any:
+    from accelerate import dispatch_model
+
+    places = {name: "cpu" for name, _ in model.named_children()}
+    del places["model"]
+    inside = {f"model.{name}": "cpu" for name, _ in model.model.named_children() if name != "layers"}
+    layers = {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    return dispatch_model(model, {**places, **inside, **layers}, main_device="cpu", offload_dir=str(folder))
+
+
+def offloaded(model: Any, folder: Path) -> Any:
+    from accelerate import cpu_offload
+
+    return cpu_offload(model, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("place", [on_disk, offloaded])
+def test_offloaded_models_train_are_evaluated_and_resume(place: Any, tmp_path: Path) -> None:
+    """Attached after the model was placed: the adapter stays, and the base comes and goes."""
+    ids = torch.arange(3, 10)[None]
+
+    def start(placed: bool) -> tuple[Any, Any, Any, optx.Handle]:
+        accelerator, model = fresh(), llama(2)
+        if placed:
+            model = place(model, tmp_path / "offload")
+        handle = optx.attach(model, optx.LoRA(rank=2))
+        optx.trainable_only(model, handle)
+        opt = optx.wrap(torch.optim.AdamW(handle.parameters(), lr=1e-2), optx.PerpGrad())
+        model, opt = accelerator.prepare(model, opt, device_placement=[not placed, True])
+        adapters_only(accelerator, handle)
+        return accelerator, model, opt, handle
+
+    def train(parts: tuple[Any, Any, Any, optx.Handle]) -> Tensor:
+        accelerator, model, opt, _ = parts
+        for _ in range(2):
+            accelerator.backward(model(input_ids=ids, labels=ids).loss)
+            opt.step()
+            opt.zero_grad()
+        with torch.no_grad():
+            return model(ids).logits
+
+    here, there = start(placed=False), start(placed=True)
+    assert any(p.is_meta for p in there[1].parameters())
+    train(here)
+    train(there)
+    there[0].save_state(str(tmp_path / "state"))
+    wanted = train(here)
+    torch.testing.assert_close(train(there), wanted)
+    again = start(placed=True)
+    again[0].load_state(str(tmp_path / "state"))
+    torch.testing.assert_close(train(again), wanted)
+    assert all(map(torch.equal, again[3].parameters(), there[3].parameters()))

@@ -107,9 +107,10 @@ def test_automatic_optimization_resumes(options: dict[str, Any], steps: int, tmp
     resume = tmp_path / f"epoch=0-step={steps}.ckpt"
     fit(tmp_path / "b", again, OptxCallback(again.handle), resume=resume, **options)
     assert same(whole, again)
-    held = saved(tmp_path / "last.ckpt")["state_dict"]
     statistics = {f"net.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
-    assert set(held) == adapter_names(whole) | statistics | {"optx_adapters_only"}
+    for last in (tmp_path / "last.ckpt", tmp_path / "b" / "last.ckpt"):
+        held = saved(last)["state_dict"]
+        assert set(held) == adapter_names(whole) | statistics | {"optx_adapters_only"}
 
 
 def test_a_scaler_and_manual_optimization_of_two_optimizers(tmp_path: Path) -> None:
@@ -240,12 +241,16 @@ def test_what_is_wrong_is_told_before_anything_is_trained(tmp_path: Path) -> Non
 
 
 def test_strategies_are_refused_by_name() -> None:
-    from lightning.pytorch.strategies import FSDPStrategy
+    from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
     from optx.integrations.lightning import _check_strategy
 
     with pytest.raises(optx.OptxError, match=r"FSDPStrategy is FSDP1.*ModelParallelStrategy"):
         _check_strategy(FSDPStrategy(), [])
+    whole_models = ModelParallelStrategy(save_distributed_checkpoint=False)
+    _check_strategy(whole_models, [])
+    with pytest.raises(optx.OptxError, match=r"save_distributed_checkpoint=False\) reads whole models alone"):
+        _check_strategy(whole_models, [Module().handle])
 
 
 def test_another_adapter_or_base_is_told(tmp_path: Path) -> None:
@@ -262,6 +267,22 @@ def test_another_adapter_or_base_is_told(tmp_path: Path) -> None:
     adapters_only(changed, changed.handle)
     with pytest.warns(UserWarning, match=r"'net\.0\.weight' of the base model is not the one"):
         changed.load_state_dict(state)
+
+
+def test_a_cast_is_no_change_and_what_was_loaded_is_one() -> None:
+    from optx.integrations.lightning import keeper_of
+
+    module, resumed = Module(keeps=True), Module(keeps=True)
+    with torch.no_grad():
+        module.net[1].running_mean.add_(1)
+    resumed.load_state_dict(module.state_dict())
+    for one in (module, resumed):
+        one.to(torch.bfloat16)
+        keeper = keeper_of(one)
+        assert keeper is not None
+        keeper.settle()
+    assert "net.0.weight" not in resumed.state_dict()
+    assert "net.1.running_mean" in resumed.state_dict()
 
 
 def test_the_other_namespace(tmp_path: Path) -> None:

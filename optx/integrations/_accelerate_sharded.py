@@ -1,0 +1,51 @@
+"""Checkpoints of adapters where Accelerate shards a model (FSDP2), and writes it before it asks any hook."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from optx.inject._handle import Handle
+from optx.integrations import _adapter_folders
+from optx.integrations._module_checkpoints import AdaptersOnly
+
+
+class ShardedAdapters:
+    """Has a sharded model's state dict be the adapters' while its Accelerator saves or loads.
+
+    The Accelerator's two methods are replaced on the object, as nothing else is asked in time.
+    """
+
+    def __init__(self, accelerator: Any, model: nn.Module, handles: Sequence[Handle]) -> None:
+        self._accelerator, self._handles = accelerator, handles
+        self._keeper = AdaptersOnly(model, handles)
+        self._keeper.acting = False
+        for name in ("save_state", "load_state"):
+            setattr(accelerator, name, self._acting_in(getattr(accelerator, name)))
+        self._hook = accelerator.register_save_state_pre_hook(self._save_folders)
+
+    def remove(self) -> None:
+        """Have the Accelerator save and load whole models again."""
+        self._hook.remove()
+        self._keeper.remove()
+        for name in ("save_state", "load_state"):
+            self._accelerator.__dict__.pop(name, None)
+
+    def _acting_in(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*args: Any, **options: Any) -> Any:
+            self._keeper.acting = True
+            try:
+                return method(*args, **options)
+            finally:
+                self._keeper.acting = False
+
+        return call
+
+    def _save_folders(self, models: Any, weights: Any, output_dir: str) -> None:
+        """What `optx.attach` and PEFT read, beside what Accelerate reads; every rank gathers it."""
+        _adapter_folders.save(self._handles, Path(output_dir), True)
