@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from optx.kernels import cpu
 from optx.kernels.step.cpu_text import Args
@@ -108,6 +109,11 @@ class CpuStep(Step):
             if len(self._starts):
                 self._sums[self._filled] = np.add.reduceat(self._partials, self._starts)
 
+    @property
+    def computed(self) -> Tensor:
+        """After a step, a row of numbers for each tensor."""
+        return torch.from_numpy(self.cols)  # pyright: ignore[reportUnknownMemberType]
+
     def set_key(self, key: int | Sequence[int]) -> None:
         """The key of this step's random draws, for all groups or for each."""
         self._keys[:] = key
@@ -148,7 +154,7 @@ class CpuStep(Step):
         Goes from the last chunk to the first: what the pass before read last is still in cache.
         """
         self._each_chunk("update")
-        if self.program.observe:
+        if self.program.left:
             self._fold()
 
     def commit(self) -> None:

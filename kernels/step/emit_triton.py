@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from types import ModuleType
 
 from optx.kernels.generated import load_module
 from optx.kernels.step.layout import Columns, Layout, partials_per_chunk
-from optx.kernels.step.program import NUMBER_KINDS, W0, Call, Level, Program, Ref
+from optx.kernels.step.program import NUMBER_KINDS, W0, Call, G, Level, Program, Ref
 from optx.kernels.step.text import indent, rule_name, variable
 from optx.kernels.step.triton_text import JIT, dialect, wrapped
 
@@ -42,6 +43,7 @@ _LIBRARY = [
     *("stream", "whole_number", "widen", "write"),
 ]
 _NUMBERS = (*NUMBER_KINDS, "cell")
+_GIVEN = Ref("local", "given")
 
 
 @functools.cache
@@ -90,7 +92,7 @@ class _Emitter:
         ]
         narrow = [c.rule for c in (*p.update, *(c for level in p.levels for c in level.prefix))]
         wide = [c.rule for level in p.levels for c in (*level.sums, *level.scalars, *level.finish)]
-        wide += [c.rule for c in p.observe]
+        wide += [c.rule for c in (*p.observe, *p.meter)]
         lines += dialect(narrow, self.suffix, self.math)
         known = set(narrow) if self.suffix == "_64" else set[object]()
         lines += dialect([r for r in wide if r not in known], "_64", "tl.float64")
@@ -271,21 +273,24 @@ class _Emitter:
 
     def _update(self) -> list[str]:
         p = self.program
-        calls = (*p.update, *p.observe)
-        roles = [r for r in self._roles(calls) if r != "kahan"]
+        # The gradient that the step was given, which rules exchange.
+        meter = [replace(c, args=tuple(_GIVEN if r == G else r for r in c.args)) for c in p.meter]
+        watched = (*p.observe, *meter)
+        roles = [r for r in self._roles((*p.update, *p.observe, *p.meter)) if r != "kahan"]
         if "w" not in roles:
             roles.insert(0, "w")
         body = self._loads(roles)
-        body += ["w0 = w"] if any(W0 in c.args for c in calls) else []
+        body += ["w0 = w"] if any(W0 in c.args for c in (*p.update, *watched)) else []
+        body += [f"{variable(_GIVEN)} = g"] if any(_GIVEN in c.args for c in meter) else []
         body += self._calls(p.update, self.suffix)
         stored = [r for r in self.table.roles if r in p.stored_slots]
-        observed = [self._call(c, "_64", sums=True) for c in p.observe]
-        again = [r for r in self._roles(p.observe) if r in ("w", *stored) and self._loses(r)]
+        observed = [self._call(c, "_64", sums=True) for c in watched]
+        again = [r for r in self._roles(watched) if r in ("w", *stored) and self._loses(r)]
         stores = self._stores(stored, again)
         # What is observed is what was stored.
         body += [*stores, *observed] if again else [*observed, *stores]
-        sums = [variable(r) for c in p.observe for r in c.writes]
-        numbers = self._block_numbers(p.update, p.observe)
+        sums = [variable(r) for c in watched for r in c.writes]
+        numbers = self._block_numbers(p.update, watched)
         return self._chunk_kernel("update", roles, numbers, body, sums, random=bool(self.draws))
 
     def _loses(self, role: str) -> bool:
@@ -394,7 +399,7 @@ class _Emitter:
 
     def _commit(self) -> list[str]:
         """Step count, what scalars wrote, observed sums and count of draws become state, unless skipped."""
-        observed = [r for c in self.program.observe for r in c.writes]
+        observed = [r for c in (*self.program.observe, *self.program.meter) for r in c.writes]
         body: list[str] = []
         if self.layout.counted:
             step = f"tl.load(numbers + {self.table.cols.index('step')}).to(tl.float32)"
@@ -402,7 +407,8 @@ class _Emitter:
         for name in self.program.kept:
             body.append(self._put(name, f"tl.load(numbers + {self.table.cols.index(name)})"))
         for ref, total in self._folds(observed):
-            body.append(self._put(ref.name, total))
+            at = f"numbers + {self.table.cols.index(ref.name)}" if ref.kind == "col" else ""
+            body.append(f"tl.store({at}, {total}, keep)" if at else self._put(ref.name, total))
         if self.draws:
             body.append("tl.store(random + 1, tl.load(random + 1) + 1, keep & (t == 0))")
         if not body:

@@ -72,7 +72,7 @@ class Columns:
 def partials_per_chunk(program: Program) -> int:
     """How many sums the widest pass of a program takes."""
     counts = [sum(len(c.writes) for c in level.sums) for level in program.levels]
-    return max([1, *counts, sum(len(c.writes) for c in program.observe)])
+    return max([1, *counts, sum(len(c.writes) for c in (*program.observe, *program.meter))])
 
 
 def split(numels: Sequence[int], chunk: int = CHUNK) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:

@@ -8,7 +8,7 @@ A step runs in this order::
     for each level:  one pass over the elements takes the level's sums      (only where a rule needs sums)
                      scalars, per tensor, in float64
                      totals over the whole optimizer, then the finishing scalars
-    one pass:        gradient rules, weight rules, base update, after rules, observed sums
+    one pass:        gradient rules, weight rules, base update, after rules, observed and metered sums
     commit:          the step count, cells that scalars wrote and the observed sums become state
 """
 
@@ -76,6 +76,9 @@ class Program:
     base: tuple[Call, ...]  # empty: the base optimizer is run as it is
     after: tuple[Call, ...]
     observe: tuple[Call, ...]  # summands of what was written; their writes are cells
+    # Summands of what was stored, and of the gradient that the step was given; their writes are cols, which
+    # nothing of the step reads.
+    meter: tuple[Call, ...] = ()
     # Cells that scalars wrote: until the step is over, the new value is in the col of the same name.
     kept: tuple[str, ...] = ()
     # Dtypes of cells that aren't float64, by name; None for the weight's.
@@ -89,6 +92,11 @@ class Program:
         """All calls of the update pass, in order."""
         return (*self.gradient, *self.weight, *self.base, *self.after)
 
+    @property
+    def left(self) -> tuple[Call, ...]:
+        """The sums of what the update pass left, in the order in which it takes them."""
+        return (*self.observe, *self.meter)
+
     def element_calls(self) -> Iterator[Call]:
         """Every call that runs once per element."""
         for level in self.levels:
@@ -96,6 +104,7 @@ class Program:
             yield from level.sums
         yield from self.update
         yield from self.observe
+        yield from self.meter
 
     def calls(self) -> Iterator[Call]:
         """Every call."""

@@ -34,6 +34,12 @@ class Step(ABC):
     totals: Any
     sums: Tensor | None = None
 
+    @property
+    @abstractmethod
+    def computed(self) -> Any:
+        """After a step, a row of float64 for each tensor, in the order of ``columns.cols``; the next one
+        writes into it."""
+
     @abstractmethod
     def sum(self, level: int) -> None:
         """Take a level's sums."""

@@ -148,6 +148,11 @@ class TritonStep(Step):
         self._random.host[0] = key, drawn
 
     @property
+    def computed(self) -> Tensor:
+        """After a step, a row of numbers for each tensor, on the device."""
+        return self._arguments["cols"]
+
+    @property
     def drawn(self) -> Tensor:
         """On the device: steps taken since the key was set, for bases without step counts."""
         return self._random.device[0, 1]
@@ -229,7 +234,7 @@ class TritonStep(Step):
         """Rewrite weights and state, unless ``skip`` is set."""
         self.upload()
         self._each_chunk("update")
-        if self.program.observe:
+        if self.program.left:
             self._fold()
 
     def commit(self) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from optx._errors import TargetError
 from optx.inject._lora_options import Options
 from optx.inject._low_rank_sum import LowRankSum, made
+from optx.inject._metrics import product_sq
 from optx.inject._part import Part, Weights, new_tensor
 from optx.inject._stand_in import called_with
 
@@ -95,6 +96,11 @@ class ParameterLoRA(Part):
         pair = self.pairs[name]
         assert isinstance(pair, Pair)
         return pair
+
+    def change_sq(self) -> Tensor | None:
+        """Of all matrices together."""
+        pairs = [self._pair(name).factors(torch.float64) for name in self.pairs]
+        return torch.stack([product_sq(right, left, 1.0) for left, right in pairs]).sum()
 
     def fold(self, module: nn.Module, now: Weights, base: Weights) -> Weights:
         """W + s B A."""

@@ -158,6 +158,18 @@ class FilterPruning(LossHandle):
             raise OptxError("agreement: no training forward has been. Call the model in training mode.")
         return torch.stack([one.cpu() for one in found]).mean().item()
 
+    def numbers(self) -> dict[str, float | Tensor]:
+        """For `Handle.metrics`: what the last calls had."""
+        found: dict[str, float | Tensor] = {} if self.last_loss is None else {"loss": self.last_loss}
+        masks = list(self.masks().values())
+        if masks:
+            kept = torch.stack([mask.sum().to(masks[0].device) for mask in masks]).sum()
+            found["kept"] = kept / sum(mask.numel() for mask in masks)
+        agreed = [layer.agreement for layer in self.layers.values() if layer.agreement is not None]
+        if agreed:
+            found["agreement"] = torch.stack([one.to(agreed[0].device) for one in agreed]).mean()
+        return found
+
     def masks(self) -> dict[str, Tensor]:
         """(B, C) bool by layer: the filters kept in the last call."""
         return {path: layer.mask for path, layer in self.layers.items() if layer.mask is not None}

@@ -401,14 +401,33 @@ class Handle:
     def metrics(self) -> dict[str, float]:
         """Plain numbers for a log; names begin with the adapter's (``lora/``, or `attach`'s ``name``).
 
-        ======================= ==============================================================================
-        name                    what it is
-        ======================= ==============================================================================
-        ``<adapter>/trainable`` how many numbers an optimizer can move
-        ======================= ==============================================================================
+        They are as things are now; what there has been no call for yet is not among them. Nothing is
+        communicated: norms of what is sharded (DTensor) are left out. On a GPU it waits for it, once.
+
+        ========================== ===========================================================================
+        name                       what it is
+        ========================== ===========================================================================
+        ``<adapter>/trainable``    how many numbers an optimizer can move
+        ``<adapter>/merged``       1 while it is in the weights, else 0
+        ``<adapter>/norm``         l2 norm of what is trained
+        ``<adapter>/change_norm``  l2 norm of what is added to weights or biases: LoRA (not DoRA), FLoRA,
+                                   SVFit, BitFit, Perp's plain LoRA; of all its modules together
+        ``<adapter>/kept``         FTWT, WindowPrune: share of filters or windows that the last call kept
+        ``<adapter>/loss``         FTWT, WindowPrune: the handle's own loss as last taken
+        ``<adapter>/agreement``    FTWT: share of the last training call's filters predicted right
+        ``<adapter>/value/<name>`` STN: a hyperparameter's value now
+        ``<adapter>/sigma/<name>`` STN: the scale of its perturbations
+        ========================== ===========================================================================
 
         Raises:
             OptxError: it has been removed.
+
+        Example:
+            >>> import torch, optx
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+            >>> handle = optx.attach(model, optx.LoRA(rank=2), targets="0")
+            >>> {name: handle.metrics()[name] for name in ("lora/trainable", "lora/change_norm")}
+            {'lora/trainable': 16.0, 'lora/change_norm': 0.0}
         """
         self._check_alive("metrics")
         return collect(self)

@@ -75,6 +75,10 @@ class Injection(ABC):
         """What else the same handle attaches beside its own sites, and where."""
         return []
 
+    def metrics(self, handle: Any) -> Mapping[str, float | Tensor]:
+        """Numbers of its own for `Handle.metrics`; ``handle`` is the one that asks."""
+        return {}
+
     @property
     def trains_biases(self) -> bool:
         """Whether it is to train every bias of the model, so that those which it can't are told."""

@@ -22,6 +22,7 @@ from optx.inject._computes import bias_of, weight_now, weight_of
 from optx.inject._embeddings import rows
 from optx.inject._lora_options import Options
 from optx.inject._low_rank_start import begin, is_of_weight
+from optx.inject._metrics import product_sq
 from optx.inject._part import Part, Weights, attached, hidden_of, new_tensor
 from optx.inject._weights import (
     add_product,
@@ -218,6 +219,10 @@ class LowRank(Part):
         """(out, in) in the weight's own shape."""
         return matrix.view(weight.shape)
 
+    def change_sq(self) -> Tensor | None:
+        """|s B A|^2; DoRA's change is had from the weight alone."""
+        return None if self.magnitude is not None else product_sq(*self.factors(), self.scale)
+
     def suffixes(self) -> dict[str, str]:
         """PEFT's keys."""
         return {
@@ -305,6 +310,10 @@ class ConvLoRA(LowRank):
     def bare(self, module: nn.Module, x: Tensor, weight: Tensor) -> Tensor:
         """W * x."""
         return conv_like(module, x, weight, groups=self.groups)
+
+    def change_sq(self) -> Tensor | None:
+        """As LowRank; a grouped convolution has no weight for it."""
+        return None if self.groups > 1 else super().change_sq()
 
     def fold(self, module: nn.Module, now: Weights, base: Weights) -> Weights:
         """As LowRank; a grouped convolution has no weight for an update across its groups."""

@@ -181,6 +181,7 @@ class LossHandle(Handle):
         super().__init__(model, injection, served, saved)
         self.collected = next(one.part.collected for one in served if isinstance(one.part, LossPart))
         self._taken, self._written = 0, list[int]()
+        self.last_loss: Tensor | None = None
         self._boundaries = [
             model.register_forward_pre_hook(self.collected.begin),
             model.register_forward_hook(self.collected.end),
@@ -283,4 +284,6 @@ class LossHandle(Handle):
         """The mean over modules of the scalars that each collected, averaged over its calls; else 0."""
         where = next(iter(self.parameters())).device
         means = [torch.stack(list(some)).mean().to(where) for some in values.values()]
-        return torch.stack(means).mean() if means else torch.zeros((), device=where)
+        loss = torch.stack(means).mean() if means else torch.zeros((), device=where)
+        self.last_loss = loss.detach()
+        return loss

@@ -157,6 +157,10 @@ class Part(nn.Module):
             and not _seen_elsewhere()
         )
 
+    def change_sq(self) -> Tensor | None:
+        """The squared norm of what it adds to the module's weights; None if that is not had without them."""
+        return None
+
     def note(self) -> str:
         """What was added, in a word or two, for the report."""
         return ""

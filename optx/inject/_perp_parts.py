@@ -177,6 +177,10 @@ class MaskedLinearLoRA(LinearLoRA, Masked):
         self.path, self.prunes, self.weight_shape = path, prunes, shape_of(module)
         self.register_buffer("mask", bits.to(self.A.device))
 
+    def change_sq(self) -> Tensor | None:
+        """Of all; of what the mask keeps it is not had without the product."""
+        return None if self.prunes else super().change_sq()
+
     def fold(self, module: nn.Module, now: Weights, base: Weights) -> Weights:
         """W + s B A, or W + s M * (B A)."""
         return _pruned_fold(self, super().fold(module, now, base), now, base)
@@ -189,6 +193,10 @@ class MaskedConvLoRA(ConvLoRA, Masked):
         super().__init__(lora, module, path)
         self.path, self.prunes, self.weight_shape = path, prunes, shape_of(module)
         self.register_buffer("mask", bits.to(self.A.device))
+
+    def change_sq(self) -> Tensor | None:
+        """Of all; of what the mask keeps it is not had without the product."""
+        return None if self.prunes else super().change_sq()
 
     def fold(self, module: nn.Module, now: Weights, base: Weights) -> Weights:
         """W + s B A, or W + s M * (B A)."""

@@ -147,6 +147,15 @@ class WindowHandle(LossHandle):
         found = [decision for _, _, decision in self._decided()]
         return sum(int(one.sum()) for one in found) / sum(one.numel() for one in found)
 
+    def numbers(self) -> dict[str, float | Tensor]:
+        """For `Handle.metrics`: what the last forward had."""
+        found: dict[str, float | Tensor] = {} if self.last_loss is None else {"loss": self.last_loss}
+        decided = [part.decision for _, part in self._parts() if part.decision is not None]
+        if decided:
+            kept = torch.stack([one.sum().to(decided[0].device) for one in decided]).sum()
+            found["kept"] = kept / sum(one.numel() for one in decided)
+        return found
+
     def cost(self) -> WindowCost:
         """The multiply-adds of the last forward in the served blocks, if only kept windows are computed."""
         active = predictor = dense = 0

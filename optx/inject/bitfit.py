@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from optx._errors import TargetError, warn
 from optx.inject._injection import Injection
+from optx.inject._metrics import wide
 from optx.inject._own_call import adds_bias, bias_axes
 from optx.inject._part import RESERVED, Part, Weights, new_tensor
 from optx.inject._served import Served
@@ -40,6 +41,10 @@ class BiasShift(Part):
     def adds(self) -> bool:
         """Whether all it does is add: a shift."""
         return True
+
+    def change_sq(self) -> Tensor | None:
+        """That of the shift."""
+        return wide(self.delta).square().sum()
 
     def fold(self, module: nn.Module, now: Weights, base: Weights) -> Weights:
         """The bias is the only thing that changes."""

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from optx._errors import OptxError, TargetError, check_range, warn
 from optx.inject._embeddings import peculiar, rows
 from optx.inject._injection import Injection, Site
+from optx.inject._metrics import product_sq
 from optx.inject._part import Part, Weights, hidden_of, new_tensor
 from optx.inject._targets import family_of
 from optx.inject._weights import add_product, conv_like, is_conv, is_linear, is_transposed, shape_of
@@ -102,6 +103,10 @@ class Tucker(Part):
             return U_in.t(), U_out @ core.t(), self.scale
         A = (core.movedim(0, -1) @ U_in.t()).movedim(-1, 1)  # (J_out, in, *k)
         return A.flatten(1), U_out, self.scale
+
+    def change_sq(self) -> Tensor | None:
+        """That of the LoRA that is the same change."""
+        return product_sq(*self.as_lora())
 
     def note(self) -> str:
         """Ranks and scale."""

@@ -177,6 +177,10 @@ class FTWT(Injection):
             found.append((Wholes(tuple(rest.items())), [Site(path, modules[path]) for path in rest]))
         return found
 
+    def metrics(self, handle: FilterPruning) -> dict[str, float | Tensor]:
+        """The share of filters that the last call kept, of all samples; the loss; the agreement."""
+        return handle.numbers()
+
     def handle(
         self, model: nn.Module, injection: Any, served: Sequence[Served], saved: Sequence[Saved]
     ) -> FilterPruning:

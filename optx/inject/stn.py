@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from optx._errors import OptxError, TargetError, check_choice, check_range, check_whole
 from optx.inject._best_response import BestResponse
@@ -222,6 +222,18 @@ class STN(Injection):
                     )
                 owners[site.path] = name
             found.append((AtRate(self.hparams, name), sites))
+        return found
+
+    def metrics(self, handle: Any) -> dict[str, float | Tensor]:
+        """Each hyperparameter's value now, and the scale of what perturbs it."""
+        sigma, raw, found = (
+            self.hparams.sigma().detach(),
+            self.hparams.raw.detach(),
+            dict[str, float | Tensor](),
+        )
+        for i, (name, spec) in enumerate(self.hparams.specs.items()):
+            found[f"value/{name}"] = spec.constrained(raw[i])
+            found[f"sigma/{name}"] = sigma[i]
         return found
 
     def handle(

@@ -18,6 +18,7 @@ from optx._errors import OptxError, TargetError, check_range
 from optx.inject._computes import weight_now
 from optx.inject._embeddings import peculiar, rows
 from optx.inject._injection import Injection, Site
+from optx.inject._metrics import product_sq
 from optx.inject._part import Part, Weights, hidden_of, new_tensor
 from optx.inject._weights import add_product, conv_like, is_conv, is_linear, is_transposed, shape_of
 
@@ -90,6 +91,10 @@ class Spectrum(Part):
     def as_lora(self) -> tuple[Tensor, Tensor, float]:
         """A (r, in), B (out, r) and scale of the LoRA that is the same change."""
         return self.V.detach(), (self.U * self.shift).detach(), 1.0
+
+    def change_sq(self) -> Tensor | None:
+        """That of the LoRA that is the same change."""
+        return product_sq(*self.as_lora())
 
     def note(self) -> str:
         """How many singular values are trained."""

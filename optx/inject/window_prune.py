@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from optx._errors import OptxError, TargetError, check_choice, check_range, check_whole
 from optx.inject._injection import Injection, Site
@@ -154,6 +154,10 @@ class WindowPrune(Injection):
         own: Any = getattr(module, "input_resolution", None)
         clamps = hasattr(module, "set_shift_and_window_size") and own is not None
         return any(shift) and not (clamps and min(pair(own)) <= min(pair(module.window_size)))
+
+    def metrics(self, handle: WindowHandle) -> dict[str, float | Tensor]:
+        """The share of windows that the last forward kept, of all blocks; the loss."""
+        return handle.numbers()
 
     def handle(
         self, model: nn.Module, injection: Any, served: Sequence[Served], saved: Sequence[Saved]

@@ -135,6 +135,11 @@ class MuAdamW(Transform):
         self._multipliers.undo(optimizer.base)
         self._bound = False
 
+    def metrics(self, optimizer: Host) -> dict[str, float]:
+        """The range of the groups' learning rates, which are muP's."""
+        rates = [float(group["lr"]) for group in optimizer.param_groups if self.serves(group)]
+        return {"lr_min": min(rates), "lr_max": max(rates)} if rates else {}
+
     def describe(self, group: Group) -> str:
         """With the factors that are in a group's numbers."""
         return f"MuAdamW({describe(group)})"

@@ -94,6 +94,8 @@ class Binder:
         return found
 
     def _find(self, moment: str, name: str) -> Ref | None:
+        if name == "g" and moment == "meter":
+            return None  # where the base steps by itself, it may have overwritten it
         if name in REGISTERS:
             # Before any rule writes a weight, it is what it was when the step began.
             return W if name == "w0" and moment in ("sums", "gradient") else REGISTERS[name]
@@ -112,6 +114,8 @@ class Binder:
 
     def _unknown(self, moment: str, rule: Rule, name: str) -> TransformError:
         start = f"rule {rule.name!r} reads {name!r}"
+        if moment == "meter" and name == "g":
+            return self._error(f"{start} in meter, which sees what the step left; sum it in sums.")
         if name == "grad_sq":
             return self._error(f"{start} in sums, which are taken in the same pass; read it in scalars.")
         computed = [m for m, own in self.rules.items() if own and name in own.writes]
@@ -130,15 +134,17 @@ class Binder:
         slot = self.transform.slots.get(name)
         own = Ref("slot", self._own(name))
         match moment:
-            case "sums" | "scalars" | "finish":
+            case "sums" | "scalars" | "finish" | "meter":
                 if name == "grad_sq" and moment == "scalars":
                     return GRAD_SQ
                 free = name not in (*_TAKEN, *self.transform.options) and slot is None
-                if free or (slot is not None and slot.scalar and moment != "sums"):
+                if free or (slot is not None and slot.scalar and moment in PER_TENSOR):
                     if slot is not None:
                         self.kept.append(self._own(name))
                     return Ref("col", self._own(name))
-                allowed = "new names" if moment == "sums" else f"new names and cells {self._slots(True)}"
+                allowed = "new names"
+                if moment in PER_TENSOR:
+                    allowed += f" and cells {self._slots(True)}"
             case "observe":
                 if slot is not None and slot.scalar:
                     return Ref("cell", self._own(name))
@@ -232,6 +238,7 @@ def _rules_of(m: Moments) -> dict[str, Rule | None]:
         "weight": m.weight,
         "after": m.after,
         "observe": m.observe,
+        "meter": m.meter,
     }
 
 

@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from optx._errors import ShapeError
 from optx._mask_bits import layout, pack, packed_shape, unpack
-from optx._names import is_dtensor, placed_like
+from optx._names import is_dtensor, placed_like, whole
 
 Form = Literal["bits", "bool", "ones"]  # as kernels call them
 
@@ -92,6 +92,17 @@ def mask_of(t: Tensor, p: Tensor) -> Tensor:
         case _:
             local = p.to_local().shape if is_dtensor(p) else p.shape  # type: ignore[attr-defined]
             return _locally(t, p, lambda bits: unpack(bits, local), p.shape)
+
+
+def share_of_ones(slots: Iterable[tuple[Tensor, Tensor]]) -> float | None:
+    """Which share of elements has a 1, in all slots (of the weights beside them) together; None of none.
+
+    Of shards it is completed over their mesh, so all ranks must ask.
+    """
+    pairs = list(slots)
+    counts = [float(whole(mask_of(t, p).sum())) for t, p in pairs]
+    total = sum(p.numel() for _, p in pairs)
+    return sum(counts) / total if total else None
 
 
 def piece(t: Tensor, start: int, count: int) -> Tensor:

@@ -198,6 +198,18 @@ class GroupRun:
             self._scalar(call)
         return {ref.name: self.cols[ref.name].sum() for ref in level.totals}
 
+    def look(self) -> None:
+        """Before anything is written: what is metered of the gradients that the step is given."""
+        for call in self.program.meter:
+            if G not in call.args:
+                continue
+            if any(map(is_dtensor, self.gradients)):
+                self._sum(call, {G: self.gradients})
+                continue
+            norms = torch._foreach_norm(self.gradients, 2, dtype=self._wide)
+            (ref,) = call.writes
+            self.cols[ref.name] = torch.stack([n.to(self.number_device) for n in norms]).square()
+
     def finish(self, level: Level) -> None:
         """The scalars that waited for totals, which the caller has put into ``totals``."""
         for call in level.finish:
@@ -260,8 +272,9 @@ class GroupRun:
         """The step is done: keep what scalars wrote into cells, and the sums over what was stored."""
         self._written.clear()
         registers = self._registers(start)
-        for call in self.program.observe:
-            self._sum(call, registers)
+        for call in (*self.program.observe, *self.program.meter):
+            if G not in call.args or call not in self.program.meter:
+                self._sum(call, registers)
         cells = [*self.program.kept, *(ref.name for call in self.program.observe for ref in call.writes)]
         for name in dict.fromkeys(cells):
             for cell, value in zip(self.state[name], self.cols[name].unbind(), strict=True):

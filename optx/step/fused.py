@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import repeat
 from operator import attrgetter, is_
 from typing import Any
@@ -17,6 +17,7 @@ from optx.step.bases import BaseRules, rule_numbers
 from optx.step.buckets import ADDRESS, Bucket, Column
 from optx.step.fusable import ALIASED, SHARED, Unfusable
 from optx.step.group_tensors import SLOT_DTYPE_NAMES, GroupTensors
+from optx.step.measured import Table
 from optx.step.memory import Extents
 from optx.step.rounding import step_key
 from optx.step.sharded import Shards, Share, all_here, here, spread_as, surprise
@@ -352,6 +353,11 @@ class FusedGroup:
 
     # ---- a step ------------------------------------------------------------------------------------
 
+    def computed(self) -> Iterator[Table]:
+        """The numbers of the last step, which the next one writes over."""
+        for bucket in self._buckets:
+            yield Table(bucket.members, bucket.runner.columns.cols, bucket.runner.computed)
+
     def step(self) -> None:
         """A whole step, where nothing waits for totals."""
         for bucket in self._buckets:
@@ -401,7 +407,7 @@ class FusedGroup:
         """Rewrite weights and state; what was observed of shards is to be completed before `commit`."""
         for bucket in self._buckets:
             bucket.runner.update()
-        return [share for bucket in self._buckets for share in bucket.partial(self.program.observe)]
+        return [share for bucket in self._buckets for share in bucket.partial(self.program.left)]
 
     def commit(self) -> None:
         """Count the step, and keep what was observed."""

@@ -85,7 +85,7 @@ class Paths:
 
     def _settings(self) -> tuple[Any, ...]:
         w = self.wrapped
-        return w.fused, w.rounding, w.skip_nonfinite, step_replaced(w.base)
+        return w.fused, w.rounding, w.skip_nonfinite, w.metering, step_replaced(w.base)
 
     def _sparse(self, groups: Sequence[Group]) -> list[bool]:
         """Whether there are sparse gradients; of the bases with a fused form, only SGD takes them."""
@@ -204,6 +204,7 @@ class Paths:
             readable_state(base, group),
             base_numbers(group),
             check_finite=self.wrapped.skip_nonfinite,
+            meter=self.wrapped.metering,
         )
 
     def _derived(self, group: Group, program: Program) -> list[tuple[str, str]]:

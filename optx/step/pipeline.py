@@ -14,7 +14,10 @@ from optx.kernels.step.program import BASE_G, NUMBER_KINDS, Call, G, Level, Prog
 from optx.kernels.step.text import variable
 from optx.step.bases import BaseRules
 from optx.step.binding import GRAD_SQ, NUMEL, REGISTERS, Binder, common_names
+from optx.step.measured import INCOMING_SQ
 from optx.step.transform import Moments, Transform
+
+INCOMING = Ref("col", INCOMING_SQ)
 
 
 @rule(writes="grad_sq")
@@ -33,6 +36,7 @@ class _Builder:
     weight: list[Call] = field(default_factory=list[Call])
     after: list[Call] = field(default_factory=list[Call])
     observe: list[Call] = field(default_factory=list[Call])
+    meter: list[Call] = field(default_factory=list[Call])
     kept: list[str] = field(default_factory=list[str])
     # Of transforms that enclose the others: after each gradient rule that is not theirs, and after all.
     closing: list[Call] = field(default_factory=list[Call])
@@ -91,6 +95,7 @@ def build(
     base_hypers: Iterable[str],
     *,
     check_finite: bool = False,
+    meter: bool = False,
 ) -> Program:
     """The program of one param group.
 
@@ -102,6 +107,7 @@ def build(
             known).
         base_hypers: numbers of the base's param group that rules may read.
         check_finite: total the squared norm of the incoming gradient under the name ``grad_sq``.
+        meter: take the sums of `Moments.meter` too, and the incoming gradient's squared norm.
 
     Raises:
         TransformError: a rule reads what nothing provides, writes what its moment may not, or is none.
@@ -122,6 +128,8 @@ def build(
         for r in base.scalars:
             call = _bind_base(common, r, G)
             b.extend(max(len(b.levels) - 1, 0), scalars=[call])
+    if meter:
+        _meter_gradient(b)
     program = Program(
         tuple(_with_what_sums_need(level) for level in b.levels),
         tuple(b.gradient),
@@ -129,12 +137,23 @@ def build(
         _base_update(b, base) if base else (),
         tuple(b.after),
         tuple(b.observe),
+        tuple(b.meter) if meter else (),
         tuple(b.kept),
         tuple(_cell_dtypes(transforms)),
         tuple(f"{t.name}.{name}" for t in transforms for name, slot in t.slots.items() if slot.packed),
     )
     _check_spelling(program)
     return program
+
+
+def _meter_gradient(b: _Builder) -> None:
+    """The squared norm of the gradient that the step is given: kept, where it is summed anyway."""
+    first = b.levels[0] if b.levels else Level()
+    if not first.prefix and Call(square, (G,), (GRAD_SQ,)) in first.sums:
+        own = Call(_keep, (GRAD_SQ,), (INCOMING,))
+        b.levels[0] = replace(first, scalars=(own, *first.scalars))
+    else:
+        b.meter.append(Call(square, (G,), (INCOMING,)))
 
 
 def _with_what_sums_need(level: Level) -> Level:
@@ -217,13 +236,14 @@ def _add(b: _Builder, transform: Transform, m: Moments) -> None:
         if any(ref.kind in ("col", "total") and ref != NUMEL for ref in gradient.args):
             b.depth = max(b.depth, level + 1)
     after = b.last if transform.encloses else b.after
-    for moment, calls in (("weight", b.weight), ("after", after), ("observe", b.observe)):
+    last = (("weight", b.weight), ("after", after), ("observe", b.observe), ("meter", b.meter))
+    for moment, calls in last:
         if call := binder.call(moment):
             calls.append(call)
     b.kept += [name for name in binder.kept if name not in b.kept]
 
 
-_AFTER_SUMS = ("scalars", "finish", "gradient", "weight", "after", "observe")
+_AFTER_SUMS = ("scalars", "finish", "gradient", "weight", "after", "observe", "meter")
 
 
 def _bind_base(common: Mapping[str, Ref], r: Rule, g: Ref) -> Call:

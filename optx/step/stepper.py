@@ -19,6 +19,7 @@ from optx.step.checks import check_has_memory, check_memory, check_state_shapes,
 from optx.step.foreach import GroupRun
 from optx.step.fusable import Unfusable
 from optx.step.interrupts import Held, uninterrupted
+from optx.step.measured import Measured, Table
 from optx.step.paths import GroupPath, Paths
 from optx.step.rounding import step_key, write
 from optx.step.sharded import complete
@@ -41,6 +42,7 @@ class Stepper:
         self.slots = Slots(wrapped)
         self.copies = Copies()
         self.paths = Paths(wrapped, self.slots)
+        self.measured = Measured()
 
     @property
     def wrapped(self) -> Host:
@@ -70,10 +72,14 @@ class Stepper:
             except BaseException as error:
                 if not step.done:
                     step.undo()
+                if not self.measured.lasting:
+                    self.measured = Measured()
                 if not isinstance(error, _SkipStep):
                     raise
                 w.skipped_steps += 1
                 return (step.loss if inside else loss), False
+        if not w.metering:
+            self.measured.look()
         return (result if inside else loss), True
 
     def _prepared(self) -> _Step:
@@ -119,6 +125,7 @@ class _Step:
         self.before: Undo | None = None
         self.late: dict[int, list[Tensor]] = {}  # edits that the base would have undone
         self.loss: Any = None
+        self.whole = True  # whether every gradient is in a run's numbers
         self.done = False
 
     def run(self, closure: Callable[[], Any] | None) -> Any:
@@ -152,6 +159,15 @@ class _Step:
                 group["optx.step"] += 1
         if self.before is not None:
             self.before.forget()
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        """The numbers that were computed, for whoever asks after the step."""
+        tables = [table for runner in self.fused for table in runner.computed() if table.weights]
+        tables += [Table(run.weights, list(run.cols), list(run.cols.values())) for run, _ in self.runs]
+        self.stepper.measured = measured = Measured(tables, self.whole)
+        if self.wrapped.metering:
+            measured.keep()
 
     def undo(self) -> None:
         """Leave nothing of what was done so far."""
@@ -217,7 +233,8 @@ class _Step:
         check_memory(self.wrapped.base, active)
         if not self.stepper.paths.enabled(group):
             active = self._without_sparse(active)
-        if not active or not (program.levels or program.update or program.observe):
+        if not active or not (program.levels or program.update or program.observe or program.meter):
+            self.whole &= not active
             return None
         # A ZeroTensor's arithmetic loses its dtype; with memory of its own it is a gradient like others.
         zero = torch.Tensor._is_zerotensor  # pyright: ignore
@@ -236,7 +253,7 @@ class _Step:
             steps = [_base_state(base_state, p, "step") for p in active]
             cols["step"] = [1.0 if step is None else float(step) + 1.0 for step in steps]
         numbers = rule_numbers(group, program.named("hyper"))
-        return GroupRun(
+        run = GroupRun(
             program,
             active,
             grads,
@@ -247,6 +264,8 @@ class _Step:
                 group, -1
             ),  # the weights' draws have the parts from 0 on
         )
+        run.look()
+        return run
 
     def _without_sparse(self, active: list[Tensor]) -> list[Tensor]:
         """Where only `skip_nonfinite` looks at gradients, it looks at the elements that a sparse one has."""
@@ -255,7 +274,9 @@ class _Step:
             g = p.grad
             if g is None or g.layout == torch.strided:
                 dense.append(p)
-            elif self.wrapped.skip_nonfinite and not bool(torch.isfinite(g.coalesce().values()).all()):
+                continue
+            self.whole = False
+            if self.wrapped.skip_nonfinite and not bool(torch.isfinite(g.coalesce().values()).all()):
                 raise _SkipStep
         return dense
 

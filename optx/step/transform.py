@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from optx._errors import TransformError
 from optx._expression import NotKept, expression
 from optx._rules import Rule
+from optx.step.measured import Measured
 from optx.step.numbers import as_float
 from optx.step.state import SlotStore
 
@@ -165,6 +166,9 @@ class Moments:
         weight: per element, writes ``w`` (and own slots) before the base update.
         after: per element, writes ``w`` (and own slots) after the base update.
         observe: per element, after everything; what it returns is summed into cells of that name.
+        meter: per element, as ``observe``, but it reads no ``g`` and writes new names; summed once
+            `Wrapped.metrics` is called, and kept nowhere: `Transform.metrics` finds it in
+            ``optimizer.measured``.
     """
 
     sums: Rule | None = None
@@ -175,6 +179,7 @@ class Moments:
     weight: Rule | None = None
     after: Rule | None = None
     observe: Rule | None = None
+    meter: Rule | None = None
 
 
 class Host(Protocol):
@@ -189,6 +194,12 @@ class Host(Protocol):
     skipped_steps: int
     closure_pending: bool
     totals: dict[str, Any]
+    metering: bool
+
+    @property
+    def measured(self) -> Measured:
+        """Numbers of the last step."""
+        ...
 
     @property
     def param_groups(self) -> list[Group]:

@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from optx._errors import OptxError, TransformError, warn
+from optx._names import is_dtensor
 from optx.kernels.step.program import Program
 from optx.step.base_step import guard, has_modes, release, run_post_hooks, run_pre_hooks
 from optx.step.checkpoint import pack, unpack
 from optx.step.checks import check_wrap
 from optx.step.known_groups import Known, gone, known_of, replaced
+from optx.step.measured import Measured
 from optx.step.metrics import collect
 from optx.step.plan import Plan
 from optx.step.slots import first_value, make_slots
@@ -56,6 +58,7 @@ class Wrapped(Optimizer):
         self.rounding: Rounding
         vars(self).update(DEFAULTS)
         self.rounding_asked = False
+        self.metering = False  # whether steps measure what only `metrics` tells
         self.slot_store = SlotStore(base)
         self._hooks()
         self._warned_capturable_if_run_uncaptured = True
@@ -249,21 +252,59 @@ class Wrapped(Optimizer):
     def metrics(self) -> dict[str, float]:
         """Plain numbers for a log, by name; what no step has measured yet is not among them.
 
-        It may be called on one rank alone, and gives the same on all.
+        They are of the last step that was taken, or of now, where that is said. Most of them a step has
+        computed anyway. For the others (a norm where nothing else needs it, distances) steps take a sum on
+        their way from the first call on, so call it once before training; weights stay the same to the bit.
+        Nothing is communicated: one rank alone may call it, and sees what all ranks would. (Steps of DTensor
+        parameters take these sums from the start.) On a GPU it waits for the last step, once.
 
-        ======================= ==============================================================================
-        name                    what it is
-        ======================= ==============================================================================
-        ``optx/lr``             the param groups' learning rates now, their mean
-        ``optx/lr/<i>``         each group's, where they differ
-        ``optx/skipped_steps``  how many steps were skipped for a gradient that is not finite
-        ======================= ==============================================================================
+        With a closure, gradients are those of its last evaluation. ``SaRA(rank_weight=...)`` adds to them
+        before they are measured. After a load or a copy there is nothing until the next step. A transform of
+        your own adds numbers by `Transform.metrics`.
+
+        ============================ =========================================================================
+        name                         what it is
+        ============================ =========================================================================
+        ``optx/lr``                  the param groups' learning rates now: their mean
+        ``optx/lr/<i>``              each group's, where they differ
+        ``optx/skipped_steps``       how many steps were skipped for a gradient that is not finite
+        ``optx/grad_norm``           l2 norm of all gradients as ``step()`` got them: clipped, unscaled
+        ``perp_grad/removed``        share of the gradients' norm that lay along the weights, 0 to 1
+        ``adamr/distance``           l2 distance of all weights that have an anchor from their anchors
+        ``adamr/pull``               lr * weight / r of the step: the mean over param groups
+        ``adamr/scale``              r, with ``normalize=True``
+        ``hft/active``               share of the numbers that is trained now
+        ``hft/round``                the round, from 0
+        ``keep_mask/kept``           share of kept numbers in the weights that have a mask
+        ``sara/trained``             share of the numbers that the step trained, as in ``density()``
+        ``sara/threshold``           what selected entries were below
+        ``dsp_reg/sensitivity``      mean of S over the regularised weights that the step moved
+        ``dsp_reg/strength``         ``weight``, or 0 while S is only collected; the largest of all groups
+        ``mu/lr_min``, ``mu/lr_max`` the range of the learning rates that MuAdamW makes
+        ============================ =========================================================================
 
         Raises:
             OptxError: `remove` was called.
+
+        Example:
+            >>> import torch, optx
+            >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+            >>> opt = optx.wrap(torch.optim.SGD([w], lr=0.5), optx.PerpGrad())
+            >>> sorted(opt.metrics())
+            ['optx/lr', 'optx/skipped_steps']
+            >>> w.grad = torch.tensor([0.0, 1.0])
+            >>> opt.step()
+            >>> {name: round(value, 6) for name, value in sorted(opt.metrics().items())}
+            {'optx/grad_norm': 1.0, 'optx/lr': 0.5, 'optx/skipped_steps': 0.0, 'perp_grad/removed': 0.8}
         """
         self._check_alive("metrics")
+        self.metering = True
         return collect(self)
+
+    @property
+    def measured(self) -> Measured:
+        """What the last step computed, for `Transform.metrics`."""
+        return self._stepper.measured
 
     def around_step(self) -> AbstractContextManager[Any]:
         """What the transforms put in the place of gradients and parameters during a step."""
@@ -339,6 +380,8 @@ class Wrapped(Optimizer):
                 group.setdefault("optx.seed", 0)
                 group.setdefault("optx.step", 0)
         self._known = [(group, list(group["params"])) for group in self.param_groups]
+        # Sums over shards are completed by all ranks, so none can begin alone.
+        self.metering |= any(is_dtensor(p) for _, params in self._known for p in params)
 
     def follow_parameters(self) -> None:
         """Take on what was put into the groups by hand; every step begins with it.

@@ -66,6 +66,12 @@ def over_nothing(strength: Any) -> Any:
     return strength * 1.0
 
 
+@rule(writes=("sensed", "counted"))
+def left(sensitivity: Any, chosen: Any) -> Any:
+    """Metered, where the step itself asks for no mean: S as it is kept, and how many numbers have one."""
+    return sensitivity * chosen, chosen + 0.0 * sensitivity
+
+
 def normalised(last: Moments, norm: str) -> Moments:
     """A penalty, with what its S is divided by."""
     if norm == "mean":
@@ -73,7 +79,7 @@ def normalised(last: Moments, norm: str) -> Moments:
         return replace(last, sums=both, scalars=advance_and_add, totals=totals, finish=over_all)
     if norm == "layer":
         return replace(last, sums=both, scalars=advance_and_add, finish=over_layer)
-    return replace(last, scalars=advance, finish=over_peak if norm == "max" else over_nothing)
+    return replace(last, scalars=advance, finish=over_peak if norm == "max" else over_nothing, meter=left)
 
 
 # ---- S as it is kept --------------------------------------------------------------------------------------
@@ -103,6 +109,23 @@ def divisors(kept: Mapping[Tensor, Tensor], norm: str) -> dict[Tensor, float]:
     if norm == "layer":
         return {p: sums[p] / max(1, s.numel()) for p, s in kept.items()}
     return dict.fromkeys(kept, sum(sums.values()) / max(1, sum(s.numel() for s in kept.values())))
+
+
+def summary(dsp: Any, optimizer: Host) -> dict[str, float]:
+    """The mean S of all that the last step regularised, and the largest strength of the penalty in it."""
+    measured, found = optimizer.measured, dict[str, float]()
+    sensed, counted = (measured.sum(f"{dsp.name}.{what}") for what in ("sensed", "counted"))
+    if sensed is None and measured:  # the step took no sum of it
+        served = (p for p in optimizer.served(dsp) if id(p) in measured.of(f"{dsp.name}.strength"))
+        slots = [s for p in served if float((s := optimizer.slot_store.of(p))[f"optx.{dsp.name}.chosen"]) > 0]
+        known = [s[f"optx.{dsp.name}.sensitivity"] for s in slots]
+        sensed = sum(float(whole(s.sum(dtype=torch.float64))) for s in known)
+        counted = float(sum(s.numel() for s in known))
+    if sensed is not None and counted:
+        found["sensitivity"] = sensed / counted
+    if strengths := measured.of(f"{dsp.name}.strength"):
+        found["strength"] = max(strengths.values())
+    return found
 
 
 def rescale(spreads: Sequence[Tensor], scale: float) -> None:

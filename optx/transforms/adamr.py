@@ -23,6 +23,7 @@ from optx.ops import maximum, sign, sqrt, where
 from optx.step.memory import lost_memory
 from optx.step.transform import Group, Host, Moments, Slot, Transform, like_weight, per_tensor
 from optx.transforms._anchors import Anchors
+from optx.transforms._pull_metrics import Distances, pull
 
 
 @rule(writes="w")
@@ -106,6 +107,19 @@ def plain_rate(lr: Any, weight: Any) -> Any:
 def second_sum(exp_avg_sq: Any) -> Any:
     """Summed, and kept for the next step."""
     return exp_avg_sq
+
+
+@rule(writes="distance_sq")
+def from_anchor(w: Any, anchor: Any) -> Any:
+    """Metered: the squared distance."""
+    d = w - anchor
+    return d * d
+
+
+@rule(writes="distance_sq")
+def from_zero(w: Any) -> Any:
+    """The same from an anchor of zero."""
+    return w * w
 
 
 # Bases whose state has Adam's second moment under these names, with betas in the param group.
@@ -217,6 +231,7 @@ class AdamR(Transform):
         # Anchors that are copies of the weights themselves, until the first step has looked at both.
         self._taken: dict[Tensor, Tensor] = {}
         self._last_second: Any = None  # the total that was there before this step
+        self._distances = Distances()
         self._warned = False
         slots: dict[str, Slot] = {}
         if not self._to_zero:
@@ -235,16 +250,21 @@ class AdamR(Transform):
 
     def moments(self, group: Group, base: torch.optim.Optimizer) -> Moments:
         """The pull, and how r is had with the fewest passes over memory."""
-        pull = pull_l2 if self.norm == "l2" else pull_l1
+        pull, meter = pull_l2 if self.norm == "l2" else pull_l1, from_anchor
         if self._to_zero:
-            pull = to_zero_l2 if self.norm == "l2" else to_zero_l1
+            pull, meter = to_zero_l2 if self.norm == "l2" else to_zero_l1, from_zero
         if not self.normalize:
-            return Moments(scalars=plain_rate, weight=pull)
+            return Moments(scalars=plain_rate, weight=pull, meter=meter)
         totals = ("second", "numel")
         coupled = _couples_decay(base, group)
         if not coupled and not group.get("amsgrad", False):
             return Moments(
-                scalars=predict_second, totals=totals, finish=normalised_rate, weight=pull, observe=second_sum
+                scalars=predict_second,
+                totals=totals,
+                finish=normalised_rate,
+                weight=pull,
+                observe=second_sum,
+                meter=meter,
             )
         if coupled and group.get("maximize", False):
             raise TransformError(
@@ -255,7 +275,9 @@ class AdamR(Transform):
         look, then = second_and_l2, next_second_l2
         if group.get("amsgrad", False):
             look, then = next_largest_l2 if coupled else next_largest, correct
-        return Moments(sums=look, scalars=then, totals=totals, finish=normalised_rate, weight=pull)
+        return Moments(
+            sums=look, scalars=then, totals=totals, finish=normalised_rate, weight=pull, meter=meter
+        )
 
     def bind(self, optimizer: Host) -> None:
         """Take the anchors now: later the weights have moved."""
@@ -288,7 +310,7 @@ class AdamR(Transform):
 
     def after_load(self, optimizer: Host) -> None:
         """A resumed run's weights differ from its anchors, which the checkpoint brings."""
-        self._taken = {}
+        self._taken, self._distances = {}, Distances()
 
     def _present(self, optimizer: Host) -> Iterator[Tensor]:
         """The anchors of the weights that are trained."""
@@ -338,6 +360,8 @@ class AdamR(Transform):
 
     def after_step(self, optimizer: Host) -> None:
         """Warn once when the pull overshoots."""
+        if optimizer.metering:
+            self._distances.complete(self._anchors_beside(optimizer))
         if self._warned:
             return
         r = self._scale(optimizer)
@@ -357,6 +381,22 @@ class AdamR(Transform):
                     f"{weight:.3g}, r {r:.3g}), so each step {what}. Lower weight.{why}"
                 )
                 return
+
+    def metrics(self, optimizer: Host) -> dict[str, float]:
+        """Distance from the anchors after the last step, and the rate of its pull, with r in it."""
+        measured = optimizer.measured
+        if not measured:
+            return {}
+        found = pull(measured, filter(self.serves, optimizer.param_groups))
+        distance = self._distances.total(measured, self._anchors_beside(optimizer))
+        return found if distance is None else {"distance": distance, **found}
+
+    def _anchors_beside(self, optimizer: Host) -> list[tuple[Tensor, Tensor | None]]:
+        """The weights that the last step left alone, with their anchors; None is zero."""
+        moved, key = optimizer.measured.of("adamr.distance_sq"), "optx.adamr.anchor"
+        beside = [p for p in optimizer.served(self) if id(p) not in moved]
+        anchors = [(p, None if self._to_zero else optimizer.slot_store.of(p).get(key)) for p in beside]
+        return [(p, anchor) for p, anchor in anchors if self._to_zero or anchor is not None]
 
     def _scale(self, optimizer: Host) -> float | None:
         """This step's r; None where there is none, or where asking for it would wait for a GPU."""

@@ -21,7 +21,14 @@ from optx.ops import minimum, where
 from optx.step.transform import Group, Host, Moments, Slot, Transform, like_weight, per_tensor, wrapped_by
 from optx.transforms._domain_gradients import DomainGradients, declared, loss_scale, processes
 from optx.transforms._repeated_domains import Measure, RepeatedDomains
-from optx.transforms._sensitivity import find_peak, keep_from_below_0, normalised, rescale, sensitivities
+from optx.transforms._sensitivity import (
+    find_peak,
+    keep_from_below_0,
+    normalised,
+    rescale,
+    sensitivities,
+    summary,
+)
 
 
 @rule(writes=("g", "sensitivity"))
@@ -348,6 +355,10 @@ class DSPReg(Transform):
     def after_step(self, optimizer: Host) -> None:
         """The gradients are used up."""
         self._gradients.clear()
+
+    def metrics(self, optimizer: Host) -> dict[str, float]:
+        """The mean S of what is regularised, as the last step left it, and the penalty's strength in it."""
+        return summary(self, optimizer)
 
     def after_load(self, optimizer: Host) -> None:
         """A resumed run's anchors come from its checkpoint."""

@@ -366,6 +366,12 @@ class HFT(Transform):
         kept = 0 if optimizer is None else self._frozen.with_state(optimizer.base)
         return SavedRound(self.round, self.seed, self._steps, self._half.checksum, kept)._asdict()
 
+    def metrics(self, optimizer: Host) -> dict[str, float]:
+        """Which share of the numbers this round trains, and the round."""
+        served = optimizer.served(self)
+        active = sum(p.numel() for p in served if p.requires_grad)
+        return {"active": active / max(sum(p.numel() for p in served), 1), "round": self.round}
+
     def _tell(self, optimizer: Host) -> None:
         """Write the numbers where they are saved."""
         numbers = {f"optx.{self.name}.{key}": value for key, value in self.group_numbers().items()}

@@ -134,6 +134,8 @@ class KeepMask(Transform):
         self._watched: list[Tensor] = []  # whose writes torch counts, from the first step on
         self._writes = 0  # of all of them, as the last step left them
         self._stepping = False
+        self._kept: float | None = None
+        self._recount = True  # which takes a pass over the masks, so steps do it that have others
 
     def arguments(self) -> dict[str, Any]:
         """As they were given; `current` has the masks in force."""
@@ -188,6 +190,10 @@ class KeepMask(Transform):
 
     def before_step(self, optimizer: Host) -> None:
         """After a load, weights of other masks would be pruned without a word."""
+        if self._recount:
+            slots = ((slot, p) for p, slot in self._slots(optimizer).items())
+            self._kept = bits.share_of_ones((t, p) for t, p in slots if bits.form(t, p) != "ones")
+            self._recount = False
         first, self._stepping = not self._stepping, True  # a closure may have moved them for a while
         if self._unchecked or (first and self._watched and self._writes != sum(map(_version, self._watched))):
             self._check(optimizer)
@@ -201,7 +207,11 @@ class KeepMask(Transform):
 
     def groups_changed(self, optimizer: Host) -> None:
         """Parameters that came, or were replaced, are looked at before the next step."""
-        self._unchecked, self._watched = True, []
+        self._unchecked, self._watched, self._recount = True, [], True
+
+    def metrics(self, optimizer: Host) -> dict[str, float]:
+        """Which share of the masked weights' numbers the last step kept."""
+        return {"kept": self._kept} if optimizer.measured and self._kept is not None else {}
 
     def weights_moved(self, optimizer: Host) -> None:
         """A base that averages weights may put a little into what is pruned."""
@@ -218,7 +228,7 @@ class KeepMask(Transform):
     def after_load(self, optimizer: Host) -> None:
         """Mask what the checkpoint brought; the weights may still be loaded after this."""
         self._mask_state(optimizer)
-        self._unchecked = True
+        self._unchecked = self._recount = True
         before, self._before = self._before, {}
         way_out = "call remove() after the load and wrap again with masks="
         self._tell_regrowing(optimizer, before, "load_state_dict: the checkpoint has other masks", way_out)

@@ -6,12 +6,13 @@ rescaling to the old norm is the official code's.
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 from optx._errors import OptxError
 from optx._rules import rule
 from optx.ops import sqrt, where
-from optx.step.transform import Transform
+from optx.step.transform import Host, Transform
 
 
 @rule(writes=("wg", "ww"))
@@ -20,9 +21,12 @@ def inner_products(w: Any, g: Any) -> Any:
     return w * g, w * w
 
 
-@rule(writes=("coefficient", "scale", "grad_sq"))
+@rule(writes=("coefficient", "scale", "grad_sq", "removed", "given"))
 def projection(wg: Any, ww: Any, grad_sq: Any, numel: Any, rescale: Any) -> Any:
-    """c = <w, g> / <w, w>, the factor ||g|| / ||g - c w||, and the squared norm of the result."""
+    """c = <w, g> / <w, w>, the factor ||g|| / ||g - c w||, and the squared norm of the result.
+
+    And those of what was taken out, and of what there was.
+    """
     # A single number has no orthogonal direction: the formula would freeze it at rounding noise.
     c = where(numel > 1.0, wg / (ww + 1e-30), 0.0 * wg)
     left = grad_sq - c * wg
@@ -34,7 +38,7 @@ def projection(wg: Any, ww: Any, grad_sq: Any, numel: Any, rescale: Any) -> Any:
     left = where(usable, left, 0.0 * left)
     ratio = sqrt(grad_sq / where(usable, left, 1.0 + 0.0 * left))
     scale = where(usable, rescale * ratio + (1.0 - rescale), 1.0 + 0.0 * left)
-    return c, scale, left * scale * scale
+    return c, scale, left * scale * scale, c * wg, grad_sq
 
 
 @rule(writes="g")
@@ -96,3 +100,10 @@ class PerpGrad(Transform):
         if not isinstance(rescale, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise OptxError(f"PerpGrad: rescale is {rescale!r}; it must be True or False.")
         self.options = {"rescale": rescale}
+
+    def metrics(self, optimizer: Host) -> dict[str, float]:
+        """Which share of the gradients' norm lay along the weights and was taken out."""
+        removed, given = (optimizer.measured.sum(f"{self.name}.{what}") for what in ("removed", "given"))
+        if removed is None or not given:
+            return {}
+        return {"removed": math.sqrt(min(max(removed / given, 0.0), 1.0))}

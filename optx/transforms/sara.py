@@ -165,6 +165,8 @@ class SaRA(Transform):
         self._threshold = None if threshold is None else float(threshold)
         self._steps, self._reselected = 0, False
         self._first_state = FirstState()
+        self._trained: float | None = None
+        self._recount = True  # which takes a pass over the masks, so steps do it that have others
         self._ready()
 
     def _ready(self) -> None:
@@ -225,7 +227,7 @@ class SaRA(Transform):
                     optimizer.drop_base_state(p)
         if self.reset_state_on_reselect:
             self._first_state.make(optimizer.base, filter(self.serves, optimizer.base.param_groups))
-        self._reselected = True
+        self._reselected = self._recount = True
         self._tell(optimizer)
         if not (left := self.density()).selected:
             warn("SaRA: no entry is below the threshold any more, so nothing is trained from here on.")
@@ -317,6 +319,7 @@ class SaRA(Transform):
         """New weights are selected from by the same threshold."""
         check_weights(self, optimizer)
         self._watch(optimizer)
+        self._recount = True
 
     def before_step(self, optimizer: Host) -> None:
         """Add the nuclear norm's gradient."""
@@ -324,6 +327,10 @@ class SaRA(Transform):
             return
         if not self._watching:
             self._watch(optimizer)
+        if self._recount:
+            served = (p for p in optimizer.served(self) if p.requires_grad)
+            self._trained = bits.share_of_ones((optimizer.slot(p, self, "mask"), p) for p in served)
+            self._recount = False
         self._pull.give_back()
         if self._compact is not None:
             for p in optimizer.served(self):
@@ -356,6 +363,7 @@ class SaRA(Transform):
 
     def after_load(self, optimizer: Host) -> None:
         """Go on with the threshold and steps of the run that saved."""
+        self._recount = True
         group, given = optimizer.param_groups[0], self._threshold
         self._steps = int(group.get("optx.sara.steps", self._steps))
         self._reselected = bool(group.get("optx.sara.reselected", self._reselected))
@@ -367,6 +375,12 @@ class SaRA(Transform):
                 f"{given:g}; the checkpoint's stays in force."
             )
         self._tell(optimizer)
+
+    def metrics(self, optimizer: Host) -> dict[str, float]:
+        """Which share of the numbers the last step trained, and what selected ones were below."""
+        if not optimizer.measured or self._trained is None:
+            return {}
+        return {"trained": self._trained, "threshold": self._known_threshold()}
 
     def unwrap(self, optimizer: Host) -> None:
         """Give gradients and state the weights' shapes again."""
