@@ -137,7 +137,9 @@ class OptxCallback(Callback):
                 "OptxCallback: folders=True is for adapters, and no handle is given. Pass what optx.attach "
                 "returned."
             )
-        self._given, self._folders = handle, folders
+        one = handle is None or isinstance(handle, Handle | str)
+        self._given = handle if one else list(handle)  # every run asks again, and an iterator ends
+        self._folders = folders
         self._handles: list[Handle] = []
         self._keeper: AdaptersOnly | None = None
         self._logged = -1
