@@ -338,8 +338,8 @@ class Run:
             self._now = {}
             bar = bars.add_task(arm, total=stop, completed=start, now="")
             for step in range(start, stop):
-                self.interrupt.wanted = self.team.agrees(self.interrupt.wanted)
-                if self.interrupt.wanted:
+                if self.team.agrees(self.interrupt.wanted):
+                    self.interrupt.wanted = True
                     return
                 yield step
                 bars.update(bar, completed=step + 1, **self._now)

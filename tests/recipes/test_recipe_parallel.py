@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-from optx.recipes import _parallel, _text, finetune, grokking
+from optx.recipes import _parallel, _run, _text, finetune, grokking
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -203,6 +203,24 @@ def test_fsdp_is_told_how_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match="nobody said who is who"):
         finetune.main([])
     assert _parallel.processes() == 1
+
+
+class Late(_parallel.Team):
+    """A signal comes while the processes agree that there is none."""
+
+    asked = 0
+
+    def agrees(self, wanted: bool) -> bool:
+        self.asked += 1
+        if self.asked == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return wanted
+
+
+def test_a_signal_is_not_lost(tmp_path: Path) -> None:
+    run = _run.Run(tmp_path, {}, resume=False, team=Late())
+    assert list(run.steps("a", 0, 9)) == [0]
+    assert run.interrupt.wanted
 
 
 def test_a_recipe_for_one_process_says_so(tmp_path: Path) -> None:
