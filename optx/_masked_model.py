@@ -13,6 +13,7 @@ from optx._errors import OptxError, ShapeError, near
 from optx._mask_bits import unpack
 from optx._module_paths import bare_path, paths_of
 from optx._names import is_dtensor
+from optx._pieces import pieces_of
 
 Bits = Mapping[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -127,8 +128,8 @@ def without_numbers(p: Tensor) -> str:
             "is on the meta device, without numbers (offloaded, or not loaded yet). Load it first, or take "
             "off accelerate's hooks (accelerate.hooks.remove_hook_from_submodules)."
         )
-    if hasattr(p, "ds_id"):
-        return "is partitioned by DeepSpeed's ZeRO-3. Prune before deepspeed.initialize."
+    if (pieces := pieces_of(p)) is not None:
+        return f"is {pieces.what}. Prune before that; to train it, shard it with fully_shard (FSDP2)."
     kind = type(p)
     wrapped = is_traceable_wrapper_subclass(p) and not is_dtensor(p)
     if wrapped or kind.__module__.startswith(("bitsandbytes", "torchao")):

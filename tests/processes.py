@@ -16,7 +16,7 @@ Case = Callable[[int], None]
 
 # What a process would spend most of its time on, and with it what torch imports at first use: the server that
 # processes are forked from, one for each worker of pytest, has it.
-_IMPORTED = ("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "optx", "pytest")
+IMPORTED = ("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "optx", "pytest")
 
 
 def on_two_processes(cases: Sequence[Case]) -> None:
@@ -24,7 +24,7 @@ def on_two_processes(cases: Sequence[Case]) -> None:
 
     To be called once a module: two workers of pytest would start the processes twice.
     """
-    mp.get_context("forkserver").set_forkserver_preload(list(_IMPORTED))
+    mp.get_context("forkserver").set_forkserver_preload(list(IMPORTED))
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "said").mkdir()
         given = (cases, folder, dict(os.environ))  # the server's own is that of its start

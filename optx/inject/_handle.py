@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from optx._errors import MergeError, OptxError
-from optx._names import placed_like
+from optx._names import placed_like, whole
 from optx.inject import _folder, _merge, _offload
 from optx.inject._injection import Injection
 from optx.inject._install import detach
@@ -326,9 +326,10 @@ class Handle:
     def state_dict(self) -> dict[str, Tensor]:
         """Only what was added (and modules trained whole), by the served module's path.
 
-        LoRA's keys are PEFT's without its ``base_model.model.``: ``layers.0.q_proj.lora_A.weight``.
+        LoRA's keys are PEFT's without its ``base_model.model.``: ``layers.0.q_proj.lora_A.weight``. Of a
+        sharded model (FSDP2) the tensors are whole, so that every process must call it, as `save`.
         """
-        return {key: tensor.detach() for key, tensor in self._tensors().items()}
+        return {key: whole(tensor.detach()) for key, tensor in self._tensors().items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Load what `state_dict` gave; every key and shape is checked before anything changes.

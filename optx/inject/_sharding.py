@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from optx._errors import OptxError, TargetError
 from optx._names import is_dtensor
+from optx._pieces import pieces_of
 from optx.inject._injection import Site
 
 # By name: importing torch.distributed.fsdp costs a second, and DeepSpeed may not be there.
@@ -99,10 +100,11 @@ def _check_parameter(name: str, p: nn.Parameter) -> None:
             f"attach: {name!r} is a DTensor, spread over a device mesh already: {_DRIFT}. Attach first and "
             "shard the model then; modules under tensor parallelism can't be served."
         )
-    if hasattr(p, "ds_id"):
+    pieces = pieces_of(p)
+    if pieces is not None:
         raise TargetError(
-            f"attach: {name!r} is partitioned by DeepSpeed's ZeRO-3 already, and has shape {tuple(p.shape)} "
-            f"here: {_DRIFT}. Attach before deepspeed.initialize, and outside of deepspeed.zero.Init."
+            f"attach: {name!r} is {pieces.what}; it has shape {tuple(p.shape)} here: {_DRIFT}. "
+            f"{pieces.way_out}, after attaching."
         )
 
 

@@ -15,6 +15,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from optx._errors import FileError, OptxError
 from optx._names import is_dtensor
+from optx._pieces import pieces_of
 
 _Held = dict[str, Tensor | None]
 _copy_: Callable[..., None] = getattr(torch, "_foreach_copy_")  # noqa: B009 (public in all but its name)
@@ -80,6 +81,12 @@ class EMACopy:
 
     def _refuse(self) -> None:
         for name, p in self.live.named_parameters():
+            pieces = pieces_of(p)
+            if pieces is not None:
+                raise OptxError(
+                    f"{self.owner}: {name!r} is {pieces.what}, so no average can be kept of it; train under "
+                    "DDP, or use optx.SAF."
+                )
             if is_dtensor(p):
                 raise OptxError(
                     f"{self.owner}: {name!r} is sharded (FSDP2 or another DTensor), of which no average is "

@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 
 from optx._errors import OptxError, ShapeError, TransformError, near
 from optx._masks import Masks
-from optx._names import parameter_names
+from optx._names import is_dtensor, parameter_names
+from optx._pieces import pieces_of
 from optx.step.bases import base_rules
 from optx.step.memory import LOST, lost_memory, why_not_plain
 from optx.step.numbers import as_number
@@ -38,6 +39,7 @@ def check_wrap(wrapped: Host, groups: Sequence[Group] | None = None) -> None:
     _check_options(wrapped)
     _check_transforms(wrapped.transforms, type(wrapped))
     _check_free(wrapped)
+    check_whole_tensors(wrapped)
     for transform in wrapped.transforms:
         transform.check(base)
     new = base.param_groups if groups is None else groups
@@ -236,6 +238,43 @@ def shapes_differ(name: str, p: Tensor, what: str, t: Tensor) -> str:
         f"optx: parameter {name!r} has shape {tuple(p.shape)}, {what} has {tuple(t.shape)}. Where a weight "
         f"was grown or replaced, {way_out}."
     )
+
+
+def check_whole_tensors(wrapped: Host, known: Sequence[tuple[Group, Sequence[Tensor]]] = ()) -> None:
+    """Raise where an engine that came after `wrap` has put pieces in the place of parameters.
+
+    Args:
+        wrapped: what is about to step.
+        known: what each group had before, where that has changed.
+    """
+    base = wrapped.base
+    names = parameter_names(base)
+    for index, group in enumerate(base.param_groups):
+        acting = next((t for t in wrapped.transforms if t.serves(group)), None)
+        if acting is None:
+            continue
+        for p in group["params"]:
+            if (pieces := pieces_of(p)) is not None:
+                raise TransformError(
+                    f"{type(acting).__name__}: parameter {names[id(p)]!r} is {pieces.what}, so the method "
+                    f"would act on other numbers than a tensor's. {pieces.way_out}."
+                )
+        before = known[index][1] if index < len(known) else ()
+        if _is_flat_buffer(before, group["params"]):
+            raise TransformError(
+                f"optx: the {len(before)} parameters of group {index} were replaced by one flat tensor of "
+                f"{group['params'][0].numel():,} numbers, as DeepSpeed's ZeRO-1 and ZeRO-2 do, and "
+                f"{type(acting).__name__} acts on each tensor by itself. Use DDP with torch's "
+                "ZeroRedundancyOptimizer, or fully_shard (FSDP2); what optx.attach adds, and losses, train "
+                "under ZeRO-1 and ZeRO-2 with an optimizer that isn't wrapped."
+            )
+
+
+def _is_flat_buffer(before: Sequence[Tensor], now: Sequence[Tensor]) -> bool:
+    """Whether one new vector has taken the place of all that a group had."""
+    if len(now) != 1 or now[0].ndim != 1 or is_dtensor(now[0]) or any(p is now[0] for p in before):
+        return False
+    return len(before) > 1 or (len(before) == 1 and before[0].ndim > 1)
 
 
 def _check_parameter(p: Tensor, name: str, first: Transform) -> None:

@@ -17,7 +17,7 @@ from optx._names import is_dtensor
 from optx.kernels.step.program import Program
 from optx.step.base_step import guard, has_modes, release, run_post_hooks, run_pre_hooks
 from optx.step.checkpoint import pack, unpack
-from optx.step.checks import check_wrap
+from optx.step.checks import check_whole_tensors, check_wrap
 from optx.step.known_groups import Known, gone, known_of, replaced
 from optx.step.measured import Measured
 from optx.step.metrics import collect
@@ -63,7 +63,7 @@ class Wrapped(Optimizer):
         self._hooks()
         self._warned_capturable_if_run_uncaptured = True
         self._known: Known = []
-        self._removed = False
+        self._removed = self._looked = False
         self._warned_idle = self._had_gradient = False
         self._take_on(transforms, settings)
         guard(base, self)
@@ -181,6 +181,9 @@ class Wrapped(Optimizer):
         self.skipped_last = self._had_gradient = False
         closure = run_pre_hooks(self.base, closure)
         self.follow_parameters()
+        if not self._looked:  # an engine may have come between wrap and the first step
+            check_whole_tensors(self)
+            self._looked = True
         self.closure_pending = closure is not None
         self._before_step()
         loss, stepped = self._stepper.step(self._then_before_step(closure))
@@ -394,6 +397,7 @@ class Wrapped(Optimizer):
             for (_, known), group in zip(self._known, groups, strict=True)
         ):
             return
+        check_whole_tensors(self, self._known)
         for old, new in replaced(self._known, groups):
             self.slot_store.follow(old, new)
         self.slot_store.forget(gone(self._known, groups))

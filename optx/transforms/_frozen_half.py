@@ -84,6 +84,16 @@ def _anew(base: torch.optim.Optimizer, group: Group, params: list[Tensor]) -> to
     return kind(params, **{key: value for key, value in group.items() if key in known and key != "params"})
 
 
+def check_state_is_here(base: torch.optim.Optimizer) -> None:
+    """Refuse a base whose state is another optimizer's, where a new round would not find it."""
+    if any(kind.__name__ == "ZeroRedundancyOptimizer" for kind in type(base).__mro__):
+        raise TransformError(
+            "HFT: ZeroRedundancyOptimizer keeps its moments in an optimizer of its own, where a new round "
+            "can't drop them. Use fully_shard (FSDP2), which shards them too, or the optimizer itself under "
+            "DDP."
+        )
+
+
 def check_state_may_stay(base: torch.optim.Optimizer) -> None:
     """Refuse to keep state by which a base moves weights that have no gradient."""
     modes = has_modes(base)

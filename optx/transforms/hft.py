@@ -16,11 +16,13 @@ from torch import nn
 
 from optx._errors import OptxError, TransformError, check_whole, warn
 from optx.step.transform import Host, Transform
+from optx.transforms._ddp_rounds import KnownDDP
 from optx.transforms._drawn_half import DrawnHalf, check_model
 from optx.transforms._flags import inherited_flags, serve, serve_no_more
 from optx.transforms._frozen_half import (
     FirstState,
     FrozenHalf,
+    check_state_is_here,
     check_state_may_stay,
     is_rehearsal,
     only_rehearsed,
@@ -50,8 +52,10 @@ class HFT(Transform):
     One HFT serves a model; put it on one optimizer if there are several.
 
     With DDP, wrap the model first, with ``find_unused_parameters=True``, and then the optimizer: DDP
-    learns of the trainable parameters when it is made. All ranks draw the same half, without
-    communication.
+    learns of the trainable parameters when it is made. For rounds of a stage each, cheaper: wrap the
+    optimizer (or call `next_round`) first and make the DDP then, anew in each round, without that option:
+    it has the trained half only. A DDP of an earlier round is refused. All ranks draw the same half,
+    without communication.
 
     Source: "HFT: Half Fine-Tuning for Large Language Models", arXiv 2404.18466.
 
@@ -139,6 +143,7 @@ class HFT(Transform):
         self._steps = 0  # in this round; counted where rounds_every asks for it
         self._frozen = FrozenHalf()
         self._first_state = FirstState()
+        self._ddp = KnownDDP()
         self._loading = False
         self._optimizer: weakref.ref[Host] | None = None
 
@@ -187,6 +192,7 @@ class HFT(Transform):
     def start_round(self, number: int) -> Selection:
         """Begin round ``number``; a round's half depends only on it, the seed, and what the person froze."""
         optimizer = self._bound("start_round")
+        self._ddp.check(self.model)
         self._half.see(optimizer.param_groups, self.serves)
         self._half.flags.follow()
         self._half.watch()
@@ -285,6 +291,7 @@ class HFT(Transform):
         if unbound:
             half.flags = inherited_flags(self.model)
         check_model(self.model, base)
+        check_state_is_here(base)
         if not self.reset_state:
             check_state_may_stay(base)
         half.flags.follow()
@@ -295,6 +302,7 @@ class HFT(Transform):
     def bind(self, optimizer: Host) -> None:
         """Freeze this round's half."""
         self._optimizer = weakref.ref(optimizer)
+        self._ddp.see(self.model)
         serve(self.model, self._optimizer, self._half.flags)
         self._half.begin(self.round)
         # One history for all parameters would go on moving those that are frozen now.

@@ -1,0 +1,171 @@
+"""The table of engines and methods: its columns, what is refused, and how a cell is judged.
+
+A cell is equal (the weights after `tasks.STEPS` steps are those of one process on the joined batch, to
+`LIMIT`), refused (optx raises when things are put together, in the words given here), or untried.
+
+A column is a function that trains a row (`engines.columns` has the first ones) and gives
+``{"trained": weights}``, and ``"resumed"`` where it also went on from a checkpoint; add it to `COLUMNS`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from engines import columns
+from engines.tasks import BY_NAME
+from engines.teams import Found, Phase, Team
+from torch import Tensor
+
+LIMIT = 1e-6
+MOVED = 1e-3  # what a run has to move weights by, for equality to say something
+REFERENCE = "one process"
+
+
+@dataclass(frozen=True)
+class Column:
+    """An engine.
+
+    Attributes:
+        name: as the page has it.
+        run: trains a row and gives what it found.
+        world: how many processes do a cell together.
+        resumes: whether it also goes on from a checkpoint of as many processes, to the same bits.
+    """
+
+    name: str
+    run: Callable[[str, Team], Found]
+    world: int
+    resumes: bool = False
+
+
+# In the order in which they are run: later ones read what "FSDP2" has saved.
+COLUMNS: list[Column] = [
+    Column("DDP", columns.ddp, 2, resumes=True),
+    Column("FSDP2", columns.fsdp2, 2, resumes=True),
+    Column("HSDP, 2 x 2", columns.hsdp, 4),
+    Column("FSDP2, 2 to 4", columns.fsdp2_resumed, 4),
+    Column("FSDP2, 2 to 1", columns.alone_resumed, 1),
+    Column("wrapped, then FSDP2", columns.wrapped_then_sharded, 2),
+    Column("ZeRO-1 (torch)", columns.zero_redundancy, 2),
+    Column("FSDP1", columns.fsdp1, 2),
+]
+BY_TITLE: Mapping[str, Column] = {column.name: column for column in COLUMNS}
+
+# By column, then row or kind of row: words of the error.
+_PIECE = "is a piece of a flat parameter of FSDP1"
+_MESA = {"MESA": "was sharded or reshaped since MESA was made"}
+REFUSED: Mapping[str, Mapping[str, str]] = {
+    "FSDP2": _MESA,
+    "HSDP, 2 x 2": _MESA,
+    "wrapped, then FSDP2": _MESA,
+    "FSDP1": {"transform": _PIECE, **_MESA},
+    "ZeRO-1 (torch)": {
+        "AdamR": "normalize=True needs Adam's second moment",
+        "HFT": "keeps its moments in an optimizer of its own",
+        "MuAdamW": "ZeroRedundancyOptimizer is not known. Say how it steps",
+    },
+}
+
+# Cells that have no meaning.
+UNTRIED: Mapping[str, Sequence[str]] = {
+    "FSDP2, 2 to 4": ["MESA"],
+    "FSDP2, 2 to 1": ["MESA"],
+    "FSDP1": ["STN"],
+}
+
+
+def refusal(column: str, row: str) -> str | None:
+    """The words that a cell is refused with; None: it is equal."""
+    words = REFUSED.get(column, {})
+    return words.get(row, words.get(BY_NAME[row].kind))
+
+
+def tried(column: str, row: str) -> bool:
+    """Whether there is such a cell."""
+    without = UNTRIED.get(column, ())
+    return row not in without and BY_NAME[row].kind not in without
+
+
+# ---- running -----------------------------------------------------------------------------------------------
+
+
+def key(column: str, row: str) -> str:
+    """A cell's name."""
+    return f"{column}+{row}"
+
+
+def phases(names: Sequence[str], rows: Mapping[str, Sequence[str]]) -> Iterator[Phase]:
+    """What has to be run for some columns, each with its own choice of rows."""
+    needed = list(dict.fromkeys(row for name in names for row in rows[name]))
+    yield Phase(1, {key(REFERENCE, row): columns.cell(columns.one_process, row) for row in needed})
+    for name in names:
+        column = BY_TITLE[name]
+        cells = {key(name, row): columns.cell(column.run, row) for row in rows[name] if tried(name, row)}
+        yield Phase(column.world, cells)
+
+
+# ---- judging -----------------------------------------------------------------------------------------------
+
+
+def cells(found: Mapping[str, Found]) -> dict[str, dict[str, Any]]:
+    """By column and row: ``{"off": largest deviation}`` and more, or ``{"refused": words}``."""
+    judged: dict[str, dict[str, Any]] = {}
+    for name, one in found.items():
+        column, row = name.split("+")
+        if column != REFERENCE:
+            judged.setdefault(column, {})[row] = _cell(one, found[key(REFERENCE, row)], _adapter(found, row))
+    return judged
+
+
+def _cell(found: Found, reference: Found, adapter: Mapping[str, Tensor] | None) -> dict[str, Any]:
+    if "refused" in found:
+        return {"refused": found["refused"]}
+    wanted = reference["trained"]
+    cell: dict[str, Any] = {"off": off(found.get("trained", found.get("resumed")), wanted)}
+    before = reference["start"]  # of what has one shape all along, as STN's history has not
+    cell["moved"] = off(
+        *({n: t[n] for n in before if before[n].shape == wanted[n].shape} for t in (wanted, before))
+    )
+    if "trained" in found and "resumed" in found:
+        cell["resumed"] = off(found["resumed"], found["trained"])
+    if adapter is not None and "adapter" in found:
+        cell["adapter"] = off(found["adapter"], adapter)
+    if "numbers" in found:
+        cell["numbers"] = off({"": found["numbers"]}, {"": reference["numbers"]})
+    return cell
+
+
+def _adapter(found: Mapping[str, Found], row: str) -> Mapping[str, Tensor] | None:
+    """What the handle was when it was saved."""
+    return found.get(key("FSDP2", row), {}).get("adapter")
+
+
+def off(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
+    """The largest difference; infinite where names, shapes or what is finite differ."""
+    if found.keys() != wanted.keys() or any(found[n].shape != t.shape for n, t in wanted.items()):
+        return float("inf")
+    gaps = [(found[n].double() - t.double()).abs().max() for n, t in wanted.items() if t.numel()]
+    return float(torch.stack(gaps).nan_to_num(float("inf")).max()) if gaps else 0.0
+
+
+def complaints(column: str, row: str, cell: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a cell."""
+    where, words = f"{row}, {column}", refusal(column, row)
+    if words is not None or "refused" in cell:
+        told = cell.get("refused", "nothing")
+        right = words is not None and re.search(words, told)
+        return [] if right else [f"{where}: refused with {told!r}, not {words!r}"]
+    wrong = [
+        f"{where}: {name} {cell[name]:.1e}" for name in ("resumed", "adapter", "numbers") if cell.get(name)
+    ]
+    if not cell["off"] <= LIMIT:
+        wrong.append(f"{where}: off by {cell['off']:.1e}")
+    if not cell["moved"] > MOVED:
+        wrong.append(f"{where}: moved by {cell['moved']:.1e} only")
+    if BY_TITLE[column].resumes and "resumed" not in cell:
+        wrong.append(f"{where}: nothing was resumed")
+    return wrong

@@ -1,0 +1,414 @@
+"""Rows of the table of engines: every method with a small real model, its data and its loss, in one module.
+
+A `Task` is what an engine trains: its forward takes a batch and gives ``{"loss": ..., "logits": ...}``, as
+transformers' models do, so that a Trainer, Lightning or a plain loop train the very same thing.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import injections
+import torch
+from conv_models import vgg
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import optx
+
+STEPS, BATCH = 5, 8
+Kind = Literal["transform", "injection", "loss"]
+Batch = dict[str, Tensor]
+
+# Where the true gradient is 0 (the bias of attention's keys), Adam makes a whole step of rounding's noise.
+ADAMW: dict[str, float] = {"lr": 5e-3, "eps": 1e-3, "weight_decay": 0.1}
+
+
+class Small(nn.Module):
+    """Blocks of matrices, norms and biases whose rows neither two nor four processes share evenly."""
+
+    def __init__(self, width: int = 7) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.enter = nn.Linear(6, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 10), nn.Tanh(), nn.Linear(10, width))
+            for _ in range(2)
+        )
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+# ---- rows --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One public method, and how it is used.
+
+    Attributes:
+        name: the class in `optx`.
+        net: the model.
+        transform: of the task and what the engine calls.
+        attach: adds the injection.
+        signal: makes the loss.
+        task: the class of the module that engines train.
+        adamw: other settings than `ADAMW`.
+        apart: the model's other parameters are trained too.
+        unused: some trainable parameters get no gradient in a step, which DDP must be told of.
+    """
+
+    name: str
+    kind: Kind
+    net: Callable[[], nn.Module] = Small
+    transform: Callable[[Task, nn.Module], optx.Transform] | None = None
+    attach: Callable[[nn.Module], Any] | None = None
+    signal: Callable[[Task], Any] | None = None
+    task: Callable[[Row], Task] = field(default_factory=lambda: Task)
+    adamw: Mapping[str, float] = field(default_factory=dict[str, float])
+    apart: bool = False
+    unused: bool = False
+
+    def __str__(self) -> str:
+        return self.name
+
+
+class Task(nn.Module):
+    """A row, ready to be trained."""
+
+    def __init__(self, row: Row) -> None:
+        super().__init__()
+        self.row = row
+        self.net = row.net()
+        self.handle: Any = None
+        if row.attach is not None:
+            self.handle = row.attach(self.net)
+            if not row.apart:
+                optx.trainable_only(self.net, self.handle)
+        self.net.train()
+        injections.no_dropout(self.net)
+        self.signal: Any = None if row.signal is None else row.signal(self)
+
+    # ---- what a loop calls ---------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, y: Tensor, index: Tensor) -> dict[str, Tensor]:
+        """The batch's loss and logits."""
+        made = self.net(x)
+        logits = made if isinstance(made, Tensor) else made.logits
+        return {"loss": self.loss(logits, x, y, index), "logits": logits}
+
+    def loss(self, logits: Tensor, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+        """The mean over the batch."""
+        if logits.ndim == 3:
+            return F.cross_entropy(logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
+        return F.cross_entropy(logits, y)
+
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
+        """A process's share of a step's samples, as many as every other's."""
+        g = torch.Generator().manual_seed(step)
+        first = self.first()
+        x = (
+            torch.randint(3, 64, (BATCH, 7), generator=g)
+            if first == "tokens"
+            else torch.randn(BATCH, *first, generator=g)
+        )
+        y = torch.randint(2, (BATCH,), generator=g)
+        each = BATCH // world
+        mine = slice(rank * each, (rank + 1) * each)
+        return {"x": x[mine], "y": y[mine], "index": torch.arange(BATCH)[mine]}
+
+    def first(self) -> Any:
+        """What one sample is: tokens, or the shape of a tensor."""
+        if hasattr(self.net, "config"):
+            return "tokens"
+        return (3, 8, 8) if any(isinstance(m, nn.Conv2d) for m in self.net.modules()) else (6,)
+
+    def optimizer(
+        self, call: nn.Module | None = None, base: torch.optim.Optimizer | None = None
+    ) -> torch.optim.Optimizer:
+        """AdamW over what is trained, with the row's transform; ``call`` is what an engine made of this."""
+        base = torch.optim.AdamW(self.trained(), **ADAMW | self.row.adamw) if base is None else base
+        if self.row.transform is None:
+            return base
+        return optx.wrap(base, self.row.transform(self, self if call is None else call))
+
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        """Names in `net`, and parameters."""
+        return [(name, p) for name, p in self.net.named_parameters() if p.requires_grad]
+
+    def begin(self, step: int) -> None:
+        """Before a step; each is an epoch."""
+        if hasattr(self.signal, "set_epoch"):
+            self.signal.set_epoch(step)
+
+    def backward(self, call: nn.Module, batch: Batch, opt: Any) -> None:
+        """Gradients of a batch, by what the engine made of this."""
+        call(**batch)["loss"].backward()
+
+    def end(self, step: int, rank: int, world: int) -> None:
+        """After a step."""
+
+    # ---- what a checkpoint has besides the model and the optimizer -----------------------------------------
+
+    def extra(self) -> Any:
+        """The loss's or the handle's own state."""
+        return self.signal.state_dict() if hasattr(self.signal, "load_state_dict") else None
+
+    def load_extra(self, state: Any) -> None:
+        """Go on from `extra`."""
+        if state is not None:
+            self.signal.load_state_dict(state)
+
+
+def train(
+    task: Task, call: nn.Module, opt: Any, steps: range = range(STEPS), rank: int = 0, world: int = 1
+) -> None:
+    """A plain loop."""
+    for step in steps:
+        task.begin(step)
+        opt.zero_grad()
+        task.backward(call, task.batch(step, rank, world), opt)
+        opt.step()
+        task.end(step, rank, world)
+
+
+# ---- rows that need a loop or a loss of their own ----------------------------------------------------------
+
+
+class Domains(Task):
+    """DSPReg: a backward pass for each domain."""
+
+    def backward(self, call: nn.Module, batch: Batch, opt: Any) -> None:
+        for domain in range(2):
+            mine = batch["index"] % 2 == domain  # each process has both
+            with opt.dsp_reg.domain(domain):
+                call(**{key: value[mine] for key, value in batch.items()})["loss"].backward()
+
+
+class OwnLoss(Task):
+    """An injection whose handle has a loss."""
+
+    def loss(self, logits: Tensor, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+        return super().loss(logits, x, y, index) + self.handle.loss()
+
+
+class Windows(Task):
+    """WindowPrune: draws are each process's own, so decisions are given; predictors learn by their loss."""
+
+    def __init__(self, row: Row) -> None:
+        super().__init__(row)
+        self.handle.force({path: torch.tensor([[1, 0], [1, 1]]).view(1, 1, 2, 2) for path in ("0", "1")})
+
+    def first(self) -> Any:
+        return (8, 8, 8)
+
+    def loss(self, logits: Tensor, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+        blurred = (torch.arange(64).view(1, 1, 8, 8) % 5 == index.view(-1, 1, 1, 1)).float()
+        return logits.square().mean() + self.handle.loss(blurred)
+
+
+class Tuning(Task):
+    """STN: batches of training and of validation in turn."""
+
+    def backward(self, call: nn.Module, batch: Batch, opt: Any) -> None:
+        with self.handle.train_batch(batch["x"]):
+            noisy = batch["x"] * (1 + self.handle.hparams["noise"].value.view(-1, 1))
+            call(**{**batch, "x": noisy})["loss"].backward()
+
+    def end(self, step: int, rank: int, world: int) -> None:
+        batch = self.batch(100 + step, rank, world)
+        with self.handle.valid_batch(batch["x"]):
+            self(**batch)["loss"].backward()
+        self.handle.step_hparams()
+
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in super().trained() if ".raw" not in name]
+
+    def extra(self) -> Any:
+        return self.handle.state_dict()
+
+    def load_extra(self, state: Any) -> None:
+        self.handle.load_state_dict(state)
+
+
+class PerSample(Task):
+    """LossReweight: it takes the samples' losses."""
+
+    def loss(self, logits: Tensor, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+        return self.signal(F.cross_entropy(logits, y, reduction="none") * (1 + index))
+
+
+class Past(Task):
+    """SAF: it takes outputs and the samples' numbers."""
+
+    def loss(self, logits: Tensor, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+        return super().loss(logits, x, y, index) + self.signal(logits, index)
+
+
+class Averaged(Task):
+    """MESA: it takes outputs and inputs."""
+
+    def loss(self, logits: Tensor, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+        return super().loss(logits, x, y, index) + self.signal(logits, x)
+
+
+class Instead(Task):
+    """A loss that takes cross-entropy's place."""
+
+    def loss(self, logits: Tensor, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+        return self.signal(logits, y)
+
+
+# ---- the rows ----------------------------------------------------------------------------------------------
+
+
+def _masks(task: Task) -> optx.Masks:
+    g = torch.Generator().manual_seed(1)
+    shapes = {name: p.shape for name, p in Small().named_parameters() if p.ndim == 2}
+    return optx.Masks.from_bool(
+        {name: torch.rand(shape, generator=g) > 0.5 for name, shape in shapes.items()}
+    )
+
+
+def _keep_mask(task: Task, _: nn.Module) -> optx.Transform:
+    masks = _masks(task)
+    masks.apply_(task.net)
+    return optx.KeepMask(masks)
+
+
+def _shapes(make: Callable[[int], nn.Module], width: int, base: int) -> Any:
+    return optx.scaling.shapes(make(width), base=make(base))
+
+
+def _hft(task: Task, call: nn.Module) -> optx.Transform:
+    return optx.HFT(call, seed=1, rounds_every=2, blocks=r"(.*\.)?blocks\.\d+")
+
+
+def _llama(width: int) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=width,
+        intermediate_size=3 * width // 2,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+        bos_token_id=1,
+        eos_token_id=2,
+        attn_implementation="sdpa",
+    )
+    return LlamaForCausalLM(config)
+
+
+def _vgg() -> nn.Module:
+    torch.manual_seed(0)
+    return vgg(norm=False)
+
+
+def _windows() -> nn.Module:
+    from inject.window_models import own
+
+    return own(2)
+
+
+def _attach_windows(net: nn.Module) -> Any:
+    from inject.window_models import blocks
+
+    torch.manual_seed(2)
+    return optx.attach(net, optx.WindowPrune(blocks=blocks))
+
+
+def _attached(injection: Callable[[], Any], targets: Any = None) -> Callable[[nn.Module], Any]:
+    def attach(net: nn.Module) -> Any:
+        torch.manual_seed(2)
+        return optx.attach(net, injection(), targets)
+
+    return attach
+
+
+def _tuned(net: nn.Module) -> Any:
+    torch.manual_seed(2)
+    hparams = optx.HParams(noise=optx.hp(0.1, (0, None)))
+    return optx.attach(net, optx.STN(hparams, warmup=0, train_steps=1), r"blocks\.\d\.[13]|head|enter")
+
+
+def _of_table(label: str, **more: Any) -> Row:
+    """A row of `injections.ROWS`, moved away from its start."""
+    row = next(row for row in injections.ROWS if row.label == label)
+
+    def attach(net: nn.Module) -> Any:
+        handle = row.attach(net)
+        injections.move(handle)
+        return handle
+
+    return Row(type(row.injection()).__name__, "injection", row.model, attach=attach, **more)
+
+
+ROWS = [
+    Row("AdamR", "transform", transform=lambda *_: optx.AdamR(weight=0.05)),
+    Row("PerpGrad", "transform", transform=lambda *_: optx.PerpGrad()),
+    Row("HFT", "transform", transform=_hft, unused=True),
+    Row("KeepMask", "transform", transform=_keep_mask),
+    Row("SaRA", "transform", transform=lambda *_: optx.SaRA(fraction=0.5, reselect_at=3)),
+    Row("DSPReg", "transform", transform=lambda *_: optx.DSPReg(2, weight=2.0), task=Domains),
+    Row("MuAdamW", "transform", transform=lambda *_: optx.MuAdamW(_shapes(Small, 7, 3))),
+    *map(
+        _of_table,
+        ("LoRA", "BitFit", "IA3", "SVFit", "SequentialAdapter", "ParallelAdapter", "ScaledParallelAdapter"),
+    ),
+    *map(_of_table, ("PrefixTuning", "MultiHeadParallelAdapter", "MAM", "Aside", "IAA")),
+    # Their products of factors have gradients of any size, and small ones' noise is a step of Adam's too.
+    *(_of_table(label, adamw={"eps": 1e-1, "lr": 2e-2}) for label in ("FLoRA", "Perp")),
+    Row("HiddenDelta", "injection", injections.llama, attach=_attached(lambda: optx.HiddenDelta(rank=3))),
+    Row("FTWT", "injection", _vgg, attach=_attached(optx.FTWT), task=OwnLoss, apart=True),
+    Row("WindowPrune", "injection", _windows, attach=_attach_windows, task=Windows, apart=True),
+    Row("STN", "injection", Small, attach=_tuned, task=Tuning, apart=True),
+    Row(
+        "MuAttention",
+        "injection",
+        lambda: _llama(16),
+        attach=_attached(lambda: optx.MuAttention(_shapes(_llama, 16, 8))),
+        apart=True,
+    ),
+    Row(
+        "MuReadout",
+        "injection",
+        lambda: Small(7),
+        attach=_attached(lambda: optx.MuReadout(_shapes(Small, 7, 3))),
+        apart=True,
+    ),
+    Row(
+        "SAF",
+        "loss",
+        signal=lambda _: optx.SAF(BATCH, weight=2.0, lookback=1, start_epoch=0, gather=True),
+        task=Past,
+    ),
+    Row("MESA", "loss", signal=lambda task: optx.MESA(task.net, beta=0.5, start_epoch=0), task=Averaged),
+    Row("LossReweight", "loss", signal=lambda _: optx.LossReweight(max_batch=BATCH), task=PerSample),
+    Row("StableMaxCrossEntropy", "loss", signal=lambda _: optx.StableMaxCrossEntropy(), task=Instead),
+]
+BY_NAME: Mapping[str, Row] = {row.name: row for row in ROWS}
+
+
+def public() -> dict[str, Kind]:
+    """All that optx exports of these kinds, without the protocols' own classes."""
+    found: dict[str, Kind] = dict.fromkeys(injections.public_injections(), "injection")
+    for name, thing in vars(optx).items():
+        if not inspect.isclass(thing):
+            continue
+        if issubclass(thing, optx.Transform) and thing is not optx.Transform:
+            found[name] = "transform"
+        elif thing.__module__.startswith("optx.signal"):
+            found[name] = "loss"
+    return found
