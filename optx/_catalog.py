@@ -50,7 +50,8 @@ class Entry:
 
     Attributes:
         name: as it is typed.
-        verb: ``wrap``, ``attach``, ``loss``, ``delta``, ``prune``, ``tell`` (it changes nothing) or ``run``.
+        verb: ``wrap``, ``attach``, ``loss``, ``delta``, ``prune``, ``tell`` (it changes nothing), ``config``,
+            ``engine`` (for other people's trainers) or ``run``.
         summary: the first line of its docstring.
         paper: an arXiv number where its source has one, else the source's title; empty if it names none.
         use: one line of code, or the command.
@@ -136,7 +137,7 @@ def search(word: str) -> tuple[list[Entry], list[Entry]]:
     body = r"[\s-]+".join(re.escape(part) for part in re.split(r"[\s-]+", word.strip()))
     end = r"(?!\w)" if len(word.strip()) <= 3 else ""
     pattern = re.compile(rf"(?<!\w){body}{end}", re.IGNORECASE)
-    every = [*methods(), *functions(), *recipes()]
+    every = [*methods(), *functions(), *engines(), *recipes()]
     named = [entry for entry in every if word.strip().lower() in entry.name.lower()]
     headed = [e for e in every if pattern.search(" | ".join([e.summary, e.paper, *e.keywords]))]
     first = [*named, *(entry for entry in headed if entry not in named)]
@@ -152,6 +153,29 @@ def functions() -> list[Entry]:
         for name, thing, doc in found
         if inspect.isfunction(thing) and thing not in known
     ]
+
+
+def engines() -> list[Entry]:
+    """What is there for other people's trainers, without importing them."""
+    folder = Path(__file__).parent / "integrations"
+    found: list[Entry] = []
+    for file in sorted(folder.glob("[a-z]*.py")):
+        room, tree = f"integrations.{file.stem}", ast.parse(file.read_text(encoding="utf-8"))
+        parts = [one for one in tree.body if isinstance(one, ast.FunctionDef | ast.ClassDef)]
+        named = [(f"{room}.{one.name}", one) for one in parts if not one.name.startswith("_")]
+        for name, node in [(room, tree), *named]:
+            doc = ast.get_docstring(node) or ""
+            called = f"({_asked(node)})" if isinstance(node, ast.FunctionDef) else ""
+            use = f"optx.{name}{called}"
+            found.append(Entry(name, "engine", _first_line(doc), "", use, _keywords(doc), doc))
+    return found
+
+
+def _asked(node: ast.FunctionDef) -> str:
+    """The arguments that a function can't do without, and those that it takes any number of."""
+    names = [one.arg for one in node.args.args]
+    many = [f"*{node.args.vararg.arg}"] if node.args.vararg else []
+    return ", ".join([*names[: len(names) - len(node.args.defaults)], *many])
 
 
 def methods() -> list[Entry]:

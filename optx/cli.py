@@ -154,6 +154,9 @@ def _instead(method: str) -> str:
     word = method.removeprefix("optx.")
     if any(word.partition(".")[0] == entry.name for entry in _catalog.functions()):
         return f"help(optx.{word}) in Python tells of it."
+    for entry in _catalog.engines():
+        if word.lower() in (entry.name.lower(), entry.name.lower().rpartition(".")[2]):
+            return f"help(optx.{entry.name}) in Python tells of it."
     if word.partition(".")[0] in dir(optx):
         return f"help(optx.{word}) in Python tells of it."
     if close := _catalog.similar(method):

@@ -115,6 +115,8 @@ def attach(
             of a list, must leave something out. As PEFT's ``exclude_modules``.
         masks: for `optx.Perp`: which weights of a pruned model are kept.
 
+    Keywords: PEFT, adapters, checkpoints, DDP, FSDP, FSDP2, fully_shard, quantised, metrics.
+
     Returns:
         A `Handle`; ``handle.parameters()`` are for the optimizer, ``handle.remove()`` undoes everything.
 

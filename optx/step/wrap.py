@@ -39,7 +39,8 @@ def wrap(
             updates below half a unit in the last place). By default stochastic, but where a group is not
             fused the base writes its weights itself, to nearest; there the other two are refused.
 
-    Keywords: bf16, bfloat16, stochastic rounding, Kahan, fused kernels.
+    Keywords: bf16, bfloat16, stochastic rounding, Kahan, fused kernels, DDP, FSDP, FSDP2, HSDP, DTensor,
+    torchrun, distributed, metrics, logging.
 
     Returns:
         The wrapped optimizer.
