@@ -207,7 +207,7 @@ def zero_redundancy(row: str, team: Team) -> Found:
     task = make(row)
     call = nn.parallel.DistributedDataParallel(task, find_unused_parameters=task.row.unused)
     params = [p for _, p in task.trained()]
-    opt = task.optimizer(call, ZeroRedundancyOptimizer(params, torch.optim.AdamW, **ADAMW))
+    opt = task.optimizer(call, ZeroRedundancyOptimizer(params, torch.optim.AdamW, **ADAMW | task.row.adamw))
     train(task, call, opt, range(STEPS), team.rank, team.world)
     return {"trained": weights(task)}
 
