@@ -1,4 +1,4 @@
-"""Runs cases on two gloo processes: one start of the two for a module, one import for all modules."""
+"""Runs cases on two gloo processes, or more: one start of them for a module, one import for all modules."""
 
 from __future__ import annotations
 
@@ -24,26 +24,33 @@ def on_two_processes(cases: Sequence[Case]) -> None:
 
     To be called once a module: two workers of pytest would start the processes twice.
     """
+    on_processes(cases, 2)
+
+
+def on_processes(cases: Sequence[Case], world: int) -> None:
+    """The same on so many."""
     mp.get_context("forkserver").set_forkserver_preload(list(IMPORTED))
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "said").mkdir()
-        given = (cases, folder, dict(os.environ))  # the server's own is that of its start
+        given = (cases, world, folder, dict(os.environ))  # the server's own is that of its start
         try:
-            mp.start_processes(_worker, given, nprocs=2, start_method="forkserver")  # type: ignore[no-untyped-call]
+            mp.start_processes(_worker, given, nprocs=world, start_method="forkserver")  # type: ignore[no-untyped-call]
         except mp.ProcessRaisedException as error:
             print(error)
         said = {path.name: path.read_text() for path in Path(folder, "said").iterdir()}
-    wanted = {f"{case.__name__}.{rank}": "passed" for case in cases for rank in (0, 1)}
+    wanted = {f"{case.__name__}.{rank}": "passed" for case in cases for rank in range(world)}
     assert {name: said.get(name, "not reached") for name in wanted} == wanted
 
 
-def _worker(rank: int, cases: Sequence[Case], folder: str, environment: Mapping[str, str]) -> None:
+def _worker(
+    rank: int, cases: Sequence[Case], world: int, folder: str, environment: Mapping[str, str]
+) -> None:
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
     meeting = f"file://{folder}/meet"
     dist.init_process_group(
-        "gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(minutes=3)
+        "gloo", init_method=meeting, rank=rank, world_size=world, timeout=timedelta(minutes=3)
     )
     said = Path(folder, "said")
     for case in cases:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from optx._errors import TransformError
-from optx._names import is_dtensor, whole
+from optx._names import is_dtensor
 from optx.kernels.step.program import W0, Call, G, Level, Program, Ref, W
 from optx.ops import Several
 from optx.step.bits import Packed
 from optx.step.rounding import step_key, write
+from optx.step.sharded import Shards, Share, here
 
 Operand = Any  # a TensorList, a number, or one number or 0-dim tensor per tensor
 
@@ -180,20 +181,24 @@ class GroupRun:
         self.gradients = list(grads)
         # Slots as rules wrote them in this step, where that is more than what could be stored.
         self._written: dict[Ref, list[Tensor]] = {}
+        self._looked: list[Share] = []  # of gradients that are shards: to be completed with what is observed
 
     def _registers(self, start: Sequence[Tensor] | None = None) -> dict[Ref, list[Tensor]]:
         return {W: self.weights, W0: list(start or self.weights), G: self.gradients, **self._written}
 
     # ---- levels ------------------------------------------------------------------------------------
 
+    def sum(self, level: Level) -> list[Share]:
+        """A level's sums; returns what of them is of shards, to be completed before `measure`."""
+        if not level.sums:
+            return []
+        registers = self._registers()
+        for call in level.prefix:
+            self._elementwise(call, registers)
+        return [share for call in level.sums for share in self._sum(call, registers)]
+
     def measure(self, level: Level) -> dict[str, Tensor]:
-        """Sums and scalars of a level; returns this group's share of its totals."""
-        if level.sums:
-            registers = self._registers()
-            for call in level.prefix:
-                self._elementwise(call, registers)
-            for call in level.sums:
-                self._sum(call, registers)
+        """The scalars that follow from a level's sums; returns this group's share of its totals."""
         for call in level.scalars:
             self._scalar(call)
         return {ref.name: self.cols[ref.name].sum() for ref in level.totals}
@@ -204,7 +209,7 @@ class GroupRun:
             if G not in call.args:
                 continue
             if any(map(is_dtensor, self.gradients)):
-                self._sum(call, {G: self.gradients})
+                self._looked += self._sum(call, {G: self.gradients})
                 continue
             norms = torch._foreach_norm(self.gradients, 2, dtype=self._wide)
             (ref,) = call.writes
@@ -215,14 +220,19 @@ class GroupRun:
         for call in level.finish:
             self._scalar(call)
 
-    def _sum(self, call: Call, registers: Mapping[Ref, list[Tensor]]) -> None:
+    def _sum(self, call: Call, registers: Mapping[Ref, list[Tensor]]) -> list[Share]:
         rows: list[list[Tensor]] = []
         for i, row in enumerate(self._rows(call, registers)):
             pieces = [self._results(call, i, piece) for piece in self._pieces(call, i, row, self._wide)]
             sums = ([part.sum(dtype=self._wide) for part in column] for column in zip(*pieces, strict=True))
-            rows.append([whole(s[0] if len(s) == 1 else torch.stack(s).sum()) for s in sums])
+            rows.append([s[0] if len(s) == 1 else torch.stack(s).sum() for s in sums])
+        shares: list[Share] = []
         for column, ref in enumerate(call.writes):
-            self.cols[ref.name] = torch.stack([row[column].to(self.number_device) for row in rows])
+            sums = [row[column] for row in rows]
+            self.cols[ref.name] = made = torch.stack([here(one).to(self.number_device) for one in sums])
+            over = map(Shards.summed_over, sums)
+            shares += [(made[i], shards) for i, shards in enumerate(over) if shards is not None]
+        return shares
 
     def _scalar(self, call: Call) -> None:
         results = _applied(call, [self._number(ref) for ref in call.args])
@@ -268,13 +278,19 @@ class GroupRun:
             self._elementwise(call, registers, store=True)
         return [w.to(math) for w, math in zip(registers[W], self._math, strict=True)]
 
-    def observe(self, start: list[Tensor] | None = None) -> None:
-        """The step is done: keep what scalars wrote into cells, and the sums over what was stored."""
+    def observe(self, start: list[Tensor] | None = None) -> list[Share]:
+        """The step is done: the sums over what was stored; those of shards to be completed before `keep`."""
         self._written.clear()
         registers = self._registers(start)
-        for call in (*self.program.observe, *self.program.meter):
-            if G not in call.args or call not in self.program.meter:
-                self._sum(call, registers)
+        calls = [
+            call
+            for call in (*self.program.observe, *self.program.meter)
+            if G not in call.args or call not in self.program.meter
+        ]
+        return self._looked + [share for call in calls for share in self._sum(call, registers)]
+
+    def keep(self) -> None:
+        """Put what scalars wrote, and what was observed, into the cells."""
         cells = [*self.program.kept, *(ref.name for call in self.program.observe for ref in call.writes)]
         for name in dict.fromkeys(cells):
             for cell, value in zip(self.state[name], self.cols[name].unbind(), strict=True):

@@ -54,10 +54,15 @@ class Shards:
         salt = step_key(0, 0, number) if number else 0
         return cls(mesh, dims, tuple(mesh.get_group(dim) for dim in dims), salt)
 
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What tells parameters apart that lie otherwise."""
-        return (self.mesh, *self.dims)
+    @classmethod
+    def summed_over(cls, t: Tensor) -> Shards | None:
+        """Those over which a sum that torch took of a DTensor is still to be completed, if there are any."""
+        if not is_dtensor(t):
+            return None
+        spread: Any = t
+        mesh = spread.device_mesh
+        dims = tuple(i for i, one in enumerate(spread.placements) if one.is_partial())
+        return cls(mesh, dims, tuple(mesh.get_group(dim) for dim in dims), 0) if dims else None
 
 
 def why_not_spread(t: Tensor) -> str | None:

@@ -22,7 +22,7 @@ from optx.step.interrupts import Held, uninterrupted
 from optx.step.measured import Measured, Table
 from optx.step.paths import GroupPath, Paths
 from optx.step.rounding import step_key, write
-from optx.step.sharded import complete
+from optx.step.sharded import Share, complete
 from optx.step.slots import Slots
 from optx.step.state import is_ours
 from optx.step.transform import Group, Host
@@ -123,6 +123,7 @@ class _Step:
         self.originals: list[tuple[Tensor, Tensor | None]] = []
         self.starts: dict[int, list[Tensor]] = {}
         self.before: Undo | None = None
+        self.observed: list[Share] = []  # by loose groups, still to be completed over the mesh
         self.late: dict[int, list[Tensor]] = {}  # edits that the base would have undone
         self.loss: Any = None
         self.whole = True  # whether every gradient is in a run's numbers
@@ -178,16 +179,16 @@ class _Step:
 
     def _measure(self) -> None:
         """All levels of sums, totals and scalars, over all groups at once."""
-        if not self.waits:
-            for run, _ in self.runs:
-                for level in run.program.levels:
-                    run.measure(level)
-            return
-        for index in range(self.levels):
-            complete(share for runner in self.fused for share in runner.sum(index))
+        fused = self.fused if self.waits else []  # where nothing waits they do all of it in one go, later
+        for index in range(self.levels if fused or self.runs else 0):
+            runs = [(run, r) for run, _ in self.runs for r in run.program.levels[index : index + 1]]
+            sums = [share for runner in fused for share in runner.sum(index)]
+            complete(sums + [share for run, level in runs for share in run.sum(level)])
             totals: dict[str, Any] = {}
-            shares = [share for runner in self.fused for share in runner.measure(index)]
-            shares += [run.measure(r) for run, _ in self.runs for r in run.program.levels[index : index + 1]]
+            shares = [share for runner in fused for share in runner.measure(index)]
+            shares += [run.measure(level) for run, level in runs]
+            if not self.waits:
+                continue
             for share in shares:
                 for name, value in share.items():
                     totals[name] = _add(totals.get(name), value)
@@ -195,12 +196,12 @@ class _Step:
             if incoming is not None and not torch.isfinite(torch.as_tensor(incoming)):
                 self._skip_if_nonfinite()
             self.wrapped.totals.update(totals)
-            for runner in self.fused:
+            for runner in fused:
                 runner.finish(index, totals)
             for run, _ in self.runs:
                 run.totals.update({k: torch.as_tensor(v) for k, v in totals.items()})
-                for level in run.program.levels[index : index + 1]:
-                    run.finish(level)
+            for run, level in runs:
+                run.finish(level)
 
     def _skip_if_nonfinite(self) -> None:
         """A sum of squares is infinite also where a float64 gradient is merely large."""
@@ -211,8 +212,10 @@ class _Step:
             raise _SkipStep
 
     def _update_fused(self) -> None:
-        if self.waits:
-            complete([share for runner in self.fused for share in runner.update()])
+        shares = [share for runner in self.fused if self.waits for share in runner.update()]
+        complete(self.observed + shares)
+        for run, _ in self.runs:
+            run.keep()
         for runner in self.fused:
             runner.commit() if self.waits else runner.step()
             if runner.active:
@@ -378,7 +381,7 @@ class _Step:
                 moved = [p.detach() + d for p, d in zip(run.weights, self.late[number], strict=True)]
                 self._write(run, moved, state.group, 0)
             self._write(run, run.edit_weights(run.program.after, self.starts.get(number)), state.group, 1)
-            run.observe(self.starts.get(number))
+            self.observed += run.observe(self.starts.get(number))
 
 
 class _StateOf(Mapping[str, list[Tensor]]):

@@ -109,7 +109,7 @@ def fsdp(rank: int) -> None:
         model = net()
         for part in (model[0], model[2], model):  # the last layer's one row is on one rank alone
             fully_shard(part)
-        opt = wrapped(model, **options)
+        opt = wrapped(model, fused=True, **options)
         train(model, opt, range(4), [slice(None)])
         alone = net()
         theirs = wrapped(alone, **options)

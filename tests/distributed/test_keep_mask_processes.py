@@ -41,8 +41,9 @@ def run(opt: Any, model: nn.Module, steps: range) -> None:
 
 
 def wrapped(model: nn.Module, masks: optx.Masks) -> Any:
+    """Shards by kernels, one process by torch's operations."""
     base = torch.optim.AdamW(model.named_parameters(), lr=0.01, weight_decay=0.1)
-    return optx.wrap(base, optx.KeepMask(masks), fused=False)
+    return optx.wrap(base, optx.KeepMask(masks), fused=isinstance(model[0].weight, DTensor))
 
 
 def whole(model: nn.Module) -> list[torch.Tensor]:
@@ -80,7 +81,7 @@ def case_from_zeros(rank: int) -> None:
     masks = masks_of(net())
     model = sharded(masks)
     base = torch.optim.AdamW(model.named_parameters(), lr=0.01)
-    opt = optx.wrap(base, optx.KeepMask(), fused=False)
+    opt = optx.wrap(base, optx.KeepMask(), fused=True)
     run(opt, model, range(2))
     assert opt.keep_mask.current() == masks
 
@@ -93,7 +94,7 @@ def case_over_another_dimension(rank: int) -> None:
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
     model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh, [Shard(1)]))
     base = torch.optim.AdamW([("0.weight", model[0].weight)], lr=0.01)
-    opt = optx.wrap(base, optx.KeepMask(masks, model), fused=False)
+    opt = optx.wrap(base, optx.KeepMask(masks, model), fused=True)
     g = torch.randn(7, 16, generator=torch.Generator().manual_seed(0))
     model[0].weight.grad = distribute_tensor(g, mesh, [Shard(1)])
     opt.step()

@@ -271,7 +271,7 @@ TABLE = {
     "optx/pruning/wanda.py": "wanda prune_peer",
     "optx/pruning/magnitude.py": "magnitude",
     "optx/step/interrupts.py": "wrap_signals",
-    "optx/step/sharded.py": "two_processes distributed",
+    "optx/step/sharded.py": "local_shards two_processes distributed",
     "optx/step/slots.py": f"arithmetic_step {_STEP}",
     "optx/step/state.py": "arithmetic_step resume wrap_bases adamr_anchors freed hft_kept hft_resume",
     "optx/step/stepper.py": f"arithmetic_step {_STEP} fused_rounding errors",

@@ -1,0 +1,156 @@
+"""``python -m optx.recipes._bench_shards``: the fused step on local shards of FSDP2, on gloo processes.
+
+Every process has its shards of the same weights, gradients as `fully_shard` leaves them, and three optimizers
+that take turns, all processes at once: ours on the DTensors; ours on ordinary tensors that are the same
+shards (unsharded: nothing is completed over the mesh); and torch's operations on the DTensors
+(``fused=False``), which is how DTensors were stepped before kernels acted on shards. What is printed is the
+ratio of medians; of the processes, the worst.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+import optx
+
+from . import _bench
+from ._bench_step import SHAPES
+from ._options import positive
+from ._report import Table, tell
+
+ARMS = ("shards", "unsharded", "foreach")
+TRANSFORMS: dict[str, Callable[[], list[optx.Transform]]] = {
+    "AdamW": lambda: [],
+    "PerpGrad": lambda: [optx.PerpGrad()],
+    "PerpGrad, AdamR": lambda: [optx.PerpGrad(), optx.AdamR(weight=0.05)],
+}
+
+
+class _Squares(nn.Module):
+    """A loss whose gradients are the weights themselves, through FSDP2's own hooks."""
+
+    def __init__(self, within: nn.Module) -> None:
+        super().__init__()
+        self.within = within
+
+    def forward(self) -> Tensor:
+        """The sum of squares."""
+        return torch.stack([p.square().sum() for p in self.within.parameters()]).sum() / 2
+
+
+def _optimizer(parameters: list[nn.Parameter], transforms: str, fused: bool) -> Any:
+    # A rate so small that the weights, which all arms share, stay as they are.
+    base = torch.optim.AdamW(parameters, lr=1e-8, weight_decay=0.0)
+    return optx.wrap(base, *TRANSFORMS[transforms](), fused=fused)
+
+
+def _arms(shape: str, transforms: str) -> dict[str, Any]:
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = _Squares(SHAPES[shape][1]())
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.02)
+    fully_shard(model)
+    model().backward()
+    shards: list[Any] = list(model.parameters())
+    plain: list[nn.Parameter] = []
+    for p in shards:
+        plain.append(nn.Parameter(p.detach().to_local()))
+        plain[-1].grad = p.grad.to_local()
+    return {
+        "shards": _optimizer(shards, transforms, fused=True),
+        "unsharded": _optimizer(plain, transforms, fused=True),
+        "foreach": _optimizer(shards, transforms, fused=False),
+    }
+
+
+def _worker(rank: int, world: int, folder: str, shape: str, transforms: str, rounds: int) -> None:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    arms = _arms(shape, transforms)
+    for arm in arms.values():
+        arm.step()
+        arm.step()
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    order = random.Random(0)  # the same on all processes
+    for _ in range(rounds):
+        for name in order.sample(ARMS, len(ARMS)):
+            dist.barrier()
+            start = time.perf_counter()
+            arms[name].step()
+            times[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    all_of_them: list[Any] = [None] * world
+    dist.all_gather_object(all_of_them, medians)
+    if rank == 0:
+        torch.save(all_of_them, Path(folder, "medians.pt"))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def measure(shape: str, transforms: str, world: int, rounds: int) -> dict[str, Any]:
+    """Medians of each process, in seconds, and the worst process's ratios."""
+    with tempfile.TemporaryDirectory() as folder:
+        given = (world, folder, shape, transforms, rounds)
+        mp.spawn(_worker, given, nprocs=world)  # type: ignore[no-untyped-call]
+        medians: list[dict[str, float]] = torch.load(Path(folder, "medians.pt"), weights_only=True)
+    return {
+        "shape": shape,
+        "transforms": transforms,
+        "medians": medians,
+        "to unsharded": max(one["shards"] / one["unsharded"] for one in medians),
+        "foreach to shards": min(one["foreach"] / one["shards"] for one in medians),
+    }
+
+
+def _table(found: list[dict[str, Any]]) -> Table:
+    rows = [
+        (
+            f"{SHAPES[one['shape']][0]}, {one['transforms']}",
+            *(f"{1e3 * max(m[arm] for m in one['medians']):.2f}" for arm in ARMS),
+            f"{one['to unsharded']:.3f}",
+            f"{one['foreach to shards']:.1f}",
+        )
+        for one in found
+    ]
+    headers = ("tensors, transforms", *(f"{arm}, ms" for arm in ARMS), "to unsharded", "foreach to shards")
+    return Table(headers, rows, "Steps of AdamW on FSDP2's local shards")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and print."""
+    options = _bench.parser(
+        "shards",
+        __doc__,
+        shapes={"nargs": "+", "choices": list(SHAPES), "default": ["big", "smollm2"]},
+        transforms={"nargs": "+", "choices": list(TRANSFORMS), "default": list(TRANSFORMS)},
+        processes={"type": positive, "default": 2},
+        rounds={"type": positive, "default": 40},
+    )
+    options.prog = "python -m optx.recipes._bench_shards"
+    args = _bench.parsed(options, arguments)
+    found = [
+        measure(shape, transforms, args.processes, args.rounds)
+        for shape in args.shapes
+        for transforms in args.transforms
+    ]
+    _bench.results(options, args, shards=found)
+    tell([_table(found)])
+
+
+if __name__ == "__main__":
+    main()
