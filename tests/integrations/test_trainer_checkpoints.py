@@ -159,12 +159,12 @@ def test_the_best_is_kept_and_loaded(tmp_path: Path) -> None:
         save_steps=1,
         save_total_limit=2,
         load_best_model_at_end=True,
-        learning_rate=0.3,
-        lr_scheduler_type="constant",
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # so that the best is an early one
     )
     made.train()
     losses = {row["step"]: row["eval_loss"] for row in made.state.log_history if "eval_loss" in row}
-    best = min(losses, key=lambda step: losses[step])
+    best = max(losses, key=lambda step: losses[step])
     kept = {int(p.name.rpartition("-")[2]) for p in tmp_path.iterdir()}
     assert kept == {best, 6}
     assert best != 6
