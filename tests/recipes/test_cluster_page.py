@@ -1,0 +1,139 @@
+"""The commands by which the page starts several processes, run as they stand there."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import recipe_models
+import torch.distributed as dist
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+from optx.recipes import finetune, reweight
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(not dist.is_gloo_available(), reason="gloo"),
+]
+PAGE = (Path(__file__).parents[2] / "recipes" / "README.md").read_text()
+SECTION = PAGE.split("\n## From one machine to a cluster\n")[1].split("\n## ")[0]
+
+
+def command(start: str, **changed: str) -> list[str]:
+    """A command of the page, by how it begins, with words in it replaced by what is here."""
+    [line] = [line for line in SECTION.splitlines() if line.startswith(start)]
+    for name, here in changed.items():
+        assert name in line
+        line = line.replace(name, here)
+    words = shlex.split(line)
+    return [str(Path(sys.executable).parent / words[0]), *words[1:]]
+
+
+def started(words: list[str], log: Path) -> subprocess.Popen[str]:
+    if not Path(words[0]).exists():
+        words = [shutil.which(Path(words[0]).name) or words[0], *words[1:]]
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    with log.open("w") as said:
+        return subprocess.Popen(words, stdout=said, stderr=said, text=True, env={**os.environ, **hidden})
+
+
+def results(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def reweighted(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], dict[str, Any]]:
+    """Options of a run of a second, and what it gives in one process."""
+    folder = tmp_path_factory.mktemp("one")
+    (folder / "text.txt").write_text("the king is dead and the crown lies upon the ground. " * 60)
+    small = ["--steps", "2", "--length", "16", "--width", "8", "--every", "1", "--seeds", "1"]
+    small += ["--arms", "linupper", "--data", str(folder / "text.txt")]
+    reweight.main([*small, "--out", str(folder / "run")])
+    return small, results(folder / "run")
+
+
+def assert_as_one(folder: Path, one: dict[str, Any]) -> None:
+    found = results(folder)
+    assert found["settings"] == one["settings"]
+    assert (found["environment"]["processes"], found["environment"]["engine"]) == (2, "FSDP2")
+    found, one = found["arms"]["linupper/0"], one["arms"]["linupper/0"]
+    assert found["held_out"] == pytest.approx(one["held_out"], abs=1e-5)
+    for part in ("weights", "losses"):
+        for kind, wanted in one[part].items():
+            assert found[part][kind] == pytest.approx(wanted, abs=1e-4, nan_ok=True)
+
+
+def test_two_machines(tmp_path: Path, reweighted: tuple[list[str], dict[str, Any]]) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        here = {"node0:29400": f"localhost:{free.getsockname()[1]}", "finetune": "reweight"}
+    small, one = reweighted
+    words = [*command("torchrun --nnodes 2", **here), *small, "--out", str(tmp_path / "out")]
+    machines = [started(words, tmp_path / name) for name in ("first", "second")]
+    ended = [machine.wait(240) for machine in machines]
+    said = [(tmp_path / name).read_text() for name in ("first", "second")]
+    assert ended == [0, 0], said
+    assert_as_one(tmp_path / "out", one)
+    assert sorted(text.count("held-out loss") for text in said) == [0, 1]  # the first process alone speaks
+
+
+def test_accelerate(tmp_path: Path, reweighted: tuple[list[str], dict[str, Any]]) -> None:
+    [config] = [
+        yaml for yaml in re.findall(r"```yaml\n(.*?)```", SECTION, re.DOTALL) if "fsdp_config" in yaml
+    ]
+    (tmp_path / "fsdp2.yaml").write_text(config)
+    small, one = reweighted
+    here = {"fsdp2.yaml": str(tmp_path / "fsdp2.yaml"), "finetune": "reweight"}
+    words = [*command("accelerate launch", **here), *small, "--out", str(tmp_path / "out")]
+    assert started(words, tmp_path / "said").wait(240) == 0, (tmp_path / "said").read_text()
+    assert_as_one(tmp_path / "out", one)
+
+
+def test_finetune_is_preempted_and_goes_on_in_one_process(tmp_path: Path) -> None:
+    """torchrun hands the signal on; if it came too late on a busy machine, the run is whole."""
+    recipe_models.llama(tmp_path / "llama")
+    options = [
+        "--model",
+        str(tmp_path / "llama"),
+        *recipe_models.texts(tmp_path),
+        "--arms",
+        "adamw+hft+adamr",
+    ]
+    options += [
+        "--steps",
+        "60",
+        "--length",
+        "32",
+        "--eval-blocks",
+        "2",
+        "--lr",
+        "0.01",
+        "--answer-length",
+        "2",
+    ]
+    out, log = ["--out", str(tmp_path / "two")], tmp_path / "said"
+    run = started([*command("torchrun --nproc-per-node 2"), *options, *out], log)
+    while run.poll() is None and "step 20:" not in log.read_text():
+        time.sleep(0.02)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(120) or "Wrote" in log.read_text(), log.read_text()
+    assert "Stopped in arm" in log.read_text() or "Wrote" in log.read_text(), log.read_text()
+    finetune.main([*options, *out, "--batch", "2", "--resume"])
+    finetune.main([*options, "--batch", "2", "--out", str(tmp_path / "one")])
+    found, one = (results(tmp_path / name)["arms"]["adamw+hft+adamr/0"] for name in ("two", "one"))
+    assert len(found["loss"]) == 60
+    assert found["loss"] == pytest.approx(one["loss"], abs=1e-3)
+    assert found["curve"][-1] == pytest.approx(one["curve"][-1], abs=1e-3)
