@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads leave the cores to other workers
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # each process that tests start would compile all of optx
 
 import pytest
 import torch
