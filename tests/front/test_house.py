@@ -57,6 +57,7 @@ MAY = {  # what these import is chosen by a name that a person typed, or is look
     "optx/_config_values.py",
     "optx/_doctor.py",
     "optx/cli.py",
+    "optx/integrations/lightning.py",
     "kernels/available.py",
     "recipes/_pages.py",
 }
