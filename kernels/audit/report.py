@@ -22,18 +22,18 @@ from typing import Any
 
 from optx.kernels.audit.assembly import Machine, inspect, widths
 from optx.kernels.audit.traffic import call_bytes
-from optx.kernels.step.emit_triton import compiled
-from optx.kernels.step.layout import Layout
+from optx.kernels.step.emit_triton import FOLD_LANES, compiled
+from optx.kernels.step.layout import Layout, partials_per_chunk
 from optx.kernels.step.program import Program, Ref
 from optx.kernels.step.triton import CHUNK_WARPS, TENSOR_WARPS, block_size, compiler_options
-from optx.kernels.triton_lib import LAUNCH
+from optx.kernels.triton_lib import LAUNCH, fold_chunks
 
 ACCESS = 128  # bits: the widest access, and the narrowest allowed in a main loop
 # Memory bandwidth in bytes per second, from the vendors' data sheets.
 DEVICES = {"A100-80G": 2.04e12, "H100-SXM": 3.35e12, "MI300X": 5.3e12}
 _ARGUMENTS = {
     **dict.fromkeys(("chunks", "tensors", "first", "random", "skip"), "*i64"),
-    **dict.fromkeys(("cols", "hypers", "partials", "totals"), "*fp64"),
+    **dict.fromkeys(("cols", "hypers", "partials", "sums", "totals"), "*fp64"),
     "count": "i32",
 }
 
@@ -125,27 +125,27 @@ def kernels(case: Case, target: Target) -> Iterator[Kernel]:
     module = compiled(case.program, case.layout)
     program = case.program
     sums = {f"reduce_{i}": (*v.prefix, *v.sums) for i, v in enumerate(program.levels) if v.sums}
-    block = block_size(target.wave)
+    blocks = {"BLOCK": block_size(target.wave), "ALIGNED": True}
     roles = zip(program.slots, case.layout.dtypes[2:], strict=True)
     packed = {Ref("slot", name) for name, dtype in roles if dtype == "bits"}
     for name, calls in sums.items():
         moved = call_bytes(program, case.layout, calls, stores=False)
-        yield _kernel(case.name, name, module, block, moved, len(packed & program.reads(calls)))
+        yield _kernel(case.name, vars(module)[name], blocks, moved, len(packed & program.reads(calls)))
     calls = (*program.update, *program.observe)
     moved = call_bytes(program, case.layout, calls, stores=True)
-    update = _kernel(case.name, "update", module, block, moved, len(packed & program.reads(calls)))
+    update = _kernel(case.name, module.update, blocks, moved, len(packed & program.reads(calls)))
     yield replace(update, options=compiler_options(case.layout, "update", target.backend == "cuda"))
     for name in vars(module):
         if re.fullmatch(r"(scalars|totals|finish)_\d+|commit", name):
-            yield _kernel(case.name, name, module)
+            yield _kernel(case.name, vars(module)[name], {})
+    if width := partials_per_chunk(program):  # of shards
+        yield _kernel(case.name, fold_chunks, {"WIDTH": width, "LANES": FOLD_LANES})
 
 
 def _kernel(
-    program: str, name: str, module: Any, block: int = 0, moved: float = 0.0, octets: int = 0
+    program: str, function: Any, constexprs: Mapping[str, Any], moved: float = 0.0, octets: int = 0
 ) -> Kernel:
-    function = vars(module)[name]
-    names = list(function.arg_names)
-    constexprs = {"BLOCK": block, "ALIGNED": True} if block else {}
+    name, names, block = function.__name__, list(function.arg_names), constexprs.get("BLOCK", 0)
     signature = {n: "constexpr" if n in constexprs else _ARGUMENTS[n] for n in names}
     attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"}
     positions = {(names.index(n),): value for n, value in constexprs.items()}
