@@ -46,12 +46,12 @@ def expression(maker: Callable[..., Any], arguments: Mapping[str, Any], always: 
 
 def defaults(maker: Callable[..., Any]) -> dict[str, Any]:
     """The defaults of a function's or class's arguments, of those that have one."""
+    parameters = inspect.signature(maker).parameters.values()
     made = {
         field.name: field.default_factory()
         for field in (dataclasses.fields(maker) if dataclasses.is_dataclass(maker) else ())
         if field.default_factory is not dataclasses.MISSING
     }
-    parameters = inspect.signature(maker).parameters.values()
     return {p.name: p.default for p in parameters if p.default is not p.empty} | made
 
 

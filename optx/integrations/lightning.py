@@ -137,8 +137,8 @@ class OptxCallback(Callback):
                 "OptxCallback: folders=True is for adapters, and no handle is given. Pass what optx.attach "
                 "returned."
             )
-        one = handle is None or isinstance(handle, Handle | str)
-        self._given = handle if one else list(handle)  # every run asks again, and an iterator ends
+        # Every run asks again, and an iterator ends.
+        self._given = handle if handle is None or isinstance(handle, Handle | str) else list(handle)
         self._folders = folders
         self._handles: list[Handle] = []
         self._keeper: AdaptersOnly | None = None

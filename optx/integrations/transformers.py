@@ -194,8 +194,8 @@ class OptxCallback(TrainerCallback):
     ) -> None:
         if hft_rounds is not None:
             check_choice(WHERE, "hft_rounds", hft_rounds, ("epoch", "train"))
-        plain = handle is None or isinstance(handle, Handle) or callable(handle)
-        self._given: Any = handle if plain else list(handle)
+        several = isinstance(handle, Iterable)
+        self._given: Any = list(handle) if several else handle  # an iterator ends
         self._hft_rounds = hft_rounds
         self._adapters_only, self._optimizer = adapters_only, optimizer
         self._losses: list[Any] = [*losses] if isinstance(losses, list | tuple) else [losses]  # pyright: ignore[reportUnknownMemberType]
@@ -257,7 +257,7 @@ class OptxCallback(TrainerCallback):
         self._hooks = None
 
     def _handles_of(self, model: Any) -> list[Handle]:
-        given = self._given
+        given: Any = self._given
         if callable(given) and not isinstance(given, Handle):
             given = given(model)
         found: list[Any] = [] if given is None else [given] if isinstance(given, Handle) else list(given)
