@@ -63,13 +63,16 @@ class Team:
     def spread(self, model: nn.Module, idle: bool = False) -> nn.Module:
         """The model as the training loop calls it: averaging gradients (DDP), or sharded in place (FSDP2).
 
-        Optimizers are made after it, since sharding replaces the parameters.
+        Optimizers are made after it, since sharding replaces the parameters. From here on each process draws
+        random numbers of its own.
 
         Args:
             model: a whole one on every process; all get the weights of the first.
             idle: some weights will get no gradient in a step, as the half that HFT freezes; DDP has to look
                 for them.
         """
+        if self.engine:
+            torch.manual_seed(torch.initial_seed() + self.rank)  # or all would drop out the same places
         if self.engine == "DDP":
             return nn.parallel.DistributedDataParallel(model, find_unused_parameters=idle)
         if self.engine == "FSDP2":

@@ -10,6 +10,8 @@ smaller rate too, as in ``--arms adamw,adamw@0.5,adamw+hft``.
 ``torchrun --nproc-per-node 2 -m optx.recipes.finetune`` trains on two processes, which share a batch (DDP);
 with ``--fsdp`` the weights too (FSDP2). One process with the same ``--batch`` gives the same numbers.
 
+Keywords: DDP, FSDP2, torchrun, SLURM, Kubernetes, Ray, cluster, several machines.
+
 Source: HFT, arXiv 2404.18466; AdamR, arXiv 2410.09344.
 """
 
