@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from optx._errors import OptxError
 from optx.inject._handle import Handle
-from optx.integrations._accelerate_sharded import ShardedAdapters
+from optx.integrations._accelerate_sharded import ShardedAdapters, place_in
 from optx.integrations._adapter_checkpoint import REST, AdapterCheckpoint
 
 WHERE = "adapters_only"
@@ -26,6 +26,7 @@ class AdaptersOnly:
 
     Attributes:
         handles: whose adapters the checkpoints hold.
+        place: 0 in a checkpoint's own folder; of further models 1, 2, ... in ``model_1``, ``model_2``, ...
     """
 
     def __init__(self, accelerator: Any, handles: Sequence[Handle]) -> None:
@@ -33,8 +34,9 @@ class AdaptersOnly:
         self._accelerator = accelerator
         self._model = prepared_model(accelerator, handles)
         self._checkpoint = AdapterCheckpoint(accelerator.unwrap_model(self._model), handles, WHERE)
+        self.place = _free_place(accelerator)
         if accelerator.is_fsdp2:
-            self._hooks: list[Any] = [ShardedAdapters(accelerator, self._model, handles)]
+            self._hooks: list[Any] = [ShardedAdapters(accelerator, self._model, handles, self.place)]
             return
         self._hooks = [
             accelerator.register_save_state_pre_hook(self._save),
@@ -54,19 +56,20 @@ class AdaptersOnly:
     def _save(self, models: Sequence[nn.Module], weights: list[dict[str, Tensor]], output_dir: str) -> None:
         """Accelerate's hook: what stays in ``weights`` it writes itself."""
         accelerator = self._accelerator
-        del weights[self._place(weights)]
+        del weights[self._at(weights)]
         on_each = accelerator.project_configuration.save_on_each_node
         if accelerator.is_local_main_process if on_each else accelerator.is_main_process:
-            self._checkpoint.save(Path(output_dir))
+            self._checkpoint.save(place_in(output_dir, self.place))
         accelerator.wait_for_everyone()
 
     def _load(self, models: list[nn.Module], input_dir: str) -> None:
         """Accelerate's hook: what stays in ``models`` it loads itself; so it does with a whole checkpoint."""
-        if (Path(input_dir) / REST).exists():
+        folder = place_in(input_dir, self.place)
+        if (folder / REST).exists():
             models.remove(self._model)
-            self._checkpoint.load(Path(input_dir))
+            self._checkpoint.load(folder)
 
-    def _place(self, weights: Sequence[dict[str, Tensor]]) -> int:
+    def _at(self, weights: Sequence[dict[str, Tensor]]) -> int:
         """Which of the state dicts is the model's: the one that has its adapters' memory."""
         own = {p.data_ptr() for handle in self.handles for p in handle.parameters() if not p.is_meta}
         for place, state in enumerate(weights):
@@ -97,6 +100,13 @@ def prepared_model(accelerator: Any, handles: Sequence[Handle]) -> nn.Module:
         f"{WHERE}: no model that this Accelerator has prepared has {what} in it. Call "
         "accelerator.prepare(model, ...) first, with the model that optx.attach was given."
     )
+
+
+def _free_place(accelerator: Any) -> int:
+    """The first that none of the Accelerator's other models has."""
+    hooks = accelerator._save_model_state_pre_hook.values()
+    taken = {getattr(getattr(hook, "__self__", None), "place", None) for hook in hooks}
+    return next(place for place in itertools.count() if place not in taken)
 
 
 def _check_kind(accelerator: Any) -> None:

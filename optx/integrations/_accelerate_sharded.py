@@ -20,8 +20,8 @@ class ShardedAdapters:
     The Accelerator's two methods are replaced on the object, as nothing else is asked in time.
     """
 
-    def __init__(self, accelerator: Any, model: nn.Module, handles: Sequence[Handle]) -> None:
-        self._accelerator, self._handles = accelerator, handles
+    def __init__(self, accelerator: Any, model: nn.Module, handles: Sequence[Handle], place: int) -> None:
+        self._accelerator, self._handles, self.place = accelerator, handles, place
         self._keeper = AdaptersOnly(model, handles)
         self._keeper.acting = False
         for name in ("save_state", "load_state"):
@@ -48,4 +48,9 @@ class ShardedAdapters:
 
     def _save_folders(self, models: Any, weights: Any, output_dir: str) -> None:
         """What `optx.attach` and PEFT read, beside what Accelerate reads; every rank gathers it."""
-        _adapter_folders.save(self._handles, Path(output_dir), True)
+        _adapter_folders.save(self._handles, place_in(output_dir, self.place), True)
+
+
+def place_in(folder: str, place: int) -> Path:
+    """Where a model's adapters are: a first one's in the checkpoint itself, others' by Accelerate's names."""
+    return Path(folder) / f"model_{place}" if place else Path(folder)

@@ -38,7 +38,8 @@ def adapters_only(accelerator: Accelerator, *handles: Handle) -> AdaptersOnly:
 
     Args:
         accelerator: after ``prepare``.
-        *handles: of one prepared model. Call once for each model that has some.
+        *handles: of one prepared model. Call once for each model that has some, always in the same order; a
+            second one's adapters are in the checkpoint's folder ``model_1``.
 
     Returns:
         An object whose ``remove()`` undoes it.

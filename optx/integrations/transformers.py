@@ -11,6 +11,7 @@ adapter, ``OptxCallback(handle)`` has checkpoints hold the adapter alone.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -145,7 +146,7 @@ class OptxCallback(TrainerCallback):
     same base model, attach as before, give the same callback. Without it, the Trainer refuses such a
     checkpoint. Once all handles are off (``merge_and_unload``), the model is saved whole again.
 
-    Nothing is put on the model; methods of this one Trainer are replaced until `remove`.
+    Nothing is put on the model; methods of the Trainers that have it are replaced until `remove`.
 
     Args:
         handle: of `optx.attach`; several; or a function of the model that returns them, for ``model_init``.
@@ -206,7 +207,8 @@ class OptxCallback(TrainerCallback):
                 )
         if not callable(handle):
             self._handles_of(None)
-        self._hooks: TrainerHooks | None = None
+        self._hooks: TrainerHooks | None = None  # of the Trainer that trains, or was made last
+        self._every: weakref.WeakSet[TrainerHooks] = weakref.WeakSet()  # Trainers hold them
         self._stepped = False  # in any training, of which a next one is another stage
         self._first_epoch = self._resumed_inside = False
 
@@ -220,7 +222,9 @@ class OptxCallback(TrainerCallback):
         Args:
             trainer: a `transformers.Trainer`, TRL's among them.
         """
-        if self._hooks is not None and self._hooks.trainer is trainer:
+        known = next((one for one in self._every if one.trainer is trainer), None)
+        if known is not None:
+            self._hooks = known
             return
         if any(
             isinstance(one, OptxCallback) and one is not self for one in trainer.callback_handler.callbacks
@@ -242,18 +246,20 @@ class OptxCallback(TrainerCallback):
                     f"{args.gradient_accumulation_steps} batches: its steps (warmup, anneal) are not the "
                     f"optimizer's. Give accumulate={args.gradient_accumulation_steps}."
                 )
-        self.remove()
-        self._hooks = TrainerHooks(trainer, self._handles_of, losses, self._adapters_only, self._optimizer)
+        hooks = TrainerHooks(trainer, self._handles_of, losses, self._adapters_only, self._optimizer)
         try:
-            self._hooks.checkpoint()  # what the script made, before anything trains or is loaded
+            hooks.checkpoint()  # what the script made, before anything trains or is loaded
         except BaseException:
-            self.remove()
+            hooks.remove()
             raise
+        self._hooks = hooks
+        self._every.add(hooks)
 
     def remove(self) -> None:
-        """Give the Trainer its own methods back; a removed callback does nothing until `serve`."""
-        if self._hooks is not None:
-            self._hooks.remove()
+        """Give its Trainers their own methods back; a removed callback does nothing until `serve`."""
+        for hooks in self._every:
+            hooks.remove()
+        self._every.clear()
         self._hooks = None
 
     def _handles_of(self, model: Any) -> list[Handle]:
@@ -276,8 +282,8 @@ class OptxCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         """Look at what can't be right, begin to measure, and begin HFT's stage."""
-        if self._hooks is None and (trainer := trainer_around(having=self)) is not None:
-            self.serve(trainer)  # it came by add_callback
+        if (trainer := trainer_around(having=self)) is not None:
+            self.serve(trainer)  # it came by add_callback, or another Trainer has the callback too
         hooks = self._hooks
         if hooks is None:
             raise OptxError(f"{WHERE}: no Trainer is found around it. Call callback.serve(trainer) once.")

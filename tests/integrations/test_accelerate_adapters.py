@@ -136,6 +136,33 @@ def test_several_handles_running_statistics_and_another_model(tmp_path: Path) ->
     accelerator.load_state(str(tmp_path / "whole"))
 
 
+def test_each_of_two_models_has_a_folder_and_what_only_moved_is_saved(tmp_path: Path) -> None:
+    """Also an order, whose sum stays the same: of 4096 numbers, and of 8."""
+
+    def start() -> tuple[Any, list[nn.Module], list[optx.Handle]]:
+        accelerator, models = fresh(), [convolutions(), convolutions()]
+        for model in models:
+            model.register_buffer("order", torch.arange(4096))
+            model.register_buffer("mask", torch.arange(8) < 4)
+        handles = [optx.attach(model, optx.LoRA(rank=2), targets="4") for model in models]
+        accelerator.prepare(*models)
+        for handle in handles:
+            adapters_only(accelerator, handle)
+        return accelerator, models, handles
+
+    accelerator, models, handles = start()
+    for number, (model, handle) in enumerate(zip(models, handles, strict=True), 1):
+        spoil(model)
+        model.get_buffer("order").copy_(torch.arange(4096).roll(number))
+        model.get_buffer("mask").copy_(torch.arange(8) % 2 == 0)
+        handle.load_state_dict({name: t + number for name, t in handle.state_dict().items()})
+    accelerator.save_state(str(tmp_path))
+    assert (tmp_path / "model_1" / "adapter_model.safetensors").exists()
+    accelerator, again, _ = start()
+    accelerator.load_state(str(tmp_path))
+    assert all(map(same, again, models))
+
+
 def tensors(file: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 

@@ -306,6 +306,21 @@ def test_a_callback_added_later_serves_too(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())["global_step"] == 3
 
 
+def test_one_callback_serves_every_trainer_that_has_it(tmp_path: Path) -> None:
+    model, handle = adapted()
+    callback = OptxCallback(handle)
+    stages = [trainer(tmp_path / name, model, max_steps=1, callbacks=[callback]) for name in "ab"]
+    for stage in stages:
+        stage.train()
+        assert "optx/lr" in stage.state.log_history[0]
+        stage.save_model()
+        names = {path.name for path in Path(stage.args.output_dir).iterdir()}
+        assert "adapter_model.safetensors" in names
+        assert not names & set(NO_WHOLE)
+    callback.remove()
+    assert not any("log" in vars(stage) for stage in stages)
+
+
 def test_two_callbacks_are_refused(tmp_path: Path) -> None:
     model, handle = adapted()
     with pytest.raises(optx.OptxError, match=r"OptxCallback\(\[a, b\]\)"):
