@@ -195,4 +195,5 @@ def _attach_saved(model: nn.Module, path: str | PathLike[str], name: str | None)
     except BaseException:
         handle.remove()
         raise
+    _folder.tell_of_the_rest(path)
     return handle

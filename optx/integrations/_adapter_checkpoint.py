@@ -13,6 +13,7 @@ from optx._errors import FileError
 from optx._files import written_aside
 from optx._names import placed_like
 from optx.inject._folder import CONFIG, OWN
+from optx.inject._folder import REST as REST
 from optx.inject._handle import Handle
 from optx.inject._stored import check_tensors
 from optx.integrations import _adapter_folders
@@ -25,7 +26,6 @@ from optx.integrations._base_left_out import (
     saved_tensors,
 )
 
-REST = "optx_checkpoint.safetensors"
 _MODEL, _HANDLE = "model.", "handle."
 
 

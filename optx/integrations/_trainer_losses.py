@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from optx._errors import OptxError, shown
+from optx.integrations._trainer_optimizer import trainer_around
 from optx.signal._sample_losses import are_next_tokens, token_losses
 from optx.signal.loss_reweight import LossReweight
 from optx.signal.mesa import MESA
@@ -39,6 +40,7 @@ class TrainerLoss:
         self.loss, self.index = loss, index
         self.batch: dict[str, Any] | None = None
         self.average_tokens_across_devices = True
+        self._checked = False
 
     @property
     def needs_batch(self) -> bool:
@@ -54,6 +56,9 @@ class TrainerLoss:
             num_items_in_batch: labels of all batches of this optimizer step; None in evaluation.
         """
         owner, loss = type(self.loss).__name__, self.loss
+        if not self._checked:
+            self._checked = True
+            check_smoothing(trainer_around())
         if isinstance(loss, LossReweight):
             average = self.average_tokens_across_devices
             return loss.from_outputs(
@@ -94,6 +99,16 @@ class TrainerLoss:
                 "remove_unused_columns=False and a data collator that keeps it."
             )
         return loss(logits, self.batch[self.index], where=counts)
+
+
+def check_smoothing(trainer: Any) -> None:
+    """A Trainer leaves it to its own loss, so that it would be without effect on ours."""
+    smoothing = 0.0 if trainer is None else trainer.args.label_smoothing_factor
+    if smoothing:
+        raise OptxError(
+            f"compute_loss_func: label_smoothing_factor={smoothing} does not act on a compute_loss_func. "
+            "Leave it 0 (StableMaxCrossEntropy has a label_smoothing of its own)."
+        )
 
 
 def _one_number(owner: str, items: Any) -> Any:

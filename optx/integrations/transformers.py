@@ -23,7 +23,7 @@ from optx._errors import MergeError, OptxError, TransformError, check_choice, sh
 from optx.inject._handle import Handle
 from optx.integrations._metrics import collect, wrapped_in
 from optx.integrations._trainer_hooks import WHERE, TrainerHooks
-from optx.integrations._trainer_losses import Loss, TrainerLoss, is_ours, losses_of
+from optx.integrations._trainer_losses import Loss, TrainerLoss, check_smoothing, is_ours, losses_of
 from optx.integrations._trainer_optimizer import Maker, Makes, trainer_around
 from optx.signal.loss_reweight import LossReweight
 from optx.step.wrapped import Wrapped
@@ -233,11 +233,8 @@ class OptxCallback(TrainerCallback):
                 f"{WHERE}: the Trainer has two of them. Give one all handles: OptxCallback([a, b])."
             )
         function, args = trainer.compute_loss_func, trainer.args
-        if is_ours(function) and args.label_smoothing_factor:
-            raise OptxError(
-                f"{WHERE}: label_smoothing_factor={args.label_smoothing_factor} does not act on a "
-                "compute_loss_func. Leave it 0 (StableMaxCrossEntropy has a label_smoothing of its own)."
-            )
+        if is_ours(function):
+            check_smoothing(trainer)
         losses = self._losses + [one for one in losses_of(function) if one not in self._losses]
         for one in losses:
             if isinstance(one, LossReweight) and one.accumulate != args.gradient_accumulation_steps:

@@ -132,8 +132,15 @@ def test_what_can_not_act_is_refused(tmp_path: Path) -> None:
     with pytest.raises(optx.OptxError, match="ignore_index=5"):
         loss(optx.StableMaxCrossEntropy(ignore_index=5))
     options: dict[str, Any] = {"save_strategy": "no", "max_steps": 1}
-    with pytest.raises(optx.OptxError, match=r"label_smoothing_factor=0\.1 does not act"):
-        run(tmp_path, lambda _: loss(optx.StableMaxCrossEntropy()), label_smoothing_factor=0.1, **options)
+    for more in ({}, {"callback": None}):  # at set-up, or at the first call
+        with pytest.raises(optx.OptxError, match=r"label_smoothing_factor=0\.1 does not act"):
+            run(
+                tmp_path,
+                lambda _: loss(optx.StableMaxCrossEntropy()),
+                label_smoothing_factor=0.1,
+                **options,
+                **more,
+            )
     with pytest.raises(optx.OptxError, match=r"the batch has no 'index'.*remove_unused_columns=False"):
         run(tmp_path, FUNCTIONS["SAF"], remove_unused_columns=True, **options)
     with pytest.raises(optx.OptxError, match=r"needs the batch.*OptxCallback\(\)"):
