@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -43,14 +44,18 @@ class Measured:
     Args:
         tables: the numbers of all weights that had a gradient.
         whole: whether they are of all gradients; a sparse one is in no table.
+        rates: the learning rates that the step took, by param group.
 
     Attributes:
         lasting: whether no other step writes into them.
     """
 
-    def __init__(self, tables: Iterable[Table] = (), whole: bool = True) -> None:
+    def __init__(
+        self, tables: Iterable[Table] = (), whole: bool = True, rates: Mapping[int, Any] | None = None
+    ) -> None:
         self._tables = list(tables)
         self.whole = whole
+        self.rates = rates
         self.lasting = not self._tables
         self._read: list[npt.NDArray[np.float64]] | None = None
         self._gradients: list[tuple[Tensor, weakref.ref[Tensor], int]] = []

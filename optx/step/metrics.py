@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -28,8 +29,8 @@ def collect(wrapped: Host) -> dict[str, float]:
 
 
 def _rates(groups: Sequence[Group], measured: Measured) -> dict[str, float]:
-    """The groups' mean lr, and each one's where they differ."""
-    given = {i: group["lr"] for i, group in enumerate(groups) if "lr" in group}
+    """The mean lr of the groups in the last step (before one: now), and each one's where they differ."""
+    given = rates(groups) if measured.rates is None else measured.rates
     tensors = {i: lr for i, lr in given.items() if isinstance(lr, Tensor) and lr.device.type != "cpu"}
     read: Mapping[int, float | None] = {
         **{i: as_float(lr) for i, lr in given.items() if i not in tensors},
@@ -42,6 +43,12 @@ def _rates(groups: Sequence[Group], measured: Measured) -> dict[str, float]:
     if len(set(known.values())) > 1:
         found.update({f"{OWN}/lr/{i}": value for i, value in known.items()})
     return found
+
+
+def rates(groups: Sequence[Group]) -> dict[int, Any]:
+    """Each group's lr as it is now, by its number: a scheduler moves it on after the step."""
+    given = {i: group["lr"] for i, group in enumerate(groups) if "lr" in group}
+    return {i: lr.detach().clone() if isinstance(lr, Tensor) else lr for i, lr in given.items()}
 
 
 def _gradient_norm(measured: Measured) -> float | None:

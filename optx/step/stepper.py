@@ -20,6 +20,7 @@ from optx.step.foreach import GroupRun
 from optx.step.fusable import Unfusable
 from optx.step.interrupts import Held, uninterrupted
 from optx.step.measured import Measured, Table
+from optx.step.metrics import rates
 from optx.step.paths import GroupPath, Paths
 from optx.step.rounding import step_key, write
 from optx.step.sharded import Share, complete
@@ -166,7 +167,7 @@ class _Step:
         """The numbers that were computed, for whoever asks after the step."""
         tables = [table for runner in self.fused for table in runner.computed() if table.weights]
         tables += [Table(run.weights, list(run.cols), list(run.cols.values())) for run, _ in self.runs]
-        self.stepper.measured = measured = Measured(tables, self.whole)
+        self.stepper.measured = measured = Measured(tables, self.whole, rates(self.wrapped.param_groups))
         if self.wrapped.metering:
             measured.keep()
 

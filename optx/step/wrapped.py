@@ -268,7 +268,7 @@ class Wrapped(Optimizer):
         ============================ =========================================================================
         name                         what it is
         ============================ =========================================================================
-        ``optx/lr``                  the param groups' learning rates now: their mean
+        ``optx/lr``                  the param groups' learning rates in the last step: their mean
         ``optx/lr/<i>``              each group's, where they differ
         ``optx/skipped_steps``       how many steps were skipped for a gradient that is not finite
         ``optx/grad_norm``           l2 norm of all gradients as ``step()`` got them: clipped, unscaled

@@ -67,7 +67,7 @@ def test_ftwt_tells_its_loss_and_which_share_of_filters_the_last_call_kept():
             p.add_(torch.randn_like(p))
     model.train()
     run(model)
-    loss = handle.loss()
+    loss = handle.loss().detach()
     masks = torch.cat([mask.double().flatten() for mask in handle.masks().values()])
     wanted = {"kept": float(masks.mean()), "loss": float(loss), "agreement": handle.agreement()}
     assert 0.0 < wanted["kept"] < 1.0

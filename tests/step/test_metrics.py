@@ -292,6 +292,21 @@ def test_lr_may_be_a_tensor_and_is_each_groups_where_they_differ():
     assert opt.metrics() == {"optx/lr": 0.25, "optx/skipped_steps": 0.0}
 
 
+def test_lr_is_what_the_step_took_however_a_scheduler_moves_it_on():
+    for lr in (0.5, torch.tensor(0.5)):
+        w = nn.Parameter(torch.ones(2))
+        opt = optx.wrap(torch.optim.SGD([w], lr=lr), optx.PerpGrad())
+        assert opt.metrics()["optx/lr"] == 0.5
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
+        for taken in (0.5, 0.25):
+            w.grad = torch.ones(2)
+            opt.step()
+            scheduler.step()
+            assert opt.metrics()["optx/lr"] == taken
+        opt.load_state_dict(opt.state_dict())
+        assert opt.metrics()["optx/lr"] == 0.125  # of a step to come: no step is known
+
+
 @optx.rule(writes="large")
 def count_large(w, limit):
     return optx.ops.where(optx.ops.abs(w) > limit, 1.0, 0.0)
