@@ -61,17 +61,18 @@ class Source:
 
 
 def names() -> list[str]:
-    """All that has results, found by looking: recipes, benchmarks, and the audit."""
+    """All that has results, found by looking: recipes, benchmarks, the audit, and the table of engines."""
     modules = [info.name for info in pkgutil.iter_modules(optx.recipes.__path__)]
     benches = [name[1:].replace("_", "-") for name in modules if name.startswith("_bench_")]
-    return [*(name for name in modules if not name.startswith("_")), *benches, "audit"]
+    return [*(name for name in modules if not name.startswith("_")), *benches, "audit", "engines"]
 
 
 def source(name: str) -> Source:
     """Where results of this name come from."""
     _known(name)
-    if name == "audit" or name.startswith("bench-"):
-        module = _module("_audit_report" if name == "audit" else f"_{name.replace('-', '_')}")
+    told = name in ("audit", "engines")
+    if told or name.startswith("bench-"):
+        module = _module(f"_{name}_report" if told else f"_{name.replace('-', '_')}")
         return Source(module.options, module.tables)
     module = _module(name)
     usual = defaults(module.options())

@@ -31,6 +31,19 @@ class Tokens(Dataset[dict[str, Tensor]]):
         return {"input_ids": ids, "labels": labels}
 
 
+def tokenizer() -> Any:
+    """Of as many words as the models of `injections` know."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", *(f"w{n}" for n in range(61))]
+    made = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<pad>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
+    )
+
+
 def arguments(folder: Path | str, **options: Any) -> TrainingArguments:
     given: dict[str, Any] = {
         "max_steps": 6,

@@ -40,6 +40,15 @@ def _handle_state(task: Task) -> dict[str, Tensor]:
     return {} if task.handle is None else task.handle.state_dict()
 
 
+# How far a tuning has come is in the handle's state_dict (`extra`), not in its folder.
+_PROGRESS = ("optx.stn.adam", "optx.stn.counts", "optx.stn.history")
+
+
+def _kept(task: Task) -> dict[str, Tensor]:
+    """What `Handle.save` keeps."""
+    return {name: whole(t) for name, t in _handle_state(task).items() if name not in _PROGRESS}
+
+
 def make(row: str) -> Task:
     """A row's task, always with the same weights."""
     return BY_NAME[row].task(BY_NAME[row])
@@ -57,9 +66,11 @@ def one_process(row: str, team: Team) -> Found:
     """The joined batch."""
     task = make(row)
     found: Found = {"start": weights(task)}
+    opt = task.optimizer()
+    train(task, task, opt, range(SAVED_AFTER))
     if task.handle is not None:
-        found["numbers"] = _numbers(task)
-    train(task, task, task.optimizer())
+        found["numbers"] = _numbers(task)  # then, as STN's history grows with each step
+    train(task, task, opt, range(SAVED_AFTER, STEPS))
     return found | {"trained": weights(task)}
 
 
@@ -122,7 +133,7 @@ def fsdp2(row: str, team: Team) -> Found:
     found: Found = {}
     if task.handle is not None:
         task.handle.save(folder / "adapter")
-        found["adapter"] = {name: whole(t) for name, t in task.handle.state_dict().items()}
+        found["adapter"] = _kept(task)
         found["numbers"] = _numbers(task)
     torch.save(task.extra(), folder / f"extra.{team.rank}")
     train(task, task, opt, range(SAVED_AFTER, STEPS), team.rank, team.world)
@@ -151,7 +162,7 @@ def _gone_on(task: Task, opt: Any, row: str, team: Team) -> Found:
         if team.world > 1:
             shard(other, init_device_mesh("cpu", (team.world,)))
         other.handle.load(folder / "adapter")
-        found["adapter"] = {name: whole(t) for name, t in other.handle.state_dict().items()}
+        found["adapter"] = _kept(other)
     loading = opt.hft.loading if row == "HFT" else None
     with _nothing() if loading is None else loading():
         state = _state(task, opt)

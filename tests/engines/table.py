@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from engines import columns
+from engines import columns, trainers
 from engines.tasks import BY_NAME
 from engines.teams import Found, Phase, Team
 from torch import Tensor
+
+from optx.recipes import _engines_report
 
 LIMIT = 1e-6
 MOVED = 1e-3  # what a run has to move weights by, for equality to say something
@@ -52,11 +54,13 @@ COLUMNS: list[Column] = [
     Column("wrapped, then FSDP2", columns.wrapped_then_sharded, 2),
     Column("ZeRO-1 (torch)", columns.zero_redundancy, 2),
     Column("FSDP1", columns.fsdp1, 2),
+    *(Column(name, run, 1) for name, run in trainers.COLUMNS.items()),
 ]
 BY_TITLE: Mapping[str, Column] = {column.name: column for column in COLUMNS}
 
 # By column, then row or kind of row: words of the error.
 _PIECE = "is a piece of a flat parameter of FSDP1"
+_ZERO3 = "is partitioned by DeepSpeed's ZeRO-3"
 _MESA = {"MESA": "was sharded or reshaped since MESA was made"}
 REFUSED: Mapping[str, Mapping[str, str]] = {
     "FSDP2": _MESA,
@@ -68,13 +72,25 @@ REFUSED: Mapping[str, Mapping[str, str]] = {
         "HFT": "keeps its moments in an optimizer of its own",
         "MuAdamW": "ZeroRedundancyOptimizer is not known. Say how it steps",
     },
+    "ZeRO-3 (its marks)": {"transform": _ZERO3, "injection": _ZERO3, "MESA": _ZERO3},
 }
 
-# Cells that have no meaning.
-UNTRIED: Mapping[str, Sequence[str]] = {
-    "FSDP2, 2 to 4": ["MESA"],
-    "FSDP2, 2 to 1": ["MESA"],
-    "FSDP1": ["STN"],
+# By column, then row: why there is no such cell.
+_NO_RUN = "there is no run to go on with: FSDP2 is refused"
+_OWN_LOOP = "it has a backward pass of its own, and its model is no language model here"
+_NO_LANGUAGE = "its model here is no language model"
+_LOGITS = "it looks at outputs alone, so no part of it would meet a partitioned parameter"
+UNTRIED: Mapping[str, Mapping[str, str]] = {
+    "FSDP2, 2 to 4": {"MESA": _NO_RUN},
+    "FSDP2, 2 to 1": {"MESA": _NO_RUN},
+    "FSDP1": {"STN": "its loss on validation batches needs the model outside of FSDP1's forward"},
+    "SFTTrainer": {
+        "DSPReg": _OWN_LOOP,
+        "STN": _OWN_LOOP,
+        **dict.fromkeys(("MuAdamW", "BitFit", "Perp", "FTWT", "WindowPrune", "MuReadout"), _NO_LANGUAGE),
+        **dict.fromkeys(("SAF", "MESA", "LossReweight"), "only in the Trainer"),
+    },
+    "ZeRO-3 (its marks)": dict.fromkeys(("SAF", "LossReweight", "StableMaxCrossEntropy"), _LOGITS),
 }
 
 
@@ -84,10 +100,12 @@ def refusal(column: str, row: str) -> str | None:
     return words.get(row, words.get(BY_NAME[row].kind))
 
 
-def tried(column: str, row: str) -> bool:
-    """Whether there is such a cell."""
-    without = UNTRIED.get(column, ())
-    return row not in without and BY_NAME[row].kind not in without
+NOT_YET = {"untried": _engines_report.NOT_YET}
+
+
+def untried(column: str, row: str) -> str | None:
+    """Why there is no such cell; None: there is one."""
+    return UNTRIED.get(column, {}).get(row)
 
 
 # ---- running -----------------------------------------------------------------------------------------------
@@ -104,7 +122,9 @@ def phases(names: Sequence[str], rows: Mapping[str, Sequence[str]]) -> Iterator[
     yield Phase(1, {key(REFERENCE, row): columns.cell(columns.one_process, row) for row in needed})
     for name in names:
         column = BY_TITLE[name]
-        cells = {key(name, row): columns.cell(column.run, row) for row in rows[name] if tried(name, row)}
+        cells = {
+            key(name, row): columns.cell(column.run, row) for row in rows[name] if untried(name, row) is None
+        }
         yield Phase(column.world, cells)
 
 
@@ -124,6 +144,7 @@ def cells(found: Mapping[str, Found]) -> dict[str, dict[str, Any]]:
 def _cell(found: Found, reference: Found, adapter: Mapping[str, Tensor] | None) -> dict[str, Any]:
     if "refused" in found:
         return {"refused": found["refused"]}
+    reference = found.get("reference", reference)
     wanted = reference["trained"]
     cell: dict[str, Any] = {"off": off(found.get("trained", found.get("resumed")), wanted)}
     before = reference["start"]  # of what has one shape all along, as STN's history has not

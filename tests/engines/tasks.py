@@ -22,6 +22,7 @@ import optx
 STEPS, BATCH = 5, 8
 Kind = Literal["transform", "injection", "loss"]
 Batch = dict[str, Tensor]
+Differentiate = Callable[[Tensor], Any]
 
 # Where the true gradient is 0 (the bias of attention's keys), Adam makes a whole step of rounding's noise.
 ADAMW: dict[str, float] = {"lr": 5e-3, "eps": 1e-3, "weight_decay": 0.1}
@@ -149,9 +150,15 @@ class Task(nn.Module):
         if hasattr(self.signal, "set_epoch"):
             self.signal.set_epoch(step)
 
-    def backward(self, call: nn.Module, batch: Batch, opt: Any) -> None:
-        """Gradients of a batch, by what the engine made of this."""
-        call(**batch)["loss"].backward()
+    def backward(
+        self,
+        call: nn.Module,
+        batch: Batch,
+        opt: Any,
+        differentiate: Callable[[Tensor], Any] = Tensor.backward,
+    ) -> None:
+        """Gradients of a batch, by what the engine made of this; ``differentiate`` is the engine's way."""
+        differentiate(call(**batch)["loss"])
 
     def end(self, step: int, rank: int, world: int) -> None:
         """After a step."""
@@ -186,11 +193,17 @@ def train(
 class Domains(Task):
     """DSPReg: a backward pass for each domain."""
 
-    def backward(self, call: nn.Module, batch: Batch, opt: Any) -> None:
+    def backward(
+        self,
+        call: nn.Module,
+        batch: Batch,
+        opt: Any,
+        differentiate: Callable[[Tensor], Any] = Tensor.backward,
+    ) -> None:
         for domain in range(2):
             mine = batch["index"] % 2 == domain  # each process has both
             with opt.dsp_reg.domain(domain):
-                call(**{key: value[mine] for key, value in batch.items()})["loss"].backward()
+                differentiate(call(**{key: value[mine] for key, value in batch.items()})["loss"])
 
 
 class OwnLoss(Task):
@@ -218,10 +231,16 @@ class Windows(Task):
 class Tuning(Task):
     """STN: batches of training and of validation in turn."""
 
-    def backward(self, call: nn.Module, batch: Batch, opt: Any) -> None:
+    def backward(
+        self,
+        call: nn.Module,
+        batch: Batch,
+        opt: Any,
+        differentiate: Callable[[Tensor], Any] = Tensor.backward,
+    ) -> None:
         with self.handle.train_batch(batch["x"]):
             noisy = batch["x"] * (1 + self.handle.hparams["noise"].value.view(-1, 1))
-            call(**{**batch, "x": noisy})["loss"].backward()
+            differentiate(call(**{**batch, "x": noisy})["loss"])
 
     def end(self, step: int, rank: int, world: int) -> None:
         batch = self.batch(100 + step, rank, world)
@@ -264,6 +283,8 @@ class Instead(Task):
     """A loss that takes cross-entropy's place."""
 
     def loss(self, logits: Tensor, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+        if logits.ndim == 3:
+            return self.signal(logits[:, :-1].flatten(0, 1), x[:, 1:].flatten())
         return self.signal(logits, y)
 
 
@@ -272,7 +293,7 @@ class Instead(Task):
 
 def _masks(task: Task) -> optx.Masks:
     g = torch.Generator().manual_seed(1)
-    shapes = {name: p.shape for name, p in Small().named_parameters() if p.ndim == 2}
+    shapes = {name: p.shape for name, p in task.net.named_parameters() if p.ndim == 2}
     return optx.Masks.from_bool(
         {name: torch.rand(shape, generator=g) > 0.5 for name, shape in shapes.items()}
     )
@@ -343,7 +364,7 @@ def _tuned(net: nn.Module) -> Any:
     return optx.attach(net, optx.STN(hparams, warmup=0, train_steps=1), r"blocks\.\d\.[13]|head|enter")
 
 
-def _of_table(label: str, **more: Any) -> Row:
+def of_table(label: str, **more: Any) -> Row:
     """A row of `injections.ROWS`, moved away from its start."""
     row = next(row for row in injections.ROWS if row.label == label)
 
@@ -364,12 +385,12 @@ ROWS = [
     Row("DSPReg", "transform", transform=lambda *_: optx.DSPReg(2, weight=2.0), task=Domains),
     Row("MuAdamW", "transform", transform=lambda *_: optx.MuAdamW(_shapes(Small, 7, 3))),
     *map(
-        _of_table,
+        of_table,
         ("LoRA", "BitFit", "IA3", "SVFit", "SequentialAdapter", "ParallelAdapter", "ScaledParallelAdapter"),
     ),
-    *map(_of_table, ("PrefixTuning", "MultiHeadParallelAdapter", "MAM", "Aside", "IAA")),
+    *map(of_table, ("PrefixTuning", "MultiHeadParallelAdapter", "MAM", "Aside", "IAA")),
     # Their products of factors have gradients of any size, and small ones' noise is a step of Adam's too.
-    *(_of_table(label, adamw={"eps": 1e-1, "lr": 2e-2}) for label in ("FLoRA", "Perp")),
+    *(of_table(label, adamw={"eps": 1e-1, "lr": 2e-2}) for label in ("FLoRA", "Perp")),
     Row("HiddenDelta", "injection", injections.llama, attach=_attached(lambda: optx.HiddenDelta(rank=3))),
     Row("FTWT", "injection", _vgg, attach=_attached(optx.FTWT), task=OwnLoss, apart=True),
     Row("WindowPrune", "injection", _windows, attach=_attach_windows, task=Windows, apart=True),

@@ -13,23 +13,12 @@ import optx
 
 pytest.importorskip("trl")
 
-from tokenizers import Tokenizer, models, pre_tokenizers
-from trainer_runs import adapted, state, transforms
-from transformers import PreTrainedTokenizerFast
+from trainer_runs import adapted, state, tokenizer, transforms
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from optx.integrations.transformers import OptxCallback, loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def tokenizer() -> Any:
-    words = ["<pad>", "<s>", "</s>", *(f"w{n}" for n in range(61))]
-    made = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="<pad>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
-    )
 
 
 def texts(count: int, **more: Any) -> Any:
