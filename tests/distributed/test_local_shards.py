@@ -15,8 +15,10 @@ import torch.distributed as dist
 from processes import on_processes
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import optx
 
@@ -225,6 +227,7 @@ def what_one_rank_alone_sees_is_told_by_name(rank: int) -> None:
     opt = optx.wrap(
         torch.optim.AdamW([("layer.weight", p)], weight_decay=0), optx.AdamR(anchor="zero", normalize=False)
     )
+    opt.metering = False  # so that nothing of a step talks: the others would wait for this one
     p.grad = grad
     local = p.detach().to_local() if rank == 1 else torch.zeros(2, 4)
     moments = [DTensor.from_local(t, mesh, [Shard(0)], run_check=False) for t in (local, torch.zeros(2, 4))]
@@ -233,12 +236,46 @@ def what_one_rank_alone_sees_is_told_by_name(rank: int) -> None:
         with pytest.raises(optx.OptxError, match=r"on rank 1 kernels can't serve.*share their memory"):
             opt.step()
     else:
-        opt.step()  # nothing of it talks
+        opt.step()
     opt = optx.wrap(torch.optim.AdamW([("layer.weight", other)]), optx.PerpGrad())
     other.grad = grad
     opt.state[other] = {"step": torch.zeros(()), "exp_avg": torch.ones(8, 4), "exp_avg_sq": torch.ones(8, 4)}
     with pytest.raises(optx.OptxError, match=r"'layer.weight' is a DTensor, its state 'exp_avg' is a Tensor"):
         opt.step()
+
+
+def tensor_parallel_under_fsdp(rank: int) -> None:
+    """Rows of a weight are cut twice: _StridedShard."""
+    mesh = square()
+    torch.manual_seed(0)
+    alone, model = (nn.Sequential(nn.Linear(6, 10), nn.Tanh(), nn.Linear(10, 3)) for _ in range(2))
+    model.load_state_dict(alone.state_dict())
+    parallelize_module(model, mesh["b"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["a"])
+    opts = [optx.wrap(adamw(one.parameters()), *COMPOSITIONS["both"]()) for one in (model, alone)]
+    assert "fused cpu on local shards" in str(opts[0].plan())
+    for step in range(4):
+        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+        for one, opt in zip((model, alone), opts, strict=True):
+            opt.zero_grad()
+            ((step + 1) * one(x)).square().mean().backward()
+            opt.step()
+    assert_same(list(model.parameters()), [p.detach() for p in alone.parameters()])
+
+
+def weights_that_have_no_gradient_in_a_step(rank: int) -> None:
+    found: list[list[Any]] = []
+    for parameters in (spread(four(), [Shard(0)]), [nn.Parameter(w) for w in weights()]):
+        opt = optx.wrap(adamw(parameters), *COMPOSITIONS["both"]())
+        for step in range(5):
+            some = [p for i, p in enumerate(parameters) if (i + step) % 3]
+            for i, p in enumerate(parameters):
+                g = gradient(step, i)
+                g = distribute_tensor(g, p.device_mesh, p.placements) if isinstance(p, DTensor) else g
+                p.grad = g if any(p is one for one in some) else None
+            opt.step()
+        found.append(parameters)
+    assert_same(found[0], [p.detach() for p in found[1]])
 
 
 def test_on_four_processes() -> None:
@@ -250,6 +287,8 @@ def test_on_four_processes() -> None:
             loose_groups_are_completed_in_the_same_all_reduce,
             draws_of_bfloat16,
             what_one_rank_alone_sees_is_told_by_name,
+            tensor_parallel_under_fsdp,
+            weights_that_have_no_gradient_in_a_step,
         ],
         4,
     )
