@@ -82,7 +82,7 @@ def from_config(
         model: that is trained.
 
     Returns:
-        `optimizer`, `handles` and `loss`, as a named tuple.
+        ``optimizer``, ``handles`` and ``loss``, as a named tuple.
 
     Raises:
         OptxError: a key or a name that nothing reads, a value of the wrong kind, something that is missing,

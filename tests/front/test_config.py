@@ -293,7 +293,10 @@ WRONG: dict[str, tuple[Any, str]] = {
         {"transforms": [{"weight": 1}]},
         "transforms[0] is {'weight': 1}; it must be a name, or a table",
     ),
-    "no module": ({"transforms": ["mine.Own"]}, "'mine.Own' can't be imported (No module named 'mine')"),
+    "no module": (
+        {"transforms": ["not_there.Own"]},
+        "'not_there.Own' can't be imported (No module named 'not_there')",
+    ),
     "no method": ({"transforms": ["torch.nn.Linear"]}, "'torch.nn.Linear' is no transform"),
     "argument": (
         {"transforms": [{"name": "AdamR", "wieght": 1}]},

@@ -1,4 +1,4 @@
-"""``python -m optx.recipes._bench_shards``: the fused step on local shards of FSDP2, on gloo processes.
+"""``python -m optx.recipes._shards_figures``: the fused step on local shards of FSDP2, on gloo processes.
 
 Every process has its shards of the same weights, gradients as `fully_shard` leaves them, and three optimizers
 that take turns, all processes at once: ours on the DTensors; ours on ordinary tensors that are the same
@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
         processes={"type": positive, "default": 2},
         rounds={"type": positive, "default": 40},
     )
-    options.prog = "python -m optx.recipes._bench_shards"
+    options.prog = "python -m optx.recipes._shards_figures"
     args = _bench.parsed(options, arguments)
     found = [
         measure(shape, transforms, args.processes, args.rounds)

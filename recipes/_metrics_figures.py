@@ -1,4 +1,4 @@
-"""``python -m optx.recipes._bench_metrics``: what ``opt.metrics()`` costs, beside training and a bare step.
+"""``python -m optx.recipes._metrics_figures``: what ``opt.metrics()`` costs, beside training and a bare step.
 
 Subjects take turns in one process; medians over the rounds, and of their ratios within a round.
 """
@@ -92,7 +92,7 @@ def on_against_off(rounds: int) -> float:
 
 def main() -> None:
     """Measure and print."""
-    parser = ArgumentParser(prog="python -m optx.recipes._bench_metrics", description=__doc__)
+    parser = ArgumentParser(prog="python -m optx.recipes._metrics_figures", description=__doc__)
     parser.add_argument("--rounds", type=int, default=41, help="of bare steps; a third as many trained ones")
     rounds = parser.parse_args().rounds
     step, asked = share_of_a_training_step(max(rounds // 3, 3))
