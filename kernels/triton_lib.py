@@ -157,7 +157,7 @@ def fold_chunks(partials, first, sums, WIDTH: tl.constexpr, LANES: tl.constexpr)
     """Each tensor's sums over its chunks, one program a tensor."""
     t = tl.program_id(0).to(tl.int64)
     low, high = tl.load(first + t), tl.load(first + t + 1)
-    for i in tl.static_range(WIDTH):
+    for i in tl.static_range(WIDTH):  # pyright: ignore[reportGeneralTypeIssues]
         tl.store(sums + t * WIDTH + i, fold(partials + i, WIDTH, low, high, LANES))
 
 

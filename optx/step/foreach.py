@@ -211,7 +211,7 @@ class GroupRun:
             if any(map(is_dtensor, self.gradients)):
                 self._looked += self._sum(call, {G: self.gradients})
                 continue
-            norms = torch._foreach_norm(self.gradients, 2, dtype=self._wide)
+            norms = torch._foreach_norm(self.gradients, 2, dtype=self._wide)  # pyright: ignore
             (ref,) = call.writes
             self.cols[ref.name] = torch.stack([n.to(self.number_device) for n in norms]).square()
 

@@ -65,8 +65,10 @@ class Measured:
 
     def keep(self) -> None:
         """Put the numbers out of reach of the next step."""
-        tables = self._tables
-        self._tables = [Table(t.weights, t.names, t.rows.clone()) if _shared(t) else t for t in tables]
+        shared = ((t, t.rows) for t in self._tables)  # with a runner, which writes there again
+        self._tables = [
+            Table(t.weights, t.names, rows.clone()) if isinstance(rows, Tensor) else t for t, rows in shared
+        ]
         self.lasting = True
 
     # ---- numbers -------------------------------------------------------------------------------------
@@ -124,10 +126,6 @@ class Measured:
         grads = [w.grad for table in self._tables for w in table.weights]
         there = [g for g in grads if g is not None]
         return there if self._gradients and len(there) == len(grads) else []
-
-
-def _shared(table: Table) -> bool:
-    return isinstance(table.rows, Tensor)
 
 
 def squares(tensors: Sequence[Tensor]) -> float:
