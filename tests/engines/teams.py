@@ -21,6 +21,7 @@ from processes import IMPORTED
 import optx
 
 PROCESSES = 4
+MODELS = ("transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Phase:
 
 def results(phases: Sequence[Phase]) -> dict[str, Found]:
     """What the first process of each cell's team found; ``{"refused": words}`` where optx raised."""
-    mp.get_context("forkserver").set_forkserver_preload(list(IMPORTED))
+    mp.get_context("forkserver").set_forkserver_preload([*IMPORTED, *MODELS])
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "found").mkdir()
         given = (phases, folder, dict(os.environ))
