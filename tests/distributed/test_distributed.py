@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from bases import BASES, Base, make_net, same, set_train, train
+from processes import on_two_processes
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from worker import JOBS
 
 import optx
 
@@ -29,39 +30,35 @@ UNSERVED[True] = UNSERVED[False] | {
     "schedulefree.SGD",
     "pytorch_optimizer.StableAdamW",
 }
-WORKER = Path(__file__).with_name("worker.py")
+FOLDER = "OPTX_TEST_FOLDER"  # where every_job puts what it found
 
 
-def two_processes(job: str, folder: Path) -> list[dict[str, Any]]:
-    """What each of two processes found."""
-    logs = [(folder / f"{rank}.log").open("w") for rank in range(2)]
-    processes = [
-        subprocess.Popen([sys.executable, str(WORKER), str(rank), str(folder), job], stdout=log, stderr=log)
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        codes = [process.wait(timeout=1200) for process in processes]
-    finally:
-        for process, log in zip(processes, logs, strict=True):
-            process.kill()
-            process.wait()
-            log.close()
-    assert codes == [0, 0], "\n".join((folder / f"{rank}.log").read_text() for rank in range(2))
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+def every_job(rank: int) -> None:
+    """All of worker.py; what it found goes to a file."""
+    folder = Path(os.environ[FOLDER])
+    torch.save({job.__name__: job(rank, folder) for job in JOBS}, folder / f"{rank}.pt")
 
 
-def test_zero_redundancy_optimizer_steps_saves_loads_and_fails_whole(tmp_path: Path) -> None:
+def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    on_two_processes([every_job])
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    for found in (first, second):
+        zero_redundancy_optimizer_steps_saves_loads_and_fails_whole(found)
+    ddp_is_one_process_on_the_joined_batch(first, second)
+    fsdp2_is_the_unsharded_run(first, second)
+
+
+def zero_redundancy_optimizer_steps_saves_loads_and_fails_whole(result: dict[str, Any]) -> None:
     """torch leaves None in ``state`` for what other processes keep, and saves its own entries, not ours."""
-    for result in two_processes("zero", tmp_path):
-        found = result["zero"]
-        assert found["slots in the file"] == 8  # an anchor for each parameter
-        assert found["anchors"] == found["failed"] == found["resumed"] == 0.0
-        assert not found["counted"]
-        assert found["off"] < 1e-6
+    found = result["zero"]
+    assert found["slots in the file"] == 8  # an anchor for each parameter
+    assert found["anchors"] == found["failed"] == found["resumed"] == 0.0
+    assert not found["counted"]
+    assert found["off"] < 1e-6
 
 
-def test_ddp_is_one_process_on_the_joined_batch(tmp_path: Path) -> None:
-    first, second = two_processes("ddp", tmp_path)
+def ddp_is_one_process_on_the_joined_batch(first: dict[str, Any], second: dict[str, Any]) -> None:
     assert {name.split(", ")[1] for name in first["ddp"]} == {"fused cpu", "foreach"}
     for name, found in first["ddp"].items():
         assert found["off"] < 1e-6 < 0.01 < found["moved"], name
@@ -69,8 +66,7 @@ def test_ddp_is_one_process_on_the_joined_batch(tmp_path: Path) -> None:
         assert all(torch.equal(w, other[k]) for k, w in found["weights"].items()), name
 
 
-def test_fsdp2_is_the_unsharded_run(tmp_path: Path) -> None:
-    first, second = two_processes("fsdp", tmp_path)
+def fsdp2_is_the_unsharded_run(first: dict[str, Any], second: dict[str, Any]) -> None:
     for name, found in first["fsdp"].items():
         assert found["off"] < 1e-6, name
         assert found["plan"].startswith("group 0: fused cpu on local shards (8 tensors, 78 numbers")

@@ -1,9 +1,8 @@
-"""One of two gloo processes: ``python worker.py RANK FOLDER JOB``. What it found goes to FOLDER/RANK.pt."""
+"""What test_distributed has done on two gloo processes: each job gives what it found."""
 
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -264,12 +263,4 @@ def zero(rank: int, _: Path) -> dict[str, Any]:
     return found
 
 
-JOBS = {"zero": [zero], "ddp": [ddp], "fsdp": [fsdp, replaced, local, checkpoint]}
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    number, here = int(sys.argv[1]), Path(sys.argv[2])
-    dist.init_process_group("gloo", init_method=f"file://{here}/store", rank=number, world_size=WORLD)
-    results = {job.__name__: job(number, here) for job in JOBS[sys.argv[3]]}
-    torch.save(results, here / f"{number}.pt")
-    dist.destroy_process_group()
+JOBS = (zero, ddp, fsdp, replaced, local, checkpoint)
