@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from torch import nn
 from torch.optim import Optimizer
@@ -32,7 +33,8 @@ _OF_ATTACH = {one: one for one in ("targets", "layers", "exclude", "modules_to_s
 _OF_WRAP = ("fused", "skip_nonfinite", "rounding")
 
 
-class Configured(NamedTuple):
+@dataclass(frozen=True)
+class Configured:
     """What `from_config` made; it unpacks as ``optimizer, handles, loss``.
 
     Attributes:
@@ -44,6 +46,10 @@ class Configured(NamedTuple):
     optimizer: Any
     handles: tuple[Handle, ...]
     loss: Any
+
+    def __iter__(self) -> Iterator[Any]:
+        """So that it unpacks."""
+        return iter((self.optimizer, self.handles, self.loss))
 
 
 def from_config(
@@ -82,7 +88,7 @@ def from_config(
         model: that is trained.
 
     Returns:
-        ``optimizer``, ``handles`` and ``loss``, as a named tuple.
+        ``optimizer``, ``handles`` and ``loss``, which it unpacks to.
 
     Raises:
         OptxError: a key or a name that nothing reads, a value of the wrong kind, something that is missing,
