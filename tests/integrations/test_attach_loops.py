@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import sharded_adapters
 import torch
-from injections import ROWS, Row, bert, llama, pruned_bert, run
+from injections import ROWS, Row, llama, run
 from processes import on_two_processes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -162,23 +162,6 @@ def _train(call: Any, handle: optx.Handle, rank: int | None) -> dict[str, Tensor
     return {key: t.clone() for key, t in handle.state_dict().items()}
 
 
-LABELS = [row.label for row in ROWS if row.model in (bert, pruned_bert)]
-
-
-def _ddp(rank: int) -> None:
-    """Two ranks on half a batch each end where one process on the whole batch does."""
-    for label in LABELS:
-        row: Row = BY_LABEL[label]
-        alone, handle = row.attached()
-        optx.trainable_only(alone, handle)
-        wanted = _train(alone, handle, None)
-        model, handle = row.attached()
-        optx.trainable_only(model, handle)
-        found = _train(nn.parallel.DistributedDataParallel(model), handle, rank)
-        for key, tensor in wanted.items():
-            torch.testing.assert_close(found[key], tensor, rtol=1e-4, atol=1e-5, msg=f"{label}: {key}")
-
-
 def _fsdp(rank: int) -> None:
     from torch.distributed.fsdp import fully_shard
 
@@ -207,7 +190,7 @@ def _adapters(rank: int) -> None:
     sharded_adapters.every_case(rank, Path(os.environ["OPTX_TEST_FOLDER"]))
 
 
-def test_ddp_and_fsdp2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One start of two processes serves all."""
+def test_fsdp2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One start of two processes serves all; under DDP every injection is in tests/engines."""
     monkeypatch.setenv("OPTX_TEST_FOLDER", str(tmp_path))
-    on_two_processes([_ddp, _fsdp, _adapters])
+    on_two_processes([_fsdp, _adapters])
