@@ -49,7 +49,7 @@ def test_the_command_passes_and_writes_its_rows(tmp_path: Path) -> None:
     assert run.exit_code == 0, run.output
     rows = json.loads(file.read_text())["rows"]
     assert {r["target"] for r in rows} == {"sm_90", "gfx942"}
-    assert {r["kernel"] for r in rows} == {"reduce_0", "scalars_0", "update", "commit"}
+    assert {r["kernel"] for r in rows} == {"reduce_0", "scalars_0", "update", "commit", "fold_chunks"}
     moved = {(r["target"], r["kernel"]): r["bytes"] for r in rows}
     assert [moved["sm_90", k] for k in ("reduce_0", "update", "commit")] == [8.0, 28.0, 0.0]
     assert [moved["gfx942", k] for k in ("reduce_0", "update", "commit")] == [8.0, 28.0, 0.0]
