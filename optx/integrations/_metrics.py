@@ -49,3 +49,14 @@ def collect(optimizer: Any = None, handles: Handle | Iterable[Handle] | None = N
             times[name] = times.get(name, 0) + 1
             found[name if times[name] == 1 else f"{adapter}_{times[name]}/{what}"] = value
     return found
+
+
+def collect_all(optimizers: Iterable[Any], handles: Iterable[Handle]) -> dict[str, float]:
+    """What `collect` finds in each; a later optimizer's names have its number: ``optx_2/lr``."""
+    found = collect(None, handles)
+    for number, optimizer in enumerate(optimizers, 1):
+        own = collect(optimizer)
+        for name, value in own.items():
+            owner, what = name.split("/", 1)
+            found[name if number == 1 else f"{owner}_{number}/{what}"] = value
+    return found

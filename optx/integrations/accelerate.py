@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from optx.inject._handle import Handle
 from optx.integrations._accelerate_checkpoints import AdaptersOnly as AdaptersOnly
-from optx.integrations._all_metrics import collect_all
+from optx.integrations._metrics import collect_all
 
 if TYPE_CHECKING:
     from accelerate import Accelerator  # pyright: ignore[reportMissingTypeStubs]

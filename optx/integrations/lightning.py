@@ -37,8 +37,8 @@ from torch import nn
 from optx._errors import OptxError
 from optx.inject._handle import Handle
 from optx.integrations import _random_state
-from optx.integrations._all_metrics import collect_all
 from optx.integrations._beside_checkpoints import BesideCheckpoints
+from optx.integrations._metrics import collect_all
 from optx.integrations._module_checkpoints import AdaptersOnly as AdaptersOnly
 from optx.integrations._module_checkpoints import keeper_of
 

@@ -199,7 +199,7 @@ def test_tensorboard_has_what_optx_knows(tmp_path: Path) -> None:
     logger = TensorBoardLogger(tmp_path, name="", version="run")
     options = {"logger": logger, "log_every_n_steps": 2, "gradient_clip_val": None}
     made = fit(tmp_path, module, OptxCallback(module.handle), saves=False, **options)
-    wanted = optx.integrations._all_metrics.collect_all(made.optimizers, [module.handle])  # type: ignore[attr-defined]
+    wanted = optx.integrations._metrics.collect_all(made.optimizers, [module.handle])  # type: ignore[attr-defined]
     read = EventAccumulator(str(tmp_path / "run"))
     read.Reload()
     assert {"optx/lr", "optx_2/lr", "lora/trainable"} <= set(wanted)
