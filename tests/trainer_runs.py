@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 from injections import llama
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import optx
 from optx.integrations.transformers import OptxCallback, optimizer
@@ -29,6 +31,17 @@ class Tokens(Dataset[dict[str, Tensor]]):
         labels = ids.clone()
         labels[5 + index % 4 :] = -100
         return {"input_ids": ids, "labels": labels}
+
+
+class Killed(TrainerCallback):
+    """As by the kernel, in the middle of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def tokenizer() -> Any:

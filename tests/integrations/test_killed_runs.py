@@ -1,8 +1,9 @@
-"""A small Llama in Accelerate and in Lightning, killed by SIGKILL in the middle, and resumed."""
+"""A small Llama in Accelerate, Lightning and TRL, killed by SIGKILL in the middle, and resumed elsewhere."""
 
 from __future__ import annotations
 
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,42 +13,66 @@ import optx
 
 pytest.importorskip("accelerate")
 pytest.importorskip("lightning")
+pytest.importorskip("trl")
 
 import lightning_run
 from accelerate_run import SAVED, Run, same, spoil
 from injections import llama
+from killed import ended_by
+from trainer_runs import Killed
+from trl_runs import sft
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(sys.platform != "linux", reason="forks"),
+]
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of both runs, which ``accelerate launch`` started."""
-    from accelerate.commands.launch import launch_command, launch_command_parser
-
+    """The folder of all three. What goes on from it below is a process that has run none of them."""
     folder = tmp_path_factory.mktemp("killed")
-    script = Path(__file__).with_name("killed_runs.py")
-    given = ["--cpu", "--num_processes", "1", "--num_cpu_threads_per_process", "1", str(script), str(folder)]
-    launch_command(launch_command_parser().parse_args(given))
-    assert (folder / "signals").read_text().split() == 2 * [str(int(signal.SIGKILL))]
+    torch.set_num_threads(1)
+    alone = torch.nn.Parameter(torch.ones(2, 2))  # its step loads the code of theirs, once for all
+    alone.grad = torch.ones(2, 2)
+    optx.wrap(torch.optim.AdamW([alone]), optx.PerpGrad(), optx.AdamR(weight=0.05)).step()
+    ended = [
+        ended_by(lambda: Run().train(folder / "accelerate", kill=True)),
+        ended_by(lambda: lightning_run.run(folder / "lightning", lightning_run.Killed())),
+        ended_by(lambda: sft(folder / "trl", Killed(3))[0].train()),
+    ]
+    assert ended == 3 * [signal.SIGKILL]
     return folder
 
 
 def test_accelerate_goes_on_bit_for_bit(killed: Path, tmp_path: Path) -> None:
-    whole = Run().train(tmp_path)
     again = Run()
     spoil(again.bare)
     again.accelerator.load_state(str(killed / "accelerate"))
     again.train(tmp_path, SAVED)
+    whole = Run().train(tmp_path)
     assert same(again.bare, whole.bare)
     assert again.loss.report() == whole.loss.report()
 
 
 def test_lightning_goes_on_bit_for_bit(killed: Path, tmp_path: Path) -> None:
-    whole = lightning_run.run(tmp_path / "whole")
     again = lightning_run.run(tmp_path / "again", resume=killed / "lightning" / "last.ckpt")
+    whole = lightning_run.run(tmp_path / "whole")
     assert same(again, whole)
     assert whole.average.any()
+
+
+def test_sft_trainer_goes_on_bit_for_bit(killed: Path, tmp_path: Path) -> None:
+    assert [path.name for path in (killed / "trl").glob("checkpoint-*")] == ["checkpoint-2"]
+    made, again, _ = sft(killed / "trl")
+    spoil(again)
+    made.train(resume_from_checkpoint=True)
+    whole, model, _ = sft(tmp_path, save_strategy="no")
+    whole.train()
+    assert same(again, model)
+    assert made.state.global_step == 4
+    logs = [[row["loss"] for row in one.state.log_history if "loss" in row] for one in (made, whole)]
+    assert logs[0] == logs[1]
 
 
 def test_checkpoints_are_small_and_read_by_attach_and_peft(killed: Path) -> None:

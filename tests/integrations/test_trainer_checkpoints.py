@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing as mp
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from injections import llama
+from killed import ended_by
 from torch import nn
 
 import optx
@@ -21,8 +20,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 import transformers
-from trainer_runs import Tokens, adapted, state, trainer
-from transformers import TrainerCallback
+from trainer_runs import Killed, Tokens, adapted, state, trainer
 
 from optx.integrations.transformers import OptxCallback
 
@@ -58,17 +56,6 @@ def logs(history: list[dict[str, Any]]) -> dict[int, tuple[float, float]]:
 # ---- killed, and gone on with -----------------------------------------------------------------------------
 
 
-class Killed(TrainerCallback):
-    """As by the kernel, in the middle of a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
 def killed_at(step: int, folder: Path) -> None:
     model, handle = adapted()
     trainer(folder, model, handle, callbacks=[Killed(step)], **SETTING).train()
@@ -77,11 +64,7 @@ def killed_at(step: int, folder: Path) -> None:
 def test_a_killed_run_ends_with_the_weights_of_the_uninterrupted(run: Any, tmp_path: Path) -> None:
     """SIGKILL in the middle of step 5, after the checkpoint at 4; another process goes on from it."""
     _, model, history = run
-    # A fork of this process: an interpreter with all that a Trainer imports takes ten seconds to start.
-    killed = mp.get_context("fork").Process(target=killed_at, args=(4, tmp_path))
-    killed.start()
-    killed.join(120)
-    assert killed.exitcode == -signal.SIGKILL
+    assert ended_by(lambda: killed_at(4, tmp_path)) == signal.SIGKILL
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
     again, handle = adapted()
     made = trainer(tmp_path, again, handle, **SETTING)
