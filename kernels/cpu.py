@@ -303,21 +303,23 @@ expand_1 = _expand(1)
 expand_4 = _expand(4)
 
 
-def _prefetch(write: bool) -> Any:
+@functools.cache
+def prefetch(lines: int, write: bool) -> Any:
+    """An intrinsic ``(address)`` that hints at so many cache lines from there that will be read, or written.
+
+    An address beyond an array does no harm.
+    """
+
     @_typed(nt.void, nt.int64)
-    def prefetch(builder: Any, base: Any) -> None:
+    def hint(builder: Any, base: Any) -> None:
         byte = ir.IntType(8).as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [byte, I32, I32, I32])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        # Keep it in all caches; data, not instructions.
-        builder.call(function, [builder.inttoptr(base, byte), I32(int(write)), I32(3), I32(1)])
+        first = builder.inttoptr(base, byte)
+        for line in range(lines):  # keep them in all caches; data, not instructions
+            builder.call(function, [builder.gep(first, [I64(64 * line)]), I32(int(write)), I32(3), I32(1)])
 
-    return prefetch
-
-
-# Hints that a cache line will be read, or written; an address beyond an array does no harm.
-prefetch_read = _prefetch(write=False)
-prefetch_write = _prefetch(write=True)
+    return hint
 
 
 def _round_bfloat16(b: Any, value: Any, random: Any) -> Any:

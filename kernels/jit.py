@@ -11,6 +11,7 @@ between that and the first step, or between two functions of one module.
 """
 # Numba's insides have no types that a checker could follow.
 # pyright: reportMissingTypeStubs=false, reportPrivateUsage=false, reportAttributeAccessIssue=false
+# pyright: reportUntypedBaseClass=false
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ import numba
 from numba.core import config, sigutils
 from numba.core.caching import NullCache
 from numba.core.ccallback import CFunc
-from numba.core.compiler import CompileResult
+from numba.core.compiler import Compiler, CompileResult
+from numba.core.dispatcher import _FunctionCompiler
 from numba.core.registry import CPUDispatcher
 from numba.core.serialize import dumps
 
@@ -60,6 +62,36 @@ def njit(cache: bool = False, **options: Any) -> Decorator:
         return made
 
     return decorate
+
+
+def part(**options: Any) -> Decorator:
+    """`numba.njit` for what compiled functions alone call.
+
+    It gets no wrapper for Python and no machine code of its own: of two dozen small functions to a kernel,
+    these took half of the time that it is compiled in.
+    """
+    return lambda function: _Part(function, {"nopython": True, "boundscheck": None, **options})
+
+
+class _Part(CPUDispatcher):
+    def __init__(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
+        super().__init__(function, {}, options)
+        self._compiler = _PartCompiler(function, self.targetdescr, options, {}, Compiler)
+
+    def add_overload(self, cres: Any) -> None:
+        self.overloads[tuple(cres.signature.args)] = cres  # and nothing that a call from Python would find
+
+
+class _PartCompiler(_FunctionCompiler):
+    def _customize_flags(self, flags: Any) -> Any:
+        flags.no_cpython_wrapper = flags.no_cfunc_wrapper = flags.no_compile = True
+        return flags
+
+    def _compile_core(self, args: Any, return_type: Any) -> Any:
+        made = super()._compile_core(args, return_type)
+        name = object()  # callers look a function up by its entry point, which here is none
+        made.target_context.insert_user_function(name, made.fndesc, [made.library])
+        return made._replace(entry_point=name)
 
 
 @contextmanager

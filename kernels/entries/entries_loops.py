@@ -22,7 +22,7 @@ from optx.kernels.entries.cpu import (
     word_of_bits,
     word_of_bools,
 )
-from optx.kernels.jit import cfunc, njit
+from optx.kernels.jit import cfunc, part
 from optx.kernels.words import count_ones, first_one
 
 WIDTH = 4
@@ -30,7 +30,7 @@ copy = copier(WIDTH)
 KERNEL = types.void(types.voidptr)
 
 
-@njit(error_model="numpy", inline="always")
+@part(error_model="numpy", inline="always")
 def word_at(mask, bools, n, i):
     """The mask's bits 64 i to 64 i + 63, as one number; those from n on are 0."""
     start = 64 * i
@@ -61,7 +61,7 @@ def count(pointer):
         put_i64(starts, chunk + 1, total)
 
 
-@njit(error_model="numpy", inline="always")
+@part(error_model="numpy", inline="always")
 def move(pointer, back):
     """Numbers from the dense tensor's entries to the compact vector, or back."""
     args = address(pointer)

@@ -15,7 +15,7 @@ import numpy as np
 from numba import types
 
 from optx.kernels.cpu import ITEMSIZE, address, get_f64, get_i64, load, store, take
-from optx.kernels.jit import cfunc, njit
+from optx.kernels.jit import cfunc, part
 from optx.kernels.loss.stablemax_cpu import Args
 from optx.kernels.loss.stablemax_rows import terms
 
@@ -32,15 +32,15 @@ load_z, load_f = load(DTYPE, 0), load(MATH, 1)
 store_z, store_f = store(DTYPE, 2), store(MATH, 3)
 
 
-@njit(error_model="numpy", inline="always")
+@part(error_model="numpy", inline="always")
 def _where(condition, a, b):
     return a if condition else b
 
 
-_numerator = njit(error_model="numpy", inline="always")(terms)
+_numerator = part(error_model="numpy", inline="always")(terms)
 # Sums may be regrouped into lanes; which grouping is fixed at compile time.
-_lanes = njit(error_model="numpy", fastmath={"reassoc", "nsz", "contract"})
-_scalar = njit(error_model="numpy")
+_lanes = part(error_model="numpy", fastmath={"reassoc", "nsz", "contract"})
+_scalar = part(error_model="numpy")
 
 
 @_lanes

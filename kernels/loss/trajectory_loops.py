@@ -14,7 +14,7 @@ import numpy as np
 from numba import types
 
 from optx.kernels.cpu import ITEMSIZE, address, get_f64, get_i64, load, put_f64, store
-from optx.kernels.jit import cfunc, njit
+from optx.kernels.jit import cfunc, part
 from optx.kernels.loss.trajectory_cpu import Args
 from optx.kernels.loss.trajectory_rows import LOWEST
 
@@ -45,7 +45,7 @@ store_past, store_work, store_tag, store_grad, store_loss = (
     store(MATH, 6),
 )
 
-_scalar = njit(error_model="numpy")
+_scalar = part(error_model="numpy")
 
 
 @_scalar

@@ -24,9 +24,9 @@ class Args(IntEnum):
     SUM = 10  # first + last chunk: updates go from the last chunk to the first, see CpuStep
 
 
-NJIT = '@njit(error_model="numpy")'
+NJIT = '@part(error_model="numpy")'
 # A summand's products may be fused with the addition; what is stored is never touched by fast-math.
-NJIT_SUM = '@njit(error_model="numpy", fastmath={"contract"})'
+NJIT_SUM = '@part(error_model="numpy", fastmath={"contract"})'
 CFUNC = '@cfunc(SIGNATURE, error_model="numpy", cache=True)'
 
 
@@ -49,37 +49,37 @@ def open_chunk(backwards: bool) -> list[str]:
 # The functions of optx.ops in Numba's words.
 PRELUDE_TEXT = """
 
-@njit(error_model="numpy")
+@part(error_model="numpy")
 def sqrt(x):
     return np.sqrt(x)
 
 
-@njit(error_model="numpy")
+@part(error_model="numpy")
 def exp(x):
     return np.exp(x)
 
 
-@njit(error_model="numpy")
+@part(error_model="numpy")
 def log(x):
     return np.log(x)
 
 
-@njit(error_model="numpy")
+@part(error_model="numpy")
 def where(condition, a, b):
     return a if condition else b
 
 
-@njit(error_model="numpy")
+@part(error_model="numpy")
 def maximum(a, b):
     return a if a > b else b
 
 
-@njit(error_model="numpy")
+@part(error_model="numpy")
 def minimum(a, b):
     return a if a < b else b
 
 
-@njit(error_model="numpy")
+@part(error_model="numpy")
 def sign(x):
     return np.float32(x > 0) - np.float32(x < 0)"""
 PRELUDE = PRELUDE_TEXT.splitlines()
@@ -88,7 +88,7 @@ PRELUDE = PRELUDE_TEXT.splitlines()
 # of its byte for each element would be no loop over vectors.
 EXPAND = """
 
-@njit(error_model="numpy")
+@part(error_model="numpy")
 def expand(bits, n, room):
     if n == 128:
         expand_4(bits, room)

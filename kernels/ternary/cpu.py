@@ -33,7 +33,7 @@ from torch import Tensor
 
 from optx.kernels import cpu, words
 from optx.kernels.generated import load_module, source
-from optx.kernels.jit import njit
+from optx.kernels.jit import part
 
 BLOCK = 1 << 16  # numbers whose sums are one piece
 COARSE, FINE = 1 << 16, 1 << 15  # upper and lower halves of a float32 magnitude's 31 bits
@@ -115,7 +115,7 @@ def _pointer(_context: Any, _address: Any) -> Any:
     return nt.voidptr(nt.int64), codegen
 
 
-@njit(error_model="numpy", inline="always")
+@part(error_model="numpy", inline="always")
 def array(address: Any, count: Any, dtype: Any) -> Any:
     """The memory at an address, as a NumPy array."""
     return carray(_pointer(address), (count,), dtype)

@@ -15,7 +15,7 @@ import numpy as np
 from numba import types
 
 from optx.kernels.cpu import address, get_f64, get_i64, load, store, take
-from optx.kernels.jit import cfunc, njit
+from optx.kernels.jit import cfunc, part
 from optx.kernels.ternary.cpu import Dense, array
 
 DTYPE = "float32"
@@ -26,26 +26,26 @@ NONE = np.int32(0)  # no random bits: round to nearest
 read, write = load(DTYPE, 0), store(DTYPE, 1)
 
 
-@njit(error_model="numpy", inline="always")
+@part(error_model="numpy", inline="always")
 def _term(plus, minus, bit, scale):
     """scale, -scale or 0. Words of 32 bits: as many lanes as there are of float32."""
     chosen = np.uint32(1) << np.uint32(bit)
     return (scale if plus & chosen else ZERO) - (scale if minus & chosen else ZERO)
 
 
-@njit(error_model="numpy")
+@part(error_model="numpy")
 def _add_word(to, at, count, plus, minus, scale):
     for bit in range(count):
         write(to, at + bit, read(to, at + bit) + _term(plus, minus, bit, scale), NONE)
 
 
-@njit(error_model="numpy")
+@part(error_model="numpy")
 def _fill_word(to, at, count, plus, minus, scale):
     for bit in range(count):
         write(to, at + bit, _term(plus, minus, bit, scale), NONE)
 
 
-@njit(error_model="numpy")
+@part(error_model="numpy")
 def _arguments(args):
     """Numbers, words of a turn, the tensor's address, the scale, words in all, and both masks."""
     n, words = get_i64(args, Dense.NUMEL), (get_i64(args, Dense.NUMEL) + 31) // 32

@@ -16,7 +16,7 @@ import numpy as np
 from numba import types
 
 from optx.kernels.cpu import address, get_i64, take
-from optx.kernels.jit import cfunc, njit
+from optx.kernels.jit import cfunc, part
 from optx.kernels.ternary.cpu import (
     DROPPED,
     FOURS,
@@ -53,7 +53,7 @@ def _canonical(lengths):
 
 
 CODES, MEANINGS = _canonical(LENGTHS)
-_plain = njit(error_model="numpy")
+_plain = part(error_model="numpy")
 
 
 @_plain

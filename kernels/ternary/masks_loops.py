@@ -14,7 +14,7 @@ import numpy as np
 from numba import types
 
 from optx.kernels.cpu import address, get_i64, take
-from optx.kernels.jit import cfunc, njit
+from optx.kernels.jit import cfunc, part
 from optx.kernels.ternary.cpu import (
     BLOCK,
     COARSE,
@@ -32,8 +32,8 @@ MAGNITUDE = np.uint32(0x7FFFFFFF)
 SHIFT, LOWER = np.uint32(15), np.uint32(FINE - 1)  # of the halves of a magnitude
 KERNEL = types.void(types.voidptr)
 # Sums may be regrouped into lanes; which grouping is fixed at compile time.
-_lanes = njit(error_model="numpy", fastmath={"reassoc", "nsz", "contract"})
-_plain = njit(error_model="numpy")
+_lanes = part(error_model="numpy", fastmath={"reassoc", "nsz", "contract"})
+_plain = part(error_model="numpy")
 
 
 # ---- choosing what is kept ----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from optx.kernels.jit import njit
+from optx.kernels.jit import njit, part
 
 STEP = np.uint64(0x9E3779B97F4A7C15)
 FIRST = np.uint64(0xBF58476D1CE4E5B9)
@@ -22,7 +22,7 @@ B0, B1, B15, B16 = np.uint32(0), np.uint32(1), np.uint32(0x7FFF), np.uint32(16)
 QUIET = np.uint16(0x7FC0)
 
 
-@njit(inline="always")
+@part(inline="always")
 def _kept(state, threshold):
     """SplitMix64's output for a state, against the share that is kept in units of 2**-63."""
     z = (state ^ (state >> U30)) * FIRST
@@ -30,13 +30,13 @@ def _kept(state, threshold):
     return ((z ^ (z >> U31)) >> U1) < threshold
 
 
-@njit(inline="always")
+@part(inline="always")
 def _float32_of(bits):
     """The bits of a bfloat16 as float32."""
     return np.uint32(np.uint32(bits) << B16).view(np.float32)  # shifts give uint64
 
 
-@njit(inline="always")
+@part(inline="always")
 def _narrow(x):
     """A float32 rounded to the nearest bfloat16, ties to even; NaN stays NaN."""
     bits = np.float32(x).view(np.uint32)
