@@ -24,9 +24,9 @@ class Args(IntEnum):
     SUM = 10  # first + last chunk: updates go from the last chunk to the first, see CpuStep
 
 
-NJIT = '@part(error_model="numpy")'
+PART = '@part(error_model="numpy")'
 # A summand's products may be fused with the addition; what is stored is never touched by fast-math.
-NJIT_SUM = '@part(error_model="numpy", fastmath={"contract"})'
+PART_SUM = '@part(error_model="numpy", fastmath={"contract"})'
 CFUNC = '@cfunc(SIGNATURE, error_model="numpy", cache=True)'
 
 

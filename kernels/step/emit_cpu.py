@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from types import ModuleType
 
 import numba
 
 from optx.kernels import cpu
 from optx.kernels.generated import load_module
+from optx.kernels.step.cpu_lines import Lines, Use
 from optx.kernels.step.cpu_text import (
     CFUNC,
     EXPAND,
-    NJIT,
-    NJIT_SUM,
+    PART,
+    PART_SUM,
     PRELUDE,
     Args,
     local,
@@ -28,9 +28,9 @@ from optx.kernels.step.cpu_text import (
     register,
     tensor_kernel,
 )
-from optx.kernels.step.layout import Columns, Layout, partials_per_chunk
+from optx.kernels.step.layout import Layout, partials_per_chunk
 from optx.kernels.step.program import NUMBER_KINDS, W0, Call, Level, Program, Ref
-from optx.kernels.step.text import indent, rule_name, rule_text, variable
+from optx.kernels.step.text import indent, rule_text, variable
 
 _compiling = threading.Lock()
 
@@ -59,50 +59,7 @@ LANES_FROM = 32768
 LOW, HIGH = 1e-27, 1e30
 
 
-@dataclass(frozen=True)
-class _Use:
-    """What one chunk kernel touches: roles it loads, roles whose address it needs, numbers."""
-
-    roles: list[str]
-    addressed: list[str]
-    numbers: list[Ref]
-    random: bool
-    dtypes: dict[str, str]
-
-    @property
-    def key(self) -> list[str]:
-        return ["key"] if self.random else []
-
-    @property
-    def pointers(self) -> list[str]:
-        return [f"{local(role)}_p" for role in self.addressed]
-
-    @property
-    def packed(self) -> list[str]:
-        """Those whose address is of bits, which a run is given as bytes."""
-        return [role for role in self.addressed if self.dtypes[role] == "bits"]
-
-    def moved(self, role: str, count: str) -> str:
-        """The address of a role so many elements on."""
-        by = (
-            f"({count} >> 3)"
-            if self.dtypes[role] == "bits"
-            else f"{count} * {cpu.ITEMSIZE[self.dtypes[role]]}"
-        )
-        return f"{local(role)}_p + {by}"
-
-
-class _Emitter:
-    def __init__(self, program: Program, layout: Layout) -> None:
-        self.program, self.layout = program, layout
-        self.table = Columns.of(program, layout)
-        self.wide = layout.dtypes[0] == "float64"
-        self.suffix = "_64" if self.wide else "_32"
-        self.dtypes = dict(zip(self.table.roles, (*layout.dtypes, "bfloat16"), strict=False))
-        self.cells = {n: program.cell_dtype(n, layout.dtypes[0]) for n in program.cells}
-        # Whether a float64 (or an integer that needs one) can get into what a float32 rule computes.
-        self.mixed = self.wide or any(dtype in cpu.WIDE for dtype in self.dtypes.values())
-
+class _Emitter(Lines):
     def module(self) -> list[str]:
         p = self.program
         narrow = [c.rule for c in (*p.update, *(c for level in p.levels for c in level.prefix))]
@@ -126,12 +83,12 @@ class _Emitter:
             *(EXPAND if "bits" in self.dtypes.values() else []),
         ]
         if not self.wide:
-            lines += rule_text(narrow, "_32", NJIT, lambda v: f"F({float(v)!r})")
+            lines += rule_text(narrow, "_32", PART, lambda v: f"F({float(v)!r})")
         wide += narrow if self.wide else []
-        lines += rule_text(wide, "_64", NJIT, lambda v: repr(float(v)))
-        lines += rule_text(sums, "_sum", NJIT_SUM, lambda v: repr(float(v)))
+        lines += rule_text(wide, "_64", PART, lambda v: repr(float(v)))
+        lines += rule_text(sums, "_sum", PART_SUM, lambda v: repr(float(v)))
         if not self.wide:
-            lines += rule_text(sums, "_lane", NJIT_SUM, lambda v: f"F({float(v)!r})")
+            lines += rule_text(sums, "_lane", PART_SUM, lambda v: f"F({float(v)!r})")
         for number, level in enumerate(p.levels):
             if level.sums:
                 lines += self._reduce(number, level)
@@ -143,99 +100,7 @@ class _Emitter:
             lines += self._commit()
         return lines
 
-    # ---- pieces ------------------------------------------------------------------------------------
-
-    def _accessors(self) -> list[str]:
-        lines: list[str] = []
-        draw = self.layout.rounding == "stochastic"
-        for number, role in enumerate(self.table.roles):
-            dtype = self.dtypes[role]
-            # Moments kept in bfloat16 are always rounded stochastically: at beta2 = 0.999 a nearest
-            # rounding would never let them fall.
-            dither = dtype == "bfloat16" and (draw if role == "w" else role != "kahan")
-            name = local(role)
-            if role in self.program.packed:  # only read; a run's bits come as bytes
-                lines += [f"load_{name} = load('bool', {number})"] if dtype != "ones" else []
-                continue
-            lines.append(f"load_{name} = load({dtype!r}, {number})")
-            lines.append(f"store_{name} = store({dtype!r}, {number}, {dither})")
-        for name, dtype in self.cells.items():
-            if dtype != "float64":
-                lines.append(f"get_{variable(Ref('cell', name))} = get_number({dtype!r})")
-                lines.append(f"put_{variable(Ref('cell', name))} = put_number({dtype!r})")
-        whole = sorted({d for d in (*self.dtypes.values(), *self.cells.values()) if d in cpu.INTEGERS})
-        for dtype in whole:
-            lines.append(f"as_{dtype} = whole_number({dtype!r}, {self.wide})")
-            lines.append(f"as_wide_{dtype} = whole_number({dtype!r}, True)")
-        return lines
-
-    def _calls(self, calls: Iterable[Call], suffix: str) -> list[str]:
-        """Calls in order; what goes into a slot of whole numbers is one at once."""
-        lines: list[str] = []
-        for call in calls:
-            lines.append(self._call(call, suffix))
-            for ref in call.writes:
-                name = variable(ref)
-                if ref.kind == "slot" and (dtype := self.dtypes[ref.name]) in cpu.INTEGERS:
-                    lines.append(f"{name} = as_{dtype}({name})")
-                elif ref.kind == "col" and ref.name in self.program.kept:
-                    dtype = self.cells[ref.name]
-                    lines += [f"{name} = as_wide_{dtype}({name})"] if dtype in cpu.INTEGERS else []
-        return lines
-
-    def _call(self, call: Call, suffix: str, sums: bool = False) -> str:
-        targets = ", ".join(("x_" if sums else "") + variable(r) for r in call.writes)
-        return f"{targets} = {rule_name(call.rule, suffix)}({', '.join(map(variable, call.args))})"
-
-    def _numbers(self, refs: Iterable[Ref], cast: str) -> list[str]:
-        """Lines that read cols, hypers and totals into locals."""
-        lines: list[str] = []
-        for ref in sorted(set(refs)):
-            if ref.kind == "col":
-                source = f"get_f64(cols, {self.table.cols.index(ref.name)})"
-            elif ref.kind == "hyper":
-                source = f"get_f64(hypers, {self.table.hypers.index(ref.name)})"
-            elif ref.kind == "total":
-                source = f"get_f64(hypers, {len(self.table.hypers) + self.table.totals.index(ref.name)})"
-            elif ref.kind == "cell":
-                source = self._get_cell(ref.name)
-            else:
-                continue
-            lines.append(f"{variable(ref)} = {cast.format(source)}")
-        return lines
-
-    def _loads(self, roles: Sequence[str]) -> list[str]:
-        lines: list[str] = []
-        for role in roles:
-            value = f"load_{local(role)}({local(role)}_p, i)"
-            if self.dtypes[role] == "ones":
-                value = "F(1.0)"
-            if role == "w" and self.layout.rounding == "kahan":
-                value += " + load_kahan(kahan_p, i)"
-            lines.append(f"{register(role)} = {value}")
-        return lines
-
-    def _roles(self, calls: Iterable[Call]) -> list[str]:
-        """Roles whose elements some calls touch, in table order."""
-        refs = {r for c in calls for r in (*c.args, *c.writes)}
-        used = {"w" if r.name == "w0" else r.name for r in refs if r.kind in ("reg", "slot")}
-        return [role for role in self.table.roles if role in used]
-
-    # ---- kernels -----------------------------------------------------------------------------------
-
-    def _loop(self, name: str, arguments: str, body: list[str], sums: list[str], add: str) -> list[str]:
-        """A function that runs ``body`` for each of ``n`` elements, and returns the sums it took."""
-        zero = "np.float32(0.0)" if add == "add_lanes" else "0.0"
-        result = "".join(f"sum_{i}, " for i in range(len(sums)))
-        return [
-            *["", "", NJIT, f"def {name}({arguments}):"],
-            *indent((f"sum_{i} = {zero}" for i in range(len(sums))), 1),
-            "    for i in range(n):",
-            *indent([*body, *(f"sum_{i} = {add}(sum_{i}, {s})" for i, s in enumerate(sums))], 2),
-            *indent([f"return ({result.rstrip()})"] if sums else [], 1),
-        ]
-
-    def _callback(self, name: str, use: _Use, arguments: str, sums: int) -> list[str]:
+    def _callback(self, name: str, use: Use, arguments: str, sums: int) -> list[str]:
         """The callback that hands chunks to ``<name>_chunk``."""
         lines = ["", "", CFUNC, f"def {name}(pointer):", *indent(open_chunk(name == "update"), 1)]
         inner = [f"tensor = get_i64(args, {Args.TENSORS:d}) + t * {8 * self.table.row}"]
@@ -257,13 +122,6 @@ class _Emitter:
             inner.append(f"partials = get_i64(args, {Args.PARTIALS:d}) + chunk * {8 * width}")
             inner += [f"put_f64(partials, {i}, sums[{i}])" for i in range(sums)]
         return [*lines, *indent(inner, 2)]
-
-    def _use(self, calls: Sequence[Call], random: bool = False) -> _Use:
-        roles = self._roles(calls)
-        kahan = ["kahan"] if self.layout.rounding == "kahan" and "w" in roles else []
-        numbers = {r for c in calls for r in c.args if r.kind in (*NUMBER_KINDS, "cell")}
-        addressed = [role for role in (*roles, *kahan) if self.dtypes[role] != "ones"]
-        return _Use(roles, addressed, sorted(numbers), random, self.dtypes)
 
     def _reduce(self, number: int, level: Level) -> list[str]:
         """Sums over a chunk: in float64, or, over long chunks, in short runs of float32 lanes.
@@ -295,7 +153,7 @@ class _Emitter:
                 short = f"{name}_short_chunk"
                 loops += self._in_runs(f"{name}_short", use, arguments, len(sums), (), run=f"{name}_wide")
             loops += [
-                *["", "", NJIT, f"def {name}_chunk({arguments}):"],
+                *["", "", PART, f"def {name}_chunk({arguments}):"],
                 f"    if n < {LANES_FROM}:",
                 f"        return {short}({arguments})",
                 f"    return {name}_lanes_chunk({arguments})",
@@ -305,7 +163,7 @@ class _Emitter:
     def _in_runs(
         self,
         name: str,
-        use: _Use,
+        use: Use,
         arguments: str,
         sums: int,
         written: Sequence[str],
@@ -331,7 +189,7 @@ class _Emitter:
         given = ", ".join([*moved, *map(variable, use.numbers), "start + at", length, *use.key])
         call = f"{run or f'{name}_run'}({given})"
         return [
-            *["", "", *made, "", "", NJIT, f"def {name}_chunk({arguments}):"],
+            *["", "", *made, "", "", PART, f"def {name}_chunk({arguments}):"],
             *indent((f"sum_{i} = 0.0" for i in range(sums)), 1),
             *indent((f"{local(r)}_b = scratch(0)" for r in use.packed), 1),
             f"    for at in range(0, n, {RUN}):",
@@ -369,7 +227,7 @@ class _Emitter:
         runs = self._in_runs("update", use, arguments, count, ("w", "kahan", *stored))
         return [*loop, *runs, *self._callback("update", use, arguments, count)]
 
-    def _metered(self, use: _Use, arguments: str, observed: int) -> list[str]:
+    def _metered(self, use: Use, arguments: str, observed: int) -> list[str]:
         """``update_run`` with sums that a loop of their own takes, of what is in cache and was stored.
 
         So the update's loop is the same as without them, and rounds and adds in the same order.
@@ -397,38 +255,10 @@ class _Emitter:
         result = [*(f"own[{i}]" for i in range(observed)), *(f"metered[{i}]" for i in range(len(sums)))]
         return [
             *loops,
-            *["", "", NJIT, f"def update_run({arguments}):"],
+            *["", "", PART, f"def update_run({arguments}):"],
             f"    {'own = ' if observed else ''}update_own_run({given})",
             *indent([*take, f"return ({', '.join(result)},)"], 1),
         ]
-
-    def _loses(self, role: str) -> bool:
-        """Whether storing a role's register may round it (whole numbers are made before)."""
-        dtype = self.dtypes[role]
-        return dtype in ("bfloat16", "float16") or (dtype == "float32" and self.mixed)
-
-    def _stores(self, stored: list[str], low: list[str], draws_w: bool) -> list[str]:
-        """Each bfloat16 role takes 16 fresh random bits; one draw of 32 serves two."""
-        dithered = [*(["w"] if draws_w else []), *low]
-        lines: list[str] = []
-        bits: dict[str, str] = {}
-        for number, role in enumerate(dithered):
-            draw = f"bits_{number // 2}"
-            if number % 2 == 0:
-                # Beyond any element index, so that draws of different roles never meet.
-                lines.append(f"{draw} = random_bits(start + i + {number << 40}, key)")
-            bits[role] = draw if number % 2 == 0 else f"upper_half({draw})"
-        if self.layout.rounding == "kahan":
-            lines += [
-                "store_w(w_p, i, w, NONE)",
-                "store_kahan(kahan_p, i, w - load_w(w_p, i), NONE)",
-            ]
-        else:
-            lines.append(f"store_w(w_p, i, w, {bits.get('w', 'NONE')})")
-        for role in stored:
-            name = local(role)
-            lines.append(f"store_{name}({name}_p, i, {register(role)}, {bits.get(role, 'NONE')})")
-        return lines
 
     def _per_tensor(
         self, name: str, sums: tuple[Call, ...], calls: tuple[Call, ...], totals: tuple[Ref, ...]
@@ -461,31 +291,6 @@ class _Emitter:
             at = self.table.shares + self.table.totals.index(ref.name)
             body.append(f"put_f64(hypers, {at}, get_f64(hypers, {at}) + {variable(ref)})")
         return [*tensor_kernel(name), *indent(body, 2)]
-
-    def _fold(self, names: list[Ref], width: int) -> list[str]:
-        if not names:
-            return []
-        first = f"get_i64(args, {Args.FIRST:d})"
-        lines = [f"{variable(r)} = 0.0" for r in names]
-        lines.append(f"for chunk in range(get_i64({first}, t), get_i64({first}, t + 1)):")
-        lines.append(f"    partials = get_i64(args, {Args.PARTIALS:d}) + chunk * {8 * width}")
-        lines += [f"    {variable(r)} += get_f64(partials, {i})" for i, r in enumerate(names)]
-        return lines
-
-    def _cell(self, name: str) -> int:
-        return len(self.table.roles) + self.table.cells.index(name)
-
-    def _get_cell(self, name: str) -> str:
-        address = f"get_i64(tensor, {self._cell(name)})"
-        if self.cells[name] == "float64":
-            return f"get_f64({address}, 0)"
-        return f"get_{variable(Ref('cell', name))}({address})"
-
-    def _put_cell(self, name: str, value: str) -> str:
-        address = f"get_i64(tensor, {self._cell(name)})"
-        if self.cells[name] == "float64":
-            return f"put_f64({address}, 0, {value})"
-        return f"put_{variable(Ref('cell', name))}({address}, {value})"
 
     def _commit(self) -> list[str]:
         p = self.program

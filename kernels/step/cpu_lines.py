@@ -1,0 +1,209 @@
+"""Lines of a generated CPU kernel: how a program's elements, numbers, cells are read, computed and written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from optx.kernels import cpu
+from optx.kernels.step.cpu_text import PART, Args, local, register
+from optx.kernels.step.layout import Columns, Layout
+from optx.kernels.step.program import NUMBER_KINDS, Call, Program, Ref
+from optx.kernels.step.text import indent, rule_name, variable
+
+
+@dataclass(frozen=True)
+class Use:
+    """What one chunk kernel touches: roles it loads, roles whose address it needs, numbers."""
+
+    roles: list[str]
+    addressed: list[str]
+    numbers: list[Ref]
+    random: bool
+    dtypes: dict[str, str]
+
+    @property
+    def key(self) -> list[str]:
+        """The argument that draws are made from, where there are any."""
+        return ["key"] if self.random else []
+
+    @property
+    def pointers(self) -> list[str]:
+        """The arguments that are addresses."""
+        return [f"{local(role)}_p" for role in self.addressed]
+
+    @property
+    def packed(self) -> list[str]:
+        """Those whose address is of bits, which a run is given as bytes."""
+        return [role for role in self.addressed if self.dtypes[role] == "bits"]
+
+    def moved(self, role: str, count: str) -> str:
+        """The address of a role so many elements on."""
+        by = (
+            f"({count} >> 3)"
+            if self.dtypes[role] == "bits"
+            else f"{count} * {cpu.ITEMSIZE[self.dtypes[role]]}"
+        )
+        return f"{local(role)}_p + {by}"
+
+
+class Lines:
+    """Of one program in one layout."""
+
+    def __init__(self, program: Program, layout: Layout) -> None:
+        self.program, self.layout = program, layout
+        self.table = Columns.of(program, layout)
+        self.wide = layout.dtypes[0] == "float64"
+        self.suffix = "_64" if self.wide else "_32"
+        self.dtypes = dict(zip(self.table.roles, (*layout.dtypes, "bfloat16"), strict=False))
+        self.cells = {n: program.cell_dtype(n, layout.dtypes[0]) for n in program.cells}
+        # Whether a float64 (or an integer that needs one) can get into what a float32 rule computes.
+        self.mixed = self.wide or any(dtype in cpu.WIDE for dtype in self.dtypes.values())
+
+    def _accessors(self) -> list[str]:
+        lines: list[str] = []
+        draw = self.layout.rounding == "stochastic"
+        for number, role in enumerate(self.table.roles):
+            dtype = self.dtypes[role]
+            # Moments kept in bfloat16 are always rounded stochastically: at beta2 = 0.999 a nearest
+            # rounding would never let them fall.
+            dither = dtype == "bfloat16" and (draw if role == "w" else role != "kahan")
+            name = local(role)
+            if role in self.program.packed:  # only read; a run's bits come as bytes
+                lines += [f"load_{name} = load('bool', {number})"] if dtype != "ones" else []
+                continue
+            lines.append(f"load_{name} = load({dtype!r}, {number})")
+            lines.append(f"store_{name} = store({dtype!r}, {number}, {dither})")
+        for name, dtype in self.cells.items():
+            if dtype != "float64":
+                lines.append(f"get_{variable(Ref('cell', name))} = get_number({dtype!r})")
+                lines.append(f"put_{variable(Ref('cell', name))} = put_number({dtype!r})")
+        whole = sorted({d for d in (*self.dtypes.values(), *self.cells.values()) if d in cpu.INTEGERS})
+        for dtype in whole:
+            lines.append(f"as_{dtype} = whole_number({dtype!r}, {self.wide})")
+            lines.append(f"as_wide_{dtype} = whole_number({dtype!r}, True)")
+        return lines
+
+    def _calls(self, calls: Iterable[Call], suffix: str) -> list[str]:
+        """Calls in order; what goes into a slot of whole numbers is one at once."""
+        lines: list[str] = []
+        for call in calls:
+            lines.append(self._call(call, suffix))
+            for ref in call.writes:
+                name = variable(ref)
+                if ref.kind == "slot" and (dtype := self.dtypes[ref.name]) in cpu.INTEGERS:
+                    lines.append(f"{name} = as_{dtype}({name})")
+                elif ref.kind == "col" and ref.name in self.program.kept:
+                    dtype = self.cells[ref.name]
+                    lines += [f"{name} = as_wide_{dtype}({name})"] if dtype in cpu.INTEGERS else []
+        return lines
+
+    def _call(self, call: Call, suffix: str, sums: bool = False) -> str:
+        targets = ", ".join(("x_" if sums else "") + variable(r) for r in call.writes)
+        return f"{targets} = {rule_name(call.rule, suffix)}({', '.join(map(variable, call.args))})"
+
+    def _numbers(self, refs: Iterable[Ref], cast: str) -> list[str]:
+        """Lines that read cols, hypers and totals into locals."""
+        lines: list[str] = []
+        for ref in sorted(set(refs)):
+            if ref.kind == "col":
+                source = f"get_f64(cols, {self.table.cols.index(ref.name)})"
+            elif ref.kind == "hyper":
+                source = f"get_f64(hypers, {self.table.hypers.index(ref.name)})"
+            elif ref.kind == "total":
+                source = f"get_f64(hypers, {len(self.table.hypers) + self.table.totals.index(ref.name)})"
+            elif ref.kind == "cell":
+                source = self._get_cell(ref.name)
+            else:
+                continue
+            lines.append(f"{variable(ref)} = {cast.format(source)}")
+        return lines
+
+    def _loads(self, roles: Sequence[str]) -> list[str]:
+        lines: list[str] = []
+        for role in roles:
+            value = f"load_{local(role)}({local(role)}_p, i)"
+            if self.dtypes[role] == "ones":
+                value = "F(1.0)"
+            if role == "w" and self.layout.rounding == "kahan":
+                value += " + load_kahan(kahan_p, i)"
+            lines.append(f"{register(role)} = {value}")
+        return lines
+
+    def _roles(self, calls: Iterable[Call]) -> list[str]:
+        """Roles whose elements some calls touch, in table order."""
+        refs = {r for c in calls for r in (*c.args, *c.writes)}
+        used = {"w" if r.name == "w0" else r.name for r in refs if r.kind in ("reg", "slot")}
+        return [role for role in self.table.roles if role in used]
+
+    def _loses(self, role: str) -> bool:
+        """Whether storing a role's register may round it (whole numbers are made before)."""
+        dtype = self.dtypes[role]
+        return dtype in ("bfloat16", "float16") or (dtype == "float32" and self.mixed)
+
+    def _stores(self, stored: list[str], low: list[str], draws_w: bool) -> list[str]:
+        """Each bfloat16 role takes 16 fresh random bits; one draw of 32 serves two."""
+        dithered = [*(["w"] if draws_w else []), *low]
+        lines: list[str] = []
+        bits: dict[str, str] = {}
+        for number, role in enumerate(dithered):
+            draw = f"bits_{number // 2}"
+            if number % 2 == 0:
+                # Beyond any element index, so that draws of different roles never meet.
+                lines.append(f"{draw} = random_bits(start + i + {number << 40}, key)")
+            bits[role] = draw if number % 2 == 0 else f"upper_half({draw})"
+        if self.layout.rounding == "kahan":
+            lines += [
+                "store_w(w_p, i, w, NONE)",
+                "store_kahan(kahan_p, i, w - load_w(w_p, i), NONE)",
+            ]
+        else:
+            lines.append(f"store_w(w_p, i, w, {bits.get('w', 'NONE')})")
+        for role in stored:
+            name = local(role)
+            lines.append(f"store_{name}({name}_p, i, {register(role)}, {bits.get(role, 'NONE')})")
+        return lines
+
+    def _loop(self, name: str, arguments: str, body: list[str], sums: list[str], add: str) -> list[str]:
+        """A function that runs ``body`` for each of ``n`` elements, and returns the sums it took."""
+        zero = "np.float32(0.0)" if add == "add_lanes" else "0.0"
+        result = "".join(f"sum_{i}, " for i in range(len(sums)))
+        return [
+            *["", "", PART, f"def {name}({arguments}):"],
+            *indent((f"sum_{i} = {zero}" for i in range(len(sums))), 1),
+            "    for i in range(n):",
+            *indent([*body, *(f"sum_{i} = {add}(sum_{i}, {s})" for i, s in enumerate(sums))], 2),
+            *indent([f"return ({result.rstrip()})"] if sums else [], 1),
+        ]
+
+    def _use(self, calls: Sequence[Call], random: bool = False) -> Use:
+        roles = self._roles(calls)
+        kahan = ["kahan"] if self.layout.rounding == "kahan" and "w" in roles else []
+        numbers = {r for c in calls for r in c.args if r.kind in (*NUMBER_KINDS, "cell")}
+        addressed = [role for role in (*roles, *kahan) if self.dtypes[role] != "ones"]
+        return Use(roles, addressed, sorted(numbers), random, self.dtypes)
+
+    def _fold(self, names: list[Ref], width: int) -> list[str]:
+        if not names:
+            return []
+        first = f"get_i64(args, {Args.FIRST:d})"
+        lines = [f"{variable(r)} = 0.0" for r in names]
+        lines.append(f"for chunk in range(get_i64({first}, t), get_i64({first}, t + 1)):")
+        lines.append(f"    partials = get_i64(args, {Args.PARTIALS:d}) + chunk * {8 * width}")
+        lines += [f"    {variable(r)} += get_f64(partials, {i})" for i, r in enumerate(names)]
+        return lines
+
+    def _cell(self, name: str) -> int:
+        return len(self.table.roles) + self.table.cells.index(name)
+
+    def _get_cell(self, name: str) -> str:
+        address = f"get_i64(tensor, {self._cell(name)})"
+        if self.cells[name] == "float64":
+            return f"get_f64({address}, 0)"
+        return f"get_{variable(Ref('cell', name))}({address})"
+
+    def _put_cell(self, name: str, value: str) -> str:
+        address = f"get_i64(tensor, {self._cell(name)})"
+        if self.cells[name] == "float64":
+            return f"put_f64({address}, 0, {value})"
+        return f"put_{variable(Ref('cell', name))}({address}, {value})"
