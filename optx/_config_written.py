@@ -21,7 +21,7 @@ from optx.inject._hparams import HParams, hp
 from optx.inject._injection import Composite, Injection
 from optx.scaling._shapes import Shapes
 from optx.step.transform import Transform
-from optx.step.wrapped import DEFAULTS, Wrapped
+from optx.step.wrapped import Wrapped
 
 
 def to_config(thing: Transform | Injection | Handle | Wrapped) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def _of_wrapped(optimizer: Wrapped) -> dict[str, Any]:
     """Optimizer, transforms and the settings that are not the defaults."""
     transforms = [_entry(one) for one in optimizer.transforms]
     found: dict[str, Any] = {"optimizer": _of_base(optimizer.base), "transforms": transforms}
-    if changed := {k: v for k, v in vars(optimizer).items() if k in DEFAULTS and v != DEFAULTS[k]}:
+    if changed := optimizer.given_settings():
         found["wrap"] = changed
     return found
 

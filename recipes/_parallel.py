@@ -22,6 +22,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from optx.integrations._metrics import begin
+
 from ._report import console
 
 T = TypeVar("T")
@@ -84,6 +86,12 @@ class Team:
                 fully_shard(block)
             fully_shard(model)
         return model
+
+    def measured(self, optimizer: Optimizer) -> Optimizer:
+        """An optimizer whose numbers the first process shows: sums over shards are taken by all together."""
+        if self.engine == "FSDP2":
+            begin([optimizer])
+        return optimizer
 
     def divides(self, batch: int) -> None:
         """Raise unless every process gets as much of a batch as the others: means would not be the mean."""

@@ -104,7 +104,7 @@ def train(arm: str, seed: int, measures: Measures, args: Any, run: Run) -> dict[
 
     lr = factor * args.lr
     optimizer: Optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
-    optimizer = ARMS[method](optimizer, model, seed)
+    optimizer = team.measured(ARMS[method](optimizer, model, seed))
     scheduler = warmed_up(optimizer, args.steps)
 
     key = f"{arm}/{seed}"

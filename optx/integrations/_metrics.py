@@ -22,11 +22,22 @@ def wrapped_in(optimizer: Any) -> Wrapped | None:
     return optimizer
 
 
+def begin(optimizers: Iterable[Any]) -> None:
+    """Have all measured that `collect` tells: called on all ranks, before the first step.
+
+    Args:
+        optimizers: what the trainer has, as for `collect`.
+    """
+    for wrapped in map(wrapped_in, optimizers):
+        if wrapped is not None and not wrapped.removed:
+            wrapped.ask_metrics()
+
+
 def collect(optimizer: Any = None, handles: Handle | Iterable[Handle] | None = None) -> dict[str, float]:
     """The metrics of an optimizer and of handles in one dict, plain floats by name.
 
-    Call it once before training: what no step computes by itself is measured from the first call on. It
-    neither communicates nor changes anything, so one rank alone may call it.
+    What no step computes by itself is measured once `begin` was called on all ranks. This neither
+    communicates nor changes anything, so one rank alone may call it.
 
     Args:
         optimizer: what the trainer has; the optimizer that `optx.wrap` made is looked for inside of it. Of

@@ -73,7 +73,8 @@ def adapters_only(accelerator: Accelerator, *handles: Handle) -> AdaptersOnly:
 def metrics(accelerator: Accelerator, *handles: Handle) -> dict[str, float]:
     """What optx knows of the Accelerator's optimizers and of handles, for its trackers.
 
-    Call it once before training: what no step computes by itself is measured from the first call on.
+    Call it once before training: what no step computes by itself is measured from the first call on; with
+    FSDP2, it is measured where ``optx.wrap(..., metrics=True)`` said so on all ranks.
 
     Args:
         accelerator: after ``prepare``; each of its optimizers that `optx.wrap` made is told of, a second

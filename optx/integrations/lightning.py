@@ -38,7 +38,7 @@ from optx._errors import OptxError
 from optx.inject._handle import Handle
 from optx.integrations import _random_state
 from optx.integrations._beside_checkpoints import BesideCheckpoints
-from optx.integrations._metrics import collect_all
+from optx.integrations._metrics import begin, collect_all
 from optx.integrations._module_checkpoints import AdaptersOnly as AdaptersOnly
 from optx.integrations._module_checkpoints import keeper_of
 
@@ -195,7 +195,8 @@ class OptxCallback(Callback):
         self._random = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Ask once, on every rank: what no step computes by itself is measured from now on."""
+        """Have every rank's steps measure what is logged."""
+        begin(trainer.optimizers)
         if not collect_all(trainer.optimizers, self._handles):
             raise OptxError(
                 "OptxCallback: none of the module's optimizers was made by optx.wrap, and no handle is "

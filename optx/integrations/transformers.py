@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 from optx._errors import MergeError, OptxError, TransformError, check_choice, shown, warn
 from optx.inject._handle import Handle
-from optx.integrations._metrics import collect, wrapped_in
+from optx.integrations._metrics import begin, wrapped_in
 from optx.integrations._trainer_hooks import WHERE, TrainerHooks
 from optx.integrations._trainer_losses import Loss, TrainerLoss, check_smoothing, is_ours, losses_of
 from optx.integrations._trainer_optimizer import Maker, Makes, trainer_around
@@ -295,9 +295,7 @@ class OptxCallback(TrainerCallback):
                     f"{WHERE}: {one!r} is merged, so nothing of it trains. Call unmerge() first."
                 )
         hooks.checkpoint()
-        collect(
-            self._optimizer or options.get("optimizer"), handles
-        )  # what no step measures by itself is measured from now on
+        begin([self._optimizer or options.get("optimizer")])
         self._first_epoch = True
         resumed = state.global_step > 0
         self._resumed_inside = resumed and not float(state.epoch or 0).is_integer()

@@ -61,8 +61,9 @@ def _check_options(wrapped: Host) -> None:
         raise OptxError(
             f"wrap: fused is {wrapped.fused!r}; it must be 'auto', True, False, 'cpu' or 'triton'."
         )
-    if wrapped.skip_nonfinite not in (True, False):
-        raise OptxError(f"wrap: skip_nonfinite is {wrapped.skip_nonfinite!r}; it must be True or False.")
+    for name, value in (("skip_nonfinite", wrapped.skip_nonfinite), ("metrics", wrapped.metrics_asked)):
+        if value not in (True, False):
+            raise OptxError(f"wrap: {name} is {value!r}; it must be True or False.")
     if wrapped.rounding not in ("stochastic", "kahan", "nearest"):
         raise OptxError(
             f"wrap: rounding is {wrapped.rounding!r}; it must be 'stochastic', 'kahan' or 'nearest'."

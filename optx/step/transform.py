@@ -167,7 +167,7 @@ class Moments:
         after: per element, writes ``w`` (and own slots) after the base update.
         observe: per element, after everything; what it returns is summed into cells of that name.
         meter: per element, as ``observe``, but it reads no ``g`` and writes new names; summed once
-            `Wrapped.metrics` is called, and kept nowhere: `Transform.metrics` finds it in
+            `Wrapped.metrics` are asked for, and kept nowhere: `Transform.metrics` finds it in
             ``optimizer.measured``.
     """
 
@@ -195,6 +195,7 @@ class Host(Protocol):
     closure_pending: bool
     totals: dict[str, Any]
     metering: bool
+    metrics_asked: bool
 
     @property
     def measured(self) -> Measured:

@@ -16,6 +16,7 @@ def wrap(
     fused: Fused | None = None,
     skip_nonfinite: bool | None = None,
     rounding: Rounding | None = None,
+    metrics: bool | None = None,
 ) -> Wrapped:
     """Add transforms to an optimizer that a training loop already has.
 
@@ -38,6 +39,9 @@ def wrap(
             ``"kahan"`` (compensated; two more bytes per parameter) or ``"nearest"`` (torch's; loses
             updates below half a unit in the last place). By default stochastic, but where a group is not
             fused the base writes its weights itself, to nearest; there the other two are refused.
+        metrics: have every step measure what `Wrapped.metrics` tells. By default steps do so from its first
+            call on. Sharded parameters (DTensors, FSDP2) need it, given on all ranks: their sums take an
+            all-reduce, which no rank can begin alone. The callbacks of `optx.integrations` see to it.
 
     Keywords: bf16, bfloat16, stochastic rounding, Kahan, fused kernels, DDP, FSDP, FSDP2, HSDP, DTensor,
     torchrun, distributed, metrics, logging.
@@ -58,7 +62,7 @@ def wrap(
         >>> model(torch.ones(1, 4)).sum().backward()
         >>> opt.step()
     """
-    given = {"fused": fused, "skip_nonfinite": skip_nonfinite, "rounding": rounding}
+    given = {"fused": fused, "skip_nonfinite": skip_nonfinite, "rounding": rounding, "metrics_asked": metrics}
     settings: Settings = {key: value for key, value in given.items() if value is not None}
     if isinstance(optimizer, Wrapped):
         optimizer._check_alive("wrap")  # pyright: ignore[reportPrivateUsage]

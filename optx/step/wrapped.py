@@ -27,8 +27,14 @@ from optx.step.state import OF_WIDTH, SlotStore, is_ours
 from optx.step.stepper import Stepper
 from optx.step.transform import Fused, Group, Rounding, Transform
 
-Settings = dict[str, Any]  # of fused, skip_nonfinite and rounding, those that were given
-DEFAULTS: Settings = {"fused": "auto", "skip_nonfinite": False, "rounding": "stochastic"}
+Settings = dict[str, Any]  # of what `wrap` takes beside transforms, that which was given
+# By attribute: opt.metrics is a method.
+DEFAULTS: Settings = {
+    "fused": "auto",
+    "skip_nonfinite": False,
+    "rounding": "stochastic",
+    "metrics_asked": False,
+}
 
 
 class Wrapped(Optimizer):
@@ -56,8 +62,10 @@ class Wrapped(Optimizer):
         self.fused: Fused
         self.skip_nonfinite: bool
         self.rounding: Rounding
+        self.metrics_asked: bool  # on all ranks alike, so that they can add up over shards together
         vars(self).update(DEFAULTS)
         self.rounding_asked = False
+        self.sharded = False  # whether there are DTensors
         self.metering = False  # whether steps measure what only `metrics` tells
         self.slot_store = SlotStore(base)
         self._hooks()
@@ -258,8 +266,9 @@ class Wrapped(Optimizer):
         They are of the last step that was taken, or of now, where that is said. Most of them a step has
         computed anyway. For the others (a norm where nothing else needs it, distances) steps take a sum on
         their way from the first call on, so call it once before training; weights stay the same to the bit.
-        Nothing is communicated: one rank alone may call it, and sees what all ranks would. (Steps of DTensor
-        parameters take these sums from the start.) On a GPU it waits for the last step, once.
+        Nothing is communicated: one rank alone may call it, and sees what all ranks would. Steps of DTensor
+        parameters add these sums up over all ranks, and so must have been asked to on all of them:
+        ``optx.wrap(..., metrics=True)``. On a GPU it waits for the last step, once.
 
         With a closure, gradients are those of its last evaluation. ``SaRA(rank_weight=...)`` adds to them
         before they are measured. After a load or a copy there is nothing until the next step. A transform of
@@ -287,7 +296,7 @@ class Wrapped(Optimizer):
         ============================ =========================================================================
 
         Raises:
-            OptxError: `remove` was called.
+            OptxError: `remove` was called; parameters are DTensors, and metrics were not asked for by `wrap`.
 
         Example:
             >>> import torch, optx
@@ -301,8 +310,18 @@ class Wrapped(Optimizer):
             {'optx/grad_norm': 1.0, 'optx/lr': 0.5, 'optx/skipped_steps': 0.0, 'perp_grad/removed': 0.8}
         """
         self._check_alive("metrics")
+        if self.sharded and not self.metrics_asked:
+            raise OptxError(
+                "optx: metrics() of sharded parameters (DTensors) needs sums that all ranks take together in "
+                "each step, and nobody asked for them: give optx.wrap(..., metrics=True) on all ranks; by now, "
+                "optx.wrap(opt, metrics=True) on all of them, for the steps to come."
+            )
         self.metering = True
         return collect(self)
+
+    def ask_metrics(self) -> None:
+        """Have every step measure what `metrics` tells, from the next on: on all ranks, or on none."""
+        self.metrics_asked = self.metering = True
 
     @property
     def measured(self) -> Measured:
@@ -321,7 +340,11 @@ class Wrapped(Optimizer):
 
     def settings(self) -> tuple[str, ...]:
         """The arguments of `wrap` that are not its defaults, as they are written."""
-        return tuple(f"{k}={vars(self)[k]!r}" for k, v in DEFAULTS.items() if vars(self)[k] != v)
+        return tuple(f"{name}={value!r}" for name, value in self.given_settings().items())
+
+    def given_settings(self) -> Settings:
+        """The arguments of `wrap` that are not its defaults."""
+        return {k.removesuffix("_asked"): vars(self)[k] for k, v in DEFAULTS.items() if vars(self)[k] != v}
 
     def program(self, index: int) -> Program:
         """What the step of one param group computes, as data (see `optx.kernels.step.program`)."""
@@ -383,8 +406,9 @@ class Wrapped(Optimizer):
                 group.setdefault("optx.seed", 0)
                 group.setdefault("optx.step", 0)
         self._known = [(group, list(group["params"])) for group in self.param_groups]
-        # Sums over shards are completed by all ranks, so none can begin alone.
-        self.metering |= any(is_dtensor(p) for _, params in self._known for p in params)
+        self.sharded = any(is_dtensor(p) for _, params in self._known for p in params)
+        # A call of `metrics` may have been one rank's alone, and sums over shards are completed by all.
+        self.metering = self.metrics_asked or (self.metering and not self.sharded)
 
     def follow_parameters(self) -> None:
         """Take on what was put into the groups by hand; every step begins with it.

@@ -227,7 +227,6 @@ def what_one_rank_alone_sees_is_told_by_name(rank: int) -> None:
     opt = optx.wrap(
         torch.optim.AdamW([("layer.weight", p)], weight_decay=0), optx.AdamR(anchor="zero", normalize=False)
     )
-    opt.metering = False  # so that nothing of a step talks: the others would wait for this one
     p.grad = grad
     local = p.detach().to_local() if rank == 1 else torch.zeros(2, 4)
     moments = [DTensor.from_local(t, mesh, [Shard(0)], run_check=False) for t in (local, torch.zeros(2, 4))]
@@ -278,6 +277,43 @@ def weights_that_have_no_gradient_in_a_step(rank: int) -> None:
     assert_same(found[0], [p.detach() for p in found[1]])
 
 
+def metrics_are_asked_for_on_all_ranks_or_refused(rank: int) -> None:
+    """A rank that asked alone would wait for the others in its next step."""
+    mesh = four()
+    found: list[dict[str, float]] = []
+    for parameters in (spread(mesh, [Shard(0)]), [nn.Parameter(w) for w in weights()]):
+        opt = optx.wrap(adamw(parameters), *COMPOSITIONS["both"](), metrics=True)
+        take(opt, parameters, range(3))
+        found.append(opt.metrics())
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    assert {"optx/grad_norm", "adamr/distance", "perp_grad/removed"} <= set(found[0])
+
+    parameters = spread(mesh, [Shard(0)])
+    opt = optx.wrap(adamw(parameters))
+    with CommDebugMode() as talk:
+        take(opt, parameters, range(2))
+        if rank == 0:
+            with pytest.raises(optx.OptxError, match=r"optx.wrap\(..., metrics=True\) on all ranks"):
+                opt.metrics()
+        take(opt, parameters, range(2))
+    assert reductions(talk) == 0
+    assert optx.wrap(opt, metrics=True) is opt
+    with CommDebugMode() as talk:
+        take(opt, parameters, range(3))
+    assert reductions(talk) == 3
+    norm = sum(float(gradient(2, i).double().square().sum()) for i in range(len(SHAPES))) ** 0.5
+    assert opt.metrics()["optx/grad_norm"] == pytest.approx(norm, rel=1e-6)
+
+    plain = [nn.Parameter(w) for w in weights()]
+    opt = optx.wrap(adamw(plain), optx.PerpGrad())
+    if rank == 0:
+        opt.metrics()
+    opt.param_groups[0]["params"] = parameters = spread(mesh, [Shard(0)])  # as Accelerate does
+    take(opt, parameters, range(2))
+    with pytest.raises(optx.OptxError, match="metrics=True"):
+        opt.metrics()
+
+
 def test_on_four_processes() -> None:
     on_processes(
         [
@@ -289,6 +325,7 @@ def test_on_four_processes() -> None:
             what_one_rank_alone_sees_is_told_by_name,
             tensor_parallel_under_fsdp,
             weights_that_have_no_gradient_in_a_step,
+            metrics_are_asked_for_on_all_ranks_or_refused,
         ],
         4,
     )

@@ -194,7 +194,7 @@ def test_every_loss_is_made_by_its_name() -> None:
 FULL: dict[str, Any] = {
     "optimizer": {"name": "AdamW", "lr": "1e-3", "betas": [0.9, "9.5e-1"], "weight_decay": 0},
     "transforms": ["PerpGrad", {"name": "AdamR", "weight": "5e-2"}],
-    "wrap": {"skip_nonfinite": True, "fused": False},
+    "wrap": {"skip_nonfinite": True, "fused": False, "metrics": True},
     "attach": [{"name": "LoRA", "rank": 2, "targets": "torch.nn.Linear", "exclude": ["2"]}],
     "trainable_only": True,
 }
@@ -232,6 +232,8 @@ def test_an_optimizer_and_handles_are_written_down() -> None:
     assert again.optimizer.transforms.__repr__() == made.optimizer.transforms.__repr__()
     assert [one.path for one in again.handles[0].served] == [one.path for one in made.handles[0].served]
     assert again.optimizer.skip_nonfinite
+    assert again.optimizer.metrics_asked
+    assert "skip_nonfinite=True, metrics=True)" in repr(again.optimizer)
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,7 @@ BAD: dict[str, Bad] = {
     "fused": (adamw, [], {"fused": 2}, OptxError, "fused is 2; it must be 'auto', True, False, 'cpu' or"),
     "rounding": (adamw, [], {"rounding": "up"}, OptxError, "rounding is 'up'; it must be 'stochastic',"),
     "skip": (adamw, [], {"skip_nonfinite": "x"}, OptxError, "skip_nonfinite is 'x'; it must be True or"),
+    "metrics": (adamw, [], {"metrics": "loss"}, OptxError, "metrics is 'loss'; it must be True or False"),
     "complex, PerpGrad": (
         parameter("complex"), [PerpGrad()], {}, TransformError,
         r"PerpGrad: parameter 'bad' is complex \(torch.complex64\). Train torch.view_as_real of it, or put "

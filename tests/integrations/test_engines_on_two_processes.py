@@ -205,6 +205,7 @@ def _lightning_fsdp2(rank: int) -> None:
 
     whole = lightning_fit(rank, "model parallel", strategy())
     close(whole.handle.state_dict(), alone())
+    assert whole.trainer.optimizers[0].metrics()["optx/grad_norm"] > 0.0  # the callback asked on both
     file = folder("model parallel") / "step=2.ckpt"
     saved = FileSystemReader(file).read_metadata().state_dict_metadata
     assert "state_dict.net.0.optx.lora.A" in saved
