@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from operator import is_
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from optx._names import is_dtensor
 from optx.kernels.step.program import Call
+from optx.step.measured import places_of
 from optx.step.memory import Likeness, extent
 from optx.step.sharded import Shards, Share, all_here, here, specs_of
 
@@ -23,7 +27,7 @@ class Column:
 
     like: Likeness | None  # None for single numbers: at the same address they are what they were
     addresses: list[int]
-    sizes: list[int]  # in bytes
+    sizes: npt.NDArray[np.int64]  # in bytes
     # Of packed slots: the tensors, and others on their memory, which thus stays where it is. That a tensor is
     # the same object is then all that a step has to look at; only `.data = ...` goes unseen.
     held: tuple[list[Tensor], list[Tensor]] | None = None
@@ -36,7 +40,8 @@ class Column:
         specs = specs_of(given) if given and all(map(is_dtensor, given)) else None
         like = None if single else Likeness(tensors)
         held = (list(given), [t.detach() for t in tensors]) if packed else None
-        return cls(like, list(map(ADDRESS, tensors)), list(map(extent, tensors)), held, specs)
+        sizes = np.array(list(map(extent, tensors)), np.int64)
+        return cls(like, list(map(ADDRESS, tensors)), sizes, held, specs)
 
     def here(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """What of a column of DTensors lies here.
@@ -66,8 +71,14 @@ class Bucket:
     # The parameters that had state, in the order of `base.state`, and where the members are among them.
     known: list[Tensor] = field(default_factory=list[Tensor])
     places: list[int] = field(default_factory=list[int])
+    in_order: bool = False  # whether these are the members, in their order
     # By key of a derived number: its sources and itself, and their versions, as last seen.
     looked: dict[str, tuple[list[Any], list[int] | None]] = field(default_factory=dict[str, Any])
+
+    @functools.cached_property
+    def rows(self) -> dict[int, int]:
+        """The members' places in the tables, by id."""
+        return places_of(self.members)
 
     def partial(self, calls: Sequence[Call]) -> list[Share]:
         """Of shards: what some calls have summed of them, to be completed over the mesh."""

@@ -7,6 +7,7 @@ from itertools import repeat
 from operator import attrgetter, is_
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -173,7 +174,7 @@ class FusedGroup:
             self._take(bucket)
         written = [c for b in self._buckets for c in (b.columns[0], *b.columns[2:])]
         self._written = Extents(
-            [a for c in written for a in c.addresses], [n for c in written for n in c.sizes]
+            [a for c in written for a in c.addresses], [n for c in written for n in c.sizes.tolist()]
         )
         if self._written.overlap:
             raise self._refusal(SHARED)
@@ -261,9 +262,10 @@ class FusedGroup:
                     # A gradient lies elsewhere in every step; one without elements lies nowhere.
                     if number != 1 or addresses.count(0) != column.addresses.count(0):
                         return False
-                    if self._written.meet(addresses, column.sizes):
+                    starts = np.array(addresses)
+                    if self._written.meet(starts, column.sizes):
                         return False
-                    bucket.runner.tensors[:, number] = addresses
+                    bucket.runner.tensors[:, number] = starts
                     column.addresses = addresses
         except (KeyError, TypeError, RuntimeError, AttributeError):  # not there, no tensor, without memory
             return False
@@ -285,8 +287,9 @@ class FusedGroup:
             if not all(id(p) in places for p in members):
                 return [state.get(p, _NOTHING) for p in members]
             bucket.known, bucket.places = list(state), [places[id(p)] for p in members]
+            bucket.in_order = bucket.places == list(range(len(state)))
         entries = list(state.values())
-        return [entries[i] for i in bucket.places]
+        return entries if bucket.in_order else [entries[i] for i in bucket.places]
 
     def _mark_fresh(self, bucket: Bucket) -> None:
         if self._fresh or self._was_fresh:
@@ -356,7 +359,7 @@ class FusedGroup:
     def computed(self) -> Iterator[Table]:
         """The numbers of the last step, which the next one writes over."""
         for bucket in self._buckets:
-            yield Table(bucket.members, bucket.runner.columns.cols, bucket.runner.computed)
+            yield Table(bucket.members, bucket.runner.columns.cols, bucket.runner.computed, bucket.rows)
 
     def step(self) -> None:
         """A whole step, where nothing waits for totals."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,11 @@ INCOMING_SQ = "optx.grad_sq"  # the squared norm of the gradient that the step w
 _SAMPLE = 4  # gradients that are looked at again: whoever clears or makes gradients does so with all
 
 
+def places_of(weights: Sequence[Tensor]) -> dict[int, int]:
+    """Each weight's place in a list, by its id."""
+    return dict(zip(map(id, weights), range(len(weights)), strict=True))
+
+
 @dataclass(frozen=True)
 class Table:
     """Numbers of some weights.
@@ -26,11 +32,18 @@ class Table:
         weights: whose.
         names: what they are called: ``adamr.rate`` is the transform adamr's.
         rows: float64, (weights, names), where it was computed; or a column (weights,) for each name.
+        known_places: what `places` is, if that is known already.
     """
 
     weights: Sequence[Tensor]
     names: Sequence[str]
     rows: Tensor | Sequence[Tensor]
+    known_places: Mapping[int, int] | None = None  # where they are kept from step to step
+
+    @functools.cached_property
+    def places(self) -> Mapping[int, int]:
+        """Each weight's row, by its id."""
+        return places_of(self.weights) if self.known_places is None else self.known_places
 
     def flat(self) -> Tensor:
         """All of them on their device, column after column."""
@@ -67,7 +80,7 @@ class Measured:
         """Put the numbers out of reach of the next step."""
         shared = ((t, t.rows) for t in self._tables)  # with a runner, which writes there again
         self._tables = [
-            Table(t.weights, t.names, rows.clone()) if isinstance(rows, Tensor) else t for t, rows in shared
+            replace(t, rows=rows.clone()) if isinstance(rows, Tensor) else t for t, rows in shared
         ]
         self.lasting = True
 
@@ -100,22 +113,36 @@ class Measured:
         """Each weight's number of this name, by its id; of those alone that have one."""
         found: dict[int, float] = {}
         for table, column in self._columns(name):
-            found.update(zip(map(id, table.weights), column.tolist(), strict=True))
+            found.update(zip(table.places, column.tolist(), strict=True))
         return found
 
-    def sum(self, name: str) -> float | None:
-        """A number's sum over all weights; None where none has it."""
+    def having(self, name: str) -> Collection[int]:
+        """The ids of the weights that have a number of this name, which is not read."""
+        tables = [table for table in self._tables if name in table.names]
+        return tables[0].places if len(tables) == 1 else {key for table in tables for key in table.places}
+
+    def first(self, name: str, weights: Iterable[Tensor]) -> float | None:
+        """The number of the first of some weights that has one of this name."""
         columns = self._columns(name)
-        return float(sum(column.sum() for _, column in columns)) if columns else None
+        for w in weights:
+            for table, column in columns:
+                if (place := table.places.get(id(w))) is not None:
+                    return float(column[place])
+        return None
+
+    def sum(self, name: str, where: str | None = None) -> float | None:
+        """A number's sum over all weights, or over those that have another one; None where none has it."""
+        columns = self._columns(name)
+        kept = [column for table, column in columns if where is None or where in table.names]
+        return float(sum(column.sum() for column in kept)) if kept else None
 
     # ---- gradients ------------------------------------------------------------------------------------
 
     def look(self) -> None:
         """Remember some of the gradients that the step was given, to know them again."""
-        weights = [w for table in self._tables for w in table.weights if w.grad is not None]
+        weights = [w for table in self._tables for w in table.weights]
         some = weights[:: -(-len(weights) // _SAMPLE) or 1]
-        grads = [(w, w.grad) for w in some]
-        self._gradients = [(w, weakref.ref(g), g._version) for w, g in grads if g is not None]
+        self._gradients = [(w, weakref.ref(g), g._version) for w in some if (g := w.grad) is not None]
 
     def gradients(self) -> list[Tensor]:
         """What the step was given, if it is still there as it was; else nothing."""

@@ -101,7 +101,9 @@ class Extents:
         """Of tensors with plain memory."""
         return cls([t.data_ptr() for t in tensors], [extent(t) for t in tensors])
 
-    def meet(self, starts: Sequence[int], sizes: Sequence[int] | np.ndarray[Any, Any]) -> bool:
+    def meet(
+        self, starts: Sequence[int] | np.ndarray[Any, Any], sizes: Sequence[int] | np.ndarray[Any, Any]
+    ) -> bool:
         """Whether other tensors lie partly in there; these do not overlap each other."""
         first = np.asarray(starts, np.int64)
         # The last stretch that begins before the end: of those before it none reaches as far.

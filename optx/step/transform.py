@@ -196,6 +196,7 @@ class Host(Protocol):
     totals: dict[str, Any]
     metering: bool
     metrics_asked: bool
+    sharded: bool
 
     @property
     def measured(self) -> Measured:

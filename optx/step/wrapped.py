@@ -313,8 +313,8 @@ class Wrapped(Optimizer):
         if self.sharded and not self.metrics_asked:
             raise OptxError(
                 "optx: metrics() of sharded parameters (DTensors) needs sums that all ranks take together in "
-                "each step, and nobody asked for them: give optx.wrap(..., metrics=True) on all ranks; by now, "
-                "optx.wrap(opt, metrics=True) on all of them, for the steps to come."
+                "each step, and nobody asked for them: give optx.wrap(..., metrics=True) on all ranks; "
+                "optx.wrap(opt, metrics=True) on all of them asks for those of the steps to come."
             )
         self.metering = True
         return collect(self)

@@ -73,13 +73,11 @@ def squared_distance(w: Tensor, anchor: Tensor | None) -> Tensor:
 def pull(measured: Measured, groups: Iterable[Group]) -> dict[str, float]:
     """The rate of the last step's pull, the mean over param groups; and r, where it divides by that."""
     found: dict[str, float] = {}
-    rates = measured.of("adamr.rate")
-    first = [next((rates[id(p)] for p in group["params"] if id(p) in rates), None) for group in groups]
+    first = [measured.first("adamr.rate", group["params"]) for group in groups]
     known = [rate for rate in first if rate is not None]
     if known:
         found["pull"] = sum(known) / len(known)
-    second, sizes = measured.of("adamr.second"), measured.of("numel")
-    if second:
-        r = math.sqrt(max(sum(second.values()) / sum(sizes[key] for key in second), 0.0))
-        found["scale"] = r or 1.0
+    second, size = measured.sum("adamr.second"), measured.sum("numel", where="adamr.second")
+    if second is not None and size:
+        found["scale"] = math.sqrt(max(second / size, 0.0)) or 1.0
     return found

@@ -360,7 +360,7 @@ class AdamR(Transform):
 
     def after_step(self, optimizer: Host) -> None:
         """Warn once when the pull overshoots."""
-        if optimizer.metering:
+        if optimizer.metering and optimizer.sharded:
             self._distances.complete(self._anchors_beside(optimizer))
         if self._warned:
             return
@@ -393,7 +393,7 @@ class AdamR(Transform):
 
     def _anchors_beside(self, optimizer: Host) -> list[tuple[Tensor, Tensor | None]]:
         """The weights that the last step left alone, with their anchors; None is zero."""
-        moved, key = optimizer.measured.of("adamr.distance_sq"), "optx.adamr.anchor"
+        moved, key = optimizer.measured.having("adamr.distance_sq"), "optx.adamr.anchor"
         beside = [p for p in optimizer.served(self) if id(p) not in moved]
         anchors = [(p, None if self._to_zero else optimizer.slot_store.of(p).get(key)) for p in beside]
         return [(p, anchor) for p, anchor in anchors if self._to_zero or anchor is not None]
