@@ -1,4 +1,4 @@
-"""Lines of a generated CPU kernel: how a program's elements, numbers, cells are read, computed and written."""
+"""Lines of a generated CPU kernel: how a program's elements, numbers, cells are read, computed, written."""
 
 from __future__ import annotations
 
