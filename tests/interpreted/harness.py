@@ -28,13 +28,13 @@ Base = Callable[[list[Tensor]], torch.optim.Optimizer]
 class Banded:
     """Hands out tensors that lie between NaNs, and tells whether the NaNs are still all there."""
 
-    def __init__(self, offset: int) -> None:
-        self.offset = offset  # elements by which tensors miss their alignment
+    def __init__(self, offsets: Sequence[int]) -> None:
+        self.offsets = offsets  # elements by which tensors, in turn, miss their alignment
         self.buffers: list[tuple[Tensor, int, int]] = []
 
-    def like(self, values: Tensor) -> Tensor:
-        """A copy of ``values`` in a band."""
-        low, n = BAND + self.offset, values.numel()
+    def like(self, values: Tensor, number: int = 0) -> Tensor:
+        """A copy of ``values``, which go with the tensor of that number, in a band."""
+        low, n = BAND + self.offsets[number % len(self.offsets)], values.numel()
         buffer = torch.full((n + 2 * BAND,), float("nan"), dtype=values.dtype)
         buffer[low : low + n] = values.flatten()
         self.buffers.append((buffer, low, low + n))
@@ -56,7 +56,7 @@ class Setup:
     g: torch.dtype | None = None
     moments: torch.dtype | None = None
     rounding: str = "nearest"
-    offset: int = 0
+    offsets: Sequence[int] = (0,)
     seed: int = 0
     ids: Sequence[int] | None = None
     weights: Sequence[Tensor] | None = None
@@ -73,17 +73,18 @@ class Bucket:
 
     def __init__(self, setup: Setup, runner: Callable[..., Any]) -> None:
         self.setup = setup
-        self.band = Banded(setup.offset)
+        self.band = Banded(setup.offsets)
         generator = torch.Generator().manual_seed(setup.seed)
         values = setup.weights or [torch.randn(n, generator=generator) for n in setup.sizes]
-        self.weights = [self.band.like(v.to(setup.w)) for v in values]
+        self.weights = [self.band.like(v.to(setup.w), t) for t, v in enumerate(values)]
         self.base = setup.base([torch.nn.Parameter(w) for w in self.weights])
         self.group = self.base.param_groups[0]
         self.rules = base_rules(self.base, self.group)
         assert self.rules is not None
         self.program = self._program()
-        self.state = [self._state(w) for w in self.weights]
-        self.grads = [self.band.like(torch.zeros_like(w, dtype=setup.g or setup.w)) for w in self.weights]
+        self.state = [self._state(w, t) for t, w in enumerate(self.weights)]
+        zeros = [torch.zeros_like(w, dtype=setup.g or setup.w) for w in self.weights]
+        self.grads = [self.band.like(g, t) for t, g in enumerate(zeros)]
         slots = [NAMES[self.state[0][name].dtype] for name in self.program.slots]
         dtypes = (NAMES[setup.w], NAMES[setup.g or setup.w], *slots)
         self.layout = Layout(dtypes, setup.rounding, self.rules.counted)
@@ -104,7 +105,7 @@ class Bucket:
         assert self.rules is not None
         return build(self.setup.transforms, moments, self.rules, self.rules.slots, base_numbers(group))
 
-    def _state(self, w: Tensor) -> dict[str, Tensor]:
+    def _state(self, w: Tensor, number: int) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
         assert self.rules is not None
         init_base_state(state, w, self.rules, self.group)
@@ -115,7 +116,7 @@ class Bucket:
                 state[f"{t.name}.{name}"] = w.to(torch.float32) if name == "anchor" else slot.zeros(w)
         if self.setup.rounding == "kahan":
             state["kahan"] = torch.zeros_like(w)
-        return {k: v if v.ndim == 0 else self.band.like(v) for k, v in state.items()}
+        return {k: v if v.ndim == 0 else self.band.like(v, number) for k, v in state.items()}
 
     def point(self) -> None:
         """Write the addresses into the runner's table."""

@@ -23,7 +23,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def run(runner: Any, options: dict[str, Any]) -> Bucket:
     setup = Setup(lambda p: torch.optim.AdamW(p, lr=0.05), [0, 7, 1025], [DSPReg(2, **options)])
     bucket = Bucket(setup, runner)
-    for step in range(3):
+    for step in range(2):
         for i, state in enumerate(bucket.state):
             g = torch.Generator().manual_seed(10 * step + i)
             state["dsp_reg.spread"].copy_(torch.rand(state["dsp_reg.spread"].shape, generator=g))
@@ -38,7 +38,7 @@ def test_triton_is_the_cpu(name: str) -> None:
     torch.testing.assert_close(ours.weights, cpu.weights, rtol=0, atol=2e-6)
     for a, b in zip(ours.state, cpu.state, strict=True):
         torch.testing.assert_close(a["dsp_reg.sensitivity"], b["dsp_reg.sensitivity"], rtol=1e-6, atol=1e-7)
-        assert float(a["dsp_reg.count"]) == float(b["dsp_reg.count"]) == 3.0
+        assert float(a["dsp_reg.count"]) == float(b["dsp_reg.count"]) == 2.0
     off = run(CpuStep, {**VARIANTS[name], "weight": 0.0})
     assert torch.equal(cpu.weights[1], off.weights[1])  # it was not chosen
     assert float((cpu.weights[2] - off.weights[2]).abs().max()) > 1e-3

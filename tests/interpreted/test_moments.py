@@ -11,20 +11,20 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import moment_rules as m
-from moment_table import BASES, Table
+from moment_table import Table
 
 
-@pytest.mark.parametrize(
-    "base", [b for b in BASES if not b.endswith("nadam") and b not in ("radam", "adamw")]
-)
+# The gradient as it is; one of the base's own, and a first step that differs; and all of Adam's state. How
+# bases come into a program is the CPU's table to hold.
+@pytest.mark.parametrize("base", ["sgd", "sgd nesterov maximize l2", "adam l2 amsgrad"])
 def test_every_name_in_every_moment(base: str) -> None:
-    Table([m.Names, m.Soften, m.SecondNames], base, "triton").run().check()
+    Table([m.Names, m.Soften, m.SecondNames], base, "triton").run(2).check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_slots_and_cells_of_every_dtype(dtype: torch.dtype) -> None:
-    Table([m.Dtypes, m.Trace], "sgd", "triton", dtype).run().check()
+    Table([m.Dtypes, m.Trace], "sgd", "triton", dtype).run(2).check()
 
 
 def test_the_bases_state_in_every_moment() -> None:
-    Table([m.Moving], "adamw", "triton").run().check()
+    Table([m.Moving], "adamw", "triton").run(2).check()

@@ -14,7 +14,9 @@ FOLDER = Path(__file__).parents[1] / "interpreted"
 
 
 def test_interpreted_kernels() -> None:
-    command = [sys.executable, "-m", "pytest", str(FOLDER), "-p", "no:cacheprovider", "-rN", "--tb=short"]
+    # One process: two would import everything twice.
+    options = ["-n", "0", "-p", "no:cacheprovider", "-rN", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", str(FOLDER), *options]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=1200, cwd=FOLDER.parents[1]
