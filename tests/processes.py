@@ -27,14 +27,15 @@ def on_two_processes(cases: Sequence[Case]) -> None:
     on_processes(cases, 2)
 
 
-def on_processes(cases: Sequence[Case], world: int) -> None:
-    """The same on so many."""
-    mp.get_context("forkserver").set_forkserver_preload(list(IMPORTED))
+def on_processes(cases: Sequence[Case], world: int, start: str = "forkserver") -> None:
+    """The same on so many; with ``start="fork"`` they are forked from this process, with what it imported."""
+    if start == "forkserver":
+        mp.get_context(start).set_forkserver_preload(list(IMPORTED))
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "said").mkdir()
         given = (cases, world, folder, dict(os.environ))  # the server's own is that of its start
         try:
-            mp.start_processes(_worker, given, nprocs=world, start_method="forkserver")  # type: ignore[no-untyped-call]
+            mp.start_processes(_worker, given, nprocs=world, start_method=start)  # type: ignore[no-untyped-call]
         except mp.ProcessRaisedException as error:
             print(error)
         said = {path.name: path.read_text() for path in Path(folder, "said").iterdir()}
