@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any, Protocol, TypeVar, overload, runtime_checkable
 
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from optx._errors import OptxError
 from optx._masks import Masks
 from optx._module_paths import paths_of
-from optx.inject import _folder
+from optx.inject import _folder, _rest
 from optx.inject._handle import Handle
 from optx.inject._injection import Composite, Injection, Targets
 from optx.inject._install import check_model, install
@@ -89,7 +90,10 @@ def attach(
     Args:
         model: any module. Attach before ``torch.compile``, DDP or ``fully_shard`` see it: what is added
             later is in none of their buckets, and is refused.
-        injection: what to add, as ``optx.LoRA(rank=8)``; or a folder that a handle or PEFT saved.
+        injection: what to add, as ``optx.LoRA(rank=8)``; or a folder that a handle or PEFT saved. A folder
+            that a trainer saved (`optx.integrations`) may have more: norms, heads or averages of the model
+            that trained or changed beside the adapter. They go into the model too, and stay there at
+            ``remove()``, as in the run; `Handle.save` doesn't write them.
         targets: a regex that a whole module name must match, a module type, a list of names (whole, or the
             last parts of a path) and types, each of which must match something, a function of (name,
             module), or ``"all-linear"`` (every linear module but the output head, as in PEFT; not an entry of
@@ -180,8 +184,9 @@ def _handle_of(
 
 
 def _attach_saved(model: nn.Module, path: str | PathLike[str], name: str | None) -> Handle:
-    """Attach what a folder holds, to the modules it was saved for, and load its tensors."""
+    """Attach what a folder holds, to the modules it was saved for, and load its tensors and the model's."""
     stored = _folder.read(path, model)
+    beside = _rest.beside(Path(path), model)
     here = paths_of(model)
     stored.injection = stored.injection.as_stored(model, stored.tensors)
     exact = {member: Exactly(filter(None, map(here.find, one))) for member, one in stored.served.items()}
@@ -195,5 +200,5 @@ def _attach_saved(model: nn.Module, path: str | PathLike[str], name: str | None)
     except BaseException:
         handle.remove()
         raise
-    _folder.tell_of_the_rest(path)
+    beside.put(model)
     return handle

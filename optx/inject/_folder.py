@@ -32,7 +32,6 @@ from optx.inject.lora import LoRA
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
 OWN = "optx_adapter.safetensors"
-REST = "optx_checkpoint.safetensors"  # of a trainer's checkpoint: what else of the model has changed
 PICKLE = "adapter_model.bin"
 
 # Entries of PEFT's configuration that may be edited later: none changes what is computed.
@@ -196,21 +195,6 @@ def fill(handle: OnModel, stored: Stored, where: str) -> None:
     check_tensors(stored.tensors, own, where=f"load: {where!r}", prefix=stored.prefix)
     # A handle may have more state than its parts; a file is of parts.
     handle.load_state_dict({**live, **{keys[k]: placed_like(stored.tensors[k], t) for k, t in own.items()}})
-
-
-def tell_of_the_rest(path: str | PathLike[str]) -> None:
-    """Warn where an adapter is of a run that has changed more of its model, which its folder doesn't hold."""
-    folder = Path(path)
-    file = next((one / REST for one in (folder, folder.parent) if (one / REST).exists()), None)
-    keys = [] if file is None else _open(file)[0]
-    names = [key.removeprefix("model.") for key in keys if key.startswith("model.")]
-    if names:
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        warn(
-            f"attach: {os.fspath(path)!r} is of a run that changed more of the model than this adapter, and "
-            f"the model here has its own {names[0]}{more}. They are in {str(file)!r}; the trainer that saved "
-            "them restores them when it resumes."
-        )
 
 
 def _effective(injection: Injection, handle: OnModel) -> dict[str, Any]:

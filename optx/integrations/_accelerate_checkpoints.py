@@ -14,10 +14,15 @@ from optx.integrations._accelerate_sharded import ShardedAdapters, place_in
 from optx.integrations._adapter_checkpoint import REST, AdapterCheckpoint
 
 WHERE = "adapters_only"
+_BEFORE = (
+    "whose checkpoints are written before its hooks are asked. Leave adapters_only out: "
+    "accelerator.save_state() saves the whole, and "
+)
 _REFUSED = {
-    "FSDP": "FSDP1, whose flat parameters optx does not serve (fsdp_version=2 is served)",
-    "DEEPSPEED": "DeepSpeed",
-    "MEGATRON_LM": "Megatron-LM",
+    "FSDP": "FSDP1, whose flat parameters optx does not serve. Pass "
+    "FullyShardedDataParallelPlugin(fsdp_version=2)",
+    "DEEPSPEED": f"DeepSpeed, {_BEFORE}handle.save(folder) the adapter, where ZeRO's stage is 2 or less",
+    "MEGATRON_LM": f"Megatron-LM, {_BEFORE}handle.save(folder) the adapter",
 }
 
 
@@ -112,11 +117,7 @@ def _free_place(accelerator: Any) -> int:
 def _check_kind(accelerator: Any) -> None:
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind in _REFUSED and not accelerator.is_fsdp2:
-        what = _REFUSED[kind]
-        raise OptxError(
-            f"{WHERE}: this Accelerator saves with {what}, whose checkpoints are written before its hooks "
-            "are asked. Use accelerator.save_state() for the whole, and handle.save(folder) for the adapter."
-        )
+        raise OptxError(f"{WHERE}: this Accelerator saves with {_REFUSED[kind]}.")
 
 
 def _check_new(accelerator: Any, model: nn.Module) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 
 from optx.inject._handle import Handle
-from optx.integrations import _adapter_folders
 from optx.integrations._module_checkpoints import AdaptersOnly
 
 
@@ -21,7 +20,7 @@ class ShardedAdapters:
     """
 
     def __init__(self, accelerator: Any, model: nn.Module, handles: Sequence[Handle], place: int) -> None:
-        self._accelerator, self._handles, self.place = accelerator, handles, place
+        self._accelerator, self.place = accelerator, place
         self._keeper = AdaptersOnly(model, handles)
         self._keeper.acting = False
         for name in ("save_state", "load_state"):
@@ -48,7 +47,7 @@ class ShardedAdapters:
 
     def _save_folders(self, models: Any, weights: Any, output_dir: str) -> None:
         """What `optx.attach` and PEFT read, beside what Accelerate reads; every rank gathers it."""
-        _adapter_folders.save(self._handles, place_in(output_dir, self.place), True)
+        self._keeper.save_folder(place_in(output_dir, self.place), self._accelerator.is_main_process)
 
 
 def place_in(folder: str, place: int) -> Path:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from optx._names import is_dtensor
+from optx.inject._base_marks import saved_tensors
 from optx.inject._handle import Handle
+from optx.inject._rest import Rest
+from optx.integrations._base_left_out import BaseLeftOut, adapters_own, is_left_out
 
 
 def folders(handles: Sequence[Handle], folder: Path) -> list[Path]:
@@ -51,13 +55,49 @@ def load(handles: Sequence[Handle], folder: Path) -> None:
         handle.load(path)
 
 
-def beside_the_parts(handle: Handle) -> dict[str, Tensor]:
-    """What a handle needs to go on bit for bit and a folder doesn't hold: STN's schedule and its Adam."""
-    own = Handle.state_dict(handle)
-    return {key: t for key, t in handle.state_dict().items() if key not in own}
+def beside_the_parts(handles: Sequence[Handle]) -> dict[str, Tensor]:
+    """What handles need to go on bit for bit and folders don't hold: STN's schedule and its Adam.
+
+    Keys begin with the handle's number.
+    """
+    found: dict[str, Tensor] = {}
+    for number, handle in enumerate(handles):
+        own = Handle.state_dict(handle)
+        found |= {f"{number}.{key}": t for key, t in handle.state_dict().items() if key not in own}
+    return found
 
 
-def load_beside(handle: Handle, state: Mapping[str, Tensor]) -> None:
-    """Give a handle that is loaded what `beside_the_parts` gave."""
-    if state:
-        handle.load_state_dict({**handle.state_dict(), **state})
+def load_beside(handles: Sequence[Handle], state: Mapping[str, Tensor]) -> None:
+    """Give handles that are loaded what `beside_the_parts` gave."""
+    for number, handle in enumerate(handles):
+        start = f"{number}."
+        mine = {key.removeprefix(start): t for key, t in state.items() if key.startswith(start)}
+        if mine:
+            handle.load_state_dict({**handle.state_dict(), **mine})
+
+
+def save_trained(base: BaseLeftOut, folder: Path, writes: bool) -> None:
+    """Save a model's handles, and beside them what else of it has trained or changed.
+
+    Args:
+        base: of the model and its handles.
+        folder: as for `save`.
+        writes: whether this rank writes; every rank has to call where tensors are sharded.
+
+    Raises:
+        MergeError: an adapter is merged.
+    """
+    handles, left_out, own = base.handles, base.names(), adapters_own(base.handles)
+    save(handles, folder, writes)
+    model = {
+        name: t
+        for name, t in saved_tensors(base.module)
+        if id(t) not in own and not is_left_out(name, left_out)
+    }
+    every = cast("Iterator[tuple[str, nn.Module]]", base.module.named_modules())
+    paths = {id(one): path for path, one in every}
+    places = {
+        str(at.relative_to(folder)).removeprefix("."): paths.get(id(handle.model))
+        for handle, at in zip(handles, folders(handles, folder), strict=True)
+    }
+    Rest(model, beside_the_parts(handles), left_out, places).write(folder, writes)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from optx._errors import OptxError
 from optx._names import is_dtensor
-from optx.inject._handle import Handle
-from optx.integrations import _adapter_folders
+from optx.integrations._module_checkpoints import AdaptersOnly
 
 
 class BesideCheckpoints:
@@ -18,11 +16,11 @@ class BesideCheckpoints:
 
     Args:
         inner: what reads and writes the files themselves.
-        handles: what the folders hold.
+        keeper: what the folders hold.
     """
 
-    def __init__(self, inner: Any, handles: Sequence[Handle]) -> None:
-        self.inner, self.handles = inner, list(handles)
+    def __init__(self, inner: Any, keeper: AdaptersOnly) -> None:
+        self.inner, self.keeper = inner, keeper
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write the folder, then the file."""
@@ -31,12 +29,12 @@ class BesideCheckpoints:
                 f"OptxCallback: folders=True writes to folders of this machine, and this checkpoint goes to "
                 f"{str(path)!r}. Leave folders out; optx.attach and handle.save make the folder later."
             )
-        if any(is_dtensor(p) for handle in self.handles for p in handle.parameters()):
+        if any(is_dtensor(p) for handle in self.keeper.handles for p in handle.parameters()):
             raise OptxError(
                 "OptxCallback: folders=True writes from one rank, and the adapters are sharded over several. "
                 "Leave folders out, and call handle.save(folder) on every rank after the training."
             )
-        _adapter_folders.save(self.handles, folder_beside(path), writes=True)
+        self.keeper.save_folder(folder_beside(path), writes=True)
         self.inner.save_checkpoint(checkpoint, path, storage_options=storage_options)
 
     def remove_checkpoint(self, path: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,16 +11,10 @@ from torch import Tensor, nn
 
 from optx._errors import FileError, OptxError
 from optx._names import is_dtensor
+from optx.inject._base_marks import as_text, from_text, saved_tensors, tell_of_another
 from optx.inject._handle import Handle
 from optx.integrations import _adapter_folders
-from optx.integrations._base_left_out import (
-    BaseLeftOut,
-    adapters_own,
-    as_text,
-    from_text,
-    is_left_out,
-    saved_tensors,
-)
+from optx.integrations._base_left_out import BaseLeftOut, adapters_own, is_left_out
 
 MARK = "optx_adapters_only"
 _KEEPER = "_optx_adapters_only"  # on the module
@@ -43,7 +38,7 @@ class AdaptersOnly:
         self._base = BaseLeftOut(module, handles, "adapters_only")
         self._module, self.handles = module, list(handles)
         self.acting = True
-        self._beside: dict[int, dict[str, Tensor]] = {}
+        self._beside: dict[str, Tensor] = {}
         self._hooks = [
             # torch marks the first hook as its own, and a bound method takes no marks.
             module.register_state_dict_post_hook(lambda *given: self._leave_out(*given)),  # type: ignore[no-untyped-call]
@@ -58,6 +53,15 @@ class AdaptersOnly:
             hook.remove()
         self._hooks.clear()
         vars(self._module).pop(_KEEPER, None)
+
+    def save_folder(self, folder: Path, writes: bool) -> None:
+        """Write what `optx.attach` reads: the adapters, and what else of the module trained or changed.
+
+        Args:
+            folder: of the adapters.
+            writes: whether this rank does; every rank has to call where tensors are sharded.
+        """
+        _adapter_folders.save_trained(self._base, folder, writes)
 
     def settle(self) -> None:
         """Take the module as it is now for what the script made, where it was cast since."""
@@ -76,9 +80,8 @@ class AdaptersOnly:
             return
         text = bytearray(as_text(left_out).encode())
         state_dict[f"{prefix}{MARK}"] = torch.frombuffer(text, dtype=torch.uint8)
-        for number, handle in enumerate(self.handles):
-            for key, t in _adapter_folders.beside_the_parts(handle).items():
-                state_dict[f"{prefix}{MARK}.{number}.{key}"] = t
+        for key, t in _adapter_folders.beside_the_parts(self.handles).items():
+            state_dict[f"{prefix}{MARK}.{key}"] = t
 
     def _fill_in(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         if not self.acting:
@@ -96,23 +99,17 @@ class AdaptersOnly:
                     f"load_state_dict: {name!r} is missing. The checkpoint is of other adapters than those "
                     "that are attached here."
                 )
-        self._base.tell_of_another(left_out)
-        self._beside.clear()
-        for number, _handle in enumerate(self.handles):
-            start = f"{prefix}{MARK}.{number}."
-            self._beside[number] = {
-                key.removeprefix(start): state_dict.pop(key)
-                for key in list(state_dict)
-                if key.startswith(start)
-            }
+        tell_of_another(here, left_out, "resuming")
+        start = f"{prefix}{MARK}."
+        beside = [key for key in state_dict if key.startswith(start)]
+        self._beside = {key.removeprefix(start): state_dict.pop(key) for key in beside}
         # What was left out stays what it is here; what belongs to it (codes' scales) is not in `here`.
         for name in left_out:
             if name in here:
                 state_dict.setdefault(prefix + name, here[name])
 
     def _then_beside(self, *_: Any) -> None:
-        for number, state in self._beside.items():
-            _adapter_folders.load_beside(self.handles[number], state)
+        _adapter_folders.load_beside(self.handles, self._beside)
         self._beside.clear()
 
 

@@ -115,7 +115,7 @@ class OptxCallback(Callback):
             has changed, and no frozen weights (see `adapters_only`). A string names the module's attribute
             that has them, for configuration files. None: checkpoints are the whole model's.
         folders: write a folder beside each ``.ckpt`` too (``last.adapter`` beside ``last.ckpt``), which
-            `optx.attach` and PEFT read; it goes when the checkpoint goes.
+            `optx.attach` (with what else trained) and PEFT read; it goes when the checkpoint goes.
 
     Raises:
         OptxError: at the start of a run, if a handle is not in the module; the strategy is FSDP1 or
@@ -152,17 +152,17 @@ class OptxCallback(Callback):
         _check_strategy(trainer.strategy, self._handles)
         if not self._handles:
             return
-        before = keeper_of(pl_module)
-        if before is None:
-            self._keeper = adapters_only(pl_module, *self._handles)
-        elif list(map(id, before.handles)) != list(map(id, self._handles)):
+        keeper = keeper_of(pl_module)
+        if keeper is None:
+            keeper = self._keeper = adapters_only(pl_module, *self._handles)
+        elif list(map(id, keeper.handles)) != list(map(id, self._handles)):
             raise OptxError(
                 "OptxCallback: adapters_only was called for this module with other handles. Pass the same, "
                 "or leave handle out."
             )
         files = trainer.strategy.checkpoint_io
         if self._folders and not isinstance(files, BesideCheckpoints):
-            trainer.strategy.checkpoint_io = BesideCheckpoints(files, self._handles)
+            trainer.strategy.checkpoint_io = BesideCheckpoints(files, keeper)
 
     def remove(self) -> None:
         """Have the module's state dict be whole again, if it was this callback that changed it."""

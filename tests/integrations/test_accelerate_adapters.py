@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import optx
 
 pytest.importorskip("accelerate")
 
+from accelerate.utils import DistributedType
 from accelerate_run import SAVED, Run, fresh, same, spoil
 from injections import llama
 from stn_loop import mlp, sgd, train_step, tuned, valid_step
@@ -224,6 +226,42 @@ def test_what_is_wrong_is_told_at_set_up() -> None:
     with pytest.raises(optx.OptxError, match="called for this model already"):
         adapters_only(accelerator, handle)
     saving.remove()
+    adapters_only(accelerator, handle)
+
+
+def plugin_of(kind: str) -> Any:
+    """A plugin of Accelerate's own; it puts what it is told into the environment."""
+    from accelerate import utils
+
+    if kind == "DEEPSPEED":
+        return utils.DeepSpeedPlugin(zero_stage=2)
+    if kind == "MEGATRON_LM":
+        return utils.MegatronLMPlugin()
+    return utils.FullyShardedDataParallelPlugin(fsdp_version=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "attribute", "words"),
+    [
+        ("FSDP", "fsdp_plugin", r"saves with FSDP1.*FullyShardedDataParallelPlugin\(fsdp_version=2\)"),
+        ("DEEPSPEED", "deepspeed_plugins", r"saves with DeepSpeed.*save_state\(\).*handle.save\(folder\)"),
+        ("MEGATRON_LM", "megatron_lm_plugin", r"saves with Megatron-LM.*handle.save\(folder\)"),
+    ],
+)
+def test_other_engines_of_accelerates_are_refused(
+    kind: str, attribute: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their plugins are left aside on a CPU, so the state is what they would have made of it."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    accelerator, model, handle = lora()
+    accelerator.prepare(model)
+    setattr(accelerator.state, attribute, plugin_of(kind))
+    accelerator.state.distributed_type = DistributedType(kind)
+    assert getattr(accelerator, "deepspeed_plugin", None) is not None or kind != "DEEPSPEED"
+    with pytest.raises(optx.OptxError, match=words):
+        adapters_only(accelerator, handle)
+    accelerator.state.distributed_type = DistributedType.NO
+    assert not accelerator._save_model_state_pre_hook
     adapters_only(accelerator, handle)
 
 

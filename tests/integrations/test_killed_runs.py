@@ -86,12 +86,22 @@ def test_checkpoints_are_small_and_read_by_attach_and_peft(killed: Path) -> None
     run.accelerator.load_state(str(folder))
     ids = torch.arange(3, 10)[None]
     ours, theirs = llama(1), llama(1)
-    with pytest.warns(UserWarning, match=r"model here has its own model\.norm\.weight\. They are in"):
-        optx.attach(ours, folder)
-    for model in (ours, theirs):
-        model.model.norm.load_state_dict(run.bare.model.norm.state_dict())  # type: ignore[union-attr]
+    optx.attach(ours, folder)
+    theirs.model.norm.load_state_dict(run.bare.model.norm.state_dict())  # type: ignore[union-attr]
     wanted = run.bare.eval()(ids).logits
     assert torch.equal(ours(ids).logits, wanted)
     peft = PeftModel.from_pretrained(theirs, str(folder)).eval()
     torch.testing.assert_close(peft(ids).logits, wanted)
     assert not torch.allclose(llama(1)(ids).logits, wanted)
+
+
+def test_a_folder_of_lightnings_has_what_trained_in_the_net(killed: Path) -> None:
+    """And says what is of the LightningModule around it."""
+    folder = next((killed / "lightning").glob("epoch=*.adapter"))
+    saved = torch.load(f"{folder.with_suffix('')}.ckpt", weights_only=False)["state_dict"]
+    net = llama(1)
+    with pytest.warns(UserWarning, match=r"changed more than the model .*: average\. It is in"):
+        optx.attach(net, folder)
+    inside = {name: t for name, t in net.state_dict().items() if f"net.{name}" in saved}
+    assert {"model.norm.weight"} < inside.keys()
+    assert all(torch.equal(t, saved[f"net.{name}"]) for name, t in inside.items())
