@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import difflib
 import doctest
+import functools
 import importlib.metadata
 import inspect
 import pkgutil
@@ -195,7 +196,8 @@ def public() -> Iterator[tuple[str, Any]]:
             yield name, thing
 
 
-def _methods() -> list[tuple[Any, Entry]]:
+@functools.cache  # a look through every public class; a card needs it twice
+def _methods() -> tuple[tuple[Any, Entry], ...]:
     """Each once, under its shortest name."""
     found: dict[Any, Entry] = {}
     for name, thing in sorted([*public(), *_operations()], key=lambda pair: len(pair[0])):
@@ -204,7 +206,7 @@ def _methods() -> list[tuple[Any, Entry]]:
         if verb and callable(thing) and thing not in found and _source(doc):
             line, use = _first_line(doc), _use(name, thing)
             found[thing] = Entry(name, verb, line, _arxiv(doc), use, _keywords(doc), doc)
-    return list(found.items())
+    return tuple(found.items())
 
 
 def _operations() -> Iterator[tuple[str, Any]]:

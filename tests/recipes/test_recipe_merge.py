@@ -68,7 +68,7 @@ def test_prune_and_merge(options: list[str], tmp_path: Path, capsys: pytest.Capt
 
 
 def test_resume_keeps_finished_parts_and_trained_experts(options: list[str], tmp_path: Path) -> None:
-    one = [*options, "--seeds", "1", "--parts", "prune"]
+    one = [*options, "--seeds", "1", "--steps", "2", "--masks", "1", "--rates", "0.5", "--parts", "prune"]
     merge.main(one)
     first = results(tmp_path)
     merge.main([*one, "--resume", "--parts", "prune,merge"])

@@ -268,7 +268,8 @@ def test_compile_in_one_graph(kind: str) -> None:
         model, inputs = make(32).eval(), torch.randn(2, 5, 32)
         shapes, call = optx.scaling.shapes(model, base=make(8)), (lambda m: m(inputs))
     else:
-        model, shapes = at(kind, WIDTH), shapes_of(kind)
+        one: Any = {"n_layer" if kind == "gpt2" else "num_hidden_layers": 1}  # each is traced anew
+        model, shapes = at(kind, WIDTH, **one), shapes_of(kind, **one)
         call = run
     plain = call(model)
     optx.attach(model, optx.MuAttention(shapes))

@@ -38,9 +38,10 @@ def mlp(width: int, bias: bool = True) -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, width), nn.Tanh(), nn.Linear(width, width), nn.Linear(width, 3, bias))
 
 
-def widened(kind: str, width: int = 64) -> tuple[Any, Shapes]:
+def widened(kind: str, width: int = 64, **options: Any) -> tuple[Any, Shapes]:
     make = FAMILIES[kind]
-    return built(make(width)), optx.scaling.shapes(make(width), base=make(16))
+    shapes = optx.scaling.shapes(make(width, **options), base=make(16, **options))
+    return built(make(width, **options)), shapes
 
 
 # ---- what it computes ---------------------------------------------------------------------------------
@@ -204,7 +205,8 @@ def test_the_packages_module_computes_the_same() -> None:
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_compile_in_one_graph(kind: str) -> None:
     torch._dynamo.reset()
-    model, shapes = widened(kind)
+    one: Any = {"n_layer" if kind == "gpt2" else "num_hidden_layers": 1}  # each is traced anew
+    model, shapes = widened(kind, **one)
     optx.attach(model, optx.MuReadout(shapes))
     eager = run(model)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
