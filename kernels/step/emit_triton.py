@@ -13,36 +13,25 @@ delivers 0.26 (A100) and 0.42 (H100).
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
 
 from optx.kernels.generated import load_module
-from optx.kernels.step.layout import Columns, Layout, partials_per_chunk
-from optx.kernels.step.program import NUMBER_KINDS, W0, Call, G, Level, Program, Ref
-from optx.kernels.step.text import indent, rule_name, variable
+from optx.kernels.step.layout import Layout
+from optx.kernels.step.program import W0, Call, G, Level, Program, Ref
+from optx.kernels.step.text import indent, variable
+from optx.kernels.step.triton_lines import POINTERS, Lines, number_refs, stream
 from optx.kernels.step.triton_text import JIT, dialect, wrapped
 
 CHUNK_ROW = 4  # int64: tensor, first element, number of elements, position among the tensor's partials
 FOLD_LANES = 256
 
-_POINTERS = {
-    "float32": "tl.float32",
-    "float64": "tl.float64",
-    "float16": "tl.float16",
-    "bfloat16": "tl.uint16",
-    "bool": "tl.int8",
-    "bits": "tl.uint8",
-    **{name: f"tl.{name}" for name in ("uint8", "int8", "int16", "int32", "int64")},
-}
-_SMALL = ("uint8", "int8", "int16")
-_WIDE = ("float64", "int32", "int64")  # read in float64
 _LIBRARY = [
     *("abs", "exp", "log", "maximum", "minimum", "power", "sign", "sqrt", "where"),
     *("dithered", "fold", "get_number", "nearest", "put_number", "random_bits", "read", "read_bits"),
     *("stream", "whole_number", "widen", "write"),
 ]
-_NUMBERS = (*NUMBER_KINDS, "cell")
 _GIVEN = Ref("local", "given")
 
 
@@ -57,30 +46,7 @@ def emit(program: Program, layout: Layout) -> str:
     return "\n".join(map(wrapped, _Emitter(program, layout).module())) + "\n"
 
 
-def draws(program: Program, layout: Layout) -> list[str]:
-    """The roles that are rounded stochastically when stored, each with bits of its own.
-
-    Moments kept in bfloat16 always are: at beta2 = 0.999 a nearest rounding would never let them fall.
-    """
-    names = zip(Columns.of(program, layout).roles, layout.dtypes, strict=False)
-    low = [role for role, dtype in names if dtype == "bfloat16"]
-    stored = program.stored_slots
-    return [r for r in low if r in stored or (r == "w" and layout.rounding == "stochastic")]
-
-
-class _Emitter:
-    def __init__(self, program: Program, layout: Layout) -> None:
-        self.program, self.layout = program, layout
-        self.table = Columns.of(program, layout)
-        self.width = partials_per_chunk(program)
-        self.math = "tl.float64" if layout.dtypes[0] == "float64" else "tl.float32"
-        self.suffix = "_64" if self.math == "tl.float64" else "_32"
-        self.dtypes = dict(zip(self.table.roles, (*layout.dtypes, "bfloat16"), strict=False))
-        self.draws = draws(program, layout)
-        self.cells = {n: program.cell_dtype(n, layout.dtypes[0]) for n in program.cells}
-        # Whether a float64 (or an integer that needs one) can get into what a float32 rule computes.
-        self.mixed = self.math == "tl.float64" or any(d in _WIDE for d in self.dtypes.values())
-
+class _Emitter(Lines):
     def module(self) -> list[str]:
         p = self.program
         lines = [
@@ -108,85 +74,6 @@ class _Emitter:
 
     # ---- pieces ------------------------------------------------------------------------------------
 
-    def _call(self, call: Call, suffix: str, sums: bool = False) -> str:
-        """One rule. What is summed is computed in float64 throughout and stays apart from the registers."""
-        if not sums:
-            targets, arguments = map(variable, call.writes), map(variable, call.args)
-        else:
-            targets = (f"x_{variable(r)}" for r in call.writes)
-            widen = ".to(tl.float64)" if self.suffix == "_32" else ""
-            arguments = (f"d{variable(r)}" if r.kind in _NUMBERS else variable(r) + widen for r in call.args)
-        return f"{', '.join(targets)} = {rule_name(call.rule, suffix)}({', '.join(arguments)})"
-
-    def _calls(self, calls: Iterable[Call], suffix: str) -> list[str]:
-        """Calls in order; what goes into a slot of whole numbers is one at once."""
-        lines: list[str] = []
-        for call in calls:
-            lines.append(self._call(call, suffix))
-            for ref in call.writes:
-                dtype, math = "", "tl.float64"
-                if ref.kind == "slot":
-                    dtype = self.dtypes[ref.name]
-                    math = self._math_of(ref.name)
-                elif ref.kind == "col" and ref.name in self.program.kept:
-                    dtype = self.cells[ref.name]
-                if dtype == "bool":
-                    lines.append(f"{variable(ref)} = ({variable(ref)} != 0).to({math})")
-                elif dtype in (*_SMALL, "int32", "int64"):
-                    first = "tl.int32" if dtype in _SMALL else "tl.int64"
-                    lines.append(
-                        f"{variable(ref)} = whole_number({variable(ref)}, {first}, tl.{dtype}, {math})"
-                    )
-        return lines
-
-    def _math_of(self, role: str) -> str:
-        """The dtype that a role is read in."""
-        return "tl.float64" if self.dtypes[role] in _WIDE else self.math
-
-    def _number(self, ref: Ref) -> str:
-        """Reads a col, hyper, total or cell."""
-        if ref.kind == "cell":
-            dtype = self.cells[ref.name]
-            pointer = self._cell(ref.name, _POINTERS[dtype])
-            return f"tl.load({pointer})" if dtype == "float64" else f"get_number({pointer})"
-        if ref.kind == "col":
-            return f"tl.load(numbers + {self.table.cols.index(ref.name)})"
-        if ref.kind == "hyper":
-            return f"tl.load(hypers + {self.table.hypers.index(ref.name)})"
-        return f"tl.load(hypers + {len(self.table.hypers) + self.table.totals.index(ref.name)})"
-
-    def _block_numbers(self, calls: Iterable[Call], sums: Iterable[Call]) -> dict[str, str]:
-        """Locals of a chunk kernel, and what they are: for calls in their own dtype, for sums in float64."""
-        cast = "" if self.math == "tl.float64" else f".to({self.math})"
-        narrow = {variable(r): self._number(r) + cast for r in sorted(_number_refs(calls))}
-        return narrow | {f"d{variable(r)}": self._number(r) for r in sorted(_number_refs(sums))}
-
-    def _loads(self, roles: Sequence[str]) -> list[str]:
-        lines = [f"{_register(r)} = {self._read(r)}" for r in roles]
-        if self.layout.rounding == "kahan" and "w" in roles:
-            lines.insert(roles.index("w") + 1, "w += read(kahan_p + lane, mask, tl.float32)")
-        return lines
-
-    def _read(self, role: str) -> str:
-        """The elements of a role in the dtype that rules compute in."""
-        match self.dtypes[role]:
-            case "ones":
-                return f"tl.full((), 1.0, {self.math})"
-            case "bits":
-                return f"read_bits({_stream(role)}, lane, mask, {self.math})"
-            case _:
-                return f"read({_stream(role)} + lane, mask, {self._math_of(role)})"
-
-    def _on(self, role: str, count: str) -> str:
-        """A distance in elements as one in what a role's pointer points at."""
-        return f"{count} // 8" if self.dtypes[role] == "bits" else count
-
-    def _roles(self, calls: Iterable[Call]) -> list[str]:
-        """Roles whose elements some calls touch, in table order."""
-        refs = {r for c in calls for r in (*c.args, *c.writes)}
-        used = {"w" if r.name == "w0" else r.name for r in refs if r.kind in ("reg", "slot")}
-        return [role for role in self.table.roles if role in used]
-
     # ---- chunk kernels -----------------------------------------------------------------------------
 
     def _chunk_kernel(
@@ -204,7 +91,7 @@ class _Emitter:
             streams.append("kahan")
         numbers = numbers | (self._step_source() if random else {})
         passed = list(numbers)
-        blocks = ", ".join([*map(_stream, streams), *passed, *(["start"] if random else []), "lane", "mask"])
+        blocks = ", ".join([*map(stream, streams), *passed, *(["start"] if random else []), "lane", "mask"])
         result = (
             [f"return {', '.join(f'x_{s}' for s in sums)}{',' if len(sums) == 1 else ''}"] if sums else []
         )
@@ -219,9 +106,9 @@ class _Emitter:
         setup.append(f"tensor = tensors + t * {self.table.row}")
         for role in streams:
             address = f"tensor + {self.table.roles.index(role)}"
-            dtype = _POINTERS[self.dtypes[role]]
+            dtype = POINTERS[self.dtypes[role]]
             first = self._on(role, "start")
-            setup.append(f"{_stream(role)} = stream({address}, {dtype}, {first}, ALIGNED)")
+            setup.append(f"{stream(role)} = stream({address}, {dtype}, {first}, ALIGNED)")
         setup.append(f"numbers = cols + t * {len(self.table.cols)}")
         setup += [f"{local} = {source}" for local, source in numbers.items()]
         return [*lines, *indent([*setup, *self._walk(name, streams, passed, sums, random)], 1)]
@@ -232,7 +119,7 @@ class _Emitter:
         """Full blocks without a mask, which would split vector accesses; then what is left."""
 
         def block(at: str, mask: str) -> list[str]:
-            pointers = [f"{_stream(s)} + {self._on(s, at)}" for s in streams]
+            pointers = [f"{stream(s)} + {self._on(s, at)}" for s in streams]
             call = ", ".join([*pointers, *passed, *([f"start + {at}"] if random else []), "lane", mask])
             if not sums:
                 return [f"{name}_block({call})"]
@@ -293,43 +180,6 @@ class _Emitter:
         numbers = self._block_numbers(p.update, watched)
         return self._chunk_kernel("update", roles, numbers, body, sums, random=bool(self.draws))
 
-    def _loses(self, role: str) -> bool:
-        """Whether storing a role's register may round it (whole numbers are made before)."""
-        dtype = self.dtypes[role]
-        return dtype in ("bfloat16", "float16") or (dtype == "float32" and self.mixed)
-
-    def _stores(self, stored: list[str], again: list[str]) -> list[str]:
-        """Rounds and stores registers; those in ``again`` are what was stored, from then on."""
-        lines: list[str] = []
-        for role in ("w", *stored):
-            register = value = _register(role)
-            low = self.dtypes[role] == "bfloat16"
-            if low and self.mixed:
-                lines.append(f"{register} = {register}.to(tl.float32)")
-            if role in self.draws:
-                bits = f"random_bits(key, start, lane, step, number, {self.draws.index(role)})"
-                value = f"dithered({value}, {bits})"
-            elif low:
-                value = f"nearest({value})"
-            if low and role in again and not (role == "w" and self.layout.rounding == "kahan"):
-                lines.append(f"low_{register} = {value}")
-                value = f"low_{register}"
-            if role == "w" and self.layout.rounding == "kahan":
-                lines += [f"low = {value}", "tl.store(w_p + lane, low, mask)"]
-                if role in again:
-                    lines += ["rest = nearest(w - widen(low))", "tl.store(kahan_p + lane, rest, mask)"]
-                    lines.append("w = widen(low) + widen(rest)")
-                else:
-                    lines.append("tl.store(kahan_p + lane, nearest(w - widen(low)), mask)")
-            elif low:
-                lines.append(f"tl.store({_stream(role)} + lane, {value}, mask)")
-                lines += [f"{register} = widen({value})"] if role in again else []
-            else:
-                lines.append(f"write({_stream(role)} + lane, {value}, mask)")
-                if role in again:
-                    lines.append(f"{register} = {value}.to({_POINTERS[self.dtypes[role]]}).to({self.math})")
-        return lines
-
     # ---- tensor kernels ----------------------------------------------------------------------------
 
     def _per_tensor(self, name: str, sums: tuple[Call, ...], calls: tuple[Call, ...]) -> list[str]:
@@ -338,7 +188,7 @@ class _Emitter:
         made: set[Ref] = set(summed)
         refs: set[Ref] = set()  # read from the tables: what no earlier line of this kernel computes
         for call in calls:
-            refs |= _number_refs([call]) - made
+            refs |= number_refs([call]) - made
             made |= set(call.writes)
         body: list[str] = []
         if self.layout.counted and name == "scalars_0":
@@ -385,18 +235,6 @@ class _Emitter:
             lines.append(f"    tl.store(totals + {at}, fold({column}, 0, count, {FOLD_LANES}))")
         return lines
 
-    def _cell(self, name: str, dtype: str) -> str:
-        at = len(self.table.roles) + self.table.cells.index(name)
-        return f"tl.load(tensor + {at}).to(tl.pointer_type({dtype}))"
-
-    def _put(self, name: str, value: str) -> str:
-        """Stores a number in a cell, unless the step is skipped."""
-        dtype = self.cells[name]
-        pointer = self._cell(name, _POINTERS[dtype])
-        if dtype == "float64":
-            return f"tl.store({pointer}, {value}, keep)"
-        return f"put_number({pointer}, {value}, {dtype == 'bool'}, keep)"
-
     def _commit(self) -> list[str]:
         """Step count, what scalars wrote, observed sums and count of draws become state, unless skipped."""
         observed = [r for c in (*self.program.observe, *self.program.meter) for r in c.writes]
@@ -422,10 +260,6 @@ class _Emitter:
         return [*self._tensor_kernel("commit", arguments), *indent([keep, *body], 1)]
 
 
-def _number_refs(calls: Iterable[Call]) -> set[Ref]:
-    return {r for c in calls for r in c.args if r.kind in _NUMBERS}
-
-
 def _open_chunk(skip: bool) -> list[str]:
     return [
         f"row = chunks + tl.program_id(0).to(tl.int64) * {CHUNK_ROW}",
@@ -434,11 +268,3 @@ def _open_chunk(skip: bool) -> list[str]:
         "n = tl.load(row + 2).to(tl.int32)",
         *(["n = tl.where(tl.load(skip) == 0, n, 0)  # a skipped step has nothing to do"] if skip else []),
     ]
-
-
-def _stream(role: str) -> str:
-    return role.replace(".", "_") + "_p"
-
-
-def _register(role: str) -> str:
-    return role if role in ("w", "g") else variable(Ref("slot", role))
