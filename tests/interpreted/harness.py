@@ -16,6 +16,7 @@ from optx.step.pipeline import build
 from optx.step.transform import Transform
 
 BAND = 64  # elements on either side: a multiple of 16 bytes for every dtype
+NEXT = 2.5  # the first element behind a tensor: of a NaN, what is written over it would be one too
 NAMES = {
     torch.float32: "float32",
     torch.float64: "float64",
@@ -26,7 +27,7 @@ Base = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 
 class Banded:
-    """Hands out tensors that lie between NaNs, and tells whether the NaNs are still all there."""
+    """Hands out tensors that lie between NaNs, and tells whether all around them is as it was."""
 
     def __init__(self, offsets: Sequence[int]) -> None:
         self.offsets = offsets  # elements by which tensors, in turn, miss their alignment
@@ -37,12 +38,16 @@ class Banded:
         low, n = BAND + self.offsets[number % len(self.offsets)], values.numel()
         buffer = torch.full((n + 2 * BAND,), float("nan"), dtype=values.dtype)
         buffer[low : low + n] = values.flatten()
+        buffer[low + n] = NEXT
         self.buffers.append((buffer, low, low + n))
         return buffer[low : low + n]
 
     def intact(self) -> bool:
         """No write outside the tensors."""
-        return all(bool(b[:low].isnan().all() and b[high:].isnan().all()) for b, low, high in self.buffers)
+        return all(
+            bool(b[:low].isnan().all() and b[high] == NEXT and b[high + 1 :].isnan().all())
+            for b, low, high in self.buffers
+        )
 
 
 @dataclass

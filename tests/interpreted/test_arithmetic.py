@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, ClassVar
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from optx._rules import rule
 from optx.kernels import triton_lib as lib
+from optx.kernels.step.emit_triton import FOLD_LANES
 from optx.kernels.step.triton import TritonStep
 from optx.ops import abs, exp, log, maximum, minimum, sign, sqrt, where
 from optx.step.transform import Transform
@@ -123,6 +125,16 @@ def test_random_bits_depend_on_the_element_only() -> None:
     whole = bits(start=1 << 33)
     parts = [bits(start=(1 << 33) + at, block=1024) for at in range(0, 4096, 1024)]
     assert torch.equal(whole, torch.cat(parts))
+
+
+def test_chunks_are_folded_where_there_are_more_than_lanes() -> None:
+    """Each tensor's sums over its own chunks: none, one, and some hundreds."""
+    ends = [0, 0, 1, 301, 1000]
+    partials = torch.randn(1000, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    sums = torch.full((4, 2), 7.0, dtype=torch.float64)
+    lib.fold_chunks[(4,)](partials, torch.tensor(ends), sums, WIDTH=2, LANES=FOLD_LANES)
+    wanted = [partials[low:high].sum(0) for low, high in itertools.pairwise(ends)]
+    torch.testing.assert_close(sums, torch.stack(wanted), rtol=0, atol=1e-12)
 
 
 # ---- rules ------------------------------------------------------------------------------------------

@@ -80,7 +80,6 @@ def test_bytes(dtype: torch.dtype, rounding: str, moved: float, target: audit.Ta
 
 FAULTS = {
     "hint on the offset": ("tl.multiple_of(tl.load(row + 1), 16)", "tl.load(row + 1)", "by 32 bits"),
-    "hint on the pointers": ("start, ALIGNED)", "start, False)", "by 32 bits"),
     "hint on one pointer": (
         "stream(tensor + 1, tl.float32, start, ALIGNED)",
         "stream(tensor + 1, tl.float32, start, False)",
