@@ -13,6 +13,7 @@ from types import ModuleType
 
 from optx._cache import UnsafeCacheError, kernel_folder
 from optx._errors import warn
+from optx.kernels.turns import turn
 
 
 def cache_folder() -> Path | None:
@@ -61,7 +62,8 @@ def load_module(kind: str, text: str) -> ModuleType:
         module = ModuleType(name)
         sys.modules[name] = module
         try:
-            exec(compile(text, file, "exec", dont_inherit=True), module.__dict__)
+            with turn(name):
+                exec(compile(text, file, "exec", dont_inherit=True), module.__dict__)
         except BaseException:
             del sys.modules[name]
             raise

@@ -33,6 +33,7 @@ from numba.core.registry import CPUDispatcher
 from numba.core.serialize import dumps
 
 from optx._cache import kernel_folder
+from optx.kernels import turns
 
 Decorator = Callable[[Callable[..., Any]], Any]
 
@@ -116,6 +117,10 @@ class _Cache(NullCache):
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         """The code of a signature, or None."""
         target_context.refresh()
+        kept = self._kept(sig, target_context)
+        return self._kept(sig, target_context) if kept is None and turns.wait() else kept
+
+    def _kept(self, sig: Any, target_context: Any) -> Any:
         # Whatever is wrong with a file, compiling is the remedy.
         with suppress(Exception):
             key = self._key(sig, target_context.codegen())

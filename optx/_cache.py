@@ -8,6 +8,7 @@ import secrets
 import shutil
 import stat
 import sys
+import time
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -150,6 +151,26 @@ class PrivateFolder:
                     os.unlink(aside, dir_fd=folder)
                 raise
 
+    @contextmanager
+    def locked(self, name: str, longest: float) -> Generator[None]:
+        """Hold a lock that one process has at a time; after so many seconds of waiting, without it.
+
+        Raises:
+            OSError: nothing can be kept or locked here.
+        """
+        make_folder(self.path)
+        with self._opened() as folder:
+            flags = os.O_RDWR | os.O_CREAT | _NOFOLLOW | _NONBLOCK
+            handle = os.open(self._at(folder, name), flags, 0o600, dir_fd=folder)
+        try:
+            _lock(handle, longest)
+            yield
+        finally:
+            with suppress(OSError):  # who waits has this file open, and finds afterwards what was kept
+                os.unlink(self.path / name)
+            _unlock(handle)
+            os.close(handle)
+
     def _rename(self, folder: int | None, aside: str, name: str) -> None:
         target = self._at(folder, name)
         try:
@@ -178,6 +199,29 @@ class PrivateFolder:
             yield folder
         finally:
             os.close(folder)
+
+
+def _lock(handle: int, longest: float) -> None:
+    try:
+        import fcntl
+    except ImportError:
+        raise OSError("no file locks on this platform") from None
+    end = time.monotonic() + longest
+    while True:
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                return None
+            time.sleep(0.02)
+
+
+def _unlock(handle: int) -> None:
+    """Closing would not do: a process that was forked meanwhile has it open too."""
+    with suppress(ImportError, OSError):
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_UN)
 
 
 def _check_own(found: os.stat_result, path: Path, kind: object) -> None:

@@ -103,10 +103,11 @@ def test_processes_without_a_home_or_a_whole_numba_or_at_once(tmp_path: Path, ca
     empty.mkdir()
     fused = STEP.replace("FUSED", "True")
     counted = COUNT + fused + "\nshown['compiles'] = len(compiles)"
-    # Both find nothing and write the same.
+    # Both find nothing: one compiles, and the other waits for what it keeps.
     twins = [start(counted, OPTX_CACHE_DIR=cache, NUMBA_DISABLE_JIT="0") for _ in range(2)]
     one, two = map(result, twins)
-    assert one.pop("compiles") + two.pop("compiles") > 0
+    few, many = sorted((one.pop("compiles"), two.pop("compiles")))
+    assert few == 0 < many
     assert one == two
     assert one["path"] == "fused cpu"
     made = files(cache)
