@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests import their shared tables by name
 
+from processes import done  # noqa: F401
 from whose_warnings import pytest_collection, pytest_runtest_protocol  # noqa: F401
 
 # The same examples in every run where people work; in CI, or with --hypothesis-seed, they are drawn.
@@ -35,6 +36,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 @pytest.hookimpl(tryfirst=True)  # before hypothesis's own looks for the seed
 def pytest_configure(config: pytest.Config) -> None:
     """Draw a seed in CI; a worker has that of the first process."""
+    config.addinivalue_line("markers", "jobs(*jobs): what the fixture done has several processes do")
     if config.option.hypothesis_seed is None:
         in_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
         drawn = str(random.SystemRandom().randrange(2**32)) if in_ci else None
@@ -111,16 +113,12 @@ def pytest_unconfigure() -> None:
 LONGEST = (
     "test_triton_step.py",
     "test_every_run_resumed_in_a_new_process",
-    "test_fsdp2",
-    "test_engines",
-    "test_local_shards.py",
-    "test_distributed.py::test_two_processes",
     "test_processes_without_a_home_or_a_whole_numba_or_at_once",
-    "test_two_processes.py",
     "test_memory_is_that_of_pieces",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first; else in the order of the files."""
+    """What several processes do first, as the first of these tests waits for all; then the longest."""
     items.sort(key=lambda item: not any(name in item.nodeid for name in LONGEST))
+    items.sort(key=lambda item: item.get_closest_marker("jobs") is None)

@@ -1,65 +1,295 @@
-"""Runs cases on two gloo processes, or more: one start of them for a module, one import for all modules."""
+"""One start of four gloo processes for all tests that need several: teams of one, two or four do their jobs.
+
+A test says what it needs by the mark ``jobs``, as those do that `on_processes` makes, and asks the fixture
+``done`` for what came of it. The first that asks has the jobs of all tests of the session run; pytest's other
+worker waits for it, if it comes to such a test at all.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import itertools
 import os
+import re
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-Case = Callable[[int], None]
-
+Case = Callable[[int], Any]
+FOLDER = "OPTX_TEST_FOLDER"  # where a module's cases, and later ones, have files
+PROCESSES = 4
+LONGEST = 170.0  # seconds for a job: what takes longer hangs
 # What a process would spend most of its time on, and with it what torch imports at first use: the server that
-# processes are forked from, one for each worker of pytest, has it.
-IMPORTED = ("torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "optx", "pytest")
+# processes are forked from has it.
+IMPORTED = (
+    *(
+        "torch",
+        "torch._dynamo",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor",
+        "torch.distributed.optim",
+    ),
+    *(
+        "torch.distributed.checkpoint.state_dict",
+        "optx",
+        "optx.kernels.jit",
+        "optx.kernels.step.cpu",
+        "pytest",
+    ),
+    *("transformers.models.bert.modeling_bert", "transformers.models.llama.modeling_llama"),
+)
 
 
-def on_two_processes(cases: Sequence[Case]) -> None:
-    """Call each case, a function of a test's module, with its rank on both; raise unless all came through.
+@dataclass(frozen=True)
+class Team:
+    """Processes that do one job together.
 
-    To be called once a module: two workers of pytest would start the processes twice.
+    Attributes:
+        rank: of this process in it.
+        world: how many there are; with one there is no process group.
+        folder: for files that later jobs, or tests, read.
     """
-    on_processes(cases, 2)
+
+    rank: int
+    world: int
+    folder: Path
 
 
-def on_processes(cases: Sequence[Case], world: int, start: str = "forkserver") -> None:
-    """The same on so many; with ``start="fork"`` they are forked from this process, with what it imported."""
-    if start == "forkserver":
-        mp.get_context(start).set_forkserver_preload(list(IMPORTED))
+@dataclass(frozen=True)
+class Job:
+    """What a team does.
+
+    Attributes:
+        name: no other job's.
+        world: how many processes it takes.
+        run: what each of them calls; what it gives is kept.
+        stage: after all jobs of lower ones.
+    """
+
+    name: str
+    world: int
+    run: Callable[[Team], Any]
+    stage: int = 0
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A function of a test's module: only processes that call it import that."""
+
+    module: str
+    function: str
+
+    def __call__(self, team: Team) -> Any:
+        os.environ[FOLDER] = str(team.folder / self.module)
+        Path(os.environ[FOLDER]).mkdir(exist_ok=True)
+        return getattr(importlib.import_module(self.module), self.function)(team.rank)
+
+
+def on_processes(world: int, *cases: Case, stage: int = 0) -> Callable[..., None]:
+    """A test for each of a module's functions, which so many processes call with their rank."""
+    params = [
+        pytest.param(_name(case), id=case.__name__, marks=needs(world, case, stage=stage)) for case in cases
+    ]
+
+    @pytest.mark.parametrize("job", params)
+    def test(job: str, done: Done) -> None:
+        done.found(job)
+
+    return test
+
+
+def needs(world: int, *cases: Case, stage: int = 0) -> pytest.MarkDecorator:
+    """The same for a test that looks at what they found, or left in their module's folder."""
+    jobs = (Job(_name(case), world, _Case(case.__module__, case.__name__), stage) for case in cases)
+    return pytest.mark.jobs(*jobs)
+
+
+def _name(case: Case) -> str:
+    return f"{case.__module__}.{case.__name__}"
+
+
+@pytest.fixture(scope="session")
+def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """What came of the jobs of all tests."""
+    import fcntl
+
+    if not dist.is_gloo_available():
+        pytest.skip("gloo")
+    every = {
+        job.name: job
+        for item in request.session.items
+        for mark in item.iter_markers("jobs")
+        for job in mark.args
+    }
+    mine = tmp_path_factory.getbasetemp()
+    both = mine.parent if "PYTEST_XDIST_WORKER" in os.environ else mine
+    folder, lock = both / "processes", both / "processes.lock"
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if not folder.exists():
+            folder.mkdir()
+            run(list(every.values()), folder)
+    return Done(folder)
+
+
+@dataclass(frozen=True)
+class Done:
+    """What jobs left in a folder."""
+
+    folder: Path
+
+    def files(self, module: str) -> Path:
+        """Those of a module's cases."""
+        return self.folder / module
+
+    def found(self, name: str | Case) -> Any:
+        """What a job's first process found; fails if any of them did."""
+        return self.every(name)[0]
+
+    def every(self, name: str | Case) -> list[Any]:
+        """What each of a job's processes found; fails with what those that failed said."""
+        name = name if isinstance(name, str) else _name(name)
+        said = [torch.load(file, weights_only=True) for file in sorted(_said(self.folder, name, "*"))]
+        failed = "\n".join(f"process {one['rank']}: {one['failed']}" for one in said if one["failed"])
+        whole = bool(said) and len(said) == said[0]["world"]
+        ended = self.folder / "ended"
+        if failed or not whole:
+            pytest.fail(
+                f"{name}: {failed or 'not done. '}{ended.read_text() if ended.exists() else ''}",
+                pytrace=False,
+            )
+        return [one["found"] for one in said]
+
+
+def _said(folder: Path, name: str, rank: int | str) -> list[Path]:
+    name = re.sub(r"[^\w.]", "_", name)
+    return (
+        list((folder / "said").glob(f"{name}@{rank}"))
+        if rank == "*"
+        else [folder / "said" / f"{name}@{rank}"]
+    )
+
+
+# ---- the start ---------------------------------------------------------------------------------------------
+
+
+def results(jobs: Iterable[Job]) -> dict[str, Any]:
+    """What the first process of each job found."""
+    jobs = list(jobs)
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "said").mkdir()
-        given = (cases, world, folder, dict(os.environ))  # the server's own is that of its start
-        try:
-            mp.start_processes(_worker, given, nprocs=world, start_method=start)  # type: ignore[no-untyped-call]
-        except mp.ProcessRaisedException as error:
-            print(error)
-        said = {path.name: path.read_text() for path in Path(folder, "said").iterdir()}
-    wanted = {f"{case.__name__}.{rank}": "passed" for case in cases for rank in range(world)}
-    assert {name: said.get(name, "not reached") for name in wanted} == wanted
+        run(jobs, Path(folder))
+        return {job.name: Done(Path(folder)).found(job.name) for job in jobs}
 
 
-def _worker(
-    rank: int, cases: Sequence[Case], world: int, folder: str, environment: Mapping[str, str]
-) -> None:
+def run(jobs: Iterable[Job], folder: Path) -> None:
+    """Have all jobs done, and leave what they said in the folder."""
+    mp.get_context("forkserver").set_forkserver_preload(list(IMPORTED))
+    for name in ("said", "doing"):
+        (folder / name).mkdir()
+    key: Callable[[Job], tuple[int, int]] = lambda job: (job.stage, job.world)  # noqa: E731
+    rounds = [list(some) for _, some in itertools.groupby(sorted(jobs, key=key), key)]
+    given = (rounds, str(folder), dict(os.environ))  # the server's own environment is that of its start
+    context: Any = mp.start_processes(  # type: ignore[no-untyped-call]
+        _worker, given, nprocs=PROCESSES, join=False, start_method="forkserver"
+    )
+    try:
+        while not context.join(timeout=2):
+            if slow := _slow(folder):
+                raise TimeoutError(f"no end after {LONGEST:.0f} seconds: {', '.join(sorted(slow))}")
+    except (mp.ProcessRaisedException, mp.ProcessExitedException, TimeoutError) as error:
+        (folder / "ended").write_text(f"All were stopped: {error}")
+    finally:
+        for process in context.processes:
+            process.kill()
+            process.join()
+
+
+def _slow(folder: Path) -> set[str]:
+    now = time.time()
+    return {
+        name
+        for file in (folder / "doing").iterdir()
+        if now - file.stat().st_mtime > LONGEST and (name := file.read_text())
+    }
+
+
+# ---- in a process ------------------------------------------------------------------------------------------
+
+
+def _worker(rank: int, rounds: list[list[Job]], place: str, environment: Mapping[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
-    meeting = f"file://{folder}/meet"
+    folder = Path(place)
+    store = dist.FileStore(f"{place}/store", PROCESSES)
+    store.set_timeout(timedelta(minutes=10))
+    for number, jobs in enumerate(rounds):
+        world = jobs[0].world
+        team = Team(rank % world, world, folder)
+        for job in _turns(store, jobs, f"{number}", rank // world, team.rank):
+            (folder / "doing" / str(rank)).write_text(job.name)
+            _do(job, team, f"{place}/meet.{number}.{job.name}")
+            (folder / "doing" / str(rank)).write_text("")
+        if store.add(f"{number} ended", 1) == PROCESSES:
+            store.set(f"{number} over", "")
+        store.wait([f"{number} over"])  # the next round reads what this one wrote
+
+
+def _turns(store: dist.Store, jobs: list[Job], of: str, team: int, rank: int) -> Iterator[Job]:
+    """A team's first process takes the next job, and tells the others which."""
+    for turn in itertools.count():
+        told = f"{of}.{team}.{turn}"
+        if rank == 0:
+            store.set(told, str(store.add(f"{of} taken", 1) - 1))
+        at = int(store.get(told))
+        if at >= len(jobs):
+            return
+        yield jobs[at]
+
+
+def _do(job: Job, team: Team, meeting: str) -> None:
+    found, failed, environment = None, "", dict(os.environ)
+    t0, w0 = time.process_time(), time.time()  # TEMP
+    try:
+        with _group(team, meeting), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = job.run(team)
+    except (Exception, SystemExit, pytest.fail.Exception):
+        failed = traceback.format_exc()
+    os.environ.clear()
+    os.environ.update(environment)
+    said = {"found": found, "failed": failed, "rank": team.rank, "world": team.world}
+    said["t"] = (time.process_time() - t0, time.time() - w0, os.getpid(), w0)  # TEMP
+    [file] = _said(team.folder, job.name, team.rank)
+    torch.save(said, file)
+
+
+@contextlib.contextmanager
+def _group(team: Team, meeting: str) -> Iterator[None]:
+    """A group for each job: where one process fails, the others' next words to it do, and all go on."""
+    if team.world == 1:
+        yield
+        return
     dist.init_process_group(
-        "gloo", init_method=meeting, rank=rank, world_size=world, timeout=timedelta(minutes=3)
+        "gloo",
+        init_method=f"file://{meeting}",
+        rank=team.rank,
+        world_size=team.world,
+        timeout=timedelta(minutes=2),
     )
-    said = Path(folder, "said")
-    for case in cases:
-        try:
-            case(rank)
-        except Exception as error:
-            (said / f"{case.__name__}.{rank}").write_text(repr(error))
-            raise
-        (said / f"{case.__name__}.{rank}").write_text("passed")
-        dist.barrier()
-    dist.destroy_process_group()
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

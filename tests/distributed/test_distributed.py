@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+import worker
 from bases import BASES, Base, make_net, same, set_train, train
-from processes import on_two_processes
+from processes import Done, needs
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from worker import JOBS
 
 import optx
 
@@ -30,60 +27,52 @@ UNSERVED[True] = UNSERVED[False] | {
     "schedulefree.SGD",
     "pytorch_optimizer.StableAdamW",
 }
-FOLDER = "OPTX_TEST_FOLDER"  # where every_job puts what it found
 
 
-def every_job(rank: int) -> None:
-    """All of worker.py; what it found goes to a file."""
-    folder = Path(os.environ[FOLDER])
-    torch.save({job.__name__: job(rank, folder) for job in JOBS}, folder / f"{rank}.pt")
-
-
-def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(FOLDER, str(tmp_path))
-    on_two_processes([every_job])
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    for found in (first, second):
-        zero_redundancy_optimizer_steps_saves_loads_and_fails_whole(found)
-    ddp_is_one_process_on_the_joined_batch(first, second)
-    fsdp2_is_the_unsharded_run(first, second)
-
-
-def zero_redundancy_optimizer_steps_saves_loads_and_fails_whole(result: dict[str, Any]) -> None:
+@needs(2, worker.zero)
+def test_zero_redundancy_optimizer_steps_saves_loads_and_fails_whole(done: Done) -> None:
     """torch leaves None in ``state`` for what other processes keep, and saves its own entries, not ours."""
-    found = result["zero"]
-    assert found["slots in the file"] == 8  # an anchor for each parameter
-    assert found["anchors"] == found["failed"] == found["resumed"] == 0.0
-    assert not found["counted"]
-    assert found["off"] < 1e-6
+    for found in done.every(worker.zero):
+        assert found["slots in the file"] == 8  # an anchor for each parameter
+        assert found["anchors"] == found["failed"] == found["resumed"] == 0.0
+        assert not found["counted"]
+        assert found["off"] < 1e-6
 
 
-def ddp_is_one_process_on_the_joined_batch(first: dict[str, Any], second: dict[str, Any]) -> None:
-    assert {name.split(", ")[1] for name in first["ddp"]} == {"fused cpu", "foreach"}
-    for name, found in first["ddp"].items():
+@needs(2, worker.ddp)
+def test_ddp_is_one_process_on_the_joined_batch(done: Done) -> None:
+    first, second = done.every(worker.ddp)
+    assert first.keys() == {"fused cpu", "foreach"}
+    for name, found in first.items():
         assert found["off"] < 1e-6 < 0.01 < found["moved"], name
-        other = second["ddp"][name]["weights"]
+        other = second[name]["weights"]
         assert all(torch.equal(w, other[k]) for k, w in found["weights"].items()), name
 
 
-def fsdp2_is_the_unsharded_run(first: dict[str, Any], second: dict[str, Any]) -> None:
-    for name, found in first["fsdp"].items():
+@needs(2, worker.fsdp, worker.local, worker.replaced)
+def test_fsdp2_is_the_unsharded_run(done: Done) -> None:
+    first, second = done.every(worker.fsdp)
+    for name, found in first.items():
         assert found["off"] < 1e-6, name
         assert found["plan"].startswith("group 0: fused cpu on local shards (8 tensors, 78 numbers")
-        if "adamr" in name:
-            assert found["types"]["optx.adamr.anchor"] == "DTensor"
-    shards = first["fsdp"]["AdamW, both"]["shards"], second["fsdp"]["AdamW, both"]["shards"]
+        assert found["types"]["optx.adamr.anchor"] == "DTensor"
+    shards = first["AdamW"]["shards"], second["AdamW"]["shards"]
     assert (4, 3) in zip(*shards, strict=True)
     assert (1, 0) in zip(*shards, strict=True)
     # Reduced over local shards, the projection is another one: the test above would notice.
-    assert first["local"]["mesh"] < 1e-6 < 0.01 < first["local"]["local"]
-    assert first["replaced"]["off"] < 1e-6
-    assert first["replaced"]["anchors"] == 0.0
+    local = done.found(worker.local)
+    assert local["mesh"] < 1e-6 < 0.01 < local["local"]
+    assert done.found(worker.replaced)["off"] < 1e-6
+    assert done.found(worker.replaced)["anchors"] == 0.0
+
+
+@needs(2, worker.checkpoint)
+def test_checkpoints_resume_bit_for_bit(done: Done) -> None:
+    found = done.found(worker.checkpoint)
     for kind in ("sharded", "full", "broadcast", "flat"):
-        assert first["checkpoint"][kind] == {"moved": 0.0, "off": 0.0, "anchors": 0.0}, kind
-    told = first["checkpoint"]["save_optimizer"]
-    assert "is sharded over a device mesh" in told
-    assert "torch.distributed.checkpoint.save" in told
+        assert found[kind] == {"moved": 0.0, "off": 0.0, "anchors": 0.0}, kind
+    assert "is sharded over a device mesh" in found["save_optimizer"]
+    assert "torch.distributed.checkpoint.save" in found["save_optimizer"]
 
 
 # ---- torch.distributed.checkpoint in one process -----------------------------------------------------------

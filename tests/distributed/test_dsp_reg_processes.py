@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import on_two_processes
+from processes import on_processes
 from torch import Tensor, nn
 
 import optx
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="gloo")
+
+
+ANCHORED: dict[str, Any] = {"decoupled": True, "anchor": "init"}  # of the same kernels, which take seconds
 
 
 def net() -> nn.Sequential:
@@ -64,15 +67,15 @@ def ddp(rank: int) -> None:
     """Variances are of the gradients averaged over ranks, domain by domain."""
     for view in (False, True):
         model = nn.parallel.DistributedDataParallel(net(), gradient_as_bucket_view=view)
-        opt = wrapped(model, fused=view, weight=2.0)
+        opt = wrapped(model, fused=view, weight=2.0, **ANCHORED)
         train(model, opt, range(4), [slice(4 * rank, 4 * rank + 2), slice(4 * rank + 2, 4 * rank + 4)])
         alone = net()
-        theirs = wrapped(alone, weight=2.0)
+        theirs = wrapped(alone, weight=2.0, **ANCHORED)
         train(alone, theirs, range(4), [slice(None)])
         assert_alike(model, opt, alone, theirs)
         # The check can fail: a rank's own gradients have other variances.
         own = net()
-        local = wrapped(own, weight=2.0)
+        local = wrapped(own, weight=2.0, **ANCHORED)
         train(own, local, range(4), [slice(4 * rank, 4 * rank + 4)])
         apart = [(a - b).abs().max() for a, b in zip(own.parameters(), alone.parameters(), strict=True)]
         assert max(apart) > 1e-3
@@ -104,8 +107,7 @@ def rounds(rank: int) -> None:
 def fsdp(rank: int) -> None:
     from torch.distributed.fsdp import fully_shard
 
-    for norm, decoupled, anchor in (("mean", True, "init"), ("layer", False, None)):
-        options = {"norm": norm, "decoupled": decoupled, "anchor": anchor}
+    for options in (ANCHORED, {"norm": "layer", "decoupled": False}):
         model = net()
         for part in (model[0], model[2], model):  # the last layer's one row is on one rank alone
             fully_shard(part)
@@ -132,5 +134,4 @@ def shared_forward(rank: int) -> None:
 CASES = [ddp, rounds, fsdp, shared_forward]
 
 
-def test_two_processes() -> None:
-    on_two_processes(CASES)
+test_on_two_processes = on_processes(2, *CASES)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from processes import on_two_processes
+from processes import on_processes
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -127,7 +127,6 @@ def case_distributed_checkpoint(rank: int) -> None:
     masks.verify(again)
 
 
-def test_two_processes() -> None:
-    on_two_processes(
-        [case_as_in_one_process, case_from_zeros, case_over_another_dimension, case_distributed_checkpoint]
-    )
+test_on_two_processes = on_processes(
+    2, case_as_in_one_process, case_from_zeros, case_over_another_dimension, case_distributed_checkpoint
+)

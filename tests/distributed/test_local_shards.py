@@ -314,18 +314,15 @@ def metrics_are_asked_for_on_all_ranks_or_refused(rank: int) -> None:
         opt.metrics()
 
 
-def test_on_four_processes() -> None:
-    on_processes(
-        [
-            every_composition_is_the_one_process,
-            every_mesh_is_the_one_process,
-            gradients_that_lie_otherwise,
-            loose_groups_are_completed_in_the_same_all_reduce,
-            draws_of_bfloat16,
-            what_one_rank_alone_sees_is_told_by_name,
-            tensor_parallel_under_fsdp,
-            weights_that_have_no_gradient_in_a_step,
-            metrics_are_asked_for_on_all_ranks_or_refused,
-        ],
-        4,
-    )
+test_on_four_processes = on_processes(
+    4,
+    every_composition_is_the_one_process,
+    every_mesh_is_the_one_process,
+    gradients_that_lie_otherwise,
+    loose_groups_are_completed_in_the_same_all_reduce,
+    draws_of_bfloat16,
+    what_one_rank_alone_sees_is_told_by_name,
+    tensor_parallel_under_fsdp,
+    weights_that_have_no_gradient_in_a_step,
+    metrics_are_asked_for_on_all_ranks_or_refused,
+)

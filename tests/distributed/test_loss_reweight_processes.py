@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import on_two_processes
+from processes import on_processes
 from torch import Tensor, nn
 
 import optx
@@ -244,5 +244,4 @@ CASES: list[Callable[[int], None]] = [
 ]
 
 
-def test_two_processes() -> None:
-    on_two_processes(CASES)
+test_on_two_processes = on_processes(2, *CASES)

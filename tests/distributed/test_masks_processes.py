@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import on_two_processes
+from processes import on_processes
 from torch import nn
 
 import optx
@@ -78,12 +78,10 @@ def wrapped_by_ddp(rank: int) -> None:
     assert set(masks.parameters_of(model)) == set(masks)
 
 
-def test_two_processes() -> None:
-    on_two_processes(
-        [
-            shards_are_found_set_and_looked_at,
-            one_process_alone_has_regrown_and_both_say_so,
-            columns_of_tensor_parallel_too,
-            wrapped_by_ddp,
-        ]
-    )
+test_on_two_processes = on_processes(
+    2,
+    shards_are_found_set_and_looked_at,
+    one_process_alone_has_regrown_and_both_say_so,
+    columns_of_tensor_parallel_too,
+    wrapped_by_ddp,
+)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import on_two_processes
+from processes import on_processes
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -26,7 +26,7 @@ def net(width: int = 24) -> nn.Sequential:
 
 def begin(model: nn.Module, shapes: Any) -> tuple[Any, Any]:
     opt = torch.optim.AdamW(model.named_parameters(), lr=LR, weight_decay=DECAY)
-    opt = optx.wrap(opt, optx.MuAdamW(shapes), optx.PerpGrad())
+    opt = optx.wrap(opt, optx.MuAdamW(shapes), optx.PerpGrad(), fused=False)  # by kernels: in tests/engines
     return opt, lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step))
 
 
@@ -89,5 +89,6 @@ def under_ddp_names_are_found(rank: int) -> None:
     assert [g["lr"] for g in opt.param_groups] == pytest.approx([LR / 4, LR / 12, LR / 4])
 
 
-def test_two_processes() -> None:
-    on_two_processes([shards_train_as_the_whole_does, first_weights_of_shards, under_ddp_names_are_found])
+test_on_two_processes = on_processes(
+    2, shards_train_as_the_whole_does, first_weights_of_shards, under_ddp_names_are_found
+)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conv_models import images, vgg
-from processes import on_two_processes
+from processes import on_processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -49,5 +49,4 @@ def what_ddp_would_not_average_is_an_error(rank: int) -> None:
 CASES = [gradients_are_those_of_the_whole_batch, what_ddp_would_not_average_is_an_error]
 
 
-def test_two_processes() -> None:
-    on_two_processes(CASES)
+test_on_two_processes = on_processes(2, *CASES)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import on_two_processes
+from processes import on_processes
 from torch import Tensor, nn
 
 import optx
@@ -95,5 +95,4 @@ def fsdp(rank: int) -> None:
         optx.wrap(adamw(net), sara(compact=True))
 
 
-def test_on_two_processes() -> None:
-    on_two_processes([ddp_dense, ddp_compact, fsdp])
+test_on_two_processes = on_processes(2, ddp_dense, ddp_compact, fsdp)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import on_two_processes
+from processes import FOLDER, on_processes
 from stn_loop import batch, sgd, tuned
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -55,11 +55,11 @@ def one_run(rank: int | None, ready: Ready = lambda model: (model, sgd(model))) 
 
 def same(found: dict[str, Any]) -> None:
     """As one process on the joined batch; perturbations are of that, and gradients averaged."""
-    alone = torch.load(Path(os.environ["OPTX_TEST_FOLDER"], "alone.pt"), weights_only=True)
-    assert found.keys() == alone.keys()
+    wanted = torch.load(Path(os.environ[FOLDER], "alone.pt"), weights_only=True)
+    assert found.keys() == wanted.keys()
     for key, t in found.items():
         got: Tensor = t.full_tensor() if hasattr(t, "full_tensor") else t
-        torch.testing.assert_close(got, alone[key], rtol=1e-4, atol=1e-6, msg=key)
+        torch.testing.assert_close(got, wanted[key], rtol=1e-4, atol=1e-6, msg=key)
         every = [torch.zeros_like(got) for _ in range(2)]
         dist.all_gather(every, got.contiguous())
         assert torch.equal(*every), key
@@ -94,7 +94,7 @@ def accelerate(rank: int) -> None:
     assert accelerator.unwrap_model(call) is model
     accelerator.register_for_checkpointing(stn)
     steps(model, call, stn, opt, rank, range(2))
-    folder = str(Path(os.environ["OPTX_TEST_FOLDER"], "saved"))
+    folder = str(Path(os.environ[FOLDER], "saved"))
     accelerator.save_state(folder)
     found = steps(model, call, stn, opt, rank, range(2, 4))
     same(found)
@@ -104,9 +104,11 @@ def accelerate(rank: int) -> None:
     assert all(torch.equal(t, again[key]) for key, t in found.items())
 
 
-def test_two_processes_are_one_on_their_joined_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = one_run(None)
-    assert not torch.equal(alone["optx.stn.raw"], alone["optx.stn.history"][0, 1:3].float())
-    torch.save(alone, tmp_path / "alone.pt")
-    monkeypatch.setenv("OPTX_TEST_FOLDER", str(tmp_path))
-    on_two_processes([ddp, fsdp2, accelerate])
+def alone(_: int) -> None:
+    found = one_run(None)
+    assert not torch.equal(found["optx.stn.raw"], found["optx.stn.history"][0, 1:3].float())
+    torch.save(found, Path(os.environ[FOLDER], "alone.pt"))
+
+
+test_on_one_process = on_processes(1, alone)
+test_two_processes_are_one_on_their_joined_batch = on_processes(2, ddp, fsdp2, accelerate)

@@ -1,14 +1,13 @@
-"""Two gloo processes: DDP, FSDP2 and distributed checkpoints, each beside the same run in one process."""
+"""Two gloo processes under FSDP2: a whole checkpoint for one, a step that all skip; and DCP in one."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
-from processes import on_two_processes
+from processes import on_processes
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -59,63 +58,6 @@ def whole(t: Tensor) -> Tensor:
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
-def assert_close(model: nn.Module, reference: nn.Module) -> None:
-    for a, b in zip(model.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(whole(a).detach(), b.detach(), rtol=0, atol=1e-6)
-
-
-def ddp_equals_one_process(rank: int) -> None:
-    model = nn.parallel.DistributedDataParallel(net())
-    opt = wrapped(model)
-    assert opt.plan()[0].path == "fused cpu"
-    train(model, opt, range(3), slice(4 * rank, 4 * rank + 4))
-    reference = net()
-    train(reference, wrapped(reference), range(3))
-    assert_close(model, reference)
-
-
-def fsdp_reduces_over_the_mesh(rank: int) -> None:
-    model, reference = sharded(), net()
-    opt = wrapped(model)
-    assert opt.plan()[0].path == "fused cpu"
-    assert opt.plan()[0].on_shards
-    train(model, opt, range(4))
-    train(reference, wrapped(reference), range(4))
-    assert_close(model, reference)
-    # The check can fail: a projection by this rank's shard alone is another step.
-    w = next(model.parameters())
-    g = torch.ones_like(w)
-    alone = (local(w) * local(g)).sum() / (local(w) * local(w)).sum()
-    together = whole((w * g).sum()) / whole((w * w).sum())
-    assert abs(float(alone - together)) > 1e-3
-
-
-def unnormalised_l1_pull_on_shards(rank: int) -> None:
-    model, reference = sharded(), net()
-    pull: Callable[[], optx.AdamR] = lambda: optx.AdamR(weight=0.1, norm="l1", normalize=False)  # noqa: E731
-    train(model, wrapped(model, pull()), range(4))
-    train(reference, wrapped(reference, pull()), range(4))
-    assert_close(model, reference)
-
-
-def checkpoint_resumes_bit_for_bit(rank: int) -> None:
-    model = sharded()
-    opt = wrapped(model)
-    train(model, opt, range(3))
-    saved = copy.deepcopy(get_optimizer_state_dict(model, opt))
-    again = sharded()
-    for a, b in zip(again.parameters(), model.parameters(), strict=True):
-        local(a.data).copy_(local(b.data))
-    fresh = wrapped(again)  # its anchors are the trained weights, until the checkpoint brings the real ones
-    before = [local(p).clone() for p in again.parameters()]
-    set_optimizer_state_dict(again, fresh, saved)
-    assert all(torch.equal(a, local(b)) for a, b in zip(before, again.parameters(), strict=True))
-    train(model, opt, range(3, 5))
-    train(again, fresh, range(3, 5))
-    for a, b in zip(model.parameters(), again.parameters(), strict=True):
-        assert torch.equal(local(a), local(b))
-
-
 def full_checkpoint_loads_into_one_process(rank: int) -> None:
     model = sharded()
     opt = wrapped(model)
@@ -158,18 +100,10 @@ def all_ranks_skip_what_one_rank_saw(rank: int) -> None:
     assert opt.skipped_steps == 3
 
 
-CASES: list[Callable[[int], None]] = [
-    ddp_equals_one_process,
-    fsdp_reduces_over_the_mesh,
-    unnormalised_l1_pull_on_shards,
-    checkpoint_resumes_bit_for_bit,
-    full_checkpoint_loads_into_one_process,
-    all_ranks_skip_what_one_rank_saw,
-]
-
-
-def test_two_processes() -> None:
-    on_two_processes(CASES)
+# DDP, FSDP2 and the kinds of checkpoints are in test_distributed.
+test_on_two_processes = on_processes(
+    2, full_checkpoint_loads_into_one_process, all_ranks_skip_what_one_rank_saw
+)
 
 
 def test_distributed_checkpoint_on_a_fresh_optimizer_moves_nothing() -> None:

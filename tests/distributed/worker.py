@@ -1,14 +1,16 @@
-"""What test_distributed has done on two gloo processes: each job gives what it found."""
+"""What test_distributed has done on two gloo processes: each gives what it found."""
 
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from processes import FOLDER
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -28,16 +30,15 @@ from optx.step.state import saved_slots
 
 WORLD = 2
 Make = Callable[[Iterable[Any]], torch.optim.Optimizer]
-TRANSFORMS: dict[str, Callable[[], list[optx.Transform]]] = {
-    "perp": lambda: [PerpGrad()],
-    "adamr": lambda: [AdamR(weight=0.1)],
-    "both": lambda: [PerpGrad(), AdamR(weight=0.1)],
-}
 BASES: dict[str, Make] = {
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
-    "amsgrad": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
-    "Adam, coupled decay": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1),
+    "Adam, amsgrad, coupled decay": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1, amsgrad=True),
 }
+
+
+def both() -> list[optx.Transform]:
+    """One chain for all jobs: each other one would be compiled."""
+    return [PerpGrad(), AdamR(weight=0.1)]
 
 
 def net(seed: int = 0) -> nn.Module:
@@ -89,53 +90,54 @@ def off(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 # ---- DDP --------------------------------------------------------------------------------------------------
 
 
-def ddp(rank: int, _: Path) -> dict[str, Any]:
-    """Every composition under DDP, and in one process on the joined batch."""
+def ddp(rank: int) -> dict[str, Any]:
+    """Under DDP, and in one process on the joined batch."""
     found: dict[str, Any] = {}
-    for name, transforms in TRANSFORMS.items():
-        for fused in ("auto", False):
-            alone = net()
-            train(alone, optx.wrap(BASES["AdamW"](alone.parameters()), *transforms(), fused=fused), range(5))
-            parallel = nn.parallel.DistributedDataParallel(net())
-            opt = optx.wrap(BASES["AdamW"](parallel.parameters()), *transforms(), fused=fused)
-            train(parallel, opt, range(5), rank)
-            found[f"{name}, {opt.plan()[0].path}"] = {
-                "off": off(weights(parallel), weights(alone)),
-                "moved": off(weights(alone), weights(net())),
-                "weights": weights(parallel),
-            }
+    for fused in ("auto", False):
+        alone = net()
+        train(alone, optx.wrap(BASES["AdamW"](alone.parameters()), *both(), fused=fused), range(5))
+        parallel = nn.parallel.DistributedDataParallel(net())
+        opt = optx.wrap(BASES["AdamW"](parallel.parameters()), *both(), fused=fused)
+        train(parallel, opt, range(5), rank)
+        found[opt.plan()[0].path] = {
+            "off": off(weights(parallel), weights(alone)),
+            "moved": off(weights(alone), weights(net())),
+            "weights": weights(parallel),
+        }
     return found
 
 
 # ---- FSDP2 ------------------------------------------------------------------------------------------------
 
 
-def fsdp(rank: int, _: Path) -> dict[str, Any]:
-    """Every composition with DTensor parameters, and unsharded (fused once: kernels take time to compile)."""
+def fsdp(rank: int) -> dict[str, Any]:
+    """Bases with DTensor parameters, and unsharded; other chains are in test_local_shards and the engines."""
     found: dict[str, Any] = {}
     for base, make in BASES.items():
-        for name, transforms in TRANSFORMS.items():
-            alone = net()
-            fused = "auto" if (base, name) == ("AdamW", "both") else False
-            train(alone, optx.wrap(make(alone.parameters()), *transforms(), fused=fused), range(5))
-            model = sharded()
-            opt = optx.wrap(make(model.parameters()), *transforms())
-            train(model, opt, range(5), rank)
-            found[f"{base}, {name}"] = {
-                "off": off(weights(model), weights(alone)),
-                "shards": [p.to_local().shape[0] for p in model.parameters()],
-                "types": {k: type(v).__name__ for k, v in opt.state[next(model.parameters())].items()},
-                "plan": str(opt.plan()),
-            }
+        alone = net()
+        train(
+            alone,
+            optx.wrap(make(alone.parameters()), *both(), fused="auto" if base == "AdamW" else False),
+            range(5),
+        )
+        model = sharded()
+        opt = optx.wrap(make(model.parameters()), *both())
+        train(model, opt, range(5), rank)
+        found[base] = {
+            "off": off(weights(model), weights(alone)),
+            "shards": [p.to_local().shape[0] for p in model.parameters()],
+            "types": {k: type(v).__name__ for k, v in opt.state[next(model.parameters())].items()},
+            "plan": str(opt.plan()),
+        }
     return found
 
 
-def replaced(rank: int, _: Path) -> dict[str, Any]:
+def replaced(rank: int) -> dict[str, Any]:
     """Wrapped first, sharded then (as Accelerate does): parameters are other objects afterwards."""
     alone = net()
-    train(alone, optx.wrap(BASES["AdamW"](alone.parameters()), *TRANSFORMS["both"]()), range(5))
+    train(alone, optx.wrap(BASES["AdamW"](alone.parameters()), *both()), range(5))
     model = net()
-    opt = optx.wrap(BASES["AdamW"](model.parameters()), *TRANSFORMS["both"]())
+    opt = optx.wrap(BASES["AdamW"](model.parameters()), *both())
     names = {id(p): name for name, p in model.named_parameters()}
     fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
     new = dict(model.named_parameters())
@@ -146,12 +148,12 @@ def replaced(rank: int, _: Path) -> dict[str, Any]:
     return {"off": off(weights(model), weights(alone)), "anchors": off(anchors, weights(net()))}
 
 
-def local(rank: int, _: Path) -> dict[str, Any]:
+def local(rank: int) -> dict[str, Any]:
     """One step of perpGrad reduced over the mesh, and reduced over each process's shard alone."""
     make = lambda p: torch.optim.SGD(p, lr=1.0)  # noqa: E731
     alone, model, shards = net(), sharded(), sharded()
     train(alone, optx.wrap(make(alone.parameters()), PerpGrad(), fused=False), range(1))
-    train(model, optx.wrap(make(model.parameters()), PerpGrad()), range(1), rank)
+    train(model, optx.wrap(make(model.parameters()), PerpGrad(), fused=False), range(1), rank)
     train(shards, torch.optim.SGD(shards.parameters(), lr=0.0), range(1), rank)  # for its gradients
     mine = [nn.Parameter(p.to_local()) for p in shards.parameters()]
     for p, full in zip(mine, shards.parameters(), strict=True):
@@ -166,7 +168,7 @@ def local(rank: int, _: Path) -> dict[str, Any]:
 # ---- checkpoints ------------------------------------------------------------------------------------------
 
 
-def checkpoint(rank: int, folder: Path) -> dict[str, Any]:
+def checkpoint(rank: int) -> dict[str, Any]:
     """Save sharded, full and broadcast; load into a fresh pair; go on; and beside it the whole run."""
     import torch.distributed.checkpoint as dcp
 
@@ -176,10 +178,11 @@ def checkpoint(rank: int, folder: Path) -> dict[str, Any]:
         "broadcast": StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True),
         "flat": StateDictOptions(flatten_optimizer_state_dict=True),
     }
+    folder = Path(os.environ[FOLDER])
     found: dict[str, Any] = {}
     for kind, options in kinds.items():
         model = sharded()
-        opt = optx.wrap(BASES["AdamW"](model.parameters()), *TRANSFORMS["both"]())
+        opt = optx.wrap(BASES["AdamW"](model.parameters()), *both())
         train(model, opt, range(3), rank)
         saved = copy.deepcopy(
             {
@@ -189,7 +192,7 @@ def checkpoint(rank: int, folder: Path) -> dict[str, Any]:
         )
         train(model, opt, range(3, 6), rank)
         other = sharded(seed=1)
-        fresh = optx.wrap(BASES["AdamW"](other.parameters()), *TRANSFORMS["both"]())
+        fresh = optx.wrap(BASES["AdamW"](other.parameters()), *both())
         before = weights(other)
         if kind in ("sharded", "flat"):  # through files
             dcp.save(saved, checkpoint_id=folder / kind)
@@ -220,7 +223,7 @@ def checkpoint(rank: int, folder: Path) -> dict[str, Any]:
 # ---- ZeroRedundancyOptimizer ----------------------------------------------------------------------------
 
 
-def zero(rank: int, _: Path) -> dict[str, Any]:
+def zero(rank: int) -> dict[str, Any]:
     """The base's moments lie on one process each: trained, saved, loaded and gone on with; and unsharded."""
 
     def transforms() -> list[optx.Transform]:
@@ -231,7 +234,7 @@ def zero(rank: int, _: Path) -> dict[str, Any]:
         return optx.wrap(base, *transforms())
 
     alone, model = net(), net()
-    train(alone, optx.wrap(BASES["AdamW"](alone.parameters()), *transforms()), range(6))
+    train(alone, optx.wrap(BASES["AdamW"](alone.parameters()), *transforms(), fused=False), range(6))
     opt = make(model)
     train(model, opt, range(3))
     opt.base.consolidate_state_dict(to=0)  # type: ignore[attr-defined]
@@ -261,6 +264,3 @@ def zero(rank: int, _: Path) -> dict[str, Any]:
     fresh.base.load_state_dict(again[0])  # behind our back; None for what other processes keep
     train(other, fresh, range(1))
     return found
-
-
-JOBS = (zero, ddp, fsdp, replaced, local, checkpoint)

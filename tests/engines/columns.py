@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from engines.tasks import ADAMW, BY_NAME, STEPS, Task, train
-from engines.teams import Cell, Found, Team
+from processes import Job, Team
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+import optx
+
+Found = dict[str, Any]
 SAVED_AFTER = 3
 _OPTIONS = states.StateDictOptions(strict=False)  # HFT: what was never trained has no state, nor is it saved
 
@@ -54,9 +59,23 @@ def make(row: str) -> Task:
     return BY_NAME[row].task(BY_NAME[row])
 
 
-def cell(run: Callable[[str, Team], Found], row: str) -> Cell:
+def cell(run: Callable[[str, Team], Found], row: str) -> Callable[[Team], Found]:
     """A column's cell of a row, as it can be sent to another process."""
-    return functools.partial(run, row)
+    return functools.partial(_found_by, run, row)
+
+
+def _found_by(run: Callable[[str, Team], Found], row: str, team: Team) -> Found:
+    """What a cell finds, or the words that it is refused with."""
+    try:
+        return run(row, team)
+    except optx.OptxError as error:
+        return {"refused": str(error)}
+
+
+def here(jobs: Iterable[Job]) -> dict[str, Found]:
+    """Cells that need one process, by this one: four would import all trainers."""
+    with tempfile.TemporaryDirectory() as folder:
+        return {job.name: job.run(Team(0, 1, Path(folder))) for job in jobs}
 
 
 # ---- one process -------------------------------------------------------------------------------------------

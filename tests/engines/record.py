@@ -17,8 +17,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engines import table, trainers
+from engines.columns import Found, here
 from engines.tasks import ROWS
-from engines.teams import Found, here, results
+from processes import results
 
 from optx._errors import near
 from optx._files import written_aside
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(", ".join(some), flush=True)
         for do, these in ((results, [n for n in names if n not in ALONE]), (here, ALONE)):
             wanted = [name for name in these if name in names]
-            keep(do(list(table.phases(wanted, dict.fromkeys(wanted, some)))) if wanted else {})
+            keep(do(table.jobs(wanted, dict.fromkeys(wanted, some))) if wanted else {})
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from engines import columns, trainers
+from engines.columns import Found
 from engines.tasks import BY_NAME
-from engines.teams import Found, Phase, Team
+from processes import Job, Team
 from torch import Tensor
 
 from optx.recipes import _engines_report
@@ -36,21 +37,22 @@ class Column:
         run: trains a row and gives what it found.
         world: how many processes do a cell together.
         resumes: whether it also goes on from a checkpoint of as many processes, to the same bits.
+        reads: whether it goes on from what "FSDP2" has saved.
     """
 
     name: str
     run: Callable[[str, Team], Found]
     world: int
     resumes: bool = False
+    reads: bool = False
 
 
-# In the order in which they are run: later ones read what "FSDP2" has saved.
 COLUMNS: list[Column] = [
     Column("DDP", columns.ddp, 2, resumes=True),
     Column("FSDP2", columns.fsdp2, 2, resumes=True),
     Column("HSDP, 2 x 2", columns.hsdp, 4),
-    Column("FSDP2, 2 to 4", columns.fsdp2_resumed, 4),
-    Column("FSDP2, 2 to 1", columns.alone_resumed, 1),
+    Column("FSDP2, 2 to 4", columns.fsdp2_resumed, 4, reads=True),
+    Column("FSDP2, 2 to 1", columns.alone_resumed, 1, reads=True),
     Column("wrapped, then FSDP2", columns.wrapped_then_sharded, 2),
     Column("ZeRO-1 (torch)", columns.zero_redundancy, 2),
     Column("FSDP1", columns.fsdp1, 2),
@@ -116,16 +118,15 @@ def key(column: str, row: str) -> str:
     return f"{column}+{row}"
 
 
-def phases(names: Sequence[str], rows: Mapping[str, Sequence[str]]) -> Iterator[Phase]:
-    """What has to be run for some columns, each with its own choice of rows."""
-    needed = list(dict.fromkeys(row for name in names for row in rows[name]))
-    yield Phase(1, {key(REFERENCE, row): columns.cell(columns.one_process, row) for row in needed})
+def jobs(names: Sequence[str], rows: Mapping[str, Sequence[str]]) -> Iterator[Job]:
+    """What has to be done for some columns, each with its own choice of rows."""
+    for row in dict.fromkeys(row for name in names for row in rows[name]):
+        yield Job(key(REFERENCE, row), 1, columns.cell(columns.one_process, row))
     for name in names:
         column = BY_TITLE[name]
-        cells = {
-            key(name, row): columns.cell(column.run, row) for row in rows[name] if untried(name, row) is None
-        }
-        yield Phase(column.world, cells)
+        for row in rows[name]:
+            if untried(name, row) is None:
+                yield Job(key(name, row), column.world, columns.cell(column.run, row), int(column.reads))
 
 
 # ---- judging -----------------------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from engines import table
+from engines.columns import here
 from engines.tasks import BY_NAME, ROWS, public
-from engines.teams import Found, here, results
+from processes import Done
 
 RECORDED = json.loads(
     (Path(__file__).parents[2] / "recipes/results/engines.json").read_text(encoding="utf-8")
@@ -49,14 +50,6 @@ def complaints(column: str, cells: Mapping[str, Mapping[str, float]], rows: Sequ
     return [line for row, cell in cells.items() for line in table.complaints(column, row, cell)]
 
 
-@pytest.fixture(scope="module")
-def found() -> dict[str, Found]:
-    pytest.importorskip("transformers")
-    if not dist.is_gloo_available():
-        pytest.skip("gloo")
-    return results(list(table.phases(list(COVERED), COVERED)))
-
-
 def test_every_public_method_has_a_row() -> None:
     assert {row.name: row.kind for row in ROWS} == public()
 
@@ -67,10 +60,18 @@ def test_every_column_and_every_row_is_run() -> None:
     assert all(len(rows) >= 2 for rows in (*COVERED.values(), *ALONE.values()))
 
 
+@pytest.mark.skipif(not dist.is_gloo_available(), reason="gloo")
+@pytest.mark.jobs(*table.jobs(list(COVERED), COVERED))
 @pytest.mark.parametrize("column", COVERED)
-def test_several_processes_are_what_the_table_says(column: str, found: dict[str, Found]) -> None:
-    cells = table.cells(found)[column]
+def test_several_processes_are_what_the_table_says(column: str, done: Done) -> None:
+    pytest.importorskip("transformers")
     rows = COVERED[column]
+    needed = {
+        *(job.name for job in table.jobs([column], COVERED)),
+        *(table.key("FSDP2", row) for row in rows),
+    }
+    known = {job.name for job in table.jobs(list(COVERED), COVERED)}
+    cells = table.cells({name: done.found(name) for name in needed & known})[column]
     assert complaints(column, {row: cells[row] for row in rows}, rows) == []
 
 
@@ -79,7 +80,7 @@ def test_several_processes_are_what_the_table_says(column: str, found: dict[str,
 def test_trainers_are_what_the_table_says(column: str) -> None:
     pytest.importorskip(NEEDS.get(column, "transformers"))
     rows = ALONE[column]
-    found = here(list(table.phases([column], {column: rows})))
+    found = here(table.jobs([column], {column: rows}))
     assert complaints(column, table.cells(found)[column], rows) == []
 
 

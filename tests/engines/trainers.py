@@ -13,9 +13,9 @@ from typing import Any
 
 import injections
 import torch
-from engines.columns import make, weights
+from engines.columns import Found, make, weights
 from engines.tasks import ADAMW, BATCH, BY_NAME, STEPS, Batch, Instead, Row, Task, of_table, train
-from engines.teams import Found, Team
+from processes import Team
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from injections import assert_same, snapshot
-from processes import on_two_processes
+from processes import on_processes
 from torch import Tensor, nn
 
 import optx
@@ -276,5 +276,4 @@ def stay_together(rank: int) -> None:
             assert whole.any()
 
 
-def test_two_ranks_refuse_alike_and_stay_together_in_the_right_order() -> None:
-    on_two_processes([refuse_alike, stay_together])
+test_on_two_processes = on_processes(2, refuse_alike, stay_together)

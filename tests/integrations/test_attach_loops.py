@@ -10,7 +10,7 @@ import pytest
 import sharded_adapters
 import torch
 from injections import ROWS, Row, llama, run
-from processes import on_two_processes
+from processes import on_processes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -190,7 +190,5 @@ def _adapters(rank: int) -> None:
     sharded_adapters.every_case(rank, Path(os.environ["OPTX_TEST_FOLDER"]))
 
 
-def test_fsdp2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One start of two processes serves all; under DDP every injection is in tests/engines."""
-    monkeypatch.setenv("OPTX_TEST_FOLDER", str(tmp_path))
-    on_two_processes([_fsdp, _adapters])
+# Under DDP every injection is in tests/engines.
+test_on_two_processes = on_processes(2, _fsdp, _adapters)

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import on_two_processes
+from processes import on_processes
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import optx
 
+pytest.importorskip("accelerate")
+pytest.importorskip("lightning")
 BATCHES = 2 * [torch.randn(8, 6, generator=torch.Generator().manual_seed(i)) for i in range(2)]  # two epochs
 
 
@@ -215,9 +217,4 @@ def _lightning_fsdp2(rank: int) -> None:
         assert torch.equal(p.full_tensor(), q.full_tensor())
 
 
-def test_both_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One start of two processes serves all."""
-    pytest.importorskip("accelerate")
-    pytest.importorskip("lightning")
-    monkeypatch.setenv("OPTX_TEST_FOLDER", str(tmp_path))
-    on_two_processes([_accelerate_ddp, _accelerate_fsdp2, _lightning_ddp, _lightning_fsdp2])
+test_on_two_processes = on_processes(2, _accelerate_ddp, _accelerate_fsdp2, _lightning_ddp, _lightning_fsdp2)

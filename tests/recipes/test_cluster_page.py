@@ -103,11 +103,11 @@ def test_accelerate(tmp_path: Path, reweighted: tuple[list[str], dict[str, Any]]
 def test_one_machine(tmp_path: Path) -> None:
     """Its numbers are held against one process in test_recipe_parallel; there signals stop it, too."""
     recipe_models.llama(tmp_path / "llama")
-    small = ["--arms", "adamw+hft+adamr", "--steps", "2", "--length", "32"]
+    small = ["--arms", "adamw", "--steps", "2", "--length", "32"]
     small += ["--eval-blocks", "2", "--answer-length", "2"]
     small += ["--model", str(tmp_path / "llama"), *recipe_models.texts(tmp_path)]
     words = [*command("torchrun --nproc-per-node 2"), *small, "--out", str(tmp_path / "two")]
     assert started(words, tmp_path / "said").wait(240) == 0, (tmp_path / "said").read_text()
     found = results(tmp_path / "two")
     assert (found["environment"]["processes"], found["environment"]["engine"]) == (2, "FSDP2")
-    assert len(found["arms"]["adamw+hft+adamr/0"]["loss"]) == 2
+    assert len(found["arms"]["adamw/0"]["loss"]) == 2

@@ -15,7 +15,7 @@ import pytest
 import recipe_models
 import torch
 import torch.distributed as dist
-from processes import on_two_processes
+from processes import FOLDER, Done, needs
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 pytest.importorskip("transformers")
@@ -29,13 +29,12 @@ pytestmark = [
 ]
 
 ARM = "adamw+hft+adamr"
-PLACE = "OPTX_TEST_PARALLEL_RECIPES"
 SAME = ("loss", "curve", "distance", "answers", "state_bytes", "gradient_bytes")
 
 
 def options(out: str, *more: str, model: str = "llama", arms: str = ARM) -> list[str]:
     """A run's, in the folder that all processes have."""
-    place = Path(os.environ[PLACE])
+    place = Path(os.environ[FOLDER])
     texts = ["--data", str(place / "data.txt"), "--general", str(place / "general.txt")]
     small = ["--steps", "6", "--length", "32", "--eval-blocks", "4", "--lr", "0.01", "--answer-length", "6"]
     texts += ["--prompts", str(place / "prompts.txt")]
@@ -43,7 +42,7 @@ def options(out: str, *more: str, model: str = "llama", arms: str = ARM) -> list
 
 
 def results(out: str) -> dict[str, Any]:
-    return json.loads((Path(os.environ[PLACE]) / out / "results.json").read_text())
+    return json.loads((Path(os.environ[FOLDER]) / out / "results.json").read_text())
 
 
 def arm(out: str, name: str = ARM) -> dict[str, Any]:
@@ -132,29 +131,52 @@ def weights_are_the_firsts(rank: int) -> None:
     assert torch.equal(model[1].running_mean, mean)
 
 
-CASES = (weights_are_the_firsts, whole_runs, interrupted_and_resumed, resumed_by_others, refusals)
+def in_one_process(_: int) -> None:
+    """What those on two are held against, and what they go on with."""
+    place = Path(os.environ[FOLDER])
+    recipe_models.llama(place / "llama")
+    recipe_models.llama(place / "drops", dropout=0.1)
+    recipe_models.texts(place)
+    (place / "prompts.txt").write_text("who is dead?\nand who is king?\n")
+    finetune.main(options("one", "--batch", "2", arms=f"adamw,{ARM}"))
+    interrupted(4, *options("of_one", "--batch", "2"))
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """All runs, of one process and of two."""
-    place = tmp_path_factory.mktemp("runs")
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(PLACE, str(place))
-        recipe_models.llama(place / "llama")
-        recipe_models.llama(place / "drops", dropout=0.1)
-        recipe_models.texts(place)
-        (place / "prompts.txt").write_text("who is dead?\nand who is king?\n")
-        finetune.main(options("one", "--batch", "2", arms=f"adamw,{ARM}"))
-        interrupted(4, *options("of_one", "--batch", "2"))
-        on_two_processes(CASES)
-        shutil.copytree(place / "of_two", place / "again")
-        finetune.main(options("of_two", "--batch", "2", "--resume"))
-        yield
+def resumed_by_one(_: int) -> None:
+    place = Path(os.environ[FOLDER])
+    shutil.copytree(place / "of_two", place / "again")
+    finetune.main(options("of_two", "--batch", "2", "--resume"))
 
 
-@pytest.mark.usefixtures("ran")
+ON_TWO = (weights_are_the_firsts, whole_runs, interrupted_and_resumed, resumed_by_others)
+NEEDED = [
+    needs(1, in_one_process),
+    needs(2, *ON_TWO),
+    needs(1, resumed_by_one, stage=1),
+    needs(2, refusals, stage=1),
+]
+
+
+def ran(test: Any) -> Any:
+    """All runs are there for the test, in the folder that it asks for as they did."""
+    for mark in (*NEEDED, pytest.mark.usefixtures("place")):
+        test = mark(test)
+    return test
+
+
+@pytest.fixture
+def place(done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
+    for case in (in_one_process, *ON_TWO, resumed_by_one):
+        done.found(case)
+    monkeypatch.setenv(FOLDER, str(done.files(__name__)))
+
+
+@ran
+def test_refusals_speak_with_one_voice(done: Done) -> None:
+    done.found(refusals)
+
+
+@ran
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_numbers_are_those_of_one_process(engine: str) -> None:
     one, two = results("one"), results(engine)
@@ -164,7 +186,7 @@ def test_numbers_are_those_of_one_process(engine: str) -> None:
     assert two["before"] == one["before"]
     for name in two["arms"]:
         assert_as_one(two["arms"][name], one["arms"][name])
-    assert (Path(os.environ[PLACE]) / engine / "finetune.png").exists()
+    assert (Path(os.environ[FOLDER]) / engine / "finetune.png").exists()
 
 
 def assert_as_one(found: dict[str, Any], one: dict[str, Any]) -> None:
@@ -176,18 +198,18 @@ def assert_as_one(found: dict[str, Any], one: dict[str, Any]) -> None:
         assert found[name] == one[name]
 
 
-@pytest.mark.usefixtures("ran")
+@ran
 def test_resumed_by_as_many_is_uninterrupted() -> None:
     assert arm("parts") == arm("drops")  # bit for bit: JSON keeps floats exactly
 
 
-@pytest.mark.usefixtures("ran")
+@ran
 @pytest.mark.parametrize("out", ["of_one", "of_two"])
 def test_resumed_by_another_number_is_as_good(out: str) -> None:
     assert_as_one(arm(out), arm("one"))
 
 
-@pytest.mark.usefixtures("ran")
+@ran
 def test_another_number_has_another_batch_unless_it_is_said() -> None:
     with pytest.raises(SystemExit, match=r"holds a run with --batch 2, not 1\. Give the same options"):
         finetune.main(options("again", "--resume"))
