@@ -76,12 +76,14 @@ class Job:
         world: how many processes it takes.
         run: what each of them calls; what it gives is kept.
         stage: after all jobs of lower ones.
+        together: jobs of one name here are done by one team, as they import the same.
     """
 
     name: str
     world: int
     run: Callable[[Team], Any]
     stage: int = 0
+    together: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,11 +99,12 @@ class _Case:
         return getattr(importlib.import_module(self.module), self.function)(team.rank)
 
 
-def on_processes(world: int, *cases: Case, stage: int = 0) -> Callable[..., None]:
-    """A test for each of a module's functions, which so many processes call with their rank."""
-    params = [
-        pytest.param(_name(case), id=case.__name__, marks=needs(world, case, stage=stage)) for case in cases
-    ]
+def on_processes(world: int, *cases: Case, **more: Any) -> Callable[..., None]:
+    """A test for each of a module's functions, which so many processes call with their rank.
+
+    ``more`` is a `Job`'s.
+    """
+    params = [pytest.param(_name(case), id=case.__name__, marks=needs(world, case, **more)) for case in cases]
 
     @pytest.mark.parametrize("job", params)
     def test(job: str, done: Done) -> None:
@@ -110,9 +113,9 @@ def on_processes(world: int, *cases: Case, stage: int = 0) -> Callable[..., None
     return test
 
 
-def needs(world: int, *cases: Case, stage: int = 0) -> pytest.MarkDecorator:
+def needs(world: int, *cases: Case, **more: Any) -> pytest.MarkDecorator:
     """The same for a test that looks at what they found, or left in their module's folder."""
-    jobs = (Job(_name(case), world, _Case(case.__module__, case.__name__), stage) for case in cases)
+    jobs = (Job(_name(case), world, _Case(case.__module__, case.__name__), **more) for case in cases)
     return pytest.mark.jobs(*jobs)
 
 
@@ -199,7 +202,7 @@ def run(jobs: Iterable[Job], folder: Path) -> None:
     for name in ("said", "doing"):
         (folder / name).mkdir()
     key: Callable[[Job], tuple[int, int]] = lambda job: (job.stage, job.world)  # noqa: E731
-    rounds = [list(some) for _, some in itertools.groupby(sorted(jobs, key=key), key)]
+    rounds = [_in_turn(some) for _, some in itertools.groupby(sorted(jobs, key=key), key)]
     given = (rounds, str(folder), dict(os.environ))  # the server's own environment is that of its start
     context: Any = mp.start_processes(  # type: ignore[no-untyped-call]
         _worker, given, nprocs=PROCESSES, join=False, start_method="forkserver"
@@ -216,6 +219,14 @@ def run(jobs: Iterable[Job], folder: Path) -> None:
             process.join()
 
 
+def _in_turn(jobs: Iterable[Job]) -> list[list[Job]]:
+    """What a team takes at once."""
+    units: dict[str, list[Job]] = {}
+    for job in jobs:
+        units.setdefault(job.together or f"{job.name} alone", []).append(job)
+    return list(units.values())
+
+
 def _slow(folder: Path) -> set[str]:
     now = time.time()
     return {
@@ -228,17 +239,17 @@ def _slow(folder: Path) -> set[str]:
 # ---- in a process ------------------------------------------------------------------------------------------
 
 
-def _worker(rank: int, rounds: list[list[Job]], place: str, environment: Mapping[str, str]) -> None:
+def _worker(rank: int, rounds: list[list[list[Job]]], place: str, environment: Mapping[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
     folder = Path(place)
     store = dist.FileStore(f"{place}/store", PROCESSES)
     store.set_timeout(timedelta(minutes=10))
-    for number, jobs in enumerate(rounds):
-        world = jobs[0].world
+    for number, units in enumerate(rounds):
+        world = units[0][0].world
         team = Team(rank % world, world, folder)
-        for job in _turns(store, jobs, f"{number}", rank // world, team.rank):
+        for job in _turns(store, units, f"{number}", rank // world, team.rank):
             (folder / "doing" / str(rank)).write_text(job.name)
             _do(job, team, f"{place}/meet.{number}.{job.name}")
             (folder / "doing" / str(rank)).write_text("")
@@ -247,21 +258,20 @@ def _worker(rank: int, rounds: list[list[Job]], place: str, environment: Mapping
         store.wait([f"{number} over"])  # the next round reads what this one wrote
 
 
-def _turns(store: dist.Store, jobs: list[Job], of: str, team: int, rank: int) -> Iterator[Job]:
-    """A team's first process takes the next job, and tells the others which."""
+def _turns(store: dist.Store, units: list[list[Job]], of: str, team: int, rank: int) -> Iterator[Job]:
+    """A team's first process takes what is next, and tells the others which."""
     for turn in itertools.count():
         told = f"{of}.{team}.{turn}"
         if rank == 0:
             store.set(told, str(store.add(f"{of} taken", 1) - 1))
         at = int(store.get(told))
-        if at >= len(jobs):
+        if at >= len(units):
             return
-        yield jobs[at]
+        yield from units[at]
 
 
 def _do(job: Job, team: Team, meeting: str) -> None:
     found, failed, environment = None, "", dict(os.environ)
-    t0, w0 = time.process_time(), time.time()  # TEMP
     try:
         with _group(team, meeting), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -271,7 +281,6 @@ def _do(job: Job, team: Team, meeting: str) -> None:
     os.environ.clear()
     os.environ.update(environment)
     said = {"found": found, "failed": failed, "rank": team.rank, "world": team.world}
-    said["t"] = (time.process_time() - t0, time.time() - w0, os.getpid(), w0)  # TEMP
     [file] = _said(team.folder, job.name, team.rank)
     torch.save(said, file)
 
@@ -291,5 +300,6 @@ def _group(team: Team, meeting: str) -> Iterator[None]:
     )
     try:
         yield
+        dist.barrier()  # who is done first must not be gone before another has come
     finally:
         dist.destroy_process_group()

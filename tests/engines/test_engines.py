@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 from engines import table
 from engines.columns import here
 from engines.tasks import BY_NAME, ROWS, public
-from processes import Done
+from processes import Done, Job
 
 RECORDED = json.loads(
     (Path(__file__).parents[2] / "recipes/results/engines.json").read_text(encoding="utf-8")
@@ -60,18 +59,19 @@ def test_every_column_and_every_row_is_run() -> None:
     assert all(len(rows) >= 2 for rows in (*COVERED.values(), *ALONE.values()))
 
 
-@pytest.mark.skipif(not dist.is_gloo_available(), reason="gloo")
-@pytest.mark.jobs(*table.jobs(list(COVERED), COVERED))
-@pytest.mark.parametrize("column", COVERED)
+def jobs_of(column: str) -> list[Job]:
+    """Its cells, and what they are held against or go on with."""
+    names = ["FSDP2", column] if table.BY_TITLE[column].reads else [column]
+    return list(table.jobs(names, dict.fromkeys(names, COVERED[column])))
+
+
+@pytest.mark.parametrize(
+    "column", [pytest.param(name, marks=pytest.mark.jobs(*jobs_of(name))) for name in COVERED]
+)
 def test_several_processes_are_what_the_table_says(column: str, done: Done) -> None:
     pytest.importorskip("transformers")
+    cells = table.cells({job.name: done.found(job.name) for job in jobs_of(column)})[column]
     rows = COVERED[column]
-    needed = {
-        *(job.name for job in table.jobs([column], COVERED)),
-        *(table.key("FSDP2", row) for row in rows),
-    }
-    known = {job.name for job in table.jobs(list(COVERED), COVERED)}
-    cells = table.cells({name: done.found(name) for name in needed & known})[column]
     assert complaints(column, {row: cells[row] for row in rows}, rows) == []
 
 

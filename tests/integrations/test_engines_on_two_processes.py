@@ -217,4 +217,5 @@ def _lightning_fsdp2(rank: int) -> None:
         assert torch.equal(p.full_tensor(), q.full_tensor())
 
 
-test_on_two_processes = on_processes(2, _accelerate_ddp, _accelerate_fsdp2, _lightning_ddp, _lightning_fsdp2)
+test_accelerate = on_processes(2, _accelerate_ddp, _accelerate_fsdp2, together="accelerate")
+test_lightning = on_processes(2, _lightning_ddp, _lightning_fsdp2, together="lightning")
