@@ -31,13 +31,13 @@ from optx.step.state import saved_slots
 WORLD = 2
 Make = Callable[[Iterable[Any]], torch.optim.Optimizer]
 BASES: dict[str, Make] = {
-    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0),
     "Adam, amsgrad, coupled decay": lambda p: torch.optim.Adam(p, lr=0.01, weight_decay=0.1, amsgrad=True),
 }
 
 
 def both() -> list[optx.Transform]:
-    """One chain for all jobs: each other one would be compiled."""
+    """One chain for all, and that of test_local_shards: each other one would be compiled."""
     return [PerpGrad(), AdamR(weight=0.1)]
 
 
@@ -230,7 +230,7 @@ def zero(rank: int) -> dict[str, Any]:
         return [PerpGrad(), AdamR(weight=0.1, normalize=False)]
 
     def make(model: nn.Module) -> optx.Wrapped:
-        base = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=0.01)
+        base = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, lr=0.01, weight_decay=0)
         return optx.wrap(base, *transforms())
 
     alone, model = net(), net()
