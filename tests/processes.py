@@ -185,6 +185,14 @@ def _said(folder: Path, name: str, rank: int | str) -> list[Path]:
     )
 
 
+def forked(folder: Path, world: int, *cases: Case) -> None:
+    """Have cases done by forks of this very process, with what it has imported; fail if one does."""
+    jobs = [Job(_name(case), world, _Case(case.__module__, case.__name__)) for case in cases]
+    run(jobs, folder, "fork", world)
+    for case in cases:
+        Done(folder).found(case)
+
+
 # ---- the start ---------------------------------------------------------------------------------------------
 
 
@@ -196,16 +204,17 @@ def results(jobs: Iterable[Job]) -> dict[str, Any]:
         return {job.name: Done(Path(folder)).found(job.name) for job in jobs}
 
 
-def run(jobs: Iterable[Job], folder: Path) -> None:
+def run(jobs: Iterable[Job], folder: Path, start: str = "forkserver", processes: int = PROCESSES) -> None:
     """Have all jobs done, and leave what they said in the folder."""
-    mp.get_context("forkserver").set_forkserver_preload(list(IMPORTED))
+    if start == "forkserver":
+        mp.get_context(start).set_forkserver_preload(list(IMPORTED))
     for name in ("said", "doing"):
         (folder / name).mkdir()
     key: Callable[[Job], tuple[int, int]] = lambda job: (job.stage, job.world)  # noqa: E731
     rounds = [_in_turn(some) for _, some in itertools.groupby(sorted(jobs, key=key), key)]
-    given = (rounds, str(folder), dict(os.environ))  # the server's own environment is that of its start
+    given = (processes, rounds, str(folder), dict(os.environ))  # the server's own is that of its start
     context: Any = mp.start_processes(  # type: ignore[no-untyped-call]
-        _worker, given, nprocs=PROCESSES, join=False, start_method="forkserver"
+        _worker, given, nprocs=processes, join=False, start_method=start
     )
     try:
         while not context.join(timeout=2):
@@ -239,12 +248,14 @@ def _slow(folder: Path) -> set[str]:
 # ---- in a process ------------------------------------------------------------------------------------------
 
 
-def _worker(rank: int, rounds: list[list[list[Job]]], place: str, environment: Mapping[str, str]) -> None:
+def _worker(
+    rank: int, processes: int, rounds: list[list[list[Job]]], place: str, environment: Mapping[str, str]
+) -> None:
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
     folder = Path(place)
-    store = dist.FileStore(f"{place}/store", PROCESSES)
+    store = dist.FileStore(f"{place}/store", processes)
     store.set_timeout(timedelta(minutes=10))
     for number, units in enumerate(rounds):
         world = units[0][0].world
@@ -253,7 +264,7 @@ def _worker(rank: int, rounds: list[list[list[Job]]], place: str, environment: M
             (folder / "doing" / str(rank)).write_text(job.name)
             _do(job, team, f"{place}/meet.{number}.{job.name}")
             (folder / "doing" / str(rank)).write_text("")
-        if store.add(f"{number} ended", 1) == PROCESSES:
+        if store.add(f"{number} ended", 1) == processes:
             store.set(f"{number} over", "")
         store.wait([f"{number} over"])  # the next round reads what this one wrote
 

@@ -6,12 +6,13 @@ They are forked from this one, which has imported everything.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from processes import on_processes
+from processes import forked
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -83,5 +84,5 @@ def draws_of_bfloat16(rank: int) -> None:
         assert torch.equal(*both) is same
 
 
-def test_on_two_processes() -> None:
-    on_processes([shards_are_the_one_process, draws_of_bfloat16], 2, "fork")
+def test_on_two_processes(tmp_path: Path) -> None:
+    forked(tmp_path, 2, shards_are_the_one_process, draws_of_bfloat16)
