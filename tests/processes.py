@@ -12,6 +12,7 @@ import importlib
 import itertools
 import os
 import re
+import sys
 import tempfile
 import time
 import traceback
@@ -92,11 +93,15 @@ class _Case:
 
     module: str
     function: str
+    beside: str
 
     def __call__(self, team: Team) -> Any:
         os.environ[FOLDER] = str(team.folder / self.module)
         Path(os.environ[FOLDER]).mkdir(exist_ok=True)
-        return getattr(importlib.import_module(self.module), self.function)(team.rank)
+        sys.path.insert(0, self.beside)  # another folder may have a module of that name
+        module = importlib.import_module(self.module)
+        sys.path.remove(self.beside)
+        return getattr(module, self.function)(team.rank)
 
 
 def on_processes(world: int, *cases: Case, **more: Any) -> Callable[..., None]:
@@ -115,8 +120,12 @@ def on_processes(world: int, *cases: Case, **more: Any) -> Callable[..., None]:
 
 def needs(world: int, *cases: Case, **more: Any) -> pytest.MarkDecorator:
     """The same for a test that looks at what they found, or left in their module's folder."""
-    jobs = (Job(_name(case), world, _Case(case.__module__, case.__name__), **more) for case in cases)
-    return pytest.mark.jobs(*jobs)
+    return pytest.mark.jobs(*(_job(world, case, **more) for case in cases))
+
+
+def _job(world: int, case: Case, **more: Any) -> Job:
+    beside = str(Path(case.__code__.co_filename).parent)
+    return Job(_name(case), world, _Case(case.__module__, case.__name__, beside), **more)
 
 
 def _name(case: Case) -> str:
@@ -187,8 +196,7 @@ def _said(folder: Path, name: str, rank: int | str) -> list[Path]:
 
 def forked(folder: Path, world: int, *cases: Case) -> None:
     """Have cases done by forks of this very process, with what it has imported; fail if one does."""
-    jobs = [Job(_name(case), world, _Case(case.__module__, case.__name__)) for case in cases]
-    run(jobs, folder, "fork", world)
+    run((_job(world, case) for case in cases), folder, "fork", world)
     for case in cases:
         Done(folder).found(case)
 
