@@ -243,7 +243,7 @@ def test_digits_ahead_of_ties_at_equal_scale() -> None:
         return nn.Sequential(nn.Flatten(), *layers)
 
     def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int, lr: float) -> None:
-        optimizer = torch.optim.Adam(model.parameters(), lr)
+        optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
         for _ in range(epochs):
             for batch in torch.randperm(len(x)).split(64):
                 optimizer.zero_grad()
