@@ -52,7 +52,7 @@ def bert(layers: int = 2) -> nn.Module:
 
 def pruned_bert(layers: int = 2) -> nn.Module:
     """With half of each row of the encoder's matrices 0."""
-    return _pruned(bert(layers), "bert.encoder.")
+    return pruned(bert(layers), "bert.encoder.")
 
 
 def cnn() -> nn.Module:
@@ -69,7 +69,7 @@ def cnn() -> nn.Module:
     return model.eval()
 
 
-def _pruned(model: nn.Module, within: str) -> nn.Module:
+def pruned(model: nn.Module, within: str) -> nn.Module:
     rows = {n: p.detach().abs().flatten(1) for n, p in model.named_parameters() if p.ndim > 1 and within in n}
     kept = {
         n: (r > r.median(1, keepdim=True).values).view(model.get_parameter(n).shape) for n, r in rows.items()

@@ -14,15 +14,13 @@ from optx.integrations._accelerate_sharded import ShardedAdapters, place_in
 from optx.integrations._adapter_checkpoint import REST, AdapterCheckpoint
 
 WHERE = "adapters_only"
-_BEFORE = (
-    "whose checkpoints are written before its hooks are asked. Leave adapters_only out: "
-    "accelerator.save_state() saves the whole, and "
-)
 _REFUSED = {
     "FSDP": "FSDP1, whose flat parameters optx does not serve. Pass "
     "FullyShardedDataParallelPlugin(fsdp_version=2)",
-    "DEEPSPEED": f"DeepSpeed, {_BEFORE}handle.save(folder) the adapter, where ZeRO's stage is 2 or less",
-    "MEGATRON_LM": f"Megatron-LM, {_BEFORE}handle.save(folder) the adapter",
+    "DEEPSPEED": "DeepSpeed, under whose ZeRO-1 an attached LoRA came to other weights than in one process. "
+    "Use DDP, or FullyShardedDataParallelPlugin(fsdp_version=2)",
+    "MEGATRON_LM": "Megatron-LM, whose checkpoints are written before its hooks are asked. Leave "
+    "adapters_only out: accelerator.save_state() saves the whole, and handle.save(folder) the adapter",
 }
 
 

@@ -74,23 +74,21 @@ REFUSED: Mapping[str, Mapping[str, str]] = {
         "HFT": "keeps its moments in an optimizer of its own",
         "MuAdamW": "ZeroRedundancyOptimizer is not known. Say how it steps",
     },
+    "SFTTrainer": {"MuReadout": "'lm_head' did not act: .* weight was used without a call of the module"},
     "ZeRO-3 (its marks)": {"transform": _ZERO3, "injection": _ZERO3, "MESA": _ZERO3},
 }
 
 # By column, then row: why there is no such cell.
 _NO_RUN = "there is no run to go on with: FSDP2 is refused"
-_OWN_LOOP = "it has a backward pass of its own, and its model is no language model here"
-_NO_LANGUAGE = "its model here is no language model"
 _LOGITS = "it looks at outputs alone, so no part of it would meet a partitioned parameter"
 UNTRIED: Mapping[str, Mapping[str, str]] = {
     "FSDP2, 2 to 4": {"MESA": _NO_RUN},
     "FSDP2, 2 to 1": {"MESA": _NO_RUN},
     "FSDP1": {"STN": "its loss on validation batches needs the model outside of FSDP1's forward"},
     "SFTTrainer": {
-        "DSPReg": _OWN_LOOP,
-        "STN": _OWN_LOOP,
-        **dict.fromkeys(("MuAdamW", "BitFit", "Perp", "FTWT", "WindowPrune", "MuReadout"), _NO_LANGUAGE),
-        **dict.fromkeys(("SAF", "MESA", "LossReweight"), "only in the Trainer"),
+        "STN": "its batches of validation come between steps, for which SFTTrainer has no place",
+        "FTWT": "it prunes convolutions, and no language model of TRL's has them",
+        "WindowPrune": "it prunes windows of images",
     },
     "ZeRO-3 (its marks)": dict.fromkeys(("SAF", "LossReweight", "StableMaxCrossEntropy"), _LOGITS),
 }

@@ -201,9 +201,13 @@ class Domains(Task):
         differentiate: Callable[[Tensor], Any] = Tensor.backward,
     ) -> None:
         for domain in range(2):
-            mine = batch["index"] % 2 == domain  # each process has both
+            mine = self.domains(batch) == domain
             with opt.dsp_reg.domain(domain):
                 differentiate(call(**{key: value[mine] for key, value in batch.items()})["loss"])
+
+    def domains(self, batch: Batch) -> Tensor:
+        """The samples'; each process has both."""
+        return batch["index"] % 2
 
 
 class OwnLoss(Task):
@@ -305,7 +309,7 @@ def _keep_mask(task: Task, _: nn.Module) -> optx.Transform:
     return optx.KeepMask(masks)
 
 
-def _shapes(make: Callable[[int], nn.Module], width: int, base: int) -> Any:
+def shapes_of(make: Callable[[int], nn.Module], width: int, base: int) -> Any:
     return optx.scaling.shapes(make(width), base=make(base))
 
 
@@ -313,7 +317,7 @@ def _hft(task: Task, call: nn.Module) -> optx.Transform:
     return optx.HFT(call, seed=1, rounds_every=2, blocks=r"(.*\.)?blocks\.\d+")
 
 
-def _llama(width: int) -> nn.Module:
+def small_llama(width: int) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -383,7 +387,7 @@ ROWS = [
     Row("KeepMask", "transform", transform=_keep_mask),
     Row("SaRA", "transform", transform=lambda *_: optx.SaRA(fraction=0.5, reselect_at=3)),
     Row("DSPReg", "transform", transform=lambda *_: optx.DSPReg(2, weight=2.0), task=Domains),
-    Row("MuAdamW", "transform", transform=lambda *_: optx.MuAdamW(_shapes(Small, 7, 3))),
+    Row("MuAdamW", "transform", transform=lambda *_: optx.MuAdamW(shapes_of(Small, 7, 3))),
     *map(
         of_table,
         ("LoRA", "BitFit", "IA3", "SVFit", "SequentialAdapter", "ParallelAdapter", "ScaledParallelAdapter"),
@@ -398,15 +402,15 @@ ROWS = [
     Row(
         "MuAttention",
         "injection",
-        lambda: _llama(16),
-        attach=_attached(lambda: optx.MuAttention(_shapes(_llama, 16, 8))),
+        lambda: small_llama(16),
+        attach=_attached(lambda: optx.MuAttention(shapes_of(small_llama, 16, 8))),
         apart=True,
     ),
     Row(
         "MuReadout",
         "injection",
         lambda: Small(7),
-        attach=_attached(lambda: optx.MuReadout(_shapes(Small, 7, 3))),
+        attach=_attached(lambda: optx.MuReadout(shapes_of(Small, 7, 3))),
         apart=True,
     ),
     Row(

@@ -11,15 +11,13 @@ import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import injections
 import torch
 from engines.columns import Found, make, weights
-from engines.tasks import ADAMW, BATCH, BY_NAME, STEPS, Batch, Instead, Row, Task, of_table, train
+from engines.language import collated, language
+from engines.tasks import ADAMW, BATCH, BY_NAME, STEPS, Batch, Task, train
 from processes import Team
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
-
-import optx
 
 
 def _own_backward(task: Task) -> bool:
@@ -136,34 +134,6 @@ def trainer(row: str, team: Team) -> Found:
 
 # ---- SFTTrainer --------------------------------------------------------------------------------------------
 
-# What stands in the place of a row's own parts where the model is a language model.
-LANGUAGE: Mapping[str, Mapping[str, Any]] = {
-    "AdamR": {},
-    "PerpGrad": {},
-    "SaRA": {},
-    "KeepMask": {},
-    "HFT": {"transform": lambda task, call: optx.HFT(call, seed=1, rounds_every=2)},
-    "StableMaxCrossEntropy": {"task": Instead},
-    **{
-        label.partition(",")[0]: {"attach": of_table(label).attach}
-        for label in (
-            "IA3, Llama",
-            "SequentialAdapter, Llama",
-            "MAM, Llama",
-            "Aside, layerwise",
-            "IAA, Llama",
-        )
-    },
-    "SVFit": {},
-    "ScaledParallelAdapter": {},
-}
-
-
-def _language(row: Row) -> Row:
-    return (
-        dataclasses.replace(row, net=injections.llama, **LANGUAGE[row.name]) if row.name in LANGUAGE else row
-    )
-
 
 def sft_trainer(row: str, team: Team) -> Found:
     """TRL's SFTTrainer of a Llama; the plain loop it is compared with is that of the same model."""
@@ -173,19 +143,22 @@ def sft_trainer(row: str, team: Team) -> Found:
 
     from optx.integrations.transformers import OptxCallback, loss
 
-    one = _language(BY_NAME[row])
+    one = language(BY_NAME[row])
     task, plain = one.task(one), one.task(one)
     start = weights(plain)
     train(plain, plain, plain.optimizer(call=plain.net))
-    kind, _ = _trainer_class(SFTTrainer, task)
+    kind, steps = _trainer_class(SFTTrainer, task)
     with tempfile.TemporaryDirectory() as folder:
         made = kind(
             task.net,
             _arguments(SFTConfig, folder, max_length=None, gradient_checkpointing=False),
-            train_dataset=Dataset.from_list([{"input_ids": one["x"].tolist()} for one in _samples(task)]),
+            collated if row == "SAF" else None,  # TRL's own leaves the samples' numbers out
+            train_dataset=Dataset.from_list(
+                [{"input_ids": one["x"].tolist(), "index": int(one["index"])} for one in _samples(task)]
+            ),
             processing_class=tokenizer(),
             optimizers=(task.optimizer(call=task.net), None),
-            callbacks=[OptxCallback(task.handle)],
+            callbacks=[OptxCallback(task.handle), steps()],
             compute_loss_func=None if task.signal is None else loss(task.signal),
         )
         made.train()

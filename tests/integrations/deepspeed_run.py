@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-1 and ZeRO-2 through Accelerate on two processes: what trains, and what is refused."""
+"""DeepSpeed's ZeRO-1 and ZeRO-2 through Accelerate on two processes: what is refused."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import optx
 
-STEPS, BATCH = 3, 8
+BATCH = 8
 
 
 def net() -> tuple[nn.Sequential, optx.Handle]:
@@ -23,25 +24,16 @@ def net() -> tuple[nn.Sequential, optx.Handle]:
     return model, handle
 
 
-def loss(model: nn.Module, step: int, rank: int, world: int) -> torch.Tensor:
-    draw = torch.Generator().manual_seed(step)
+def loss(model: nn.Module) -> torch.Tensor:
+    """Of a process's share; without a GPU Accelerate takes each process for the first, and torch does not."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    draw = torch.Generator().manual_seed(0)
     x, y = torch.randn(BATCH, 6, generator=draw), torch.randint(3, (BATCH,), generator=draw)
     return nn.functional.cross_entropy(model(x[rank::world]), y[rank::world])
 
 
 def adamw(handle: optx.Handle) -> torch.optim.Optimizer:
     return torch.optim.AdamW(handle.parameters(), lr=5e-3, eps=1e-3)
-
-
-def alone() -> list[torch.Tensor]:
-    """What one process comes to."""
-    model, handle = net()
-    opt = adamw(handle)
-    for step in range(STEPS):
-        opt.zero_grad()
-        loss(model, step, 0, 1).backward()
-        opt.step()
-    return [p.detach() for p in handle.parameters()]
 
 
 def accelerator(stage: int) -> Any:
@@ -60,18 +52,6 @@ def accelerator(stage: int) -> Any:
     return Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
 
 
-def trained(stage: int) -> float:
-    """How far an adapter is from one process's, with an optimizer that isn't wrapped."""
-    made = accelerator(stage)
-    model, handle = net()
-    engine, opt = made.prepare(model, adamw(handle))
-    for step in range(STEPS):
-        made.backward(loss(engine, step, made.process_index, made.num_processes))
-        opt.step()
-        opt.zero_grad()
-    return max(float((p - q).abs().max()) for p, q in zip(handle.parameters(), alone(), strict=True))
-
-
 def refused(stage: int) -> dict[str, Any]:
     """What a wrapped optimizer and checkpoints of adapters are told, and whether weights are as before."""
     made = accelerator(stage)
@@ -80,7 +60,7 @@ def refused(stage: int) -> dict[str, Any]:
     engine, _ = made.prepare(model, optx.wrap(adamw(handle), optx.PerpGrad()))
     told: dict[str, Any] = {"kind": made.distributed_type.value}
     try:
-        made.backward(loss(engine, 0, made.process_index, made.num_processes))  # DeepSpeed steps in it
+        made.backward(loss(engine))  # DeepSpeed steps in it
     except optx.TransformError as error:
         told["wrapped"] = str(error)
     try:
@@ -92,6 +72,5 @@ def refused(stage: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    found = {stage: {"off": trained(stage), **refused(stage)} for stage in (1, 2)}
-    rank = torch.distributed.get_rank()
-    Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(found))
+    found = {stage: refused(stage) for stage in (1, 2)}
+    Path(sys.argv[1], f"{dist.get_rank()}.json").write_text(json.dumps(found))
