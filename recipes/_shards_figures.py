@@ -1,10 +1,10 @@
 """``python -m optx.recipes._shards_figures``: the fused step on local shards of FSDP2, on gloo processes.
 
-Every process has its shards of the same weights, gradients as `fully_shard` leaves them, and three optimizers
-that take turns, all processes at once: ours on the DTensors; ours on ordinary tensors that are the same
-shards (unsharded: nothing is completed over the mesh); and torch's operations on the DTensors
-(``fused=False``), which is how DTensors were stepped before kernels acted on shards. What is printed is the
-ratio of medians; of the processes, the worst.
+Every process has its shards of the same weights, gradients as `fully_shard` leaves them, and optimizers that
+take turns, all processes at once: ours on the DTensors; ours on ordinary tensors that are the same shards
+(unsharded: nothing is completed over the mesh); both again with ``metrics=True``; and, in every eighth round,
+torch's operations on the DTensors (``fused=False``), which is how DTensors were stepped before kernels acted
+on shards. What is printed are ratios of minima and of medians; of the processes, the worst.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from ._bench_step import SHAPES
 from ._options import positive
 from ._report import Table, tell
 
-ARMS = ("shards", "unsharded", "foreach")
+PAIRS = {"shards": "unsharded", "shards, metered": "unsharded, metered"}
+ARMS = (*PAIRS, *PAIRS.values())
 TRANSFORMS: dict[str, Callable[[], list[optx.Transform]]] = {
     "AdamW": lambda: [],
     "PerpGrad": lambda: [optx.PerpGrad()],
@@ -50,10 +51,10 @@ class _Squares(nn.Module):
         return torch.stack([p.square().sum() for p in self.within.parameters()]).sum() / 2
 
 
-def _optimizer(parameters: list[nn.Parameter], transforms: str, fused: bool) -> Any:
+def _optimizer(parameters: list[nn.Parameter], transforms: str, **settings: bool) -> Any:
     # A rate so small that the weights, which all arms share, stay as they are.
     base = torch.optim.AdamW(parameters, lr=1e-8, weight_decay=0.0)
-    return optx.wrap(base, *TRANSFORMS[transforms](), fused=fused)
+    return optx.wrap(base, *TRANSFORMS[transforms](), **settings)
 
 
 def _arms(shape: str, transforms: str) -> dict[str, Any]:
@@ -74,6 +75,8 @@ def _arms(shape: str, transforms: str) -> dict[str, Any]:
     return {
         "shards": _optimizer(shards, transforms, fused=True),
         "unsharded": _optimizer(plain, transforms, fused=True),
+        "shards, metered": _optimizer(shards, transforms, fused=True, metrics=True),
+        "unsharded, metered": _optimizer(plain, transforms, fused=True, metrics=True),
         "foreach": _optimizer(shards, transforms, fused=False),
     }
 
@@ -87,48 +90,54 @@ def _worker(rank: int, world: int, folder: str, shape: str, transforms: str, rou
         arm.step()
     times: dict[str, list[float]] = {name: [] for name in arms}
     order = random.Random(0)  # the same on all processes
-    for _ in range(rounds):
-        for name in order.sample(ARMS, len(ARMS)):
+    for number in range(rounds):
+        names = ARMS if number % 8 else (*ARMS, "foreach")
+        for name in order.sample(names, len(names)):
             dist.barrier()
             start = time.perf_counter()
             arms[name].step()
             times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in times.items()}
     all_of_them: list[Any] = [None] * world
-    dist.all_gather_object(all_of_them, medians)
+    dist.all_gather_object(all_of_them, times)
     if rank == 0:
-        torch.save(all_of_them, Path(folder, "medians.pt"))
+        torch.save(all_of_them, Path(folder, "times.pt"))
     dist.barrier()
     dist.destroy_process_group()
 
 
 def measure(shape: str, transforms: str, world: int, rounds: int) -> dict[str, Any]:
-    """Medians of each process, in seconds, and the worst process's ratios."""
+    """Minima and medians of each process, in seconds, and the worst process's ratios."""
     with tempfile.TemporaryDirectory() as folder:
         given = (world, folder, shape, transforms, rounds)
         mp.spawn(_worker, given, nprocs=world)  # type: ignore[no-untyped-call]
-        medians: list[dict[str, float]] = torch.load(Path(folder, "medians.pt"), weights_only=True)
-    return {
-        "shape": shape,
-        "transforms": transforms,
-        "medians": medians,
-        "to unsharded": max(one["shards"] / one["unsharded"] for one in medians),
-        "foreach to shards": min(one["foreach"] / one["shards"] for one in medians),
-    }
+        times: list[dict[str, list[float]]] = torch.load(Path(folder, "times.pt"), weights_only=True)
+    found: dict[str, Any] = {"shape": shape, "transforms": transforms}
+    found["threads"] = max(1, (os.cpu_count() or 1) // world)
+    for kind, of in (("minima", min), ("medians", statistics.median)):
+        each = [{name: of(values) for name, values in one.items()} for one in times]
+        found[kind] = {
+            "seconds": each,
+            **{ours: max(one[ours] / one[plain] for one in each) for ours, plain in PAIRS.items()},
+            "foreach": min(one["foreach"] / one["shards"] for one in each),
+        }
+    return found
 
 
 def _table(found: list[dict[str, Any]]) -> Table:
     rows = [
         (
             f"{SHAPES[one['shape']][0]}, {one['transforms']}",
-            *(f"{1e3 * max(m[arm] for m in one['medians']):.2f}" for arm in ARMS),
-            f"{one['to unsharded']:.3f}",
-            f"{one['foreach to shards']:.1f}",
+            *(f"{1e3 * max(m[arm] for m in one['minima']['seconds']):.2f}" for arm in PAIRS),
+            *(f"{one['minima'][key]:.3f} ({one['medians'][key]:.3f})" for key in (*PAIRS, "foreach")),
         )
         for one in found
     ]
-    headers = ("tensors, transforms", *(f"{arm}, ms" for arm in ARMS), "to unsharded", "foreach to shards")
-    return Table(headers, rows, "Steps of AdamW on FSDP2's local shards")
+    ratios = ("to unsharded", "metered to unsharded, metered", "foreach to shards")
+    headers = ("tensors, transforms", *(f"{arm}, ms" for arm in PAIRS), *ratios)
+    title = (
+        f"Steps of AdamW on FSDP2's local shards, {found[0]['threads']} thread(s) a process: minima (medians)"
+    )
+    return Table(headers, rows, title)
 
 
 def main(arguments: list[str] | None = None) -> None:
