@@ -4,7 +4,8 @@ Every process has its shards of the same weights, gradients as `fully_shard` lea
 take turns, all processes at once: ours on the DTensors; ours on ordinary tensors that are the same shards
 (unsharded: nothing is completed over the mesh); both again with ``metrics=True``; and, in every eighth round,
 torch's operations on the DTensors (``fused=False``), which is how DTensors were stepped before kernels acted
-on shards. What is printed are ratios of minima and of medians; of the processes, the worst.
+on shards. What is printed are ratios of minima and of medians; of the processes, the worst. Beside them stand
+those of the stepping thread's CPU time, which hardly grows where other programs run.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class _Squares(nn.Module):
         return torch.stack([p.square().sum() for p in self.within.parameters()]).sum() / 2
 
 
-def _optimizer(parameters: list[nn.Parameter], transforms: str, **settings: bool) -> Any:
+def _optimizer(parameters: list[nn.Parameter], transforms: str, **settings: Any) -> Any:
     # A rate so small that the weights, which all arms share, stay as they are.
     base = torch.optim.AdamW(parameters, lr=1e-8, weight_decay=0.0)
     return optx.wrap(base, *TRANSFORMS[transforms](), **settings)
@@ -89,16 +90,18 @@ def _worker(rank: int, world: int, folder: str, shape: str, transforms: str, rou
         arm.step()
         arm.step()
     times: dict[str, list[float]] = {name: [] for name in arms}
+    own: dict[str, list[float]] = {name: [] for name in arms}
     order = random.Random(0)  # the same on all processes
     for number in range(rounds):
         names = ARMS if number % 8 else (*ARMS, "foreach")
         for name in order.sample(names, len(names)):
             dist.barrier()
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.thread_time()
             arms[name].step()
             times[name].append(time.perf_counter() - start)
+            own[name].append(time.thread_time() - busy)
     all_of_them: list[Any] = [None] * world
-    dist.all_gather_object(all_of_them, times)
+    dist.all_gather_object(all_of_them, {"wall": times, "CPU": own})
     if rank == 0:
         torch.save(all_of_them, Path(folder, "times.pt"))
     dist.barrier()
@@ -110,11 +113,13 @@ def measure(shape: str, transforms: str, world: int, rounds: int) -> dict[str, A
     with tempfile.TemporaryDirectory() as folder:
         given = (world, folder, shape, transforms, rounds)
         mp.spawn(_worker, given, nprocs=world)  # type: ignore[no-untyped-call]
-        times: list[dict[str, list[float]]] = torch.load(Path(folder, "times.pt"), weights_only=True)
+        measured: list[dict[str, Any]] = torch.load(Path(folder, "times.pt"), weights_only=True)
     found: dict[str, Any] = {"shape": shape, "transforms": transforms}
     found["threads"] = max(1, (os.cpu_count() or 1) // world)
-    for kind, of in (("minima", min), ("medians", statistics.median)):
-        each = [{name: of(values) for name, values in one.items()} for one in times]
+    kinds = [("minima", "wall", min), ("medians", "wall", statistics.median)]
+    kinds += [("CPU minima", "CPU", min), ("CPU medians", "CPU", statistics.median)]
+    for kind, clock, of in kinds:
+        each = [{name: of(values) for name, values in one[clock].items()} for one in measured]
         found[kind] = {
             "seconds": each,
             **{ours: max(one[ours] / one[plain] for one in each) for ours, plain in PAIRS.items()},
@@ -124,19 +129,23 @@ def measure(shape: str, transforms: str, world: int, rounds: int) -> dict[str, A
 
 
 def _table(found: list[dict[str, Any]]) -> Table:
+    def ratio(one: dict[str, Any], clock: str, key: str) -> str:
+        return f"{one[clock + 'minima'][key]:.3f} ({one[clock + 'medians'][key]:.3f})"
+
     rows = [
         (
             f"{SHAPES[one['shape']][0]}, {one['transforms']}",
             *(f"{1e3 * max(m[arm] for m in one['minima']['seconds']):.2f}" for arm in PAIRS),
-            *(f"{one['minima'][key]:.3f} ({one['medians'][key]:.3f})" for key in (*PAIRS, "foreach")),
+            *(ratio(one, clock, key) for key in PAIRS for clock in ("", "CPU ")),
+            ratio(one, "", "foreach"),
         )
         for one in found
     ]
-    ratios = ("to unsharded", "metered to unsharded, metered", "foreach to shards")
-    headers = ("tensors, transforms", *(f"{arm}, ms" for arm in PAIRS), *ratios)
-    title = (
-        f"Steps of AdamW on FSDP2's local shards, {found[0]['threads']} thread(s) a process: minima (medians)"
-    )
+    clocks = ("", ", CPU")
+    kinds = (f"{name}{clock}" for name in ("to unsharded", "metered: to unsharded") for clock in clocks)
+    headers = ("tensors, transforms", *(f"{arm}, ms" for arm in PAIRS), *kinds, "foreach to shards")
+    threads = f"{found[0]['threads']} thread(s) a process"
+    title = f"Steps of AdamW on FSDP2's local shards, {threads}: minima (medians)"
     return Table(headers, rows, title)
 
 
