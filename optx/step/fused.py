@@ -11,17 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optx._names import is_dtensor, parameter_names
+from optx._names import is_dtensor
 from optx.kernels.step.layout import FRESH, Layout
 from optx.kernels.step.program import Program
 from optx.step.bases import BaseRules, rule_numbers
 from optx.step.buckets import ADDRESS, Bucket, Column
 from optx.step.fusable import ALIASED, SHARED, Unfusable
+from optx.step.gradients import Gradients
 from optx.step.group_tensors import SLOT_DTYPE_NAMES, GroupTensors
 from optx.step.measured import Table
 from optx.step.memory import Extents
 from optx.step.rounding import step_key
-from optx.step.sharded import Shards, Share, all_here, here, spread_as, surprise
+from optx.step.sharded import Shards, Share, all_here, here, surprise
 from optx.step.slots import KAHAN, Slots
 from optx.step.state import is_ours
 from optx.step.transform import Group
@@ -67,13 +68,12 @@ class FusedGroup:
         self._tensors = GroupTensors(self.groups[0], program, rules, base, slots, triton)
         self._fresh = self._tensors.fresh
         self._was_fresh = False
-        self._copies: list[Tensor] = []  # gradients laid out like their weights, alive until the update
         self.active: list[Tensor] = []
         self._draws: set[int] = set()  # the groups in which something is rounded stochastically
         self._sharing: list[list[Bucket]] = []  # each group's buckets, in the order of its parameters
         self._hypers = program.named("hyper")
         self.sharded = any(is_dtensor(p) for group in groups for p in group["params"])
-        self._spread: dict[int, Tensor] = {}  # gradients that came spread otherwise than their weights, by id
+        self._gradients = Gradients(base, self.sharded)
 
     def serving(self, groups: Sequence[Group]) -> FusedGroup:
         """The same for other groups, which go with its program."""
@@ -108,9 +108,9 @@ class FusedGroup:
             active = [p for p, g in zip(params, grads, strict=True) if g is not None]
             grads = [g for g in grads if g is not None]
         self.active = active
-        self._copies.clear()
+        self._gradients.let_go()
         if self.sharded:
-            grads = self._spread_gradients(grads)
+            grads = self._gradients.spread(active, grads)
         seen = self._seen
         same = seen is not None and len(active) == len(seen) and all(map(is_, active, seen))
         if len(self._buckets) != 1:
@@ -149,7 +149,7 @@ class FusedGroup:
         places = [(owner, i) for owner, group in enumerate(self.groups) for i in range(len(group["params"]))]
         for i, p in enumerate(params):
             if p.grad is not None:
-                grad = self._spread.get(id(p), p.grad)
+                grad = self._gradients.of(p, p.grad)
                 tensors.check_weight(p, grad)
                 tensors.make_missing(p)
                 slots = [tensors.role(p, tensors.key(name)) for name in self.program.slots]
@@ -215,7 +215,7 @@ class FusedGroup:
     def _take(self, bucket: Bucket) -> None:
         """Take the addresses of tensors that were looked at."""
         members = bucket.members
-        columns = [members, self._laid_out(members)]
+        columns = [members, self._gradients.laid_out(members)]
         columns += [[self._tensors.find(p, key) for p in members] for key in bucket.keys]
         roles = len(bucket.runner.columns.roles)
         packed = [False, False, *(key in self._tensors.packed for key in bucket.keys)]
@@ -233,12 +233,12 @@ class FusedGroup:
         members = bucket.members
         pending, states = self._slots.store.pending, self._states(bucket)
         try:
-            grads = grads or self._gradients(members)
+            grads = grads or self._gradients.all_of(members)
             if bucket.shards is not None:
                 grads = all_here(grads)
             like = bucket.columns[1].like
             if like is None or not like(grads):
-                grads = self._laid_out(members)
+                grads = self._gradients.laid_out(members)
                 if like is None or not like(grads):
                     return False
             columns = [members, grads]
@@ -294,39 +294,6 @@ class FusedGroup:
     def _mark_fresh(self, bucket: Bucket) -> None:
         if self._fresh or self._was_fresh:
             bucket.runner.cols[:, FRESH] = [id(p) in self._fresh for p in bucket.members]
-
-    def _gradients(self, members: Sequence[Tensor]) -> list[Tensor]:
-        """Spread as their weights are."""
-        grads: list[Tensor] = [p.grad for p in members]  # type: ignore[misc]
-        if self._spread:
-            grads = [self._spread.get(id(p), g) for p, g in zip(members, grads, strict=True)]
-        return grads
-
-    def _spread_gradients(self, grads: list[Any]) -> list[Any]:
-        """Spread those otherwise that are not spread as their weights are.
-
-        Before anything else, and once: all processes take part.
-        """
-        self._spread.clear()
-        found = list(grads)
-        for i, (p, g) in enumerate(zip(self.active, grads, strict=True)):
-            spec = getattr(p, "_spec", None)
-            if spec is not None and getattr(g, "_spec", None) is not spec:
-                name = parameter_names(self.base)[id(p)]
-                found[i] = spread_as(g, p, name, "its gradient")
-                if found[i] is not g:
-                    self._spread[id(p)] = found[i]
-        return found
-
-    def _laid_out(self, members: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients in their weights' memory order."""
-        grads = self._gradients(members)
-        if self.sharded:
-            grads, members = list(map(here, grads)), list(map(here, members))
-        laid_out = [_like(g, p) for g, p in zip(grads, members, strict=True)]
-        # Only the copies: a gradient kept here would outlive zero_grad().
-        self._copies += [new for new, g in zip(laid_out, grads, strict=True) if new is not g]
-        return laid_out
 
     # ---- numbers that are taken from the base's state --------------------------------------------------
 
@@ -433,8 +400,7 @@ class FusedGroup:
     def _release(self) -> None:
         """Let go of what is only held during a step."""
         self._fresh.clear()
-        self._copies.clear()
-        self._spread.clear()
+        self._gradients.let_go()
         for bucket in self._buckets:
             bucket.found = {}
 
@@ -455,15 +421,3 @@ _VERSION = attrgetter("_version")
 
 def _on_gpu(value: Any) -> bool:
     return isinstance(value, Tensor) and value.device.type != "cpu"
-
-
-def _like(g: Tensor, p: Tensor) -> Tensor:
-    """A gradient in its weight's memory order; itself where it is already."""
-    if g.shape != p.shape:
-        raise RuntimeError(
-            "the gradient has another shape"
-        )  # copy_ would broadcast it; looked at again, see _rebuild
-    lazy = g.is_neg() or g.is_conj() or g._is_zerotensor()  # pyright: ignore
-    if not lazy and ((g.is_contiguous() and p.is_contiguous()) or g.stride() == p.stride()):
-        return g
-    return torch.empty_like(p, dtype=g.dtype, requires_grad=False).copy_(g)

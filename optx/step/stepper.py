@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optx._errors import ShapeError, TransformError
-from optx._names import parameter_names, whole
+from optx._errors import TransformError
+from optx._names import whole
 from optx.kernels.step.program import W0
-from optx.step import bits
 from optx.step.base_step import step_without_hooks
 from optx.step.bases import has_fused_form, rule_numbers
-from optx.step.checks import check_has_memory, check_memory, check_state_shapes, shapes_differ
+from optx.step.checks import check_memory, check_state_shapes
 from optx.step.foreach import GroupRun
 from optx.step.fusable import Unfusable
 from optx.step.interrupts import Held, uninterrupted
@@ -26,6 +25,7 @@ from optx.step.rounding import step_key, write
 from optx.step.sharded import Share, complete
 from optx.step.slots import Slots
 from optx.step.state import is_ours
+from optx.step.state_by_role import StateByRole, base_state_of
 from optx.step.transform import Group, Host
 from optx.step.undo import Copies, Undo
 
@@ -254,14 +254,14 @@ class _Step:
             slots.refresh(active, key, [base_state.get(p, {}).get(source) for p in active])
         cols = {"numel": [float(p.numel()) for p in active], "fresh": [0.0] * len(active)}
         if any(ref.name == "step" for call in program.calls() for ref in call.args):
-            steps = [_base_state(base_state, p, "step") for p in active]
+            steps = [base_state_of(base_state, p, "step") for p in active]
             cols["step"] = [1.0 if step is None else float(step) + 1.0 for step in steps]
         numbers = rule_numbers(group, program.named("hyper"))
         run = GroupRun(
             program,
             active,
             grads,
-            _StateOf(self.stepper, active, program.packed),
+            StateByRole(self.wrapped.base, slots, active, program.packed),
             numbers,
             cols,
             lambda stepper=self.stepper: stepper.key(
@@ -383,46 +383,6 @@ class _Step:
                 self._write(run, moved, state.group, 0)
             self._write(run, run.edit_weights(run.program.after, self.starts.get(number)), state.group, 1)
             self.observed += run.observe(self.starts.get(number))
-
-
-class _StateOf(Mapping[str, list[Tensor]]):
-    """State tensors of some parameters by role: the base's (zeros until it has any) or a transform's."""
-
-    def __init__(self, stepper: Stepper, params: Sequence[Tensor], packed: Sequence[str] = ()) -> None:
-        self._stepper, self._params, self._packed = stepper, params, packed
-
-    def __getitem__(self, name: str) -> list[Tensor]:
-        if "." in name:
-            slots = [self._stepper.slots.get(p, f"optx.{name}") for p in self._params]
-            packed = name in self._packed
-            for p, slot in zip(self._params, slots, strict=True):
-                check_has_memory(self._stepper.wrapped.base, p, f"its state 'optx.{name}'", slot)
-                if not bits.fits(slot.shape, p) if packed else slot.shape != p.shape and slot.numel() != 1:
-                    owner = parameter_names(self._stepper.wrapped.base)[id(p)]
-                    raise ShapeError(shapes_differ(owner, p, f"its state 'optx.{name}'", slot))
-            return [self._stepper.slots.packed(p, f"optx.{name}") for p in self._params] if packed else slots
-        state = self._stepper.wrapped.base.state
-        found = [_base_state(state, p, name) for p in self._params]
-        return [torch.zeros_like(p) if t is None else t for t, p in zip(found, self._params, strict=True)]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(())
-
-    def __len__(self) -> int:
-        return 0
-
-
-def _base_state(state: Any, p: Tensor, name: str) -> Any:
-    """The base's state of a parameter by name; None before its first step."""
-    own = {k: v for k, v in state.get(p, {}).items() if not is_ours(k)}
-    if not own:
-        return None
-    if own.get(name) is None and name != "momentum_buffer":
-        raise TransformError(
-            f"optx: a rule reads {name!r} of the base, which keeps none for a parameter of shape "
-            f"{tuple(p.shape)} (it has {', '.join(map(repr, own))})."
-        )
-    return own.get(name)
 
 
 def _add(a: Any, b: Any) -> Any:

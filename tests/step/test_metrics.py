@@ -199,6 +199,14 @@ def test_gradients_that_are_gone_or_others_are_not_told():
     close(run.opt.metrics(), {"optx/grad_norm": run.norm()})
 
 
+def test_a_step_that_meters_waits_for_no_device():
+    run = Run(["PerpGrad", "AdamR", "HFT"])
+    assert run.opt.metering
+    assert run.opt.measured._read is None  # numbers come from there when they are asked for
+    assert run.opt.metrics()
+    assert run.opt.measured._read is not None
+
+
 def test_a_skipped_step_is_counted_and_leaves_the_numbers_of_the_one_before():
     run = Run(["PerpGrad", "AdamR"], skip_nonfinite=True)
     before = run.opt.metrics()
