@@ -17,8 +17,8 @@ WHERE = "adapters_only"
 _REFUSED = {
     "FSDP": "FSDP1, whose flat parameters optx does not serve. Pass "
     "FullyShardedDataParallelPlugin(fsdp_version=2)",
-    "DEEPSPEED": "DeepSpeed, under whose ZeRO-1 an attached LoRA came to other weights than in one process. "
-    "Use DDP, or FullyShardedDataParallelPlugin(fsdp_version=2)",
+    "DEEPSPEED": "DeepSpeed, whose checkpoints are written before its hooks are asked. Leave adapters_only "
+    "out and call handle.save(folder), or use DDP or FullyShardedDataParallelPlugin(fsdp_version=2)",
     "MEGATRON_LM": "Megatron-LM, whose checkpoints are written before its hooks are asked. Leave "
     "adapters_only out: accelerator.save_state() saves the whole, and handle.save(folder) the adapter",
 }

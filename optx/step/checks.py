@@ -266,7 +266,8 @@ def check_whole_tensors(wrapped: Host, known: Sequence[tuple[Group, Sequence[Ten
                 f"optx: the {len(before)} parameters of group {index} were replaced by one flat tensor of "
                 f"{group['params'][0].numel():,} numbers, as DeepSpeed's ZeRO-1 and ZeRO-2 do, and "
                 f"{type(acting).__name__} acts on each tensor by itself. Use DDP with torch's "
-                "ZeroRedundancyOptimizer, or fully_shard (FSDP2)."
+                "ZeroRedundancyOptimizer, or fully_shard (FSDP2); what optx.attach adds, and losses, train "
+                "under ZeRO-1 and ZeRO-2 with an optimizer that isn't wrapped."
             )
 
 

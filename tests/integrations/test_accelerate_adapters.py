@@ -244,7 +244,7 @@ def plugin_of(kind: str) -> Any:
     ("kind", "attribute", "words"),
     [
         ("FSDP", "fsdp_plugin", r"saves with FSDP1.*FullyShardedDataParallelPlugin\(fsdp_version=2\)"),
-        ("DEEPSPEED", "deepspeed_plugins", r"saves with DeepSpeed.*Use DDP, or.*fsdp_version=2"),
+        ("DEEPSPEED", "deepspeed_plugins", r"saves with DeepSpeed.*handle.save.*use DDP or.*fsdp_version=2"),
         ("MEGATRON_LM", "megatron_lm_plugin", r"saves with Megatron-LM.*handle.save\(folder\)"),
     ],
 )
