@@ -41,12 +41,18 @@ model:
 """
 
 
+def base() -> nn.Sequential:
+    """Each time the same."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
 class Module(LightningModule):
     """Made of a plain dict."""
 
     def __init__(self, methods: dict[str, Any]) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+        self.net = base()
         made = optx.from_config(methods, model=self.net)
         self.made, (self.handle,) = made.optimizer, made.handles
 
@@ -68,7 +74,8 @@ def test_a_run_from_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     cli = LightningCLI(Module, args=["fit", "--config", str(file)], save_config_callback=None)
     assert isinstance(cli.model.made, optx.Wrapped)
     assert "net.0.weight" not in torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"]
-    bare = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+    bare = base()
     read = optx.attach(bare, tmp_path / "end.adapter")
     assert all(map(torch.equal, read.parameters(), cli.model.handle.parameters()))
     assert any(p.any() for name, p in read.named_parameters() if name.endswith("B"))
+    assert torch.equal(bare(torch.ones(2, 6)), cli.model.net(torch.ones(2, 6)))
