@@ -4,8 +4,9 @@ Every process has its shards of the same weights, gradients as `fully_shard` lea
 take turns, all processes at once: ours on the DTensors; ours on ordinary tensors that are the same shards
 (unsharded: nothing is completed over the mesh); both again with ``metrics=True``; and, in every eighth round,
 torch's operations on the DTensors (``fused=False``), which is how DTensors were stepped before kernels acted
-on shards. What is printed are ratios of minima and of medians; of the processes, the worst. Beside them stand
-those of the stepping thread's CPU time, which hardly grows where other programs run.
+on shards. A step's time is until the last process has taken it: no forward pass begins before. Printed are
+ratios of minima and of medians; of the processes, the worst. Beside them stand those of the stepping thread's
+CPU time, which hardly grows where other programs run.
 """
 
 from __future__ import annotations
@@ -98,8 +99,9 @@ def _worker(rank: int, world: int, folder: str, shape: str, transforms: str, rou
             dist.barrier()
             start, busy = time.perf_counter(), time.thread_time()
             arms[name].step()
-            times[name].append(time.perf_counter() - start)
             own[name].append(time.thread_time() - busy)
+            dist.barrier()  # a forward pass gathers the others' weights first
+            times[name].append(time.perf_counter() - start)
     all_of_them: list[Any] = [None] * world
     dist.all_gather_object(all_of_them, {"wall": times, "CPU": own})
     if rank == 0:

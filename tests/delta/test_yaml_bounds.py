@@ -74,7 +74,7 @@ def test_hostile_files_are_refused(
     started = time.process_time()
     with pytest.raises(OptxError, match=message) as error:
         load_yaml(path)
-    assert time.process_time() - started < 1
+    assert time.process_time() - started < 4  # of what is read in Python, 1.3 on a slow machine
     assert str(error.value).startswith(f"config: {str(path)!r}")
     assert len(str(error.value)) < 500
 

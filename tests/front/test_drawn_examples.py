@@ -41,7 +41,7 @@ def test_fails(drawn_seed):
 def drawn(folder: Path, *options: str, ci: str | None) -> tuple[set[str], str]:
     """What the tests above drew, and what was printed."""
     folder.mkdir()
-    for name in ("conftest.py", "whose_warnings.py"):
+    for name in ("conftest.py", "processes.py", "whose_warnings.py"):
         shutil.copy(TESTS / name, folder)
     (folder / "test_it.py").write_text(DRAWING)
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "CI"))}

@@ -18,6 +18,9 @@ on_transformers = pytest.mark.parametrize(
     "row", [row for row in ROWS if row.model in TRANSFORMERS], ids=lambda row: row.label
 )
 
+# What is disabled is compiled anew, which takes as long again: one of each way to be part of a forward pass.
+SWITCHED_OFF = ("LoRA", "SVFit, conv", "IA3", "MAM", "PrefixTuning", "Aside", "STN")
+
 
 def gradients(model: nn.Module, handle: optx.Handle) -> dict[str, Tensor]:
     """Gradients of everything attached, for a loss that sees every logit."""
@@ -55,9 +58,10 @@ def test_compile_fullgraph(row: Row) -> None:
     (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
     found = {name: p.grad for name, p in handle.named_parameters() if p.grad is not None}
     assert_close(found, wanted, 1e-4)
-    handle.disable()
-    with torch.no_grad():
-        torch.testing.assert_close(run(compiled), run(row.shortest()), rtol=1e-5, atol=1e-5)
+    if row.label in SWITCHED_OFF:
+        handle.disable()
+        with torch.no_grad():
+            torch.testing.assert_close(run(compiled), run(row.shortest()), rtol=1e-5, atol=1e-5)
 
 
 def test_attaching_to_a_compiled_model_warns() -> None:

@@ -34,12 +34,18 @@ TRANSFORMS: dict[str, Callable[[nn.Module], list[optx.Transform]]] = {
     "all": lambda m: [optx.PerpGrad(), optx.AdamR(weight=0.05), optx.HFT(m, rounds_every=4, seed=3)],
 }
 DTYPES = {"fp32": torch.float32, "bf16-stochastic": torch.bfloat16, "bf16-kahan": torch.bfloat16}
-# Each pair of these is a kernel of its own to compile; in float32 all pairs are.
-BF16_KERNELS = {"bf16-stochastic": ("AdamW:all", "SGD:perp"), "bf16-kahan": ("AdamW:all", "SGD:plain")}
-FOREACH_BASES = {
-    "fp32": tuple(BASES),
-    "bf16-stochastic": ("SGD", "AdamW", "NAdam"),
-    "bf16-kahan": (),  # the foreach path rounds stochastically then
+# Each pair of these is a kernel of its own to compile; with AdamW in float32 all are.
+KERNELS = {
+    "fp32": ("SGD:perp", "SGD:plain", "SGD:hft", "Adam:l2", "Adam:all", "amsgrad:all"),
+    "bf16-stochastic": ("AdamW:all", "SGD:perp"),
+    "bf16-kahan": ("AdamW:all", "SGD:plain"),
+}
+# On the foreach path, bases with every transform; the others with all at once, or what they can have.
+FOREACH_BASES = {"fp32": ("AdamW", "NAdam"), "bf16-stochastic": ("AdamW",), "bf16-kahan": ()}
+FOREACH_ALL = {
+    "fp32": ("SGD:perp", "SGD:plain", "SGD:hft", "Adam:all", "amsgrad:all", "RAdam:all"),
+    "bf16-stochastic": ("SGD:perp", "NAdam:all"),
+    "bf16-kahan": (),  # it rounds stochastically then
 }
 
 
@@ -94,16 +100,16 @@ class Net(nn.Module):
 
 
 def cases() -> Iterator[Case]:
-    """Every transform on every base and path in float32, and a part of them in bfloat16."""
+    """Every transform on each path in float32, every base with some, and a part of them in bfloat16."""
     for dtype in DTYPES:
         for base in BASES:
             for name in TRANSFORMS:
                 if base == "SGD" and name in ("l2", "l1", "all"):
                     continue  # SGD has no second moment to normalise with
-                if base in FOREACH_BASES[dtype]:
+                pair = f"{base}:{name}"
+                if base in FOREACH_BASES[dtype] or pair in FOREACH_ALL[dtype]:
                     yield Case(base, name, dtype, fused=False)
-                kernels = BF16_KERNELS.get(dtype)
-                if base not in ("RAdam", "NAdam") and (kernels is None or f"{base}:{name}" in kernels):
+                if pair in KERNELS[dtype] or (base, dtype) == ("AdamW", "fp32"):
                     yield Case(base, name, dtype, fused=True)
 
 

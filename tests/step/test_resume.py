@@ -47,7 +47,7 @@ def test_every_run_resumed_in_a_new_process_is_the_uninterrupted_one(path: str, 
     command = [sys.executable, "-W", "error", str(HERE / "resume_cases.py"), str(tmp_path), path]
     subprocess.run(command, check=True, timeout=1200)
     resumed = torch.load(tmp_path / "ends.pt", weights_only=True)
-    assert len(resumed) == 2 * len(mine) >= 50
+    assert len(resumed) == 2 * len(mine) >= 30
     for case in mine:
         for kind in FILES:
             assert difference(whole[case], resumed[f"{case}:{kind}"]) == [], f"{case} from {kind}"
