@@ -51,6 +51,7 @@ def wait() -> bool:
     mine = _now[-1]
     mine.taken = True
     with suppress(OSError):
-        mine.held.enter_context(kernel_folder().locked(f".{mine.module}.turn", LONGEST))
+        if mine.held.enter_context(kernel_folder().locked(f".{mine.module}.turn", LONGEST)):
+            mine.held.close()  # all is kept by now; or nothing can be, and nobody has to wait for that
         return True
     return False

@@ -152,8 +152,11 @@ class PrivateFolder:
                 raise
 
     @contextmanager
-    def locked(self, name: str, longest: float) -> Generator[None]:
+    def locked(self, name: str, longest: float) -> Generator[bool]:
         """Hold a lock that one process has at a time; after so many seconds of waiting, without it.
+
+        Yields:
+            Whether another process had it.
 
         Raises:
             OSError: nothing can be kept or locked here.
@@ -163,8 +166,7 @@ class PrivateFolder:
             flags = os.O_RDWR | os.O_CREAT | _NOFOLLOW | _NONBLOCK
             handle = os.open(self._at(folder, name), flags, 0o600, dir_fd=folder)
         try:
-            _lock(handle, longest)
-            yield
+            yield _lock(handle, longest)
         finally:
             with suppress(OSError):  # who waits has this file open, and finds afterwards what was kept
                 os.unlink(self.path / name)
@@ -201,19 +203,21 @@ class PrivateFolder:
             os.close(folder)
 
 
-def _lock(handle: int, longest: float) -> None:
+def _lock(handle: int, longest: float) -> bool:
+    """Whether it had to be waited for."""
     try:
         import fcntl
     except ImportError:
         raise OSError("no file locks on this platform") from None
-    end = time.monotonic() + longest
-    while True:
+    end, waited = time.monotonic() + longest, False
+    while time.monotonic() < end:
         try:
-            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
         except BlockingIOError:
-            if time.monotonic() > end:
-                return None
+            waited = True
             time.sleep(0.02)
+    return waited
 
 
 def _unlock(handle: int) -> None:

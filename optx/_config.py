@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
@@ -19,6 +20,7 @@ from optx.inject._attach import attach
 from optx.inject._freeze import trainable_only
 from optx.inject._handle import Handle
 from optx.inject._injection import Injection
+from optx.inject._rest import put_back
 from optx.step.transform import Transform
 from optx.step.wrap import wrap
 
@@ -122,6 +124,8 @@ def from_config(
     with ExitStack() as undo:
         handles: list[Handle] = []
         for one in attached:
+            if isinstance(folder := one.keywords["injection"], str):
+                undo.callback(put_back(Path(folder), cast(nn.Module, model)))
             handles.append(one(model))
             undo.callback(handles[-1].remove)
         if table.get("trainable_only"):
@@ -218,7 +222,7 @@ class _Maker:
                 read[key] = self._reader.read(who, key, True, kinds[key])
         return partial(cls, **read)
 
-    def attached(self, entry: Any, where: str) -> Callable[[Any], Handle]:
+    def attached(self, entry: Any, where: str) -> partial[Handle]:
         """What attaches an entry to a model."""
         table = {"name": entry} if isinstance(entry, str) else entry
         if isinstance(table, dict) and "path" in table:

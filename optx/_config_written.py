@@ -88,6 +88,9 @@ def _of_handle(handle: Handle) -> dict[str, Any]:
 def _of_wrapped(optimizer: Wrapped) -> dict[str, Any]:
     """Optimizer, transforms and the settings that are not the defaults."""
     transforms = [_entry(one) for one in optimizer.transforms]
+    for one in optimizer.transforms:
+        options = {key: value for key, value in one.group_keys().items() if not key.startswith("optx.")}
+        _check_one_for_all(type(optimizer.base).__name__, optimizer.base, options)
     found: dict[str, Any] = {"optimizer": _of_base(optimizer.base), "transforms": transforms}
     if changed := optimizer.given_settings():
         found["wrap"] = changed
@@ -98,17 +101,24 @@ def _of_base(base: Optimizer) -> dict[str, Any]:
     """A base with the numbers that it was made with; a schedule's are not among them."""
     kind, usual = type(base), defaults(type(base))
     who = kind.__name__
-    for group in base.param_groups:
-        for key, value in base.defaults.items():
-            if key != "lr" and key in usual and not same(group.get(key, value), value):
-                raise OptxError(
-                    f"to_config: {who} has a param group with {key}={shown(group[key])} beside "
-                    f"{key}={shown(value)}, and a config has one for all. Pass the transforms one by one."
-                )
+    # A schedule moves the rates of all groups.
+    _check_one_for_all(who, base, {k: v for k, v in base.defaults.items() if k != "lr" and k in usual})
+    first = base.param_groups[0]
+    _check_one_for_all(who, base, {k: first[k] for k in ("lr", "initial_lr") if k in first})
     given = {k: v for k, v in base.defaults.items() if k in usual and not same(v, usual[k])}
     ours = getattr(torch.optim, who, None) is kind
     name = who if ours else f"{kind.__module__}.{kind.__qualname__}"
     return {"name": name, **{key: written(who, key, value) for key, value in given.items()}}
+
+
+def _check_one_for_all(who: str, base: Optimizer, values: dict[str, Any]) -> None:
+    for group in base.param_groups:
+        for key, value in values.items():
+            if not same(group.get(key, value), value):
+                raise OptxError(
+                    f"to_config: {who} has a param group with {key}={shown(group[key])} beside "
+                    f"{key}={shown(value)}, and a config has one for all. Pass the transforms one by one."
+                )
 
 
 def written(who: str, name: str, value: Any) -> Any:

@@ -197,8 +197,8 @@ def _attach_saved(model: nn.Module, path: str | PathLike[str], name: str | None)
     handle = _handle_of(model, stored.injection, served, saved)
     try:
         _folder.fill(handle, stored, os.fspath(path))
+        beside.put(model)
     except BaseException:
         handle.remove()
         raise
-    beside.put(model)
     return handle

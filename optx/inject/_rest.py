@@ -7,8 +7,9 @@ adapter was attached.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,13 +22,14 @@ from optx._files import written_aside
 from optx._names import placed_like, whole
 from optx._safetensors import brief, parsed
 from optx.inject._base_marks import Mark, as_text, check_marks, saved_tensors, tell_of_another
+from optx.inject._folder import OWN, TENSORS
 from optx.inject._stored import check_tensors
 
 T = TypeVar("T")
 
 REST = "optx_checkpoint.safetensors"
 _MODEL, _HANDLE = "model.", "handle."
-_LEFT_OUT, _PLACES = "optx_left_out", "optx_places"
+_LEFT_OUT, _PLACES, _ADAPTERS = "optx_left_out", "optx_places", "optx_adapters"
 
 
 @dataclass
@@ -40,12 +42,14 @@ class Rest:
         left_out: the base's other tensors.
         places: by an adapter's folder (``""``: this one), where in the trained model it was attached; None
             where that isn't in it.
+        adapters: by the same, the digest of the adapter's file.
     """
 
     model: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     handles: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
     left_out: Mapping[str, Mark | None] = field(default_factory=dict[str, Any])
     places: Mapping[str, str | None] = field(default_factory=dict[str, Any])
+    adapters: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def write(self, folder: Path, writes: bool = True) -> None:
         """Write the file; sharded tensors are gathered, for which every rank has to call."""
@@ -58,19 +62,69 @@ class Rest:
         if not writes:
             return
         with written_aside(folder / REST) as aside:
-            metadata = {_LEFT_OUT: as_text(self.left_out), _PLACES: json.dumps(self.places)}
+            metadata = {
+                _LEFT_OUT: as_text(self.left_out),
+                _PLACES: json.dumps(self.places),
+                _ADAPTERS: json.dumps(self.adapters),
+            }
             save_file(copies, aside, metadata=metadata)
 
     def check(self, here: Mapping[str, Tensor], where: str) -> None:
         """Raise unless a model's tensors have a place for every one of these."""
-        check_tensors(self.model, {name: here[name] for name in self.model if name in here}, where)
+        mine = {name: here[name] for name in self.model if name in here}
+        check_tensors(self.model, mine, where)
+        if empty := next((name for name, t in mine.items() if t.is_meta), None):
+            raise FileError(
+                f"{where}: {empty!r} has no values here: it is on the meta device, or offloaded. Give the "
+                "model its values first, and offload it afterwards."
+            )
+        self._check_ties(here, where)
+
+    def _check_ties(self, here: Mapping[str, Tensor], where: str) -> None:
+        """Raise where one tensor would get the values of two."""
+        shared: dict[int, list[str]] = {}
+        for name, t in here.items():
+            shared.setdefault(id(t), []).append(name)
+        for names in shared.values():
+            first, *more = [name for name in names if name in self.model] or [""]
+            other = next(
+                (name for name in more if not torch.equal(self.model[first], self.model[name])), None
+            )
+            other = other or next((name for name in names if first and name in self.left_out), None)
+            if other:
+                raise FileError(
+                    f"{where}: {first!r} and {other!r} are one tensor in this model, and were two where it "
+                    "was saved. Untie them first."
+                )
 
     def put(self, model: nn.Module) -> None:
-        """Give the model the tensors that it had when this was saved."""
+        """Give the model the tensors that it had when this was saved: all of them, or, if one fails, none."""
         here = dict(saved_tensors(model))
+        placed = {name: placed_like(t, here[name]) for name, t in self.model.items()}
+        before = {name: here[name].detach().clone() for name in placed}
         with torch.no_grad():
-            for name, t in self.model.items():
-                here[name].copy_(placed_like(t, here[name]))
+            try:
+                for name, t in placed.items():
+                    here[name].copy_(t)
+            except BaseException:
+                for name, t in before.items():
+                    here[name].copy_(t)
+                raise
+
+    def check_adapter(self, folder: Path, place: str, where: str) -> None:
+        """Raise where a folder's adapter isn't the one that this was saved with.
+
+        Args:
+            folder: of the adapter.
+            place: its key in ``adapters``.
+            where: what the error begins with.
+        """
+        saved = self.adapters.get(place)
+        if saved is not None and saved != digest(folder):
+            raise FileError(
+                f"{where}: the adapter in {str(folder)!r} was saved over since {REST} was, which holds what "
+                "trained beside the earlier one. Save the adapter to a folder of its own, and attach that."
+            )
 
     def inside(self, place: str) -> Rest:
         """The same as a part of the trained model sees it; tensors of other parts are left out."""
@@ -94,35 +148,70 @@ def read(file: Path) -> Rest:
         with safe_open(file, framework="pt") as given:
             opened: Any = given
             metadata: dict[str, str] = opened.metadata() or {}
-            left_out, places = parsed(metadata[_LEFT_OUT]), parsed(metadata[_PLACES])
+            left_out, places, adapters = (parsed(metadata[key]) for key in (_LEFT_OUT, _PLACES, _ADAPTERS))
             tensors: dict[str, Tensor] = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         check_marks(left_out)
-        if not isinstance(places, dict):
-            raise ValueError(f"{_PLACES} is no table")
+        if not isinstance(places, dict) or not isinstance(adapters, dict):
+            raise ValueError(f"{_PLACES} or {_ADAPTERS} is no table")
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise FileError(f"{str(file)!r} is damaged ({brief(str(error), quote=False)}).") from error
-    found = Rest(left_out=left_out, places=places)
+    found = Rest(left_out=left_out, places=places, adapters=adapters)
     for key, t in tensors.items():
         kind = found.model if key.startswith(_MODEL) else found.handles
         kind[key.removeprefix(_MODEL if kind is found.model else _HANDLE)] = t
     return found
 
 
+def digest(folder: Path) -> str:
+    """Of an adapter's tensors in its folder; nothing where there are none."""
+    file = next((folder / name for name in (OWN, TENSORS) if (folder / name).exists()), None)
+    if file is None:
+        return ""
+    found = hashlib.sha256()
+    with file.open("rb") as given:
+        while part := given.read(1 << 20):
+            found.update(part)
+    return found.hexdigest()
+
+
+def _file_of(folder: Path) -> tuple[Path, str] | None:
+    """The file that goes with an adapter's folder, and what it calls that; it is in it or above it."""
+    if (folder / REST).exists():
+        return folder / REST, ""
+    return (folder.parent / REST, folder.name) if (folder.parent / REST).exists() else None
+
+
+def put_back(folder: Path, model: nn.Module) -> Callable[[], None]:
+    """What takes back that a model gets what is `beside` a folder's adapter; to be asked for before that."""
+    names: set[str] = set()
+    if (found := _file_of(folder.resolve())) is not None:
+        every = read(found[0])
+        place = every.places.get(found[1])
+        names = set() if place is None else set(every.inside(place).model)
+    before = Rest({name: t.detach().clone() for name, t in saved_tensors(model) if name in names})
+    return lambda: before.put(model)
+
+
 def beside(folder: Path, model: nn.Module) -> Rest:
     """What a model that gets the adapter of a folder has to be given with it; nothing if no file says so.
 
     Args:
-        folder: of the adapter; the file is in it, or above it where a checkpoint has several.
+        folder: of the adapter.
         model: what is attached to; it is not touched.
 
     Raises:
-        FileError: the file is damaged, or has a tensor for which the model has no place.
+        FileError: the file is damaged, was saved with another adapter, or has a tensor for which the model
+            has no place.
     """
-    file = next((one / REST for one in (folder, folder.parent) if (one / REST).exists()), None)
-    if file is None:
+    folder = folder.resolve()  # "." has no parent by its letters
+    if (known := _file_of(folder)) is None:
         return Rest()
+    file, key = known
     every = read(file)
-    place = every.places.get("" if file.parent == folder else folder.name)
+    if key and key not in every.places:  # an adapter of something else, below a checkpoint's folder
+        return Rest()
+    every.check_adapter(folder, key, "attach")
+    place = every.places.get(key)
     found = Rest() if place is None else every.inside(place)
     left = [name for name in every.model if place is None or (place and not name.startswith(f"{place}."))]
     if left:

@@ -55,6 +55,7 @@ class AdapterCheckpoint:
         here = dict(saved_tensors(self.module))
         tell_of_another(here, rest.left_out, "resuming")
         rest.check(here, f"{self._where}: {str(folder / REST)!r}")
+        _adapter_folders.check_adapters(rest, self.handles, folder, self._where)
         _adapter_folders.load(self.handles, folder)
         _adapter_folders.load_beside(self.handles, rest.handles)
         rest.put(self.module)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from optx._names import is_dtensor
 from optx.inject._base_marks import saved_tensors
 from optx.inject._handle import Handle
-from optx.inject._rest import Rest
+from optx.inject._rest import Rest, digest
 from optx.integrations._base_left_out import BaseLeftOut, adapters_own, is_left_out
 
 
@@ -96,8 +96,22 @@ def save_trained(base: BaseLeftOut, folder: Path, writes: bool) -> None:
     }
     every = cast("Iterator[tuple[str, nn.Module]]", base.module.named_modules())
     paths = {id(one): path for path, one in every}
-    places = {
-        str(at.relative_to(folder)).removeprefix("."): paths.get(id(handle.model))
-        for handle, at in zip(handles, folders(handles, folder), strict=True)
-    }
-    Rest(model, beside_the_parts(handles), left_out, places).write(folder, writes)
+    found = {key_of(at, folder): at for at in folders(handles, folder)}
+    places = {key: paths.get(id(handle.model)) for key, handle in zip(found, handles, strict=True)}
+    adapters = {key: digest(at) for key, at in found.items()} if writes else {}
+    Rest(model, beside_the_parts(handles), left_out, places, adapters).write(folder, writes)
+
+
+def key_of(at: Path, folder: Path) -> str:
+    """What a checkpoint calls an adapter's folder; ``""`` is its own."""
+    return str(at.relative_to(folder)).removeprefix(".")
+
+
+def check_adapters(rest: Rest, handles: Sequence[Handle], folder: Path, where: str) -> None:
+    """Raise where an adapter was saved over since the rest of its checkpoint was.
+
+    Raises:
+        FileError: the two are not of one save.
+    """
+    for at in folders(handles, folder):
+        rest.check_adapter(at, key_of(at, folder), where)

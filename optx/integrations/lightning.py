@@ -161,8 +161,8 @@ class OptxCallback(Callback):
                 "or leave handle out."
             )
         files = trainer.strategy.checkpoint_io
-        if self._folders and not isinstance(files, BesideCheckpoints):
-            trainer.strategy.checkpoint_io = BesideCheckpoints(files, keeper)
+        files = files.inner if isinstance(files, BesideCheckpoints) else files  # of an earlier fit's module
+        trainer.strategy.checkpoint_io = BesideCheckpoints(files, keeper) if self._folders else files
 
     def remove(self) -> None:
         """Have the module's state dict be whole again, if it was this callback that changed it."""

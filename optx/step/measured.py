@@ -113,7 +113,7 @@ class Measured:
         """Each weight's number of this name, by its id; of those alone that have one."""
         found: dict[int, float] = {}
         for table, column in self._columns(name):
-            found.update(zip(table.places, column.tolist(), strict=True))
+            found.update({key: float(column[place]) for key, place in table.places.items()})
         return found
 
     def having(self, name: str) -> Collection[int]:

@@ -310,6 +310,8 @@ class Wrapped(Optimizer):
             {'optx/grad_norm': 1.0, 'optx/lr': 0.5, 'optx/skipped_steps': 0.0, 'perp_grad/removed': 0.8}
         """
         self._check_alive("metrics")
+        if not self.metrics_asked:
+            self._find_shards()  # a trainer may have sharded them since the last step
         if self.sharded and not self.metrics_asked:
             raise OptxError(
                 "optx: metrics() of sharded parameters (DTensors) needs sums that all ranks take together in "
@@ -359,7 +361,7 @@ class Wrapped(Optimizer):
             OptxError: a transform cannot serve the new parameters; nothing is added.
         """
         self._check_alive("add_param_group")
-        count, known = len(self.param_groups), self._known
+        count, known, metering = len(self.param_groups), self._known, self.metering
         with self.slot_store.restored_on_error():
             self.base.add_param_group(param_group)
             try:
@@ -370,7 +372,8 @@ class Wrapped(Optimizer):
                 self._groups_changed()
             except BaseException:
                 del self.base.param_groups[count:]
-                self._known = known
+                self._known, self.metering = known, metering
+                self._find_shards()
                 raise
 
     def served(self, transform: Transform) -> list[Tensor]:
@@ -406,9 +409,12 @@ class Wrapped(Optimizer):
                 group.setdefault("optx.seed", 0)
                 group.setdefault("optx.step", 0)
         self._known = [(group, list(group["params"])) for group in self.param_groups]
-        self.sharded = any(is_dtensor(p) for _, params in self._known for p in params)
+        self._find_shards()
         # A call of `metrics` may have been one rank's alone, and sums over shards are completed by all.
         self.metering = self.metrics_asked or (self.metering and not self.sharded)
+
+    def _find_shards(self) -> None:
+        self.sharded = any(is_dtensor(p) for group in self.param_groups for p in group["params"])
 
     def follow_parameters(self) -> None:
         """Take on what was put into the groups by hand; every step begins with it.

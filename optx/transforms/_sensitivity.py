@@ -116,7 +116,8 @@ def summary(dsp: Any, optimizer: Host) -> dict[str, float]:
     measured, found = optimizer.measured, dict[str, float]()
     sensed, counted = (measured.sum(f"{dsp.name}.{what}") for what in ("sensed", "counted"))
     if sensed is None and measured:  # the step took no sum of it
-        served = (p for p in optimizer.served(dsp) if id(p) in measured.of(f"{dsp.name}.strength"))
+        having = measured.having(f"{dsp.name}.strength")
+        served = (p for p in optimizer.served(dsp) if id(p) in having)
         slots = [s for p in served if float((s := optimizer.slot_store.of(p))[f"optx.{dsp.name}.chosen"]) > 0]
         known = [s[f"optx.{dsp.name}.sensitivity"] for s in slots]
         sensed = sum(float(whole(s.sum(dtype=torch.float64))) for s in known)

@@ -399,3 +399,13 @@ def test_what_cant_be_written_says_why() -> None:
         with pytest.raises(optx.OptxError, match=re.escape(said)):
             optx.to_config(thing)
     assert repr(optx.AdamR(anchor=model)) == "AdamR(weight=0.05, anchor=anchor)"
+
+
+@pytest.mark.parametrize("key", ["lr", "perp_grad", "perp_grad_rescale"])
+def test_groups_that_differ_are_refused(key: str) -> None:
+    a, b = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    opt = optx.wrap(torch.optim.SGD([{"params": [a]}, {"params": [b]}], lr=0.1), optx.PerpGrad())
+    assert optx.to_config(opt)["optimizer"]["lr"] == 0.1
+    opt.param_groups[1][key] = 0.5 if key == "lr" else False
+    with pytest.raises(optx.OptxError, match=f"a param group with {key}=.* beside {key}="):
+        optx.to_config(opt)

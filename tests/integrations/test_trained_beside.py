@@ -93,6 +93,68 @@ def test_another_base_is_told(saved: tuple[Path, nn.Module]) -> None:
         optx.attach(model, saved[0])
 
 
+def test_an_adapter_that_was_saved_over_is_not_mixed_with_what_was_beside_the_earlier(
+    saved: tuple[Path, nn.Module], tmp_path: Path
+) -> None:
+    shutil.copytree(saved[0], tmp_path, dirs_exist_ok=True)
+    handle = optx.attach(net(), tmp_path)
+    with torch.no_grad():
+        handle.parameters()[0].add_(1)
+    handle.save(tmp_path)
+    model = net()
+    with pytest.raises(optx.FileError, match=rf"saved over since {REST} was.*a folder of its own"):
+        optx.attach(model, tmp_path)
+    assert same(model, net())
+
+
+def test_a_model_without_values_is_refused(saved: tuple[Path, nn.Module]) -> None:
+    model = net()
+    model[3] = nn.Linear(6, 2, device="meta")
+    with pytest.raises(optx.FileError, match=r"'3\.bias' has no values here.*meta.*values first"):
+        optx.attach(model, saved[0])
+
+
+def test_one_tensor_is_not_given_the_values_of_two(saved: tuple[Path, nn.Module]) -> None:
+    model = net()
+    model[1].weight = model[1].bias  # type: ignore[union-attr]
+    with pytest.raises(optx.FileError, match=r"'1\.weight' and '1\.bias' are one tensor in this model"):
+        optx.attach(model, saved[0])
+
+
+def test_a_folder_by_a_relative_name(
+    saved: tuple[Path, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = trained(tmp_path, optx.IA3())
+    monkeypatch.chdir(tmp_path / "lora")
+    model = net()
+    optx.attach(model, ".")
+    assert torch.equal(model[3].bias, wanted[3].bias)  # type: ignore[index, arg-type]
+
+
+def test_if_one_tensor_fails_all_are_as_they_were(
+    saved: tuple[Path, nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = net()
+    model[1].running_mean = torch.zeros(()).expand(6)  # can't be written  # type: ignore[union-attr]
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="single memory location"):
+        optx.attach(model, saved[0])
+    found = model.state_dict()
+    assert found.keys() == before.keys()
+    assert all(torch.equal(t, before[name]) for name, t in found.items())
+
+
+def test_a_config_that_fails_later_takes_it_back(saved: tuple[Path, nn.Module]) -> None:
+    model = net()
+    config = {"attach": [{"path": str(saved[0])}], "optimizer": {"name": "AdamW", "lr": -1.0}}
+    with pytest.raises(ValueError, match="-1"):
+        optx.from_config(config, model=model)
+    assert same(model, net())
+    del config["optimizer"]
+    optx.from_config(config, model=model)
+    assert same(model, saved[1])
+
+
 def test_an_adapter_of_a_part_takes_what_is_of_that_part(tmp_path: Path) -> None:
     class Whole(nn.Module):
         def __init__(self) -> None:
@@ -128,7 +190,8 @@ def test_a_damaged_file_is_named(damage: str, saved: tuple[Path, nn.Module], tmp
         file.write_bytes(b"\0" * 64)
     else:
         marks = {"0.weight": ["torch.load", [], 1]} if damage == "marks" else {}
-        text = {"optx_left_out": json.dumps(marks), "optx_places": "[]" if damage == "places" else "{}"}
+        places = "[]" if damage == "places" else "{}"
+        text = {"optx_left_out": json.dumps(marks), "optx_places": places, "optx_adapters": "{}"}
         save_file(load_file(file), file, metadata=text)
     model = net()
     with pytest.raises(optx.FileError, match=f"{REST}' is damaged"):
