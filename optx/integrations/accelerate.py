@@ -11,8 +11,8 @@
     >>> saving = optx.integrations.accelerate.adapters_only(accelerator, handle)
 
 The training loop, accumulation, clipping and schedulers are Accelerate's own, unchanged. What
-``accelerator.save_state(folder)`` writes is what ``optx.attach(model, folder)`` and PEFT read, and
-``accelerator.load_state(folder)`` restores it exactly.
+``accelerator.save_state(folder)`` writes is what ``optx.attach(model, folder)`` reads (PEFT reads the
+adapters of it), and ``accelerator.load_state(folder)`` restores it exactly.
 """
 
 from __future__ import annotations

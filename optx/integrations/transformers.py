@@ -141,7 +141,8 @@ class OptxCallback(TrainerCallback):
 
     With a handle, checkpoints, ``trainer.save_model()`` and the best model are what `Handle.save` writes
     (PEFT's two files where PEFT knows the method; several handles each in a folder of its name), and what
-    else of the model trains or has changed; the base model is left out. `optx.attach` and PEFT read them.
+    else of the model trains or has changed; the base model is left out. `optx.attach` gives all of that
+    back; PEFT reads the adapters alone.
     ``resume_from_checkpoint``, ``save_total_limit`` and ``load_best_model_at_end`` work as ever: make the
     same base model, attach as before, give the same callback. Without it, the Trainer refuses such a
     checkpoint. Once all handles are off (``merge_and_unload``), the model is saved whole again.
