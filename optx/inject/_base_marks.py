@@ -39,12 +39,15 @@ def mark(t: Tensor, dtype: str = "") -> Mark | None:
 
     Args:
         t: any; offloaded, sharded and quantised ones can't be read.
-        dtype: as which to read it: a float that was saved as another is rounded as that was.
+        dtype: as which to read it: a float that was saved as a narrower one is rounded as that was. Of one
+            that is narrower itself nothing is known: a base in bfloat16 is that in float32, or another.
     """
     if t.is_meta or is_dtensor(t) or is_traceable_wrapper_subclass(t):
         return None
     wanted: Any = getattr(torch, dtype.removeprefix("torch.")) if dtype else t.dtype
     if wanted != t.dtype and not (wanted.is_floating_point and t.is_floating_point()):
+        return None
+    if t.itemsize < wanted.itemsize:
         return None
     return str(wanted), list(t.shape), _checksum(t.detach().to(wanted).contiguous().reshape(-1))
 

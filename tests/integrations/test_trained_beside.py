@@ -155,6 +155,13 @@ def test_a_config_that_fails_later_takes_it_back(saved: tuple[Path, nn.Module]) 
     assert same(model, saved[1])
 
 
+def test_the_same_base_in_bfloat16_is_no_other(saved: tuple[Path, nn.Module], recwarn: Any) -> None:
+    model = net().bfloat16()
+    optx.attach(model, saved[0])
+    assert not recwarn.list
+    assert torch.equal(model[3].bias, saved[1][3].bias.bfloat16())  # type: ignore[index, operator, union-attr]
+
+
 def test_an_adapter_of_a_part_takes_what_is_of_that_part(tmp_path: Path) -> None:
     class Whole(nn.Module):
         def __init__(self) -> None:
