@@ -81,6 +81,18 @@ def one_thread(_threads: None) -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    """A gloo group of this process alone, which outlives what the test has made.
+
+    A DistributedDataParallel that is the last to hold a group waits, with the GIL, for gloo's threads, which
+    may wait for the GIL.
+    """
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(autouse=True)
 def _nothing_compiled_stays() -> Iterator[None]:
     """While something is compiled, `optx.attach` looks for it among all objects: 0.2 s late in a run."""

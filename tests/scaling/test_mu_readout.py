@@ -379,23 +379,19 @@ def test_the_families_here_are_what_is_asked_for() -> None:
     assert HEADS.keys() == FAMILIES.keys()
 
 
-def test_under_ddp(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("group_of_one")
+def test_under_ddp() -> None:
     """Names are the bare model's, the factors act, and what is attached later is refused."""
-    from torch import distributed
     from torch.nn.parallel import DistributedDataParallel
 
     model, shapes = widened("llama")
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        for injection in (optx.MuReadout(shapes), optx.MuAttention(shapes)):
-            optx.attach(model, injection)
-        alone = run(model)
-        parallel = DistributedDataParallel(model)
-        torch.testing.assert_close(parallel(TOKENS).logits, alone)
-        assert optx.scaling.shapes(parallel, base=llama(16)) == shapes
-        shapes.check(parallel)
-        parallel(TOKENS).logits.sum().backward()
-        with pytest.raises(optx.OptxError, match="attach"):
-            optx.attach(parallel, optx.MuReadout(shapes))
-    finally:
-        distributed.destroy_process_group()
+    for injection in (optx.MuReadout(shapes), optx.MuAttention(shapes)):
+        optx.attach(model, injection)
+    alone = run(model)
+    parallel = DistributedDataParallel(model)
+    torch.testing.assert_close(parallel(TOKENS).logits, alone)
+    assert optx.scaling.shapes(parallel, base=llama(16)) == shapes
+    shapes.check(parallel)
+    parallel(TOKENS).logits.sum().backward()
+    with pytest.raises(optx.OptxError, match="attach"):
+        optx.attach(parallel, optx.MuReadout(shapes))

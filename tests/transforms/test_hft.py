@@ -334,27 +334,23 @@ def test_add_param_group_of_a_layer_that_comes_later() -> None:
     assert all(p in opt.state for p in model.head.parameters())
 
 
+@pytest.mark.usefixtures("group_of_one")
 def test_data_parallel_that_would_wait() -> None:
-    import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        model = fresh()
-        waits = DistributedDataParallel(model)
-        with pytest.raises(TransformError, match="Make it with find_unused_parameters=True"):
-            optx.wrap(torch.optim.AdamW(waits.parameters()), HFT(waits))
-        parallel = DistributedDataParallel(model, find_unused_parameters=True)
-        opt = optx.wrap(torch.optim.AdamW(parallel.parameters()), HFT(parallel, rounds_every=2))
-        alone = fresh()
-        plain = optx.wrap(torch.optim.AdamW(alone.parameters()), HFT(alone, rounds_every=2))
-        inner = fresh()
-        outer = DistributedDataParallel(inner, find_unused_parameters=True)
-        within = optx.wrap(torch.optim.AdamW(outer.parameters()), HFT(inner, rounds_every=2))
-        train(parallel, opt, 5)
-        train(alone, plain, 5)
-        train(outer, within, 5)
-        assert_equal(weights(model), weights(alone))
-        assert_equal(weights(inner), weights(alone))
-    finally:
-        dist.destroy_process_group()
+    model = fresh()
+    waits = DistributedDataParallel(model)
+    with pytest.raises(TransformError, match="Make it with find_unused_parameters=True"):
+        optx.wrap(torch.optim.AdamW(waits.parameters()), HFT(waits))
+    parallel = DistributedDataParallel(model, find_unused_parameters=True)
+    opt = optx.wrap(torch.optim.AdamW(parallel.parameters()), HFT(parallel, rounds_every=2))
+    alone = fresh()
+    plain = optx.wrap(torch.optim.AdamW(alone.parameters()), HFT(alone, rounds_every=2))
+    inner = fresh()
+    outer = DistributedDataParallel(inner, find_unused_parameters=True)
+    within = optx.wrap(torch.optim.AdamW(outer.parameters()), HFT(inner, rounds_every=2))
+    train(parallel, opt, 5)
+    train(alone, plain, 5)
+    train(outer, within, 5)
+    assert_equal(weights(model), weights(alone))
+    assert_equal(weights(inner), weights(alone))
