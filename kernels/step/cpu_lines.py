@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from optx.kernels import cpu
 from optx.kernels.step.cpu_text import PART, Args, local, register
-from optx.kernels.step.layout import Columns, Layout
-from optx.kernels.step.program import NUMBER_KINDS, Call, Program, Ref
+from optx.kernels.step.lines import Lines
+from optx.kernels.step.program import NUMBER_KINDS, Call, Ref
 from optx.kernels.step.text import indent, rule_name, variable
 
 
@@ -47,18 +47,8 @@ class Use:
         return f"{local(role)}_p + {by}"
 
 
-class Lines:
-    """Of one program in one layout."""
-
-    def __init__(self, program: Program, layout: Layout) -> None:
-        self.program, self.layout = program, layout
-        self.table = Columns.of(program, layout)
-        self.wide = layout.dtypes[0] == "float64"
-        self.suffix = "_64" if self.wide else "_32"
-        self.dtypes = dict(zip(self.table.roles, (*layout.dtypes, "bfloat16"), strict=False))
-        self.cells = {n: program.cell_dtype(n, layout.dtypes[0]) for n in program.cells}
-        # Whether a float64 (or an integer that needs one) can get into what a float32 rule computes.
-        self.mixed = self.wide or any(dtype in cpu.WIDE for dtype in self.dtypes.values())
+class CpuLines(Lines):
+    """Of Numba's."""
 
     def _accessors(self) -> list[str]:
         lines: list[str] = []
@@ -129,17 +119,6 @@ class Lines:
                 value += " + load_kahan(kahan_p, i)"
             lines.append(f"{register(role)} = {value}")
         return lines
-
-    def _roles(self, calls: Iterable[Call]) -> list[str]:
-        """Roles whose elements some calls touch, in table order."""
-        refs = {r for c in calls for r in (*c.args, *c.writes)}
-        used = {"w" if r.name == "w0" else r.name for r in refs if r.kind in ("reg", "slot")}
-        return [role for role in self.table.roles if role in used]
-
-    def _loses(self, role: str) -> bool:
-        """Whether storing a role's register may round it (whole numbers are made before)."""
-        dtype = self.dtypes[role]
-        return dtype in ("bfloat16", "float16") or (dtype == "float32" and self.mixed)
 
     def _stores(self, stored: list[str], low: list[str], draws_w: bool) -> list[str]:
         """Each bfloat16 role takes 16 fresh random bits; one draw of 32 serves two."""

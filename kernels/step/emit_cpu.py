@@ -15,7 +15,7 @@ import numba
 
 from optx.kernels import cpu
 from optx.kernels.generated import load_module
-from optx.kernels.step.cpu_lines import Lines, Use
+from optx.kernels.step.cpu_lines import CpuLines, Use
 from optx.kernels.step.cpu_text import (
     CFUNC,
     EXPAND,
@@ -59,7 +59,7 @@ LANES_FROM = 32768
 LOW, HIGH = 1e-27, 1e30
 
 
-class _Emitter(Lines):
+class _Emitter(CpuLines):
     def module(self) -> list[str]:
         p = self.program
         narrow = [c.rule for c in (*p.update, *(c for level in p.levels for c in level.prefix))]

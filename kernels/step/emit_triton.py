@@ -21,7 +21,7 @@ from optx.kernels.generated import load_module
 from optx.kernels.step.layout import Layout
 from optx.kernels.step.program import W0, Call, G, Level, Program, Ref
 from optx.kernels.step.text import indent, variable
-from optx.kernels.step.triton_lines import POINTERS, Lines, number_refs, stream
+from optx.kernels.step.triton_lines import POINTERS, TritonLines, number_refs, stream
 from optx.kernels.step.triton_text import JIT, dialect, wrapped
 
 CHUNK_ROW = 4  # int64: tensor, first element, number of elements, position among the tensor's partials
@@ -46,7 +46,7 @@ def emit(program: Program, layout: Layout) -> str:
     return "\n".join(map(wrapped, _Emitter(program, layout).module())) + "\n"
 
 
-class _Emitter(Lines):
+class _Emitter(TritonLines):
     def module(self) -> list[str]:
         p = self.program
         lines = [

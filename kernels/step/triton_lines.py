@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from optx.kernels.step.layout import Columns, Layout, partials_per_chunk
+from optx.kernels.step.lines import WIDE, Lines
 from optx.kernels.step.program import NUMBER_KINDS, Call, Program, Ref
 from optx.kernels.step.text import rule_name, variable
 
@@ -18,7 +19,6 @@ POINTERS = {
     **{name: f"tl.{name}" for name in ("uint8", "int8", "int16", "int32", "int64")},
 }
 _SMALL = ("uint8", "int8", "int16")
-_WIDE = ("float64", "int32", "int64")  # read in float64
 _NUMBERS = (*NUMBER_KINDS, "cell")
 
 
@@ -33,20 +33,14 @@ def draws(program: Program, layout: Layout) -> list[str]:
     return [r for r in low if r in stored or (r == "w" and layout.rounding == "stochastic")]
 
 
-class Lines:
-    """Of one program in one layout."""
+class TritonLines(Lines):
+    """Of Triton's."""
 
     def __init__(self, program: Program, layout: Layout) -> None:
-        self.program, self.layout = program, layout
-        self.table = Columns.of(program, layout)
+        super().__init__(program, layout)
         self.width = partials_per_chunk(program)
-        self.math = "tl.float64" if layout.dtypes[0] == "float64" else "tl.float32"
-        self.suffix = "_64" if self.math == "tl.float64" else "_32"
-        self.dtypes = dict(zip(self.table.roles, (*layout.dtypes, "bfloat16"), strict=False))
+        self.math = "tl.float64" if self.wide else "tl.float32"
         self.draws = draws(program, layout)
-        self.cells = {n: program.cell_dtype(n, layout.dtypes[0]) for n in program.cells}
-        # Whether a float64 (or an integer that needs one) can get into what a float32 rule computes.
-        self.mixed = self.math == "tl.float64" or any(d in _WIDE for d in self.dtypes.values())
 
     def _call(self, call: Call, suffix: str, sums: bool = False) -> str:
         """One rule. What is summed is computed in float64 throughout and stays apart from the registers."""
@@ -81,7 +75,7 @@ class Lines:
 
     def _math_of(self, role: str) -> str:
         """The dtype that a role is read in."""
-        return "tl.float64" if self.dtypes[role] in _WIDE else self.math
+        return "tl.float64" if self.dtypes[role] in WIDE else self.math
 
     def _number(self, ref: Ref) -> str:
         """Reads a col, hyper, total or cell."""
@@ -120,17 +114,6 @@ class Lines:
     def _on(self, role: str, count: str) -> str:
         """A distance in elements as one in what a role's pointer points at."""
         return f"{count} // 8" if self.dtypes[role] == "bits" else count
-
-    def _roles(self, calls: Iterable[Call]) -> list[str]:
-        """Roles whose elements some calls touch, in table order."""
-        refs = {r for c in calls for r in (*c.args, *c.writes)}
-        used = {"w" if r.name == "w0" else r.name for r in refs if r.kind in ("reg", "slot")}
-        return [role for role in self.table.roles if role in used]
-
-    def _loses(self, role: str) -> bool:
-        """Whether storing a role's register may round it (whole numbers are made before)."""
-        dtype = self.dtypes[role]
-        return dtype in ("bfloat16", "float16") or (dtype == "float32" and self.mixed)
 
     def _stores(self, stored: list[str], again: list[str]) -> list[str]:
         """Rounds and stores registers; those in ``again`` are what was stored, from then on."""

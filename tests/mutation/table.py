@@ -285,6 +285,7 @@ TABLE = {
     "optx/step/wrapped.py": f"arithmetic_step errors {_STEP}",
     "kernels/entries/cpu.py": "gather",
     "kernels/step/cpu_lines.py": "fused_cpu user_rules fused_rounding adamr",
+    "kernels/step/lines.py": "fused_cpu user_rules fused_rounding adamr",
     "kernels/step/emit_cpu.py": "fused_cpu user_rules fused_rounding adamr",
     "kernels/step/cpu.py": "fused_cpu fused_groups fused_memory fused_rounding",
 }

@@ -1,0 +1,35 @@
+"""What generated code of every compiler says of one program in one layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from optx.kernels.step.layout import Columns, Layout
+from optx.kernels.step.program import Call, Program
+
+WIDE = ("float64", "int32", "int64")  # read in float64
+
+
+class Lines:
+    """Of one program in one layout."""
+
+    def __init__(self, program: Program, layout: Layout) -> None:
+        self.program, self.layout = program, layout
+        self.table = Columns.of(program, layout)
+        self.wide = layout.dtypes[0] == "float64"
+        self.suffix = "_64" if self.wide else "_32"
+        self.dtypes = dict(zip(self.table.roles, (*layout.dtypes, "bfloat16"), strict=False))
+        self.cells = {n: program.cell_dtype(n, layout.dtypes[0]) for n in program.cells}
+        # Whether a float64 (or an integer that needs one) can get into what a float32 rule computes.
+        self.mixed = self.wide or any(dtype in WIDE for dtype in self.dtypes.values())
+
+    def _roles(self, calls: Iterable[Call]) -> list[str]:
+        """Roles whose elements some calls touch, in table order."""
+        refs = {r for c in calls for r in (*c.args, *c.writes)}
+        used = {"w" if r.name == "w0" else r.name for r in refs if r.kind in ("reg", "slot")}
+        return [role for role in self.table.roles if role in used]
+
+    def _loses(self, role: str) -> bool:
+        """Whether storing a role's register may round it (whole numbers are made before)."""
+        dtype = self.dtypes[role]
+        return dtype in ("bfloat16", "float16") or (dtype == "float32" and self.mixed)
