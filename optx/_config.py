@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
@@ -16,14 +15,14 @@ from torch.optim import Optimizer
 from optx._config_names import find
 from optx._config_values import Reader, accepted, check_known, plain
 from optx._errors import OptxError, shown
-from optx.inject._attach import attach
+from optx.inject._attach import attach, attach_saved
 from optx.inject._freeze import trainable_only
 from optx.inject._handle import Handle
 from optx.inject._injection import Injection
-from optx.inject._rest import put_back
 from optx.step.transform import Transform
 from optx.step.wrap import wrap
 
+_Attached = tuple[Handle, Callable[[], None]]  # and what takes it back
 MakeOptimizer = Callable[..., Optimizer]
 """What makes an optimizer of parameters, as ``functools.partial(torch.optim.AdamW, lr=1e-4)``."""
 
@@ -124,10 +123,9 @@ def from_config(
     with ExitStack() as undo:
         handles: list[Handle] = []
         for one in attached:
-            if isinstance(folder := one.keywords["injection"], str):
-                undo.callback(put_back(Path(folder), cast(nn.Module, model)))
-            handles.append(one(model))
-            undo.callback(handles[-1].remove)
+            handle, take_back = one(cast(nn.Module, model))
+            handles.append(handle)
+            undo.callback(take_back)
         if table.get("trainable_only"):
             undo.callback(trainable_only(cast(nn.Module, model), *handles).restore)
         made = make if make is None or isinstance(make, Optimizer) else _of_parameters(make, model)
@@ -222,13 +220,13 @@ class _Maker:
                 read[key] = self._reader.read(who, key, True, kinds[key])
         return partial(cls, **read)
 
-    def attached(self, entry: Any, where: str) -> partial[Handle]:
+    def attached(self, entry: Any, where: str) -> Callable[[nn.Module], _Attached]:
         """What attaches an entry to a model."""
         table = {"name": entry} if isinstance(entry, str) else entry
         if isinstance(table, dict) and "path" in table:
             saved = cast("dict[str, Any]", table)
             check_known(f"from_config: {where}", saved, ("path", "adapter_name"))
-            return partial(attach, injection=str(saved["path"]), name=saved.get("adapter_name"))
+            return partial(attach_saved, path=str(saved["path"]), name=saved.get("adapter_name"))
         own = {key: value for key, value in _table(table, where).items() if key not in _OF_ATTACH}
         kinds = accepted(attach)
         who = f"from_config: {where} ({own.get('name')})"
@@ -237,7 +235,13 @@ class _Maker:
             for key, value in _table(table, where).items()
             if key in _OF_ATTACH
         }
-        return partial(attach, injection=self.made(own, where, Injection), **how)
+        injection = self.made(own, where, Injection)
+
+        def attached(model: nn.Module) -> _Attached:
+            handle = attach(model, injection, **how)
+            return handle, handle.remove
+
+        return attached
 
     def settings(self, given: Any) -> dict[str, Any]:
         """Of `optx.wrap`."""

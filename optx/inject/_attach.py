@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, overload, runtime_checkable
@@ -142,7 +142,6 @@ def attach(
         >>> handle.report().rows[0].module
         '0'
     """
-    check_model(model)
     if isinstance(injection, str | PathLike):
         if layers is not None or exclude is not None:
             raise OptxError(
@@ -157,7 +156,8 @@ def attach(
             raise OptxError("attach: a saved adapter says itself which modules it serves; leave targets out.")
         if masks is not None:
             raise OptxError("attach: a saved adapter has its masks with it; leave masks out.")
-        return _attach_saved(model, injection, name)
+        return attach_saved(model, injection, name)[0]
+    check_model(model)
     if not isinstance(injection, Injection):  # pyright: ignore[reportUnnecessaryIsInstance]
         given: Any = injection
         wraps = f"; {type(given).__name__} goes around an optimizer: optx.wrap(optimizer, ...)"
@@ -183,8 +183,15 @@ def _handle_of(
     return make(model, injection, served, saved)
 
 
-def _attach_saved(model: nn.Module, path: str | PathLike[str], name: str | None) -> Handle:
-    """Attach what a folder holds, to the modules it was saved for, and load its tensors and the model's."""
+def attach_saved(
+    model: nn.Module, path: str | PathLike[str], name: str | None
+) -> tuple[Handle, Callable[[], None]]:
+    """Attach what a folder holds, to the modules it was saved for, and load its tensors and the model's.
+
+    Returns:
+        The handle, and what takes back all of it: removing the handle leaves the model what trained beside.
+    """
+    check_model(model)
     stored = _folder.read(path, model)
     beside = _rest.beside(Path(path), model)
     here = paths_of(model)
@@ -197,8 +204,13 @@ def _attach_saved(model: nn.Module, path: str | PathLike[str], name: str | None)
     handle = _handle_of(model, stored.injection, served, saved)
     try:
         _folder.fill(handle, stored, os.fspath(path))
-        beside.put(model)
+        put_back = beside.put(model)
     except BaseException:
         handle.remove()
         raise
-    return handle
+
+    def undo() -> None:
+        handle.remove()
+        put_back()
+
+    return handle, undo

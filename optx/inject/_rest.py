@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -97,19 +97,21 @@ class Rest:
                     "was saved. Untie them first."
                 )
 
-    def put(self, model: nn.Module) -> None:
-        """Give the model the tensors that it had when this was saved: all of them, or, if one fails, none."""
+    def put(self, model: nn.Module) -> Callable[[], None]:
+        """Give the model the tensors that it had when this was saved: all of them, or, if one fails, none.
+
+        Returns:
+            What gives it back those that it had here.
+        """
         here = dict(saved_tensors(model))
-        placed = {name: placed_like(t, here[name]) for name, t in self.model.items()}
-        before = {name: here[name].detach().clone() for name in placed}
-        with torch.no_grad():
-            try:
-                for name, t in placed.items():
-                    here[name].copy_(t)
-            except BaseException:
-                for name, t in before.items():
-                    here[name].copy_(t)
-                raise
+        placed = [(here[name], placed_like(t, here[name])) for name, t in self.model.items()]
+        before = [(t, t.detach().clone()) for t, _ in placed]
+        try:
+            _copy(placed)
+        except BaseException:
+            _copy(before)
+            raise
+        return lambda: _copy(before)
 
     def check_adapter(self, folder: Path, place: str, where: str) -> None:
         """Raise where a folder's adapter isn't the one that this was saved with.
@@ -130,6 +132,12 @@ class Rest:
         """The same as a part of the trained model sees it; tensors of other parts are left out."""
         start = f"{place}." if place else ""
         return Rest(_under(start, self.model), left_out=_under(start, self.left_out))
+
+
+@torch.no_grad()
+def _copy(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for t, value in pairs:
+        t.copy_(value)
 
 
 def _under(start: str, named: Mapping[str, T]) -> dict[str, T]:
@@ -174,29 +182,11 @@ def digest(folder: Path) -> str:
     return found.hexdigest()
 
 
-def _file_of(folder: Path) -> tuple[Path, str] | None:
-    """The file that goes with an adapter's folder, and what it calls that; it is in it or above it."""
-    if (folder / REST).exists():
-        return folder / REST, ""
-    return (folder.parent / REST, folder.name) if (folder.parent / REST).exists() else None
-
-
-def put_back(folder: Path, model: nn.Module) -> Callable[[], None]:
-    """What takes back that a model gets what is `beside` a folder's adapter; to be asked for before that."""
-    names: set[str] = set()
-    if (found := _file_of(folder.resolve())) is not None:
-        every = read(found[0])
-        place = every.places.get(found[1])
-        names = set() if place is None else set(every.inside(place).model)
-    before = Rest({name: t.detach().clone() for name, t in saved_tensors(model) if name in names})
-    return lambda: before.put(model)
-
-
 def beside(folder: Path, model: nn.Module) -> Rest:
     """What a model that gets the adapter of a folder has to be given with it; nothing if no file says so.
 
     Args:
-        folder: of the adapter.
+        folder: of the adapter; the file is in it, or above it where a checkpoint has several.
         model: what is attached to; it is not touched.
 
     Raises:
@@ -204,10 +194,11 @@ def beside(folder: Path, model: nn.Module) -> Rest:
             has no place.
     """
     folder = folder.resolve()  # "." has no parent by its letters
-    if (known := _file_of(folder)) is None:
+    file = next((one / REST for one in (folder, folder.parent) if (one / REST).exists()), None)
+    if file is None:
         return Rest()
-    file, key = known
     every = read(file)
+    key = "" if file.parent == folder else folder.name
     if key and key not in every.places:  # an adapter of something else, below a checkpoint's folder
         return Rest()
     every.check_adapter(folder, key, "attach")
