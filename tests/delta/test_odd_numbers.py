@@ -293,26 +293,22 @@ def test_wrapped_weights_are_refused(kind: str) -> None:
             call()
 
 
-def test_sharded_modules_are_refused(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("group_of_one")
+def test_sharded_modules_are_refused() -> None:
     """FSDP2, in a process group of one: its tensors are of the wrapper's kind all the same."""
-    import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        model = torch.nn.Sequential(torch.nn.Linear(3, 3))
-        plain = {n: t.clone() for n, t in model.state_dict().items()}
-        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-        fully_shard(model, mesh=mesh)
-        with pytest.raises(
-            OptxError, match=r"'0.weight' is a DTensor, of which each process holds a part .FSDP2"
-        ):
-            Delta.between(plain, model)
-        with pytest.raises(OptxError, match="get_model_state_dict"):
-            Delta.between(plain, plain).apply(model)
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    plain = {n: t.clone() for n, t in model.state_dict().items()}
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    fully_shard(model, mesh=mesh)
+    with pytest.raises(
+        OptxError, match=r"'0.weight' is a DTensor, of which each process holds a part .FSDP2"
+    ):
+        Delta.between(plain, model)
+    with pytest.raises(OptxError, match="get_model_state_dict"):
+        Delta.between(plain, plain).apply(model)
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-        whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
-        assert not Delta.between(plain, whole)["0.weight"].any()  # the way out that the message names
-    finally:
-        dist.destroy_process_group()
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    assert not Delta.between(plain, whole)["0.weight"].any()  # the way out that the message names

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,15 +145,7 @@ def test_lightning(tmp_path: Path) -> None:
     assert "net.2.weight" not in saved
 
 
-@pytest.fixture
-def alone() -> Iterator[None]:
-    """One process that is all of a group."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.usefixtures("alone")
+@pytest.mark.usefixtures("group_of_one")
 def test_torchrun() -> None:
     from torch.distributed.fsdp import fully_shard
 

@@ -188,27 +188,24 @@ def test_a_model_compiled_later_saves_as_before(tmp_path: Path) -> None:
     assert all(key.startswith("base_model.model.fc.") for key in tensors_in(tmp_path))
 
 
+@pytest.mark.usefixtures("group_of_one")
 def test_sharded_adapters_are_saved_whole_and_loaded_in_shards(tmp_path: Path) -> None:
     from torch import distributed
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
-    distributed.init_process_group("gloo", rank=0, world_size=1, store=distributed.HashStore())
-    try:
-        model = plain()
-        handle = attached(model, optx.LoRA(rank=2), targets="fc|head")
-        wanted = {key: t.clone() for key, t in handle.state_dict().items()}
-        mesh = distributed.init_device_mesh("cpu", (1,))
-        fully_shard(model, mesh=mesh)
-        assert all(isinstance(p, DTensor) for p in handle.parameters())
-        handle.save(tmp_path)
-        found = tensors_in(tmp_path)
-        assert all(torch.equal(found[f"base_model.model.{key}"], t) for key, t in wanted.items())
-        shake(p.to_local() for p in handle.parameters())  # type: ignore[attr-defined]
-        handle.load(tmp_path)
-        assert all(torch.equal(t, wanted[k]) for k, t in handle.state_dict().items())
-    finally:
-        distributed.destroy_process_group()
+    model = plain()
+    handle = attached(model, optx.LoRA(rank=2), targets="fc|head")
+    wanted = {key: t.clone() for key, t in handle.state_dict().items()}
+    mesh = distributed.init_device_mesh("cpu", (1,))
+    fully_shard(model, mesh=mesh)
+    assert all(isinstance(p, DTensor) for p in handle.parameters())
+    handle.save(tmp_path)
+    found = tensors_in(tmp_path)
+    assert all(torch.equal(found[f"base_model.model.{key}"], t) for key, t in wanted.items())
+    shake(p.to_local() for p in handle.parameters())  # type: ignore[attr-defined]
+    handle.load(tmp_path)
+    assert all(torch.equal(t, wanted[k]) for k, t in handle.state_dict().items())
 
 
 # ---- writing ----------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import pickle
 
 import pytest
 import torch
-import torch.distributed as dist
 from adapter_models import cache_name
 from aside_models import (
     LAYERS,
@@ -77,6 +76,7 @@ def test_functional_call_and_vmap(variant: str) -> None:
     torch.testing.assert_close(many, wanted, rtol=0, atol=1e-5)
 
 
+@pytest.mark.usefixtures("group_of_one")
 @each_stream
 def test_fsdp2(variant: str) -> None:
     """Its hooks exchange the tensors that go into a layer, and take the weights away behind it."""
@@ -84,18 +84,14 @@ def test_fsdp2(variant: str) -> None:
 
     plain, _ = attached(variant)
     wanted = gradients(plain, lambda: plain(batch()))
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        net, _ = attached(variant)
-        for layer in net.layers:
-            fully_shard(layer)
-        fully_shard(net)
-        x = batch().requires_grad_()
-        assert torch.equal(net(x), plain(x))
-        found = gradients(net, lambda: net(x))
-        assert_close({name: g.full_tensor() for name, g in found.items()}, wanted, 1e-6)  # type: ignore[attr-defined]
-    finally:
-        dist.destroy_process_group()
+    net, _ = attached(variant)
+    for layer in net.layers:
+        fully_shard(layer)
+    fully_shard(net)
+    x = batch().requires_grad_()
+    assert torch.equal(net(x), plain(x))
+    found = gradients(net, lambda: net(x))
+    assert_close({name: g.full_tensor() for name, g in found.items()}, wanted, 1e-6)  # type: ignore[attr-defined]
 
 
 @each_variant

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -111,13 +111,6 @@ Wrap = Callable[[nn.Sequential], nn.Module]
 ATTACH_FIRST = r"ranks would drift apart\. Attach (to the model )?first"
 
 
-@pytest.fixture
-def group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def fsdp2(module: nn.Module) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
@@ -201,7 +194,7 @@ WRAPS: dict[str, tuple[Wrap, str]] = {
 }
 
 
-@pytest.mark.usefixtures("group")
+@pytest.mark.usefixtures("group_of_one")
 @pytest.mark.filterwarnings("ignore:.*FSDP.*")
 @pytest.mark.filterwarnings("ignore:.*NO_SHARD.*")
 @pytest.mark.parametrize("name", WRAPS)
@@ -216,7 +209,7 @@ def test_what_is_wrapped_already_is_refused(name: str) -> None:
     keep.clear()
 
 
-@pytest.mark.usefixtures("group")
+@pytest.mark.usefixtures("group_of_one")
 def test_what_is_beside_or_below_is_served() -> None:
     """A block may be sharded later with what it has by then; and one that is not sharded at all is free."""
     model = inside(fsdp2)(blocks())
@@ -227,7 +220,7 @@ def test_what_is_beside_or_below_is_served() -> None:
     assert all(p.grad is not None for p in handle.parameters())
 
 
-@pytest.mark.usefixtures("group")
+@pytest.mark.usefixtures("group_of_one")
 def test_a_ddp_that_is_gone_holds_nothing() -> None:
     model = blocks()
     wrapper = ddp(model)

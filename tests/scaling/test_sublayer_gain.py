@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -225,16 +224,13 @@ def test_what_cannot_be_is_said(make, options, words):
         sublayer_gain(make(), **options)
 
 
-def test_a_sharded_weight_is_the_whole_one(tmp_path):
+@pytest.mark.usefixtures("group_of_one")
+def test_a_sharded_weight_is_the_whole_one():
     from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
 
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
-    try:
-        w = torch.randn(8, 6)
-        sharded = distribute_tensor(w, DeviceMesh("cpu", [0]), [Shard(0)])
-        assert top(sharded, iterations=2000).value == pytest.approx(truth(w), rel=1e-3)
-    finally:
-        dist.destroy_process_group()
+    w = torch.randn(8, 6)
+    sharded = distribute_tensor(w, DeviceMesh("cpu", [0]), [Shard(0)])
+    assert top(sharded, iterations=2000).value == pytest.approx(truth(w), rel=1e-3)
 
 
 # ---- gains on a batch, and no trace -----------------------------------------------------------------------
