@@ -117,14 +117,15 @@ class BaseRules:
     counted: bool = True
 
 
-_WEIGHT = Slot(dtype=None)
+_SIGNED = Slot(dtype=None, moment="signed")
+_SQUARES = Slot(dtype=None, moment="nonnegative")
 
 
 def _adam(group: Group, decoupled: bool) -> BaseRules:
     decay = shrink if decoupled or group.get("decoupled_weight_decay", False) else add_l2
-    slots = {"exp_avg": _WEIGHT, "exp_avg_sq": _WEIGHT}
+    slots = {"exp_avg": _SIGNED, "exp_avg_sq": _SQUARES}
     if group["amsgrad"]:
-        slots["max_exp_avg_sq"] = _WEIGHT
+        slots["max_exp_avg_sq"] = _SQUARES
     update = (
         *((negate,) if group["maximize"] else ()),
         *((decay,) if _decays(group) else ()),
@@ -140,7 +141,7 @@ def _sgd(group: Group) -> BaseRules:
         return BaseRules((), (*start, descend), counted=False)
     step = look_ahead if group["nesterov"] else take_buffer
     update = (*start, momentum_update, step, descend)
-    return BaseRules((momentum_scalars,), update, {"momentum_buffer": _WEIGHT}, counted=False)
+    return BaseRules((momentum_scalars,), update, {"momentum_buffer": _SIGNED}, counted=False)
 
 
 def _decays(group: Group) -> bool:

@@ -27,6 +27,7 @@ from optx.step.state import SlotStore
 Group = dict[str, Any]
 Fused = bool | Literal["auto", "cpu", "triton"]
 Rounding = Literal["stochastic", "kahan", "nearest"]
+Moment = Literal["", "signed", "nonnegative"]
 # What every path can read and write.
 _INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 SLOT_DTYPES = (*_INTEGERS, torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -56,10 +57,12 @@ class Slot:
             the weight's rows are multiples of 8 long and lie one after another; else as bool of the
             weight's shape; and as one number where all bits are 1, which costs nothing to read.
             `Transform.init_slot` may return any of the three.
+        moment: ``"signed"`` or ``"nonnegative"`` for a moving average of gradients or of their squares, which
+            may be kept in fewer bits; ``""`` for what may not.
 
     Raises:
         TransformError: a dtype that no rule can read: complex, quantised, of 8 or fewer float bits; or
-            a packed slot that is not bool, or one number.
+            a packed slot that is not bool, or one number; or a moment that is no float per element.
     """
 
     dtype: torch.dtype | None = torch.float32
@@ -68,8 +71,11 @@ class Slot:
     derived: str = ""
     lasting: bool = False
     packed: bool = False
+    moment: Moment = ""
 
     def __post_init__(self) -> None:
+        if self.moment:
+            self._check_moment()
         if self.packed and (self.dtype != torch.bool or self.scalar):
             raise TransformError(
                 "like_weight: packed=True is for dtype=torch.bool, one bit an element; dtype is "
@@ -80,6 +86,17 @@ class Slot:
             raise TransformError(
                 f"{'per_tensor' if self.scalar else 'like_weight'}: dtype is {self.dtype!r}; it must be a "
                 f"torch dtype that rules can read ({names}), or None for the weight's."
+            )
+
+    def _check_moment(self) -> None:
+        if self.moment not in ("signed", "nonnegative"):
+            raise TransformError(
+                f"like_weight: moment is {self.moment!r}; it must be '', 'signed' or 'nonnegative'."
+            )
+        if self.scalar or self.lasting or (self.dtype is not None and not self.dtype.is_floating_point):
+            raise TransformError(
+                f"like_weight: moment={self.moment!r} is for a moving average, a float per element that a "
+                f"step renews; this slot is {self!r}."
             )
 
     def zeros(self, p: Tensor) -> Tensor:
@@ -96,9 +113,13 @@ def like_weight(
     saved: bool = True,
     lasting: bool = False,
     packed: bool = False,
+    moment: Moment = "",
 ) -> Slot:
-    """A slot with one element per weight element; ``packed=True`` with ``torch.bool``: one bit."""
-    return Slot(dtype, saved=saved, lasting=lasting, packed=packed)
+    """A slot with one element per weight element; ``packed=True`` with ``torch.bool``: one bit.
+
+    See `Slot` for what the arguments mean.
+    """
+    return Slot(dtype, saved=saved, lasting=lasting, packed=packed, moment=moment)
 
 
 def per_tensor(dtype: torch.dtype = torch.float64, derived: str = "") -> Slot:
