@@ -121,6 +121,12 @@ class RuleSource:
             raise RuleSourceError(
                 f"rule {rule.name!r} names something {name!r}, as kernels call a library; rename it"
             )
+        *before, last = definition.body
+        plain = all(
+            isinstance(one, (*_STATEMENTS, *_FORBIDDEN)) for one in before
+        )  # those have their own words
+        if not plain or not isinstance(last, (ast.Return, *_FORBIDDEN)):
+            raise RuleSourceError(f"rule {rule.name!r} is more than assignments and a return at its end")
         constants: dict[str, float | int | bool] = {}
         helpers: dict[str, Rule] = {}
         for node in ast.walk(definition):
@@ -150,6 +156,8 @@ class RuleSource:
 # What some compiler lacks, or what means another thing on tensors than on numbers.
 _FORBIDDEN = (ast.Attribute, ast.Subscript, ast.If, ast.IfExp, ast.For, ast.While, ast.BoolOp, ast.Lambda)
 
+# A kernel has a rule's statements in its own loop.
+_STATEMENTS = (ast.Assign, ast.AugAssign, ast.AnnAssign, ast.Expr)
 
 # Names that generated code gives to what it is made of.
 _RESERVED = {"F", "np", "tl"}

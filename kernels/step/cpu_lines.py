@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from optx.kernels import cpu
 from optx.kernels.step.cpu_text import PART, Args, local, register
 from optx.kernels.step.lines import Lines
 from optx.kernels.step.program import NUMBER_KINDS, Call, Ref
-from optx.kernels.step.text import indent, rule_name, variable
+from optx.kernels.step.text import indent, rule_lines, rule_name, variable
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class CpuLines(Lines):
         """Calls in order; what goes into a slot of whole numbers is one at once."""
         lines: list[str] = []
         for call in calls:
-            lines.append(self._call(call, suffix))
+            given, targets = list(map(variable, call.args)), list(map(variable, call.writes))
+            lines += rule_lines(call.rule, given, targets, suffix, self._number(suffix))
             for ref in call.writes:
                 name = variable(ref)
                 if ref.kind == "slot" and (dtype := self.dtypes[ref.name]) in cpu.INTEGERS:
@@ -88,8 +89,14 @@ class CpuLines(Lines):
                     lines += [f"{name} = as_wide_{dtype}({name})"] if dtype in cpu.INTEGERS else []
         return lines
 
-    def _call(self, call: Call, suffix: str, sums: bool = False) -> str:
-        targets = ", ".join(("x_" if sums else "") + variable(r) for r in call.writes)
+    def _number(self, suffix: str) -> Callable[[float], str]:
+        """How literals are written: Numba widens ``float32 * 1.0`` to float64."""
+        narrow = suffix in ("_32", "_lane")
+        return lambda value: f"F({float(value)!r})" if narrow else repr(float(value))
+
+    def _sum(self, call: Call, suffix: str) -> str:
+        """A call of a function, in which products may be fused with additions."""
+        targets = ", ".join("x_" + variable(r) for r in call.writes)
         return f"{targets} = {rule_name(call.rule, suffix)}({', '.join(map(variable, call.args))})"
 
     def _numbers(self, refs: Iterable[Ref], cast: str) -> list[str]:

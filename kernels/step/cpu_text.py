@@ -49,19 +49,7 @@ def open_chunk(backwards: bool) -> list[str]:
 # The functions of optx.ops in Numba's words.
 PRELUDE_TEXT = """
 
-@part(error_model="numpy")
-def sqrt(x):
-    return np.sqrt(x)
-
-
-@part(error_model="numpy")
-def exp(x):
-    return np.exp(x)
-
-
-@part(error_model="numpy")
-def log(x):
-    return np.log(x)
+sqrt, exp, log = np.sqrt, np.exp, np.log
 
 
 @part(error_model="numpy")

@@ -82,13 +82,11 @@ class _Emitter(CpuLines):
             *PRELUDE,
             *(EXPAND if "bits" in self.dtypes.values() else []),
         ]
-        if not self.wide:
-            lines += rule_text(narrow, "_32", PART, lambda v: f"F({float(v)!r})")
-        wide += narrow if self.wide else []
-        lines += rule_text(wide, "_64", PART, lambda v: repr(float(v)))
-        lines += rule_text(sums, "_sum", PART_SUM, lambda v: repr(float(v)))
-        if not self.wide:
-            lines += rule_text(sums, "_lane", PART_SUM, lambda v: f"F({float(v)!r})")
+        for rules, suffix in (([] if self.wide else narrow, "_32"), (wide + narrow * self.wide, "_64")):
+            helpers = [helper for rule in rules for helper in rule.source.helpers.values()]
+            lines += rule_text(helpers, suffix, PART, self._number(suffix))
+        for suffix in ("_sum",) if self.wide else ("_sum", "_lane"):
+            lines += rule_text(sums, suffix, PART_SUM, self._number(suffix))
         for number, level in enumerate(p.levels):
             if level.sums:
                 lines += self._reduce(number, level)
@@ -137,14 +135,14 @@ class _Emitter(CpuLines):
         prefix = self._calls(level.prefix, self.suffix)
         widen = [f"{register(r)} = np.float64({register(r)})" for r in use.roles]
         load = self._loads(use.roles)
-        wide = [*load, *prefix, *widen, *(self._call(c, "_sum", sums=True) for c in level.sums)]
+        wide = [*load, *prefix, *widen, *(self._sum(c, "_sum") for c in level.sums)]
         if self.mixed:
             loops = self._loop(
                 f"{name}_{'run' if use.packed else 'chunk'}", arguments, wide, sums, "add_any_order"
             )
             loops += self._in_runs(name, use, arguments, len(sums), ()) if use.packed else []
         else:
-            lanes = [*load, *prefix, *(self._call(c, "_lane", sums=True) for c in level.sums)]
+            lanes = [*load, *prefix, *(self._sum(c, "_lane") for c in level.sums)]
             loops = self._loop(f"{name}_wide", arguments, wide, sums, "add_any_order")
             loops += self._loop(f"{name}_lanes_run", arguments, lanes, sums, "add_lanes")
             loops += self._in_runs(f"{name}_lanes", use, arguments, len(sums), (), f"{name}_wide")
@@ -214,7 +212,7 @@ class _Emitter(CpuLines):
         body += self._calls(p.update, self.suffix)
         # Over a run of 128, float32 lanes lose nothing that matters, and the loop keeps its pace.
         summed, add = ("_sum", "add_any_order") if self.mixed else ("_lane", "add_lanes")
-        observed = [self._call(c, summed, sums=True) for c in p.observe]
+        observed = [self._sum(c, summed) for c in p.observe]
         stores = self._stores(stored, low, draws_w)
         again = [r for r in self._roles(p.observe) if r in ("w", *stored) and self._loses(r)]
         # What is observed is what was stored.
@@ -237,12 +235,12 @@ class _Emitter(CpuLines):
         sums = [f"x_{variable(r)}" for c in meter for r in c.writes]
         load = self._loads(roles)
         widen = [f"{register(r)} = np.float64({register(r)})" for r in roles]
-        wide = [*load, *widen, *(self._call(c, "_sum", sums=True) for c in meter)]
+        wide = [*load, *widen, *(self._sum(c, "_sum") for c in meter)]
         loops = self._loop("update_meter_wide", arguments, wide, sums, "add_any_order")
         given = ", ".join([*use.pointers, *map(variable, use.numbers), "start", "n", *use.key])
         take = [f"metered = update_meter_wide({given})"]
         if not self.mixed:
-            lanes = [*load, *(self._call(c, "_lane", sums=True) for c in meter)]
+            lanes = [*load, *(self._sum(c, "_lane") for c in meter)]
             loops += self._loop("update_meter_lanes", arguments, lanes, sums, "add_lanes")
             inside = " and ".join(f"{LOW} < abs(lanes[{i}]) < {HIGH}" for i in range(len(sums)))
             take = [

@@ -85,6 +85,13 @@ def with_method(g: Any) -> Any:
     return g.clamp(-1.0, 1.0)
 
 
+def with_function(g: Any) -> Any:
+    def twice(x: Any) -> Any:
+        return x * 2.0
+
+    return twice(g)
+
+
 def exec_rule() -> Any:
     scope: dict[str, Any] = {"optx": optx}
     exec("@optx.rule(writes='g')\ndef twice(g):\n    return g * 2.0\n", scope)
@@ -99,6 +106,7 @@ NOT_FUSED = {
         2.0,
         "uses 'torch', which no kernel compiler",
     ),
+    "function": (lambda: optx.rule(with_function, writes="g"), 2.0, "is more than assignments and a return"),
     "method": (lambda: optx.rule(with_method, writes="g"), 1.0, "uses 'clamp', which no kernel compiler"),
 }
 
