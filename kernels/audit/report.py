@@ -124,7 +124,7 @@ def kernels(case: Case, target: Target) -> Iterator[Kernel]:
     """All kernels of a program, those that walk over elements first."""
     module = compiled(case.program, case.layout)
     program = case.program
-    sums = {f"reduce_{i}": (*v.prefix, *v.sums) for i, v in enumerate(program.levels) if v.sums}
+    sums = {f"reduce_{i}": v.element_calls for i, v in enumerate(program.levels) if v.sums}
     blocks = {"BLOCK": block_size(target.wave), "ALIGNED": True}
     roles = zip(program.slots, case.layout.dtypes[2:], strict=True)
     packed = {Ref("slot", name) for name, dtype in roles if dtype == "bits"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from optx.kernels.step.layout import Layout
-from optx.kernels.step.program import Call, Program
+from optx.kernels.step.program import Call, Program, given
 
 SIZES: dict[str, float] = {
     **{"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2},
@@ -20,7 +20,7 @@ def call_bytes(program: Program, layout: Layout, calls: Iterable[Call], stores: 
     size |= {name: SIZES[dtype] for name, dtype in zip(program.slots, layout.dtypes[2:], strict=True)}
     if layout.rounding == "kahan":
         size["w"] += 2  # its lower half
-    read = {"w" if r.name == "w0" else r.name for c in calls for r in c.args if r.kind in ("reg", "slot")}
+    read = {"w" if r.name == "w0" else r.name for r in given(calls) if r.kind in ("reg", "slot")}
     written: set[str] = {"w", *program.stored_slots} if stores else set()
     return sum(size[role] for role in read) + sum(size[role] for role in written)
 
@@ -30,5 +30,5 @@ def step_bytes(program: Program, layout: Layout) -> float:
     total = call_bytes(program, layout, (*program.update, *program.observe), stores=True)
     for level in program.levels:
         if level.sums:
-            total += call_bytes(program, layout, (*level.prefix, *level.sums), stores=False)
+            total += call_bytes(program, layout, level.element_calls, stores=False)
     return total

@@ -162,8 +162,13 @@ class CpuLines(Lines):
             *indent([f"return ({result.rstrip()})"] if sums else [], 1),
         ]
 
-    def _use(self, calls: Sequence[Call], random: bool = False) -> Use:
-        roles = self._roles(calls)
+    def _widen(self, roles: Iterable[str], sums: Iterable[Call] = ()) -> list[str]:
+        """Makes registers float64: those of some roles, and others that sums read."""
+        read = {variable(r): None for c in sums for r in c.args if r.kind not in (*NUMBER_KINDS, "cell")}
+        names = dict.fromkeys((*map(register, roles), *sorted(read)))
+        return [f"{name} = np.float64({name})" for name in names]
+
+    def _use(self, calls: Sequence[Call], roles: list[str], random: bool = False) -> Use:
         kahan = ["kahan"] if self.layout.rounding == "kahan" and "w" in roles else []
         numbers = {r for c in calls for r in c.args if r.kind in (*NUMBER_KINDS, "cell")}
         addressed = [role for role in (*roles, *kahan) if self.dtypes[role] != "ones"]

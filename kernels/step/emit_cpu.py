@@ -25,11 +25,10 @@ from optx.kernels.step.cpu_text import (
     Args,
     local,
     open_chunk,
-    register,
     tensor_kernel,
 )
 from optx.kernels.step.layout import Layout, partials_per_chunk
-from optx.kernels.step.program import NUMBER_KINDS, W0, Call, Level, Program, Ref
+from optx.kernels.step.program import NUMBER_KINDS, Call, Level, Program, Ref
 from optx.kernels.step.text import indent, rule_text, variable
 
 _compiling = threading.Lock()
@@ -129,11 +128,11 @@ class _Emitter(CpuLines):
         chunk of `LANES_FROM` and more the sum is good to 1e-8 of the sum of magnitudes.
         """
         name = f"reduce_{number}"
-        use = self._use((*level.prefix, *level.sums))
+        use = self._use(level.element_calls, self._read_roles(level.element_calls))
         sums = [f"x_{variable(r)}" for c in level.sums for r in c.writes]
         arguments = ", ".join([*use.pointers, *map(variable, use.numbers), "start", "n"])
-        prefix = self._calls(level.prefix, self.suffix)
-        widen = [f"{register(r)} = np.float64({register(r)})" for r in use.roles]
+        prefix = [*self._start(level.element_calls), *self._calls(level.prefix, self.suffix)]
+        widen = self._widen(use.roles, level.sums)
         load = self._loads(use.roles)
         wide = [*load, *prefix, *widen, *(self._sum(c, "_sum") for c in level.sums)]
         if self.mixed:
@@ -205,10 +204,9 @@ class _Emitter(CpuLines):
         stored = [r for r in self.table.roles if r in p.stored_slots]
         low = [r for r in stored if self.dtypes[r] == "bfloat16"]
         draws_w = self.dtypes["w"] == "bfloat16" and self.layout.rounding == "stochastic"
-        use = self._use(calls, random=bool(low) or draws_w)
-        reads_start = any(ref == W0 for c in calls for ref in c.args)
+        use = self._use(calls, self._roles(calls), random=bool(low) or draws_w)
         loaded = self._roles((*p.update, *p.observe))
-        body = [*self._loads(loaded), *(["w0 = w"] if reads_start else [])]
+        body = [*self._loads(loaded), *self._start(calls)]
         body += self._calls(p.update, self.suffix)
         # Over a run of 128, float32 lanes lose nothing that matters, and the loop keeps its pace.
         summed, add = ("_sum", "add_any_order") if self.mixed else ("_lane", "add_lanes")
@@ -234,7 +232,7 @@ class _Emitter(CpuLines):
         roles = self._roles(meter)
         sums = [f"x_{variable(r)}" for c in meter for r in c.writes]
         load = self._loads(roles)
-        widen = [f"{register(r)} = np.float64({register(r)})" for r in roles]
+        widen = self._widen(roles)
         wide = [*load, *widen, *(self._sum(c, "_sum") for c in meter)]
         loops = self._loop("update_meter_wide", arguments, wide, sums, "add_any_order")
         given = ", ".join([*use.pointers, *map(variable, use.numbers), "start", "n", *use.key])

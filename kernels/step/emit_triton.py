@@ -19,7 +19,7 @@ from types import ModuleType
 
 from optx.kernels.generated import load_module
 from optx.kernels.step.layout import Layout
-from optx.kernels.step.program import W0, Call, G, Level, Program, Ref
+from optx.kernels.step.program import Call, G, Level, Program, Ref
 from optx.kernels.step.text import indent, variable
 from optx.kernels.step.triton_lines import POINTERS, TritonLines, number_refs, stream
 from optx.kernels.step.triton_text import JIT, dialect, wrapped
@@ -149,9 +149,8 @@ class _Emitter(TritonLines):
         return {"key": "tl.load(random)", "step": step, "number": f"tl.load(tensor + {self.table.row - 1})"}
 
     def _reduce(self, number: int, level: Level) -> list[str]:
-        calls = (*level.prefix, *level.sums)
-        roles = self._roles(calls)
-        body = self._loads(roles)
+        roles = self._read_roles(level.element_calls)
+        body = [*self._loads(roles), *self._start(level.element_calls)]
         body += self._calls(level.prefix, self.suffix)
         body += [self._call(c, "_64", sums=True) for c in level.sums]
         sums = [variable(r) for c in level.sums for r in c.writes]
@@ -167,7 +166,7 @@ class _Emitter(TritonLines):
         if "w" not in roles:
             roles.insert(0, "w")
         body = self._loads(roles)
-        body += ["w0 = w"] if any(W0 in c.args for c in (*p.update, *watched)) else []
+        body += self._start((*p.update, *watched))
         body += [f"{variable(_GIVEN)} = g"] if any(_GIVEN in c.args for c in meter) else []
         body += self._calls(p.update, self.suffix)
         stored = [r for r in self.table.roles if r in p.stored_slots]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from optx.kernels.step.layout import Columns, Layout
-from optx.kernels.step.program import Call, Program
+from optx.kernels.step.program import W0, Call, Program, Ref, given
 
 WIDE = ("float64", "int32", "int64")  # read in float64
 
@@ -25,9 +25,19 @@ class Lines:
 
     def _roles(self, calls: Iterable[Call]) -> list[str]:
         """Roles whose elements some calls touch, in table order."""
-        refs = {r for c in calls for r in (*c.args, *c.writes)}
+        return self._in_table({r for c in calls for r in (*c.args, *c.writes)})
+
+    def _read_roles(self, calls: Iterable[Call]) -> list[str]:
+        """Roles whose elements some calls need from memory, in table order."""
+        return self._in_table(given(calls))
+
+    def _in_table(self, refs: Iterable[Ref]) -> list[str]:
         used = {"w" if r.name == "w0" else r.name for r in refs if r.kind in ("reg", "slot")}
         return [role for role in self.table.roles if role in used]
+
+    def _start(self, calls: Iterable[Call]) -> list[str]:
+        """Keeps the weight as it was loaded, where a rule reads it."""
+        return ["w0 = w"] if any(W0 in c.args for c in calls) else []
 
     def _loses(self, role: str) -> bool:
         """Whether storing a role's register may round it (whole numbers are made before)."""

@@ -9,12 +9,17 @@ A step runs in this order::
                      scalars, per tensor, in float64
                      totals over the whole optimizer, then the finishing scalars
     one pass:        gradient rules, weight rules, base update, after rules, observed and metered sums
+
+A level whose sums see what some of those rules make of the elements (a gradient rewritten, a base's update)
+applies them in registers and stores nothing: until the one pass that writes, a step can be given up. In the
+end::
+
     commit:          the step count, cells that scalars wrote and the observed sums become state
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -59,11 +64,18 @@ class Call:
 class Level:
     """One round of sums and the scalars that follow from them."""
 
-    prefix: tuple[Call, ...] = ()  # gradient rules already settled, re-applied in registers before summing
+    prefix: tuple[Call, ...] = ()  # of the update, what the sums see: applied in registers before summing
     sums: tuple[Call, ...] = ()  # summands per element; their writes are cols
     scalars: tuple[Call, ...] = ()
     totals: tuple[Ref, ...] = ()  # cols to add over the whole optimizer
     finish: tuple[Call, ...] = ()
+    # Its sums see the base's update: where the base is run as it is, they are taken once it has been.
+    after: bool = False
+
+    @property
+    def element_calls(self) -> tuple[Call, ...]:
+        """What its pass computes of each element."""
+        return (*self.prefix, *self.sums)
 
 
 @dataclass(frozen=True)
@@ -93,6 +105,12 @@ class Program:
         return (*self.gradient, *self.weight, *self.base, *self.after)
 
     @property
+    def later(self) -> tuple[Call, ...]:
+        """The calls per element that see what the base makes of the weight, before it is stored."""
+        levels = (call for level in self.levels if level.after for call in level.element_calls)
+        return (*levels, *self.after)
+
+    @property
     def left(self) -> tuple[Call, ...]:
         """The sums of what the update pass left, in the order in which it takes them."""
         return (*self.observe, *self.meter)
@@ -100,8 +118,7 @@ class Program:
     def element_calls(self) -> Iterator[Call]:
         """Every call that runs once per element."""
         for level in self.levels:
-            yield from level.prefix
-            yield from level.sums
+            yield from level.element_calls
         yield from self.update
         yield from self.observe
         yield from self.meter
@@ -148,3 +165,24 @@ class Program:
     def reads(self, calls: tuple[Call, ...]) -> frozenset[Ref]:
         """What the calls read."""
         return frozenset(ref for call in calls for ref in call.args)
+
+
+def needed(calls: Iterable[Call], sums: Iterable[Call]) -> tuple[Call, ...]:
+    """Of some calls those whose results some sums read: others would load tensors for nothing."""
+    wanted = {ref for call in sums for ref in call.args}
+    kept: list[Call] = []
+    for call in reversed(tuple(calls)):
+        if wanted & set(call.writes):
+            kept.insert(0, call)
+            wanted |= set(call.args)
+    return tuple(kept)
+
+
+def given(calls: Iterable[Call]) -> frozenset[Ref]:
+    """What calls in order read that none of them wrote before."""
+    found: set[Ref] = set()
+    written: set[Ref] = set()
+    for call in calls:
+        found |= set(call.args) - written
+        written |= set(call.writes)
+    return frozenset(found)

@@ -101,18 +101,36 @@ def descend(w: Any, g: Any, lr: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class Sums:
+    """Sums over a weight tensor in the middle of a base's update, of what the rules before it leave.
+
+    They take a reading pass of their own, which computes what those rules compute and stores nothing; sums
+    that see the same share one.
+
+    Args:
+        rule: per element; each name that it writes is summed over the tensor, and can be read from then on.
+        then: per tensor, in float64, from these sums and whatever else is one number: writes new names, which
+            later rules read, and the base's state tensors of one number (`per_tensor`).
+    """
+
+    rule: Rule
+    then: Rule | None = None
+
+
+@dataclass(frozen=True)
 class BaseRules:
     """One base's update for one param group.
 
     Attributes:
-        scalars: rules per tensor.
-        update: rules per element, in order.
-        slots: the base's state tensors with one element per weight element.
+        scalars: rules per tensor, which need no sums.
+        update: rules per element, in order, with `Sums` among them. A rule may write ``w``, ``g`` and slots;
+            any other name that it writes is a value of the element that later rules read.
+        slots: the base's state tensors with one element per weight element, or (`per_tensor`) one number.
         counted: whether the base keeps a ``step`` count per tensor.
     """
 
     scalars: tuple[Rule, ...]
-    update: tuple[Rule, ...]
+    update: tuple[Rule | Sums, ...]
     slots: Mapping[str, Slot] = field(default_factory=dict[str, Slot])
     counted: bool = True
 

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from optx._errors import TransformError, near
@@ -19,7 +19,8 @@ GRAD_SQ = Ref("col", "grad_sq")
 NUMEL = Ref("col", "numel")
 # Names that mean the same for every transform: none may call its own things so.
 _TAKEN = (*REGISTERS, "grad_sq", "numel", "fresh")
-PER_TENSOR = ("scalars", "finish")
+BEFORE = ("sums", "scalars", "finish")  # and compute numbers per tensor
+PER_TENSOR = ("scalars", "finish", "after_scalars", "after_finish")
 
 
 class Binder:
@@ -54,14 +55,18 @@ class Binder:
                 self.made[name] = ref
         return Call(rule, args, writes)
 
-    def totals(self) -> list[Ref]:
-        """What is added over the whole optimizer; can be read as ``total_<name>`` from then on."""
+    def totals(self, when: str = "") -> list[Ref]:
+        """What is added over the whole optimizer; can be read as ``total_<name>`` from then on.
+
+        Args:
+            when: ``after_`` for what is added once the base has made the new weights.
+        """
         refs: list[Ref] = []
-        for name in self.moments.totals:
+        for name in getattr(self.moments, f"{when}totals"):
             ref = NUMEL if name == "numel" else self.made.get(name)
-            if ref is None:
+            if ref is None or ref.kind == "total":
                 raise self._error(
-                    f"totals has {name!r}, which neither sums nor scalars compute. "
+                    f"{when}totals has {name!r}, which neither {when}sums nor {when}scalars compute. "
                     f"{near(name, ['numel', *self.made])}"
                 )
             refs.append(ref)
@@ -119,7 +124,7 @@ class Binder:
         if name == "grad_sq":
             return self._error(f"{start} in sums, which are taken in the same pass; read it in scalars.")
         computed = [m for m, own in self.rules.items() if own and name in own.writes]
-        if computed or name.removeprefix("total_") in self.moments.totals:
+        if computed or name.removeprefix("total_") in (*self.moments.totals, *self.moments.after_totals):
             last = computed[0] if computed else "the totals"
             return self._error(f"{start} in {moment}, and {last} computes it only later.")
         transform = self.transform
@@ -134,9 +139,14 @@ class Binder:
         slot = self.transform.slots.get(name)
         own = Ref("slot", self._own(name))
         match moment:
-            case "sums" | "scalars" | "finish" | "meter":
+            case "sums" | "scalars" | "finish" | "after_sums" | "after_scalars" | "after_finish" | "meter":
                 if name == "grad_sq" and moment == "scalars":
                     return GRAD_SQ
+                if moment.startswith("after_") and (before := self._computed_before(name)):
+                    raise self._error(
+                        f"rule {rule.name!r} ({moment}) writes {name!r}, which {before} has computed and the "
+                        "rules before the base's update read; give it another name."
+                    )
                 free = name not in (*_TAKEN, *self.transform.options) and slot is None
                 if free or (slot is not None and slot.scalar and moment in PER_TENSOR):
                     if slot is not None:
@@ -171,6 +181,10 @@ class Binder:
             f"rule {rule.name!r} ({moment}) writes {name!r}; {moment} may write {allowed} of the transform."
         )
 
+    def _computed_before(self, name: str) -> str:
+        """The moment before the base's update that computes a name."""
+        return next((m for m in BEFORE if (r := self.rules[m]) is not None and name in r.writes), "")
+
     # ---- checks --------------------------------------------------------------------------------------
 
     def _error(self, message: str) -> TransformError:
@@ -197,9 +211,10 @@ class Binder:
         m: Any = self.moments
         if not isinstance(m, Moments):
             raise self._error(f"moments() returns {m!r}; it must return optx.Moments(...).")
-        totals: Any = m.totals
-        if isinstance(totals, str) or not all(isinstance(name, str) for name in totals):
-            raise self._error(f"totals is {totals!r}; it must be a tuple of names, as ('second',).")
+        every: dict[str, Any] = {"totals": m.totals, "after_totals": m.after_totals}
+        for which, totals in every.items():
+            if isinstance(totals, str) or not all(isinstance(name, str) for name in totals):
+                raise self._error(f"{which} is {totals!r}; it must be a tuple of names, as ('second',).")
         self.rules = _rules_of(m)
         given: dict[str, Any] = self.rules
         for moment, value in given.items():
@@ -236,16 +251,28 @@ def _rules_of(m: Moments) -> dict[str, Rule | None]:
         "finish": m.finish,
         "gradient": m.gradient,
         "weight": m.weight,
+        "after_sums": m.after_sums,
+        "after_scalars": m.after_scalars,
+        "after_finish": m.after_finish,
         "after": m.after,
         "observe": m.observe,
         "meter": m.meter,
     }
 
 
-def common_names(names: Iterable[str], hypers: Iterable[str], counted: bool) -> dict[str, Ref]:
-    """What every transform's rules may read: the base's state, numbers of its group, of the tensor."""
+def common_names(
+    names: Iterable[str], hypers: Iterable[str], counted: bool, cells: Sequence[str] = ()
+) -> dict[str, Ref]:
+    """What every transform's rules may read: the base's state, numbers of its group, of the tensor.
+
+    Args:
+        names: of the base's state.
+        hypers: of its groups' numbers.
+        counted: whether it counts steps.
+        cells: of its state what is one number for a tensor.
+    """
     refs = {name: Ref("hyper", name) for name in hypers}
-    refs |= {name: Ref("slot", name) for name in names}
+    refs |= {name: Ref("cell" if name in cells else "slot", name) for name in names}
     refs["numel"] = NUMEL
     if counted:
         refs["step"] = Ref("col", "step")

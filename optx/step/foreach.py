@@ -188,11 +188,16 @@ class GroupRun:
 
     # ---- levels ------------------------------------------------------------------------------------
 
-    def sum(self, level: Level) -> list[Share]:
-        """A level's sums; returns what of them is of shards, to be completed before `measure`."""
+    def sum(self, level: Level, start: Sequence[Tensor] | None = None) -> list[Share]:
+        """A level's sums; returns what of them is of shards, to be completed before `measure`.
+
+        Args:
+            level: whose.
+            start: the weights as they were when the step began, once it has moved them.
+        """
         if not level.sums:
             return []
-        registers = self._registers()
+        registers = self._registers(start)
         for call in level.prefix:
             self._elementwise(call, registers)
         return [share for call in level.sums for share in self._sum(call, registers)]
@@ -260,13 +265,13 @@ class GroupRun:
             self._elementwise(call, registers, store=True)
         old, new = self.gradients, registers[G]
         given = [n.to(g.dtype) for n, g in zip(new, old, strict=True)]
-        if G in self.program.reads((*self.program.weight, *self.program.after, *self.program.observe)):
+        if G in self.program.reads((*self.program.weight, *self.program.later, *self.program.observe)):
             self.gradients = new
         return given
 
     def keep_gradients(self) -> None:
         """Before the base's step, which may overwrite the gradients: later rules read what it was given."""
-        if G in self.program.reads((*self.program.after, *self.program.observe)):
+        if G in self.program.reads((*self.program.later, *self.program.observe)):
             self.gradients = [g.clone() for g in self.gradients]
 
     def edit_weights(self, calls: Sequence[Call], start: list[Tensor] | None = None) -> list[Tensor] | None:
@@ -329,7 +334,7 @@ class GroupRun:
         """What a rule reads that an earlier one wrote."""
         reread: set[Ref] = set()
         written: set[Ref] = set()
-        for call in (*self.program.gradient, *self.program.weight, *self.program.after):
+        for call in (*self.program.gradient, *self.program.weight, *self.program.later):
             reread |= written.intersection(call.args)
             written.update(call.writes)
         return frozenset(reread)

@@ -22,6 +22,7 @@ from optx.step.measured import Measured, Table
 from optx.step.metrics import rates
 from optx.step.paths import GroupPath, Paths
 from optx.step.rounding import step_key, write
+from optx.step.rounds import Loose, Rounds
 from optx.step.sharded import Share, complete
 from optx.step.slots import Slots
 from optx.step.state import is_ours
@@ -117,7 +118,6 @@ class _Step:
         # Several groups may share one.
         self.fused = list({id(s.fused): s.fused for s in states if s.fused is not None}.values())
         self.loose = [state for state in states if state.fused is None]
-        self.levels = max((len(state.program.levels) for state in states), default=0)
         self.waits = any(state.program.has_totals for state in states)
         self.waits = self.waits or any(runner.sharded for runner in self.fused)
         self.runs: list[tuple[GroupRun, GroupPath]] = []
@@ -127,6 +127,7 @@ class _Step:
         self.observed: list[Share] = []  # by loose groups, still to be completed over the mesh
         self.late: dict[int, list[Tensor]] = {}  # edits that the base would have undone
         self.loss: Any = None
+        self.rounds = Rounds(self._check_incoming)
         self.whole = True  # whether every gradient is in a run's numbers
         self.done = False
 
@@ -143,6 +144,8 @@ class _Step:
         with uninterrupted() as held:
             if self.loose:
                 self._run_base(closure, held)
+            else:
+                self._take_rounds(after=True)
             self._update_fused()
             self._conclude()
             self.done = True
@@ -179,30 +182,19 @@ class _Step:
             self.before.restore(self.stepper.slots.store.pending)
 
     def _measure(self) -> None:
-        """All levels of sums, totals and scalars, over all groups at once."""
+        """All sums, totals and scalars that the base's update waits for, over all groups at once."""
+        self.rounds = Rounds(self._check_incoming)
+        self._take_rounds(after=False)
+
+    def _take_rounds(self, after: bool) -> None:
         fused = self.fused if self.waits else []  # where nothing waits they do all of it in one go, later
-        for index in range(self.levels if fused or self.runs else 0):
-            runs = [(run, r) for run, _ in self.runs for r in run.program.levels[index : index + 1]]
-            sums = [share for runner in fused for share in runner.sum(index)]
-            complete(sums + [share for run, level in runs for share in run.sum(level)])
-            totals: dict[str, Any] = {}
-            shares = [share for runner in fused for share in runner.measure(index)]
-            shares += [run.measure(level) for run, level in runs]
-            if not self.waits:
-                continue
-            for share in shares:
-                for name, value in share.items():
-                    totals[name] = _add(totals.get(name), value)
-            incoming = totals.get("incoming_sq")
-            if incoming is not None and not torch.isfinite(torch.as_tensor(incoming)):
-                self._skip_if_nonfinite()
-            self.wrapped.totals.update(totals)
-            for runner in fused:
-                runner.finish(index, totals)
-            for run, _ in self.runs:
-                run.totals.update({k: torch.as_tensor(v) for k, v in totals.items()})
-            for run, level in runs:
-                run.finish(level)
+        loose = [Loose(run, self.starts.get(i) if after else None) for i, (run, _) in enumerate(self.runs)]
+        self.rounds.take([*fused, *loose], after)
+        self.wrapped.totals.update(self.rounds.totals)
+
+    def _check_incoming(self, squares: Any) -> None:
+        if not torch.isfinite(torch.as_tensor(squares)):
+            self._skip_if_nonfinite()
 
     def _skip_if_nonfinite(self) -> None:
         """A sum of squares is infinite also where a float64 gradient is merely large."""
@@ -300,7 +292,7 @@ class _Step:
                     self.originals.append((p, p.grad))
                     p.grad = new
             if first:
-                after = (*run.program.after, *run.program.observe)
+                after = (*run.program.later, *run.program.observe)
                 if W0 in run.program.reads(after):
                     same = not self.before.moved(run.weights)
                     self.starts[number] = [
@@ -377,18 +369,11 @@ class _Step:
             if self.fused:
                 base.param_groups = everything
             self._restore()
+        for number, moves in self.late.items():
+            run, state = self.runs[number]
+            moved = [p.detach() + d for p, d in zip(run.weights, moves, strict=True)]
+            self._write(run, moved, state.group, 0)
+        self._take_rounds(after=True)
         for number, (run, state) in enumerate(self.runs):
-            if number in self.late:
-                moved = [p.detach() + d for p, d in zip(run.weights, self.late[number], strict=True)]
-                self._write(run, moved, state.group, 0)
             self._write(run, run.edit_weights(run.program.after, self.starts.get(number)), state.group, 1)
             self.observed += run.observe(self.starts.get(number))
-
-
-def _add(a: Any, b: Any) -> Any:
-    """Add shares of a total that may live on several devices."""
-    if a is None:
-        return b
-    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.device != b.device:
-        return a + b.to(a.device)
-    return a + b

@@ -157,6 +157,10 @@ class Moments:
                                                                                                 observe: cells
     ============ =================== ================== ==================== ================== ==============
 
+    ``after_sums`` see what ``after`` sees, and write new names. What they and everything before computed is
+    there for ``after_scalars`` and ``after_finish``, which are to them what ``scalars`` and ``finish`` are to
+    ``sums``; none of the three writes again what those wrote, as rules before the base's update read it.
+
     *As it stands*: as the rules before this one, in the order of the moments and of the transforms, left it;
     ``w`` in ``after`` is what the base made of it. ``g`` never shows what a base's own update does to its
     gradient (momentum, coupled weight decay, ``maximize``). In ``observe``, ``w`` and all state are as they
@@ -185,6 +189,11 @@ class Moments:
         gradient: per element, writes ``g`` (and own slots). All gradient rules run, in order, before
             any weight is touched.
         weight: per element, writes ``w`` (and own slots) before the base update.
+        after_sums: as ``sums``, of what the base update and the ``after`` rules before this one make of the
+            weight. It takes a pass that reads what the update reads.
+        after_scalars: as ``scalars``, from these sums too, and from all that was computed before.
+        after_totals: names of ``after_sums`` and ``after_scalars`` to be added over the whole optimizer.
+        after_finish: per tensor, after these totals.
         after: per element, writes ``w`` (and own slots) after the base update.
         observe: per element, after everything; what it returns is summed into cells of that name.
         meter: per element, as ``observe``, but it reads no ``g`` and writes new names; summed once
@@ -198,6 +207,10 @@ class Moments:
     finish: Rule | None = None
     gradient: Rule | None = None
     weight: Rule | None = None
+    after_sums: Rule | None = None
+    after_scalars: Rule | None = None
+    after_totals: tuple[str, ...] = ()
+    after_finish: Rule | None = None
     after: Rule | None = None
     observe: Rule | None = None
     meter: Rule | None = None
