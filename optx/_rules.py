@@ -122,9 +122,8 @@ class RuleSource:
                 f"rule {rule.name!r} names something {name!r}, as kernels call a library; rename it"
             )
         *before, last = definition.body
-        plain = all(
-            isinstance(one, (*_STATEMENTS, *_FORBIDDEN)) for one in before
-        )  # those have their own words
+        # What is forbidden is named below.
+        plain = all(isinstance(one, (*_STATEMENTS, *_FORBIDDEN)) for one in before)
         if not plain or not isinstance(last, (ast.Return, *_FORBIDDEN)):
             raise RuleSourceError(f"rule {rule.name!r} is more than assignments and a return at its end")
         constants: dict[str, float | int | bool] = {}
