@@ -159,6 +159,7 @@ from optx.step.plan import Plan as Plan
 from optx.step.transform import Moments as Moments
 from optx.step.transform import Slot as Slot
 from optx.step.transform import Transform as Transform
+from optx.step.transform import counter as counter
 from optx.step.transform import like_weight as like_weight
 from optx.step.transform import per_tensor as per_tensor
 from optx.step.wrap import wrap as wrap

@@ -45,12 +45,31 @@ def before(w: Any, w0: Any, g: Any, k: Any, grad_sq: Any, calm: Any, saw_g: Any,
     )
 
 
+@optx.rule(writes=("way", "uphill"))
+def look_back(w: Any, w0: Any, g: Any, saw_w: Any, saw_g: Any, k: Any, habit: Any, ticks: Any) -> Any:
+    return (w - w0) * (w - w0) + 0.01 * saw_w * ticks, g * (w0 - w) + 0.01 * saw_g * k + 0.001 * habit
+
+
+@optx.rule(writes=("length", "habit"))
+def lengths(way: Any, uphill: Any, along: Any, numel: Any, ticks: Any, habit: Any, grad_sq: Any) -> Any:
+    length = sqrt(way * way + uphill * uphill) / (1.0 + numel + 0.1 * along * along + grad_sq)
+    return length, 0.5 * habit + length * ticks
+
+
+@optx.rule(writes="part")
+def part_of_all(length: Any, total_length: Any, total_uphill: Any, total_k: Any, habit: Any) -> Any:
+    return (length + 0.01 * total_uphill) / (1.0 + total_length + total_k * total_k) + 0.01 * habit
+
+
 @optx.rule(writes=("w", "saw_w"))
-def behind(w: Any, w0: Any, g: Any, saw_g: Any, saw_w0: Any, pace: Any, grad_sq: Any) -> Any:
-    return w + 0.1 * (w0 - w) + 0.01 * g - 0.02 * saw_w0 * pace, w - w0 + 0.01 * saw_g / (1.0 + grad_sq)
+def behind(
+    w: Any, w0: Any, g: Any, saw_g: Any, saw_w0: Any, pace: Any, grad_sq: Any, part: Any, ticks: Any
+) -> Any:
+    back = 0.1 * (w0 - w) / (1.0 + part * part) / ticks
+    return w + back + 0.01 * g - 0.02 * saw_w0 * pace, w - w0 + 0.01 * saw_g / (1.0 + grad_sq)
 
 
-@optx.rule(writes=("moved", "slope", "habit"))
+@optx.rule(writes=("moved", "slope", "sight"))
 def watch(w: Any, w0: Any, g: Any, saw_g: Any, saw_w: Any, moved: Any, count: Any, k: Any) -> Any:
     return (w - w0) * (w - w0), (w - w0) * g, saw_g + saw_w + 0.1 * moved + 0.01 * count + k
 
@@ -66,7 +85,8 @@ class Names(optx.Transform):
     name: ClassVar[str] = "first"
     slots: ClassVar = {
         **{name: optx.like_weight() for name in ("saw_g", "saw_w", "saw_w0")},
-        **{name: optx.per_tensor() for name in ("count", "calm", "moved", "slope", "habit")},
+        **{name: optx.per_tensor() for name in ("count", "calm", "moved", "slope", "sight", "habit")},
+        "ticks": optx.counter(),
     }
     options: ClassVar = {"rate": 0.75}
     rules: ClassVar = {
@@ -76,6 +96,10 @@ class Names(optx.Transform):
         "finish": after_totals,
         "gradient": bend,
         "weight": before,
+        "after_sums": look_back,
+        "after_scalars": lengths,
+        "after_totals": ("length", "uphill"),
+        "after_finish": part_of_all,
         "after": behind,
         "observe": watch,
     }
@@ -314,9 +338,11 @@ def parts(transforms: list[optx.Transform], first: Mapping[str, float] = FIRST) 
     """The same transforms for the reference, which knows nothing of optx."""
     found: list[Part] = []
     for t in transforms:
-        rules = {k: (r.function, r.reads, r.writes) for k, r in t.rules.items() if k != "totals"}
+        rules = {k: (r.function, r.reads, r.writes) for k, r in t.rules.items() if "totals" not in k}
         slots = {n: s.dtype for n, s in t.slots.items() if not s.scalar}
         cells = {n: s.dtype for n, s in t.slots.items() if s.scalar}
+        counters = [n for n, s in t.slots.items() if s.counts]
         start = first if isinstance(t, Dtypes) else {}
-        found.append(Part(t.name, rules, slots, cells, start, t.options, t.rules.get("totals", ())))  # type: ignore[arg-type]
+        totals = {when: t.rules.get(f"{when}totals", ()) for when in ("", "after_")}
+        found.append(Part(t.name, rules, slots, cells, start, t.options, totals, counters))  # type: ignore[arg-type]
     return found

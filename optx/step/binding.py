@@ -11,6 +11,7 @@ from typing import Any
 from optx._errors import TransformError, near
 from optx._rules import Rule
 from optx.kernels.step.program import W0, Call, G, Ref, W
+from optx.step.counting import ADVANCES, advance
 from optx.step.elementwise import why_not_elementwise
 from optx.step.transform import Moments, Slot, Transform
 
@@ -72,6 +73,15 @@ class Binder:
             refs.append(ref)
             self.made[f"total_{name}"] = Ref("total", ref.name)
         return refs
+
+    def counts(self) -> list[Call]:
+        """What advances the transform's counters; rules read them so from then on."""
+        calls: list[Call] = []
+        for name in (name for name, slot in self.transform.slots.items() if slot.counts):
+            new = self.made[name] = Ref("col", self._own(name))
+            self.kept.append(new.name)
+            calls.append(Call(advance, (Ref("cell", new.name), Ref("hyper", ADVANCES)), (new,)))
+        return calls
 
     def reads(self, moment: str, name: str) -> bool:
         """Whether a moment's rule reads a name."""
@@ -147,6 +157,10 @@ class Binder:
                         f"rule {rule.name!r} ({moment}) writes {name!r}, which {before} has computed and the "
                         "rules before the base's update read; give it another name."
                     )
+                if slot is not None and slot.counts:
+                    raise self._error(
+                        f"rule {rule.name!r} ({moment}) writes {name!r}, a counter; rules can only read it."
+                    )
                 free = name not in (*_TAKEN, *self.transform.options) and slot is None
                 if free or (slot is not None and slot.scalar and moment in PER_TENSOR):
                     if slot is not None:
@@ -156,7 +170,7 @@ class Binder:
                 if moment in PER_TENSOR:
                     allowed += f" and cells {self._slots(True)}"
             case "observe":
-                if slot is not None and slot.scalar:
+                if slot is not None and slot.scalar and not slot.counts:
                     return Ref("cell", self._own(name))
                 allowed = f"cells (per_tensor slots) {self._slots(True)}"
             case _:

@@ -14,8 +14,9 @@ from torch import Tensor
 from optx._names import is_dtensor
 from optx.kernels.step.layout import FRESH, Layout
 from optx.kernels.step.program import Program
-from optx.step.bases import BaseRules, rule_numbers
+from optx.step.bases import BaseRules
 from optx.step.buckets import ADDRESS, Bucket, Column
+from optx.step.counting import step_numbers
 from optx.step.fusable import ALIASED, SHARED, Unfusable
 from optx.step.gradients import Gradients
 from optx.step.group_tensors import SLOT_DTYPE_NAMES, GroupTensors
@@ -126,7 +127,7 @@ class FusedGroup:
 
     def _write_numbers(self, key: Callable[[Group], int]) -> None:
         """Tell the kernels what the groups' numbers are now."""
-        rows = [rule_numbers(group, self._hypers).values() for group in self.groups]
+        rows = [step_numbers(group, self._hypers).values() for group in self.groups]
         keys = [key(group) if i in self._draws else 0 for i, group in enumerate(self.groups)]
         if self.triton:
             for bucket in self._buckets:

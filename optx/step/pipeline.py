@@ -133,6 +133,8 @@ def _add(b: Builder, transform: Transform, binder: Binder) -> None:
     level = 0
     if sums := binder.call("sums"):
         level = b.sum(sums)
+    if counters := binder.counts():
+        b.extend(0, scalars=counters)
     if any(binder.reads(moment, "grad_sq") for moment in _AFTER_SUMS):
         level = max(level, b.need_grad_sq())
     if any(binder.reads(moment, "grad_sq") for moment in _AFTER_SUMS[1:]):

@@ -13,8 +13,9 @@ from optx._errors import TransformError
 from optx._names import whole
 from optx.kernels.step.program import W0
 from optx.step.base_step import step_without_hooks
-from optx.step.bases import has_fused_form, rule_numbers
+from optx.step.bases import has_fused_form
 from optx.step.checks import check_memory, check_state_shapes
+from optx.step.counting import step_numbers
 from optx.step.foreach import GroupRun
 from optx.step.fusable import Unfusable
 from optx.step.interrupts import Held, uninterrupted
@@ -248,7 +249,7 @@ class _Step:
         if any(ref.name == "step" for call in program.calls() for ref in call.args):
             steps = [base_state_of(base_state, p, "step") for p in active]
             cols["step"] = [1.0 if step is None else float(step) + 1.0 for step in steps]
-        numbers = rule_numbers(group, program.named("hyper"))
+        numbers = step_numbers(group, program.named("hyper"))
         run = GroupRun(
             program,
             active,

@@ -59,6 +59,7 @@ class Slot:
             `Transform.init_slot` may return any of the three.
         moment: ``"signed"`` or ``"nonnegative"`` for a moving average of gradients or of their squares, which
             may be kept in fewer bits; ``""`` for what may not.
+        counts: it counts the weight's steps, see `counter`.
 
     Raises:
         TransformError: a dtype that no rule can read: complex, quantised, of 8 or fewer float bits; or
@@ -72,6 +73,7 @@ class Slot:
     lasting: bool = False
     packed: bool = False
     moment: Moment = ""
+    counts: bool = False
 
     def __post_init__(self) -> None:
         if self.moment:
@@ -125,6 +127,47 @@ def like_weight(
 def per_tensor(dtype: torch.dtype = torch.float64, derived: str = "") -> Slot:
     """A slot with one number per weight tensor."""
     return Slot(dtype, scalar=True, derived=derived)
+
+
+def counter() -> Slot:
+    """A slot that counts each weight's steps: on every base, and on every path.
+
+    Rules read it by its name and do not write it. It is 1 in the first step (in ``sums``, as any `per_tensor`
+    slot, what it was before: 0), is saved with the rest, and stays what it is in a step that is skipped, or
+    that has neither a gradient nor a learning rate, as `torch.distributed.checkpoint` takes one.
+
+    Example:
+        Lookahead (Zhang et al. 2019, algorithm 1): every k steps the weights go back part of their way.
+
+        >>> import torch, optx
+        >>> @optx.rule(writes="due")
+        ... def every_k(steps, k):
+        ...     return optx.ops.where(steps % k < 0.5, 1.0, 0.0)
+        >>> @optx.rule(writes=("w", "slow"))
+        ... def look_back(w, slow, due, alpha):
+        ...     new = slow + due * alpha * (w - slow)
+        ...     return optx.ops.where(due > 0.5, new, w), new
+        >>> class Lookahead(optx.Transform):
+        ...     name = "lookahead"
+        ...     slots = {"slow": optx.like_weight(lasting=True), "steps": optx.counter()}
+        ...     rules = dict(scalars=every_k, after=look_back)
+        ...     def __init__(self, k=5, alpha=0.5):
+        ...         self.options = {"k": k, "alpha": alpha}
+        ...     def init_slot(self, name, p, optimizer):
+        ...         slot = self.slots[name].zeros(p)
+        ...         return slot.copy_(p.detach()) if name == "slow" else slot
+        >>> w = torch.nn.Parameter(torch.zeros(1))
+        >>> opt = optx.wrap(torch.optim.SGD([w], lr=1.0), Lookahead(k=2))
+        >>> for _ in range(4):
+        ...     w.grad = torch.ones(1)
+        ...     opt.step()
+        ...     print(w.item())
+        -1.0
+        -1.0
+        -2.0
+        -2.0
+    """
+    return Slot(torch.float64, scalar=True, counts=True)
 
 
 @dataclass(frozen=True)
@@ -199,6 +242,32 @@ class Moments:
         meter: per element, as ``observe``, but it reads no ``g`` and writes new names; summed once
             `Wrapped.metrics` are asked for, and kept nowhere: `Transform.metrics` finds it in
             ``optimizer.measured``.
+
+    Example:
+        A cautious update (Liang et al. 2024, arXiv 2411.16085, algorithm 1): what goes against the gradient
+        is left out, and the rest made up for that.
+
+        >>> import torch, optx
+        >>> @optx.rule(writes="agreeing")
+        ... def agree(w, w0, g):
+        ...     return optx.ops.where((w0 - w) * g > 0.0, 1.0, 0.0)
+        >>> @optx.rule(writes="rescale")
+        ... def make_up(agreeing, numel):
+        ...     return 1.0 / optx.ops.maximum(agreeing / numel, 0.001)
+        >>> @optx.rule(writes="w")
+        ... def only_agreeing(w, w0, g, rescale):
+        ...     return optx.ops.where((w0 - w) * g > 0.0, w0 + rescale * (w - w0), w0)
+        >>> class Cautious(optx.Transform):
+        ...     name = "cautious"
+        ...     rules = dict(after_sums=agree, after_scalars=make_up, after=only_agreeing)
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> opt = optx.wrap(torch.optim.SGD([w], lr=1.0, momentum=0.5), Cautious())
+        >>> for g in ([1.0, 2.0], [1.0, -0.5]):
+        ...     w.grad = torch.tensor(g)
+        ...     opt.step()
+        ...     print(w.detach())
+        tensor([0., 0.])
+        tensor([-3.,  0.])
     """
 
     sums: Rule | None = None

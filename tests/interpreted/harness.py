@@ -99,6 +99,7 @@ class Bucket:
         numbers = {k: float(v) for k, v in base_numbers(self.group).items()}
         for t in setup.transforms:
             numbers.update({f"{t.name}.{k}": float(v) for k, v in t.options.items()})
+        numbers["optx.advances"] = 1.0
         columns = self.runner.columns
         self.runner.hypers[: len(columns.hypers)] = [numbers[n] for n in columns.hypers]
         self.runner.cols[:, columns.cols.index("fresh")] = 1.0

@@ -28,7 +28,8 @@ class Part:
         cells: dtypes of what it keeps per tensor.
         first: what a slot or cell starts with, where that is not 0.
         options: its numbers.
-        totals: what is added over all tensors.
+        totals: what is added over all tensors, before the base's step ("") and after it ("after_").
+        counters: those of the cells that count steps.
     """
 
     name: str
@@ -37,7 +38,8 @@ class Part:
     cells: Mapping[str, torch.dtype] = field(default_factory=dict[str, Any])
     first: Mapping[str, float] = field(default_factory=dict[str, float])
     options: Mapping[str, float] = field(default_factory=dict[str, float])
-    totals: Sequence[str] = ()
+    totals: Mapping[str, Sequence[str]] = field(default_factory=dict[str, Any])
+    counters: Sequence[str] = ()
 
 
 def kept(value: Any, dtype: torch.dtype | None) -> float:
@@ -99,6 +101,8 @@ class Acted:
             self._elements(part, "weight")
         self._run_base()
         for part in self.parts:
+            self._sum(part, "after_sums", self.made)
+            self._numbers(part, "after_")
             self._elements(part, "after")
         self._store()
         for part in self.parts:
@@ -109,15 +113,20 @@ class Acted:
     # ---- moments -----------------------------------------------------------------------------------
 
     def _measure(self, part: Part) -> None:
-        tensors = range(len(self.weights))
         self._sum(part, "sums", self.made)
         squares = [sum(x * x for x in g) for g in self.g]
         self.made[part.name, "grad_sq"] = squares
-        self._per_tensor(part, "scalars")
-        for name in part.totals:
+        for name in part.counters:
+            self.news[part.name, name] = [count + 1.0 for count in self.cells[part.name, name]]
+        self._numbers(part, "")
+
+    def _numbers(self, part: Part, when: str) -> None:
+        tensors = range(len(self.weights))
+        self._per_tensor(part, f"{when}scalars")
+        for name in part.totals.get(when, ()):
             column = [self._number(part, name, t) for t in tensors]
             self.made[part.name, f"total_{name}"] = [sum(column)] * len(tensors)
-        self._per_tensor(part, "finish")
+        self._per_tensor(part, f"{when}finish")
 
     def _sum(self, part: Part, moment: str, into: dict[tuple[str, str], Numbers]) -> None:
         if moment not in part.rules:
