@@ -1,7 +1,7 @@
 """optx: training-time methods for PyTorch, one line each.
 
     wrap    optx.wrap(optimizer, optx.PerpGrad(), ...)        what a step does to weights
-            AdamR  DSPReg  HFT  KeepMask  MuAdamW  PerpGrad  SaRA
+            AdamR  Clip  DSPReg  HFT  KeepMask  MuAdamW  PerpGrad  SaRA
             save_optimizer  load_optimizer                    checkpoints by the parameters' names
             Transform  rule  Moments  Slot  like_weight  per_tensor  ops       to write your own
             Wrapped  Plan                                     what wrap returns, and what it tells
@@ -165,6 +165,7 @@ from optx.step.transform import per_tensor as per_tensor
 from optx.step.wrap import wrap as wrap
 from optx.step.wrapped import Wrapped as Wrapped
 from optx.transforms.adamr import AdamR as AdamR
+from optx.transforms.clip import Clip as Clip
 from optx.transforms.dsp_reg import DSPReg as DSPReg
 from optx.transforms.hft import HFT as HFT
 from optx.transforms.keep_mask import KeepMask as KeepMask

@@ -33,6 +33,7 @@ from ._run import device
 
 Shapes = dict[str, tuple[int, ...]]
 
+_NO_LIMIT = 1e9  # of a gradient's norm: gradients, which all subjects share, are multiplied by 1
 ADAMW_BYTES = 28  # w, g, m, v read, w, m, v written, in float32
 
 
@@ -128,6 +129,7 @@ def _compositions() -> dict[str, list[Callable[[nn.Module], optx.Transform]]]:
         "AdamW through wrap()": [],
         "AdamR(normalize=False)": [lambda _model: optx.AdamR(weight=0.01, normalize=False)],
         "AdamR": [pull],
+        "Clip": [lambda _model: optx.Clip(_NO_LIMIT)],
         "PerpGrad": [perp],
         "PerpGrad + AdamR": [perp, pull],
         "HFT": [lambda model: optx.HFT(model)],
@@ -143,6 +145,7 @@ def _masks(model: nn.Module) -> dict[str, Tensor]:
 def subjects(peers: bool, compiled: bool) -> list[Subject]:
     """What is timed, the reference first."""
     everything = [Subject("torch fused=True", lambda m: _adamw(m, fused=True), ADAMW_BYTES)]
+    everything.append(Subject("torch clip_grad_norm_, then fused=True", _Clipped))
     for name, transforms in _compositions().items():
         everything.append(Subject(name, _wrapped(*transforms)))
     if peers:
@@ -173,6 +176,18 @@ def _libraries() -> Iterable[Subject]:
         import heavyball  # pyright: ignore[reportMissingImports]
 
         yield Subject("HeavyBall AdamW", lambda m: heavyball.AdamW(list(m.parameters()), lr=1e-8))
+
+
+class _Clipped:
+    """What `optx.Clip` takes the place of."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.weights, self.optimizer = list(model.parameters()), _adamw(model, fused=True)
+
+    def step(self) -> None:
+        """One step."""
+        nn.utils.clip_grad_norm_(self.weights, _NO_LIMIT)
+        self.optimizer.step()
 
 
 class _Compiled:

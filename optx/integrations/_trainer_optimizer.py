@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from transformers import Trainer
 
 from optx._errors import OptxError, TransformError, shown
+from optx.integrations._clipped_twice import tell_clipped_twice
 from optx.step.transform import Transform
 from optx.step.wrap import wrap
 from optx.step.wrapped import Wrapped
@@ -87,6 +88,7 @@ class Maker:
         groups = _groups(model, trainer, options, self._decay(args, decay))
         transforms = [self._made(one, model) for one in self.transforms]
         made = wrap(self.base_class(groups, **options), *transforms, **self.settings)
+        tell_clipped_twice(_WHERE, [made], "max_grad_norm", args.max_grad_norm, "it to 0")
         self._last = weakref.ref(made)
         return made
 

@@ -38,6 +38,7 @@ from optx._errors import OptxError
 from optx.inject._handle import Handle
 from optx.integrations import _random_state
 from optx.integrations._beside_checkpoints import BesideCheckpoints
+from optx.integrations._clipped_twice import tell_clipped_twice
 from optx.integrations._metrics import begin, collect_all
 from optx.integrations._module_checkpoints import AdaptersOnly as AdaptersOnly
 from optx.integrations._module_checkpoints import keeper_of
@@ -197,6 +198,8 @@ class OptxCallback(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Have every rank's steps measure what is logged."""
         begin(trainer.optimizers)
+        limit = trainer.gradient_clip_val
+        tell_clipped_twice("OptxCallback", trainer.optimizers, "gradient_clip_val", limit, "it to None")
         if not collect_all(trainer.optimizers, self._handles):
             raise OptxError(
                 "OptxCallback: none of the module's optimizers was made by optx.wrap, and no handle is "

@@ -21,6 +21,7 @@ from transformers import TrainerCallback
 
 from optx._errors import MergeError, OptxError, TransformError, check_choice, shown, warn
 from optx.inject._handle import Handle
+from optx.integrations._clipped_twice import tell_clipped_twice
 from optx.integrations._metrics import begin, wrapped_in
 from optx.integrations._trainer_hooks import WHERE, TrainerHooks
 from optx.integrations._trainer_losses import Loss, TrainerLoss, check_smoothing, is_ours, losses_of
@@ -296,7 +297,9 @@ class OptxCallback(TrainerCallback):
                     f"{WHERE}: {one!r} is merged, so nothing of it trains. Call unmerge() first."
                 )
         hooks.checkpoint()
-        begin([self._optimizer or options.get("optimizer")])
+        optimizers = [self._optimizer or options.get("optimizer")]
+        begin(optimizers)
+        tell_clipped_twice(WHERE, optimizers, "max_grad_norm", args.max_grad_norm, "it to 0")
         self._first_epoch = True
         resumed = state.global_step > 0
         self._resumed_inside = resumed and not float(state.epoch or 0).is_integer()

@@ -192,6 +192,8 @@ class _Step:
         loose = [Loose(run, self.starts.get(i) if after else None) for i, (run, _) in enumerate(self.runs)]
         self.rounds.take([*fused, *loose], after)
         self.wrapped.totals.update(self.rounds.totals)
+        for transform in () if after else self.wrapped.transforms:
+            transform.after_totals(self.wrapped)
 
     def _check_incoming(self, squares: Any) -> None:
         if not torch.isfinite(torch.as_tensor(squares)):

@@ -564,6 +564,9 @@ class Transform:
     def groups_changed(self, optimizer: Host) -> None:
         """Called after param groups came, by ``add_param_group`` or by hand, or parameters were replaced."""
 
+    def after_totals(self, optimizer: Host) -> None:
+        """Called once ``optimizer.totals`` has a step's sums, before anything is changed; may raise."""
+
     def after_step(self, optimizer: Host) -> None:
         """Called once after each step that was not skipped."""
 

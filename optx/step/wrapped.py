@@ -281,6 +281,8 @@ class Wrapped(Optimizer):
         ``optx/lr/<i>``              each group's, where they differ
         ``optx/skipped_steps``       how many steps were skipped for a gradient that is not finite
         ``optx/grad_norm``           l2 norm of all gradients as ``step()`` got them: clipped, unscaled
+        ``clip/norm``                l2 norm of the gradients before `Clip` scaled them
+        ``clip/scale``               what it multiplied them by, at most 1
         ``perp_grad/removed``        share of the gradients' norm that lay along the weights, 0 to 1
         ``adamr/distance``           l2 distance of all weights that have an anchor from their anchors
         ``adamr/pull``               lr * weight / r of the step: the mean over param groups

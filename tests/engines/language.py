@@ -79,7 +79,9 @@ def _perp() -> optx.Injection:
 
 # What stands in the place of a row's own parts.
 LANGUAGE: Mapping[str, Mapping[str, Any]] = {
-    **{key: {} for key in ("AdamR", "PerpGrad", "SaRA", "KeepMask", "SVFit", "ScaledParallelAdapter")},
+    **{
+        key: {} for key in ("AdamR", "Clip", "PerpGrad", "SaRA", "KeepMask", "SVFit", "ScaledParallelAdapter")
+    },
     "HFT": {"transform": lambda task, call: optx.HFT(call, seed=1, rounds_every=2)},
     "DSPReg": {"task": Halves},
     "MuAdamW": {

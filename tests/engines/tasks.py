@@ -383,6 +383,7 @@ def of_table(label: str, **more: Any) -> Row:
 ROWS = [
     Row("AdamR", "transform", transform=lambda *_: optx.AdamR(weight=0.05)),
     Row("PerpGrad", "transform", transform=lambda *_: optx.PerpGrad()),
+    Row("Clip", "transform", transform=lambda *_: optx.Clip(0.1)),
     Row("HFT", "transform", transform=_hft, unused=True),
     Row("KeepMask", "transform", transform=_keep_mask),
     Row("SaRA", "transform", transform=lambda *_: optx.SaRA(fraction=0.5, reselect_at=3)),

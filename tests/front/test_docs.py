@@ -92,13 +92,13 @@ def guide(having: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_the_guides_transform_runs_fused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = guide("Clip", tmp_path, monkeypatch)
+    readme = guide("ClipValue", tmp_path, monkeypatch)
     model, opt = readme.model, readme.opt
     start = model.weight.detach().clone()
     (1000.0 * model(torch.ones(1, 3))).sum().backward()
     opt.step()
     assert not torch.equal(model.weight, start)
-    assert [t.name for t in opt.transforms] == ["clip", "perp_grad"]
+    assert [t.name for t in opt.transforms] == ["clip_value", "perp_grad"]
     assert opt.plan()[0].path == "fused cpu"
 
 

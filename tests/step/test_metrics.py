@@ -37,6 +37,7 @@ def masked(model):
 
 
 MAKE = {
+    "Clip": lambda model: optx.Clip(0.125),
     "PerpGrad": lambda model: optx.PerpGrad(),
     "AdamR": lambda model: optx.AdamR(weight=0.5),
     "HFT": lambda model: optx.HFT(model, blocks=r"blocks\.\d+"),
@@ -45,6 +46,12 @@ MAKE = {
     "DSPReg": lambda model: optx.DSPReg(domains=2),
     "MuAdamW": lambda model: optx.MuAdamW(optx.scaling.shapes(model, base=Residual(width=4)), model=model),
 }
+
+
+def of_clip(run):
+    norm = math.sqrt(sum(float(g.square().sum()) for g in run.grads))
+    assert norm > 0.125
+    return {"clip/norm": norm, "clip/scale": 0.125 / (norm + 1e-6)}
 
 
 def of_perp_grad(run):
@@ -90,7 +97,7 @@ def of_mu(run):
 
 
 EXPECTED = {
-    **{"PerpGrad": of_perp_grad, "AdamR": of_adamr, "HFT": of_hft, "KeepMask": of_keep_mask},
+    **{"Clip": of_clip, "PerpGrad": of_perp_grad, "AdamR": of_adamr, "HFT": of_hft, "KeepMask": of_keep_mask},
     **{"SaRA": of_sara, "DSPReg": of_dsp_reg, "MuAdamW": of_mu},
 }
 
