@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from optx.kernels import cpu
-from optx.kernels.step.cpu_text import PART, Args, local, register
+from optx.kernels.step.cpu_text import PART, Args, in_groups, local, register
+from optx.kernels.step.layout import EIGHT, scale_of
 from optx.kernels.step.lines import Lines
-from optx.kernels.step.program import NUMBER_KINDS, Call, Ref
+from optx.kernels.step.program import NUMBER_KINDS, W0, Call, G, Ref
 from optx.kernels.step.text import indent, rule_lines, rule_name, variable
+
+SCALE = scale_of("")
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,29 @@ class Use:
         """Those whose address is of bits, which a run is given as bytes."""
         return [role for role in self.addressed if self.dtypes[role] == "bits"]
 
+    @property
+    def eight(self) -> list[str]:
+        """Moments of 8 bits, which a run is given in float32 too."""
+        return [role for role in self.addressed if self.dtypes[role] in EIGHT]
+
+    @property
+    def rooms(self) -> list[str]:
+        """The arguments that say where a run has those."""
+        return [*(f"{local(role)}_b" for role in self.eight), *(["spare"] if self.eight else [])]
+
     def moved(self, role: str, count: str) -> str:
         """The address of a role so many elements on."""
-        by = (
-            f"({count} >> 3)"
-            if self.dtypes[role] == "bits"
-            else f"{count} * {cpu.ITEMSIZE[self.dtypes[role]]}"
-        )
+        if self.dtypes[role] == "bits":
+            by = f"({count} >> 3)"
+        elif role.endswith(SCALE):
+            by = f"({count} >> 5) * 2"
+        else:
+            by = f"{count} * {self.itemsize(role)}"
         return f"{local(role)}_p + {by}"
+
+    def itemsize(self, role: str) -> int:
+        """Bytes of an element."""
+        return 1 if self.dtypes[role] in EIGHT else cpu.ITEMSIZE[self.dtypes[role]]
 
 
 class CpuLines(Lines):
@@ -59,6 +77,16 @@ class CpuLines(Lines):
             # rounding would never let them fall.
             dither = dtype == "bfloat16" and (draw if role == "w" else role != "kahan")
             name = local(role)
+            if role.endswith(SCALE) or role == "rest":
+                continue  # read and written together with what they go with
+            if role == "w" and self.split:
+                rest = self.table.roles.index("rest")
+                for done in ("load", "store"):
+                    lines.append(f"{done}_w = {done}_split({self.layout.rounding!r}, 0, {rest})")
+                continue
+            if dtype in EIGHT:
+                lines += self._eight_accessors(number, role)
+                dtype = "float32"  # in a run
             if role in self.program.packed:  # only read; a run's bits come as bytes
                 lines += [f"load_{name} = load('bool', {number})"] if dtype != "ones" else []
                 continue
@@ -73,6 +101,38 @@ class CpuLines(Lines):
             lines.append(f"as_{dtype} = whole_number({dtype!r}, {self.wide})")
             lines.append(f"as_wide_{dtype} = whole_number({dtype!r}, True)")
         return lines
+
+    def _eight_accessors(self, number: int, role: str) -> list[str]:
+        """What decodes and encodes a group of a moment; for rules that sum it, as it was stored."""
+        scopes = f"{self.dtypes[role]!r}, {number}, {self.table.roles.index(scale_of(role))}"
+        keep = role in self._roles(self.program.left)
+        return [
+            f"decode_{local(role)} = decode_group({scopes})",
+            f"encode_{local(role)} = encode_group({scopes}, {keep})",
+        ]
+
+    def _rooms(self) -> list[str]:
+        """Functions that go over a run's groups, and where a run has what only registers have."""
+        number = "float64" if self.wide else "float32"
+        lines = [f"spill_room = room({2 if self.wide else 1} * ROOM)"] if self._spilt() else []
+        for scope, name in enumerate(self._spilt(), start=len(self.table.roles)):
+            lines += [f"{done}_{name} = {done}({number!r}, {scope})" for done in ("load", "store")]
+        return [*lines, *(line for role in self.eight for line in in_groups(local(role)))]
+
+    def _spilt(self) -> list[str]:
+        """Where registers that observing rules read, and that no memory has, wait for them."""
+        return [f"{variable(ref)}_r" for ref in self._spilt_refs()]
+
+    def _spilt_refs(self) -> list[Ref]:
+        return sorted({r for c in self.program.observe for r in c.args if r in (G, W0) or r.kind == "local"})
+
+    def _spill(self) -> list[str]:
+        pairs = zip(self._spilt(), self._spilt_refs(), strict=True)
+        return [f"store_{room}({room}, i, {variable(ref)}, NONE)" for room, ref in pairs]
+
+    def _unspill(self) -> list[str]:
+        pairs = zip(self._spilt(), self._spilt_refs(), strict=True)
+        return [f"{variable(ref)} = load_{room}({room}, i)" for room, ref in pairs]
 
     def _calls(self, calls: Iterable[Call], suffix: str) -> list[str]:
         """Calls in order; what goes into a slot of whole numbers is one at once."""
@@ -119,9 +179,11 @@ class CpuLines(Lines):
     def _loads(self, roles: Sequence[str]) -> list[str]:
         lines: list[str] = []
         for role in roles:
-            value = f"load_{local(role)}({local(role)}_p, i)"
+            value = f"load_{local(role)}({local(role)}_{'b' if role in self.eight else 'p'}, i)"
             if self.dtypes[role] == "ones":
                 value = "F(1.0)"
+            if role == "w" and self.split:
+                value = "load_w(w_p, rest_p, i)"
             if role == "w" and self.layout.rounding == "kahan":
                 value += " + load_kahan(kahan_p, i)"
             lines.append(f"{register(role)} = {value}")
@@ -143,10 +205,18 @@ class CpuLines(Lines):
                 "store_w(w_p, i, w, NONE)",
                 "store_kahan(kahan_p, i, w - load_w(w_p, i), NONE)",
             ]
+        elif self.split:
+            lines.append("store_w(w_p, rest_p, i, w)")
         else:
             lines.append(f"store_w(w_p, i, w, {bits.get('w', 'NONE')})")
         for role in stored:
             name = local(role)
+            if role in self.eight:
+                # Of second moments the roots: the update has taken them already.
+                root = self.dtypes[role] == "nonnegative8"
+                value = f"sqrt({register(role)})" if root else register(role)
+                lines.append(f"store_{name}({name}_b, i, {value}, NONE)")
+                continue
             lines.append(f"store_{name}({name}_p, i, {register(role)}, {bits.get(role, 'NONE')})")
         return lines
 
@@ -169,9 +239,10 @@ class CpuLines(Lines):
         return [f"{name} = np.float64({name})" for name in names]
 
     def _use(self, calls: Sequence[Call], roles: list[str], random: bool = False) -> Use:
-        kahan = ["kahan"] if self.layout.rounding == "kahan" and "w" in roles else []
+        beside = [r for r in ("kahan", "rest") if r in self.dtypes and "w" in roles]
+        beside += [scale_of(role) for role in roles if role in self.eight]
         numbers = {r for c in calls for r in c.args if r.kind in (*NUMBER_KINDS, "cell")}
-        addressed = [role for role in (*roles, *kahan) if self.dtypes[role] != "ones"]
+        addressed = [role for role in (*roles, *beside) if self.dtypes[role] != "ones"]
         return Use(roles, addressed, sorted(numbers), random, self.dtypes)
 
     def _fold(self, names: list[Ref], width: int) -> list[str]:
@@ -198,3 +269,16 @@ class CpuLines(Lines):
         if self.cells[name] == "float64":
             return f"put_f64({address}, 0, {value})"
         return f"put_{variable(Ref('cell', name))}({address}, {value})"
+
+
+def decoding(use: Use, role: str, length: str) -> str:
+    """Decodes a run of a moment of 8 bits."""
+    name = local(role)
+    moved = f"{use.moved(role, 'at')}, {use.moved(scale_of(role), 'at')}"
+    return f"decode_{name}_run({moved}, {length}, {name}_b, spare)"
+
+
+def encoding(role: str) -> str:
+    """Encodes a run of one."""
+    name = local(role)
+    return f"encode_{name}_run({name}_p, {local(scale_of(role))}_p, n, {name}_b, spare)"

@@ -90,6 +90,46 @@ def expand(bits, n, room):
             expand_1(bits + i, room + 8 * i)""".splitlines()
 
 
+# What moments of 8 bits and weights in two parts need besides.
+FORMATS = """\
+# {}
+from optx.kernels.cpu_formats import (GROUP, ROOM, decode_group, encode_group, get_code, load_split, put_code,
+    put_zero, room, store_split)"""
+
+_IN_GROUPS = """
+run_room = room(ROOM)
+spare_room = room(GROUP)
+
+
+@part(error_model="numpy")
+def decode_NAME_run(codes, scales, n, floats, spare):
+    for at in range(0, n, GROUP):
+        if n - at >= GROUP:
+            decode_NAME(codes + at, scales + (at >> 4), floats + 4 * at)
+        else:  # the last group of a tensor
+            for i in range(n - at):
+                put_code(spare, i, get_code(codes, at + i))
+            decode_NAME(spare, scales + (at >> 4), floats + 4 * at)
+
+
+@part(error_model="numpy")
+def encode_NAME_run(codes, scales, n, floats, spare):
+    for at in range(0, n, GROUP):
+        if n - at >= GROUP:
+            encode_NAME(floats + 4 * at, codes + at, scales + (at >> 4))
+        else:
+            for i in range(n - at, GROUP):
+                put_zero(floats, at + i)
+            encode_NAME(floats + 4 * at, spare, scales + (at >> 4))
+            for i in range(n - at):
+                put_code(codes, at + i, get_code(spare, i))"""
+
+
+def in_groups(name: str) -> list[str]:
+    """The functions that decode and encode a run of a moment, group by group."""
+    return _IN_GROUPS.replace("NAME", name).splitlines()
+
+
 def local(role: str) -> str:
     """A role's name in a local variable."""
     return role.replace(".", "_")

@@ -13,12 +13,13 @@ from types import ModuleType
 
 import numba
 
-from optx.kernels import cpu
+from optx.kernels import cpu, cpu_formats
 from optx.kernels.generated import load_module
-from optx.kernels.step.cpu_lines import CpuLines, Use
+from optx.kernels.step.cpu_lines import SCALE, CpuLines, Use, decoding, encoding
 from optx.kernels.step.cpu_text import (
     CFUNC,
     EXPAND,
+    FORMATS,
     PART,
     PART_SUM,
     PRELUDE,
@@ -73,6 +74,7 @@ class _Emitter(CpuLines):
             "    expand_1, expand_4, get_number, load, mix, prefetch, put_f32, put_f64, put_number,",
             "    random_bits, scratch, store, take, upper_half, whole_number)",
             "from optx.kernels.jit import cfunc, part",
+            *(FORMATS.format(cpu_formats.digest()).splitlines() if self.eight or self.split else []),
             "",
             "F = np.float64" if self.wide else "F = np.float32",
             "NONE = np.int32(0)",
@@ -80,6 +82,7 @@ class _Emitter(CpuLines):
             *self._accessors(),
             *PRELUDE,
             *(EXPAND if "bits" in self.dtypes.values() else []),
+            *(self._rooms() if self.eight else []),
         ]
         for rules, suffix in (([] if self.wide else narrow, "_32"), (wide + narrow * self.wide, "_64")):
             helpers = [helper for rule in rules for helper in rule.source.helpers.values()]
@@ -131,22 +134,22 @@ class _Emitter(CpuLines):
         use = self._use(level.element_calls, self._read_roles(level.element_calls))
         sums = [f"x_{variable(r)}" for c in level.sums for r in c.writes]
         arguments = ", ".join([*use.pointers, *map(variable, use.numbers), "start", "n"])
+        of_run = ", ".join([arguments, *use.rooms])
+        in_runs = bool(use.packed or use.eight)
         prefix = [*self._start(level.element_calls), *self._calls(level.prefix, self.suffix)]
         widen = self._widen(use.roles, level.sums)
         load = self._loads(use.roles)
         wide = [*load, *prefix, *widen, *(self._sum(c, "_sum") for c in level.sums)]
         if self.mixed:
-            loops = self._loop(
-                f"{name}_{'run' if use.packed else 'chunk'}", arguments, wide, sums, "add_any_order"
-            )
-            loops += self._in_runs(name, use, arguments, len(sums), ()) if use.packed else []
+            loops = self._loop(f"{name}_{'run' if in_runs else 'chunk'}", of_run, wide, sums, "add_any_order")
+            loops += self._in_runs(name, use, arguments, len(sums), ()) if in_runs else []
         else:
             lanes = [*load, *prefix, *(self._sum(c, "_lane") for c in level.sums)]
-            loops = self._loop(f"{name}_wide", arguments, wide, sums, "add_any_order")
-            loops += self._loop(f"{name}_lanes_run", arguments, lanes, sums, "add_lanes")
+            loops = self._loop(f"{name}_wide", of_run, wide, sums, "add_any_order")
+            loops += self._loop(f"{name}_lanes_run", of_run, lanes, sums, "add_lanes")
             loops += self._in_runs(f"{name}_lanes", use, arguments, len(sums), (), f"{name}_wide")
             short = f"{name}_wide"
-            if use.packed:
+            if in_runs:
                 short = f"{name}_short_chunk"
                 loops += self._in_runs(f"{name}_short", use, arguments, len(sums), (), run=f"{name}_wide")
             loops += [
@@ -175,23 +178,27 @@ class _Emitter(CpuLines):
         hints: list[str] = []
         made: dict[str, None] = {}
         for role in use.addressed:
+            if role.endswith(SCALE):
+                continue  # a line of them lasts for eight runs
             # A run's bits are a quarter of a line.
-            lines = 1 if role in use.packed else RUN * cpu.ITEMSIZE[self.dtypes[role]] // 64
+            lines = 1 if role in use.packed else RUN * use.itemsize(role) // 64
             write = role in written
             hint = f"{'write' if write else 'read'}_{lines}"
             made[f"{hint} = prefetch({lines}, {write})"] = None
             hints.append(f"{hint}({use.moved(role, 'at')} + {AHEAD})")
         moved = [f"{local(r)}_b" if r in use.packed else use.moved(r, "at") for r in use.addressed]
         length = f"min({RUN}, n - at)"
-        given = ", ".join([*moved, *map(variable, use.numbers), "start + at", length, *use.key])
+        given = ", ".join([*moved, *map(variable, use.numbers), "start + at", length, *use.key, *use.rooms])
         call = f"{run or f'{name}_run'}({given})"
         return [
             *["", "", *made, "", "", PART, f"def {name}_chunk({arguments}):"],
             *indent((f"sum_{i} = 0.0" for i in range(sums)), 1),
             *indent((f"{local(r)}_b = scratch(0)" for r in use.packed), 1),
+            *indent((f"{room} = {'spare' if room == 'spare' else 'run'}_room(0)" for room in use.rooms), 1),
             f"    for at in range(0, n, {RUN}):",
             *indent(hints, 2),
             *indent((f"expand({use.moved(r, 'at')}, {length}, {local(r)}_b)" for r in use.packed), 2),
+            *indent((decoding(use, r, length) for r in use.eight), 2),
             f"        {'run = ' if sums else ''}{call}",
             *(indent(_guard(f"{again}({given})", sums), 2) if again else []),
             *indent((f"sum_{i} += run[{i}]" for i in range(sums) if not again), 2),
@@ -213,33 +220,72 @@ class _Emitter(CpuLines):
         observed = [self._sum(c, summed) for c in p.observe]
         stores = self._stores(stored, low, draws_w)
         again = [r for r in self._roles(p.observe) if r in ("w", *stored) and self._loses(r)]
-        # What is observed is what was stored.
-        body += [*stores, *self._loads(again), *observed] if again else [*observed, *stores]
         sums = [f"x_{variable(r)}" for c in p.observe for r in c.writes]
         arguments = ", ".join([*use.pointers, *map(variable, use.numbers), "start", "n", *use.key])
-        loop = self._loop("update_own_run" if p.meter else "update_run", arguments, body, sums, add)
-        loop += self._metered(use, arguments, len(sums)) if p.meter else []
+        encoded = [r for r in stored if r in self.eight]
+        whole = not (p.meter or encoded)  # one loop does it all
+        # What is observed is what was stored.
+        if encoded:
+            own = ", ".join([arguments, *use.rooms, *self._spilt()])
+            loop = self._loop("update_own_run", own, [*body, *self._spill(), *stores], [], add)
+            loop += self._watched(use, arguments, sums, add, summed)
+        else:
+            body += [*stores, *self._loads(again), *observed] if again else [*observed, *stores]
+            of_run = ", ".join([arguments, *use.rooms])
+            loop = self._loop("update_run" if whole else "update_own_run", of_run, body, sums, add)
+        loop += [] if whole else self._in_parts(use, arguments, len(sums), encoded)
         count = len(sums) + sum(len(c.writes) for c in p.meter)
-        runs = self._in_runs("update", use, arguments, count, ("w", "kahan", *stored))
+        runs = self._in_runs("update", use, arguments, count, ("w", "kahan", "rest", *stored))
         return [*loop, *runs, *self._callback("update", use, arguments, count)]
 
-    def _metered(self, use: Use, arguments: str, observed: int) -> list[str]:
-        """``update_run`` with sums that a loop of their own takes, of what is in cache and was stored.
+    def _in_parts(self, use: Use, arguments: str, observed: int, encoded: list[str]) -> list[str]:
+        """``update_run`` in several loops over what is in cache.
+
+        Moments of 8 bits are encoded once a group is complete, and observed after that, as they were stored.
+        """
+        given = ", ".join([*use.pointers, *map(variable, use.numbers), "start", "n", *use.key, *use.rooms])
+        loops, take, metered = self._metered(use, arguments, given)
+        spilt = "".join(f", {r}" for r in self._spilt()) if encoded else ""
+        own = "own = " if observed else ""
+        result = [*(f"own[{i}]" for i in range(observed)), *(f"metered[{i}]" for i in range(metered))]
+        lines = [f"{'' if encoded else own}update_own_run({given}{spilt})"]
+        lines += [encoding(r) for r in encoded]
+        lines += [f"{own}update_watch({given}{spilt})"] if encoded and observed else []
+        return [
+            *loops,
+            *["", "", PART, f"def update_run({', '.join([arguments, *use.rooms])}):"],
+            *indent((f"{room} = spill_room(0)" for room in self._spilt() if encoded), 1),
+            *indent([*lines, *take, *([f"return ({', '.join(result)},)"] if result else [])], 1),
+        ]
+
+    def _watched(self, use: Use, arguments: str, sums: list[str], add: str, summed: str) -> list[str]:
+        """The loop that takes the observed sums, where it is one of its own."""
+        if not sums:
+            return []
+        observe = self.program.observe
+        body = [*self._loads(self._roles(observe)), *self._unspill()]
+        body += [self._sum(c, summed) for c in observe]
+        return self._loop("update_watch", ", ".join([arguments, *use.rooms, *self._spilt()]), body, sums, add)
+
+    def _metered(self, use: Use, arguments: str, given: str) -> tuple[list[str], list[str], int]:
+        """Sums that a loop of their own takes, of what is in cache and was stored: loops, calls, how many.
 
         So the update's loop is the same as without them, and rounds and adds in the same order.
         """
         meter = self.program.meter
+        if not meter:
+            return [], [], 0
         roles = self._roles(meter)
         sums = [f"x_{variable(r)}" for c in meter for r in c.writes]
         load = self._loads(roles)
         widen = self._widen(roles)
         wide = [*load, *widen, *(self._sum(c, "_sum") for c in meter)]
-        loops = self._loop("update_meter_wide", arguments, wide, sums, "add_any_order")
-        given = ", ".join([*use.pointers, *map(variable, use.numbers), "start", "n", *use.key])
+        of_run = ", ".join([arguments, *use.rooms])
+        loops = self._loop("update_meter_wide", of_run, wide, sums, "add_any_order")
         take = [f"metered = update_meter_wide({given})"]
         if not self.mixed:
             lanes = [*load, *(self._sum(c, "_lane") for c in meter)]
-            loops += self._loop("update_meter_lanes", arguments, lanes, sums, "add_lanes")
+            loops += self._loop("update_meter_lanes", of_run, lanes, sums, "add_lanes")
             inside = " and ".join(f"{LOW} < abs(lanes[{i}]) < {HIGH}" for i in range(len(sums)))
             take = [
                 f"lanes = update_meter_lanes({given})",
@@ -248,13 +294,7 @@ class _Emitter(CpuLines):
                 "else:",
                 f"    metered = update_meter_wide({given})",
             ]
-        result = [*(f"own[{i}]" for i in range(observed)), *(f"metered[{i}]" for i in range(len(sums)))]
-        return [
-            *loops,
-            *["", "", PART, f"def update_run({arguments}):"],
-            f"    {'own = ' if observed else ''}update_own_run({given})",
-            *indent([*take, f"return ({', '.join(result)},)"], 1),
-        ]
+        return loops, take, len(sums)
 
     def _per_tensor(
         self, name: str, sums: tuple[Call, ...], calls: tuple[Call, ...], totals: tuple[Ref, ...]

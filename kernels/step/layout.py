@@ -12,6 +12,10 @@ from optx.kernels.step.program import Program
 
 CHUNK = 65536  # elements; five float32 streams of one chunk fit a second-level cache
 
+GROUP = 32  # elements of a moment of 8 bits that share a scale
+EIGHT = ("signed8", "nonnegative8")  # what a layout calls such moments
+SPLIT = {"split8": "int8", "split16": "int16"}  # by rounding: what a weight's rest is kept in
+
 FRESH = 2  # position of the col "fresh" in every table: 1 in a tensor's first step
 
 
@@ -20,14 +24,29 @@ class Layout:
     """How one bucket of tensors is stored: what a kernel must be specialised on besides its program.
 
     Args:
-        dtypes: dtype of each role: w, g, then the program's slots in order.
-        rounding: ``stochastic``, ``kahan`` or ``nearest``, for bfloat16 weights.
+        dtypes: dtype of each role: w, g, then the program's slots in order; ``signed8`` or ``nonnegative8``
+            for moments of 8 bits.
+        rounding: ``stochastic``, ``kahan``, ``nearest``, or how what is lost is kept (``split8``,
+            ``split16``), for bfloat16 weights.
         counted: whether the base keeps a float32 step count per tensor.
     """
 
     dtypes: tuple[str, ...]
     rounding: str
     counted: bool
+
+    def beside(self, slots: Sequence[str]) -> dict[str, str]:
+        """Roles that come with others, and their dtypes: what goes with a weight, scales of moments."""
+        found = {"kahan": "bfloat16"} if self.rounding == "kahan" else {}
+        if self.rounding in SPLIT:
+            found["rest"] = SPLIT[self.rounding]
+        eight = [n for n, dtype in zip(slots, self.dtypes[2:], strict=True) if dtype in EIGHT]
+        return found | {scale_of(name): "bfloat16" for name in eight}
+
+
+def scale_of(slot: str) -> str:
+    """The role that has a slot's scales."""
+    return f"{slot}.scale"
 
 
 @dataclass(frozen=True)
@@ -43,7 +62,7 @@ class Columns:
     @classmethod
     def of(cls, program: Program, layout: Layout) -> Columns:
         """Number everything."""
-        roles = ("w", "g", *program.slots, *(("kahan",) if layout.rounding == "kahan" else ()))
+        roles = ("w", "g", *program.slots, *layout.beside(program.slots))
         cells = (*program.cells, *(("step",) if layout.counted else ()))
         cols = dict.fromkeys(("numel", "step", "fresh", *program.named("col")))
         return cls(roles, cells, tuple(cols), program.named("hyper"), program.named("total"))

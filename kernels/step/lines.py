@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from optx.kernels.step.layout import Columns, Layout
+from optx.kernels.step.layout import EIGHT, SPLIT, Columns, Layout
 from optx.kernels.step.program import W0, Call, Program, Ref, given
 
 WIDE = ("float64", "int32", "int64")  # read in float64
@@ -18,7 +18,10 @@ class Lines:
         self.table = Columns.of(program, layout)
         self.wide = layout.dtypes[0] == "float64"
         self.suffix = "_64" if self.wide else "_32"
-        self.dtypes = dict(zip(self.table.roles, (*layout.dtypes, "bfloat16"), strict=False))
+        beside = layout.beside(program.slots)
+        self.dtypes = dict(zip(self.table.roles, (*layout.dtypes, *beside.values()), strict=True))
+        self.eight = [name for name in program.slots if self.dtypes[name] in EIGHT]
+        self.split = layout.rounding in SPLIT
         self.cells = {n: program.cell_dtype(n, layout.dtypes[0]) for n in program.cells}
         # Whether a float64 (or an integer that needs one) can get into what a float32 rule computes.
         self.mixed = self.wide or any(dtype in WIDE for dtype in self.dtypes.values())
@@ -42,4 +45,4 @@ class Lines:
     def _loses(self, role: str) -> bool:
         """Whether storing a role's register may round it (whole numbers are made before)."""
         dtype = self.dtypes[role]
-        return dtype in ("bfloat16", "float16") or (dtype == "float32" and self.mixed)
+        return dtype in ("bfloat16", "float16", *EIGHT) or (dtype == "float32" and self.mixed)
