@@ -1,7 +1,7 @@
 """Moments in 8 bits, and weights in two parts: how numbers are kept, on tensors.
 
-A moment's numbers are taken in groups of 32, in the order in which its weight lies in memory; the last group
-of a tensor may be shorter. A group has a scale s in bfloat16, the nearest to its largest magnitude, and a code
+A moment is taken in groups of 32 numbers, in the order in which its weight lies in memory; the last group of
+a tensor may be shorter. A group has a scale s in bfloat16, the nearest to its largest magnitude, and a code
 per number ("FlashOptim", https://arxiv.org/abs/2602.23349, whose scales are float16 and end at 6e-8):
 
 - *signed*: x is kept as ``round(127 * phi(x / s))`` in int8, with ``phi(y) = 2 y / (1 + |y|)``: half of the
