@@ -276,6 +276,7 @@ TABLE = {
     "optx/pruning/magnitude.py": "magnitude",
     "optx/step/interrupts.py": "wrap_signals",
     "optx/step/sharded.py": "local_shards two_processes distributed",
+    "optx/step/formats.py": "formats",
     "optx/step/slots.py": f"arithmetic_step {_STEP}",
     "optx/step/state.py": "arithmetic_step resume wrap_bases adamr_anchors freed hft_kept hft_resume",
     "optx/step/state_by_role.py": "user_rules moments wrap_bases errors adamr",
