@@ -4,6 +4,7 @@
             AdamR  Clip  DSPReg  HFT  KeepMask  MuAdamW  PerpGrad  SaRA
             save_optimizer  load_optimizer                    checkpoints by the parameters' names
             Transform  rule  Moments  Slot  like_weight  per_tensor  ops       to write your own
+            register_base  BaseRules                          to have an optimizer of your own fused
             Wrapped  Plan                                     what wrap returns, and what it tells
 
     attach  optx.attach(model, optx.LoRA(rank=8), ...)        what modules compute
@@ -65,6 +66,7 @@
 __version__ = "0.1.0"
 
 from optx import analysis as analysis
+from optx import bases as bases
 from optx import integrations as integrations
 from optx import ops as ops
 from optx import scaling as scaling
@@ -153,6 +155,8 @@ from optx.signal.mesa import MESA as MESA
 from optx.signal.saf import SAF as SAF
 from optx.signal.stablemax import StableMaxCrossEntropy as StableMaxCrossEntropy
 from optx.signal.stablemax import stablemax_cross_entropy as stablemax_cross_entropy
+from optx.step.bases import BaseRules as BaseRules
+from optx.step.bases import register_base as register_base
 from optx.step.checkpoint import load_optimizer as load_optimizer
 from optx.step.checkpoint import save_optimizer as save_optimizer
 from optx.step.plan import Plan as Plan

@@ -16,7 +16,8 @@ import optx.transforms
 from optx.kernels.audit import report
 from optx.kernels.audit.report import Case
 from optx.kernels.step.layout import Layout
-from optx.step.bases import base_numbers, base_rules
+from optx.step.bases import base_rules
+from optx.step.group_numbers import base_numbers
 from optx.step.pipeline import build
 from optx.step.transform import Transform
 
@@ -62,7 +63,7 @@ def make(
     rules = base_rules(optimizer, group)
     assert rules is not None, "the audit compiles fused bases only"
     bound = {t.name: t.moments(group, optimizer) for t in transforms}
-    program = build(transforms, bound, rules, rules.slots, base_numbers(group))
+    program = build(transforms, bound, rules, rules.elements, base_numbers(group))
     kept = {f"{t.name}.{slot}": s.dtype or w for t in transforms for slot, s in t.slots.items()}
     dtypes = (
         w,
@@ -70,7 +71,7 @@ def make(
         *("bits" if s in program.packed else kept.get(s, moments or w) for s in program.slots),
     )
     names = tuple(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    return Case(name, program, Layout(names, rounding, rules.counted))
+    return Case(name, program, Layout(names, rounding, rules.counts_tensors))
 
 
 def _adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

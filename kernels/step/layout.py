@@ -16,7 +16,9 @@ GROUP = 32  # elements of a moment of 8 bits that share a scale
 EIGHT = ("signed8", "nonnegative8")  # what a layout calls such moments
 SPLIT = {"split8": "int8", "split16": "int16"}  # by rounding: what a weight's rest is kept in
 
-FRESH = 2  # position of the col "fresh" in every table: 1 in a tensor's first step
+# Positions of two cols in every table.
+STEP = 1  # the number of the step; kernels fill it in where the layout is counted
+FRESH = 2  # 1 in a tensor's first step
 
 
 @dataclass(frozen=True)

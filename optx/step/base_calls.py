@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from optx._errors import OptxError, near
 from optx._rules import Rule
 from optx.kernels.step.program import BASE_G, Call, G, Ref
 from optx.step.bases import BaseRules, Sums
@@ -18,7 +19,7 @@ def add_base(b: Builder, base: BaseRules, keeps_g: bool) -> None:
         keeps_g: whether rules after them read the gradient that they were given: they get one of their own.
     """
     names = _Names(b, base)
-    if base.counted:
+    if base.counts_tensors:
         b.level(0)  # whose scalars count
     for r in base.scalars:
         b.extend(max(len(b.levels) - 1, 0), scalars=[names.per_tensor(r)])
@@ -33,38 +34,58 @@ def add_base(b: Builder, base: BaseRules, keeps_g: bool) -> None:
 
 
 class _Names:
-    """What the names in a base's rules are, as they come."""
+    """What the names in a base's rules are, as they come; `BaseRules` says what they mean."""
 
     def __init__(self, b: Builder, base: BaseRules) -> None:
-        self._b = b
+        self._b, self._base = b, base
         self._g = G
-        self._cells = {name for name, slot in base.slots.items() if slot.scalar}
-        self._made: dict[str, Ref] = {}  # locals; cells that were written
+        self._made: dict[str, Ref] = {}  # locals; numbers that were computed
 
-    def _read(self, name: str) -> Ref:
+    def _read(self, rule: Rule, name: str) -> Ref:
         if name == "g":
             return self._g
         if name == "fresh":
             return Ref("col", name)
-        known = self._made.get(name) or REGISTERS.get(name) or self._b.common.get(name)
-        return known or Ref("col", f"base.{name}")
+        if name in self._base.cells and name not in self._made:
+            return Ref("cell", name)
+        known = REGISTERS.get(name) or self._made.get(name) or self._b.common.get(name)
+        if known is None:
+            names = [*REGISTERS, *self._made, *self._base.cells, *self._b.common]
+            raise OptxError(
+                f"optx: a base's rule {rule.name!r} reads {name!r}, which is no slot "
+                f"{sorted(self._base.slots)}, number of the param group or earlier result. "
+                f"{near(name, names)}"
+            )
+        return known
 
     def per_element(self, r: Rule, keeps_g: bool) -> Call:
         """A rule that writes registers, state per element, or what later rules read of the element."""
-        args = tuple(map(self._read, r.reads))
+        args = tuple(self._read(r, name) for name in r.reads)
         if keeps_g and "g" in r.writes:
             self._g = BASE_G
-        for name in r.writes:
-            if name not in REGISTERS and name not in self._b.common:
-                self._made[name] = Ref("local", f"base.{name}")
-        return Call(r, args, tuple(map(self._read, r.writes)))
+        return Call(r, args, tuple(self._element(r, name) for name in r.writes))
+
+    def _element(self, rule: Rule, name: str) -> Ref:
+        if name == "g":
+            return self._g
+        if name == "w":
+            return REGISTERS[name]
+        if name in self._base.slots:
+            return Ref("slot", name)
+        made = self._made.setdefault(name, Ref("local", f"base.{name}"))
+        if made.kind != "local":
+            raise OptxError(
+                f"optx: a base's rule {rule.name!r} (update) writes {name!r}, a number that scalars "
+                "computed; give it another name."
+            )
+        return made
 
     def per_tensor(self, r: Rule) -> Call:
         """A rule that writes numbers per tensor: the base's cells among them are kept after the step."""
-        args = tuple(map(self._read, r.reads))
+        args = tuple(self._read(r, name) for name in r.reads)
         for name in r.writes:
-            if name in self._cells:
-                self._made[name] = Ref("col", name)
-                if name not in self._b.kept:
-                    self._b.kept.append(name)
-        return Call(r, args, tuple(self._made.get(n) or Ref("col", f"base.{n}") for n in r.writes))
+            cell = name in self._base.cells
+            self._made[name] = Ref("col", name if cell else f"base.{name}")
+            if cell and name not in self._b.kept:
+                self._b.kept.append(name)
+        return Call(r, args, tuple(self._made[name] for name in r.writes))

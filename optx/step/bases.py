@@ -1,103 +1,26 @@
-"""The base updates that have a fused form: torch's SGD, Adam and AdamW, written as rules.
+"""The base updates that are known as rules, by optimizer class: then a whole step is one fused kernel.
 
-Scalars are rules of their own and run in float64: ``1 - beta2`` in float32 is off by 5e-5 at 0.999.
+`optx.bases` has those that come with optx.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from optx._errors import OptxError
-from optx._rules import Rule, rule
-from optx.ops import maximum, sqrt
-from optx.step.numbers import as_float, as_number
+from optx._rules import Rule
+from optx.step.group_numbers import base_numbers, check_numbers
+from optx.step.own_methods import Methods
 from optx.step.transform import Group, Slot
 
-
-@rule(writes="g")
-def negate(g: Any) -> Any:
-    """``maximize=True``."""
-    return -g
-
-
-@rule(writes="g")
-def add_l2(g: Any, w: Any, weight_decay: Any) -> Any:
-    """Weight decay coupled with the gradient (SGD, Adam)."""
-    return g + weight_decay * w
-
-
-@rule(writes=("step_size", "correction2", "keep", "gain1", "gain2"))
-def adam_scalars(lr: Any, beta1: Any, beta2: Any, weight_decay: Any, step: Any) -> Any:
-    """Bias corrections (Kingma & Ba 2015, section 3) and the constants of one Adam step."""
-    return (
-        lr / (1.0 - beta1**step),
-        sqrt(1.0 - beta2**step),
-        1.0 - lr * weight_decay,
-        1.0 - beta1,
-        1.0 - beta2,
-    )
-
-
-@rule(writes="w")
-def shrink(w: Any, keep: Any) -> Any:
-    """Weight decay decoupled from the gradient (AdamW)."""
-    return w * keep
-
-
-@rule(writes=("exp_avg", "exp_avg_sq"))
-def adam_moments(g: Any, exp_avg: Any, exp_avg_sq: Any, gain1: Any, beta2: Any, gain2: Any) -> Any:
-    """Moving averages of the gradient and its square."""
-    return exp_avg + gain1 * (g - exp_avg), exp_avg_sq * beta2 + gain2 * g * g
-
-
-@rule(writes="w")
-def adam_update(w: Any, exp_avg: Any, exp_avg_sq: Any, step_size: Any, correction2: Any, eps: Any) -> Any:
-    """Adam's step."""
-    return w - step_size * exp_avg / (sqrt(exp_avg_sq) / correction2 + eps)
-
-
-@rule(writes=("w", "max_exp_avg_sq"))
-def amsgrad_update(
-    w: Any, exp_avg: Any, exp_avg_sq: Any, max_exp_avg_sq: Any, step_size: Any, correction2: Any, eps: Any
-) -> Any:
-    """Adam's step with the largest second moment so far (Reddi et al. 2018)."""
-    largest = maximum(max_exp_avg_sq, exp_avg_sq)
-    return w - step_size * exp_avg / (sqrt(largest) / correction2 + eps), largest
-
-
-@rule(writes="gain")
-def momentum_scalars(dampening: Any, fresh: Any) -> Any:
-    """torch starts the buffer at the first gradient itself, undampened."""
-    return 1.0 - dampening * (1.0 - fresh)
-
-
-@rule(writes="momentum_buffer")
-def momentum_update(momentum_buffer: Any, g: Any, momentum: Any, gain: Any) -> Any:
-    """SGD's momentum buffer."""
-    return momentum * momentum_buffer + gain * g
-
-
-@rule(writes="g")
-def take_buffer(momentum_buffer: Any) -> Any:
-    """Step along the buffer."""
-    return momentum_buffer * 1.0
-
-
-@rule(writes="g")
-def look_ahead(g: Any, momentum_buffer: Any, momentum: Any) -> Any:
-    """Nesterov's step."""
-    return g + momentum * momentum_buffer
-
-
-@rule(writes="w")
-def descend(w: Any, g: Any, lr: Any) -> Any:
-    """SGD's step."""
-    return w - lr * g
+Counted = bool | Literal["number", "group"]
 
 
 @dataclass(frozen=True)
@@ -119,162 +42,291 @@ class Sums:
 
 @dataclass(frozen=True)
 class BaseRules:
-    """One base's update for one param group.
+    """How an optimizer steps the parameters of one param group, as rules; see `register_base`.
+
+    The names of a rule's arguments say what it reads. In ``update``: ``w``, ``g`` and ``w0`` (the weight as
+    it was when the step began), slots, and numbers. Numbers are those of the param group (those of a tuple
+    go by the key without the plural's s: ``betas`` as beta1, beta2), what ``scalars`` computed, cells,
+    ``numel``, ``step`` (1 in the first step) where the base counts, and ``fresh`` (1 where the state was made
+    in this step, else 0). In ``scalars`` only numbers.
+
+    What a rule of ``update`` writes is ``w``, ``g`` (for the rules after it; the person's gradient stays), a
+    slot, or a new name, which later rules of ``update`` read. What a rule of ``scalars`` writes is a cell or
+    a new name.
 
     Attributes:
-        scalars: rules per tensor, which need no sums.
-        update: rules per element, in order, with `Sums` among them. A rule may write ``w``, ``g`` and slots;
-            any other name that it writes is a value of the element that later rules read.
-        slots: the base's state tensors with one element per weight element, or (`per_tensor`) one number.
-        counted: whether the base keeps a ``step`` count per tensor.
+        update: rules per element, in order, in float32 (in float64 where the weight is), with `Sums` among
+            them.
+        scalars: rules per tensor, in order, in float64; they run before ``update``.
+        slots: the base's state tensors: those with one element per weight element as `like_weight` makes
+            them, those of one number for the tensor (cells) as `per_tensor` does.
+        initial: what slots begin with where that is not 0: a number, or the name of a number of the group.
+        counted: how the base counts steps: False, True (a float32 tensor ``step`` per parameter, in its
+            state), ``"number"`` (a Python number there) or ``"group"`` (a number ``step`` in the group).
+
+    Raises:
+        OptxError: a rule writes what it may not, or reads one value per element where there is none.
     """
 
-    scalars: tuple[Rule, ...]
     update: tuple[Rule | Sums, ...]
+    scalars: tuple[Rule, ...] = ()
     slots: Mapping[str, Slot] = field(default_factory=dict[str, Slot])
-    counted: bool = True
+    initial: Mapping[str, float | str] = field(default_factory=dict[str, float | str])
+    counted: Counted = False
+
+    def __post_init__(self) -> None:
+        _check_state(self)
+        _check_rules(self)
+
+    @property
+    def counts_tensors(self) -> bool:
+        """Whether kernels count in a tensor per parameter."""
+        return self.counted is True
+
+    @property
+    def counts_states(self) -> bool:
+        """Whether each parameter's state has a ``step``."""
+        return self.counted is True or self.counted == "number"
+
+    @property
+    def elements(self) -> tuple[str, ...]:
+        """The slots with one element per weight element."""
+        return tuple(name for name, slot in self.slots.items() if not slot.scalar)
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The slots of one number."""
+        return tuple(name for name, slot in self.slots.items() if slot.scalar)
+
+    @property
+    def state(self) -> tuple[str, ...]:
+        """The names of all that it keeps in a parameter's state."""
+        return (*self.slots, *(("step",) if self.counts_states else ()))
 
 
-_SIGNED = Slot(dtype=None, moment="signed")
-_SQUARES = Slot(dtype=None, moment="nonnegative")
+_TAKEN = ("w", "g", "w0", "numel", "fresh", "step")
 
 
-def _adam(group: Group, decoupled: bool) -> BaseRules:
-    decay = shrink if decoupled or group.get("decoupled_weight_decay", False) else add_l2
-    slots = {"exp_avg": _SIGNED, "exp_avg_sq": _SQUARES}
-    if group["amsgrad"]:
-        slots["max_exp_avg_sq"] = _SQUARES
-    update = (
-        *((negate,) if group["maximize"] else ()),
-        *((decay,) if _decays(group) else ()),
-        adam_moments,
-        amsgrad_update if group["amsgrad"] else adam_update,
-    )
-    return BaseRules((adam_scalars,), update, slots)
+def _check_state(rules: BaseRules) -> None:
+    slots: Mapping[str, Any] = rules.slots
+    for name, slot in slots.items():
+        if not isinstance(slot, Slot):
+            raise OptxError(
+                f"BaseRules: slots[{name!r}] is {slot!r}; it must be optx.like_weight() or optx.per_tensor()."
+            )
+        if name in _TAKEN or not name.isidentifier():
+            raise OptxError(
+                f"BaseRules: slots has {name!r}; it must be an identifier other than {', '.join(_TAKEN)}."
+            )
+    foreign = [name for name in rules.initial if name not in rules.slots]
+    if foreign:
+        raise OptxError(f"BaseRules: initial has {foreign[0]!r}, which is no slot.")
+    if rules.counted not in (False, True, "number", "group"):
+        raise OptxError(
+            f"BaseRules: counted is {rules.counted!r}; it must be False, True, 'number' or 'group'."
+        )
 
 
-def _sgd(group: Group) -> BaseRules:
-    start = (*((negate,) if group["maximize"] else ()), *((add_l2,) if _decays(group) else ()))
-    if group["momentum"] == 0:
-        return BaseRules((), (*start, descend), counted=False)
-    step = look_ahead if group["nesterov"] else take_buffer
-    update = (*start, momentum_update, step, descend)
-    return BaseRules((momentum_scalars,), update, {"momentum_buffer": _SIGNED}, counted=False)
+def _check_rules(rules: BaseRules) -> None:
+    for kind in ("scalars", "update"):
+        given: Any = getattr(rules, kind)
+        if not isinstance(given, tuple):
+            raise OptxError(f"BaseRules: {kind} is {given!r}; it must be a tuple of rules, as (move,).")
+        for one in given:
+            if isinstance(one, Sums) and kind == "update":
+                _check_rule(rules, one.rule, kind, sums=True)
+                if one.then is not None:
+                    _check_rule(rules, one.then, kind, per_tensor=True)
+            else:
+                _check_rule(rules, one, kind, per_tensor=kind == "scalars")
+    if not any("w" in one.writes for one in rules.update if isinstance(one, Rule)):
+        raise OptxError("BaseRules: no rule of update writes 'w'.")
 
 
-def _decays(group: Group) -> bool:
-    """Whether weight decay does anything; torch leaves it out at 0, where 0 * inf would be nan."""
-    decay = group["weight_decay"]
-    return isinstance(decay, Tensor) or bool(decay != 0)
+def _check_rule(rules: BaseRules, one: Any, kind: str, per_tensor: bool = False, sums: bool = False) -> None:
+    if not isinstance(one, Rule):
+        raise OptxError(f"BaseRules: {kind} has {one!r}; decorate it with @optx.rule(writes=...).")
+    elements = ("w", "g", "w0", *rules.elements)
+    wrong = [name for name in one.reads if per_tensor and name in elements]
+    wrong += [name for name in one.writes if (per_tensor or sums) and name in elements]
+    if wrong:
+        why = "has a value per element, and this rule's results are numbers per tensor"
+    else:
+        fixed = _TAKEN[2:] if per_tensor else (*_TAKEN[2:], *rules.cells)
+        wrong = [name for name in one.writes if name in fixed]
+        why = "is one number per tensor, which only scalars write"
+    if wrong:
+        raise OptxError(f"BaseRules: rule {one.name!r} ({kind}) uses {wrong[0]!r}, which {why}.")
 
 
-# What the rules read of a group.
-_NEEDED = frozenset(
-    ("lr", "betas", "eps", "weight_decay", "momentum", "dampening", "amsgrad", "maximize", "nesterov")
-)
+Make = Callable[[Group, Any], "BaseRules | str"]
 
 
-# By exact type: a subclass may override anything.
-_FUSED: dict[type[torch.optim.Optimizer], Callable[[Group], BaseRules]] = {
-    torch.optim.SGD: _sgd,
-    torch.optim.Adam: lambda group: _adam(group, decoupled=False),
-    torch.optim.AdamW: lambda group: _adam(group, decoupled=True),
-}
+@dataclass
+class _Known:
+    """A registered class."""
+
+    make: Make
+    methods: Methods
 
 
-def has_fused_form(base: torch.optim.Optimizer) -> bool:
-    """Whether the update of this optimizer is known as rules."""
-    return type(base) in _FUSED
+_KNOWN: dict[type, _Known | None] = {}  # by exact type: a subclass may override anything
+_NAMED: dict[str, dict[str, Make]] = {}  # by class name, then by module, of what may not be imported yet
 
 
-def base_rules(base: torch.optim.Optimizer, group: Group) -> BaseRules | None:
-    """The fused form of ``base`` for one group, or None where it has none.
+def register_base(cls: type[Optimizer] | str, rules: BaseRules | Make, *, replace: bool = False) -> None:
+    """Say how an optimizer class steps, in rules: from then on `optx.wrap` fuses it.
+
+    A wrapped optimizer of exactly that class then takes its whole step, transforms included, in one pass of
+    a kernel over memory, on CPU (Numba) and on GPU (Triton); its state keeps the class's own names and
+    dtypes, so that checkpoints go both ways. A subclass is another class, and is not served by its parent's
+    rules; nor is a class or an optimizer whose ``step``, or a method beside it, was replaced by another.
+    `Wrapped.plan` says which path is taken, and why.
+
+    Args:
+        cls: the class; or its name, as ``"library.Optimizer"``, where the library need not be imported yet.
+        rules: a `BaseRules`; or a function of (param group, optimizer) that returns one, or why it can't
+            serve that group, in words. It is asked in every step and may look at flags and at which numbers
+            are 0; the numbers themselves belong into the rules, where a schedule may change them.
+        replace: take these in the place of rules that the class has.
+
+    Raises:
+        OptxError: ``cls`` is no optimizer class, ``rules`` are none, or the class has rules already.
+
+    Example:
+        A person's own optimizer, and its step as rules:
+
+        >>> import torch, optx
+        >>> class SignMomentum(torch.optim.Optimizer):
+        ...     def __init__(self, params, lr=0.1, beta=0.9):
+        ...         super().__init__(params, dict(lr=lr, beta=beta))
+        ...     @torch.no_grad()
+        ...     def step(self, closure=None):
+        ...         loss = None if closure is None else closure()
+        ...         for group in self.param_groups:
+        ...             for p in [p for p in group["params"] if p.grad is not None]:
+        ...                 m = self.state[p].setdefault("average", torch.zeros_like(p))
+        ...                 m.mul_(group["beta"]).add_(p.grad, alpha=1 - group["beta"])
+        ...                 p.sub_(group["lr"] * m.sign())
+        ...         return loss
+        >>> @optx.rule(writes=("w", "average"))
+        ... def sign_step(w, g, average, lr, beta):
+        ...     m = beta * average + (1.0 - beta) * g
+        ...     return w - lr * optx.ops.sign(m), m
+        >>> rules = optx.BaseRules(update=(sign_step,), slots={"average": optx.like_weight(None)})
+        >>> optx.register_base(SignMomentum, rules)
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> opt = optx.wrap(SignMomentum([w]), optx.PerpGrad())
+        >>> w.grad = torch.tensor([1.0, -3.0])
+        >>> opt.step()
+        >>> w.detach(), opt.plan()[0].path
+        (tensor([0.9000, 2.1000]), 'fused cpu')
+    """
+    named = isinstance(cls, str)
+    if not (named and "." in cls) and not (isinstance(cls, type) and issubclass(cls, Optimizer)):
+        raise OptxError(
+            f"register_base: cls is {cls!r}; it must be a class of optimizers, or its name, as "
+            "'library.Lion'."
+        )
+    if not isinstance(rules, BaseRules) and not callable(rules):
+        raise OptxError(
+            f"register_base: rules is {rules!r}; it must be an optx.BaseRules, or a function of "
+            "(group, optimizer) that returns one."
+        )
+    make: Make = (lambda group, base: rules) if isinstance(rules, BaseRules) else rules
+    if isinstance(cls, str):
+        module, _, name = cls.rpartition(".")
+        there = getattr(sys.modules.get(module), name, None)
+        taken = module in _NAMED.get(name, {}) or (isinstance(there, type) and _known(there) is not None)
+    else:
+        module, name, taken = "", cls.__name__, _known(cls) is not None
+    if taken and not replace:
+        raise OptxError(f"register_base: {name} has rules already; replace=True takes these in their place.")
+    if isinstance(cls, str):
+        _NAMED.setdefault(name, {})[module] = make
+        for known in [one for one in _KNOWN if one.__name__ == name]:
+            del _KNOWN[known]
+    else:
+        _KNOWN[cls] = _Known(make, Methods(cls, own_file=False))
+
+
+def _known(cls: type[Optimizer]) -> _Known | None:
+    """What was registered of exactly this class."""
+    if cls in _KNOWN:
+        return _KNOWN[cls]
+    for module, make in _NAMED.get(cls.__name__, {}).items():
+        if getattr(sys.modules.get(module), cls.__name__, None) is cls:
+            _KNOWN[cls] = known = _Known(make, Methods(cls, own_file=True))
+            return known
+    return None
+
+
+def has_fused_form(base: Optimizer) -> bool:
+    """Whether the update of this optimizer's class is known as rules."""
+    return _known(type(base)) is not None
+
+
+def structure(base: Optimizer, group: Group) -> Any:
+    """Changes where a group's rules do; every step asks. None where there are none."""
+    known = _known(type(base))
+    if known is None or known.methods.step_changed():
+        return known
+    try:
+        return known.make(group, base)
+    except Exception as error:  # who makes a program of it looks at the group in words
+        return repr(error)
+
+
+def rules_or_why(base: Optimizer, group: Group) -> BaseRules | str:
+    """The rules of ``base`` for one group, or why it has none, in words.
 
     Raises:
         OptxError: a setting of the group is no number.
     """
-    make = _FUSED.get(type(base))
-    if make is None:
-        return None
-    check_settings(base, group)
-    return make(group)
-
-
-def check_settings(base: torch.optim.Optimizer, group: Group) -> None:
-    """Raise unless a group has what the rules of its base read, if it has any, and all of it is numbers."""
-    if not has_fused_form(base):
-        return
-    missing = [key for key in base.defaults if key in _NEEDED and key not in group]
-    if missing:
+    known = _known(type(base))
+    if known is None:
+        return f"{type(base).__name__} has no fused form (optx.register_base gives it one)"
+    check_numbers(base, group)
+    if known.methods.step_changed():
+        return f"{type(base).__name__}.step was replaced by another"
+    made: Any = known.methods.why_changed(base) or known.make(group, base)
+    if not isinstance(made, BaseRules | str):
         raise OptxError(
-            f"optx: a param group of {type(base).__name__} has no {missing[0]!r}. Add groups with "
-            "add_param_group, which fills in the defaults."
+            f"optx: the rules of {type(base).__name__} returned {made!r}; they must return an "
+            "optx.BaseRules, or why they can't serve the group, in words."
         )
-    for key in ("lr", "eps", "weight_decay", "momentum", "dampening"):
-        if key in group and as_number(group[key]) is None:
-            raise OptxError(f"optx: a param group has {key}={group[key]!r}; it must be one number.")
-    if "betas" in group:
-        check_betas(group["betas"])
+    return made
 
 
-def check_betas(betas: Any) -> None:
-    """Raise unless these are two numbers from 0 to below 1, as torch's constructors want them."""
-    pair = [as_number(beta) for beta in betas] if isinstance(betas, tuple | list | Tensor) else []
-    numbers = [None if beta is None else as_float(beta) for beta in pair]
-    if len(numbers) != 2 or not all(beta is not None and 0.0 <= beta < 1.0 for beta in numbers):
-        raise OptxError(
-            f"optx: a param group has betas={betas!r}; they must be two numbers from 0 to below 1."
-        )
-
-
-def base_numbers(group: Group) -> dict[str, float | Tensor]:
-    """What rules may read of a base's param group: every number in it, ``betas`` as beta1, beta2."""
-    numbers: dict[str, float | Tensor] = {}
-    for key, value in group.items():
-        if key == "betas":
-            betas = [as_number(beta) for beta in value]
-            numbers.update({f"beta{i + 1}": beta for i, beta in enumerate(betas) if beta is not None})
-        elif (number := as_number(value)) is not None:
-            numbers[key] = number
-    return numbers
-
-
-def rule_numbers(group: Group, names: Iterable[str]) -> dict[str, float | Tensor]:
-    """The numbers of those names, as the group has them now: the base's, and options (``adamr_weight``).
+def base_rules(base: Optimizer, group: Group) -> BaseRules | None:
+    """The rules of ``base`` for one group, or None where it has none.
 
     Raises:
-        OptxError: one of them is no number any more.
+        OptxError: a setting of the group is no number.
     """
-    numbers: dict[str, float | Tensor] = {}
-    for name in names:
-        value = _setting(group, name)
-        number = value if type(value) is float else as_number(value)
-        if number is None:
-            key = "betas" if name.startswith("beta") else name.replace(".", "_")
-            raise OptxError(f"optx: a param group has {key}={group.get(key)!r}; it must be one number.")
-        numbers[name] = number
-    return numbers
+    rules = rules_or_why(base, group)
+    return None if isinstance(rules, str) else rules
 
 
-def _setting(group: Group, name: str) -> Any:
-    """What a group has under a rule's name for it."""
-    key = name.replace(".", "_")
-    if key in group or name not in ("beta1", "beta2"):
-        return group.get(key)
-    betas: Any = group.get("betas", ())
-    index = 0 if name == "beta1" else 1
-    return betas[index] if len(betas) > index else None
+def check_settings(base: Optimizer, group: Group) -> None:
+    """Raise unless a group has what the rules of its base read, if it has any, and all of it is numbers."""
+    if has_fused_form(base):
+        check_numbers(base, group)
 
 
 def init_base_state(state: dict[str, Any], p: Tensor, rules: BaseRules, group: Group) -> bool:
     """Give ``p`` the state torch's own first step would; True if there was none."""
     fresh = any(state.get(name) is None for name in rules.slots)
-    if rules.counted and "step" not in state:
-        on_device = group.get("capturable", False) or group.get("fused", False)
-        state["step"] = torch.zeros((), dtype=torch.float32, device=p.device if on_device else "cpu")
+    on_device = group.get("capturable", False) or group.get("fused", False)
+    if rules.counts_states and "step" not in state:
+        device = p.device if on_device else "cpu"
+        state["step"] = torch.zeros((), dtype=torch.float32, device=device) if rules.counts_tensors else 0
+    numbers = base_numbers(group) if rules.initial else {}
     for name, slot in rules.slots.items():
         if state.get(name) is None:
-            state[name] = slot.zeros(p)
+            first = rules.initial.get(name, 0.0)
+            made = slot.zeros(p)
+            state[name] = made.fill_(numbers[first] if isinstance(first, str) else first) if first else made
     return fresh
 
 
@@ -305,7 +357,7 @@ def readable_state(base: torch.optim.Optimizer, group: Group) -> tuple[str, ...]
     """
     rules = base_rules(base, group)
     if rules is not None:
-        return (*rules.slots, *(("step",) if rules.counted else ()))
+        return (*rules.elements, *(("step",) if rules.counted else ()))
     for kind, names in _STATE.items():
         if isinstance(base, kind):
             amsgrad = ("max_exp_avg_sq",) if group.get("amsgrad", False) and "exp_avg_sq" in names else ()

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from optx._errors import TransformError, near
@@ -274,19 +274,10 @@ def _rules_of(m: Moments) -> dict[str, Rule | None]:
     }
 
 
-def common_names(
-    names: Iterable[str], hypers: Iterable[str], counted: bool, cells: Sequence[str] = ()
-) -> dict[str, Ref]:
-    """What every transform's rules may read: the base's state, numbers of its group, of the tensor.
-
-    Args:
-        names: of the base's state.
-        hypers: of its groups' numbers.
-        counted: whether it counts steps.
-        cells: of its state what is one number for a tensor.
-    """
+def common_names(names: Iterable[str], hypers: Iterable[str], counted: bool) -> dict[str, Ref]:
+    """What every transform's rules may read: the base's state, numbers of its group, of the tensor."""
     refs = {name: Ref("hyper", name) for name in hypers}
-    refs |= {name: Ref("cell" if name in cells else "slot", name) for name in names}
+    refs |= {name: Ref("slot", name) for name in names}
     refs["numel"] = NUMEL
     if counted:
         refs["step"] = Ref("col", "step")

@@ -65,6 +65,7 @@ class Bucket:
     members: list[Tensor]
     runner: Any  # CpuStep or TritonStep
     keys: list[str]  # where state[p] has each role after w and g, then each cell
+    owners: list[int]  # which of the groups each member is of
     shards: Shards | None = None
     columns: list[Column] = field(default_factory=list[Column])
     found: dict[str, list[Tensor]] = field(default_factory=dict[str, list[Tensor]])  # in a step, by key

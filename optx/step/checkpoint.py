@@ -135,13 +135,13 @@ def _check_shapes(
     for group in wrapped.param_groups:
         rules = base_rules(wrapped.base, group)
         keeps_shapes = all(t.keeps_shapes for t in wrapped.transforms if t.serves(group))
-        of_base = frozenset(rules.slots) if rules and keeps_shapes else frozenset[str]()
+        of_base = frozenset(rules.elements) if rules and keeps_shapes else frozenset[str]()
         members = set(map(id, group["params"]))
         for key, p in keyed.items():
             if id(p) not in members:
                 continue
             entry = saved.get(key)
-            if rules and rules.counted and isinstance(entry, dict) and "step" in entry:
+            if rules and rules.counts_states and isinstance(entry, dict) and "step" in entry:
                 check_count(entry["step"], wrapped.base, p)
             tensors = {k: v for k, v in entry.items() if k in of_base} if isinstance(entry, dict) else {}
             slots: dict[str, Any] = {**ours.get(key, {})}

@@ -181,7 +181,7 @@ def check_state_shapes(base: Optimizer, group: Group, parameters: Iterable[Tenso
     rules = base_rules(base, group)
     for p in parameters if rules else ():
         state = base.state.get(p, {})
-        for name in rules.slots if rules else ():
+        for name in rules.elements if rules else ():
             value = state.get(name)
             if value is not None and not isinstance(value, Tensor):
                 raise OptxError(
@@ -190,7 +190,7 @@ def check_state_shapes(base: Optimizer, group: Group, parameters: Iterable[Tenso
                 )
             if isinstance(value, Tensor) and value.shape != p.shape:
                 raise ShapeError(shapes_differ(parameter_names(base)[id(p)], p, f"its state {name!r}", value))
-        if rules and rules.counted and "step" in state:
+        if rules and rules.counts_states and "step" in state:
             check_count(state["step"], base, p)
 
 

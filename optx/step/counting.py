@@ -9,7 +9,7 @@ from torch import Tensor
 
 from optx._names import whole
 from optx._rules import rule
-from optx.step.bases import rule_numbers
+from optx.step.group_numbers import rule_numbers
 from optx.step.numbers import as_float
 from optx.step.transform import Group
 

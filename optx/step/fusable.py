@@ -12,7 +12,7 @@ from optx._rules import RuleSourceError
 from optx.kernels.available import why_unavailable
 from optx.kernels.step.program import Program
 from optx.step.base_step import step_replaced
-from optx.step.bases import base_rules
+from optx.step.bases import rules_or_why
 from optx.step.memory import DTYPES, Extents, extent, why_not_dense, why_not_plain
 from optx.step.sharded import why_not_spread
 from optx.step.state import is_ours
@@ -28,8 +28,9 @@ class Unfusable(Exception):
 
 def why_not(base: torch.optim.Optimizer, group: Group, program: Program) -> str | None:
     """Why a group can't take a fused path whatever its tensors are, in words; None if it can."""
-    if base_rules(base, group) is None:
-        return f"{type(base).__name__} has no fused form (SGD, Adam and AdamW have)"
+    rules = rules_or_why(base, group)
+    if isinstance(rules, str):
+        return rules
     if step_replaced(base):
         return "its step() was replaced by another"
     if group.get("differentiable", False):

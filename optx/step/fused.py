@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import repeat
 from operator import attrgetter, is_
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from optx._names import is_dtensor
-from optx.kernels.step.layout import FRESH, Layout
+from optx.kernels.step.layout import FRESH, STEP, Layout
 from optx.kernels.step.program import Program
 from optx.step.bases import BaseRules
 from optx.step.buckets import ADDRESS, Bucket, Column
@@ -189,7 +189,7 @@ class FusedGroup:
         """One for these parameters, given which group each is of and its number there."""
         dtypes, shards = kind
         low = dtypes[0] == "bfloat16"
-        layout = Layout(dtypes, self._rounding if low else "nearest", self.rules.counted)
+        layout = Layout(dtypes, self._rounding if low else "nearest", self.rules.counts_tensors)
         numels = [here(p).numel() for p in members]
         wholes = None if shards is None else [p.numel() for p in members]
         owners, numbers = [owner for owner, _ in places], [number for _, number in places]
@@ -209,7 +209,7 @@ class FusedGroup:
         if "kahan" in runner.columns.roles:
             for p in members:
                 self._tensors.role(p, KAHAN)
-        return Bucket(members, runner, keys, shards)
+        return Bucket(members, runner, keys, owners, shards)
 
     # ---- addresses ---------------------------------------------------------------------------------
 
@@ -224,7 +224,7 @@ class FusedGroup:
         for number, column in enumerate(bucket.columns):
             bucket.runner.tensors[:, number] = column.addresses
         bucket.found = dict(zip(bucket.keys, columns[2:], strict=True))
-        self._mark_fresh(bucket)
+        self._mark(bucket, self._states(bucket))
 
     def _point(self, bucket: Bucket, grads: list[Tensor]) -> bool:
         """Write this step's addresses into the table; False where a tensor is not what it was.
@@ -268,10 +268,10 @@ class FusedGroup:
                         return False
                     bucket.runner.tensors[:, number] = starts
                     column.addresses = addresses
+            self._mark(bucket, states)
         except (KeyError, TypeError, RuntimeError, AttributeError):  # not there, no tensor, without memory
             return False
         bucket.found = dict(zip(bucket.keys, columns[2:], strict=True))
-        self._mark_fresh(bucket)
         return True
 
     def _states(self, bucket: Bucket) -> list[dict[str, Tensor]]:
@@ -292,9 +292,15 @@ class FusedGroup:
         entries = list(state.values())
         return entries if bucket.in_order else [entries[i] for i in bucket.places]
 
-    def _mark_fresh(self, bucket: Bucket) -> None:
+    def _mark(self, bucket: Bucket, states: Sequence[Mapping[str, Any]]) -> None:
+        """Tell the kernels which states are new, and the number of the step where they do not count."""
         if self._fresh or self._was_fresh:
             bucket.runner.cols[:, FRESH] = [id(p) in self._fresh for p in bucket.members]
+        if self.rules.counted == "number":
+            bucket.runner.cols[:, STEP] = [state["step"] + 1 for state in states]
+        elif self.rules.counted == "group":
+            counts = [group.setdefault("step", 0) + 1 for group in self.groups]
+            bucket.runner.cols[:, STEP] = [counts[owner] for owner in bucket.owners]
 
     # ---- numbers that are taken from the base's state --------------------------------------------------
 
@@ -394,6 +400,13 @@ class FusedGroup:
         return [*self.active, *(here(p) for p in self.active)]
 
     def _done(self) -> None:
+        if self.rules.counted == "number":
+            for bucket in self._buckets:
+                for state in map(self.base.state.__getitem__, bucket.members):
+                    state["step"] += 1
+        elif self.rules.counted == "group":
+            for group in self.groups:
+                group["step"] = group.get("step", 0) + 1
         self._took_derived()
         self._was_fresh = bool(self._fresh)
         self._release()

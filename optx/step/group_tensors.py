@@ -18,6 +18,7 @@ from optx.step.fusable import Unfusable, why_not_gradient, why_not_weight
 from optx.step.memory import DTYPES, why_not_dense, why_not_plain
 from optx.step.sharded import here, spread_as, surprise, why_not_spread
 from optx.step.slots import KAHAN, Slots
+from optx.step.state import is_ours
 from optx.step.transform import SLOT_DTYPES, Group
 
 SLOT_DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in SLOT_DTYPES}
@@ -51,7 +52,7 @@ class GroupTensors:
     ) -> None:
         self._group, self._program, self._rules, self._base = group, program, rules, base
         self._slots, self._triton = slots, triton
-        self._base_keys = (*rules.slots, *(("step",) if rules.counted else ()))
+        self._base_keys = rules.state
         self.packed = frozenset(f"optx.{name}" for name in program.packed)
         self.fresh: dict[int, dict[str, bool]] = {}
 
@@ -163,13 +164,33 @@ class GroupTensors:
         state = self._base.state[p]
         made = {name: name in state for name in self._base_keys if state.get(name) is None}
         if made:
+            self._check_names(p, state, made)
             self.fresh[id(p)] = made  # first, so that an interrupt leaves nothing behind
             init_base_state(state, p, self._rules, self._group)
-        if self._rules.counted:
+        device = p.device if self._triton else torch.device("cpu")
+        if self._rules.counts_states:
             count = check_count(state["step"], self._base, p)
             # The kernels count in float32, on the device; torch counts in float64 where that is the default.
-            device = p.device if self._triton else "cpu"
-            state["step"] = torch.as_tensor(count, dtype=torch.float32, device=device)
+            count = torch.as_tensor(count, dtype=torch.float32, device=device)
+            state["step"] = count if self._rules.counts_tensors else int(count)
+        for name in self._rules.cells:
+            if isinstance(state[name], Tensor) and state[name].device != device:
+                state[name] = state[name].to(device)
+
+    def _check_names(self, p: Tensor, state: dict[str, Any], missing: Iterable[str]) -> None:
+        """Raise where the base keeps what rules do not know, and not what they do."""
+        lacking = [name for name in missing if name in self._rules.elements and name not in state]
+        other = [
+            name
+            for name, value in state.items()
+            if isinstance(value, Tensor) and value.ndim and name not in self._base_keys and not is_ours(name)
+        ]
+        if lacking and other:
+            raise OptxError(
+                f"optx: the state that {type(self._base).__name__} keeps of {self._name(p)} has "
+                f"{other[0]!r}, and its rules {lacking[0]!r}, which is not there. They were written for "
+                "another version."
+            )
 
     def key(self, name: str) -> str:
         """Where ``state[p]`` has a role or cell."""

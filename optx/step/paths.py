@@ -16,18 +16,19 @@ from optx._errors import FusedError, OptxError
 from optx._names import is_dtensor
 from optx.kernels.step.program import Program
 from optx.step.base_step import step_replaced
-from optx.step.bases import base_numbers, base_rules, check_settings, readable_state
+from optx.step.bases import base_rules, check_settings, readable_state, structure
 from optx.step.checks import check_group
 from optx.step.fusable import why_not, why_not_tensors
 from optx.step.fused import FusedGroup
-from optx.step.numbers import as_number
+from optx.step.group_numbers import base_numbers
 from optx.step.pipeline import build
 from optx.step.plan import GroupPlan, Plan
 from optx.step.slots import Slots
 from optx.step.transform import Group, Host, Moments, Transform
 
-# Settings of a group that decide what its program is, not just its numbers.
-_STRUCTURAL = ("amsgrad", "maximize", "nesterov", "differentiable", "decoupled_weight_decay")
+# Settings of a group that decide what its program is, not just its numbers, whatever the base's rules make of
+# them.
+_STRUCTURAL = ("amsgrad", "differentiable")
 
 
 @dataclass
@@ -107,12 +108,12 @@ class Paths:
         Args:
             retry: look whether tensors that no kernel could serve are others now.
         """
-        groups = self.wrapped.param_groups
+        base, groups = self.wrapped.base, self.wrapped.param_groups
         settings, transforms = self._settings(), self.wrapped.transforms
         options = [f"{t.name}_{option}" for t in transforms for option in t.options]
         del self._groups[len(groups) :]
         for i, (group, sparse) in enumerate(zip(groups, self._sparse(groups), strict=True)):
-            structure = (*settings, sparse, *_structure(group, transforms))
+            structure = (*settings, sparse, *_structure(base, group, transforms))
             known = self._groups[i] if i < len(self._groups) else None
             if known is None or known.group is not group or known.structure != structure:
                 chosen = self._choose(i, group, structure)
@@ -262,24 +263,16 @@ def _same(a: Sequence[object], b: Sequence[object]) -> bool:
     return len(a) == len(b) and all(map(is_, a, b))
 
 
-def _is_zero(value: Any) -> bool:
-    if type(value) in (float, int):
-        return value == 0
-    number = as_number(value)
-    return number is not None and not isinstance(number, Tensor) and number == 0
-
-
-def _structure(group: Group, transforms: Sequence[Transform]) -> tuple[Any, ...]:
+def _structure(base: torch.optim.Optimizer, group: Group, transforms: Sequence[Transform]) -> tuple[Any, ...]:
     """What decides what a group's program is. Every step makes one for each group."""
-    get = group.get
-    zero = _is_zero(get("momentum", 0)), _is_zero(get("weight_decay", 0))
-    return (*map(get, _STRUCTURAL), *zero, *[t.serves(group) for t in transforms], *group)
+    of_base = structure(base, group)
+    return (of_base, *map(group.get, _STRUCTURAL), *[t.serves(group) for t in transforms], *group)
 
 
 def _values(group: Group, options: Sequence[str]) -> list[Any]:
     """What a scheduler may set before every step, and a program only reads."""
-    betas = group.get("betas")
-    values = [*betas] if isinstance(betas, tuple | list) else [betas]
+    rows = [row for key, row in group.items() if type(row) in (tuple, list) and key != "params"]
+    values: list[Any] = [one for row in rows for one in row]
     values += map(group.get, options)
     # A tensor among them is compared by its identity: its value is read where it is used.
     return [id(v) if isinstance(v, Tensor) else v for v in values]

@@ -48,9 +48,8 @@ def build(
         TransformError: a rule reads what nothing provides, writes what its moment may not, or is none.
     """
     names = set(base_names)
-    counted = base.counted if base else "step" in names
-    cells = [n for n, slot in base.slots.items() if slot.scalar] if base else []
-    common = common_names(names - {"step"}, base_hypers, counted, cells)
+    counted = bool(base.counted) if base else "step" in names
+    common = common_names(names - {"step"}, base_hypers, counted)
     b = Builder(common)
     if check_finite:
         b.need_grad_sq()

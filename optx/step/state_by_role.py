@@ -12,9 +12,11 @@ from torch.optim import Optimizer
 from optx._errors import ShapeError, TransformError
 from optx._names import parameter_names
 from optx.step import bits
+from optx.step.bases import base_rules
 from optx.step.checks import check_has_memory, shapes_differ
 from optx.step.slots import Slots
 from optx.step.state import is_ours
+from optx.step.transform import Group
 
 
 class StateByRole(Mapping[str, list[Tensor]]):
@@ -64,3 +66,12 @@ def base_state_of(state: Any, p: Tensor, name: str) -> Any:
             f"{tuple(p.shape)} (it has {', '.join(map(repr, own))})."
         )
     return own.get(name)
+
+
+def step_counts(base: Optimizer, group: Group, params: Sequence[Tensor]) -> list[float]:
+    """The number of this step for each parameter, as its base counts."""
+    rules = base_rules(base, group)
+    if rules is not None and rules.counted == "group":
+        return [float(group.get("step", 0)) + 1.0] * len(params)
+    steps = [base_state_of(base.state, p, "step") for p in params]
+    return [1.0 if step is None else float(step) + 1.0 for step in steps]

@@ -27,7 +27,7 @@ from optx.step.rounds import Loose, Rounds
 from optx.step.sharded import Share, complete
 from optx.step.slots import Slots
 from optx.step.state import is_ours
-from optx.step.state_by_role import StateByRole, base_state_of
+from optx.step.state_by_role import StateByRole, step_counts
 from optx.step.transform import Group, Host
 from optx.step.undo import Copies, Undo
 
@@ -249,8 +249,7 @@ class _Step:
             slots.refresh(active, key, [base_state.get(p, {}).get(source) for p in active])
         cols = {"numel": [float(p.numel()) for p in active], "fresh": [0.0] * len(active)}
         if any(ref.name == "step" for call in program.calls() for ref in call.args):
-            steps = [base_state_of(base_state, p, "step") for p in active]
-            cols["step"] = [1.0 if step is None else float(step) + 1.0 for step in steps]
+            cols["step"] = step_counts(self.wrapped.base, group, active)
         numbers = step_numbers(group, program.named("hyper"))
         run = GroupRun(
             program,

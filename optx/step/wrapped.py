@@ -255,7 +255,7 @@ class Wrapped(Optimizer):
             >>> opt = optx.wrap(torch.optim.RAdam([torch.nn.Parameter(torch.ones(2))]), optx.PerpGrad())
             >>> print(opt.plan())
             group 0: foreach (1 tensor, 2 numbers, 2 passes): PerpGrad(rescale=True) -> RAdam
-                not fused: RAdam has no fused form (SGD, Adam and AdamW have)
+                not fused: RAdam has no fused form (optx.register_base gives it one)
         """
         with torch.no_grad(), self.around_step():
             return self._stepper.paths.plan()

@@ -11,7 +11,6 @@ from torch import Tensor
 from optx._errors import ShapeError, TransformError
 from optx._names import is_dtensor, parameter_names
 from optx.step import bits
-from optx.step.bases import has_fused_form
 from optx.step.state import is_ours, saved_slots
 from optx.step.transform import Host
 
@@ -27,7 +26,7 @@ def check_company(sara: Any, optimizer: Host) -> None:
                 f"SaRA: compact=True steps on the selected entries alone, where {type(others[0]).__name__} "
                 "would not find its weights. Use compact=False."
             )
-        if not has_fused_form(optimizer.base):
+        if type(optimizer.base) not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
             raise TransformError(
                 f"SaRA: compact=True serves SGD, Adam and AdamW; the base is {type(optimizer.base).__name__}."
                 " Use compact=False."

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from optx.kernels.step.layout import Layout
 from optx.kernels.step.program import Program
-from optx.step.bases import base_numbers, base_rules, init_base_state
+from optx.step.bases import base_rules, init_base_state
+from optx.step.group_numbers import base_numbers
 from optx.step.pipeline import build
 from optx.step.transform import Transform
 
@@ -92,7 +93,7 @@ class Bucket:
         self.grads = [self.band.like(g, t) for t, g in enumerate(zeros)]
         slots = [NAMES[self.state[0][name].dtype] for name in self.program.slots]
         dtypes = (NAMES[setup.w], NAMES[setup.g or setup.w], *slots)
-        self.layout = Layout(dtypes, setup.rounding, self.rules.counted)
+        self.layout = Layout(dtypes, setup.rounding, self.rules.counts_tensors)
         ids = range(len(values)) if setup.ids is None else setup.ids
         self.runner = runner(self.program, self.layout, [v.numel() for v in values], ids)
         self.point()
@@ -109,13 +110,13 @@ class Bucket:
         base, group = self.base, self.group
         moments = {t.name: t.moments(group, base) for t in self.setup.transforms}
         assert self.rules is not None
-        return build(self.setup.transforms, moments, self.rules, self.rules.slots, base_numbers(group))
+        return build(self.setup.transforms, moments, self.rules, self.rules.elements, base_numbers(group))
 
     def _state(self, w: Tensor, number: int) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
         assert self.rules is not None
         init_base_state(state, w, self.rules, self.group)
-        for name in self.rules.slots:
+        for name in self.rules.elements:
             state[name] = state[name].to(self.setup.moments or w.dtype)
         for t in self.setup.transforms:
             for name, slot in t.slots.items():
