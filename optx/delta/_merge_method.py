@@ -15,6 +15,8 @@ Progress = Callable[[Iterable[str]], Iterable[str]]
 Read = Callable[[int, int], Sequence[Tensor]]
 """Each model's change of one tensor, from one place to another, flat."""
 Combine = Callable[[str, Sequence[Tensor]], Tensor]
+Raw = Callable[[int, int], tuple[Tensor, list[Tensor]]]
+"""The numbers of the base's tensor and of each model's, from one place to another, flat."""
 OfPiece = Callable[[Sequence[Tensor], int], Tensor]
 """Merges flat pieces, one per model, that begin at a place. Two threads may call it at once."""
 
@@ -29,6 +31,7 @@ class Changes:
         entries: shape by name.
         models: how many there are.
         numel: numbers of one model.
+        raw: by name, what reads the numbers that the changes are of; None where they are taken otherwise.
     """
 
     def __init__(
@@ -37,8 +40,10 @@ class Changes:
         models: int,
         reader: Callable[[str], Read],
         progress: Progress = lambda names: names,
+        raw: Callable[[str], Raw | None] = lambda _name: None,
+        in_memory: bool = False,
     ) -> None:
-        self.entries, self.models = dict(entries), models
+        self.entries, self.models, self.raw, self._in_memory = dict(entries), models, raw, in_memory
         self.numel = sum(entry.numel for entry in self.entries.values())
         self._reader, self._progress = reader, progress
 
@@ -56,7 +61,13 @@ class Changes:
 
     def only(self, name: str) -> Changes:
         """Those of one tensor, as if it were the whole model."""
-        return Changes({name: self.entries[name]}, self.models, self._reader)
+        mine = {name: self.entries[name]}
+        return Changes(mine, self.models, self._reader, raw=self.raw, in_memory=self._in_memory)
+
+    @property
+    def step(self) -> int:
+        """How many of a tensor's numbers are read at once by `raw`: all, where they are in memory already."""
+        return max(PIECE, self.numel) if self._in_memory else PIECE
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from optx.kernels.available import why_unavailable
 
-_FEW = 1 << 20  # so many numbers per row are sorted in memory, in one pass
+_FEW = 1 << 16  # so many numbers per row are sorted in memory, in one pass
 _HALF = 1 << 15
 
 Rows = Callable[[], Iterable[Sequence[Tensor]]]

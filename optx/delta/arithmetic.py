@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from optx.delta._combine import mixed
+from optx.delta._entrywise import Entrywise
+from optx.delta._kept import Kept
 from optx.delta._merge_method import ByPieces, Changes, Combine, MergeMethod
 from optx.delta._options import PerModel, per_model
 
@@ -53,4 +54,5 @@ class TaskArithmetic(MergeMethod):
     def prepare(self, changes: Changes) -> Combine:
         """The weighted sum; needs to know nothing beforehand."""
         weights = per_model("TaskArithmetic", "weights", self.weights, changes.models)
-        return ByPieces(lambda _: lambda tensors, _: mixed(tensors, weights, self.normalize, self.lam))
+        merged = Entrywise([Kept()] * changes.models, weights, self.normalize, self.lam)
+        return ByPieces(lambda _: merged)

@@ -8,22 +8,21 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from optx._buffers import PIECE
 from optx._errors import OptxError, check_choice
-from optx.delta._combine import elected, mixed, steady_rows
+from optx.delta._combine import steady_rows
+from optx.delta._entrywise import Entrywise, magnitudes
+from optx.delta._kept import Kept, Mask
 from optx.delta._merge_method import ByPieces, Changes, Combine, MergeMethod, OfPiece
 from optx.delta._options import CONVENTIONS, Convention, PerModel, numbers, per_model
 from optx.delta._random_mask import Dropout, key_of
 
-Mask = Callable[[int, Tensor], Tensor]
-"""Which entries of a flat piece are kept, by the place where it begins."""
-Masks = Callable[[str], Sequence[Mask | None]]
+Masks = Callable[[str], Sequence[Dropout | Mask | None]]
 """By name, a tensor's mask for each model; None keeps all."""
 
 
@@ -59,18 +58,9 @@ class _DARE(MergeMethod):
         masks = _masks_in_turn(changes, rates) if self._draws_in_turn else _masks_by_name(rates, self.seed)
 
         def of(name: str) -> OfPiece:
-            keep = masks(name)
-            scales = [rescaling(changes.only(name), i, keep[i], p, rescale) for i, p in enumerate(rates)]
-            merged = elected if self._elects else mixed
-
-            def piece(tensors: Sequence[Tensor], begin: int) -> Tensor:
-                kept = [
-                    change if mask is None else scale(masked(change, mask, begin))
-                    for change, mask, scale in zip(tensors, keep, scales, strict=True)
-                ]
-                return merged(kept, weights, self.normalize, self.lam)
-
-            return piece
+            kept = [Kept(mask) for mask in masks(name)]
+            kept = rescaled(changes.only(name), kept, rates, rescale)
+            return Entrywise(kept, weights, self.normalize, self.lam, int(self._elects))
 
         return ByPieces(of)
 
@@ -169,34 +159,41 @@ class DARETIES(_DARE):
     _elects: ClassVar[bool] = True
 
 
-def masked(change: Tensor, mask: Mask, begin: int) -> Tensor:
-    """What is kept of a flat piece, the rest 0; in memory of its own."""
-    return torch.where(mask(begin, change).to(change.device), change, 0.0)
-
-
-def rescaling(
-    changes: Changes, model: int, mask: Mask | None, p: float, rescale: str
-) -> Callable[[Tensor], Tensor]:
-    """What rescales one model's kept entries of one tensor, in place."""
-    if mask is None or rescale == "none":
-        return lambda kept: kept
+def rescaled(changes: Changes, kept: Sequence[Kept], rates: Sequence[float], rescale: str) -> list[Kept]:
+    """What is kept of one tensor's changes, with its scales."""
+    pruned = [one.by is not None for one in kept]
+    if rescale == "none" or not any(pruned):
+        return list(kept)
     if rescale == "paper":
-        return lambda kept: kept.div_(1 - p)
-    before, after = list[float](), list[float]()
+        scaled = zip(kept, rates, strict=True)
+        return [one if one.by is None else replace(one, divisor=1 - p) for one, p in scaled]
+    norms = zip(*_norms(changes, kept), strict=True)
+    return [
+        # mergekit's bounds
+        replace(one, factor=old / new) if one.by is not None and old >= 1e-7 and new >= 1e-7 else one
+        for one, old, new in zip(kept, *norms, strict=True)
+    ]
+
+
+def _norms(changes: Changes, kept: Sequence[Kept]) -> list[list[float]]:
+    """For each model the L1 norm of its change of one tensor, and that of what is kept."""
+    [(name, entry)] = changes.entries.items()
+    raw = changes.raw(name)
+    found = magnitudes(kept, raw, entry.numel, changes.step) if raw is not None else None
+    if found is not None:
+        return found
+    rows = [([0.0], [0.0]) for _ in kept]
     for _, begin, tensors in changes.pieces():
-        before += steady_rows(tensors[model].abs())
-        after += steady_rows(masked(tensors[model], mask, begin).abs())
-    old, new = math.fsum(before), math.fsum(after)
-    # mergekit's bounds
-    return lambda kept: kept.mul_(old / new) if old >= 1e-7 and new >= 1e-7 else kept
+        for one, tensor, (before, after) in zip(kept, tensors, rows, strict=True):
+            before += steady_rows(tensor.abs())
+            after += steady_rows(one.chosen(tensor, begin).abs())
+    return [[math.fsum(before), math.fsum(after)] for before, after in rows]
 
 
 def _masks_by_name(rates: Sequence[float], seed: int) -> Masks:
-    def mask(i: int, name: str, p: float) -> Mask:
-        dropout = Dropout(key_of(seed + i, name), p, 1 - p)
-        return lambda begin, piece: dropout.keep(begin, piece.numel(), piece.device)
-
-    return lambda name: [mask(i, name, p) if p else None for i, p in enumerate(rates)]
+    return lambda name: [
+        Dropout(key_of(seed + i, name), p, 1 - p) if p else None for i, p in enumerate(rates)
+    ]
 
 
 def _masks_in_turn(changes: Changes, rates: Sequence[float]) -> Masks:

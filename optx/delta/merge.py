@@ -6,6 +6,7 @@ Source: task vectors, Editing Models with Task Arithmetic, arXiv 2212.04089, sec
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -19,12 +20,13 @@ from optx._errors import OptxError, near
 from optx._safetensors import Entry
 from optx.delta._apply import verified
 from optx.delta._checkpoint_output import plan_of, write_checkpoint
-from optx.delta._checkpoint_source import Checkpoint, Files, Source, check_alike, open_source
+from optx.delta._checkpoint_source import Checkpoint, Files, Memory, Source, check_alike, open_source
 from optx.delta._claim import claimed
 from optx.delta._content import same_source
 from optx.delta._delta import Delta
+from optx.delta._entrywise import Entrywise
 from optx.delta._float32_sums import add, check_overflow, difference, difference_dtype, finite, narrow, wide
-from optx.delta._merge_method import ByPieces, Changes, Combine, MergeMethod, Progress
+from optx.delta._merge_method import ByPieces, Changes, Combine, MergeMethod, OfPiece, Progress, Raw
 from optx.delta._name_filter import chooser
 from optx.delta._refusals import check_not_quantised
 from optx.delta._ties import is_copy, same_content, stands_for
@@ -121,7 +123,7 @@ def _run(
     progress: Progress,
 ) -> dict[str, Tensor] | Path:
     source = inputs.source
-    changes = Changes(inputs.entries, len(models), inputs.reader, progress)
+    changes = Changes(inputs.entries, len(models), inputs.reader, progress, inputs.raw, inputs.in_memory)
     mark, combine = method.mark(), method.prepare(changes)
     result = partial(_merged, inputs, combine, dtype)
     entries = {n: Entry(e.shape, _out_dtype(e.dtype, dtype)) for n, e in source.entries.items()}
@@ -147,13 +149,32 @@ def _merged(
         before = source.read(name)
         changes = [change.view(entry.shape) for change in read(0, entry.numel, before.reshape(-1))]
         return _rounded(name, before.to(sum_dtype), combine(name, changes), own)
-    merge_piece = combine.of(name)
+    return _Pieces(inputs, name, combine.of(name), sum_dtype, own)
 
-    def piece(begin: int, end: int) -> Tensor:
-        before = source.piece(name, begin, end)
-        return _rounded(name, before.to(sum_dtype), merge_piece(read(begin, end, before), begin), own)
 
-    return piece
+@dataclass(frozen=True)
+class _Pieces:
+    """Makes pieces of one tensor of the result."""
+
+    inputs: _Inputs
+    name: str
+    merge: OfPiece
+    sum_dtype: torch.dtype
+    dtype: torch.dtype
+
+    def at_once(self, begin: int, end: int) -> Tensor | None:
+        """One in one compiled pass over what it is made of; None where that can't be."""
+        raw = self.inputs.raw(self.name)
+        if raw is None or not isinstance(self.merge, Entrywise):
+            return None
+        return self.merge.onto(*raw(begin, end), begin, self.dtype)
+
+    def __call__(self, begin: int, end: int) -> Tensor:
+        if (made := self.at_once(begin, end)) is not None:
+            return made
+        before = self.inputs.base.piece(self.name, begin, end)
+        change = self.merge(self.inputs.reader(self.name)(begin, end, before), begin)
+        return _rounded(self.name, before.to(self.sum_dtype), change, self.dtype)
 
 
 def _rounded(name: str, before: Tensor, change: Tensor, dtype: torch.dtype) -> Tensor:
@@ -281,6 +302,25 @@ class _Inputs:
 
         return read
 
+    def raw(self, name: str) -> Raw | None:
+        """What reads the numbers of a tensor as they are; None where one is a delta's."""
+        sources = [
+            (model, places[name])
+            for model, places in zip(self.models, self._places, strict=True)
+            if isinstance(model, Source) and name in places
+        ]
+        if len(sources) < len(self.models):
+            return None
+        return lambda begin, end: (
+            self.base.piece(name, begin, end),
+            [model.piece(place, begin, end) for model, place in sources],
+        )
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether nothing has to be read."""
+        return all(isinstance(one, Memory) for one in (self.base, *self.models))
+
     def labels(self) -> list[str]:
         """What the inputs are."""
         return [
@@ -301,6 +341,8 @@ def _own(made: Tensor | Callable[[int, int], Tensor], entry: Entry, source: Tens
     """A tensor of the result, whole, in memory of its own and on the base's device."""
     if isinstance(made, Tensor):
         return made.clone() if made.data_ptr() == source.data_ptr() else made
+    if isinstance(made, _Pieces) and (whole := made.at_once(0, entry.numel)) is not None:
+        return whole.view(entry.shape)
     flat = torch.empty(entry.numel, dtype=entry.dtype, device=source.device)
     for begin in range(0, entry.numel, PIECE):
         end = min(begin + PIECE, entry.numel)

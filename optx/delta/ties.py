@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from optx._errors import check_choice, check_range
-from optx.delta._combine import elected, total, weighted
+from optx.delta._combine import total, weighted
+from optx.delta._entrywise import Entrywise
+from optx.delta._kept import Kept, Trim
 from optx.delta._merge_method import ByPieces, Changes, Combine, MergeMethod, OfPiece
 from optx.delta._options import (
     CONVENTIONS,
@@ -25,19 +27,6 @@ from optx.delta._options import (
     per_model,
 )
 from optx.delta._order_statistics import order_statistics
-
-
-@dataclass(frozen=True)
-class Trim:
-    """What a row keeps.
-
-    Attributes:
-        size: the smallest magnitude that is kept.
-        stop: entries that equal it are kept before this place only; None: everywhere.
-    """
-
-    size: float
-    stop: int | None = None
 
 
 @dataclass(frozen=True)
@@ -118,10 +107,8 @@ class TIES(MergeMethod):
         on_zero = self._usual_sign(changes, weights, trims) if self.convention == "paper" else 1
 
         def of(name: str) -> OfPiece:
-            now = trims(name)
-            return lambda tensors, begin: elected(
-                trimmed(tensors, now, begin), weights, self.normalize, self.lam, on_zero
-            )
+            kept = [Kept(trim) for trim in trims(name)]
+            return Entrywise(kept, weights, self.normalize, self.lam, on_zero)
 
         return ByPieces(of)
 
@@ -165,15 +152,7 @@ def trimmed(tensors: Sequence[Tensor], trims: Sequence[Trim], begin: int = 0) ->
         trims: likewise.
         begin: place of the piece's first entry.
     """
-    return [torch.where(_keep(t, trim, begin), t, 0.0) for t, trim in zip(tensors, trims, strict=True)]
-
-
-def _keep(change: Tensor, trim: Trim, begin: int) -> Tensor:
-    size = change.abs().to(torch.float32)
-    keep = size >= trim.size
-    if trim.stop is not None and (first := max(trim.stop - begin, 0)) < len(change):
-        keep[first:] &= size[first:] != trim.size
-    return keep
+    return [Kept(trim).of(t, begin) for t, trim in zip(tensors, trims, strict=True)]
 
 
 def _exactly(changes: Changes, kept: Sequence[int], trims: Sequence[Trim]) -> list[Trim]:

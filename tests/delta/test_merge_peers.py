@@ -13,8 +13,9 @@ from torch import Tensor
 import optx
 from optx._safetensors import Entry
 from optx.delta._combine import elected
+from optx.delta._kept import Kept
 from optx.delta._merge_method import Changes
-from optx.delta.dare import rescaling
+from optx.delta.dare import rescaled
 
 BASE = torch.ones(4)
 A, B = torch.tensor([1.0, -2.0, 3.0, 0.5]), torch.tensor([-1.0, -1.0, 4.0, -2.0])
@@ -62,8 +63,8 @@ def test_spec_5_magnitude() -> None:
     change, kept = torch.tensor(values), trimmed(values, 0.5)
     assert kept.tolist() == pytest.approx([0, -0.4, 0, 0, -0.5])
     changes = Changes({"w": Entry((5,), change.dtype)}, 1, lambda _: lambda begin, end: [change[begin:end]])
-    scale = rescaling(changes, 0, lambda _, piece: kept[: len(piece)] != 0, 0.5, "l1")
-    assert scale(kept).tolist() == pytest.approx([0, -0.666667, 0, 0, -0.833333], abs=1e-6)
+    [scaled] = rescaled(changes, [Kept(lambda _, piece: kept[: len(piece)] != 0)], [0.5], "l1")
+    assert scaled.of(change, 0).tolist() == pytest.approx([0, -0.666667, 0, 0, -0.833333], abs=1e-6)
 
 
 def test_spec_6_the_mask_of_the_election() -> None:
