@@ -165,6 +165,8 @@ from optx.step.transform import Slot as Slot
 from optx.step.transform import Transform as Transform
 from optx.step.transform import counter as counter
 from optx.step.transform import like_weight as like_weight
+from optx.step.transform import per_column as per_column
+from optx.step.transform import per_row as per_row
 from optx.step.transform import per_tensor as per_tensor
 from optx.step.wrap import wrap as wrap
 from optx.step.wrapped import Wrapped as Wrapped

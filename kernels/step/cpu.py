@@ -15,6 +15,7 @@ from optx.kernels.step.emit_cpu import compiled
 from optx.kernels.step.layout import Columns, Layout, partials_per_chunk, split
 from optx.kernels.step.program import Program
 from optx.kernels.step.runner import Step
+from optx.kernels.step.tiles import Tiles, sizes_of
 
 SERIAL = 32768  # below this many elements waking other threads costs more than it saves
 
@@ -30,6 +31,7 @@ class CpuStep(Step):
         owners: for each tensor, which of the param groups it is of; all are of the first by default.
         groups: how many there are.
         wholes: where the tensors are shards, the sizes of what they are shards of; see `Step`.
+        shapes: theirs, where the program asks for rows, columns or dimensions.
 
     Attributes:
         groups: a row per param group: its hypers, the totals it was given, its own shares of the totals, and
@@ -46,18 +48,29 @@ class CpuStep(Step):
         owners: Sequence[int] = (),
         groups: int = 1,
         wholes: Sequence[int] | None = None,
+        shapes: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self.program = program
         self.columns = Columns.of(program, layout)
         self._module = compiled(program, layout)
         count = len(numels)
-        self._chunks, self._first = split(numels)
+        shapes = [(n,) for n in numels] if shapes is None else shapes
+        if program.tiled:
+            self._tiles = Tiles(program, shapes, layout.dtypes[0] == "float64")
+            self._chunks, self._first = self._tiles.table, self._tiles.first
+        else:
+            self._chunks, self._first = split(numels)
         self._partials = np.zeros((max(len(self._chunks), 1), partials_per_chunk(program)))
         self.tensors = np.zeros((count, self.columns.row), dtype=np.int64)
         self.tensors[:, -1] = ids
         self.cols = np.zeros((count, len(self.columns.cols)))
         self.cols[:, self.columns.cols.index("numel")] = numels if wholes is None else wholes
         c = self.columns
+        for name, values in sizes_of(shapes).items():
+            if name in c.cols:
+                self.cols[:, c.cols.index(name)] = values
+        if program.tiled:
+            self.tensors[:, c.geometry : -1] = self._tiles.geometry
         self.groups = np.zeros((groups, c.group))
         self.hypers = self.groups[0, : c.shares]
         self.shares = self.groups[:, c.shares : c.key]

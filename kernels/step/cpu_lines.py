@@ -234,14 +234,16 @@ class CpuLines(Lines):
 
     def _widen(self, roles: Iterable[str], sums: Iterable[Call] = ()) -> list[str]:
         """Makes registers float64: those of some roles, and others that sums read."""
-        read = {variable(r): None for c in sums for r in c.args if r.kind not in (*NUMBER_KINDS, "cell")}
+        read = {
+            variable(r): None for c in sums for r in c.args if r.kind not in (*NUMBER_KINDS, "cell", "row")
+        }
         names = dict.fromkeys((*map(register, roles), *sorted(read)))
         return [f"{name} = np.float64({name})" for name in names]
 
     def _use(self, calls: Sequence[Call], roles: list[str], random: bool = False) -> Use:
         beside = [r for r in ("kahan", "rest") if r in self.dtypes and "w" in roles]
         beside += [scale_of(role) for role in roles if role in self.eight]
-        numbers = {r for c in calls for r in c.args if r.kind in (*NUMBER_KINDS, "cell")}
+        numbers = {r for c in calls for r in c.args if r.kind in (*NUMBER_KINDS, "cell", "row")}
         addressed = [role for role in (*roles, *beside) if self.dtypes[role] != "ones"]
         return Use(roles, addressed, sorted(numbers), random, self.dtypes)
 

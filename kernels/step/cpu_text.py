@@ -6,6 +6,7 @@ from enum import IntEnum
 
 from optx.kernels.step.program import Ref
 from optx.kernels.step.text import variable
+from optx.kernels.step.tiles import Tiles
 
 
 class Args(IntEnum):
@@ -30,8 +31,7 @@ PART_SUM = '@part(error_model="numpy", fastmath={"contract"})'
 CFUNC = '@cfunc(SIGNATURE, error_model="numpy", cache=True)'
 
 
-def open_chunk(backwards: bool) -> list[str]:
-    """Opens a kernel that takes chunks from the counter until none is left."""
+def _take_chunk(backwards: bool) -> list[str]:
     return [
         "args = address(pointer)",
         "while True:",
@@ -39,11 +39,26 @@ def open_chunk(backwards: bool) -> list[str]:
         f"    if chunk >= get_i64(args, {Args.STOP:d}):",
         "        break",
         *([f"    chunk = get_i64(args, {Args.SUM:d}) - chunk"] if backwards else []),
+    ]
+
+
+def open_chunk(backwards: bool) -> list[str]:
+    """Opens a kernel that takes chunks from the counter until none is left."""
+    return [
+        *_take_chunk(backwards),
         f"    row = get_i64(args, {Args.CHUNKS:d}) + chunk * 24",
         "    t = get_i64(row, 0)",
         "    start = get_i64(row, 1)",
         "    n = get_i64(row, 2)",
     ]
+
+
+def open_tile(backwards: bool) -> list[str]:
+    """The same for kernels whose chunks are tiles of matrices; see `Tiles`."""
+    names = ("t", "top", "tall", "column", "n", "block")
+    row = f"    row = get_i64(args, {Args.CHUNKS:d}) + chunk * {8 * Tiles.ROW}"
+    places = [f"    {name} = get_i64(row, {i})" for i, name in enumerate(names)]
+    return [*_take_chunk(backwards), row, *places]
 
 
 # The functions of optx.ops in Numba's words.
@@ -132,11 +147,13 @@ def in_groups(name: str) -> list[str]:
 
 def local(role: str) -> str:
     """A role's name in a local variable."""
-    return role.replace(".", "_")
+    return role.replace(".", "_").replace(":", "_")
 
 
 def register(role: str) -> str:
     """The local variable of a role's element."""
+    if role.startswith("v:"):  # see `optx.kernels.step.cpu_tiles`
+        return local(role)
     return role if role in ("w", "g") else variable(Ref("slot", role))
 
 

@@ -15,7 +15,7 @@ import numba
 
 from optx.kernels import cpu, cpu_formats
 from optx.kernels.generated import load_module
-from optx.kernels.step.cpu_lines import SCALE, CpuLines, Use, decoding, encoding
+from optx.kernels.step.cpu_lines import SCALE, Use, decoding, encoding
 from optx.kernels.step.cpu_text import (
     CFUNC,
     EXPAND,
@@ -28,6 +28,7 @@ from optx.kernels.step.cpu_text import (
     open_chunk,
     tensor_kernel,
 )
+from optx.kernels.step.cpu_tiles import HYPERS, CpuTiles
 from optx.kernels.step.layout import Layout, partials_per_chunk
 from optx.kernels.step.program import NUMBER_KINDS, Call, Level, Program, Ref
 from optx.kernels.step.text import indent, rule_text, variable
@@ -51,7 +52,6 @@ def emit(program: Program, layout: Layout) -> str:
     return "\n".join(_Emitter(program, layout).module()) + "\n"
 
 
-HYPERS = f"hypers = get_i64(get_i64(args, {Args.NUMBERS:d}), t)"  # those of the tensor's group
 RUN = cpu.RUN  # elements between two rounds of hints
 AHEAD = 2048  # bytes
 LANES_FROM = 32768
@@ -59,7 +59,7 @@ LANES_FROM = 32768
 LOW, HIGH = 1e-27, 1e30
 
 
-class _Emitter(CpuLines):
+class _Emitter(CpuTiles):
     def module(self) -> list[str]:
         p = self.program
         narrow = [c.rule for c in (*p.update, *(c for level in p.levels for c in level.prefix))]
@@ -80,6 +80,7 @@ class _Emitter(CpuLines):
             "NONE = np.int32(0)",
             "SIGNATURE = types.void(types.voidptr)",
             *self._accessors(),
+            *self._tile_accessors(),
             *PRELUDE,
             *(EXPAND if "bits" in self.dtypes.values() else []),
             *(self._rooms() if self.eight else []),
@@ -91,12 +92,12 @@ class _Emitter(CpuLines):
             lines += rule_text(sums, suffix, PART_SUM, self._number(suffix))
         for number, level in enumerate(p.levels):
             if level.sums:
-                lines += self._reduce(number, level)
-            lines += self._per_tensor(f"scalars_{number}", level.sums, level.scalars, level.totals)
+                lines += self._reduce_tiles(number, level) if p.tiled else self._reduce(number, level)
+            lines += self._per_tensor(f"scalars_{number}", level, level.scalars, level.totals)
             if level.finish:
-                lines += self._per_tensor(f"finish_{number}", (), level.finish, ())
+                lines += self._per_tensor(f"finish_{number}", Level(), level.finish, ())
         lines += self._update()
-        if self.layout.counted or p.observe or p.meter or p.kept:
+        if self.layout.counted or p.observe or p.meter or p.kept or p.kept_vectors:
             lines += self._commit()
         return lines
 
@@ -211,8 +212,9 @@ class _Emitter(CpuLines):
         stored = [r for r in self.table.roles if r in p.stored_slots]
         low = [r for r in stored if self.dtypes[r] == "bfloat16"]
         draws_w = self.dtypes["w"] == "bfloat16" and self.layout.rounding == "stochastic"
-        use = self._use(calls, self._roles(calls), random=bool(low) or draws_w)
-        loaded = self._roles((*p.update, *p.observe))
+        columns = self._column_roles(calls)
+        use = self._use(calls, [*self._roles(calls), *columns], random=bool(low) or draws_w)
+        loaded = [*self._roles((*p.update, *p.observe)), *columns]
         body = [*self._loads(loaded), *self._start(calls)]
         body += self._calls(p.update, self.suffix)
         # Over a run of 128, float32 lanes lose nothing that matters, and the loop keeps its pace.
@@ -236,6 +238,9 @@ class _Emitter(CpuLines):
         loop += [] if whole else self._in_parts(use, arguments, len(sums), encoded)
         count = len(sums) + sum(len(c.writes) for c in p.meter)
         runs = self._in_runs("update", use, arguments, count, ("w", "kahan", "rest", *stored))
+        if p.tiled:
+            returned = [r for c in (*p.observe, *p.meter) for r in c.writes]
+            return [*loop, *runs, *self._tile_callback("update", use, returned, ())]
         return [*loop, *runs, *self._callback("update", use, arguments, count)]
 
     def _in_parts(self, use: Use, arguments: str, observed: int, encoded: list[str]) -> list[str]:
@@ -297,12 +302,12 @@ class _Emitter(CpuLines):
         return loops, take, len(sums)
 
     def _per_tensor(
-        self, name: str, sums: tuple[Call, ...], calls: tuple[Call, ...], totals: tuple[Ref, ...]
+        self, name: str, level: Level, calls: tuple[Call, ...], totals: tuple[Ref, ...]
     ) -> list[str]:
         """Scalars in float64, tensor by tensor: folds the partials in order, then runs the rules."""
         width = partials_per_chunk(self.program)
-        names = [r for c in sums for r in c.writes]
-        written = [r for c in calls for r in c.writes]
+        names = level.summed()
+        written = [r for c in calls for r in c.writes if r.kind == "col"]
         made: set[Ref] = set(names)
         refs: set[Ref] = set()  # read from the tables: what no earlier line of this kernel computes
         for call in calls:
@@ -318,9 +323,11 @@ class _Emitter(CpuLines):
         if totals or any(r.kind != "col" for r in refs):
             body.append(HYPERS)
         body += self._fold(names, width)
+        if self.program.tiled:
+            body += [*self._matrix(), *self._fold_axes(level)]
         body += self._numbers(refs, "{}")
         body += [f"{variable(r)} = {self._get_cell(r.name)}" for r in cells]
-        body += self._calls(calls, "_64")
+        body += self._in_order(calls)
         for ref in dict.fromkeys((*names, *written)):
             body.append(f"put_f64(cols, {self.table.cols.index(ref.name)}, {variable(ref)})")
         for ref in totals:
@@ -341,6 +348,8 @@ class _Emitter(CpuLines):
             body.append(self._put_cell(name, f"get_f64(cols, {self.table.cols.index(name)})"))
         body += self._fold(names, partials_per_chunk(p))
         body += [self._put_cell(r.name, variable(r)) for r in names if r.kind == "cell"]
+        if p.kept_vectors:
+            body += [*self._matrix(), *self._commit_vectors()]
         metered = [r for r in names if r.kind == "col"]
         body += [f"put_f64(cols, {self.table.cols.index(r.name)}, {variable(r)})" for r in metered]
         return [*tensor_kernel("commit"), *indent(body, 2)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,18 @@ SPLIT = {"split8": "int8", "split16": "int16"}  # by rounding: what a weight's r
 # Positions of two cols in every table.
 STEP = 1  # the number of the step; kernels fill it in where the layout is counted
 FRESH = 2  # 1 in a tensor's first step
+
+
+class Geometry(IntEnum):
+    """What a tensor's row has of it as a matrix, in programs with sums over rows or columns."""
+
+    HEIGHT = 0
+    WIDTH = 1
+    BLOCKS = 2  # of columns: its tiles side by side
+    ROWS = 3  # address of the rows' numbers, one after another
+    COLUMNS = 4  # of the columns'
+    PARTS = 5  # of float64 sums per row and block
+    SUMS = 6  # of float64 sums per column
 
 
 @dataclass(frozen=True)
@@ -60,19 +73,27 @@ class Columns:
     cols: tuple[str, ...]
     hypers: tuple[str, ...]
     totals: tuple[str, ...]
+    tiled: int = 0  # numbers of its geometry in a tensor's row
 
     @classmethod
     def of(cls, program: Program, layout: Layout) -> Columns:
         """Number everything."""
         roles = ("w", "g", *program.slots, *layout.beside(program.slots))
-        cells = (*program.cells, *(("step",) if layout.counted else ()))
+        vectors = (name for name, _ in program.vectors)
+        cells = (*program.cells, *vectors, *(("step",) if layout.counted else ()))
         cols = dict.fromkeys(("numel", "step", "fresh", *program.named("col")))
-        return cls(roles, cells, tuple(cols), program.named("hyper"), program.named("total"))
+        tiled = len(Geometry) if program.tiled else 0
+        return cls(roles, cells, tuple(cols), program.named("hyper"), program.named("total"), tiled)
+
+    @property
+    def geometry(self) -> int:
+        """In a row of the tensor table: where what `Geometry` names begins."""
+        return len(self.roles) + len(self.cells)
 
     @property
     def row(self) -> int:
         """Width of a row of the tensor table: an address per role and cell, and the tensor's number."""
-        return len(self.roles) + len(self.cells) + 1
+        return self.geometry + self.tiled + 1
 
     @property
     def shares(self) -> int:
@@ -92,7 +113,7 @@ class Columns:
 
 def partials_per_chunk(program: Program) -> int:
     """How many sums the widest pass of a program takes."""
-    counts = [sum(len(c.writes) for c in level.sums) for level in program.levels]
+    counts = [len(level.summed()) for level in program.levels]
     return max([1, *counts, sum(len(c.writes) for c in (*program.observe, *program.meter))])
 
 

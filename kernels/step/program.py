@@ -25,7 +25,9 @@ from typing import Literal, NamedTuple
 
 from optx._rules import Rule
 
-Kind = Literal["reg", "local", "slot", "cell", "col", "hyper", "total"]
+Kind = Literal["reg", "local", "slot", "cell", "col", "hyper", "total", "row", "column", "rows", "columns"]
+Axis = Literal["row", "column"]
+AXES: tuple[Axis, ...] = ("row", "column")
 NUMBER_KINDS: tuple[Kind, ...] = ("col", "hyper", "total")
 
 
@@ -40,6 +42,9 @@ class Ref(NamedTuple):
         col: a number per tensor, computed in this step.
         hyper: a number per param group.
         total: the sum of a col over every tensor of the optimizer.
+        row, column: a number per row or column of the weight as a matrix (shape[0], all the rest), computed
+            in this step.
+        rows, columns: a state tensor with one element per row or column.
     """
 
     kind: Kind
@@ -59,18 +64,32 @@ class Call:
     args: tuple[Ref, ...]
     writes: tuple[Ref, ...]
 
+    @property
+    def axis(self) -> Axis | None:
+        """Of a call that does not run per element: what it runs over; None for once per tensor.
+
+        What such a call writes as a col is summed over the rows or columns.
+        """
+        kinds = {ref.kind for ref in (*self.args, *self.writes)}
+        return next((axis for axis in AXES if kinds & {axis, f"{axis}s"}), None)
+
 
 @dataclass(frozen=True)
 class Level:
     """One round of sums and the scalars that follow from them."""
 
     prefix: tuple[Call, ...] = ()  # of the update, what the sums see: applied in registers before summing
-    sums: tuple[Call, ...] = ()  # summands per element; their writes are cols
-    scalars: tuple[Call, ...] = ()
+    # Summands per element; their writes are cols, or rows, or columns: what they are summed over.
+    sums: tuple[Call, ...] = ()
+    scalars: tuple[Call, ...] = ()  # per tensor, and per row or column, in order; see `Call.axis`
     totals: tuple[Ref, ...] = ()  # cols to add over the whole optimizer
     finish: tuple[Call, ...] = ()
     # Its sums see the base's update: where the base is run as it is, they are taken once it has been.
     after: bool = False
+
+    def summed(self, kind: Kind = "col") -> list[Ref]:
+        """What its pass sums over tensors, rows or columns."""
+        return [ref for call in self.sums for ref in call.writes if ref.kind == kind]
 
     @property
     def element_calls(self) -> tuple[Call, ...]:
@@ -98,6 +117,9 @@ class Program:
     # Slots of one bit an element, which are only read. A layout has them as "bits" (in memory order), "bool"
     # (bytes) or "ones" (not there: every one is 1).
     packed: tuple[str, ...] = ()
+    # State tensors with one element per row or column, and which of the two. What a level writes under their
+    # names is in them once the step is over.
+    vectors: tuple[tuple[str, Axis], ...] = ()
 
     @property
     def update(self) -> tuple[Call, ...]:
@@ -149,8 +171,23 @@ class Program:
         return tuple(dict.fromkeys((*self.named("cell"), *self.kept)))
 
     def cell_dtype(self, name: str, weight: str) -> str:
-        """A cell's dtype, where the weight has the dtype ``weight``."""
+        """A cell's or vector's dtype, where the weight has the dtype ``weight``."""
         return dict(self.cell_dtypes).get(name, "float64") or weight
+
+    def along(self, axis: Axis) -> tuple[str, ...]:
+        """The names of what is computed per row or column."""
+        return self.named(axis)
+
+    @property
+    def tiled(self) -> bool:
+        """Whether anything is summed or read per row or column: kernels then walk over tiles of a matrix."""
+        return any(map(self.along, AXES))
+
+    @property
+    def kept_vectors(self) -> tuple[tuple[str, Axis], ...]:
+        """Those of the vectors that the step writes."""
+        written = {ref for level in self.levels for call in level.scalars for ref in call.writes}
+        return tuple((name, axis) for name, axis in self.vectors if Ref(axis, name) in written)
 
     @property
     def stored_slots(self) -> frozenset[str]:

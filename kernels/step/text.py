@@ -115,6 +115,7 @@ def variable(ref: Ref) -> str:
 _PREFIXES = {
     **{"reg": "", "local": "l_", "slot": "s_", "cell": "m_"},
     **{"col": "c_", "hyper": "h_", "total": "t_"},
+    **{"row": "r_", "column": "v_", "rows": "rs_", "columns": "vs_"},
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from optx._errors import TransformError, near
 from optx._rules import Rule
-from optx.kernels.step.program import W0, Call, G, Ref, W
+from optx.kernels.step.program import W0, Axis, Call, G, Kind, Ref, W
 from optx.step.counting import ADVANCES, advance
 from optx.step.elementwise import why_not_elementwise
 from optx.step.transform import Moments, Slot, Transform
@@ -18,10 +18,22 @@ from optx.step.transform import Moments, Slot, Transform
 REGISTERS = {"w": W, "g": G, "w0": W0}
 GRAD_SQ = Ref("col", "grad_sq")
 NUMEL = Ref("col", "numel")
+SIZES = (NUMEL, *(Ref("col", name) for name in ("ndim", "rows", "columns")))  # known before a step
 # Names that mean the same for every transform: none may call its own things so.
 _TAKEN = (*REGISTERS, "grad_sq", "numel", "fresh")
-BEFORE = ("sums", "scalars", "finish")  # and compute numbers per tensor
-PER_TENSOR = ("scalars", "finish", "after_scalars", "after_finish")
+ALONG: dict[str, Axis] = {"rows": "row", "columns": "column"}
+SUMS: dict[str, Kind] = {"sums": "col", "row_sums": "row", "column_sums": "column", "after_sums": "col"}
+BEFORE = (
+    "sums",
+    "row_sums",
+    "column_sums",
+    "scalars",
+    "rows",
+    "columns",
+    "finish",
+)  # and compute numbers per tensor
+PER_TENSOR = ("scalars", "rows", "columns", "finish", "after_scalars", "after_finish")
+_ALONG_ONLY = ("row", "column", "rows", "columns")
 
 
 class Binder:
@@ -52,7 +64,7 @@ class Binder:
         if why := why_not_elementwise(rule, varying):
             raise self._error(f"rule {rule.name!r} ({moment}) {why}.")
         for name, ref in zip(rule.writes, writes, strict=True):
-            if ref.kind == "col" and ref != GRAD_SQ:
+            if ref.kind in ("col", "row", "column") and ref != GRAD_SQ:
                 self.made[name] = ref
         return Call(rule, args, writes)
 
@@ -94,7 +106,8 @@ class Binder:
         return f"{self.transform.name}.{name}"
 
     def _slots(self, scalar: bool) -> list[str]:
-        return [name for name, slot in self.transform.slots.items() if slot.scalar is scalar]
+        every = self.transform.slots.items()
+        return [name for name, slot in every if slot.scalar is scalar and not slot.axis]
 
     def _read(self, moment: str, rule: Rule, name: str) -> Ref:
         element = moment not in PER_TENSOR
@@ -102,11 +115,28 @@ class Binder:
         if found is None:
             raise self._unknown(moment, rule, name)
         if not element and found.kind in ("reg", "slot"):
+            over = f"per {ALONG[moment]}" if moment in ALONG else "once per tensor"
             raise self._error(
                 f"rule {rule.name!r} ({moment}) reads {name!r}, which has a value per element, and {moment} "
-                "runs once per tensor; take a sum of it in sums."
+                f"runs {over}; take a sum of it in {ALONG.get(moment, '')}{'_' * (moment in ALONG)}sums."
+            )
+        if found.kind in _ALONG_ONLY and found.kind != moment and not self._along(moment, found):
+            raise self._error(
+                f"rule {rule.name!r} ({moment}) reads {name!r}, which has a value per "
+                f"{found.kind.removesuffix('s')}; "
+                + (
+                    f"{moment} has none."
+                    if not element
+                    else "only what a rule of that moment wrote is there."
+                )
             )
         return found
+
+    def _along(self, moment: str, found: Ref) -> bool:
+        """Whether a rule of a moment can read a number per row or column of this step."""
+        if found.kind in ALONG:  # as it was before the step
+            return False
+        return ALONG[moment] == found.kind if moment in ALONG else moment not in PER_TENSOR
 
     def _find(self, moment: str, name: str) -> Ref | None:
         if name == "g" and moment == "meter":
@@ -117,7 +147,9 @@ class Binder:
         if name in self.made:
             return self.made[name]
         if name in self.transform.slots:
-            return Ref("cell" if self.transform.slots[name].scalar else "slot", self._own(name))
+            slot = self.transform.slots[name]
+            state: dict[str, Kind] = {"row": "rows", "column": "columns"}
+            return Ref(state.get(slot.axis, "cell" if slot.scalar else "slot"), self._own(name))
         if name == "grad_sq":
             if moment == "sums":
                 return None
@@ -149,7 +181,7 @@ class Binder:
         slot = self.transform.slots.get(name)
         own = Ref("slot", self._own(name))
         match moment:
-            case "sums" | "scalars" | "finish" | "after_sums" | "after_scalars" | "after_finish" | "meter":
+            case _ if moment in (*SUMS, *PER_TENSOR, "meter"):
                 if name == "grad_sq" and moment == "scalars":
                     return GRAD_SQ
                 if moment.startswith("after_") and (before := self._computed_before(name)):
@@ -162,12 +194,17 @@ class Binder:
                         f"rule {rule.name!r} ({moment}) writes {name!r}, a counter; rules can only read it."
                     )
                 free = name not in (*_TAKEN, *self.transform.options) and slot is None
-                if free or (slot is not None and slot.scalar and moment in PER_TENSOR):
+                if moment in ALONG:
+                    if free or (slot is not None and slot.axis == ALONG[moment]):
+                        return Ref(ALONG[moment], self._own(name))
+                elif free or (slot is not None and slot.scalar and moment in PER_TENSOR):
                     if slot is not None:
                         self.kept.append(self._own(name))
-                    return Ref("col", self._own(name))
+                    return Ref(SUMS.get(moment, "col"), self._own(name))
                 allowed = "new names"
-                if moment in PER_TENSOR:
+                if moment in ALONG:
+                    allowed += f" and slots per {ALONG[moment]}"
+                elif moment in PER_TENSOR:
                     allowed += f" and cells {self._slots(True)}"
             case "observe":
                 if slot is not None and slot.scalar and not slot.counts:
@@ -182,7 +219,7 @@ class Binder:
                         f"rule {rule.name!r} ({moment}) writes {name!r}, a packed slot, which rules can only "
                         "read."
                     )
-                if slot is not None and not slot.scalar:
+                if slot is not None and not slot.scalar and not slot.axis:
                     return own
                 allowed = f"{register!r} and slots per element {self._slots(False)}"
         if slot is None and name not in (*_TAKEN, *self.transform.options):
@@ -261,7 +298,11 @@ def _rules_of(m: Moments) -> dict[str, Rule | None]:
     """By moment, in the order in which they come."""
     return {
         "sums": m.sums,
+        "row_sums": m.row_sums,
+        "column_sums": m.column_sums,
         "scalars": m.scalars,
+        "rows": m.rows,
+        "columns": m.columns,
         "finish": m.finish,
         "gradient": m.gradient,
         "weight": m.weight,
@@ -278,7 +319,7 @@ def common_names(names: Iterable[str], hypers: Iterable[str], counted: bool) -> 
     """What every transform's rules may read: the base's state, numbers of its group, of the tensor."""
     refs = {name: Ref("hyper", name) for name in hypers}
     refs |= {name: Ref("slot", name) for name in names}
-    refs["numel"] = NUMEL
+    refs |= {ref.name: ref for ref in SIZES}
     if counted:
         refs["step"] = Ref("col", "step")
     return refs

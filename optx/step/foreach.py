@@ -12,8 +12,9 @@ from torch import Tensor
 
 from optx._errors import TransformError
 from optx._names import is_dtensor
-from optx.kernels.step.program import W0, Call, G, Level, Program, Ref, W
+from optx.kernels.step.program import AXES, NUMBER_KINDS, W0, Call, G, Level, Program, Ref, W
 from optx.ops import Several
+from optx.step.along import Along, applied
 from optx.step.bits import Packed
 from optx.step.rounding import step_key, write
 from optx.step.sharded import Shards, Share, here
@@ -179,6 +180,7 @@ class GroupRun:
         self._math = [self._wide if w.dtype == torch.float64 else torch.float32 for w in weights]
         self._key = key
         self.gradients = list(grads)
+        self.along = Along(weights, self._wide, self._math)
         # Slots as rules wrote them in this step, where that is more than what could be stored.
         self._written: dict[Ref, list[Tensor]] = {}
         self._looked: list[Share] = []  # of gradients that are shards: to be completed with what is observed
@@ -205,7 +207,7 @@ class GroupRun:
     def measure(self, level: Level) -> dict[str, Tensor]:
         """The scalars that follow from a level's sums; returns this group's share of its totals."""
         for call in level.scalars:
-            self._scalar(call)
+            self._scalar(call) if call.axis is None else self._run_along(call)
         return {ref.name: self.cols[ref.name].sum() for ref in level.totals}
 
     def look(self) -> None:
@@ -229,10 +231,13 @@ class GroupRun:
         rows: list[list[Tensor]] = []
         for i, row in enumerate(self._rows(call, registers)):
             pieces = [self._results(call, i, piece) for piece in self._pieces(call, i, row, self._wide)]
+            if call.writes[0].kind in AXES:
+                self.along.keep(call.writes, i, pieces[0])
+                continue
             sums = ([part.sum(dtype=self._wide) for part in column] for column in zip(*pieces, strict=True))
             rows.append([s[0] if len(s) == 1 else torch.stack(s).sum() for s in sums])
         shares: list[Share] = []
-        for column, ref in enumerate(call.writes):
+        for column, ref in enumerate(call.writes if rows else ()):
             sums = [row[column] for row in rows]
             self.cols[ref.name] = made = torch.stack([here(one).to(self.number_device) for one in sums])
             over = map(Shards.summed_over, sums)
@@ -240,12 +245,19 @@ class GroupRun:
         return shares
 
     def _scalar(self, call: Call) -> None:
-        results = _applied(call, [self._number(ref) for ref in call.args])
+        results = applied(call, [self._number(ref) for ref in call.args])
         for ref, value in zip(call.writes, results, strict=True):
             filled = torch.as_tensor(value, dtype=self._wide, device=self.number_device)
             if ref.name in self.program.kept:
                 filled = _as_kept(filled, self.state[ref.name][0].dtype).to(self._wide)
             self.cols[ref.name] = filled.expand(len(self.weights))
+
+    def _run_along(self, call: Call) -> None:
+        """A rule per row or column."""
+        numbers = {ref: self._number(ref) for ref in call.args if ref.kind in ("col", "cell", *NUMBER_KINDS)}
+        sums = self.along.run(call, numbers, self.state)
+        for ref in (ref for ref in call.writes if ref.kind == "col"):
+            self.cols[ref.name] = torch.stack(sums[ref]).to(self.number_device, self._wide)
 
     def _number(self, ref: Ref) -> Any:
         if ref.kind == "col":
@@ -300,12 +312,15 @@ class GroupRun:
         for name in dict.fromkeys(cells):
             for cell, value in zip(self.state[name], self.cols[name].unbind(), strict=True):
                 cell.copy_(value)
+        for name, axis in self.program.kept_vectors:
+            for kept, value in zip(self.state[name], self.along.found[Ref(axis, name)], strict=True):
+                kept.copy_(value)
 
     def _elementwise(self, call: Call, registers: dict[Ref, list[Tensor]], store: bool = False) -> None:
         """Run one rule; what it writes is in ``registers`` then, and what it stores in the slots."""
-        if self._lists and not any(ref.name in self.program.packed for ref in call.args):
+        if self._lists and not any(r.name in self.program.packed or r.kind in AXES for r in call.args):
             arguments = [self._list(ref, registers) for ref in call.args]
-            columns = [self._column(v) for v in _applied(call, arguments)]
+            columns = [self._column(v) for v in applied(call, arguments)]
         else:
             rows = [self._one(call, i, row) for i, row in enumerate(self._rows(call, registers))]
             columns = [[row[c] for row in rows] for c in range(len(call.writes))]
@@ -351,7 +366,10 @@ class GroupRun:
         like = next((a for a, ref in zip(arguments, call.args, strict=True) if ref.kind in _ELEMENTS), None)
         like = self.weights[i].detach() if like is None else like
         values: list[Tensor] = []
-        for value in _applied(call, arguments):
+        along = any(ref.kind in AXES for ref in call.args)
+        for value in applied(call, arguments):
+            if along and isinstance(value, Tensor):
+                value = value.broadcast_to(like.shape)
             if isinstance(value, Tensor) and value.numel() not in (1, like.numel()):
                 raise TransformError(
                     f"{call.rule!r} returns a tensor of shape {tuple(value.shape)} for elements of shape "
@@ -381,6 +399,8 @@ class GroupRun:
             elif ref.kind in _ELEMENTS:
                 tensors = registers[ref] if ref in registers else self.state[ref.name]
                 columns.append([t.detach() for t in tensors])
+            elif ref.kind in AXES:
+                columns.append(self.along.beside(ref))
             elif ref.kind in ("col", "cell"):
                 values = self._number(ref)
                 columns.append(values.tolist() if self._as_floats else list(values.unbind()))
@@ -406,6 +426,7 @@ class GroupRun:
             self._piecewise
             and tensors
             and tensors[0].numel() > _PIECE
+            and not any(ref.kind in AXES for ref in (*call.args, *call.writes))
             and all(t.is_contiguous() for t in tensors)
         ):
             split = [
@@ -444,17 +465,6 @@ class GroupRun:
 _PIECE = 65536  # elements
 _ELEMENTS = ("reg", "slot")
 _WIDE = (torch.float64, torch.int32, torch.int64)  # read in float64
-
-
-def _applied(call: Call, arguments: Sequence[Any]) -> Sequence[Any]:
-    """A rule's results. Python raises where a tensor or a kernel has inf or nan: ``1.0 / limit`` with 0."""
-    try:
-        return call.rule.values(*arguments)
-    except ArithmeticError:
-        numbers = (
-            torch.tensor(a, dtype=torch.float64) if isinstance(a, int | float) else a for a in arguments
-        )
-        return call.rule.values(*numbers)
 
 
 def _as_kept(value: Tensor, dtype: torch.dtype) -> Tensor:

@@ -41,6 +41,10 @@ def why_not(base: torch.optim.Optimizer, group: Group, program: Program) -> str 
         except RuleSourceError as error:
             return str(error)
     devices = {p.device.type for p in group["params"]}
+    if program.tiled and devices == {"cuda"}:
+        return "it sums over rows or columns, which has no Triton form yet"
+    if program.tiled and any(map(is_dtensor, group["params"])):
+        return "it sums over rows or columns of sharded parameters"
     return why_unavailable("triton" if devices == {"cuda"} else "numba")
 
 

@@ -156,6 +156,8 @@ class FusedGroup:
                 slots = [tensors.role(p, tensors.key(name)) for name in self.program.slots]
                 for name in self.program.cells:
                     tensors.cell(p, name)
+                for name, axis in self.program.vectors:
+                    tensors.vector(p, name, axis)
                 named = zip(self.program.slots, slots, strict=True)
                 kept = (tensors.dtype(p, name, t) for name, t in named)
                 dtypes = (SLOT_DTYPE_NAMES[p.dtype], SLOT_DTYPE_NAMES[grad.dtype], *kept)
@@ -192,6 +194,7 @@ class FusedGroup:
         layout = Layout(dtypes, self._rounding if low else "nearest", self.rules.counts_tensors)
         numels = [here(p).numel() for p in members]
         wholes = None if shards is None else [p.numel() for p in members]
+        shapes = [p.shape for p in members]
         owners, numbers = [owner for owner, _ in places], [number for _, number in places]
         if self.triton:
             from optx.kernels.step.triton import TritonStep
@@ -204,7 +207,7 @@ class FusedGroup:
         else:
             from optx.kernels.step.cpu import CpuStep
 
-            runner = CpuStep(self.program, layout, numels, numbers, owners, len(self.groups), wholes)
+            runner = CpuStep(self.program, layout, numels, numbers, owners, len(self.groups), wholes, shapes)
         keys = [self._tensors.key(name) for name in (*runner.columns.roles[2:], *runner.columns.cells)]
         if "kahan" in runner.columns.roles:
             for p in members:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from optx._errors import OptxError, ShapeError
 from optx._names import is_dtensor, parameter_names
-from optx.kernels.step.program import Program
+from optx.kernels.step.program import Axis, Program
+from optx.kernels.step.tiles import matrix
 from optx.step import bits
 from optx.step.bases import BaseRules, init_base_state
 from optx.step.checks import check_count, shapes_differ
@@ -66,12 +67,21 @@ class GroupTensors:
         reason = why_not_weight(p) or why_not_gradient(grad)
         if reason:
             raise Unfusable(reason)
+        if self._program.tiled:
+            self._check_matrix(p)
         if grad.dtype not in DTYPES:
             raise OptxError(f"optx: the gradient of {self._name(p)} is {grad.dtype}, which no kernel reads.")
         self._check_fits(p, "its gradient", grad)
         if is_dtensor(p):
             self._check_shard(p, "its shard", p, dense=True)
             self._check_shard(p, "its gradient's shard", grad)
+
+    def _check_matrix(self, p: Tensor) -> None:
+        """Rows and columns are told by where an element lies: in memory it has its place of the shape."""
+        if not here(p).is_contiguous():
+            raise Unfusable(
+                "a parameter whose rows or columns are summed is not contiguous (transposed, channels_last)"
+            )
 
     def _check_shard(self, p: Tensor, what: str, t: Tensor, dense: bool = False) -> None:
         """Raise for memory of a shard that no address leads to: other processes can't know of it."""
@@ -143,6 +153,22 @@ class GroupTensors:
         wanted = self._program.cell_dtype(name, SLOT_DTYPE_NAMES[p.dtype])
         if SLOT_DTYPE_NAMES.get(t.dtype) != wanted:
             t.data = t.to(getattr(torch, wanted))  # from a checkpoint of another version, say
+        return t
+
+    def vector(self, p: Tensor, name: str, axis: Axis) -> Tensor:
+        """A state tensor with one element per row or column, in the dtype that kernels are made for."""
+        key = self.key(name)
+        t = self.find(p, key)
+        self._check_tensor(p, key, t)
+        length = matrix(p.shape)[axis == "column"]
+        if t.numel() != length:
+            raise ShapeError(
+                f"optx: {_words(key)} of {self._name(p)} has shape {tuple(t.shape)}; it must have {length} "
+                f"elements, one per {axis} of the weight, {tuple(p.shape)}."
+            )
+        wanted = self._program.cell_dtype(name, SLOT_DTYPE_NAMES[p.dtype])
+        if SLOT_DTYPE_NAMES.get(t.dtype) != wanted or not t.is_contiguous():
+            t.data = t.to(getattr(torch, wanted)).contiguous()
         return t
 
     def _check_tensor(self, p: Tensor, key: str, t: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,11 +10,11 @@ import torch
 
 from optx._errors import TransformError
 from optx._rules import rule
-from optx.kernels.step.program import NUMBER_KINDS, Call, G, Level, Program, Ref, needed
+from optx.kernels.step.program import AXES, NUMBER_KINDS, Axis, Call, G, Level, Program, Ref, needed
 from optx.kernels.step.text import variable
 from optx.step.base_calls import add_base
 from optx.step.bases import BaseRules
-from optx.step.binding import GRAD_SQ, NUMEL, Binder, common_names
+from optx.step.binding import GRAD_SQ, SIZES, Binder, common_names
 from optx.step.builder import Builder, square
 from optx.step.measured import INCOMING_SQ
 from optx.step.transform import Moments, Slot, Transform
@@ -71,6 +71,7 @@ def build(
         _add_watches(b, binders[transform.name])
     if meter:
         _meter_gradient(b)
+    used = {ref for v in b.levels for call in v.scalars for ref in (*call.args, *call.writes)}
     program = Program(
         tuple(
             replace(level, prefix=needed(level.prefix, level.sums), after=index >= b.before)
@@ -85,6 +86,7 @@ def build(
         tuple(b.kept),
         tuple(_cell_dtypes(transforms, base)),
         tuple(f"{t.name}.{name}" for t in transforms for name, slot in t.slots.items() if slot.packed),
+        tuple(_vectors(transforms, base, used)),
     )
     _check_spelling(program)
     return program
@@ -104,13 +106,26 @@ def _cell_dtypes(transforms: Sequence[Transform], base: BaseRules | None) -> Ite
     """Of the cells that aren't float64."""
     every: dict[str, Slot] = {f"{t.name}.{name}": slot for t in transforms for name, slot in t.slots.items()}
     for name, slot in {**every, **(base.slots if base else {})}.items():
-        if slot.scalar and slot.dtype != torch.float64:
+        if (slot.scalar or slot.axis) and slot.dtype != torch.float64:
             yield name, None if slot.dtype is None else str(slot.dtype).removeprefix("torch.")
+
+
+def _vectors(
+    transforms: Sequence[Transform], base: BaseRules | None, used: Collection[Ref]
+) -> Iterable[tuple[str, Axis]]:
+    """State per row and column that the step reads or writes."""
+    every: dict[str, Slot] = {f"{t.name}.{name}": slot for t in transforms for name, slot in t.slots.items()}
+    for name, slot in {**every, **(base.slots if base else {})}.items():
+        if (
+            slot.axis
+            and {Ref("row", name), Ref("column", name), Ref("rows", name), Ref("columns", name)} & used
+        ):
+            yield name, slot.axis
 
 
 def _check_spelling(program: Program) -> None:
     """Refuse names that would be one variable in a kernel."""
-    for kind in ("slot", "cell", *NUMBER_KINDS):
+    for kind in ("slot", "cell", *NUMBER_KINDS, *AXES):
         seen: dict[str, str] = {}
         names = program.cells if kind == "cell" else program.named(kind)
         for name in names:
@@ -130,8 +145,9 @@ def _keep(grad_sq: Any) -> Any:
 def _add(b: Builder, transform: Transform, binder: Binder) -> None:
     """What a transform does before the base's update."""
     level = 0
-    if sums := binder.call("sums"):
-        level = b.sum(sums)
+    for moment in ("sums", "row_sums", "column_sums"):
+        if sums := binder.call(moment):
+            level = b.sum(sums)
     if counters := binder.counts():
         b.extend(0, scalars=counters)
     if any(binder.reads(moment, "grad_sq") for moment in _AFTER_SUMS):
@@ -140,7 +156,8 @@ def _add(b: Builder, transform: Transform, binder: Binder) -> None:
         own = Ref("col", f"{transform.name}.grad_sq")
         b.extend(level, scalars=[Call(_keep, (GRAD_SQ,), (own,))])
     scalars = binder.call("scalars")
-    b.extend(level, scalars=[scalars] if scalars else [])
+    calls = (scalars, binder.call("rows"), binder.call("columns"))
+    b.extend(level, scalars=[call for call in calls if call])
     totals = binder.totals()
     b.extend(level, totals=totals)
     finish = binder.call("finish")
@@ -155,7 +172,7 @@ def _add(b: Builder, transform: Transform, binder: Binder) -> None:
         else:
             b.gradient += b.closing
         b.grad_sq_level = level if scalars and GRAD_SQ in scalars.writes else -1
-        if any(ref.kind in ("col", "total") and ref != NUMEL for ref in gradient.args):
+        if any(ref.kind in _COMPUTED and ref not in SIZES for ref in gradient.args):
             b.depth = max(b.depth, level + 1)
     if weight := binder.call("weight"):
         b.weight.append(weight)
@@ -197,7 +214,8 @@ def _add_watches(b: Builder, binder: Binder) -> None:
 # The moments that run once sums have been taken; and those that see what the base makes of the weight, and
 # the gradient that it was given.
 _AFTER_SUMS = (
-    *("scalars", "finish", "gradient", "weight"),
+    *("scalars", "rows", "columns", "finish", "gradient", "weight"),
     *("after_sums", "after_scalars", "after_finish", "after", "observe", "meter"),
 )
+_COMPUTED = ("col", "total", "row", "column")  # in this step, per tensor, row or column
 SEE_BASE = ("after_sums", "after", "observe")

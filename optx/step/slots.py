@@ -44,6 +44,10 @@ class Slots:
         transform, name, _ = self._declared(key)
         return self._owner().slot(p, transform, name)
 
+    def shape(self, p: Tensor, key: str) -> tuple[int, ...]:
+        """The shape that a slot is declared to have."""
+        return self._declared(key)[2].shape(p)
+
     def packed(self, p: Tensor, key: str) -> Tensor:
         """A packed slot in the form that its weight asks for now; kept so from then on.
 
@@ -108,13 +112,16 @@ def make_slots(wrapped: Host, programs: Iterable[tuple[Group, Program]], all_of_
 def first_value(wrapped: Host, transform: Transform, name: str, p: Tensor) -> Tensor:
     """What a transform's `init_slot` makes of a slot; raises where that is no tensor of the slot's shape."""
     value: Any = transform.init_slot(name, p, wrapped)
-    scalar = transform.slots[name].scalar
+    scalar, shape = transform.slots[name].scalar, transform.slots[name].shape(p)
     if transform.slots[name].packed and isinstance(value, Tensor) and bits.fits(value.shape, p):
         return bits.settled(value, p)
-    if isinstance(value, Tensor) and (value.numel() == 1 if scalar else value.shape == p.shape):
+    if isinstance(value, Tensor) and (value.numel() == 1 if scalar else value.shape == shape):
         return value.reshape(()) if scalar and value.ndim else value
     got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-    wanted = "one number" if scalar else f"the weight's shape, {tuple(p.shape)}"
+    of = (
+        f"one number per {transform.slots[name].axis}" if transform.slots[name].axis else "the weight's shape"
+    )
+    wanted = "one number" if scalar else f"{of}, {shape}"
     owner = parameter_names(wrapped.base).get(id(p), "of no group")
     raise TransformError(
         f"{type(transform).__name__}: init_slot({name!r}) returned {got} for parameter {owner!r}; it must "

@@ -40,13 +40,18 @@ class StateByRole(Mapping[str, list[Tensor]]):
             packed = name in self._packed
             for p, slot in zip(self._params, slots, strict=True):
                 check_has_memory(self._base, p, f"its state 'optx.{name}'", slot)
-                if not bits.fits(slot.shape, p) if packed else slot.shape != p.shape and slot.numel() != 1:
+                if not bits.fits(slot.shape, p) if packed else self._misfits(name, p, slot):
                     owner = parameter_names(self._base)[id(p)]
                     raise ShapeError(shapes_differ(owner, p, f"its state 'optx.{name}'", slot))
             return [self._slots.packed(p, f"optx.{name}") for p in self._params] if packed else slots
         state = self._base.state
         found = [base_state_of(state, p, name) for p in self._params]
         return [torch.zeros_like(p) if t is None else t for t, p in zip(found, self._params, strict=True)]
+
+    def _misfits(self, name: str, p: Tensor, slot: Tensor) -> bool:
+        return (
+            slot.shape != p.shape and slot.numel() != 1 and slot.shape != self._slots.shape(p, f"optx.{name}")
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(())

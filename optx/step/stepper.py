@@ -12,6 +12,7 @@ from torch import Tensor
 from optx._errors import TransformError
 from optx._names import whole
 from optx.kernels.step.program import W0
+from optx.kernels.step.tiles import sizes_of
 from optx.step.base_step import step_without_hooks
 from optx.step.bases import has_fused_form
 from optx.step.checks import check_memory, check_state_shapes
@@ -248,6 +249,7 @@ class _Step:
         for key, source in state.derived:
             slots.refresh(active, key, [base_state.get(p, {}).get(source) for p in active])
         cols = {"numel": [float(p.numel()) for p in active], "fresh": [0.0] * len(active)}
+        cols |= sizes_of([p.shape for p in active])
         if any(ref.name == "step" for call in program.calls() for ref in call.args):
             cols["step"] = step_counts(self.wrapped.base, group, active)
         numbers = step_numbers(group, program.named("hyper"))

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from optx._errors import TransformError
 from optx._expression import NotKept, expression
 from optx._rules import Rule
+from optx.kernels.step.tiles import matrix
 from optx.step.measured import Measured
 from optx.step.numbers import as_float
 from optx.step.state import SlotStore
@@ -60,6 +61,7 @@ class Slot:
         moment: ``"signed"`` or ``"nonnegative"`` for a moving average of gradients or of their squares, which
             may be kept in fewer bits; ``""`` for what may not.
         counts: it counts the weight's steps, see `counter`.
+        axis: ``"row"`` or ``"column"``: one number per row or column of the weight, see `per_row`.
 
     Raises:
         TransformError: a dtype that no rule can read: complex, quantised, of 8 or fewer float bits; or
@@ -74,6 +76,7 @@ class Slot:
     packed: bool = False
     moment: Moment = ""
     counts: bool = False
+    axis: Literal["", "row", "column"] = ""
 
     def __post_init__(self) -> None:
         if self.moment:
@@ -101,11 +104,19 @@ class Slot:
                 f"step renews; this slot is {self!r}."
             )
 
+    def shape(self, p: Tensor) -> tuple[int, ...]:
+        """The shape that it has for ``p``."""
+        if self.scalar:
+            return ()
+        return (matrix(p.shape)[self.axis == "column"],) if self.axis else tuple(p.shape)
+
     def zeros(self, p: Tensor) -> Tensor:
         """A slot of zeros for ``p``."""
         dtype = p.dtype if self.dtype is None else self.dtype
         if self.scalar:
             return torch.zeros((), dtype=dtype, device=p.device)
+        if self.axis:
+            return torch.zeros(self.shape(p), dtype=dtype, device=p.device)
         # A packed one is settled where it is kept.
         return torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
 
@@ -127,6 +138,79 @@ def like_weight(
 def per_tensor(dtype: torch.dtype = torch.float64, derived: str = "") -> Slot:
     """A slot with one number per weight tensor."""
     return Slot(dtype, scalar=True, derived=derived)
+
+
+def per_row(dtype: torch.dtype | None = torch.float32) -> Slot:
+    """A slot with one number per row of the weight, which the moment ``rows`` reads and writes.
+
+    A weight of two or more dimensions is a matrix of (shape[0], all the rest): a row is what makes one output
+    of a linear or convolutional layer. A weight of one dimension, or of none, is a single row.
+
+    Args:
+        dtype: a float's; None for the weight's.
+
+    Example:
+        Gradient centralisation (Yong et al. 2020, equation 1): the rows' means are taken out of the gradient.
+
+        >>> import torch, optx
+        >>> @optx.rule(writes="row_sum")
+        ... def along_rows(g):
+        ...     return g * 1.0
+        >>> @optx.rule(writes="g")
+        ... def centralise(g, row_sum, columns, ndim):
+        ...     return g - optx.ops.where(ndim > 1.0, row_sum / columns, 0.0)
+        >>> class Centralise(optx.Transform):
+        ...     name = "centralise"
+        ...     rules = dict(row_sums=along_rows, gradient=centralise)
+        >>> w = torch.nn.Parameter(torch.zeros(2, 2))
+        >>> opt = optx.wrap(torch.optim.SGD([w], lr=1.0), Centralise())
+        >>> w.grad = torch.tensor([[1.0, 3.0], [2.0, 2.0]])
+        >>> opt.step()
+        >>> w.detach()
+        tensor([[ 1., -1.],
+                [ 0.,  0.]])
+
+        Each row's gradient clipped to a multiple of its usual norm, which is kept.
+
+        >>> @optx.rule(writes="row_sq")
+        ... def squares(g):
+        ...     return g * g
+        >>> @optx.rule(writes=("usual", "factor"))
+        ... def follow(row_sq, usual, limit):
+        ...     norm = optx.ops.sqrt(row_sq)
+        ...     usual = optx.ops.where(usual > 0.0, usual, norm)
+        ...     kept = optx.ops.minimum(norm, limit * usual)
+        ...     return 0.9 * usual + 0.1 * kept, kept / optx.ops.maximum(norm, 1e-30)
+        >>> @optx.rule(writes="g")
+        ... def shorten(g, factor):
+        ...     return g * factor
+        >>> class ClipRows(optx.Transform):
+        ...     name = "clip_rows"
+        ...     slots = {"usual": optx.per_row()}
+        ...     rules = dict(row_sums=squares, rows=follow, gradient=shorten)
+        ...     def __init__(self, limit=2.0):
+        ...         self.options = {"limit": limit}
+        >>> w = torch.nn.Parameter(torch.zeros(2, 2))
+        >>> opt = optx.wrap(torch.optim.SGD([w], lr=1.0), ClipRows())
+        >>> for scale in (1.0, 10.0):
+        ...     w.grad = scale * torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+        ...     opt.step()
+        >>> w.detach()
+        tensor([[ -9., -12.],
+                [  0.,  -3.]])
+        >>> opt.state[w]["optx.clip_rows.usual"]
+        tensor([5.5000, 1.1000])
+    """
+    return Slot(dtype, axis="row")
+
+
+def per_column(dtype: torch.dtype | None = torch.float32) -> Slot:
+    """A slot with one number per column of the weight, which the moment ``columns`` reads and writes.
+
+    Args:
+        dtype: a float's; None for the weight's. `per_row` says what rows and columns are.
+    """
+    return Slot(dtype, axis="column")
 
 
 def counter() -> Slot:
@@ -215,7 +299,8 @@ class Moments:
     write into a cell, and what ``observe`` sums for it, is kept once the step is done: a step that is skipped
     keeps nothing. Where ``scalars`` did not write it, a rule reads the cell as it was before the step, in
     ``observe`` too. Numbers of the group are the transform's options, and what is in the base's param group:
-    ``lr``, ``weight_decay``, ``eps``, ``beta1``, ``beta2``; everywhere ``numel``, and ``step`` (1 in the
+    ``lr``, ``weight_decay``, ``eps``, ``beta1``, ``beta2``; everywhere ``numel``, ``ndim``, ``rows`` and
+    ``columns`` (the weight's), and ``step`` (1 in the
     first step) where the base counts. The base's state goes by its names (``exp_avg_sq``) and is zero before
     a parameter's first step. A number in a rule per element is rounded to float32 (float64 where the weight
     is), in ``scalars`` and ``finish`` all is float64. A name of the transform hides one of the base.
@@ -224,8 +309,14 @@ class Moments:
 
     Args:
         sums: per element; what it returns is summed over the tensor (in float64).
+        row_sums: as ``sums``, but summed over each row of the weight (`per_row` says what that is): in later
+            rules per element it is the number of the element's row.
+        column_sums: the same over columns.
         scalars: per tensor, from sums, options and cells. If it returns ``grad_sq``, it promises that this
             will be the sum of squares after its ``gradient`` rule, and saves later ones a pass.
+        rows: per row, after ``scalars``: from sums over rows, `per_row` slots and numbers of the tensor;
+            writes such slots and new names, which rules per element read as numbers of the element's row.
+        columns: the same per column, after ``rows``.
         totals: names of sums and scalars to be added over the whole optimizer; ``finish`` and the rules
             after it read them as ``total_<name>``. ``numel`` may be among them.
         finish: per tensor, after the totals.
@@ -271,7 +362,11 @@ class Moments:
     """
 
     sums: Rule | None = None
+    row_sums: Rule | None = None
+    column_sums: Rule | None = None
     scalars: Rule | None = None
+    rows: Rule | None = None
+    columns: Rule | None = None
     totals: tuple[str, ...] = ()
     finish: Rule | None = None
     gradient: Rule | None = None
