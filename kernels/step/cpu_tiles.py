@@ -28,9 +28,9 @@ class CpuTiles(CpuLines):
 
     def __init__(self, program: Program, layout: Layout) -> None:
         super().__init__(program, layout)
-        self.dtypes |= dict.fromkeys((VALUES + n for n in program.along("column")), self._float)
+        self.dtypes.update(dict.fromkeys((VALUES + n for n in program.along("column")), self._float))
         summed = (ref for level in program.levels for ref in level.summed("column"))
-        self.dtypes |= {ADDS + ref.name: "float64" for ref in summed}
+        self.dtypes.update({ADDS + ref.name: "float64" for ref in summed})
 
     @property
     def _float(self) -> str:
@@ -60,25 +60,14 @@ class CpuTiles(CpuLines):
 
     # ---- passes ---------------------------------------------------------------------------------------
 
-    def _reduce_tiles(self, number: int, level: Level) -> list[str]:
-        """Sums over tiles, all in float64."""
-        name, calls = f"reduce_{number}", level.element_calls
-        use = self._use(calls, [*self._read_roles(calls), *self._column_roles(calls)])
-        adds = [ADDS + ref.name for ref in level.summed("column")]
-        use.addressed.extend(adds)
-        body = [*self._loads(use.roles), *self._start(calls), *self._calls(level.prefix, self.suffix)]
-        body += [*self._widen(use.roles, level.sums), *(self._sum(c, "_sum") for c in level.sums)]
-        for ref, role in zip(level.summed("column"), adds, strict=True):
-            at = f"{local(role)}_p, i"
-            body.append(f"store_{local(role)}({at}, load_{local(role)}({at}) + x_{variable(ref)}, NONE)")
-        returned = [r for c in level.sums for r in c.writes if r.kind != "column"]
-        arguments = ", ".join([*use.pointers, *map(variable, use.numbers), "start", "n"])
-        sums = [f"x_{variable(ref)}" for ref in returned]
-        return [
-            *self._loop(f"{name}_run", arguments, body, sums, "add_any_order"),
-            *self._in_runs(name, use, arguments, len(sums), ()),
-            *self._tile_callback(name, use, returned, level.summed("row")),
-        ]
+    def _add_up(self, level: Level) -> list[str]:
+        """Adds an element's summands to its column's sums."""
+        lines: list[str] = []
+        for ref in level.summed("column"):
+            role = local(ADDS + ref.name)
+            added = f"load_{role}({role}_p, i) + x_{variable(ref)}"
+            lines.append(f"store_{role}({role}_p, i, {added}, NONE)")
+        return lines
 
     def _tile_callback(
         self, name: str, use: Use, returned: Sequence[Ref], per_row: Sequence[Ref]
@@ -186,8 +175,8 @@ class CpuTiles(CpuLines):
     def _in_order(self, calls: Iterable[Call]) -> list[str]:
         """Calls per tensor, and per row or column in loops over these."""
         lines: list[str] = []
-        for axis, group in groupby(calls, lambda call: call.axis):
-            some = list(group)
+        for some in (list(group) for _, group in groupby(calls, lambda call: call.axis)):
+            axis = some[0].axis
             lines += self._calls(some, "_64") if axis is None else self._along(axis, some)
         return lines
 

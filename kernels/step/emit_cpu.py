@@ -28,7 +28,7 @@ from optx.kernels.step.cpu_text import (
     open_chunk,
     tensor_kernel,
 )
-from optx.kernels.step.cpu_tiles import HYPERS, CpuTiles
+from optx.kernels.step.cpu_tiles import ADDS, HYPERS, CpuTiles
 from optx.kernels.step.layout import Layout, partials_per_chunk
 from optx.kernels.step.program import NUMBER_KINDS, Call, Level, Program, Ref
 from optx.kernels.step.text import indent, rule_text, variable
@@ -160,6 +160,23 @@ class _Emitter(CpuTiles):
                 f"    return {name}_lanes_chunk({arguments})",
             ]
         return [*loops, *self._callback(name, use, arguments, len(sums))]
+
+    def _reduce_tiles(self, number: int, level: Level) -> list[str]:
+        """Sums over tiles, all in float64."""
+        name, calls = f"reduce_{number}", level.element_calls
+        use = self._use(calls, [*self._read_roles(calls), *self._column_roles(calls)])
+        use.addressed.extend(ADDS + ref.name for ref in level.summed("column"))
+        body = [*self._loads(use.roles), *self._start(calls), *self._calls(level.prefix, self.suffix)]
+        body += [*self._widen(use.roles, level.sums), *(self._sum(c, "_sum") for c in level.sums)]
+        body += self._add_up(level)
+        returned = [r for c in level.sums for r in c.writes if r.kind != "column"]
+        arguments = ", ".join([*use.pointers, *map(variable, use.numbers), "start", "n"])
+        sums = [f"x_{variable(ref)}" for ref in returned]
+        return [
+            *self._loop(f"{name}_run", arguments, body, sums, "add_any_order"),
+            *self._in_runs(name, use, arguments, len(sums), ()),
+            *self._tile_callback(name, use, returned, level.summed("row")),
+        ]
 
     def _in_runs(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -111,7 +111,7 @@ def _cell_dtypes(transforms: Sequence[Transform], base: BaseRules | None) -> Ite
 
 
 def _vectors(
-    transforms: Sequence[Transform], base: BaseRules | None, used: Collection[Ref]
+    transforms: Sequence[Transform], base: BaseRules | None, used: set[Ref]
 ) -> Iterable[tuple[str, Axis]]:
     """State per row and column that the step reads or writes."""
     every: dict[str, Slot] = {f"{t.name}.{name}": slot for t in transforms for name, slot in t.slots.items()}
