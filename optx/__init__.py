@@ -5,7 +5,7 @@
             save_optimizer  load_optimizer                    checkpoints by the parameters' names
             Transform  rule  Moments  Slot  like_weight  per_tensor  ops       to write your own
             register_base  BaseRules                          to have an optimizer of your own fused
-            Wrapped  Plan                                     what wrap returns, and what it tells
+            Wrapped  Plan  Released                           what wrap returns, and what it tells
 
     attach  optx.attach(model, optx.LoRA(rank=8), ...)        what modules compute
             LoRA (rsLoRA, DoRA)  FLoRA  SVFit  BitFit  IA3  PrefixTuning  MAM  Aside  IAA
@@ -160,6 +160,7 @@ from optx.step.bases import register_base as register_base
 from optx.step.checkpoint import load_optimizer as load_optimizer
 from optx.step.checkpoint import save_optimizer as save_optimizer
 from optx.step.plan import Plan as Plan
+from optx.step.release import Released as Released
 from optx.step.transform import Moments as Moments
 from optx.step.transform import Slot as Slot
 from optx.step.transform import Transform as Transform

@@ -75,6 +75,15 @@ class FusedGroup:
         self._hypers = program.named("hyper")
         self.sharded = any(is_dtensor(p) for group in groups for p in group["params"])
         self._gradients = Gradients(base, self.sharded)
+        self._only: int | None = None  # the number, in the one group, of the one tensor that this serves
+
+    def of_one(self, group: Group, number: int) -> FusedGroup:
+        """The same for one tensor of one of its groups, which draws as it does among the others."""
+        one = self.serving([group])
+        one._only = number
+        one.sharded = is_dtensor(group["params"][number])
+        one._gradients = Gradients(self.base, one.sharded)
+        return one
 
     def serving(self, groups: Sequence[Group]) -> FusedGroup:
         """The same for other groups, which go with its program."""
@@ -102,7 +111,7 @@ class FusedGroup:
                 several can't be served together.
             OptxError: a tensor that goes with a parameter has another shape or device, or an unknown dtype.
         """
-        params: list[Tensor] = [p for group in self.groups for p in group["params"]]
+        params = self._parameters()
         grads: list[Any] = [p.grad for p in params]
         active = list(params)
         if True in map(is_, grads, repeat(None)):
@@ -124,6 +133,11 @@ class FusedGroup:
             for bucket in self._buckets:
                 self._refresh_derived(bucket)
         self._write_numbers(key)
+
+    def _parameters(self) -> list[Tensor]:
+        if self._only is not None:
+            return [self.groups[0]["params"][self._only]]
+        return [p for group in self.groups for p in group["params"]]
 
     def _write_numbers(self, key: Callable[[Group], int]) -> None:
         """Tell the kernels what the groups' numbers are now."""
@@ -148,6 +162,8 @@ class FusedGroup:
         buckets: dict[_Kind, list[int]] = {}
         orders: list[dict[_Kind, None]] = [{} for _ in self.groups]
         places = [(owner, i) for owner, group in enumerate(self.groups) for i in range(len(group["params"]))]
+        if self._only is not None:
+            places = [(0, self._only)]
         for i, p in enumerate(params):
             if p.grad is not None:
                 grad = self._gradients.of(p, p.grad)

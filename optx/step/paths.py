@@ -22,7 +22,7 @@ from optx.step.fusable import why_not, why_not_tensors
 from optx.step.fused import FusedGroup
 from optx.step.group_numbers import base_numbers
 from optx.step.pipeline import build
-from optx.step.plan import GroupPlan, Plan
+from optx.step.plan import GroupPlan, Plan, waiting
 from optx.step.slots import Slots
 from optx.step.transform import Group, Host, Moments, Transform
 
@@ -252,10 +252,9 @@ class Paths:
             chain = (*(t.describe(group) for t in self.enabled(group)), type(self.wrapped.base).__name__)
             passes = 1 + sum(bool(level.sums) for level in state.program.levels)
             numbers = sum(p.numel() for p in params)
-            settings = self.wrapped.settings()
-            plans.append(
-                GroupPlan(i, path, state.reason, len(params), numbers, chain, passes, settings, on_shards)
-            )
+            settings, waits = self.wrapped.settings(), waiting(self.enabled(group), state.program)
+            found = len(params), numbers, chain, passes, settings, on_shards, waits
+            plans.append(GroupPlan(i, path, state.reason, *found))
         return Plan(plans)
 
 

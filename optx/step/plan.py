@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from optx.kernels.step.program import Program
+from optx.step.transform import Transform
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,7 @@ class GroupPlan:
         passes: reads of the gradient per step (the update, and one per level of sums).
         settings: those of `wrap` that are not its defaults, as ``("rounding='kahan'",)``.
         on_shards: whether kernels act on the local shards of DTensors.
+        waits: what waits for a total over all gradients, so that `Wrapped.release` refuses it.
     """
 
     index: int
@@ -29,6 +34,7 @@ class GroupPlan:
     passes: int
     settings: tuple[str, ...] = ()
     on_shards: bool = False
+    waits: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         size = f"{self.tensors} tensor{'s' * (self.tensors != 1)}, {self.numbers:,} numbers"
@@ -36,6 +42,9 @@ class GroupPlan:
         settings = "".join(f", {setting}" for setting in self.settings)
         path = f"{self.path} on local shards" if self.on_shards else self.path
         line = f"group {self.index}: {path} ({size}{passes}{settings}): {' -> '.join(self.chain)}"
+        if self.waits:
+            names = " and ".join(self.waits)
+            line += f"\n    waits for a total: {names} (opt.release would refuse it)"
         return line if self.reason is None else f"{line}\n    not fused: {self.reason}"
 
 
@@ -44,3 +53,10 @@ class Plan(tuple[GroupPlan, ...]):
 
     def __str__(self) -> str:
         return "\n".join(map(str, self))
+
+
+def waiting(transforms: Sequence[Transform], program: Program) -> tuple[str, ...]:
+    """Whose totals over the whole optimizer a program waits for: classes, and ``skip_nonfinite``."""
+    owners = {ref.name.partition(".")[0] for level in program.levels for ref in level.totals}
+    found = [type(t).__name__ for t in transforms if t.name in owners]
+    return (*found, *(("skip_nonfinite",) if "incoming_sq" in owners else ()))

@@ -505,11 +505,14 @@ class Transform:
             looks at loaded state itself (`before_load`).
         encloses: it holds whatever the others do, and wherever it stands among them: its ``gradient`` rule
             comes first and again after each of theirs, its ``after`` rule last.
+        looks_at_gradients: whether its `before_step`, if it has one, looks at gradients; where not,
+            `Wrapped.release` calls it before they are there.
     """
 
     name: ClassVar[str]
     keeps_shapes: bool = True
     encloses: ClassVar[bool] = False
+    looks_at_gradients: ClassVar[bool] = True
     slots: Mapping[str, Slot] = {}
     options: Mapping[str, float] = {}
     limits: ClassVar[Mapping[str, tuple[float, float]]] = {}

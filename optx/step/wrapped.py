@@ -9,7 +9,7 @@ from operator import is_
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from optx._errors import OptxError, TransformError, warn
@@ -22,6 +22,7 @@ from optx.step.known_groups import Known, gone, known_of, replaced
 from optx.step.measured import Measured
 from optx.step.metrics import collect
 from optx.step.plan import Plan
+from optx.step.release import Released, asked_by_scaler
 from optx.step.slots import first_value, make_slots
 from optx.step.state import OF_WIDTH, SlotStore, is_ours
 from optx.step.stepper import Stepper
@@ -73,6 +74,7 @@ class Wrapped(Optimizer):
         self._known: Known = []
         self._removed = self._looked = False
         self._warned_idle = self._had_gradient = False
+        self.released: Released | None = None  # where backward takes the steps
         self._take_on(transforms, settings)
         guard(base, self)
 
@@ -187,6 +189,11 @@ class Wrapped(Optimizer):
         """
         self._check_alive("step")
         self.skipped_last = self._had_gradient = False
+        if self.released is not None:
+            self._had_gradient = self.released.stepped_any()
+            if self.released.close(closure):
+                self._took_step(None)
+                return None
         closure = run_pre_hooks(self.base, closure)
         self.follow_parameters()
         if not self._looked:  # an engine may have come between wrap and the first step
@@ -196,12 +203,7 @@ class Wrapped(Optimizer):
         self._before_step()
         loss, stepped = self._stepper.step(self._then_before_step(closure))
         if stepped:
-            try:
-                run_post_hooks(self.base, closure)
-            finally:  # the step has been taken, whatever a hook makes of it
-                for transform in self.transforms:
-                    transform.after_step(self)
-            self._tell_idle()  # last: where warnings are errors, it raises
+            self._took_step(closure)
         else:
             self.skipped_last = True
         return loss
@@ -210,6 +212,79 @@ class Wrapped(Optimizer):
     # it torch.compile is told to leave the step alone: it can't follow kernels that are called by address.
     step = torch._disable_dynamo(Optimizer.profile_hook_step(step))  # pyright: ignore
     step.hooked = True  # type: ignore[attr-defined]
+
+    def _took_step(self, closure: Callable[[], Any] | None) -> None:
+        try:
+            run_post_hooks(self.base, closure)
+        finally:  # the step has been taken, whatever a hook makes of it
+            for transform in self.transforms:
+                transform.after_step(self)
+        self._tell_idle()  # last: where warnings are errors, it raises
+
+    def release(self, model: nn.Module) -> Released:
+        """Have backward passes take the steps: each weight's when its gradient is complete, which is freed.
+
+        Gradients of all weights are then never there at once: above weights and state, memory peaks at about
+        the largest layer's. What is returned is a context manager for the backward pass that takes a step,
+        the last one where several micro-batches are accumulated (whose sums are held, so that accumulation
+        saves less). ``opt.step()`` closes the step: it counts it and runs post-hooks and schedulers' patches.
+        The learning rate is read when a tensor is stepped. Results are those of ``opt.step()`` to the bit.
+
+        Transforms that wait for a total over all gradients (AdamR with ``normalize=True``, Clip; `plan` says
+        which) and bases without a fused form are refused, and so are ``skip_nonfinite``, a GradScaler, step
+        pre-hooks, and `torch.nn.parallel.DistributedDataParallel`, which averages gradients after they were
+        brought. FSDP2's DTensors are served where no sums are needed. A backward pass outside of the block
+        steps nothing; one on weights that were stepped and not closed by ``step()`` raises, and so does a
+        second block. In reentrant checkpointing, a weight of several segments raises.
+
+        An error in the midst of such a backward pass leaves some weights stepped and others not: the next
+        block, ``step()`` and ``state_dict()`` raise until a checkpoint was loaded or the handle's
+        `Released.discard` was called. A copy of the optimizer is not released.
+
+        Args:
+            model: what the optimizer trains.
+
+        Returns:
+            The handle; its ``remove()`` gives ordinary steps back.
+
+        Raises:
+            OptxError: as above; the optimizer is released already.
+
+        Example:
+            >>> import torch, optx
+            >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 1))
+            >>> opt = optx.wrap(torch.optim.AdamW(model.parameters(), lr=1e-3), optx.PerpGrad())
+            >>> released = opt.release(model)
+            >>> for batch in torch.randn(3, 2, 5, 4):  # steps of two micro-batches
+            ...     (model(batch[0]).square().mean() / 2).backward()
+            ...     with released:
+            ...         (model(batch[1]).square().mean() / 2).backward()
+            ...     opt.step()
+            >>> [p.grad for p in model.parameters()]
+            [None, None, None, None]
+        """
+        self._check_alive("release")
+        if self.released is not None:
+            raise OptxError("release: the optimizer is released already. Use opt.released, or remove() it.")
+        self.released = Released(self, model)
+        return self.released
+
+    @property
+    def stepper(self) -> Stepper:
+        """What takes the steps; another one after a load."""
+        return self._stepper
+
+    @property
+    def step_hooks(self) -> bool:
+        """Whether hooks run before a step."""
+        return bool(self._optimizer_step_pre_hooks)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        # A GradScaler asks for it in its step().
+        if self.released is not None and asked_by_scaler():
+            self.released.refuse_scaler()
+        return False
 
     def _check_alive(self, what: str) -> None:
         if self._removed:
@@ -448,6 +523,8 @@ class Wrapped(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The base's state dict, with the transforms' tensors and numbers in it."""
         self._check_alive("state_dict")
+        if self.released is not None:
+            self.released.check_saved()
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         self.follow_parameters()
@@ -469,6 +546,8 @@ class Wrapped(Optimizer):
             transform.before_load(self, state_dict)
         unpack(self, state_dict)
         self._stepper = Stepper(self)
+        if self.released is not None:
+            self.released.forget()
         for transform in self.transforms:
             transform.after_load(self)
         for hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -484,7 +563,7 @@ class Wrapped(Optimizer):
         if not self._removed:
             self.follow_parameters()  # a copy has nothing to do with what left
         # Kernels and tables hold addresses; a copy makes its own.
-        state = {k: v for k, v in self.__dict__.items() if k not in ("_stepper", "step")}
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_stepper", "step", "released")}
         # torch's optimizers pickle groups, state and defaults only, and many subclasses lose settings.
         known = ("defaults", "state", "param_groups", "step", "_zero_grad_profile_name")
         state["_base_settings"] = {
@@ -494,7 +573,7 @@ class Wrapped(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         settings = state.pop("_base_settings")
-        self.__dict__.update(state)
+        self.__dict__.update(state, released=None)
         for key, value in settings.items():
             vars(self.base).setdefault(key, value)
         self._stepper = Stepper(self)
@@ -512,6 +591,8 @@ class Wrapped(Optimizer):
         """Take the transforms off and return the base, whose state stays; this can't be stepped any more."""
         if self._removed:
             return self.base
+        if self.released is not None:
+            self.released.remove()
         self._removed = True
         self._stepper.copies.clear()
         release(self.base)

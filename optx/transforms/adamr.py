@@ -194,6 +194,7 @@ class AdamR(Transform):
     """
 
     name = "adamr"
+    looks_at_gradients = False
     limits: ClassVar[Mapping[str, tuple[float, float]]] = {"weight": (0.0, math.inf)}
 
     def __init__(

@@ -99,6 +99,7 @@ class Clip(Transform):
     """
 
     name = "clip"
+    looks_at_gradients = False
     rules: ClassVar = {
         **{"scalars": square_of, "totals": ("square",), "finish": factor, "gradient": scaled},
     }

@@ -108,6 +108,7 @@ class KeepMask(Transform):
     """
 
     name = "keep_mask"
+    looks_at_gradients = False
     encloses = True
     rules: ClassVar = {"gradient": keep_gradient, "after": keep_weight}
 

@@ -283,6 +283,8 @@ TABLE = {
     "optx/pruning/sparsegpt.py": "sparsegpt prune_peer",
     "optx/pruning/wanda.py": "wanda prune_peer",
     "optx/pruning/magnitude.py": "magnitude",
+    "optx/step/release.py": "release",
+    "optx/step/releasable.py": "release",
     "optx/step/interrupts.py": "wrap_signals",
     "optx/step/sharded.py": "local_shards two_processes distributed",
     "optx/step/formats.py": "formats",
