@@ -68,20 +68,23 @@ class Loose:
 class Rounds:
     """Those of one step.
 
-    Args:
-        check: told the total squared norm of the incoming gradients, where it is asked for.
-
     Attributes:
         totals: the totals so far.
     """
 
-    def __init__(self, check: Callable[[Any], None]) -> None:
+    def __init__(self) -> None:
         self.totals: dict[str, Any] = {}
-        self._check: Callable[[Any], None] | None = check
+        self._checked = False
         self._given: set[tuple[int, str]] = set()  # a party's shares: once each
 
-    def take(self, parties: Sequence[Party], after: bool = False) -> None:
-        """Go through the levels that see the base's update, or through those before."""
+    def take(self, parties: Sequence[Party], after: bool, check: Callable[[Any], None]) -> None:
+        """Go through the levels that see the base's update, or through those before.
+
+        Args:
+            parties: all groups.
+            after: whether it is the levels that see the base's update.
+            check: told the total squared norm of the incoming gradients, where it is asked for.
+        """
         queues = [[i for i, v in enumerate(p.program.levels) if v.after == after] for p in parties]
         waiting: set[int] = set()
         while any(queues):
@@ -97,9 +100,9 @@ class Rounds:
                 for t in party.program.levels[i].totals
                 if (n, t.name) not in self._given
             }
-            if self._check is not None and "incoming_sq" in self.totals and "incoming_sq" not in missing:
-                self._check(self.totals["incoming_sq"])
-                self._check = None
+            if not self._checked and "incoming_sq" in self.totals and "incoming_sq" not in missing:
+                self._checked = True
+                check(self.totals["incoming_sq"])
             done = [n for n in sorted(waiting) if not missing & _totals(parties[n], queues[n][0])]
             for n in done or sorted(waiting):
                 parties[n].finish(queues[n].pop(0), self.totals)

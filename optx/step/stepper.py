@@ -129,7 +129,7 @@ class _Step:
         self.observed: list[Share] = []  # by loose groups, still to be completed over the mesh
         self.late: dict[int, list[Tensor]] = {}  # edits that the base would have undone
         self.loss: Any = None
-        self.rounds = Rounds(self._check_incoming)
+        self.rounds = Rounds()
         self.whole = True  # whether every gradient is in a run's numbers
         self.done = False
 
@@ -185,13 +185,13 @@ class _Step:
 
     def _measure(self) -> None:
         """All sums, totals and scalars that the base's update waits for, over all groups at once."""
-        self.rounds = Rounds(self._check_incoming)
+        self.rounds = Rounds()
         self._take_rounds(after=False)
 
     def _take_rounds(self, after: bool) -> None:
         fused = self.fused if self.waits else []  # where nothing waits they do all of it in one go, later
         loose = [Loose(run, self.starts.get(i) if after else None) for i, (run, _) in enumerate(self.runs)]
-        self.rounds.take([*fused, *loose], after)
+        self.rounds.take([*fused, *loose], after, self._check_incoming)
         self.wrapped.totals.update(self.rounds.totals)
         for transform in () if after else self.wrapped.transforms:
             transform.after_totals(self.wrapped)
