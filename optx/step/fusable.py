@@ -14,7 +14,7 @@ from optx.kernels.step.program import Program
 from optx.step.base_step import step_replaced
 from optx.step.bases import rules_or_why
 from optx.step.memory import DTYPES, Extents, extent, why_not_dense, why_not_plain
-from optx.step.sharded import why_not_spread
+from optx.step.sharded import here, why_not_spread
 from optx.step.state import is_ours
 from optx.step.transform import Group
 
@@ -48,8 +48,14 @@ def why_not(base: torch.optim.Optimizer, group: Group, program: Program) -> str 
     return why_unavailable("triton" if devices == {"cuda"} else "numba")
 
 
-def why_not_tensors(group: Group, state: Any) -> str | None:
-    """Why the tensors of a group can't be served by a kernel as they are now, in words; None if they can."""
+def why_not_tensors(group: Group, state: Any, tiled: bool = False) -> str | None:
+    """Why the tensors of a group can't be served by a kernel as they are now, in words; None if they can.
+
+    Args:
+        group: the group.
+        state: the base's.
+        tiled: whether rows or columns are summed.
+    """
     devices = {p.device.type for p in group["params"]}
     if not devices <= {"cpu"} and not devices <= {"cuda"}:
         return f"no fused kernels for tensors on {', '.join(sorted(devices))}"
@@ -57,7 +63,7 @@ def why_not_tensors(group: Group, state: Any) -> str | None:
     read: list[Tensor] = []
     for p in group["params"]:
         reason = why_not_weight(p) or (why_not_gradient(p.grad) if p.grad is not None else None)
-        if reason:
+        if reason or (tiled and (reason := why_not_matrix(p))):
             return reason
         if is_dtensor(p):
             continue  # the memory of shards is looked at in each step: other processes don't see it
@@ -76,6 +82,13 @@ def why_not_tensors(group: Group, state: Any) -> str | None:
         return SHARED
     aliased = memory.meet([g.data_ptr() for g in read], [extent(g) for g in read])
     return ALIASED if aliased else None
+
+
+def why_not_matrix(p: Tensor) -> str | None:
+    """Why a kernel can't tell a parameter's rows and columns: by where an element lies in memory."""
+    if here(p).is_contiguous():
+        return None
+    return "a parameter whose rows or columns are summed is not contiguous (transposed, or channels_last)"
 
 
 def why_not_weight(p: Tensor) -> str | None:

@@ -15,7 +15,7 @@ from optx.kernels.step.tiles import matrix
 from optx.step import bits
 from optx.step.bases import BaseRules, init_base_state
 from optx.step.checks import check_count, shapes_differ
-from optx.step.fusable import Unfusable, why_not_gradient, why_not_weight
+from optx.step.fusable import Unfusable, why_not_gradient, why_not_matrix, why_not_weight
 from optx.step.memory import DTYPES, why_not_dense, why_not_plain
 from optx.step.sharded import here, spread_as, surprise, why_not_spread
 from optx.step.slots import KAHAN, Slots
@@ -67,21 +67,14 @@ class GroupTensors:
         reason = why_not_weight(p) or why_not_gradient(grad)
         if reason:
             raise Unfusable(reason)
-        if self._program.tiled:
-            self._check_matrix(p)
+        if self._program.tiled and (reason := why_not_matrix(p)):
+            raise Unfusable(reason)
         if grad.dtype not in DTYPES:
             raise OptxError(f"optx: the gradient of {self._name(p)} is {grad.dtype}, which no kernel reads.")
         self._check_fits(p, "its gradient", grad)
         if is_dtensor(p):
             self._check_shard(p, "its shard", p, dense=True)
             self._check_shard(p, "its gradient's shard", grad)
-
-    def _check_matrix(self, p: Tensor) -> None:
-        """Rows and columns are told by where an element lies: in memory it has its place of the shape."""
-        if not here(p).is_contiguous():
-            raise Unfusable(
-                "a parameter whose rows or columns are summed is not contiguous (transposed, channels_last)"
-            )
 
     def _check_shard(self, p: Tensor, what: str, t: Tensor, dense: bool = False) -> None:
         """Raise for memory of a shard that no address leads to: other processes can't know of it."""
@@ -144,7 +137,9 @@ class GroupTensors:
     def cell(self, p: Tensor, name: str) -> Tensor:
         """A state tensor with one element per weight, in the dtype that kernels are made for."""
         key = self.key(name)
-        t = self.find(p, key)
+        t: Any = self.find(p, key)
+        if isinstance(t, int | float) and key in self._base_keys:  # some libraries keep a number at times
+            t = self._base.state[p][key] = torch.tensor(float(t), device=p.device)
         self._check_tensor(p, key, t)
         if t.numel() != 1:
             raise ShapeError(

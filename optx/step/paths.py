@@ -126,13 +126,17 @@ class Paths:
                     known.values = values
                 else:
                     self._groups[i] = self._choose(i, group, structure)
-            elif retry and known.tensors and why_not_tensors(group, self.wrapped.state) is None:
+            elif retry and known.tensors and self._servable(known):
                 self._groups[i] = self._choose(i, group, structure)
             elif known.reason is not None and self.wrapped.rounding_asked:
                 self._check_rounding(i, group, known.reason)  # the model may have been cast meanwhile
         if not _same(self._joined, self._groups):
             self._join()
         return self._groups
+
+    def _servable(self, known: GroupPath) -> bool:
+        """Whether kernels can take the tensors of a group that they could not."""
+        return why_not_tensors(known.group, self.wrapped.state, known.program.tiled) is None
 
     def _join(self) -> None:
         """Let neighbours that differ in numbers only share their kernels; the order of groups stays."""
@@ -157,7 +161,9 @@ class Paths:
         moments = self._moments(group)
         program = self._program(group, moments, with_base=True)
         reason = "fused=False" if fused is False else why_not(base, group, program)
-        of_tensors = None if reason else unfusable or why_not_tensors(group, self.wrapped.state)
+        of_tensors = (
+            None if reason else unfusable or why_not_tensors(group, self.wrapped.state, program.tiled)
+        )
         reason = reason or of_tensors
         triton = any(p.device.type == "cuda" for p in group["params"])
         if reason is None and fused in ("cpu", "triton") and fused != ("triton" if triton else "cpu"):

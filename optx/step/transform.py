@@ -336,7 +336,7 @@ class Moments:
 
     Example:
         A cautious update (Liang et al. 2024, arXiv 2411.16085, algorithm 1): what goes against the gradient
-        is left out, and the rest made up for that.
+        is left out, and the rest makes up for it.
 
         >>> import torch, optx
         >>> @optx.rule(writes="agreeing")
@@ -344,21 +344,21 @@ class Moments:
         ...     return optx.ops.where((w0 - w) * g > 0.0, 1.0, 0.0)
         >>> @optx.rule(writes="rescale")
         ... def make_up(agreeing, numel):
-        ...     return 1.0 / optx.ops.maximum(agreeing / numel, 0.001)
+        ...     return numel / (agreeing + 1.0)
         >>> @optx.rule(writes="w")
         ... def only_agreeing(w, w0, g, rescale):
         ...     return optx.ops.where((w0 - w) * g > 0.0, w0 + rescale * (w - w0), w0)
         >>> class Cautious(optx.Transform):
         ...     name = "cautious"
         ...     rules = dict(after_sums=agree, after_scalars=make_up, after=only_agreeing)
-        >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
         >>> opt = optx.wrap(torch.optim.SGD([w], lr=1.0, momentum=0.5), Cautious())
-        >>> for g in ([1.0, 2.0], [1.0, -0.5]):
+        >>> for g in ([4.0, 4.0, 4.0], [4.0, -1.0, -1.0]):
         ...     w.grad = torch.tensor(g)
         ...     opt.step()
         ...     print(w.detach())
-        tensor([0., 0.])
-        tensor([-3.,  0.])
+        tensor([-2., -1.,  0.])
+        tensor([-11.,  -1.,   0.])
     """
 
     sums: Rule | None = None
