@@ -3,8 +3,9 @@
     wrap    optx.wrap(optimizer, optx.PerpGrad(), ...)        what a step does to weights
             AdamR  Clip  DSPReg  HFT  KeepMask  MuAdamW  PerpGrad  SaRA
             save_optimizer  load_optimizer                    checkpoints by the parameters' names
-            Transform  rule  Moments  Slot  like_weight  per_tensor  ops       to write your own
-            register_base  BaseRules                          to have an optimizer of your own fused
+            Transform  rule  Moments  Slot  like_weight  per_tensor  per_row   to write your own
+            per_column  counter  ops
+            register_base  BaseRules  Sums                    to have an optimizer of your own fused
             Wrapped  Plan  Released                           what wrap returns, and what it tells
 
     attach  optx.attach(model, optx.LoRA(rank=8), ...)        what modules compute
@@ -156,6 +157,7 @@ from optx.signal.saf import SAF as SAF
 from optx.signal.stablemax import StableMaxCrossEntropy as StableMaxCrossEntropy
 from optx.signal.stablemax import stablemax_cross_entropy as stablemax_cross_entropy
 from optx.step.bases import BaseRules as BaseRules
+from optx.step.bases import Sums as Sums
 from optx.step.bases import register_base as register_base
 from optx.step.checkpoint import load_optimizer as load_optimizer
 from optx.step.checkpoint import save_optimizer as save_optimizer

@@ -218,7 +218,7 @@ def counter() -> Slot:
 
     Rules read it by its name and do not write it. It is 1 in the first step (in ``sums``, as any `per_tensor`
     slot, what it was before: 0), is saved with the rest, and stays what it is in a step that is skipped, or
-    that has neither a gradient nor a learning rate, as `torch.distributed.checkpoint` takes one.
+    that has neither a gradient nor a learning rate, as torch's distributed checkpoint takes one.
 
     Example:
         Lookahead (Zhang et al. 2019, algorithm 1): every k steps the weights go back part of their way.
