@@ -44,8 +44,8 @@ def examine() -> Iterator[Finding]:
     yield _guarded("devices", _devices)
     yield _guarded("CPU threads", _threads)
     yield _guarded("kernel cache", _kernel_cache)
-    adamw, sgd, radam = torch.optim.AdamW, torch.optim.SGD, torch.optim.RAdam
-    cases = ((adamw, torch.float32), (adamw, torch.bfloat16), (sgd, torch.float32), (radam, torch.float32))
+    adamw, sgd = torch.optim.AdamW, torch.optim.SGD
+    cases = ((adamw, torch.float32), (adamw, torch.bfloat16), (sgd, torch.float32))
     for device in _usable_devices():
         for base, dtype in cases:
             topic = f"{base.__name__} {str(dtype).removeprefix('torch.')} {device}"

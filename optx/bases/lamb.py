@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from optx._rules import Rule, rule
-from optx.bases._common import SIGNED, SQUARES, given
+from optx.bases._common import SIGNED, SQUARES, given, register_library
 from optx.bases.adam import adam_moments
 from optx.ops import minimum, sqrt, where
-from optx.step.bases import BaseRules, Sums, register_base
+from optx.step.bases import BaseRules, Sums
 from optx.step.transform import Group, per_tensor
 
 
@@ -91,4 +91,4 @@ def _lamb(decays: bool, clamp_value: float, adam: bool, debias: bool) -> BaseRul
     )
 
 
-register_base("torch_optimizer.Lamb", lamb)
+register_library("torch_optimizer.Lamb", lamb, "0.3")

@@ -10,10 +10,10 @@ import functools
 from typing import Any
 
 from optx._rules import rule
-from optx.bases._common import SIGNED, given, negate
+from optx.bases._common import SIGNED, given, negate, register_library
 from optx.bases.sgd import descend, look_ahead, take_buffer
 from optx.ops import sqrt, where
-from optx.step.bases import BaseRules, Sums, register_base
+from optx.step.bases import BaseRules, Sums
 from optx.step.transform import Group
 
 
@@ -66,4 +66,4 @@ def _lars(maximize: bool, momentum: bool, nesterov: bool) -> BaseRules:
     )
 
 
-register_base("pytorch_optimizer.LARS", lars)
+register_library("pytorch_optimizer.LARS", lars, "4.1")

@@ -183,6 +183,15 @@ def register_base(cls: type[Optimizer] | str, rules: BaseRules | Make, *, replac
     rules; nor is a class or an optimizer whose ``step``, or a method beside it, was replaced by another.
     `Wrapped.plan` says which path is taken, and why.
 
+    Those that optx has rules for:
+
+    ================= ====================================================================================
+    torch.optim       SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad, Adadelta, Rprop, ASGD
+    pytorch_optimizer Lion, AdaBelief, Yogi, Adan, NovoGrad (4.1; without gradient centralisation, AdaNorm,
+                      rectify and cautious updates)
+    torch_optimizer   AdaBelief, Yogi, NovoGrad (0.3)
+    ================= ====================================================================================
+
     Args:
         cls: the class; or its name, as ``"library.Optimizer"``, where the library need not be imported yet.
         rules: a `BaseRules`; or a function of (param group, optimizer) that returns one, or why it can't

@@ -21,9 +21,9 @@ def wrap(
     """Add transforms to an optimizer that a training loop already has.
 
     The result is a ``torch.optim.Optimizer`` that shares the base's ``param_groups``, ``state`` and
-    ``defaults``; schedulers, GradScaler, checkpoints and Accelerate see one optimizer. Where the base is
-    torch's SGD, Adam or AdamW and every rule is elementwise, the whole step is one fused kernel
-    (`Wrapped.plan` tells).
+    ``defaults``; schedulers, GradScaler, checkpoints and Accelerate see one optimizer. Where the base's step
+    is known as rules and every rule is elementwise, the whole step is one fused kernel (`Wrapped.plan`
+    tells). `register_base` has a table of those that are, and takes a person's own.
 
     Args:
         optimizer: any torch optimizer, stepped before or not. One that is wrapped already takes the new

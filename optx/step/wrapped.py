@@ -327,10 +327,10 @@ class Wrapped(Optimizer):
 
         Example:
             >>> import torch, optx
-            >>> opt = optx.wrap(torch.optim.RAdam([torch.nn.Parameter(torch.ones(2))]), optx.PerpGrad())
+            >>> opt = optx.wrap(torch.optim.LBFGS([torch.nn.Parameter(torch.ones(2))]), optx.PerpGrad())
             >>> print(opt.plan())
-            group 0: foreach (1 tensor, 2 numbers, 2 passes): PerpGrad(rescale=True) -> RAdam
-                not fused: RAdam has no fused form (optx.register_base gives it one)
+            group 0: foreach (1 tensor, 2 numbers, 2 passes): PerpGrad(rescale=True) -> LBFGS
+                not fused: LBFGS has no fused form (optx.register_base gives it one)
         """
         with torch.no_grad(), self.around_step():
             return self._stepper.paths.plan()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from bases import LooseAdam
 from processes import on_processes
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -181,11 +182,11 @@ def gradients_that_lie_otherwise(rank: int) -> None:
 
 
 def loose_groups_are_completed_in_the_same_all_reduce(rank: int) -> None:
-    """All of NAdam's, which has no kernels; and one weight of AdamW's, which has gaps in its memory."""
+    """All of a base's that has no kernels; and one weight of AdamW's, which has gaps in its memory."""
     mesh = four()
     make = COMPOSITIONS["both"]
-    for base in (torch.optim.NAdam, torch.optim.AdamW):
-        loose = base is torch.optim.NAdam
+    for base in (LooseAdam, torch.optim.AdamW):
+        loose = base is LooseAdam
         alone = [nn.Parameter(w) for w in weights()]
         parameters: list[Any] = spread(mesh, [Shard(0)])
         if not loose:
