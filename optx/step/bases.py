@@ -187,9 +187,9 @@ def register_base(cls: type[Optimizer] | str, rules: BaseRules | Make, *, replac
 
     ================= ====================================================================================
     torch.optim       SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad, Adadelta, Rprop, ASGD
-    pytorch_optimizer Lion, AdaBelief, Yogi, Adan, NovoGrad (4.1; without gradient centralisation, AdaNorm,
-                      rectify and cautious updates)
-    torch_optimizer   AdaBelief, Yogi, NovoGrad (0.3)
+    pytorch_optimizer Lion, AdaBelief, Yogi, Adan, NovoGrad, LARS (4.1; without gradient centralisation,
+                      AdaNorm, rectify and cautious updates)
+    torch_optimizer   AdaBelief, Yogi, NovoGrad, Lamb (0.3)
     ================= ====================================================================================
 
     Args:
