@@ -1,0 +1,1 @@
+"""What `optx.kernels.device_check` runs on a GPU."""

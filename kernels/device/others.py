@@ -1,0 +1,121 @@
+"""Checks of the other kernels: losses, compressed deltas, and the CPU's that gather entries."""
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from optx.kernels.device.checks import Check, Place, Wrong
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_APART = {torch.float32: 2e-5, torch.bfloat16: 2**-6, torch.float16: 2**-8}
+
+
+def checks() -> Iterator[Check]:
+    """Results first, then speeds."""
+    for dtype in _DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        yield Check("correct", f"ternary, {name}", functools.partial(_ternary, dtype))
+        if dtype != torch.float16:
+            yield Check("correct", f"loss, {name}", functools.partial(_loss, dtype))
+    yield Check("correct", "entries (CPU)", _entries)
+    for dtype in _DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        yield Check("speed", f"ternary add, {name}", functools.partial(_ternary_speed, dtype))
+    yield Check("speed", "loss, float32", _loss_speed)
+
+
+def _masks(n: int) -> torch.Tensor:
+    from optx.kernels.ternary import cpu
+
+    t = torch.randint(-1, 2, (n,), generator=torch.Generator().manual_seed(n))
+    masks = torch.empty(2, -(-n // 64), dtype=torch.int64)
+    cpu.pack(t.float(), masks, 1)
+    return masks
+
+
+def _ternary(dtype: torch.dtype, place: Place) -> Mapping[str, Any]:
+    from optx.kernels.ternary import cpu
+    from optx.kernels.ternary import dense_triton as device
+
+    for n in (size for size in place.sizes if size):
+        masks = _masks(n)
+        start = torch.randn(n, generator=torch.Generator().manual_seed(1)).to(dtype)
+        for name in ("add", "fill"):
+            wanted, found = start.clone(), start.clone().to(place.device)
+            getattr(cpu, name)(wanted, masks, 0.3)
+            getattr(device, name)(found, masks.to(place.device), 0.3)
+            if not torch.equal(wanted, found.cpu()):
+                raise Wrong(f"{name} of {n} elements differs from the CPU's kernels")
+    return {"bits": "equal"}
+
+
+def _ternary_speed(dtype: torch.dtype, place: Place) -> Mapping[str, Any]:
+    from optx.kernels.ternary import dense_triton as device
+
+    n = place.elements
+    masks = _masks(min(n, 1 << 20)).repeat(1, -(-n // (1 << 20)))[:, : -(-n // 64)].contiguous()
+    masks, to = masks.to(place.device), torch.zeros(n, dtype=dtype, device=place.device)
+    seconds = place.seconds(lambda: device.add(to, masks, 0.3))
+    return place.rate((2 * to.element_size() + 0.25) * n, seconds)
+
+
+def _loss(dtype: torch.dtype, place: Place) -> Mapping[str, Any]:
+    from optx.kernels.loss import stablemax_rows as rows
+    from optx.kernels.loss import stablemax_triton as device
+
+    worst = 0.0
+    for classes in (7, 600) if place.interpreted else (7, 1000, 50_257):
+        generator = torch.Generator().manual_seed(classes)
+        logits = (4 * torch.randn(5, classes, generator=generator)).to(dtype)
+        target = torch.randint(classes, (5,), generator=generator)
+        grad = torch.rand(5, generator=generator).to(rows.math_dtype(dtype))
+        options = rows.Options(smoothing=0.1)
+        wanted = rows.forward(logits, target, options)
+        given = [t.to(place.device) for t in (logits, target, grad)]
+        found = device.forward(given[0], given[1], options)
+        pairs = [(wanted.loss, found.loss)]
+        pairs.append(
+            (
+                rows.backward(grad, logits, target, wanted.rest, wanted.mass, options),
+                device.backward(given[2], given[0], given[1], found.rest, found.mass, options),
+            )
+        )
+        for a, b in pairs:
+            apart = float((a.double() - b.cpu().double()).abs().max() / a.double().abs().max())
+            if not apart <= _APART[dtype]:
+                raise Wrong(f"{classes} classes: {apart:.2g} apart from the reference")
+            worst = max(worst, apart)
+    return {"apart": float(f"{worst:.2g}")}
+
+
+def _loss_speed(place: Place) -> Mapping[str, Any]:
+    from optx.kernels.loss import stablemax_rows as rows
+    from optx.kernels.loss import stablemax_triton as device
+
+    classes = 600 if place.interpreted else 32_768
+    count = max(place.elements // classes, 1)
+    logits = torch.randn(count, classes, device=place.device)
+    target = torch.zeros(count, dtype=torch.int64, device=place.device)
+    seconds = place.seconds(lambda: device.forward(logits, target, rows.Options()))
+    return place.rate(4.0 * logits.numel(), seconds)
+
+
+def _entries(place: Place) -> Mapping[str, Any]:
+    from optx.kernels.entries import cpu
+
+    for n in (size for size in place.sizes if size):
+        mask = torch.rand(n, generator=torch.Generator().manual_seed(n)) > 0.5
+        dense = torch.randn(n)
+        compact = cpu.gather(dense, mask)
+        if not torch.equal(compact, dense[mask]):
+            raise Wrong(f"gather of {n} elements")
+        back = torch.zeros(n)
+        cpu.scatter(back, mask, compact)
+        if not torch.equal(back, torch.where(mask, dense, 0.0)):
+            raise Wrong(f"scatter of {n} elements")
+    return {"bits": "equal"}
