@@ -418,14 +418,19 @@ class FusedGroup:
             return self.active
         return [*self.active, *(here(p) for p in self.active)]
 
+    def count_groups(self) -> None:
+        """One step more, where groups count: once for all of their tensors."""
+        if self.rules.counted == "group":
+            for group in self.groups:
+                group["step"] = group.get("step", 0) + 1
+
     def _done(self) -> None:
         if self.rules.counted == "number":
             for bucket in self._buckets:
                 for state in map(self.base.state.__getitem__, bucket.members):
                     state["step"] += 1
-        elif self.rules.counted == "group":
-            for group in self.groups:
-                group["step"] = group.get("step", 0) + 1
+        if self._only is None:
+            self.count_groups()
         self._took_derived()
         self._was_fresh = bool(self._fresh)
         self._release()

@@ -212,8 +212,11 @@ class Released:
     def _conclude(self) -> None:
         wrapped, stepped = self._alive(), self._stepped
         for group in wrapped.param_groups:
-            if stepped and "optx.step" in group:
+            if "optx.step" in group:
                 group["optx.step"] += 1
+        for fused in {id(path.fused): path.fused for path in self._paths}.values():
+            assert fused is not None
+            fused.count_groups()
         tables = [t for key in stepped for t in self._runners[key].computed()]
         wrapped.stepper.measured = measured = Measured(tables, True, rates(wrapped.param_groups))
         if wrapped.metering:

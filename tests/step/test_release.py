@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Sequence
@@ -104,6 +105,23 @@ def test_it_is_the_ordinary_step_to_the_bit(chain: str, dtype: torch.dtype, micr
     found = [trained(CHAINS[chain], released, dtype, micro) for released in (False, True)]
     assert same(*found)
     assert found[1][2] == [1, 1, 1]
+
+
+def test_a_base_that_counts_in_its_groups_counts_once() -> None:
+    lion = pytest.importorskip("pytorch_optimizer").Lion
+    found = []
+    for released in (False, True):
+        net = Tied()
+        opt = optx.wrap(lion(net.parameters(), lr=0.01), fused=True)
+        handle = opt.release(net) if released else contextlib.nullcontext()
+        for step in range(2):
+            with handle:
+                loss_of(net, step).backward()
+            opt.step()
+            opt.zero_grad()
+        assert opt.param_groups[0]["step"] == 2
+        found.append((dict(net.state_dict()), opt.state_dict()))
+    assert same(*found)
 
 
 def test_one_layers_gradients_are_there_at_once() -> None:
