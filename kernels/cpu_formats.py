@@ -117,7 +117,10 @@ def _reciprocal(b: Any, u: Any) -> Any:
 
 @functools.cache
 def encode_group(dtype: str, role: int, codes_role: int, keep: bool) -> Any:
-    """An intrinsic ``(room, codes, scale)``: stores a group from a room, of second moments from their roots.
+    """An intrinsic ``(room, codes, scale, draw)``: stores a group from a room, of second moments from roots.
+
+    ``draw`` has 32 random bits, which serve all of a group: each lane adds a number of its own to them, so
+    that they are spread evenly.
 
     Args:
         dtype: ``signed8`` or ``nonnegative8``.
@@ -126,8 +129,8 @@ def encode_group(dtype: str, role: int, codes_role: int, keep: bool) -> Any:
         keep: leave in the room what was stored, decoded.
     """
 
-    @_typed(nt.void, nt.int64, nt.int64, nt.int64)
-    def encode(b: Any, room: Any, codes: Any, scales: Any) -> None:
+    @_typed(nt.void, nt.int64, nt.int64, nt.int64, nt.int32)
+    def encode(b: Any, room: Any, codes: Any, scales: Any, draw: Any) -> None:
         x = _group(b, room, F32, role)
         size = _magnitude(b, x)
         largest = _intrinsic(b, f"llvm.vector.reduce.smax.v{GROUP}i32", I32, size)
@@ -140,11 +143,14 @@ def encode_group(dtype: str, role: int, codes_role: int, keep: bool) -> Any:
             y = b.fmul(x, _spread(b, b.fdiv(ir.Constant(F32, 1.0), safe)))
             size = b.bitcast(_magnitude(b, y), _many(F32))
             level = b.fmul(b.fmul(y, _reciprocal(b, b.fadd(_all(1.0), size))), _all(254.0))
+            level = b.fadd(level, _dither(b, draw))
+            level = _at_most(b, ">", _at_most(b, "<", level, _all(127.0)), _all(-127.0))
         else:
             level = b.fmul(x, _spread(b, b.fdiv(ir.Constant(F32, 255.0), safe)))
+            level = _at_most(b, "<", b.fadd(level, _dither(b, draw)), _all(255.0))
             # What is not 0 stays so: an update is divided by it.
             least = b.select(b.fcmp_ordered(">", x, _all(0.0)), _all(1.0), _all(0.0))
-            level = b.select(b.fcmp_ordered(">", level, least), level, least)
+            level = _at_most(b, ">", level, least)
         bits = b.bitcast(b.fadd(level, _all(_ROUND)), _many(I32))
         bits = b.and_(bits, _spread(b, b.select(plain, I32(0xFF), I32(0))))
         kept = b.trunc(bits, _many(I8))
@@ -155,13 +161,27 @@ def encode_group(dtype: str, role: int, codes_role: int, keep: bool) -> Any:
     return encode
 
 
+_GOLDEN = 0x9E3779B9
+_LANES = [(i * _GOLDEN + (1 << 31)) % (1 << 32) - (1 << 31) for i in range(GROUP)]
+
+
+def _dither(b: Any, draw: Any) -> Any:
+    """A number from -1/2 to 1/2 for each lane, each of them as likely as any."""
+    drawn = b.add(_spread(b, draw), ir.Constant(_many(I32), _LANES))
+    return b.fmul(b.sitofp(drawn, _many(F32)), _all(2.0**-32))
+
+
+def _at_most(b: Any, than: str, x: Any, bound: Any) -> Any:
+    """``x`` where it is less (or greater) than ``bound``, else that."""
+    return b.select(b.fcmp_ordered(than, x, bound), x, bound)
+
+
 def _scale(b: Any, largest: Any) -> tuple[Any, Any]:
     """A group's scale from the bits of its largest magnitude, and whether it is plain: neither 0 nor nan."""
-    even = b.and_(b.lshr(largest, I32(16)), I32(1))
-    near = b.and_(b.add(b.add(largest, I32(0x7FFF)), even), I32(0xFFFF0000 - (1 << 32)))
+    above = b.and_(b.add(largest, I32(0xFFFF)), I32(0xFFFF0000 - (1 << 32)))
     low = b.icmp_signed("<", largest, I32(_SMALLEST))
     high = b.icmp_signed(">=", largest, I32(_LARGEST))
-    bits = b.select(low, I32(0), b.select(high, I32(0x7FC00000), near))
+    bits = b.select(low, I32(0), b.select(high, I32(0x7FC00000), above))
     return b.bitcast(bits, F32), b.not_(b.or_(low, high))
 
 

@@ -161,6 +161,7 @@ from optx.step.bases import Sums as Sums
 from optx.step.bases import register_base as register_base
 from optx.step.checkpoint import load_optimizer as load_optimizer
 from optx.step.checkpoint import save_optimizer as save_optimizer
+from optx.step.convert import convert_state as convert_state
 from optx.step.plan import Plan as Plan
 from optx.step.release import Released as Released
 from optx.step.transform import Moments as Moments

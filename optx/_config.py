@@ -31,7 +31,7 @@ SECTIONS = ("optimizer", "transforms", "wrap", "attach", "trainable_only", "loss
 _OF_ATTACH = {one: one for one in ("targets", "layers", "exclude", "modules_to_save")} | {
     "adapter_name": "name"
 }
-_OF_WRAP = ("fused", "skip_nonfinite", "rounding", "metrics")
+_OF_WRAP = ("fused", "skip_nonfinite", "rounding", "metrics", "state", "master")
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ def from_config(
 
             ``transforms``: a list, as for `optx.wrap`.
 
-            ``wrap``: the settings of `optx.wrap`: ``fused``, ``rounding``, ``skip_nonfinite``, ``metrics``.
+            ``wrap``: the settings of `optx.wrap`: ``fused``, ``rounding``, ``skip_nonfinite``, ``metrics``,
+                ``state``, ``master``.
 
             ``attach``: a list of injections. Beside their arguments they take those of `optx.attach`:
             ``targets``, ``layers``, ``exclude``, ``modules_to_save``, and its ``name`` as ``adapter_name``;

@@ -280,7 +280,8 @@ def decoding(use: Use, role: str, length: str) -> str:
     return f"decode_{name}_run({moved}, {length}, {name}_b, spare)"
 
 
-def encoding(role: str) -> str:
-    """Encodes a run of one."""
+def encoding(role: str, number: int) -> str:
+    """Encodes a run of one, with draws of its own."""
     name = local(role)
-    return f"encode_{name}_run({name}_p, {local(scale_of(role))}_p, n, {name}_b, spare)"
+    first = f"start + {number << 40}"  # see `_stores`
+    return f"encode_{name}_run({name}_p, {local(scale_of(role))}_p, n, {name}_b, spare, {first}, key)"

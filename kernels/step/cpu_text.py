@@ -128,14 +128,15 @@ def decode_NAME_run(codes, scales, n, floats, spare):
 
 
 @part(error_model="numpy")
-def encode_NAME_run(codes, scales, n, floats, spare):
+def encode_NAME_run(codes, scales, n, floats, spare, start, key):
     for at in range(0, n, GROUP):
+        draw = random_bits(start + at, key)
         if n - at >= GROUP:
-            encode_NAME(floats + 4 * at, codes + at, scales + (at >> 4))
+            encode_NAME(floats + 4 * at, codes + at, scales + (at >> 4), draw)
         else:
             for i in range(n - at, GROUP):
                 put_zero(floats, at + i)
-            encode_NAME(floats + 4 * at, spare, scales + (at >> 4))
+            encode_NAME(floats + 4 * at, spare, scales + (at >> 4), draw)
             for i in range(n - at):
                 put_code(codes, at + i, get_code(spare, i))"""
 

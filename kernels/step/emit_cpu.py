@@ -228,9 +228,10 @@ class _Emitter(CpuTiles):
         calls = (*p.update, *p.observe, *p.meter)
         stored = [r for r in self.table.roles if r in p.stored_slots]
         low = [r for r in stored if self.dtypes[r] == "bfloat16"]
+        encoded = [r for r in stored if r in self.eight]
         draws_w = self.dtypes["w"] == "bfloat16" and self.layout.rounding == "stochastic"
         columns = self._column_roles(calls)
-        use = self._use(calls, [*self._roles(calls), *columns], random=bool(low) or draws_w)
+        use = self._use(calls, [*self._roles(calls), *columns], random=bool(low or encoded) or draws_w)
         loaded = [*self._roles((*p.update, *p.observe)), *columns]
         body = [*self._loads(loaded), *self._start(calls)]
         body += self._calls(p.update, self.suffix)
@@ -241,7 +242,6 @@ class _Emitter(CpuTiles):
         again = [r for r in self._roles(p.observe) if r in ("w", *stored) and self._loses(r)]
         sums = [f"x_{variable(r)}" for c in p.observe for r in c.writes]
         arguments = ", ".join([*use.pointers, *map(variable, use.numbers), "start", "n", *use.key])
-        encoded = [r for r in stored if r in self.eight]
         whole = not (p.meter or encoded)  # one loop does it all
         # What is observed is what was stored.
         if encoded:
@@ -271,7 +271,7 @@ class _Emitter(CpuTiles):
         own = "own = " if observed else ""
         result = [*(f"own[{i}]" for i in range(observed)), *(f"metered[{i}]" for i in range(metered))]
         lines = [f"{'' if encoded else own}update_own_run({given}{spilt})"]
-        lines += [encoding(r) for r in encoded]
+        lines += [encoding(r, self.table.roles.index(r)) for r in encoded]
         lines += [f"{own}update_watch({given}{spilt})"] if encoded and observed else []
         return [
             *loops,

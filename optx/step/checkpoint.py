@@ -21,8 +21,11 @@ from optx._names import is_dtensor, parameter_names
 from optx.step import bits
 from optx.step.bases import base_rules
 from optx.step.checks import TORCH_KEYS, check_count, check_group
+from optx.step.convert import check_formats, convert_state
+from optx.step.formats import CODES
+from optx.step.kept import MASTER, STATE
 from optx.step.slots import KAHAN
-from optx.step.state import PENDING, is_ours, saved_slots, without_ours
+from optx.step.state import PENDING, REST, SCALE, is_ours, saved_slots, without_ours
 from optx.step.transform import Host, Slot
 
 
@@ -68,8 +71,14 @@ def pack(wrapped: Host) -> dict[str, Any]:
     return packed
 
 
-def unpack(wrapped: Host, state_dict: dict[str, Any]) -> None:
-    """Load into the base, and the slots beside it, as they were saved; or raise, and change nothing."""
+def unpack(wrapped: Host, state_dict: dict[str, Any], convert: bool = False) -> None:
+    """Load into the base, and the slots beside it, as they were saved; or raise, and change nothing.
+
+    Args:
+        wrapped: the optimizer.
+        state_dict: what was saved.
+        convert: bring it into the formats that this optimizer keeps.
+    """
     store = wrapped.slot_store
     base = wrapped.base
     lacking = [key for key in ("state", "param_groups") if key not in state_dict]
@@ -78,6 +87,9 @@ def unpack(wrapped: Host, state_dict: dict[str, Any]) -> None:
             f"load_state_dict: this has no {lacking[0]!r}, so it is no optimizer's state dict (its keys: "
             f"{', '.join(map(repr, list(state_dict)[:3]))})."
         )
+    if convert:
+        state_dict = convert_state(state_dict, wrapped)  # pyright: ignore[reportArgumentType]
+    check_formats(wrapped, state_dict)
     store.tidy()
     known = _slot_keys(wrapped)
     ours = saved_slots(state_dict)
@@ -100,12 +112,14 @@ def unpack(wrapped: Host, state_dict: dict[str, Any]) -> None:
         store.tidy()
         _restore_dtypes(wrapped, keyed, state_dict["state"])
         for group, kept in zip(wrapped.param_groups, numbers, strict=True):
+            for key in (STATE, MASTER):  # this optimizer's, not the checkpoint's
+                group.pop(key, None)
             for key, value in kept.items():
                 group.setdefault(key, value)
             check_group(group, wrapped.transforms, base)
         for key, p in keyed.items():
             slots = {k: v for k, v in before[p].items() if k in known and not known[k].derived}
-            loaded = {k: v for k, v in ours.get(key, {}).items() if k in known or k == kahan}
+            loaded = {k: v for k, v in ours.get(key, {}).items() if k in known or k == kahan or _beside(k)}
             slots.update(
                 {k: _as_declared(v, known.get(k), p).to(p.device, copy=True) for k, v in loaded.items()}
             )
@@ -183,11 +197,21 @@ def _is_setting(value: Any) -> bool:
 _ANOTHER = "It was saved by another optimizer; load it into one of that class."
 
 
+def _beside(key: str) -> bool:
+    """Whether a key goes with a weight or another key; what it may be is looked at by `check_formats`."""
+    return key == REST or key.startswith(SCALE)
+
+
 def _as_declared(value: Tensor, slot: Slot | None, p: Tensor) -> Tensor:
     """A slot in its own dtype: on the way through an unwrapped optimizer torch cast it to the weight's."""
     if slot is not None and slot.packed:
         return bits.settled(value, p)
-    return value if slot is None or slot.dtype is None else value.to(slot.dtype)
+    if slot is None or slot.dtype is None or (slot.moment and value.dtype in _KEPT):
+        return value
+    return value.to(slot.dtype)
+
+
+_KEPT = (torch.float32, torch.bfloat16, *CODES.values())  # what a moment may be in
 
 
 def _restore_dtypes(wrapped: Host, keyed: dict[Any, Tensor], saved: Any) -> None:
@@ -217,7 +241,7 @@ def _tell_differences(
     wrapped: Host, state_dict: dict[str, Any], ours: dict[Any, dict[str, Tensor]], known: dict[str, Any]
 ) -> None:
     """Warn of what one side has and the other lacks."""
-    saved = {key for slots in ours.values() for key in slots if key.count(".") == 2}
+    saved = {key for slots in ours.values() for key in slots if key.count(".") == 2 and not _beside(key)}
     foreign = sorted({key.split(".")[1] for key in saved - set(known)})
     if foreign:
         warnings.warn(

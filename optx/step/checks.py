@@ -18,6 +18,7 @@ from optx._masks import Masks
 from optx._names import is_dtensor, parameter_names
 from optx._pieces import pieces_of
 from optx.step.bases import base_rules
+from optx.step.kept import MASTERS, STATES, check_setting
 from optx.step.memory import LOST, lost_memory, why_not_plain
 from optx.step.numbers import as_number
 from optx.step.transform import Group, Host, Moments, Transform, wrapped_by
@@ -64,6 +65,8 @@ def _check_options(wrapped: Host) -> None:
     for name, value in (("skip_nonfinite", wrapped.skip_nonfinite), ("metrics", wrapped.metrics_asked)):
         if value not in (True, False):
             raise OptxError(f"wrap: {name} is {value!r}; it must be True or False.")
+    check_setting("state", wrapped.state_format, STATES)
+    check_setting("master", wrapped.master, MASTERS)
     if wrapped.rounding not in ("stochastic", "kahan", "nearest"):
         raise OptxError(
             f"wrap: rounding is {wrapped.rounding!r}; it must be 'stochastic', 'kahan' or 'nearest'."

@@ -1,19 +1,20 @@
 """Moments in 8 bits, and weights in two parts: how numbers are kept, on tensors.
 
 A moment is taken in groups of 32 numbers, in the order in which its weight lies in memory; the last group of
-a tensor may be shorter. A group has a scale s in bfloat16, the nearest to its largest magnitude, and a code
-per number ("FlashOptim", https://arxiv.org/abs/2602.23349, whose scales are float16 and end at 6e-8):
+a tensor may be shorter. A group has a scale s in bfloat16, its largest magnitude rounded up, and a code per
+number ("FlashOptim", https://arxiv.org/abs/2602.23349, whose scales are float16 and end at 6e-8):
 
 - *signed*: x is kept as ``round(127 * phi(x / s))`` in int8, with ``phi(y) = 2 y / (1 + |y|)``: half of the
   codes are for magnitudes below a third of the largest.
 - *nonnegative*: r = sqrt(x), and ``round(255 * r / s)`` in uint8, s being the scale of the roots. What is
   not 0 keeps at least code 1: an update is divided by it.
 
-What was decoded is encoded to the same bits again. A group whose largest magnitude is below 2**-126 is kept
-as zeros; from 2**126 on, or with an inf or nan in it, as nan.
+A step rounds codes stochastically: at beta2 = 0.999 a second moment falls by an eighth of a code in a step at
+most, and rounded to nearest it would never fall. `encode`, for what is converted, rounds to nearest. A group
+whose largest magnitude is below 2**-126 is kept as zeros; from 2**126 on, or with inf or nan in it, as nan.
 
 A weight in two parts is the nearest bfloat16 (halves away from 0) and a rest: the lower bits of the float32
-as a signed number, 16 of them (nothing is lost), or the upper 8 of those (16 bits after the point are kept).
+as a signed number, 16 of them (nothing is lost), or the upper 8 of those (15 bits after the point are kept).
 """
 
 from __future__ import annotations
@@ -55,9 +56,9 @@ def encode(x: Tensor, moment: str) -> tuple[Tensor, Tensor]:
 
 def _scale(largest: Tensor) -> tuple[Tensor, Tensor]:
     """Scales from the bits of groups' largest magnitudes, and whether they are plain: neither 0 nor nan."""
-    near = (largest + 0x7FFF + ((largest >> 16) & 1)) & -0x10000
+    above = (largest + 0xFFFF) & -0x10000
     low, high = largest < _SMALLEST, largest >= _LARGEST
-    bits = torch.where(low, 0, torch.where(high, 0x7FC00000, near)).to(torch.int32)
+    bits = torch.where(low, 0, torch.where(high, 0x7FC00000, above)).to(torch.int32)
     return bits.view(torch.float32), ~(low | high)
 
 
@@ -97,6 +98,13 @@ def split(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     half = (whole + 0x8000) >> 16
     rest = (whole - (half << 16)) >> dropped
     return half.to(torch.int16).view(torch.bfloat16), rest.to(torch.int8 if bits == 8 else torch.int16)
+
+
+def joined_rest(rest: Tensor, dtype: torch.dtype) -> Tensor:
+    """A rest in more bits, or in fewer, where the weight stays as it is."""
+    if dtype == torch.int16:
+        return rest.to(dtype) << 8
+    return ((rest.to(torch.int32) + 128) >> 8).clamp_max(127).to(dtype)
 
 
 def joined(half: Tensor, rest: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from optx._names import is_dtensor
-from optx.kernels.step.layout import FRESH, STEP, Layout
+from optx.kernels.step.layout import EIGHT, FRESH, STEP, Layout
 from optx.kernels.step.program import Program
 from optx.step.bases import BaseRules
 from optx.step.buckets import ADDRESS, Bucket, Column
@@ -187,7 +187,7 @@ class FusedGroup:
         self._buckets = list(made.values())
         self._sharing = [[made[kind] for kind in order] for order in orders]
         self._draws = {
-            owner for owner, order in enumerate(orders) if any("bfloat16" in (d[0], *d[2:]) for d, _ in order)
+            owner for owner, order in enumerate(orders) if any(_DRAWN & {d[0], *d[2:]} for d, _ in order)
         }
         for bucket in self._buckets:
             self._take(bucket)
@@ -207,7 +207,8 @@ class FusedGroup:
         """One for these parameters, given which group each is of and its number there."""
         dtypes, shards = kind
         low = dtypes[0] == "bfloat16"
-        layout = Layout(dtypes, self._rounding if low else "nearest", self.rules.counts_tensors)
+        rounding = self._tensors.rounding or self._rounding
+        layout = Layout(dtypes, rounding if low else "nearest", self.rules.counts_tensors)
         numels = [here(p).numel() for p in members]
         wholes = None if shards is None else [p.numel() for p in members]
         shapes = [p.shape for p in members]
@@ -225,9 +226,11 @@ class FusedGroup:
 
             runner = CpuStep(self.program, layout, numels, numbers, owners, len(self.groups), wholes, shapes)
         keys = [self._tensors.key(name) for name in (*runner.columns.roles[2:], *runner.columns.cells)]
-        if "kahan" in runner.columns.roles:
-            for p in members:
+        for p in members:
+            if "kahan" in runner.columns.roles:
                 self._tensors.role(p, KAHAN)
+            if "rest" in runner.columns.roles:
+                self._tensors.rest(p)
         return Bucket(members, runner, keys, owners, shards)
 
     # ---- addresses ---------------------------------------------------------------------------------
@@ -452,6 +455,7 @@ class FusedGroup:
 
 _Kind = tuple[tuple[str, ...], "Shards | None"]  # dtypes, and how they are spread
 
+_DRAWN = {"bfloat16", *EIGHT}  # what may be rounded stochastically
 _NOTHING: dict[str, Tensor] = {}
 
 _VERSION = attrgetter("_version")

@@ -10,16 +10,20 @@ from torch import Tensor
 
 from optx._errors import OptxError, ShapeError
 from optx._names import is_dtensor, parameter_names
+from optx.kernels.step.layout import SPLIT, scale_of
 from optx.kernels.step.program import Axis, Program
 from optx.kernels.step.tiles import matrix
 from optx.step import bits
 from optx.step.bases import BaseRules, init_base_state
 from optx.step.checks import check_count, shapes_differ
+from optx.step.formats import CODES, joined_rest
 from optx.step.fusable import Unfusable, why_not_gradient, why_not_matrix, why_not_weight
+from optx.step.kept import MASTER, ROUNDINGS, STATE, moments_of
 from optx.step.memory import DTYPES, why_not_dense, why_not_plain
+from optx.step.moments import scale_key, settle
 from optx.step.sharded import here, spread_as, surprise, why_not_spread
 from optx.step.slots import KAHAN, Slots
-from optx.step.state import is_ours
+from optx.step.state import REST, is_ours
 from optx.step.transform import SLOT_DTYPES, Group
 
 SLOT_DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in SLOT_DTYPES}
@@ -40,6 +44,7 @@ class GroupTensors:
         fresh: parameters whose base state was made since the last update, by id: the names made, and whether
             None was there (a person's doing).
         packed: the keys of packed slots.
+        rounding: how bfloat16 weights keep what they lose, as kernels call it; None where they don't.
     """
 
     def __init__(
@@ -56,6 +61,9 @@ class GroupTensors:
         self._base_keys = rules.state
         self.packed = frozenset(f"optx.{name}" for name in program.packed)
         self.fresh: dict[int, dict[str, bool]] = {}
+        self.bits: int | None = group.get(STATE)
+        self.rounding = ROUNDINGS.get(group.get(MASTER, 0))
+        self._moments = moments_of(rules, slots.transforms, group)
 
     def check_weight(self, p: Tensor, grad: Tensor) -> None:
         """Raise unless kernels can take the weight and its gradient.
@@ -98,6 +106,11 @@ class GroupTensors:
     def role(self, p: Tensor, key: str) -> Tensor:
         """A state tensor with one element per weight element, laid out like the weight."""
         t = self.find(p, key)
+        if key in self._moments and (self.bits or getattr(t, "dtype", None) in CODES.values()):
+            self._check_tensor(p, key, here(t) if is_dtensor(p) else t)
+            t = settle(self._slots.store, p, key, self._moments[key], self.bits)
+            if t.dtype in CODES.values():
+                return t
         if is_dtensor(p) and isinstance(t, Tensor) and key not in self.packed:  # pyright: ignore
             t = self._spread_role(p, key, t)
         else:
@@ -132,7 +145,24 @@ class GroupTensors:
 
     def dtype(self, p: Tensor, name: str, t: Tensor) -> str:
         """What kernels call the dtype of a role."""
-        return bits.form(t, p) if self.key(name) in self.packed else SLOT_DTYPE_NAMES[t.dtype]
+        key = self.key(name)
+        if key in self._moments and t.dtype in CODES.values():
+            return f"{self._moments[key]}8"
+        return bits.form(t, p) if key in self.packed else SLOT_DTYPE_NAMES[t.dtype]
+
+    def rest(self, p: Tensor) -> Tensor:
+        """What a weight in two parts lost; of one that is in one part so far, nothing."""
+        assert self.rounding is not None
+        wanted = getattr(torch, SPLIT[self.rounding])
+        make: Any = lambda: torch.zeros_like(p, dtype=wanted, requires_grad=False)  # noqa: E731
+        t = self._slots.store.get(p, REST, make)
+        if is_dtensor(p):
+            t = self._spread_role(p, REST, t)
+        self._check_fits(p, _words(REST), t)
+        if t.dtype != wanted:  # of 16 bits where it has 8 now, or the other way round
+            t.data = joined_rest(t, wanted)
+        _lay_out_like(here(t), here(p))
+        return t
 
     def cell(self, p: Tensor, name: str) -> Tensor:
         """A state tensor with one element per weight, in the dtype that kernels are made for."""
@@ -217,6 +247,10 @@ class GroupTensors:
         """Where ``state[p]`` has a role or cell."""
         if name in self._base_keys:
             return name
+        if name.endswith(scale_of("")):
+            return scale_key(self.key(name.removesuffix(scale_of(""))))
+        if name == "rest":
+            return REST
         return KAHAN if name == "kahan" else f"optx.{name}"
 
     def find(self, p: Tensor, key: str) -> Tensor:
@@ -232,6 +266,7 @@ class GroupTensors:
                     state[p][name] = None
                 else:
                     state[p].pop(name, None)
+                self._slots.store.drop(p, [scale_key(name)])
             if p in state and not state[p]:
                 del state[p]
 

@@ -21,6 +21,8 @@ from optx.step.checks import check_group
 from optx.step.fusable import why_not, why_not_tensors
 from optx.step.fused import FusedGroup
 from optx.step.group_numbers import base_numbers
+from optx.step.kept import MASTER, STATE, check_kept
+from optx.step.kept_words import kept_words
 from optx.step.pipeline import build
 from optx.step.plan import GroupPlan, Plan, waiting
 from optx.step.slots import Slots
@@ -28,7 +30,7 @@ from optx.step.transform import Group, Host, Moments, Transform
 
 # Settings of a group that decide what its program is, not just its numbers, whatever the base's rules make of
 # them.
-_STRUCTURAL = ("amsgrad", "differentiable")
+_STRUCTURAL = ("amsgrad", "differentiable", STATE, MASTER)
 
 
 @dataclass
@@ -59,6 +61,8 @@ class GroupPath:
         """Whether one launch can serve both: the CPU's kernels take each tensor's numbers from its group."""
         a, b = self.fused, other.fused
         if a is None or b is None or a.triton or b.triton or self.alone or other.alone:
+            return False
+        if any(self.group.get(key) != other.group.get(key) for key in (STATE, MASTER)):
             return False
         return (a.program, a.rules, self.derived) == (b.program, b.rules, other.derived)
 
@@ -172,6 +176,7 @@ class Paths:
                 reason = f"fused={fused!r}, and the parameters are on {group['params'][0].device}"
         if reason is not None and fused not in ("auto", False):
             raise FusedError(f"wrap: fused={fused!r} cannot be honoured for param group {index}: {reason}.")
+        check_kept(self.wrapped, index, group, reason, program.tiled)
         if reason is not None:
             program = self._program(group, moments, with_base=False)
             self._check_rounding(index, group, reason)
@@ -259,7 +264,8 @@ class Paths:
             passes = 1 + sum(bool(level.sums) for level in state.program.levels)
             numbers = sum(p.numel() for p in params)
             settings, waits = self.wrapped.settings(), waiting(self.enabled(group), state.program)
-            found = len(params), numbers, chain, passes, settings, on_shards, waits
+            kept = kept_words(self.wrapped, group)
+            found = len(params), numbers, chain, passes, settings, on_shards, waits, kept
             plans.append(GroupPlan(i, path, state.reason, *found))
         return Plan(plans)
 

@@ -23,6 +23,7 @@ class GroupPlan:
         settings: those of `wrap` that are not its defaults, as ``("rounding='kahan'",)``.
         on_shards: whether kernels act on the local shards of DTensors.
         waits: what waits for a total over all gradients, so that `Wrapped.release` refuses it.
+        kept: in how many bits moments and weights are kept, where `wrap` was asked for some.
     """
 
     index: int
@@ -35,6 +36,7 @@ class GroupPlan:
     settings: tuple[str, ...] = ()
     on_shards: bool = False
     waits: tuple[str, ...] = ()
+    kept: str = ""
 
     def __str__(self) -> str:
         size = f"{self.tensors} tensor{'s' * (self.tensors != 1)}, {self.numbers:,} numbers"
@@ -45,6 +47,7 @@ class GroupPlan:
         if self.waits:
             names = " and ".join(self.waits)
             line += f"\n    waits for a total: {names} (opt.release would refuse it)"
+        line += f"\n    kept: {self.kept}" if self.kept else ""
         return line if self.reason is None else f"{line}\n    not fused: {self.reason}"
 
 

@@ -14,7 +14,7 @@ from optx._names import parameter_names
 from optx.kernels.step.program import Program
 from optx.step import bits
 from optx.step.checks import check_has_memory
-from optx.step.state import SlotStore, close_enough
+from optx.step.state import REST, SCALE, SlotStore, close_enough
 from optx.step.transform import Group, Host, Slot, Transform
 
 KAHAN = "optx.kahan"
@@ -26,6 +26,11 @@ class Slots:
     def __init__(self, wrapped: Host) -> None:
         self._wrapped = weakref.ref(wrapped)
         self.store: SlotStore = wrapped.slot_store
+
+    @property
+    def transforms(self) -> tuple[Transform, ...]:
+        """Whose state it is."""
+        return self._owner().transforms
 
     def _owner(self) -> Host:
         wrapped = self._wrapped()
@@ -41,6 +46,10 @@ class Slots:
         """``state[p][key]``, made if it is not there."""
         if key == KAHAN:
             return self.store.get(p, key, lambda: torch.zeros_like(p, requires_grad=False))
+        if key == REST or key.startswith(SCALE):
+            found = self.store.present([p], key)[0]  # made with what it belongs to
+            assert found is not None
+            return found
         transform, name, _ = self._declared(key)
         return self._owner().slot(p, transform, name)
 

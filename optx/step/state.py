@@ -21,6 +21,8 @@ PREFIX = "optx."
 OF_WIDTH = (
     "optx.mu."  # keys of groups that tell what is in their numbers: they stay as long as the numbers do
 )
+SCALE = "optx.scale."  # what follows is the key of a moment of 8 bits, without our prefix
+REST = "optx.rest"  # what a bfloat16 weight lost
 PENDING = "optx_pending"  # top-level entry of a state_dict: slots of parameters that have not stepped yet
 
 

@@ -28,6 +28,8 @@ from optx.step.state import SlotStore
 Group = dict[str, Any]
 Fused = bool | Literal["auto", "cpu", "triton"]
 Rounding = Literal["stochastic", "kahan", "nearest"]
+StateFormat = Literal["float32", "bfloat16", "8bit"]
+Master = Literal["split", "split16"]
 Moment = Literal["", "signed", "nonnegative"]
 # What every path can read and write.
 _INTEGERS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -98,7 +100,12 @@ class Slot:
             raise TransformError(
                 f"like_weight: moment is {self.moment!r}; it must be '', 'signed' or 'nonnegative'."
             )
-        if self.scalar or self.lasting or (self.dtype is not None and not self.dtype.is_floating_point):
+        if (
+            self.scalar
+            or self.axis
+            or self.lasting
+            or (self.dtype is not None and not self.dtype.is_floating_point)
+        ):
             raise TransformError(
                 f"like_weight: moment={self.moment!r} is for a moving average, a float per element that a "
                 f"step renews; this slot is {self!r}."
@@ -388,6 +395,8 @@ class Host(Protocol):
     fused: Fused
     rounding: Rounding
     rounding_asked: bool
+    state_format: StateFormat | None
+    master: Master | None
     skip_nonfinite: bool
     skipped_steps: int
     closure_pending: bool

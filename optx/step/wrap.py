@@ -6,7 +6,7 @@ from torch.optim import Optimizer
 
 from optx._errors import TransformError
 from optx.step.base_step import owner_of
-from optx.step.transform import Fused, Rounding, Transform
+from optx.step.transform import Fused, Master, Rounding, StateFormat, Transform
 from optx.step.wrapped import Settings, Wrapped, class_for
 
 
@@ -17,6 +17,8 @@ def wrap(
     skip_nonfinite: bool | None = None,
     rounding: Rounding | None = None,
     metrics: bool | None = None,
+    state: StateFormat | None = None,
+    master: Master | None = None,
 ) -> Wrapped:
     """Add transforms to an optimizer that a training loop already has.
 
@@ -42,9 +44,19 @@ def wrap(
         metrics: have every step measure what `Wrapped.metrics` tells. By default steps do so from its first
             call on. Sharded parameters (DTensors, FSDP2) need it, given on all ranks: their sums take an
             all-reduce, which no rank can begin alone. The callbacks of `optx.integrations` see to it.
+        state: how moments are kept, of the base and of transforms: ``"float32"``; ``"bfloat16"``, rounded
+            stochastically; or ``"8bit"``: a code of 8 bits each and a scale in bfloat16 per 32 of them, 2.1
+            bytes for Adam's two where float32 takes 8 (FlashOptim, https://arxiv.org/abs/2602.23349; 8-bit
+            moments where a weight can't have them, see `Wrapped.plan`, are float32). Arithmetic stays in
+            float32. By default the base's: the weight's dtype. Anchors, masks and counts stay as they are. In
+            a param group, ``"optx.state"`` says otherwise.
+        master: ``"split"`` keeps 8 of the 16 bits that a bfloat16 weight loses, ``"split16"`` all of them:
+            the arithmetic sees, and keeps, a float32 weight of which the model has the upper half. In a param
+            group: ``"optx.master"``.
 
     Keywords: bf16, bfloat16, stochastic rounding, Kahan, fused kernels, DDP, FSDP, FSDP2, HSDP, DTensor,
-    torchrun, distributed, metrics, logging.
+    torchrun, distributed, metrics, logging, 8-bit optimizer, low-bit state, quantised
+    moments, master weights.
 
     Returns:
         The wrapped optimizer.
@@ -53,7 +65,7 @@ def wrap(
         TransformError: no trainable parameter, a transform given twice, a base or parameter that a
             transform can't serve, an optimizer that is wrapped already (pass what wrap returned).
         FusedError: ``fused`` demands a path that can't be taken.
-        OptxError: an argument out of range, or a rounding that can't be honoured.
+        OptxError: an argument out of range, or a rounding, state or master that can't be honoured.
 
     Example:
         >>> import torch, optx
@@ -63,6 +75,7 @@ def wrap(
         >>> opt.step()
     """
     given = {"fused": fused, "skip_nonfinite": skip_nonfinite, "rounding": rounding, "metrics_asked": metrics}
+    given |= {"state_format": state, "master": master}
     settings: Settings = {key: value for key, value in given.items() if value is not None}
     if isinstance(optimizer, Wrapped):
         optimizer._check_alive("wrap")  # pyright: ignore[reportPrivateUsage]

@@ -16,17 +16,20 @@ from optx._errors import OptxError, TransformError, warn
 from optx._names import is_dtensor
 from optx.kernels.step.program import Program
 from optx.step.base_step import guard, has_modes, release, run_post_hooks, run_pre_hooks
+from optx.step.bases import base_rules
 from optx.step.checkpoint import pack, unpack
 from optx.step.checks import check_whole_tensors, check_wrap
+from optx.step.kept import MASTER, STATE, fill_group, moments_of
 from optx.step.known_groups import Known, gone, known_of, replaced
 from optx.step.measured import Measured
 from optx.step.metrics import collect
+from optx.step.moments import settle
 from optx.step.plan import Plan
 from optx.step.release import Released, asked_by_scaler
 from optx.step.slots import first_value, make_slots
 from optx.step.state import OF_WIDTH, SlotStore, is_ours
 from optx.step.stepper import Stepper
-from optx.step.transform import Fused, Group, Rounding, Transform
+from optx.step.transform import Fused, Group, Master, Rounding, StateFormat, Transform
 
 Settings = dict[str, Any]  # of what `wrap` takes beside transforms, that which was given
 # By attribute: opt.metrics is a method.
@@ -35,6 +38,8 @@ DEFAULTS: Settings = {
     "skip_nonfinite": False,
     "rounding": "stochastic",
     "metrics_asked": False,
+    "state_format": None,
+    "master": None,
 }
 
 
@@ -65,6 +70,8 @@ class Wrapped(Optimizer):
         self.rounding: Rounding
         self.metrics_asked: bool  # on all ranks alike, so that they can add up over shards together
         vars(self).update(DEFAULTS)
+        self.state_format: StateFormat | None  # opt.state is the state
+        self.master: Master | None
         self.rounding_asked = False
         self.sharded = False  # whether there are DTensors
         self.metering = False  # whether steps measure what only `metrics` tells
@@ -87,6 +94,9 @@ class Wrapped(Optimizer):
         try:
             check_wrap(self)
             with self.slot_store.restored_on_error():
+                for key in ("state_format", "master"):
+                    if key in settings and old[key] is not None:  # asked anew: what was asked before ends
+                        self._forget_kept(key)
                 self._fill_groups()
                 self._stepper = Stepper(self)
                 self._stepper.paths.plan()  # raises for fused=True that can't be honoured
@@ -110,6 +120,10 @@ class Wrapped(Optimizer):
             vars(self).clear()
             vars(self).update(old)
             raise
+
+    def _forget_kept(self, setting: str) -> None:
+        for group in self.param_groups:
+            group.pop(STATE if setting == "state_format" else MASTER, None)
 
     def __setattr__(self, name: str, value: Any) -> None:
         held = vars(self).get(name)
@@ -423,7 +437,11 @@ class Wrapped(Optimizer):
 
     def given_settings(self) -> Settings:
         """The arguments of `wrap` that are not its defaults."""
-        return {k.removesuffix("_asked"): vars(self)[k] for k, v in DEFAULTS.items() if vars(self)[k] != v}
+        return {
+            k.removesuffix("_asked").removesuffix("_format"): vars(self)[k]
+            for k, v in DEFAULTS.items()
+            if vars(self)[k] != v
+        }
 
     def program(self, index: int) -> Program:
         """What the step of one param group computes, as data (see `optx.kernels.step.program`)."""
@@ -482,7 +500,8 @@ class Wrapped(Optimizer):
             for transform in self.transforms:
                 for key, value in transform.group_keys().items():
                     group.setdefault(key, value)
-            if any(p.dtype == torch.bfloat16 for p in group["params"]):
+            fill_group(group, self.state_format, self.master)
+            if any(p.dtype == torch.bfloat16 for p in group["params"]) or group.get(STATE, 32) < 32:
                 group.setdefault("optx.seed", 0)
                 group.setdefault("optx.step", 0)
         self._known = [(group, list(group["params"])) for group in self.param_groups]
@@ -533,10 +552,18 @@ class Wrapped(Optimizer):
             packed = hook(self, packed) or packed
         return packed
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any], convert: bool = False) -> None:
         """Load a state dict of this optimizer, wrapped alike or otherwise or not at all.
 
         What a transform needs and the checkpoint lacks stays as it is here, and a warning names it.
+
+        Args:
+            state_dict: what `state_dict` returned.
+            convert: take it in another format than this optimizer's ``state`` and ``master``, also that of
+                torchao's, bitsandbytes' and FlashOptim's 8-bit optimizers (see `optx.convert_state`).
+
+        Raises:
+            OptxError: it is in another format, and ``convert`` is False; or of another optimizer.
         """
         self._check_alive("load_state_dict")
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -544,7 +571,7 @@ class Wrapped(Optimizer):
         self.follow_parameters()
         for transform in self.transforms:
             transform.before_load(self, state_dict)
-        unpack(self, state_dict)
+        unpack(self, state_dict, convert)
         self._stepper = Stepper(self)
         if self.released is not None:
             self.released.forget()
@@ -588,7 +615,10 @@ class Wrapped(Optimizer):
         return self._removed
 
     def remove(self) -> Optimizer:
-        """Take the transforms off and return the base, whose state stays; this can't be stepped any more."""
+        """Take the transforms off and return the base, whose state stays; this can't be stepped any more.
+
+        Moments come back in the weights' dtypes; of weights in two parts the bfloat16 stays.
+        """
         if self._removed:
             return self.base
         if self.released is not None:
@@ -599,6 +629,7 @@ class Wrapped(Optimizer):
         for transform in reversed(self.transforms):
             transform.unwrap(self)
             transform.set_owner(None)
+        self._decode_moments()
         for state in self.base.state.values():
             for key in filter(is_ours, list(state)):
                 del state[key]
@@ -607,6 +638,14 @@ class Wrapped(Optimizer):
             for key in [k for k in group if k in named or (is_ours(k) and not k.startswith(OF_WIDTH))]:
                 del group[key]
         return self.base
+
+    def _decode_moments(self) -> None:
+        """Give the base its moments in the weights' dtypes, as it makes and takes them itself."""
+        for group in self.base.param_groups:
+            for key in moments_of(base_rules(self.base, group), (), group) if STATE in group else ():
+                for p in group["params"]:
+                    if isinstance(t := settle(self.slot_store, p, key, "signed", None), Tensor):
+                        self.base.state[p][key] = t.to(p.dtype)
 
     def __repr__(self) -> str:
         # Each transform with the numbers in force, see Transform.__getattr__.

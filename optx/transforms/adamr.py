@@ -21,6 +21,7 @@ from optx._names import is_dtensor, parameter_names, whole
 from optx._rules import rule
 from optx.ops import maximum, sign, sqrt, where
 from optx.step.memory import lost_memory
+from optx.step.moments import floats
 from optx.step.transform import Group, Host, Moments, Slot, Transform, like_weight, per_tensor
 from optx.transforms._anchors import Anchors
 from optx.transforms._pull_metrics import Distances, pull
@@ -355,7 +356,8 @@ class AdamR(Transform):
             return self._anchors.of(p, optimizer)
         state = optimizer.state.get(p, {})
         total = self.slots[name].zeros(p) if p.device.type != "mps" else torch.zeros(())
-        if (second := state.get("exp_avg_sq")) is not None:
+        if state.get("exp_avg_sq") is not None:
+            second = floats(optimizer.slot_store, p, "exp_avg_sq")
             total.copy_(whole(second.sum(dtype=total.dtype)))
         return total
 

@@ -292,6 +292,15 @@ TABLE = {
     "optx/step/interrupts.py": "wrap_signals",
     "optx/step/sharded.py": "local_shards two_processes distributed",
     "optx/step/formats.py": "formats",
+    **dict.fromkeys(
+        (
+            "optx/step/convert.py",
+            "optx/step/kept.py",
+            "optx/step/kept_words.py",
+            "optx/step/moments.py",
+        ),
+        "state_formats",
+    ),
     "optx/step/slots.py": f"arithmetic_step {_STEP}",
     "optx/step/along.py": "levels documented",
     "optx/step/builder.py": f"levels documented {_STEP}",

@@ -1,0 +1,233 @@
+"""Optimizer state from one format into another: ours, and those of torchao, bitsandbytes and FlashOptim."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from optx._errors import OptxError, ShapeError
+from optx._names import parameter_names
+from optx.kernels.step.layout import GROUP
+from optx.step.bases import base_rules
+from optx.step.checks import TORCH_KEYS
+from optx.step.formats import CODES
+from optx.step.kept import MASTER, MASTERS, STATE, moments_of, state_words
+from optx.step.moments import decoded, encoded, scale_key, takes_codes
+from optx.step.state import PENDING, REST, SCALE, is_ours
+from optx.step.transform import Host
+
+StateDict = dict[str, Any]
+_FLOATS = {32: torch.float32, 16: torch.bfloat16}
+_CODED = tuple(CODES.values())
+
+
+def convert_state(state_dict: StateDict, optimizer: Optimizer | None = None) -> StateDict:
+    """An optimizer's state dict in another format, for trainers that load it themselves.
+
+    ``load_state_dict(state_dict, convert=True)`` of a wrapped optimizer does the same.
+
+    Args:
+        state_dict: of an optimizer, wrapped or not; of torchao's or bitsandbytes' 8-bit Adams; or of
+            FlashOptim's optimizers. It is not changed.
+        optimizer: what is to load it, with the same parameters; None for float32 moments, as any optimizer
+            takes them. Of a wrapped one the formats are taken that its groups have.
+
+    Returns:
+        A new state dict. Moments of 8 bits are decoded exactly, into float32; in 8 bits each number is the
+        nearest that a code stands for. What a bfloat16 weight keeps beside (``master="split"``) is left out
+        unless the optimizer has it too, for it belongs to the weight.
+
+    Raises:
+        OptxError: the state dict is none of an optimizer.
+
+    Example:
+        >>> import torch, optx
+        >>> w = torch.nn.Parameter(torch.ones(64))
+        >>> old = torch.optim.AdamW([w])
+        >>> w.grad = torch.ones(64)
+        >>> old.step()
+        >>> new = optx.wrap(torch.optim.AdamW([w]), state="8bit")
+        >>> new.load_state_dict(optx.convert_state(old.state_dict(), new))
+        >>> new.state[w]["exp_avg"].dtype
+        torch.int8
+
+    Source: FlashOptim, https://arxiv.org/abs/2602.23349.
+    """
+    if not isinstance(state_dict.get("state"), dict) or "param_groups" not in state_dict:
+        raise OptxError(
+            "convert_state: this has no 'state' and 'param_groups', so it is no optimizer's state."
+        )
+    groups = [{k: v for k, v in g.items() if k not in (STATE, MASTER)} for g in state_dict["param_groups"]]
+    converted: StateDict = {**state_dict, "param_groups": groups}
+    for part in ("state", PENDING):
+        if part in state_dict:
+            converted[part] = {n: _plain(entry) for n, entry in state_dict[part].items()}
+    if optimizer is not None:
+        _fit(converted, optimizer)
+    rests = any(g.get(MASTER) for g in converted["param_groups"])
+    if not rests:
+        for entry in (*converted["state"].values(), *converted.get(PENDING, {}).values()):
+            if hasattr(entry, "pop"):  # ZeroRedundancyOptimizer has None for what others keep
+                entry.pop(REST, None)
+    return converted
+
+
+# ---- into floats ----------------------------------------------------------------------------------------
+
+
+def _plain(entry: Any) -> Any:
+    """One parameter's state with float moments, whoever kept it."""
+    return _decoded(entry) if hasattr(entry, "items") else entry
+
+
+def _decoded(entry: dict[str, Any]) -> dict[str, Any]:
+    plain = dict(entry)
+    if "state1" in plain:
+        plain = _bitsandbytes(plain)
+    for key in list(plain):
+        value = plain.get(key)  # scales go with their codes
+        if key.endswith("::quantized"):
+            name = key.removesuffix("::quantized")
+            plain[name] = _flashoptim(plain.pop(key), plain.pop(f"{name}::scales"))
+        elif not isinstance(value, Tensor):
+            continue
+        elif hasattr(value, "dequantize") and hasattr(value, "codes"):  # torchao's state
+            plain[key] = value.dequantize()  # type: ignore[operator]
+        elif value.dtype in _CODED and scale_key(key) in plain:
+            plain[key] = decoded(value, plain.pop(scale_key(key)))
+    plain.pop("error_bits", None)  # FlashOptim's, of the weight
+    return plain
+
+
+def _flashoptim(codes: Tensor, scales: Tensor) -> Tensor:
+    """FlashOptim's formulas, sections 3.2 and 3.3."""
+    q = torch.nn.functional.pad(codes.reshape(-1).float(), (0, -codes.numel() % GROUP)).view(-1, GROUP)
+    s = scales.reshape(-1, 1).float()
+    if codes.dtype == torch.uint8:
+        values = (q / 255.0 * s).square()
+    else:
+        values = q / 127.0 / (2.0 - q.abs() / 127.0) * s
+    return values.view(-1)[: codes.numel()].view(codes.shape)
+
+
+_BNB = {"state1": "exp_avg", "state2": "exp_avg_sq"}
+
+
+def _bitsandbytes(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Their names in torch's; a code is a place in a table, in blocks of 256 (older files: 2048)."""
+    used = ("qmap1", "qmap2", "absmax1", "absmax2", "gnorm_vec", "new_max1", "new_max2", "max1", "max2")
+    plain = {k: v for k, v in entry.items() if k not in (*_BNB, *used)}
+    for i, (theirs, name) in enumerate(_BNB.items(), start=1):
+        codes = entry.get(theirs)
+        if not isinstance(codes, Tensor):
+            continue
+        plain[name] = codes
+        if f"qmap{i}" in entry:
+            largest, flat = entry[f"absmax{i}"], codes.reshape(-1)
+            block = 256 if -(-flat.numel() // 256) == largest.numel() else 2048
+            values = entry[f"qmap{i}"][flat.long()]
+            values = values * largest.repeat_interleave(block)[: flat.numel()]
+            plain[name] = values.view(codes.shape)
+    return plain
+
+
+# ---- into what an optimizer keeps -------------------------------------------------------------------------
+
+
+def _fit(state_dict: StateDict, optimizer: Any) -> None:
+    """Give groups what this optimizer's have, and moments its formats."""
+    state, pending = state_dict["state"], state_dict.get(PENDING, {})
+    for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=False):
+        foreign = [k for k in saved if k not in group and k not in TORCH_KEYS and not is_ours(k)]
+        if any(k not in saved for k in optimizer.defaults):  # another library's
+            for key in foreign:
+                del saved[key]
+            saved.update({k: v for k, v in group.items() if k not in saved})
+        saved.update({k: group[k] for k in (STATE, MASTER) if k in group})
+        transforms = getattr(optimizer, "transforms", ())
+        base = getattr(optimizer, "base", optimizer)
+        kept = moments_of(base_rules(base, group), transforms, group)
+        for number, p in zip(saved["params"], group["params"], strict=False):
+            for entry in filter(None, (state.get(number), pending.get(number))):
+                _encode(entry, p, kept, group.get(STATE))
+
+
+def _encode(entry: dict[str, Any], p: Tensor, kept: Mapping[str, str], bits: int | None) -> None:
+    for key, moment in kept.items():
+        x = entry.get(key)
+        if not isinstance(x, Tensor):
+            continue
+        if bits == 8 and takes_codes(p):
+            entry[key], entry[scale_key(key)] = encoded(x, p, moment)
+        elif bits is None or p.dtype == torch.float64:
+            entry[key] = x.to(p.dtype)
+        else:
+            entry[key] = x.to(_FLOATS.get(bits, torch.float32))
+
+
+# ---- checks -----------------------------------------------------------------------------------------------
+
+
+def check_formats(wrapped: Host, state_dict: StateDict) -> None:
+    """Raise for a checkpoint in another format than the optimizer's."""
+    names, state = parameter_names(wrapped.base), state_dict["state"]
+    pairs = zip(state_dict["param_groups"], wrapped.param_groups, strict=False)
+    for index, (saved, group) in enumerate(pairs):
+        kept = moments_of(base_rules(wrapped.base, group), wrapped.transforms, group)
+        entries = [
+            (state[number], p)
+            for number, p in zip(saved["params"], group["params"], strict=False)
+            if isinstance(state.get(number), dict)
+        ]
+        if any(_foreign(entry) for entry, _ in entries):
+            raise OptxError(f"load_state_dict: another library kept this state in 8 bits. {_WAY_OUT}")
+        had, has = saved.get(STATE), group.get(STATE)
+        moments = [(entry[k], p) for entry, p in entries for k in kept if isinstance(entry.get(k), Tensor)]
+        if had != has and not all(_same(had, has, t.dtype, p.dtype) for t, p in moments):
+            raise OptxError(
+                f"load_state_dict: in param group {index} the checkpoint keeps moments as state="
+                f"{state_words(had)}, this optimizer as state={state_words(has)}. {_WAY_OUT}"
+            )
+        if entries and saved.get(MASTER) != group.get(MASTER):
+            words = {n: repr(word) for word, n in MASTERS.items()}
+            was, now = words.get(saved.get(MASTER, 0)), words.get(group.get(MASTER, 0))
+            raise OptxError(
+                f"load_state_dict: in param group {index} the checkpoint has master={was}, this optimizer "
+                f"master={now}. {_WAY_OUT}"
+            )
+        for entry, p in entries:
+            _check_scales(entry, names[id(p)])
+
+
+def _check_scales(entry: dict[str, Any], name: str) -> None:
+    for key, codes in entry.items():
+        scale = None if key.startswith(SCALE) else entry.get(scale_key(key))
+        if isinstance(codes, Tensor) and isinstance(scale, Tensor):
+            wanted = -(-codes.numel() // GROUP)
+            if scale.numel() != wanted:
+                raise ShapeError(
+                    f"load_state_dict: {key!r} of parameter {name!r} has {codes.numel():,} codes, which take "
+                    f"{wanted:,} scales, and {scale.numel():,} were saved."
+                )
+
+
+def _foreign(entry: Mapping[str, Any]) -> bool:
+    return any(
+        k == "qmap1" or k.endswith("::quantized") or (hasattr(v, "dequantize") and hasattr(v, "codes"))
+        for k, v in entry.items()
+    )
+
+
+def _same(had: int | None, has: int | None, kept: torch.dtype, weight: torch.dtype) -> bool:
+    """Whether a moment in a dtype is in both formats, one of which goes by the weight's dtype."""
+    given = had if has is None else has if had is None else 0
+    return kept == weight == _FLOATS.get(given or 0)
+
+
+_WAY_OUT = (
+    "Pass convert=True, or, where a trainer loads it, give it optx.convert_state(state_dict, optimizer)."
+)
