@@ -54,8 +54,6 @@ def convert_state(state_dict: StateDict, optimizer: Optimizer | None = None) -> 
         >>> new.load_state_dict(optx.convert_state(old.state_dict(), new))
         >>> new.state[w]["exp_avg"].dtype
         torch.int8
-
-    Source: FlashOptim, https://arxiv.org/abs/2602.23349.
     """
     if not isinstance(state_dict.get("state"), dict) or "param_groups" not in state_dict:
         raise OptxError(

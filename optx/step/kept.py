@@ -82,8 +82,8 @@ def check_kept(wrapped: Host, index: int, group: Group, why_foreach: str | None,
         )
     if tiled and (group.get(STATE) == 8 or MASTER in group):
         raise OptxError(
-            f"wrap: {' and '.join(asked)}, and in param group {index} a rule sums or reads rows or columns, which "
-            "kernels do on moments and weights in one part only. Leave it out of this group."
+            f"wrap: {' and '.join(asked)}, and in param group {index} a rule sums or reads rows or columns, "
+            "which kernels do on moments and weights in one part only. Leave it out of this group."
         )
     if STATE in group and not moments_of(base_rules(wrapped.base, group), wrapped.transforms, group):
         raise OptxError(
