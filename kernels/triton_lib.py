@@ -138,6 +138,111 @@ def random_bits(key, start, lane, step, tensor, ROLE: tl.constexpr):
     return tl.where(lane & 1 != 0, word >> 16, word & 0xFFFF)
 
 
+# ---- moments of 8 bits, weights in two parts (optx.step.formats has both in words) -----------------------
+
+# A small number plus this has its nearest integer in its lowest bits.
+_ROUND: tl.constexpr = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def reciprocal(u):
+    """1 / u for u from 1 to 2, to 3e-6, in the same products and sums as on the CPU."""
+    p = ((-0.22183709 * u + 1.33102253) * u - 2.93934142) * u + 2.82842288
+    return p * (2.0 - u * p)
+
+
+@triton.jit
+def per_lane(of_group, LANES: tl.constexpr):
+    """A group's number for each of its 32 lanes."""
+    return tl.reshape(tl.broadcast_to(of_group[:, None], (LANES // 32, 32)), (LANES,))
+
+
+@triton.jit
+def decoded(codes, scale, NONNEGATIVE: tl.constexpr):
+    """The float32 numbers that codes and their groups' scales stand for."""
+    LANES: tl.constexpr = codes.shape[0]
+    q = codes.to(tl.float32)
+    if NONNEGATIVE:
+        root = q * per_lane(scale * 0.003921568859368563, LANES)
+        return root * root
+    else:
+        over = reciprocal(2.0 - tl.abs(q) * 0.007874015718698502)
+        return q * over * per_lane(scale * 0.007874015718698502, LANES)
+
+
+@triton.jit
+def read_codes(p, scales, lane, mask, NONNEGATIVE: tl.constexpr, MATH: tl.constexpr):
+    """The elements ``lane`` of a moment of 8 bits; ``p`` and ``scales`` are where the first group begins."""
+    GROUPS: tl.constexpr = lane.shape[0] // 32
+    group = tl.arange(0, GROUPS)
+    if mask is None:
+        return decoded(tl.load(p + lane), widen(tl.load(scales + group)), NONNEGATIVE).to(MATH)
+    else:
+        there = tl.max(tl.reshape(mask.to(tl.int32), (GROUPS, 32)), 1) > 0
+        scale = widen(tl.load(scales + group, there, other=0))
+        return decoded(tl.load(p + lane, mask, other=0), scale, NONNEGATIVE).to(MATH)
+
+
+@triton.jit
+def write_codes(p, scales, x, lane, mask, bits, NONNEGATIVE: tl.constexpr):
+    """Store elements of a moment (of second moments the roots), rounded stochastically by 16 random bits.
+
+    Returns what was stored.
+    """
+    LANES: tl.constexpr = lane.shape[0]
+    GROUPS: tl.constexpr = LANES // 32
+    group = tl.arange(0, GROUPS)
+    x = x.to(tl.float32)
+    if mask is not None:
+        x = tl.where(mask, x, 0.0)
+    size = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    largest = tl.max(tl.reshape(size, (GROUPS, 32)), 1)
+    above = (largest + 0xFFFF) & -65536
+    kept = tl.where(largest < 0x00800000, 0, tl.where(largest >= 0x7E800000, 0x7FC00000, above))
+    plain = (largest >= 0x00800000) & (largest < 0x7E800000)
+    scale = kept.to(tl.float32, bitcast=True)
+    safe = tl.where(plain, scale, 1.0)
+    dither = (bits.to(tl.float32) + 0.5) * 1.52587890625e-05 - 0.5
+    if NONNEGATIVE:
+        level = tl.minimum(x * per_lane(255.0 / safe, LANES) + dither, 255.0)
+        level = tl.maximum(level, tl.where(x > 0.0, 1.0, 0.0))
+    else:
+        y = x * per_lane(1.0 / safe, LANES)
+        level = y * reciprocal(1.0 + tl.abs(y)) * 254.0 + dither
+        level = tl.maximum(tl.minimum(level, 127.0), -127.0)
+    code = (level + _ROUND).to(tl.int32, bitcast=True) & per_lane(tl.where(plain, 0xFF, 0), LANES)
+    codes = code.to(p.dtype.element_ty)
+    tl.store(p + lane, codes, mask)
+    half = (kept >> 16).to(tl.uint16)
+    if mask is None:
+        tl.store(scales + group, half)
+    else:
+        tl.store(scales + group, half, tl.max(tl.reshape(mask.to(tl.int32), (GROUPS, 32)), 1) > 0)
+    return decoded(codes, scale, NONNEGATIVE)
+
+
+@triton.jit
+def read_split(p, rests, mask, BITS: tl.constexpr):
+    """The float32 that bfloat16 weights and their rests of 8 or 16 bits are."""
+    bits = tl.load(p, mask).to(tl.int32) << 16
+    low = tl.load(rests, mask).to(tl.int32) << (16 - BITS)
+    size = tl.maximum((bits & 0x7FFFFFFF) + low, 0)
+    return ((bits & -2147483648) | size).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def write_split(p, rests, x, mask, BITS: tl.constexpr):
+    """Store the nearest bfloat16 and what is left."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits)
+    if BITS == 8:
+        bits = (bits + 128) & -256
+    half = ((bits + 0x8000) >> 16) & 0xFFFF
+    rest = (bits - (half << 16)) >> (16 - BITS)
+    tl.store(p, half.to(tl.uint16), mask)
+    tl.store(rests, rest.to(rests.dtype.element_ty), mask)
+
+
 # ---- sums -------------------------------------------------------------------------------------------
 
 

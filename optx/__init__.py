@@ -3,12 +3,10 @@
     wrap    optx.wrap(optimizer, optx.PerpGrad(), ...)        what a step does to weights
             AdamR  Clip  DSPReg  HFT  KeepMask  MuAdamW  PerpGrad  SaRA
             save_optimizer  load_optimizer                    checkpoints by the parameters' names
+            convert_state                                     moments of 8 bits, and of other libraries
             Transform  rule  Moments  Slot  like_weight  per_tensor  per_row   to write your own
             per_column  counter  ops
             register_base  BaseRules  Sums                    to have an optimizer of your own fused
-            convert_state                                     moments of 8 bits, and of other libraries
-            Transform  rule  Moments  Slot  like_weight  per_tensor  ops       to write your own
-            register_base  BaseRules                          to have an optimizer of your own fused
             Wrapped  Plan  Released                           what wrap returns, and what it tells
 
     attach  optx.attach(model, optx.LoRA(rank=8), ...)        what modules compute

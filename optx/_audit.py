@@ -46,6 +46,7 @@ def make(
     g: torch.dtype | None = None,
     moments: torch.dtype | None = None,
     rounding: str = "nearest",
+    eight: bool = False,
 ) -> Case:
     """The program of transforms over a base.
 
@@ -57,6 +58,7 @@ def make(
         g: of the gradients; None for the weights'.
         moments: of the base's state; None for the weights'.
         rounding: of bfloat16 weights.
+        eight: keep moments in 8 bits.
     """
     optimizer = base([torch.nn.Parameter(torch.zeros(1))])
     group = optimizer.param_groups[0]
@@ -70,7 +72,9 @@ def make(
         g or w,
         *("bits" if s in program.packed else kept.get(s, moments or w) for s in program.slots),
     )
-    names = tuple(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    coded = {n: f"{s.moment}8" for n, s in rules.slots.items() if eight and s.moment}
+    named = zip(("w", "g", *program.slots), dtypes, strict=True)
+    names = tuple(coded.get(role) or str(dtype).removeprefix("torch.") for role, dtype in named)
     return Case(name, program, Layout(names, rounding, rules.counts_tensors))
 
 
@@ -98,6 +102,9 @@ def _dtypes() -> Iterator[Case]:
     yield make("AdamW fp32, bf16 gradients", _adamw, g=_LOW)
     yield make("AdamW fp32, fp16 gradients", _adamw, g=_HALF)
     yield make("AdamW fp16, fp32 moments", _adamw, w=_HALF, moments=_FLOAT)
+    yield make("AdamW 8-bit moments", _adamw, eight=True)
+    yield make("AdamW bf16 split, 8-bit moments", _adamw, w=_LOW, rounding="split8", eight=True)
+    yield make("AdamW bf16 split16", _adamw, w=_LOW, rounding="split16", moments=_FLOAT)
     yield make("AdamW fp64", _adamw, w=torch.float64)
 
 

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from optx.kernels.step.layout import Layout
+from optx.kernels.step.layout import EIGHT, GROUP, Layout
 from optx.kernels.step.program import Call, Program, given
 
 SIZES: dict[str, float] = {
     **{"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2},
     **{"bool": 1, "uint8": 1, "int8": 1, "int16": 2, "int32": 4, "int64": 8},
     **{"bits": 0.125, "ones": 0},  # packed slots
+    **dict.fromkeys(EIGHT, 1 + 2 / GROUP),  # a code, and its share of a scale
 }
+_BESIDE = {"kahan": 2, "split8": 1, "split16": 2}  # what a weight has more
 
 
 def call_bytes(program: Program, layout: Layout, calls: Iterable[Call], stores: bool) -> float:
     """Bytes per element that some calls must read and, in the update, write."""
     size = {"w": SIZES[layout.dtypes[0]], "g": SIZES[layout.dtypes[1]]}
     size |= {name: SIZES[dtype] for name, dtype in zip(program.slots, layout.dtypes[2:], strict=True)}
-    if layout.rounding == "kahan":
-        size["w"] += 2  # its lower half
+    size["w"] += _BESIDE.get(layout.rounding, 0)
     read = {"w" if r.name == "w0" else r.name for r in given(calls) if r.kind in ("reg", "slot")}
     written: set[str] = {"w", *program.stored_slots} if stores else set()
     return sum(size[role] for role in read) + sum(size[role] for role in written)

@@ -18,7 +18,7 @@ from dataclasses import replace
 from types import ModuleType
 
 from optx.kernels.generated import load_module
-from optx.kernels.step.layout import Layout
+from optx.kernels.step.layout import Layout, scale_of
 from optx.kernels.step.program import Call, G, Level, Program, Ref
 from optx.kernels.step.text import indent, variable
 from optx.kernels.step.triton_lines import POINTERS, TritonLines, number_refs, stream
@@ -32,6 +32,7 @@ _LIBRARY = [
     *("dithered", "fold", "get_number", "nearest", "put_number", "random_bits", "read", "read_bits"),
     *("stream", "whole_number", "widen", "write"),
 ]
+_FORMATS = "from optx.kernels.triton_lib import read_codes, read_split, write_codes, write_split"
 _GIVEN = Ref("local", "given")
 
 
@@ -55,6 +56,7 @@ class _Emitter(TritonLines):
             "import triton.language as tl",
             f"from optx.kernels.triton_lib import ({', '.join(_LIBRARY[:9])},",
             f"{' ' * 37}{', '.join(_LIBRARY[9:])})",
+            *([_FORMATS] if self.eight or self.split else []),
         ]
         narrow = [c.rule for c in (*p.update, *(c for level in p.levels for c in level.prefix))]
         wide = [c.rule for level in p.levels for c in (*level.sums, *level.scalars, *level.finish)]
@@ -89,6 +91,8 @@ class _Emitter(TritonLines):
         streams = [r for r in roles if r != "kahan" and self.dtypes[r] != "ones"]
         if self.layout.rounding == "kahan" and "w" in streams:
             streams.append("kahan")
+        streams += ["rest"] if self.split and "w" in streams else []
+        streams += [scale_of(r) for r in streams if r in self.eight]
         numbers = numbers | (self._step_source() if random else {})
         passed = list(numbers)
         blocks = ", ".join([*map(stream, streams), *passed, *(["start"] if random else []), "lane", "mask"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from optx.kernels.step.layout import Columns, Layout, partials_per_chunk
+from optx.kernels.step.layout import EIGHT, Columns, Layout, partials_per_chunk, scale_of
 from optx.kernels.step.lines import WIDE, Lines
 from optx.kernels.step.program import NUMBER_KINDS, Call, Program, Ref
 from optx.kernels.step.text import rule_name, variable
@@ -16,6 +16,8 @@ POINTERS = {
     "bfloat16": "tl.uint16",
     "bool": "tl.int8",
     "bits": "tl.uint8",
+    "signed8": "tl.int8",
+    "nonnegative8": "tl.uint8",
     **{name: f"tl.{name}" for name in ("uint8", "int8", "int16", "int32", "int64")},
 }
 _SMALL = ("uint8", "int8", "int16")
@@ -28,7 +30,7 @@ def draws(program: Program, layout: Layout) -> list[str]:
     Moments kept in bfloat16 always are: at beta2 = 0.999 a nearest rounding would never let them fall.
     """
     names = zip(Columns.of(program, layout).roles, layout.dtypes, strict=False)
-    low = [role for role, dtype in names if dtype == "bfloat16"]
+    low = [role for role, dtype in names if dtype in ("bfloat16", *EIGHT)]
     stored = program.stored_slots
     return [r for r in low if r in stored or (r == "w" and layout.rounding == "stochastic")]
 
@@ -103,7 +105,12 @@ class TritonLines(Lines):
 
     def _read(self, role: str) -> str:
         """The elements of a role in the dtype that rules compute in."""
+        if role == "w" and self.split:
+            return f"read_split(w_p + lane, rest_p + lane, mask, {self.rest_bits})"
         match self.dtypes[role]:
+            case "signed8" | "nonnegative8" as dtype:
+                scales = stream(scale_of(role))
+                return f"read_codes({stream(role)}, {scales}, lane, mask, {dtype != 'signed8'}, {self.math})"
             case "ones":
                 return f"tl.full((), 1.0, {self.math})"
             case "bits":
@@ -113,6 +120,8 @@ class TritonLines(Lines):
 
     def _on(self, role: str, count: str) -> str:
         """A distance in elements as one in what a role's pointer points at."""
+        if role.endswith(scale_of("")):
+            return f"{count} // 32"
         return f"{count} // 8" if self.dtypes[role] == "bits" else count
 
     def _stores(self, stored: list[str], again: list[str]) -> list[str]:
@@ -120,6 +129,9 @@ class TritonLines(Lines):
         lines: list[str] = []
         for role in ("w", *stored):
             register = value = _register(role)
+            if role in self.eight or (role == "w" and self.split):
+                lines += self._store_format(role, role in again)
+                continue
             low = self.dtypes[role] == "bfloat16"
             if low and self.mixed:
                 lines.append(f"{register} = {register}.to(tl.float32)")
@@ -146,6 +158,25 @@ class TritonLines(Lines):
                 if role in again:
                     lines.append(f"{register} = {value}.to({POINTERS[self.dtypes[role]]}).to({self.math})")
         return lines
+
+    def _store_format(self, role: str, again: bool) -> list[str]:
+        """A moment of 8 bits, or a weight in two parts."""
+        register = _register(role)
+        if role == "w":
+            lines = [f"write_split(w_p + lane, rest_p + lane, w, mask, {self.rest_bits})"]
+            return [*lines, *([f"w = {self._read('w')}"] if again else [])]
+        squares = self.dtypes[role] == "nonnegative8"
+        bits = f"random_bits(key, start, lane, step, number, {self.draws.index(role)})"
+        value = f"sqrt({register})" if squares else register
+        given = f"{stream(role)}, {stream(scale_of(role))}, {value}, lane, mask, {bits}, {squares}"
+        return [f"kept_{register} = write_codes({given})"] + (
+            [f"{register} = kept_{register}.to({self.math})"] if again else []
+        )
+
+    @property
+    def rest_bits(self) -> int:
+        """Of a weight in two parts."""
+        return 8 * (1 + (self.layout.rounding == "split16"))
 
     def _cell(self, name: str, dtype: str) -> str:
         at = len(self.table.roles) + self.table.cells.index(name)
