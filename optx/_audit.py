@@ -8,15 +8,17 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 import optx.transforms
+from optx.bases import adabelief, adan, lion, novograd, yogi
 from optx.kernels.audit import report
 from optx.kernels.audit.report import Case
 from optx.kernels.step.layout import Layout
-from optx.step.bases import base_rules
+from optx.step.bases import BaseRules, base_rules
 from optx.step.group_numbers import base_numbers
 from optx.step.pipeline import build
 from optx.step.transform import Transform
@@ -34,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def all_cases() -> list[Case]:
     """Bases, dtypes, then transforms and their compositions."""
-    return [*_bases(), *_dtypes(), *_transforms()]
+    return [*_bases(), *_libraries(), *_dtypes(), *_transforms()]
 
 
 def make(
@@ -93,6 +95,35 @@ def _bases() -> Iterator[Case]:
     yield make("Adam", lambda p: torch.optim.Adam(p))
     yield make("AdamW", _adamw)
     yield make("AdamW amsgrad", lambda p: torch.optim.AdamW(p, amsgrad=True))
+    yield make("NAdam", lambda p: torch.optim.NAdam(p, weight_decay=0.1))
+    yield make("RAdam", lambda p: torch.optim.RAdam(p))
+    yield make("Adamax", lambda p: torch.optim.Adamax(p))
+    yield make("RMSprop", lambda p: torch.optim.RMSprop(p))
+    yield make("RMSprop centered momentum", lambda p: torch.optim.RMSprop(p, centered=True, momentum=0.9))
+    yield make("Adagrad", lambda p: torch.optim.Adagrad(p))
+    yield make("Adadelta", lambda p: torch.optim.Adadelta(p))
+    yield make("Rprop", lambda p: torch.optim.Rprop(p))
+    yield make("ASGD", lambda p: torch.optim.ASGD(p))
+
+
+def _libraries() -> Iterator[Case]:
+    """By their rules alone: the libraries need not be there."""
+    group: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.99, 0.9), "eps": 1e-8, "weight_decay": 0.1}
+    group |= {"weight_decouple": True, "fixed_decay": False, "ams_bound": False, "amsgrad": False}
+    group |= {"grad_averaging": True, "initial_accumulator": 1e-6}
+    base = SimpleNamespace(maximize=False, defaults={"max_grad_norm": 0.0})
+    for name, rules in (
+        ("Lion", lion.lion),
+        ("AdaBelief", adabelief.pytorch_optimizer),
+        ("Yogi", yogi.pytorch_optimizer),
+        ("Adan", adan.adan),
+        ("NovoGrad", novograd.torch_optimizer),
+    ):
+        made = rules(group, base)
+        assert isinstance(made, BaseRules), made
+        program = build((), {}, made, made.elements, base_numbers(group))
+        dtypes = ("float32",) * (2 + len(program.slots))
+        yield Case(name, program, Layout(dtypes, "nearest", made.counts_tensors))
 
 
 def _dtypes() -> Iterator[Case]:

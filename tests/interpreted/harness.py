@@ -123,7 +123,8 @@ class Bucket:
                 state[f"{t.name}.{name}"] = w.to(torch.float32) if name == "anchor" else slot.zeros(w)
         if self.setup.rounding == "kahan":
             state["kahan"] = torch.zeros_like(w)
-        return {k: v if v.ndim == 0 else self.band.like(v, number) for k, v in state.items()}
+        kept = {k: v for k, v in state.items() if isinstance(v, Tensor)}  # a plain count is `step`'s
+        return {k: v if v.ndim == 0 else self.band.like(v, number) for k, v in kept.items()}
 
     def point(self) -> None:
         """Write the addresses into the runner's table."""
@@ -137,6 +138,8 @@ class Bucket:
             g.copy_(value)
         if key is not None:
             self.runner.set_key(key)
+        if self.rules is not None and not self.rules.counts_tensors:
+            self.runner.cols[:, self.runner.columns.cols.index("step")] = self.steps + 1
         if not self.program.has_totals:
             self.runner.step()
         else:
