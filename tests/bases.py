@@ -93,6 +93,8 @@ def _other_bases() -> list[Base]:
         ),
         Base("schedulefree.SGD", lambda p: schedulefree.SGDScheduleFree(list(p), lr=0.05), modes=True),
         Base("pytorch_optimizer.Lion", lambda p: pytorch_optimizer.Lion(list(p), lr=0.001)),
+        Base("pytorch_optimizer.Adan", lambda p: pytorch_optimizer.Adan(list(p), lr=0.01)),
+        Base("pytorch_optimizer.NovoGrad", lambda p: pytorch_optimizer.NovoGrad(list(p), lr=0.01)),
         Base("pytorch_optimizer.StableAdamW", lambda p: pytorch_optimizer.StableAdamW(list(p), lr=0.01)),
         Base(
             "transformers.Adafactor",

@@ -204,6 +204,21 @@ def loose_groups_are_completed_in_the_same_all_reduce(rank: int) -> None:
         assert reductions(talk) == 5 * 2, kinds  # the level, and what is observed after it
 
 
+def bases_with_numbers_and_sums_of_their_own(rank: int) -> None:
+    """NAdam keeps a number per weight, NovoGrad sums a layer's gradient in its update."""
+    import torch_optimizer
+
+    mesh = four()
+    for base in (torch.optim.NAdam, torch_optimizer.NovoGrad):
+        alone = [nn.Parameter(w) for w in weights()]
+        parameters = spread(mesh, [Shard(0)])
+        opts = [optx.wrap(base(given, lr=0.01), fused=True) for given in (alone, parameters)]
+        take(opts[0], alone, range(4))
+        take(opts[1], parameters, range(4))
+        assert_same(parameters, [p.detach() for p in alone])
+        assert str(opts[1].plan()).startswith("group 0: fused cpu on local shards")
+
+
 def draws_of_bfloat16(rank: int) -> None:
     """Another draw in each shard, the same in its replicas; moments and weights alike."""
     mesh = square()
@@ -321,6 +336,7 @@ test_on_four_processes = on_processes(
     every_mesh_is_the_one_process,
     gradients_that_lie_otherwise,
     loose_groups_are_completed_in_the_same_all_reduce,
+    bases_with_numbers_and_sums_of_their_own,
     draws_of_bfloat16,
     what_one_rank_alone_sees_is_told_by_name,
     tensor_parallel_under_fsdp,
