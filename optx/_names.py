@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,16 @@ def plain_name(name: str) -> str:
 def whole(t: Tensor) -> Tensor:
     """A reduction completed over the device mesh, if there is one."""
     return t.full_tensor() if is_dtensor(t) else t  # type: ignore[attr-defined]
+
+
+def replicated(t: Tensor, p: Tensor) -> Tensor:
+    """A tensor that is the same in all processes, beside a sharded parameter: for arithmetic with it."""
+    if not is_dtensor(p):
+        return t
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh: Any = p.device_mesh  # type: ignore[attr-defined]
+    return DTensor.from_local(t, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 def placed_like(t: Tensor, p: Tensor) -> Tensor:

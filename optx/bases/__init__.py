@@ -1,6 +1,7 @@
 """How optimizers step, as rules: those that `optx.wrap` fuses. `register_base` adds a person's own."""
 
 from optx.bases import adabelief as adabelief
+from optx.bases import adafactor as adafactor
 from optx.bases import adam as adam
 from optx.bases import adam_kin as adam_kin
 from optx.bases import adan as adan

@@ -1,4 +1,8 @@
-"""Numbers per row and column of some weights, on torch tensors: see `per_row` for what these are."""
+"""Numbers per row and column of some weights, on torch tensors: see `per_row` for what these are.
+
+Of a weight that is spread over a mesh, every process has all of its rows' and columns' numbers, completed
+over the mesh however it is sharded.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optx._names import replicated, whole
 from optx.kernels.step.program import Call, Ref
 from optx.kernels.step.tiles import matrix
 
@@ -25,7 +30,8 @@ class Along:
     """
 
     def __init__(self, weights: Sequence[Tensor], wide: torch.dtype, math: Sequence[torch.dtype]) -> None:
-        self._shapes, self._wide, self._math = [w.shape for w in weights], wide, math
+        self._weights, self._wide, self._math = weights, wide, math
+        self._shapes = [w.shape for w in weights]
         self.found: dict[Ref, list[Tensor]] = {}
 
     def keep(self, refs: Sequence[Ref], i: int, values: Sequence[Tensor]) -> None:
@@ -33,21 +39,21 @@ class Along:
         shape = matrix(self._shapes[i])
         for ref, value in zip(refs, values, strict=True):
             over = value.reshape(shape).sum(1 if ref.kind == "row" else 0, dtype=self._wide)
-            self._put(ref, i, over)
+            self._put(ref, i, whole(over))
 
     def _put(self, ref: Ref, i: int, value: Tensor) -> None:
         self.found.setdefault(ref, [value] * len(self._shapes))[i] = value.to(self._math[i])
 
     def beside(self, ref: Ref) -> list[Tensor]:
         """Numbers as rules per element read them: of each weight's dimensions."""
-        return [
-            self._spread(ref, one, shape) for one, shape in zip(self.found[ref], self._shapes, strict=True)
-        ]
+        shaped = (self._shaped(ref, i) for i in range(len(self._shapes)))
+        return [replicated(one, w) for one, w in zip(shaped, self._weights, strict=True)]
 
-    def _spread(self, ref: Ref, one: Tensor, shape: torch.Size) -> Tensor:
+    def _shaped(self, ref: Ref, i: int) -> Tensor:
+        one, shape = self.found[ref][i], self._shapes[i]
         if len(shape) < 2:
             return one.reshape(()) if ref.kind == "row" else one.reshape(shape)
-        return one.reshape(-1, *[1] * (len(shape) - 1)) if ref.kind == "row" else one.reshape(shape[1:])
+        return one.reshape(-1, *[1] * (len(shape) - 1)) if ref.kind == "row" else one.reshape(1, *shape[1:])
 
     def run(
         self, call: Call, numbers: Mapping[Ref, Any], state: Mapping[str, Sequence[Tensor]]

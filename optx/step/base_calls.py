@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from optx._errors import OptxError, near
 from optx._rules import Rule
-from optx.kernels.step.program import BASE_G, Call, G, Ref
+from optx.kernels.step.program import BASE_G, Call, G, Kind, Ref
 from optx.step.bases import BaseRules, Sums
 from optx.step.binding import REGISTERS
 from optx.step.builder import Builder
@@ -26,9 +28,10 @@ def add_base(b: Builder, base: BaseRules, keeps_g: bool) -> None:
     for item in base.update:
         if isinstance(item, Sums):
             before = (*b.gradient, *b.weight, *b.base)
-            level = b.sum_left(names.per_tensor(item.rule), before)
-            if item.then is not None:
-                b.scalar(names.per_tensor(item.then), level)
+            level = b.sum_left(names.summed(item.rule, item.axis), before)
+            for one, axis in ((item.then, item.axis), (item.total, "")):
+                if one is not None:
+                    level = b.scalar(names.summed(one, axis), level)
         else:
             b.base.append(names.per_element(item, keeps_g))
 
@@ -46,8 +49,11 @@ class _Names:
             return self._g
         if name == "fresh":
             return Ref("col", name)
-        if name in self._base.cells and name not in self._made:
-            return Ref("cell", name)
+        if name in self._base.slots and name not in self._made:
+            slot = self._base.slots[name]
+            state: dict[str, Kind] = {"row": "rows", "column": "columns"}
+            if slot.scalar or slot.axis:
+                return Ref(state.get(slot.axis, "cell"), name)
         known = REGISTERS.get(name) or self._made.get(name) or self._b.common.get(name)
         if known is None:
             names = [*REGISTERS, *self._made, *self._base.cells, *self._b.common]
@@ -79,6 +85,15 @@ class _Names:
                 "computed; give it another name."
             )
         return made
+
+    def summed(self, r: Rule, axis: Kind | Literal[""]) -> Call:
+        """A rule that writes sums, or numbers per tensor, row or column."""
+        if not axis:
+            return self.per_tensor(r)
+        args = tuple(self._read(r, name) for name in r.reads)
+        for name in r.writes:
+            self._made[name] = Ref(axis, name if name in self._base.slots else f"base.{name}")
+        return Call(r, args, tuple(self._made[name] for name in r.writes))
 
     def per_tensor(self, r: Rule) -> Call:
         """A rule that writes numbers per tensor: the base's cells among them are kept after the step."""

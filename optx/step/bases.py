@@ -25,7 +25,7 @@ Counted = bool | Literal["number", "group"]
 
 @dataclass(frozen=True)
 class Sums:
-    """Sums over a weight tensor in the middle of a base's update, of what the rules before it leave.
+    """Sums over a weight, its rows or its columns amid a base's update, of what the rules before it leave.
 
     They take a reading pass of their own, which computes what those rules compute and stores nothing; sums
     that see the same share one.
@@ -33,11 +33,23 @@ class Sums:
     Args:
         rule: per element; each name that it writes is summed over the tensor, and can be read from then on.
         then: per tensor, in float64, from these sums and whatever else is one number: writes new names, which
-            later rules read, and the base's state tensors of one number (`per_tensor`).
+            later rules read, and the base's state tensors of one number (`per_tensor`). Over rows: per row,
+            writes new names, which later rules per element read as numbers of the element's row, and state
+            (`per_row`).
+        over: ``"tensor"``, ``"rows"`` or ``"columns"``; `per_row` says what these are.
+        total: over rows or columns: per row or column, after ``then``; what it writes is summed to numbers of
+            the tensor.
     """
 
     rule: Rule
     then: Rule | None = None
+    over: Literal["tensor", "rows", "columns"] = "tensor"
+    total: Rule | None = None
+
+    @property
+    def axis(self) -> Literal["", "row", "column"]:
+        """What it sums over, in the words of `Slot`."""
+        return {"rows": "row", "columns": "column"}.get(self.over, "")  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -91,7 +103,7 @@ class BaseRules:
     @property
     def elements(self) -> tuple[str, ...]:
         """The slots with one element per weight element."""
-        return tuple(name for name, slot in self.slots.items() if not slot.scalar)
+        return tuple(name for name, slot in self.slots.items() if not slot.scalar and not slot.axis)
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -134,13 +146,29 @@ def _check_rules(rules: BaseRules) -> None:
             raise OptxError(f"BaseRules: {kind} is {given!r}; it must be a tuple of rules, as (move,).")
         for one in given:
             if isinstance(one, Sums) and kind == "update":
-                _check_rule(rules, one.rule, kind, sums=True)
-                if one.then is not None:
-                    _check_rule(rules, one.then, kind, per_tensor=True)
+                _check_sums(rules, one)
             else:
                 _check_rule(rules, one, kind, per_tensor=kind == "scalars")
     if not any("w" in one.writes for one in rules.update if isinstance(one, Rule)):
         raise OptxError("BaseRules: no rule of update writes 'w'.")
+
+
+def _check_sums(rules: BaseRules, sums: Sums) -> None:
+    if sums.over not in ("tensor", "rows", "columns") or (sums.total is not None and not sums.axis):
+        raise OptxError(
+            f"BaseRules: Sums has over={sums.over!r}; it must be 'tensor', 'rows' or 'columns', and one of "
+            "the last two where there is a total."
+        )
+    _check_rule(rules, sums.rule, "update", sums=True)
+    for one in (sums.then, sums.total):
+        if one is not None:
+            _check_rule(rules, one, "update", per_tensor=True)
+    for name in () if sums.then is None else sums.then.writes:
+        if name in rules.slots and rules.slots[name].axis != sums.axis:
+            raise OptxError(
+                f"BaseRules: rule {sums.then and sums.then.name!r} writes {name!r}, which is not kept per "
+                f"{sums.axis or 'tensor'}, as its sums over the {sums.over} are."
+            )
 
 
 def _check_rule(rules: BaseRules, one: Any, kind: str, per_tensor: bool = False, sums: bool = False) -> None:

@@ -17,7 +17,7 @@ from optx.ops import Several
 from optx.step.along import Along, applied
 from optx.step.bits import Packed
 from optx.step.rounding import step_key, write
-from optx.step.sharded import Shards, Share, here
+from optx.step.sharded import Shards, Share, alike, here
 
 Operand = Any  # a TensorList, a number, or one number or 0-dim tensor per tensor
 
@@ -369,7 +369,7 @@ class GroupRun:
         along = any(ref.kind in AXES for ref in call.args)
         for value in applied(call, arguments):
             if along and isinstance(value, Tensor):
-                value = value.broadcast_to(like.shape)
+                value = alike(value.broadcast_to(like.shape), like)
             if isinstance(value, Tensor) and value.numel() not in (1, like.numel()):
                 raise TransformError(
                     f"{call.rule!r} returns a tensor of shape {tuple(value.shape)} for elements of shape "

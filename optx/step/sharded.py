@@ -125,6 +125,13 @@ def spread_as(t: Any, p: Any, name: str, what: str) -> Any:
     return t if spread_alike(t, p) else t.redistribute(p.device_mesh, p.placements)
 
 
+def alike(t: Any, p: Any) -> Any:
+    """What arithmetic made beside a DTensor, spread as that is."""
+    if not is_dtensor(t) or not is_dtensor(p) or spread_alike(t, p):
+        return t
+    return t.redistribute(p.device_mesh, p.placements)
+
+
 def surprise(reason: str) -> OptxError:
     """The error of what only this process can see of its shards."""
     rank = torch.distributed.get_rank()

@@ -64,6 +64,7 @@ class Slot:
             may be kept in fewer bits; ``""`` for what may not.
         counts: it counts the weight's steps, see `counter`.
         axis: ``"row"`` or ``"column"``: one number per row or column of the weight, see `per_row`.
+        keepdim: such a slot has two dimensions, (rows, 1) or (1, columns).
 
     Raises:
         TransformError: a dtype that no rule can read: complex, quantised, of 8 or fewer float bits; or
@@ -79,6 +80,7 @@ class Slot:
     moment: Moment = ""
     counts: bool = False
     axis: Literal["", "row", "column"] = ""
+    keepdim: bool = False
 
     def __post_init__(self) -> None:
         if self.moment:
@@ -115,7 +117,10 @@ class Slot:
         """The shape that it has for ``p``."""
         if self.scalar:
             return ()
-        return (matrix(p.shape)[self.axis == "column"],) if self.axis else tuple(p.shape)
+        if not self.axis:
+            return tuple(p.shape)
+        length = matrix(p.shape)[self.axis == "column"]
+        return ((length, 1) if self.axis == "row" else (1, length)) if self.keepdim else (length,)
 
     def zeros(self, p: Tensor) -> Tensor:
         """A slot of zeros for ``p``."""
@@ -147,7 +152,7 @@ def per_tensor(dtype: torch.dtype = torch.float64, derived: str = "") -> Slot:
     return Slot(dtype, scalar=True, derived=derived)
 
 
-def per_row(dtype: torch.dtype | None = torch.float32) -> Slot:
+def per_row(dtype: torch.dtype | None = torch.float32, keepdim: bool = False) -> Slot:
     """A slot with one number per row of the weight, which the moment ``rows`` reads and writes.
 
     A weight of two or more dimensions is a matrix of (shape[0], all the rest): a row is what makes one output
@@ -155,6 +160,7 @@ def per_row(dtype: torch.dtype | None = torch.float32) -> Slot:
 
     Args:
         dtype: a float's; None for the weight's.
+        keepdim: it is of shape (rows, 1), not (rows,).
 
     Example:
         Gradient centralisation (Yong et al. 2020, equation 1): the rows' means are taken out of the gradient.
@@ -208,16 +214,17 @@ def per_row(dtype: torch.dtype | None = torch.float32) -> Slot:
         >>> opt.state[w]["optx.clip_rows.usual"]
         tensor([5.5000, 1.1000])
     """
-    return Slot(dtype, axis="row")
+    return Slot(dtype, axis="row", keepdim=keepdim)
 
 
-def per_column(dtype: torch.dtype | None = torch.float32) -> Slot:
+def per_column(dtype: torch.dtype | None = torch.float32, keepdim: bool = False) -> Slot:
     """A slot with one number per column of the weight, which the moment ``columns`` reads and writes.
 
     Args:
         dtype: a float's; None for the weight's. `per_row` says what rows and columns are.
+        keepdim: it is of shape (1, columns), not (columns,).
     """
-    return Slot(dtype, axis="column")
+    return Slot(dtype, axis="column", keepdim=keepdim)
 
 
 def counter() -> Slot:

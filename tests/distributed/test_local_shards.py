@@ -39,9 +39,14 @@ def _share(size: Any, total_size: Any, total_numel: Any) -> Any:
     return (1.0 + size / total_size) * total_numel / 138.0
 
 
+@optx.rule(writes="way")
+def _way(w: Any, w0: Any) -> Any:
+    return (w - w0) * (w - w0)
+
+
 @optx.rule(writes="w")
-def _scaled(w: Any, share: Any, lr: Any) -> Any:
-    return w - lr * share * w
+def _scaled(w: Any, share: Any, lr: Any, way: Any, total_way: Any, steps: Any) -> Any:
+    return w - lr * share * w * (way / total_way + 0.1 * steps)
 
 
 @optx.rule(writes="kept")
@@ -58,10 +63,41 @@ class Weighed(optx.Transform):
     """Rules of one's own: a sum, its total over the optimizer, and one of what a step left for the next."""
 
     name = "weighed"
-    slots = {"kept": optx.per_tensor(torch.float64)}  # noqa: RUF012
+    slots = {"kept": optx.per_tensor(torch.float64), "steps": optx.counter()}  # noqa: RUF012
     rules = {  # noqa: RUF012
         **{"sums": _size, "totals": ("size", "numel"), "finish": _share, "gradient": _by_kept},
-        **{"after": _scaled, "observe": _kept},
+        **{"after_sums": _way, "after_totals": ("way",), "after": _scaled, "observe": _kept},
+    }
+
+
+@optx.rule(writes="row")
+def _across(w: Any, g: Any) -> Any:
+    return w * g
+
+
+@optx.rule(writes="column")
+def _down(g: Any) -> Any:
+    return g * g
+
+
+@optx.rule(writes=("usual", "part"))
+def _usual(row: Any, usual: Any, columns: Any) -> Any:
+    usual = 0.5 * usual + row / columns
+    return usual, 1.0 / (1.0 + optx.ops.abs(usual))
+
+
+@optx.rule(writes="g")
+def _by_both(g: Any, part: Any, column: Any, rows: Any) -> Any:
+    return g * part / (1.0 + column / rows)
+
+
+class Matrices(optx.Transform):
+    """Sums over rows and columns, and what is kept of the rows."""
+
+    name = "matrices"
+    slots = {"usual": optx.per_row()}  # noqa: RUF012
+    rules = {  # noqa: RUF012
+        **{"row_sums": _across, "column_sums": _down, "rows": _usual, "gradient": _by_both},
     }
 
 
@@ -330,8 +366,24 @@ def metrics_are_asked_for_on_all_ranks_or_refused(rank: int) -> None:
         opt.metrics()
 
 
+def numbers_per_row_and_column(rank: int) -> None:
+    """However weights are cut; torch's own operations take the step."""
+    wanted = in_one_process(lambda: [Matrices()], steps=2)
+    for mesh, places in ((four(), [Shard(0)]), (square(), [Replicate(), Shard(0)]), (four(), [Replicate()])):
+        parameters = spread(mesh, places)
+        opt = optx.wrap(adamw(parameters), Matrices())
+        assert "sums over rows or columns of sharded parameters" in str(opt.plan())
+        take(opt, parameters, range(2))
+        assert_same(parameters, wanted)
+        assert opt.slot(parameters[0], opt.matrices, "usual").shape == (7,)  # type: ignore[attr-defined]
+    crosswise = [nn.Parameter(distribute_tensor(w, four(), [Shard(w.ndim - 1)])) for w in weights()]
+    take(optx.wrap(adamw(crosswise), Matrices()), crosswise, range(2))
+    assert_same(crosswise, wanted)
+
+
 test_on_four_processes = on_processes(
     4,
+    numbers_per_row_and_column,
     every_composition_is_the_one_process,
     every_mesh_is_the_one_process,
     gradients_that_lie_otherwise,

@@ -263,11 +263,21 @@ def lars(weights: Any, **options: Any) -> torch.optim.Optimizer:
     return pytorch_optimizer.LARS(weights, lr=0.1, trust_coefficient=0.1, **options)
 
 
+def adafactor(weights: Any, **options: Any) -> torch.optim.Optimizer:
+    from transformers.optimization import Adafactor
+
+    return Adafactor(weights, **options)
+
+
 BASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "lamb": lambda p: lamb(p, weight_decay=0.1, debias=True),
     "lamb as adam": lambda p: lamb(p, adam=True),
     "lars": lambda p: lars(p, weight_decay=0.1, dampening=0.1, nesterov=True, maximize=True),
     "lars without momentum": lambda p: lars(p, momentum=0.0),
+    "torch's adafactor, vectors": lambda p: torch.optim.Adafactor(p[:2], lr=0.01, weight_decay=0.1),
+    "torch's adafactor": lambda p: torch.optim.Adafactor(p[2:], lr=0.01, maximize=True, eps=(1e-3, 1e-3)),
+    "adafactor, vectors": lambda p: adafactor(p[:2], weight_decay=0.01, warmup_init=True),
+    "adafactor": lambda p: adafactor(p[2:], lr=0.01, relative_step=False, scale_parameter=False, beta1=0.9),
 }
 
 
@@ -289,5 +299,11 @@ def test_bases_with_sums_step_as_their_libraries_have_them(name: str) -> None:
             opt.load_state_dict(states[1])
     for p, q in zip(plain, ours, strict=True):
         torch.testing.assert_close(q, p, rtol=3e-6, atol=1e-6)
-    keys = [set(library.state[plain[0]]), set(opt.state[ours[0]])]
-    assert keys[0] == keys[1]
+    first = next(i for i, p in enumerate(plain) if p in library.state)
+    assert set(library.state[plain[first]]) == set(opt.state[ours[first]])
+
+
+def test_adafactor_says_what_it_cannot_serve() -> None:
+    for shapes, why in (([(2, 3), (3,)], "a param group of their own"), ([(2, 3, 4)], "last two dimensions")):
+        opt = optx.wrap(torch.optim.Adafactor([nn.Parameter(torch.ones(shape)) for shape in shapes]))
+        assert why in str(opt.plan()[0].reason)
