@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from optx._rules import Rule, rule
-from optx.bases._common import SIGNED, SQUARES, negate
+from optx.bases._common import SIGNED, SQUARES, negate, register_library
 from optx.ops import maximum, minimum, sqrt
 from optx.step.bases import BaseRules, Sums, register_base
 from optx.step.transform import Group, per_column, per_row, per_tensor
@@ -263,5 +263,5 @@ def _transformers_adafactor(kind: int, pace: Rule, rate: Rule, averaged: bool) -
     return BaseRules((*sums, of_matrix, *last), (pace,), slots, counted="number")
 
 
-register_base("transformers.optimization.Adafactor", transformers_adafactor)
+register_library("transformers.optimization.Adafactor", transformers_adafactor, "5")
 register_base(torch.optim.Adafactor, torch_adafactor)

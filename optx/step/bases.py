@@ -218,6 +218,8 @@ def register_base(cls: type[Optimizer] | str, rules: BaseRules | Make, *, replac
     pytorch_optimizer Lion, AdaBelief, Yogi, Adan, NovoGrad, LARS (4.1; without gradient centralisation,
                       AdaNorm, rectify and cautious updates)
     torch_optimizer   AdaBelief, Yogi, NovoGrad, Lamb (0.3)
+    torch.optim,      Adafactor (5 of transformers), where a param group has matrices alone, or vectors
+    transformers      alone: one kernel serves a group, and their state differs
     ================= ====================================================================================
 
     Args:
