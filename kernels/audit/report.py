@@ -23,8 +23,8 @@ from typing import Any
 from optx.kernels.audit.assembly import Machine, inspect, widths
 from optx.kernels.audit.traffic import call_bytes
 from optx.kernels.step.emit_triton import FOLD_LANES, compiled
-from optx.kernels.step.layout import Layout, partials_per_chunk
-from optx.kernels.step.program import Program, Ref
+from optx.kernels.step.layout import EIGHT, GROUP, Layout, partials_per_chunk
+from optx.kernels.step.program import Call, Program, Ref
 from optx.kernels.step.triton import CHUNK_WARPS, TENSOR_WARPS, block_size, compiler_options
 from optx.kernels.triton_lib import LAUNCH, fold_chunks
 
@@ -85,6 +85,8 @@ class Kernel:
         options: of the compiler.
         narrowest: bits of the narrowest access allowed in the main loop.
         octets: how many roles are packed bits, of which a thread loads a byte for every eight elements.
+        scales: how many roles are moments of 8 bits, whose scales of 16 bits serve the elements of several
+            threads; these load it from one address, and one of them stores it.
     """
 
     program: str
@@ -99,6 +101,7 @@ class Kernel:
     options: dict[str, Any] = field(default_factory=lambda: dict(LAUNCH))
     narrowest: int = ACCESS
     octets: int = 0
+    scales: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,13 +130,25 @@ def kernels(case: Case, target: Target) -> Iterator[Kernel]:
     sums = {f"reduce_{i}": v.element_calls for i, v in enumerate(program.levels) if v.sums}
     blocks = {"BLOCK": block_size(target.wave), "ALIGNED": True}
     roles = zip(program.slots, case.layout.dtypes[2:], strict=True)
-    packed = {Ref("slot", name) for name, dtype in roles if dtype == "bits"}
+    kept = {Ref("slot", name): dtype for name, dtype in roles}
+    packed = {ref for ref, dtype in kept.items() if dtype == "bits"}
+    eight = {ref for ref, dtype in kept.items() if dtype in EIGHT}
+
+    def narrow(kernel: Kernel, calls: Iterable[Call]) -> Kernel:
+        """A thread's eight elements are 64 bits of codes, or of a weight's rest."""
+        scales = len(eight & program.reads(tuple(calls)))
+        low = 64 if scales or case.layout.rounding == "split8" else ACCESS
+        return replace(kernel, narrowest=low, scales=scales)
+
     for name, calls in sums.items():
         moved = call_bytes(program, case.layout, calls, stores=False)
-        yield _kernel(case.name, vars(module)[name], blocks, moved, len(packed & program.reads(calls)))
+        count = len(packed & program.reads(calls))
+        yield narrow(_kernel(case.name, vars(module)[name], blocks, moved, count), calls)
     calls = (*program.update, *program.observe)
     moved = call_bytes(program, case.layout, calls, stores=True)
-    update = _kernel(case.name, module.update, blocks, moved, len(packed & program.reads(calls)))
+    update = narrow(
+        _kernel(case.name, module.update, blocks, moved, len(packed & program.reads(calls))), calls
+    )
     yield replace(update, options=compiler_options(case.layout, "update", target.backend == "cuda"))
     for name in vars(module):
         if re.fullmatch(r"(scalars|totals|finish)_\d+|commit", name):
@@ -214,6 +229,7 @@ def measure(kernel: Kernel, target: Target) -> Row:
     per_thread = kernel.elements / (kernel.warps * target.wave) or 1.0
     loop = machine.loop if kernel.elements else ()
     counted = machine.bytes / per_thread if kernel.elements else 0.0
+    counted -= len(_scales(kernel, machine)) * 2 * (1 / per_thread - 1 / GROUP)
     return Row(
         kernel.program,
         kernel.name,
@@ -228,6 +244,12 @@ def measure(kernel: Kernel, target: Target) -> Row:
     )
 
 
+def _scales(kernel: Kernel, machine: Machine) -> list[Any]:
+    """The accesses to scales in the main loop: each moment's is loaded once, and stored at most once."""
+    halves = [a for a in machine.loop if a.bytes == 2]
+    return halves[: 2 * kernel.scales] if kernel.scales else []
+
+
 def _problems(kernel: Kernel, machine: Machine, counted: float, per_thread: float) -> Iterator[str]:
     if machine.spills:
         yield f"spills {machine.spills}"
@@ -238,6 +260,7 @@ def _problems(kernel: Kernel, machine: Machine, counted: float, per_thread: floa
         return
     octets = round(kernel.octets * per_thread / 8 * machine.turns)
     bytewise = [a for a in machine.loop if a.bytes == 1 and not a.store][:octets]
+    bytewise += _scales(kernel, machine)
     narrowest = min((8 * a.bytes for a in machine.loop if not any(a is b for b in bytewise)), default=ACCESS)
     if narrowest < kernel.narrowest:
         yield f"accesses memory by {narrowest} bits"
