@@ -177,6 +177,12 @@ def bench_step(context: typer.Context) -> None:
     importlib.import_module("optx.recipes._bench_step").main(context.args)
 
 
+@bench.command("bases", context_settings={**_PASS_ON, "help_option_names": []})
+def bench_bases(context: typer.Context) -> None:
+    """Time each fused optimizer against its library's own step, with the floor of the memory traffic."""
+    importlib.import_module("optx.recipes._bench_bases").main(context.args)
+
+
 @bench.command("attach", context_settings={**_PASS_ON, "help_option_names": []})
 def bench_attach(context: typer.Context) -> None:
     """Time adapters beside PEFT's on SmolLM2-135M, and count the activations both keep."""

@@ -10,6 +10,7 @@ from optx.bases import asgd as asgd
 from optx.bases import lamb as lamb
 from optx.bases import lars as lars
 from optx.bases import lion as lion
+from optx.bases import muon as muon
 from optx.bases import novograd as novograd
 from optx.bases import rprop as rprop
 from optx.bases import sgd as sgd

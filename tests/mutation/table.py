@@ -242,7 +242,18 @@ TABLE = {
     "optx/bases/sgd.py": f"arithmetic_step {_STEP}",
     **{
         f"optx/bases/{name}.py": "fused_bases"
-        for name in ["adabelief", "adam_kin", "adan", "adaptive", "asgd", "lion", "novograd", "rprop", "yogi"]
+        for name in [
+            "adabelief",
+            "adam_kin",
+            "adan",
+            "adaptive",
+            "asgd",
+            "lion",
+            "muon",
+            "novograd",
+            "rprop",
+            "yogi",
+        ]
     },
     "optx/step/base_calls.py": f"registered_bases levels {_STEP}",
     "optx/step/group_numbers.py": f"arithmetic_step wrap_numbers {_STEP}",
