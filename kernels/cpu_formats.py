@@ -144,13 +144,12 @@ def encode_group(dtype: str, role: int, codes_role: int, keep: bool) -> Any:
             size = b.bitcast(_magnitude(b, y), _many(F32))
             level = b.fmul(b.fmul(y, _reciprocal(b, b.fadd(_all(1.0), size))), _all(254.0))
             level = b.fadd(level, _dither(b, draw))
-            level = _at_most(b, ">", _at_most(b, "<", level, _all(127.0)), _all(-127.0))
         else:
             level = b.fmul(x, _spread(b, b.fdiv(ir.Constant(F32, 255.0), safe)))
-            level = _at_most(b, "<", b.fadd(level, _dither(b, draw)), _all(255.0))
+            level = b.fadd(level, _dither(b, draw))
             # What is not 0 stays so: an update is divided by it.
             least = b.select(b.fcmp_ordered(">", x, _all(0.0)), _all(1.0), _all(0.0))
-            level = _at_most(b, ">", level, least)
+            level = b.select(b.fcmp_ordered(">", level, least), level, least)
         bits = b.bitcast(b.fadd(level, _all(_ROUND)), _many(I32))
         bits = b.and_(bits, _spread(b, b.select(plain, I32(0xFF), I32(0))))
         kept = b.trunc(bits, _many(I8))
@@ -166,14 +165,12 @@ _LANES = [(i * _GOLDEN + (1 << 31)) % (1 << 32) - (1 << 31) for i in range(GROUP
 
 
 def _dither(b: Any, draw: Any) -> Any:
-    """A number from -1/2 to 1/2 for each lane, each of them as likely as any."""
+    """A number between -1/2 and 1/2 for each lane, each of them as likely as any.
+
+    Not the very ends, which could make 128 of 127.
+    """
     drawn = b.add(_spread(b, draw), ir.Constant(_many(I32), _LANES))
-    return b.fmul(b.sitofp(drawn, _many(F32)), _all(2.0**-32))
-
-
-def _at_most(b: Any, than: str, x: Any, bound: Any) -> Any:
-    """``x`` where it is less (or greater) than ``bound``, else that."""
-    return b.select(b.fcmp_ordered(than, x, bound), x, bound)
+    return b.fmul(b.sitofp(drawn, _many(F32)), _all(2.0**-32 * (1 - 2.0**-11)))
 
 
 def _scale(b: Any, largest: Any) -> tuple[Any, Any]:

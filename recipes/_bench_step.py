@@ -104,6 +104,7 @@ class Subject:
     name: str
     make: Callable[[nn.Module], Any]  # gives something with step()
     bytes: float | None = None  # per parameter; None where it is not ours to count
+    dtype: torch.dtype = torch.float32  # of weights and gradients
     times: list[float] = field(default_factory=list[float])
     gradients: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list[tuple[nn.Parameter, Tensor]])
 
@@ -118,8 +119,21 @@ def _adamw(model: nn.Module, **options: Any) -> torch.optim.AdamW:
     return torch.optim.AdamW(model.named_parameters(), lr=1e-8, weight_decay=0.0, **options)
 
 
-def _wrapped(*transforms: Callable[[nn.Module], optx.Transform], fused: Any = True) -> Callable[..., Any]:
-    return lambda model: optx.wrap(_adamw(model), *(t(model) for t in transforms), fused=fused)
+def _wrapped(
+    *transforms: Callable[[nn.Module], optx.Transform], fused: Any = True, **settings: Any
+) -> Callable[..., Any]:
+    return lambda model: optx.wrap(_adamw(model), *(t(model) for t in transforms), fused=fused, **settings)
+
+
+def _formats() -> Iterable[Subject]:
+    """The same in fewer bytes."""
+    low, both = torch.bfloat16, _compositions()["PerpGrad + AdamR"]
+    yield Subject("AdamW, state='bfloat16'", _wrapped(state="bfloat16"))
+    yield Subject("AdamW, state='8bit'", _wrapped(state="8bit"))
+    yield Subject("PerpGrad + AdamR, state='8bit'", _wrapped(*both, state="8bit"))
+    split = {"state": "8bit", "master": "split"}
+    yield Subject("AdamW bf16, state='8bit', master='split'", _wrapped(**split), dtype=low)
+    yield Subject("PerpGrad + AdamR bf16, the same", _wrapped(*both, **split), dtype=low)
 
 
 def _compositions() -> dict[str, list[Callable[[nn.Module], optx.Transform]]]:
@@ -148,6 +162,7 @@ def subjects(peers: bool, compiled: bool) -> list[Subject]:
     everything.append(Subject("torch clip_grad_norm_, then fused=True", _Clipped))
     for name, transforms in _compositions().items():
         everything.append(Subject(name, _wrapped(*transforms)))
+    everything += _formats()
     if peers:
         everything.append(Subject("torch foreach", lambda m: _adamw(m, foreach=True)))
         for name in ("PerpGrad", "PerpGrad + AdamR"):
@@ -233,15 +248,31 @@ def _traffic(optimizer: Any, model: nn.Module) -> float | None:
         return None
     program = optimizer.program(0)
     active = [p for p in model.parameters() if p.requires_grad]
-    moved = sum(step_bytes(program, _layout(program, p)) * p.numel() for p in active)
+    layouts = ((p, _layout(program, p, optimizer.state[p])) for p in active)
+    moved = sum(step_bytes(program, layout) * p.numel() for p, layout in layouts)
     return moved / sum(p.numel() for p in model.parameters())
 
 
-def _layout(program: Program, p: Tensor) -> Layout:
-    """How a step finds a weight's tensors in float32."""
+_CODES = {torch.int8: "signed8", torch.uint8: "nonnegative8"}
+_RESTS = {None: "nearest", torch.int8: "split8", torch.int16: "split16"}
+
+
+def _layout(program: Program, p: Tensor, state: dict[str, Any]) -> Layout:
+    """How a step finds a weight's tensors."""
     packed = ("bits" if p.shape[-1] % 8 == 0 else "bool") if p.ndim >= 2 else "ones"
-    slots = (packed if name in program.packed else "float32" for name in program.slots)
-    return Layout(("float32", "float32", *slots), "nearest", True)
+    weight = _name(p.dtype)
+
+    def dtype(name: str) -> str:
+        kept = state.get(name, state.get(f"optx.{name}"))
+        kind = p.dtype if kept is None else kept.dtype
+        return packed if name in program.packed else _CODES.get(kind, _name(kind))
+
+    rest = state["optx.rest"].dtype if "optx.rest" in state else None
+    return Layout((weight, weight, *map(dtype, program.slots)), _RESTS[rest], True)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def measure(shape: str, rounds: int, peers: bool, compiled: bool, device: str) -> list[Subject]:
@@ -259,15 +290,16 @@ def measure(shape: str, rounds: int, peers: bool, compiled: bool, device: str) -
         ):
             del module_p
             owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(shared.detach()))
+            # Shared, but for those of another dtype.
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(shared.detach().to(subject.dtype)))
         optimizer = subject.make(model)
-        named = [(p, gradients[name]) for name, p in model.named_parameters() if p.requires_grad]
-        subject.gradients = named
-        subject.bytes = subject.bytes or _traffic(optimizer, model)
+        moving = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+        subject.gradients = [(p, gradients[name].to(subject.dtype)) for name, p in moving]
         running.append((subject, optimizer))
         for _ in range(3):  # before others move the weights between AdamR's wrap and its first step
             subject.give_gradients()
             optimizer.step()
+        subject.bytes = subject.bytes or _traffic(optimizer, model)
     for number in range(rounds):
         # Not in a fixed cycle: threads that torch leaves spinning would slow down whatever comes next.
         turn = random.Random(number).sample(running, len(running))
@@ -325,7 +357,8 @@ def tables(results: dict[str, Any]) -> list[Table]:
             rows,
             "A step's time, as a ratio to torch.optim.AdamW(fused=True)",
             f"Median and, in brackets, least of {results['settings']['rounds']} rounds or more, the subjects "
-            "in turn in one process, float32; transforms are around AdamW. Floor: bytes that must move, in "
+            "in turn in one process, in float32 where nothing else is said; transforms are around AdamW. "
+            "Floor: bytes that must move, in "
             f"units of AdamW's {ADAMW_BYTES} per parameter; more where shapes differ. A process's first "
             f"step takes {seconds['cold']:.1f} s, compiling, and {seconds['warm']:.1f} s from the disk cache "
             "afterwards.",
