@@ -19,6 +19,7 @@ from optx.step.state import is_ours
 from optx.step.transform import Group
 
 SHARED = "two tensors that the step writes share their memory, and kernels write all at once"
+TILED = "it sums over rows or columns, which only the CPU's kernels do"
 ALIASED = "a gradient lies in memory that the step writes"
 
 
@@ -41,8 +42,6 @@ def why_not(base: torch.optim.Optimizer, group: Group, program: Program) -> str 
         except RuleSourceError as error:
             return str(error)
     devices = {p.device.type for p in group["params"]}
-    if program.tiled and devices == {"cuda"}:
-        return "it sums over rows or columns, which has no Triton form yet"
     if program.tiled and any(map(is_dtensor, group["params"])):
         return "it sums over rows or columns of sharded parameters"
     return why_unavailable("triton" if devices == {"cuda"} else "numba")

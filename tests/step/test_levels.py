@@ -247,6 +247,74 @@ def test_rows_of_weights_in_another_order_take_the_foreach_path() -> None:
     assert "not contiguous" in str(opt.plan()[0].reason)
 
 
+def test_what_only_the_cpus_kernels_do_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    weights = [nn.Parameter(torch.ones(2, 3))]
+    with pytest.raises(optx.FusedError, match="sums over rows or columns, which only the CPU's kernels do"):
+        optx.wrap(torch.optim.SGD(weights, lr=0.1), Matrices(), fused="triton")
+    with pytest.raises(optx.OptxError, match=r"rows or columns"):
+        optx.wrap(torch.optim.AdamW(weights), Matrices(), state="8bit")
+
+
+# ---- refusals ----------------------------------------------------------------------------------------------
+
+
+def rules_of(slots: Any = None, **rules: Any) -> optx.Transform:
+    made = type("Mine", (optx.Transform,), {"name": "mine", "rules": rules})()
+    made.slots = slots or {}
+    return made
+
+
+def writes(name: str, reads: str) -> Any:
+    scope: dict[str, Any] = {}
+    exec(f"def sends({reads}):\n    return {reads} * 1.0\n", scope)
+    return optx.rule(scope["sends"], writes=name)
+
+
+ROW, COUNT = {"kept": optx.per_row()}, {"steps": optx.counter()}
+REFUSED = {
+    "after_sums write a sum again": (
+        rules_of(sums=writes("s", "g"), after_sums=writes("s", "w")),
+        r"\(after_sums\) writes 's', which sums has computed",
+    ),
+    "after_scalars write a cell again": (
+        rules_of({"c": optx.per_tensor()}, scalars=writes("c", "lr"), after_scalars=writes("c", "lr")),
+        "writes 'c', which scalars has computed",
+    ),
+    "gradient reads what comes after": (
+        rules_of(after_sums=writes("s", "w"), gradient=writes("g", "s")),
+        "reads 's' in gradient, and after_sums computes it only later",
+    ),
+    "after_totals": (rules_of(after_totals=("s",)), "after_totals has 's', which neither after_sums nor"),
+    "after_totals as a string": (rules_of(after_totals="s"), "after_totals is 's'; it must be a tuple"),
+    "a counter is written": (rules_of(COUNT, scalars=writes("steps", "lr")), "'steps', a counter"),
+    "a counter is observed": (rules_of(COUNT, observe=writes("steps", "w")), "writes 'steps'"),
+    "rows read g": (rules_of(rows=writes("x", "g")), "runs per row; take a sum of it in row_sums"),
+    "columns read rows": (
+        rules_of(row_sums=writes("s", "g"), columns=writes("x", "s")),
+        "reads 's', which has a value per row; columns has none",
+    ),
+    "scalars read rows": (
+        rules_of(row_sums=writes("s", "g"), scalars=writes("x", "s")),
+        "reads 's', which has a value per row; scalars has none",
+    ),
+    "an element reads what no rule wrote": (
+        rules_of(ROW, gradient=writes("g", "kept")),
+        "reads 'kept', which has a value per row; only what a rule of that moment wrote",
+    ),
+    "gradient writes rows": (rules_of(ROW, gradient=writes("kept", "g")), "writes 'kept'; gradient may"),
+    "columns write rows": (rules_of(ROW, columns=writes("kept", "lr")), "writes 'kept'; columns may write"),
+    "sums write rows": (rules_of(ROW, row_sums=writes("kept", "g")), "writes 'kept'; row_sums may write new"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_has_no_meaning_is_refused(case: str) -> None:
+    made, said = REFUSED[case]
+    with pytest.raises(optx.TransformError, match=said):
+        optx.wrap(torch.optim.SGD([nn.Parameter(torch.ones(2, 2))], lr=0.1), made)
+
+
 # ---- bases with sums of their own ------------------------------------------------------------------------
 
 
