@@ -29,9 +29,10 @@ def add_base(b: Builder, base: BaseRules, keeps_g: bool) -> None:
         if isinstance(item, Sums):
             before = (*b.gradient, *b.weight, *b.base)
             level = b.sum_left(names.summed(item.rule, item.axis), before)
-            for one, axis in ((item.then, item.axis), (item.total, "")):
-                if one is not None:
-                    level = b.scalar(names.summed(one, axis), level)
+            if item.then is not None:
+                level = b.scalar(names.summed(item.then, item.axis), level)
+            if item.total is not None:
+                b.scalar(names.per_tensor(item.total), level)
         else:
             b.base.append(names.per_element(item, keeps_g))
 

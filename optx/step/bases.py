@@ -144,7 +144,8 @@ def _check_rules(rules: BaseRules) -> None:
         given: Any = getattr(rules, kind)
         if not isinstance(given, tuple):
             raise OptxError(f"BaseRules: {kind} is {given!r}; it must be a tuple of rules, as (move,).")
-        for one in given:
+        items: tuple[Any, ...] = given
+        for one in items:
             if isinstance(one, Sums) and kind == "update":
                 _check_sums(rules, one)
             else:
