@@ -83,7 +83,7 @@ def _plain(entry: Any) -> Any:
 
 
 def _decoded(entry: dict[str, Any]) -> dict[str, Any]:
-    plain = dict(entry)
+    plain = {k: v for k, v in entry.items() if k != _NESTED} | entry.get(_NESTED, {})
     if "state1" in plain:
         plain = _bitsandbytes(plain)
     for key in list(plain):
@@ -112,6 +112,7 @@ def _flashoptim(codes: Tensor, scales: Tensor) -> Tensor:
     return values.view(-1)[: codes.numel()].view(codes.shape)
 
 
+_NESTED = "__bnb_optimizer_quant_state__"  # where newer files of bitsandbytes have all that is coded
 _BNB = {"state1": "exp_avg", "state2": "exp_avg_sq"}
 
 
@@ -215,7 +216,9 @@ def _check_scales(entry: dict[str, Any], name: str) -> None:
 
 def _foreign(entry: Mapping[str, Any]) -> bool:
     return any(
-        k == "qmap1" or k.endswith("::quantized") or (hasattr(v, "dequantize") and hasattr(v, "codes"))
+        k in ("state1", _NESTED)
+        or k.endswith("::quantized")
+        or (hasattr(v, "dequantize") and hasattr(v, "codes"))
         for k, v in entry.items()
     )
 

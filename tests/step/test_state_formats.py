@@ -274,10 +274,12 @@ def test_other_libraries_states_are_decoded() -> None:
     table, largest = torch.linspace(-1, 1, 256), torch.tensor([1.0, 2.0, 4.0])
     places = torch.arange(768).remainder(256).to(torch.uint8).view(32, 24)
     flash = {"exp_avg::quantized": codes, "exp_avg::scales": torch.full((24,), 0.5, dtype=torch.float16)}
-    bnb = {"state1": places, "qmap1": table, "absmax1": largest, "step": 3}
+    bnb = {"state1": places, "qmap1": table, "absmax1": largest}
+    dynamic = (table[places.long()].view(3, 256) * largest[:, None]).view(32, 24)
     for entry, wanted in (
         (flash, codes / 127.0 / (2 - codes.abs() / 127.0) * 0.5),
-        (bnb, (table[places.long()].view(3, 256) * largest[:, None]).view(32, 24)),
+        ({**bnb, "step": 3}, dynamic),
+        ({"__bnb_optimizer_quant_state__": bnb, "step": 3}, dynamic),
     ):
         state_dict = {**foreign, "state": {0: entry}}
         plain = optx.convert_state(state_dict)["state"][0]
