@@ -11,7 +11,7 @@ from torch import Tensor
 
 from optx.kernels.audit.report import Case
 from optx.kernels.device.checks import LeftOut
-from optx.kernels.step.layout import FRESH, STEP, Columns
+from optx.kernels.step.layout import EIGHT, FRESH, GROUP, STEP, Columns
 
 # Numbers of a param group, by the last part of their names; others are a half.
 _NUMBERS = {
@@ -75,8 +75,9 @@ class Bucket:
         runner.commit()
 
     def kept(self) -> list[tuple[str, Tensor]]:
-        """What a step writes, by name."""
-        return [(f"{name} of {t['w'].numel()}", t[name]) for t in self.tensors for name in t if name != "g"]
+        """What a step writes, by name; a weight's rest goes round where the weight's last bit does."""
+        named = [(t, name) for t in self.tensors for name in t if name not in ("g", "rest")]
+        return [(f"{name} of {t['w'].numel()}", t[name]) for t, name in named]
 
 
 def number(name: str) -> float:
@@ -89,13 +90,16 @@ def _values(role: str, dtype: str, n: int, generator: torch.Generator) -> Tensor
         return torch.ones(1, dtype=torch.bool)
     if dtype == "bits":
         return torch.randint(256, (-(-n // 8),), generator=generator, dtype=torch.uint8)
+    if role in ("kahan", "rest"):  # what goes with a weight is nothing yet
+        return torch.zeros(n, dtype=getattr(torch, dtype))
+    if dtype in EIGHT:
+        low, kind = (-127, torch.int8) if dtype == "signed8" else (0, torch.uint8)
+        return torch.randint(low, 128, (n,), generator=generator).to(kind)
+    if role.endswith(".scale"):
+        return torch.full((-(-n // GROUP),), 0.125, dtype=torch.bfloat16)
     if dtype in _WHOLE:
         return torch.randint(_WHOLE[dtype], (n,), generator=generator).to(getattr(torch, dtype))
-    kind: Any = getattr(torch, dtype, None)
-    if kind is None:
-        raise LeftOut(f"{dtype} has no Triton kernels")
-    if role in ("kahan", "rest"):
-        return torch.zeros(n, dtype=kind)
+    kind: Any = getattr(torch, dtype)
     x = 0.1 * torch.randn(n, generator=generator, dtype=torch.float64)
     # Second moments are squares, whatever they are called; nothing minds another slot without a sign.
     return (x if role in ("w", "g", "exp_avg", "momentum_buffer") else x.abs()).to(kind)

@@ -15,11 +15,15 @@ from optx.kernels.audit.report import Case
 from optx.kernels.audit.traffic import call_bytes, step_bytes
 from optx.kernels.device.buckets import Bucket
 from optx.kernels.device.checks import Check, LeftOut, Place, Wrong
+from optx.kernels.step.layout import EIGHT
 
 REGISTERS = (64, 96, 128)
-# How far results of two compilers may be apart, in units of a tensor's largest number. A stochastic rounding
-# draws alike on both, from numbers that may differ in their last bit.
-_APART = {torch.float64: 1e-7, torch.float32: 2e-5, torch.bfloat16: 2**-6, torch.float16: 2**-8}
+# How far results of two compilers may be apart, in units of a tensor's largest number. Where something is
+# rounded stochastically each draws in its own way: one step is compared, and sums of what was stored loosely.
+_APART = {
+    **{torch.float64: 1e-7, torch.float32: 2e-5, torch.bfloat16: 2**-6, torch.float16: 2**-8},
+    **{torch.int8: 2 / 127, torch.uint8: 2 / 255},  # codes of moments
+}
 
 
 def checks(cases: Sequence[Case], main: int) -> Iterator[Check]:
@@ -48,13 +52,15 @@ def _correct(case: Case, place: Place) -> Mapping[str, Any]:
     from optx.kernels.step.cpu import CpuStep
 
     here, there = Bucket(case, place.sizes, "cpu", CpuStep), on_device(case, place.sizes, place)
-    for _ in range(2):
+    drawn = any(dtype in ("bfloat16", *EIGHT) for dtype in case.layout.dtypes)
+    for _ in range(1 if drawn else 2):
         here.step()
         there.step()
     worst = 0.0
     for (name, wanted), (_, found) in zip(here.kept(), there.kept(), strict=True):
         apart = _apart(wanted, found.cpu())
-        if not apart <= _APART.get(wanted.dtype, 0.0):
+        allowed = 0.02 if drawn and wanted.ndim == 0 else _APART.get(wanted.dtype, 0.0)
+        if not apart <= allowed:
             raise Wrong(f"{name} is {apart:.2g} of its largest number apart from the CPU's kernels")
         worst = max(worst, apart)
     return {"apart": float(f"{worst:.2g}"), "tensors": len(place.sizes)}

@@ -16,6 +16,7 @@ PLACE = Place("cpu", 512, (1, 300), 1)
 NAMES = (
     *(f"{kind}: AdamW" for kind in ("correct", "speed", "registers", "launches", "graph")),
     *("correct: AdamW bf16 stochastic", "correct: Clip + AdamW", "correct: KeepMask + AdamW"),
+    "correct: AdamW bf16 split, 8-bit moments",
     *("correct: ternary, bfloat16", "correct: loss, float32", "correct: entries (CPU)"),
     *("speed: ternary add, float32", "speed: loss, float32"),
 )
