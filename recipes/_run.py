@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import tempfile
@@ -24,6 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import optx
 from optx._files import written_aside
+from optx.kernels.available import why_unavailable
 
 from ._config_file import Options
 from ._interrupt import Interrupt
@@ -134,8 +136,7 @@ def clock() -> float:
 def environment() -> dict[str, Any]:
     """What measurements depend on, for results.json."""
     where = device()
-    processor = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-    name = torch.cuda.get_device_name() if where.type == "cuda" else processor
+    name = torch.cuda.get_device_name() if where.type == "cuda" else _processor()
     return {
         "date": datetime.date.today().isoformat(),
         "optx": optx.__version__,
@@ -144,6 +145,19 @@ def environment() -> dict[str, Any]:
         "device": f"{where.type} ({name})",
         "threads": torch.get_num_threads(),
     }
+
+
+def _processor() -> str:
+    """Model and instructions: torch's, and those that Numba compiles for."""
+    parts = [platform.machine(), f"torch {torch.backends.cpu.get_cpu_capability()}"]
+    about = Path("/proc/cpuinfo")
+    if about.exists() and (found := re.search(r"^model name\s*: (.+)$", about.read_text(), re.MULTILINE)):
+        parts.insert(0, found[1].strip())
+    if why_unavailable("numba") is None:
+        from optx.kernels import processor
+
+        parts.append(f"Numba {processor.name()} {processor.vectors()}")
+    return ", ".join(parts)
 
 
 class Run:
