@@ -60,7 +60,7 @@ class Base:
             return kind(list(weights), lr=LR, **self.settings, **form)
 
 
-_PLAIN = ({},)
+_PLAIN: tuple[dict[str, Any], ...] = ({},)
 BASES = (
     *map(Base, ("torch.optim.NAdam", "torch.optim.RAdam", "torch.optim.Adamax", "torch.optim.RMSprop")),
     Base("torch.optim.RMSprop", {"centered": True, "momentum": 0.9}),

@@ -142,7 +142,7 @@ def _check_state(rules: BaseRules) -> None:
 def _check_rules(rules: BaseRules) -> None:
     for kind in ("scalars", "update"):
         given: Any = getattr(rules, kind)
-        if not isinstance(given, tuple):
+        if not issubclass(type(given), tuple):
             raise OptxError(f"BaseRules: {kind} is {given!r}; it must be a tuple of rules, as (move,).")
         items: tuple[Any, ...] = given
         for one in items:
@@ -262,8 +262,9 @@ def register_base(cls: type[Optimizer] | str, rules: BaseRules | Make, *, replac
         >>> w.detach(), opt.plan()[0].path
         (tensor([0.9000, 2.1000]), 'fused cpu')
     """
-    named = isinstance(cls, str)
-    if not (named and "." in cls) and not (isinstance(cls, type) and issubclass(cls, Optimizer)):
+    given: Any = cls
+    named = isinstance(given, str) and "." in given
+    if not named and not (isinstance(given, type) and issubclass(given, Optimizer)):
         raise OptxError(
             f"register_base: cls is {cls!r}; it must be a class of optimizers, or its name, as "
             "'library.Lion'."

@@ -40,7 +40,7 @@ def several(value: Any) -> bool:
     """Whether a setting holds numbers in a row, as ``betas`` does."""
     if isinstance(value, Tensor):
         return value.ndim == 1 and len(value) > 1
-    return isinstance(value, tuple | list) and bool(value) and as_number(value[0]) is not None
+    return issubclass(type(value), tuple | list) and bool(value) and as_number(value[0]) is not None
 
 
 def rule_numbers(group: Group, names: Iterable[str]) -> dict[str, float | Tensor]:
@@ -91,7 +91,8 @@ def check_numbers(base: Optimizer, group: Group) -> None:
                 f"optx: a param group of {name} has no {key!r}. Add groups with add_param_group, which fills "
                 "in the defaults."
             )
-        if key == "betas" and len(default) == 2 and type(base).__module__.startswith("torch."):
+        row: Any = default
+        if key == "betas" and len(row) == 2 and type(base).__module__.startswith("torch."):
             check_betas(group[key])
         elif several(default):
             _check_row(key, default, group[key])
@@ -111,7 +112,7 @@ def _check_row(key: str, default: Any, given: Any) -> None:
 
 def check_betas(betas: Any) -> None:
     """Raise unless these are two numbers from 0 to below 1, as torch's constructors want them."""
-    pair = [as_number(beta) for beta in betas] if isinstance(betas, tuple | list | Tensor) else []
+    pair = list(map(as_number, betas)) if issubclass(type(betas), tuple | list | Tensor) else []
     numbers = [None if beta is None else as_float(beta) for beta in pair]
     if len(numbers) != 2 or not all(beta is not None and 0.0 <= beta < 1.0 for beta in numbers):
         raise OptxError(
