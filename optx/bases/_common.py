@@ -12,7 +12,8 @@ from torch import Tensor
 from optx._rules import Rule, rule
 from optx.ops import sqrt
 from optx.step.bases import BaseRules, Make, register_base
-from optx.step.transform import Group, Slot
+from optx.step.declared import Slot
+from optx.step.transform import Group
 
 SIGNED = Slot(dtype=None, moment="signed")
 SQUARES = Slot(dtype=None, moment="nonnegative")

@@ -16,7 +16,8 @@ from optx._rules import Rule, rule
 from optx.bases._common import SIGNED, SQUARES, negate, register_library
 from optx.ops import maximum, minimum, sqrt
 from optx.step.bases import BaseRules, Sums, register_base
-from optx.step.transform import Group, per_column, per_row, per_tensor
+from optx.step.declared import per_column, per_row, per_tensor
+from optx.step.transform import Group
 
 
 def kind_of(group: Group) -> int | str:

@@ -13,7 +13,8 @@ from optx.bases._common import PLAIN, SIGNED, SQUARES, debiased, given, keeps, s
 from optx.bases.adam import adam_moments
 from optx.ops import abs, exp, maximum, sqrt, where
 from optx.step.bases import BaseRules, register_base
-from optx.step.transform import Group, Slot
+from optx.step.declared import Slot
+from optx.step.transform import Group
 
 _LOG = math.log(0.96)
 

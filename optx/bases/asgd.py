@@ -11,7 +11,8 @@ from optx._rules import rule
 from optx.bases._common import PLAIN, given, start
 from optx.ops import maximum, where
 from optx.step.bases import BaseRules, register_base
-from optx.step.transform import Group, Slot
+from optx.step.declared import Slot
+from optx.step.transform import Group
 
 _NUMBER = Slot(torch.float32, scalar=True)
 

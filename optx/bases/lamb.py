@@ -16,7 +16,8 @@ from optx.bases._common import SIGNED, SQUARES, given, register_library
 from optx.bases.adam import adam_moments
 from optx.ops import minimum, sqrt, where
 from optx.step.bases import BaseRules, Sums
-from optx.step.transform import Group, per_tensor
+from optx.step.declared import per_tensor
+from optx.step.transform import Group
 
 
 @rule(writes=("pace", "gain1", "gain2"))

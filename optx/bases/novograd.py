@@ -21,7 +21,8 @@ from optx.bases._common import (
 )
 from optx.ops import maximum, sqrt, where
 from optx.step.bases import BaseRules, Sums
-from optx.step.transform import Group, Slot
+from optx.step.declared import Slot
+from optx.step.transform import Group
 
 
 @rule(writes="norm")

@@ -16,9 +16,10 @@ from torch.optim import Optimizer
 
 from optx._errors import OptxError
 from optx._rules import Rule
+from optx.step.declared import Slot
 from optx.step.group_numbers import base_numbers, check_numbers
 from optx.step.own_methods import Methods
-from optx.step.transform import Group, Slot
+from optx.step.transform import Group
 
 Counted = bool | Literal["number", "group"]
 

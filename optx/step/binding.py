@@ -12,8 +12,10 @@ from optx._errors import TransformError, near
 from optx._rules import Rule
 from optx.kernels.step.program import W0, Axis, Call, G, Kind, Ref, W
 from optx.step.counting import ADVANCES, advance
+from optx.step.declared import Slot
 from optx.step.elementwise import why_not_elementwise
-from optx.step.transform import Moments, Slot, Transform
+from optx.step.step_moments import Moments
+from optx.step.transform import Transform
 
 REGISTERS = {"w": W, "g": G, "w0": W0}
 GRAD_SQ = Ref("col", "grad_sq")

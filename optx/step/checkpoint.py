@@ -22,11 +22,12 @@ from optx.step import bits
 from optx.step.bases import base_rules
 from optx.step.checks import TORCH_KEYS, check_count, check_group
 from optx.step.convert import check_formats, convert_state
+from optx.step.declared import Slot
 from optx.step.formats import CODES
 from optx.step.kept import MASTER, STATE
 from optx.step.slots import KAHAN
 from optx.step.state import PENDING, REST, SCALE, is_ours, saved_slots, without_ours
-from optx.step.transform import Host, Slot
+from optx.step.transform import Host
 
 
 def _slot_keys(wrapped: Host) -> dict[str, Slot]:

@@ -21,7 +21,8 @@ from optx.step.bases import base_rules
 from optx.step.kept import MASTERS, STATES, check_setting
 from optx.step.memory import LOST, lost_memory, why_not_plain
 from optx.step.numbers import as_number
-from optx.step.transform import Group, Host, Moments, Transform, wrapped_by
+from optx.step.step_moments import Moments
+from optx.step.transform import Group, Host, Transform, wrapped_by
 
 
 def check_wrap(wrapped: Host, groups: Sequence[Group] | None = None) -> None:

@@ -16,6 +16,7 @@ from optx.kernels.step.tiles import matrix
 from optx.step import bits
 from optx.step.bases import BaseRules, init_base_state
 from optx.step.checks import check_count, shapes_differ
+from optx.step.declared import SLOT_DTYPES
 from optx.step.formats import CODES, joined_rest
 from optx.step.fusable import Unfusable, why_not_gradient, why_not_matrix, why_not_weight
 from optx.step.kept import MASTER, ROUNDINGS, STATE, moments_of
@@ -24,7 +25,7 @@ from optx.step.moments import scale_key, settle
 from optx.step.sharded import here, spread_as, surprise, why_not_spread
 from optx.step.slots import KAHAN, Slots
 from optx.step.state import REST, is_ours
-from optx.step.transform import SLOT_DTYPES, Group
+from optx.step.transform import Group
 
 SLOT_DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in SLOT_DTYPES}
 

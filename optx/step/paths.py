@@ -26,7 +26,8 @@ from optx.step.kept_words import kept_words
 from optx.step.pipeline import build
 from optx.step.plan import GroupPlan, Plan, waiting
 from optx.step.slots import Slots
-from optx.step.transform import Group, Host, Moments, Transform
+from optx.step.step_moments import Moments
+from optx.step.transform import Group, Host, Transform
 
 # Settings of a group that decide what its program is, not just its numbers, whatever the base's rules make of
 # them.

@@ -16,8 +16,10 @@ from optx.step.base_calls import add_base
 from optx.step.bases import BaseRules
 from optx.step.binding import GRAD_SQ, SIZES, Binder, common_names
 from optx.step.builder import Builder, square
+from optx.step.declared import Slot
 from optx.step.measured import INCOMING_SQ
-from optx.step.transform import Moments, Slot, Transform
+from optx.step.step_moments import Moments
+from optx.step.transform import Transform
 
 INCOMING = Ref("col", INCOMING_SQ)
 

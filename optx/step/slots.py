@@ -14,8 +14,9 @@ from optx._names import parameter_names
 from optx.kernels.step.program import Program
 from optx.step import bits
 from optx.step.checks import check_has_memory
+from optx.step.declared import Slot
 from optx.step.state import REST, SCALE, SlotStore, close_enough
-from optx.step.transform import Group, Host, Slot, Transform
+from optx.step.transform import Group, Host, Transform
 
 KAHAN = "optx.kahan"
 

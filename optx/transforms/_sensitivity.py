@@ -12,7 +12,8 @@ from torch import Tensor
 from optx._names import parameter_names, whole
 from optx._rules import rule
 from optx.ops import maximum, where
-from optx.step.transform import Host, Moments, Transform
+from optx.step.step_moments import Moments
+from optx.step.transform import Host, Transform
 from optx.transforms._domain_gradients import local
 
 # ---- the step's numbers: one for each tensor, or for all --------------------------------------------------

@@ -20,9 +20,11 @@ from optx._errors import OptxError, TransformError, check_range, warn
 from optx._names import is_dtensor, parameter_names, whole
 from optx._rules import rule
 from optx.ops import maximum, sign, sqrt, where
+from optx.step.declared import Slot, like_weight, per_tensor
 from optx.step.memory import lost_memory
 from optx.step.moments import floats
-from optx.step.transform import Group, Host, Moments, Slot, Transform, like_weight, per_tensor
+from optx.step.step_moments import Moments
+from optx.step.transform import Group, Host, Transform
 from optx.transforms._anchors import Anchors
 from optx.transforms._pull_metrics import Distances, pull
 

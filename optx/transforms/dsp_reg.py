@@ -18,7 +18,9 @@ from optx._errors import OptxError, TransformError, check_choice, check_whole, w
 from optx._names import is_dtensor
 from optx._rules import rule
 from optx.ops import minimum, where
-from optx.step.transform import Group, Host, Moments, Slot, Transform, like_weight, per_tensor, wrapped_by
+from optx.step.declared import Slot, like_weight, per_tensor
+from optx.step.step_moments import Moments
+from optx.step.transform import Group, Host, Transform, wrapped_by
 from optx.transforms._domain_gradients import DomainGradients, declared, loss_scale, processes
 from optx.transforms._repeated_domains import Measure, RepeatedDomains
 from optx.transforms._sensitivity import (

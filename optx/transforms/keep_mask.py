@@ -21,8 +21,9 @@ from optx._names import parameter_names, plain_name
 from optx._rules import rule
 from optx.ops import where
 from optx.step import bits
+from optx.step.declared import like_weight
 from optx.step.state import is_ours, saved_slots
-from optx.step.transform import Host, Transform, like_weight, wrapped_by
+from optx.step.transform import Host, Transform, wrapped_by
 from optx.transforms._kept_weights import LEAST, Pairing, mask_state, newly_kept, regrown
 
 _version = attrgetter("_version")

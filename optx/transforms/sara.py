@@ -19,7 +19,9 @@ from optx._rules import rule
 from optx.ops import where
 from optx.step import bits
 from optx.step.base_step import has_modes
-from optx.step.transform import Host, Moments, Slot, Transform, like_weight, wrapped_by
+from optx.step.declared import Slot, like_weight
+from optx.step.step_moments import Moments
+from optx.step.transform import Host, Transform, wrapped_by
 from optx.transforms._compact_gradient import CompactGradient
 from optx.transforms._compact_step import CompactStep
 from optx.transforms._frozen_half import FirstState, is_rehearsal

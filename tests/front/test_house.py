@@ -60,6 +60,7 @@ MAY = {  # what these import is chosen by a name that a person typed, or is look
     "optx/integrations/lightning.py",
     "kernels/available.py",
     "kernels/device_check.py",  # a command of kernels, which asks the front what programs there are
+    "recipes/_bench_bases.py",
     "recipes/_pages.py",
 }
 

@@ -320,6 +320,8 @@ TABLE = {
     "optx/step/state.py": "arithmetic_step resume wrap_bases adamr_anchors freed hft_kept hft_resume",
     "optx/step/state_by_role.py": "user_rules moments wrap_bases errors adamr",
     "optx/step/stepper.py": f"arithmetic_step {_STEP} fused_rounding errors",
+    "optx/step/declared.py": "errors levels moments state_formats",
+    "optx/step/step_moments.py": "moments user_rules",
     "optx/step/transform.py": "errors user_rules perpgrad adamr hft",
     "optx/step/undo.py": f"wrap_whole wrap_breaks arithmetic_step skip_nonfinite {_STEP}",
     "optx/step/wrap.py": f"arithmetic_step errors {_STEP}",
