@@ -281,8 +281,13 @@ def test_state_that_belongs_to_no_parameter_is_saved_and_loaded() -> None:
 
 
 def test_moments_of_more_bits_are_loaded_as_torch_does_where_the_base_computes_itself() -> None:
-    """RAdam's own step can't take float32 moments of a bfloat16 weight; AdamW's kernel can."""
-    for base, kept in ((torch.optim.RAdam, BF16), (torch.optim.AdamW, torch.float32)):
+    """RAdam's own step can't take float32 moments of a bfloat16 weight; its kernel can, and AdamW's."""
+
+    class Own(torch.optim.RAdam):
+        """Another class, which nobody has given rules."""
+
+    kernels = torch.float32
+    for base, kept in ((Own, BF16), (torch.optim.RAdam, kernels), (torch.optim.AdamW, kernels)):
         p = nn.Parameter(torch.ones(3, dtype=BF16))
         opt = optx.wrap(base([p], lr=0.1), Counts())
         p.grad = torch.ones(3, dtype=BF16)
