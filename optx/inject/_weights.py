@@ -50,19 +50,9 @@ def channel_axes(module: nn.Module, output: Tensor) -> int:
     return output.ndim - 2 if first else 0
 
 
-_NARROW = 16
-
-
 def _is_conv1d_of_transformers(module: nn.Module) -> bool:
     # By name, so that transformers need not be imported.
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-
-
-def low_product(x: Tensor, down: Tensor) -> Tensor:
-    """x down^T, (..., r), which may lie in memory as (r, ...): see `_is_narrow`."""
-    if not _is_narrow(x, down):
-        return F.linear(x, down)
-    return (down @ x.flatten(0, -2).t()).t().unflatten(0, x.shape[:-1])
 
 
 def add_product(
@@ -78,30 +68,11 @@ def add_product(
         owned: nobody else holds the output, so that it may be written to: that saves one more pass, and the
             memory of a second output.
     """
-    out, rank = up.shape
-    narrow = _is_narrow(low, up.t())
-    if owned and not narrow and output.ndim == 3 and _may_write(output, low, up):
+    if owned and output.ndim == 3 and _may_write(output, low, up):
         return output.baddbmm_(low, up.t().expand(len(output), -1, -1), alpha=scale)
-    wide = up.t().contiguous() if narrow else up.t()
-    flat = torch.addmm(output.reshape(-1, out), low.reshape(-1, rank), wide, alpha=scale)
+    out, rank = up.shape
+    flat = torch.addmm(output.reshape(-1, out), low.reshape(-1, rank), up.t(), alpha=scale)
     return flat.view(output.shape)
-
-
-def _is_narrow(x: Tensor, down: Tensor) -> bool:
-    """Whether products with x, (..., in), and down, (r, in), are to lie with the few numbers apart in memory.
-
-    On a CPU a product whose rows have a few numbers takes up to five times that of its transpose, forward and
-    backward; autograd keeps to the layout of what is multiplied.
-    """
-    return (
-        len(down) <= _NARROW
-        and x.ndim > 1
-        and x.dtype == down.dtype == torch.float32
-        and x.device.type == "cpu"
-        and type(x) is Tensor
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cpu")
-    )
 
 
 def _may_write(output: Tensor, *others: Tensor) -> bool:
