@@ -105,6 +105,7 @@ class Subject:
     make: Callable[[nn.Module], Any]  # gives something with step()
     bytes: float | None = None  # per parameter; None where it is not ours to count
     dtype: torch.dtype = torch.float32  # of weights and gradients
+    own: bool = False  # has weights that others don't move
     times: list[float] = field(default_factory=list[float])
     gradients: list[tuple[nn.Parameter, Tensor]] = field(default_factory=list[tuple[nn.Parameter, Tensor]])
 
@@ -147,7 +148,7 @@ def _compositions() -> dict[str, list[Callable[[nn.Module], optx.Transform]]]:
         "PerpGrad": [perp],
         "PerpGrad + AdamR": [perp, pull],
         "HFT": [lambda model: optx.HFT(model)],
-        # All is kept (the weights are everybody's), which costs a step what any mask does.
+        # All is kept, which costs a step what any mask does.
         "KeepMask": [lambda model: optx.KeepMask(_masks(model))],
     }
 
@@ -161,7 +162,8 @@ def subjects(peers: bool, compiled: bool) -> list[Subject]:
     everything = [Subject("torch fused=True", lambda m: _adamw(m, fused=True), ADAMW_BYTES)]
     everything.append(Subject("torch clip_grad_norm_, then fused=True", _Clipped))
     for name, transforms in _compositions().items():
-        everything.append(Subject(name, _wrapped(*transforms)))
+        # KeepMask looks again at masks whose weights another than its own step has moved.
+        everything.append(Subject(name, _wrapped(*transforms), own=name == "KeepMask"))
     everything += _formats()
     if peers:
         everything.append(Subject("torch foreach", lambda m: _adamw(m, foreach=True)))
@@ -290,8 +292,8 @@ def measure(shape: str, rounds: int, peers: bool, compiled: bool, device: str) -
         ):
             del module_p
             owner, _, leaf = name.rpartition(".")
-            # Shared, but for those of another dtype.
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(shared.detach().to(subject.dtype)))
+            weight = shared.detach().to(subject.dtype, copy=subject.own)
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(weight))
         optimizer = subject.make(model)
         moving = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
         subject.gradients = [(p, gradients[name].to(subject.dtype)) for name, p in moving]
