@@ -96,7 +96,7 @@ def measure(base: Base, tensors: int, numbers: int, rounds: int) -> dict[str, An
         "AdamW": torch.optim.AdamW(weights(), lr=LR, weight_decay=0.0, fused=True),
         "ours": ours,
     }
-    subjects |= {str(form) if form else "its own": base.make(weights(), **form) for form in base.forms}
+    subjects |= {_words(form): base.make(weights(), **form) for form in base.forms}
     times: dict[str, list[float]] = {name: [] for name in subjects}
     for number in range(rounds):
         for name in random.Random(number).sample(list(subjects), len(subjects)):
@@ -105,6 +105,10 @@ def measure(base: Base, tensors: int, numbers: int, rounds: int) -> dict[str, An
     program = ours.program(0)
     layout = Layout(("float32",) * (2 + len(program.slots)), "nearest", True)
     return {"name": base.name, "bytes": step_bytes(program, layout), "times": times}
+
+
+def _words(form: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in form.items()) or "its own"
 
 
 def _timed(step: Callable[[], Any]) -> float:
