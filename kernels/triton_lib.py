@@ -6,7 +6,7 @@ of each rounding, which the interpreter (whose own bfloat16 casts truncate) runs
 # Triton's language has no types that a checker could follow.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 # pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportUntypedFunctionDecorator=false
-# pyright: reportMissingTypeStubs=false, reportArgumentType=false
+# pyright: reportMissingTypeStubs=false, reportArgumentType=false, reportOperatorIssue=false
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def _plain(entry: Any) -> Any:
     return _decoded(entry) if hasattr(entry, "items") else entry
 
 
-def _decoded(entry: dict[str, Any]) -> dict[str, Any]:
+def _decoded(entry: dict[Any, Any]) -> dict[Any, Any]:
     plain = {k: v for k, v in entry.items() if k != _NESTED} | entry.get(_NESTED, {})
     if "state1" in plain:
         plain = _bitsandbytes(plain)

@@ -169,7 +169,7 @@ class GroupTensors:
         """A state tensor with one element per weight, in the dtype that kernels are made for."""
         key = self.key(name)
         t: Any = self.find(p, key)
-        if isinstance(t, int | float) and key in self._base_keys:  # some libraries keep a number at times
+        if type(t) in (int, float) and key in self._base_keys:  # some libraries keep a number at times
             t = self._base.state[p][key] = torch.tensor(float(t), device=p.device)
         self._check_tensor(p, key, t)
         if t.numel() != 1:
