@@ -118,7 +118,7 @@ _NESTED = "__bnb_optimizer_quant_state__"  # where newer files of bitsandbytes h
 _BNB = {"state1": "exp_avg", "state2": "exp_avg_sq"}
 
 
-def _bitsandbytes(entry: Mapping[str, Any]) -> dict[str, Any]:
+def _bitsandbytes(entry: Mapping[Any, Any]) -> dict[Any, Any]:
     """Their names in torch's; a code is a place in a table, in blocks of 256 (older files: 2048)."""
     used = ("qmap1", "qmap2", "absmax1", "absmax2", "gnorm_vec", "new_max1", "new_max2", "max1", "max2")
     plain = {k: v for k, v in entry.items() if k not in (*_BNB, *used)}
