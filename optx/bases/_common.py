@@ -68,21 +68,42 @@ def half_debiased(lr: Any, beta1: Any, beta2: Any, step: Any) -> Any:
     return lr * 1.0, sqrt(1.0 - beta2**step), 1.0 - beta1, 1.0 - beta2
 
 
+@rule(writes=("weight_sq", "direction_sq"))
+def lengths(w: Any, direction: Any) -> Any:
+    """Summed over a weight, its squared norm and that of the step before it is scaled."""
+    return w * w, direction * direction
+
+
 def given(group: Group, key: str) -> bool:
     """Whether a number of a group does anything; torch leaves decay out at 0, where 0 * inf would be nan."""
     value = group[key]
     return isinstance(value, Tensor) or bool(value != 0)
 
 
-def start(maximize: bool, decay: str) -> tuple[Rule, ...]:
-    """The rules that most updates begin with.
+def turned(maximize: bool) -> tuple[Rule, ...]:
+    """The rule that turns the gradient round, where that is asked for."""
+    return (negate,) if maximize else ()
 
-    Args:
-        maximize: whether the gradient is turned round.
-        decay: ``""``, ``"coupled"``, or a decoupled one.
-    """
-    decays = {"": (), "coupled": (add_l2,)}.get(decay, (shrink,))
-    return (*((negate,) if maximize else ()), *decays)
+
+def decayed(decay: str) -> tuple[Rule, ...]:
+    """The rule of a kind of weight decay: ``""``, ``"coupled"``, or a decoupled one."""
+    return {"": (), "coupled": (add_l2,)}.get(decay, (shrink,))
+
+
+def start(maximize: bool, decay: str) -> tuple[Rule, ...]:
+    """The rules that most updates begin with."""
+    return (*turned(maximize), *decayed(decay))
+
+
+def coupled_decay(group: Group) -> str:
+    """The kind of weight decay that a group asks for, where there is one only."""
+    return "coupled" if given(group, "weight_decay") else ""
+
+
+def torch_decay(group: Group) -> str:
+    """That of torch's Adam and its kin, which have two."""
+    decay = coupled_decay(group)
+    return "by lr" if decay and group.get("decoupled_weight_decay", False) else decay
 
 
 def decay_of(group: Group) -> str:
@@ -97,6 +118,11 @@ def decay_of(group: Group) -> str:
 def keeps(decay: str) -> tuple[Rule, ...]:
     """The scalars that such a decay needs."""
     return {"fixed": (keep_fixed,), "by lr": (keep_by_lr,)}.get(decay, ())
+
+
+def debiasing(decay: str, half: bool = False) -> tuple[Rule, ...]:
+    """The scalars of an update that begins so and has Adam's bias corrections, or half of them."""
+    return (*keeps(decay), half_debiased if half else debiased)
 
 
 def asked_for(group: Group, options: Sequence[str]) -> str | None:

@@ -10,11 +10,9 @@ from optx.bases._common import (
     SIGNED,
     SQUARES,
     asked_for,
-    debiased,
+    coupled_decay,
+    debiasing,
     decay_of,
-    given,
-    half_debiased,
-    keeps,
     register_library,
     start,
 )
@@ -79,7 +77,7 @@ def torch_optimizer(group: Group, base: Any) -> BaseRules | str:
     """The rules of torch_optimizer's."""
     if base._rectify:
         return "its rules don't know rectify=True"
-    decay = "coupled" if given(group, "weight_decay") else ""
+    decay = coupled_decay(group)
     if base._weight_decouple and decay:
         decay = "fixed" if base._fixed_decay else "by lr"
     rules = (bare_moments, largest_and_eps) if group["amsgrad"] else (belief_moments,)
@@ -94,8 +92,7 @@ def _belief(
     bound = len(moments) > 1
     slots |= {"max_exp_avg_var": SQUARES} if bound else {}
     update = (*start(maximize, decay), *moments, bound_update if bound else belief_update)
-    scalars = (*keeps(decay), half_debiased if debias else debiased)
-    return BaseRules(update, scalars, slots, counted=counted)
+    return BaseRules(update, debiasing(decay, debias), slots, counted=counted)
 
 
 register_library("pytorch_optimizer.AdaBelief", pytorch_optimizer, "4.1")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from optx._rules import Rule, rule
-from optx.bases._common import SIGNED, SQUARES, negate, register_library
+from optx.bases._common import SIGNED, SQUARES, lengths, register_library, turned
 from optx.ops import maximum, minimum, sqrt
 from optx.step.bases import BaseRules, Sums, register_base
 from optx.step.declared import per_column, per_row, per_tensor
@@ -43,12 +43,6 @@ def row_square(g: Any) -> Any:
 def column_square(g: Any) -> Any:
     """Summed over a column."""
     return g * g
-
-
-@rule(writes=("weight_sq", "direction_sq"))
-def lengths(w: Any, direction: Any) -> Any:
-    """Summed over a weight, the squared norms."""
-    return w * w, direction * direction
 
 
 # ---- torch -----------------------------------------------------------------------------------------------
@@ -127,17 +121,18 @@ def torch_adafactor(group: Group, _: Any) -> BaseRules | str:
 @functools.cache
 def _torch_adafactor(kind: int, eps1: float, eps2: float, maximize: bool) -> BaseRules:
     parts = _torch_parts(eps1, eps2)
-    first = (negate,) if maximize else ()
     last = (Sums(lengths, then=parts["rate"]), torch_step)
     if kind == 1:
-        update = (*first, vector_mean, parts["of_vector"], *last)
+        update = (*turned(maximize), vector_mean, parts["of_vector"], *last)
         return BaseRules(update, (torch_scalars,), {"variance": SQUARES}, counted=True)
     sums = (
         Sums(row_square, then=row_mean, over="rows", total=all_rows),
         Sums(column_square, then=column_mean, over="columns"),
     )
     slots = {"row_var": per_row(None, keepdim=True), "col_var": per_column(None, keepdim=True)}
-    return BaseRules((*first, *sums, parts["of_matrix"], *last), (torch_scalars,), slots, counted=True)
+    return BaseRules(
+        (*turned(maximize), *sums, parts["of_matrix"], *last), (torch_scalars,), slots, counted=True
+    )
 
 
 # ---- transformers ----------------------------------------------------------------------------------------

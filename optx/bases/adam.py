@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from optx._rules import rule
-from optx.bases._common import SIGNED, SQUARES, add_l2, given, negate, shrink
+from optx.bases._common import SIGNED, SQUARES, given, start, torch_decay
 from optx.ops import maximum, sqrt
 from optx.step.bases import BaseRules, register_base
 from optx.step.transform import Group
@@ -52,23 +52,22 @@ def amsgrad_update(
 
 def adam(group: Group, _: Any) -> BaseRules:
     """Adam's rules."""
-    decoupled = bool(group.get("decoupled_weight_decay", False))
-    return _adam(bool(group["amsgrad"]), bool(group["maximize"]), given(group, "weight_decay"), decoupled)
+    return _adam(bool(group["amsgrad"]), bool(group["maximize"]), torch_decay(group))
 
 
 def adamw(group: Group, _: Any) -> BaseRules:
     """AdamW's rules."""
-    return _adam(bool(group["amsgrad"]), bool(group["maximize"]), given(group, "weight_decay"), True)
+    decay = "by lr" if given(group, "weight_decay") else ""
+    return _adam(bool(group["amsgrad"]), bool(group["maximize"]), decay)
 
 
 @functools.cache
-def _adam(amsgrad: bool, maximize: bool, decays: bool, decoupled: bool) -> BaseRules:
+def _adam(amsgrad: bool, maximize: bool, decay: str) -> BaseRules:
     slots = {"exp_avg": SIGNED, "exp_avg_sq": SQUARES}
     if amsgrad:
         slots["max_exp_avg_sq"] = SQUARES
     update = (
-        *((negate,) if maximize else ()),
-        *((shrink if decoupled else add_l2,) if decays else ()),
+        *start(maximize, decay),
         adam_moments,
         amsgrad_update if amsgrad else adam_update,
     )

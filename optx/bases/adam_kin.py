@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from optx._rules import rule
-from optx.bases._common import PLAIN, SIGNED, SQUARES, debiased, given, keeps, start
+from optx.bases._common import PLAIN, SIGNED, SQUARES, debiasing, keeps, start, torch_decay
 from optx.bases.adam import adam_moments
 from optx.ops import abs, exp, maximum, sqrt, where
 from optx.step.bases import BaseRules, register_base
@@ -74,15 +74,9 @@ def adamax_update(w: Any, exp_avg: Any, exp_inf: Any, step_size: Any) -> Any:
     return w - step_size * exp_avg / exp_inf
 
 
-def _decay(group: Group) -> str:
-    if not given(group, "weight_decay"):
-        return ""
-    return "by lr" if group.get("decoupled_weight_decay", False) else "coupled"
-
-
 def nadam(group: Group, _: Any) -> BaseRules:
     """NAdam's rules."""
-    return _nadam(bool(group["maximize"]), _decay(group))
+    return _nadam(bool(group["maximize"]), torch_decay(group))
 
 
 @functools.cache
@@ -98,7 +92,7 @@ def _nadam(maximize: bool, decay: str) -> BaseRules:
 
 def radam(group: Group, _: Any) -> BaseRules:
     """RAdam's rules."""
-    return _radam(bool(group["maximize"]), _decay(group))
+    return _radam(bool(group["maximize"]), torch_decay(group))
 
 
 @functools.cache
@@ -113,14 +107,14 @@ def _radam(maximize: bool, decay: str) -> BaseRules:
 
 def adamax(group: Group, _: Any) -> BaseRules:
     """Adamax's rules."""
-    return _adamax(bool(group["maximize"]), _decay(group))
+    return _adamax(bool(group["maximize"]), torch_decay(group))
 
 
 @functools.cache
 def _adamax(maximize: bool, decay: str) -> BaseRules:
     slots = {"exp_avg": SIGNED, "exp_inf": PLAIN}
     return BaseRules(
-        (*start(maximize, decay), adamax_moments, adamax_update), (debiased,), slots, counted=True
+        (*start(maximize, decay), adamax_moments, adamax_update), debiasing(""), slots, counted=True
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from optx._rules import rule
-from optx.bases._common import PLAIN, SIGNED, SQUARES, given, start
+from optx.bases._common import PLAIN, SIGNED, SQUARES, coupled_decay, given, start
 from optx.ops import sqrt
 from optx.step.bases import BaseRules, register_base
 from optx.step.transform import Group
@@ -77,7 +77,7 @@ def adadelta_update(
 
 
 def _start(group: Group) -> tuple[bool, str]:
-    return bool(group["maximize"]), "coupled" if given(group, "weight_decay") else ""
+    return bool(group["maximize"]), coupled_decay(group)
 
 
 def rmsprop(group: Group, _: Any) -> BaseRules:

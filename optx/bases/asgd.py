@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from optx._rules import rule
-from optx.bases._common import PLAIN, given, start
+from optx.bases._common import PLAIN, coupled_decay, start
 from optx.ops import maximum, where
 from optx.step.bases import BaseRules, register_base
 from optx.step.declared import Slot
@@ -33,13 +33,13 @@ def asgd_update(w: Any, g: Any, ax: Any, rate: Any, share: Any, keep_share: Any)
 
 def asgd(group: Group, _: Any) -> BaseRules:
     """ASGD's rules."""
-    return _asgd(bool(group["maximize"]), given(group, "weight_decay"))
+    return _asgd(bool(group["maximize"]), coupled_decay(group))
 
 
 @functools.cache
-def _asgd(maximize: bool, decays: bool) -> BaseRules:
+def _asgd(maximize: bool, decay: str) -> BaseRules:
     return BaseRules(
-        (*start(maximize, "coupled" if decays else ""), asgd_update),
+        (*start(maximize, decay), asgd_update),
         (asgd_scalars,),
         {"eta": _NUMBER, "mu": _NUMBER, "ax": PLAIN},
         {"eta": "lr", "mu": 1.0},

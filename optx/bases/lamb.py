@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from optx._rules import Rule, rule
-from optx.bases._common import SIGNED, SQUARES, given, register_library
+from optx.bases._common import SIGNED, SQUARES, given, lengths, register_library
 from optx.bases.adam import adam_moments
 from optx.ops import minimum, sqrt, where
 from optx.step.bases import BaseRules, Sums
@@ -42,12 +42,6 @@ def direction(exp_avg: Any, exp_avg_sq: Any, eps: Any) -> Any:
 def decayed_direction(w: Any, exp_avg: Any, exp_avg_sq: Any, eps: Any, weight_decay: Any) -> Any:
     """With weight decay, which counts for its length."""
     return exp_avg / (sqrt(exp_avg_sq) + eps) + weight_decay * w
-
-
-@rule(writes=("weight_sq", "direction_sq"))
-def lengths(w: Any, direction: Any) -> Any:
-    """Summed, the squared norms."""
-    return w * w, direction * direction
 
 
 @functools.cache

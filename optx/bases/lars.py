@@ -10,7 +10,7 @@ import functools
 from typing import Any
 
 from optx._rules import rule
-from optx.bases._common import SIGNED, given, negate, register_library
+from optx.bases._common import SIGNED, given, register_library, turned
 from optx.bases.sgd import descend, look_ahead, take_buffer
 from optx.ops import sqrt, where
 from optx.step.bases import BaseRules, Sums
@@ -59,7 +59,7 @@ def lars(group: Group, base: Any) -> BaseRules:
 def _lars(maximize: bool, momentum: bool, nesterov: bool) -> BaseRules:
     moves = (gather, look_ahead if nesterov else take_buffer) if momentum else ()
     return BaseRules(
-        update=(*((negate,) if maximize else ()), Sums(lengths, then=ratio), scale, *moves, descend),
+        update=(*turned(maximize), Sums(lengths, then=ratio), scale, *moves, descend),
         scalars=(undampened,) if momentum else (),
         slots={"momentum_buffer": SIGNED} if momentum else {},
         counted="group",

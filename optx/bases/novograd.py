@@ -10,14 +10,13 @@ import torch
 from optx._rules import rule
 from optx.bases._common import (
     SIGNED,
-    add_l2,
     asked_for,
+    coupled_decay,
     decay_of,
-    given,
+    decayed,
     keeps,
-    negate,
     register_library,
-    shrink,
+    turned,
 )
 from optx.ops import maximum, sqrt, where
 from optx.step.bases import BaseRules, Sums
@@ -87,18 +86,16 @@ def fresh_update(w: Any, g: Any, moments: Any, fresh: Any, beta1: Any, share: An
 
 def torch_optimizer(group: Group, _: Any) -> BaseRules:
     """The rules of torch_optimizer's."""
-    return _torch_optimizer(
-        given(group, "weight_decay"), bool(group["grad_averaging"]), bool(group["amsgrad"])
-    )
+    return _torch_optimizer(coupled_decay(group), bool(group["grad_averaging"]), bool(group["amsgrad"]))
 
 
 @functools.cache
-def _torch_optimizer(decays: bool, averaging: bool, amsgrad: bool) -> BaseRules:
+def _torch_optimizer(decay: str, averaging: bool, amsgrad: bool) -> BaseRules:
     number = Slot(torch.float32, scalar=True)
     slots = {"exp_avg": SIGNED, "exp_avg_sq": number}
     slots |= {"max_exp_avg_sq": number} if amsgrad else {}
     sums = Sums(square, largest_norm if amsgrad else layer_norm)
-    update = (sums, normalise, *((add_l2,) if decays else ()), novograd_update)
+    update = (sums, normalise, *decayed(decay), novograd_update)
     return BaseRules(update, (averaged_share if averaging else whole_share,), slots, counted="number")
 
 
@@ -111,14 +108,7 @@ def pytorch_optimizer(group: Group, base: Any) -> BaseRules | str:
 @functools.cache
 def _pytorch_optimizer(maximize: bool, decay: str, averaging: bool) -> BaseRules:
     slots = {"grads_ema": Slot(None, scalar=True), "moments": SIGNED}
-    decays = {"": (), "coupled": (add_l2,)}.get(decay, (shrink,))
-    update = (
-        *((negate,) if maximize else ()),
-        Sums(square, fresh_norm),
-        normalise,
-        *decays,
-        fresh_update,
-    )
+    update = (*turned(maximize), Sums(square, fresh_norm), normalise, *decayed(decay), fresh_update)
     scalars = (*keeps(decay), averaged_share if averaging else whole_share)
     return BaseRules(update, scalars, slots, counted="group")
 

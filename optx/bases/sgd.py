@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from optx._rules import Rule, rule
-from optx.bases._common import SIGNED, add_l2, given, negate
+from optx._rules import rule
+from optx.bases._common import SIGNED, coupled_decay, given, start
 from optx.step.bases import BaseRules, register_base
 from optx.step.transform import Group
 
@@ -45,17 +45,17 @@ def descend(w: Any, g: Any, lr: Any) -> Any:
 
 def sgd(group: Group, _: Any) -> BaseRules:
     """SGD's rules."""
-    numbers = (given(group, key) for key in ("weight_decay", "momentum"))
-    return _sgd(bool(group["maximize"]), *numbers, nesterov=bool(group["nesterov"]))
+    return _sgd(
+        bool(group["maximize"]), coupled_decay(group), given(group, "momentum"), bool(group["nesterov"])
+    )
 
 
 @functools.cache
-def _sgd(maximize: bool, decays: bool, momentum: bool, nesterov: bool) -> BaseRules:
-    start: tuple[Rule, ...] = (*((negate,) if maximize else ()), *((add_l2,) if decays else ()))
+def _sgd(maximize: bool, decay: str, momentum: bool, nesterov: bool) -> BaseRules:
     if not momentum:
-        return BaseRules((*start, descend))
+        return BaseRules((*start(maximize, decay), descend))
     step = look_ahead if nesterov else take_buffer
-    update = (*start, momentum_update, step, descend)
+    update = (*start(maximize, decay), momentum_update, step, descend)
     return BaseRules(update, (momentum_scalars,), {"momentum_buffer": SIGNED})
 
 

@@ -6,17 +6,7 @@ import functools
 from typing import Any
 
 from optx._rules import rule
-from optx.bases._common import (
-    SIGNED,
-    SQUARES,
-    debiased,
-    decay_of,
-    given,
-    half_debiased,
-    keeps,
-    register_library,
-    start,
-)
+from optx.bases._common import SIGNED, SQUARES, coupled_decay, debiasing, decay_of, register_library, start
 from optx.bases.adam import adam_update
 from optx.ops import sign
 from optx.step.bases import BaseRules, Counted
@@ -37,7 +27,7 @@ def pytorch_optimizer(group: Group, base: Any) -> BaseRules:
 
 def torch_optimizer(group: Group, _: Any) -> BaseRules:
     """The rules of torch_optimizer's."""
-    return _yogi(False, "coupled" if given(group, "weight_decay") else "", False, "number")
+    return _yogi(False, coupled_decay(group), False, "number")
 
 
 @functools.cache
@@ -45,7 +35,7 @@ def _yogi(maximize: bool, decay: str, debias: bool, counted: Counted) -> BaseRul
     first = "initial_accumulator"
     return BaseRules(
         (*start(maximize, decay), yogi_moments, adam_update),
-        (*keeps(decay), half_debiased if debias else debiased),
+        debiasing(decay, debias),
         {"exp_avg": SIGNED, "exp_avg_sq": SQUARES},
         {"exp_avg": first, "exp_avg_sq": first},
         counted=counted,
