@@ -23,7 +23,7 @@ from optx.step.bases import base_rules
 from optx.step.checks import TORCH_KEYS, check_count, check_group
 from optx.step.convert import check_formats, convert_state
 from optx.step.declared import Slot
-from optx.step.formats import CODES
+from optx.step.formats import CODED
 from optx.step.kept import MASTER, STATE
 from optx.step.slots import KAHAN
 from optx.step.state import PENDING, REST, SCALE, is_ours, saved_slots, without_ours
@@ -212,7 +212,7 @@ def _as_declared(value: Tensor, slot: Slot | None, p: Tensor) -> Tensor:
     return value.to(slot.dtype)
 
 
-_KEPT = (torch.float32, torch.bfloat16, *CODES.values())  # what a moment may be in
+_KEPT = (torch.float32, torch.bfloat16, *CODED)  # what a moment may be in
 
 
 def _restore_dtypes(wrapped: Host, keyed: dict[Any, Tensor], saved: Any) -> None:

@@ -14,15 +14,13 @@ from optx._names import parameter_names
 from optx.kernels.step.layout import GROUP
 from optx.step.bases import base_rules
 from optx.step.checks import TORCH_KEYS
-from optx.step.formats import CODES
+from optx.step.formats import CODED, in_groups, out_of_groups
 from optx.step.kept import MASTER, MASTERS, STATE, moments_of, state_words
-from optx.step.moments import decoded, encoded, scale_key, takes_codes
+from optx.step.moments import FLOATS, decoded, encoded, float_of, scale_key, takes_codes
 from optx.step.state import PENDING, REST, SCALE, is_ours
 from optx.step.transform import Host
 
 StateDict = dict[str, Any]
-_FLOATS = {32: torch.float32, 16: torch.bfloat16}
-_CODED = tuple(CODES.values())
 
 
 def convert_state(state_dict: StateDict, optimizer: Optimizer | None = None) -> StateDict:
@@ -97,7 +95,7 @@ def _decoded(entry: dict[Any, Any]) -> dict[Any, Any]:
             continue
         elif hasattr(value, "dequantize") and hasattr(value, "codes"):  # torchao's state
             plain[key] = value.dequantize()  # type: ignore[operator]
-        elif value.dtype in _CODED and scale_key(key) in plain:
+        elif value.dtype in CODED and scale_key(key) in plain:
             plain[key] = decoded(value, plain.pop(scale_key(key)))
     plain.pop("error_bits", None)  # FlashOptim's, of the weight
     return plain
@@ -105,13 +103,13 @@ def _decoded(entry: dict[Any, Any]) -> dict[Any, Any]:
 
 def _flashoptim(codes: Tensor, scales: Tensor) -> Tensor:
     """FlashOptim's formulas, sections 3.2 and 3.3."""
-    q = torch.nn.functional.pad(codes.reshape(-1).float(), (0, -codes.numel() % GROUP)).view(-1, GROUP)
+    q = in_groups(codes)
     s = scales.reshape(-1, 1).float()
     if codes.dtype == torch.uint8:
         values = (q / 255.0 * s).square()
     else:
         values = q / 127.0 / (2.0 - q.abs() / 127.0) * s
-    return values.view(-1)[: codes.numel()].view(codes.shape)
+    return out_of_groups(values, codes.shape)
 
 
 _NESTED = "__bnb_optimizer_quant_state__"  # where newer files of bitsandbytes have all that is coded
@@ -164,10 +162,8 @@ def _encode(entry: dict[str, Any], p: Tensor, kept: Mapping[str, str], bits: int
             continue
         if bits == 8 and takes_codes(p):
             entry[key], entry[scale_key(key)] = encoded(x, p, moment)
-        elif bits is None or p.dtype == torch.float64:
-            entry[key] = x.to(p.dtype)
         else:
-            entry[key] = x.to(_FLOATS.get(bits, torch.float32))
+            entry[key] = x.to(float_of(p, bits) or p.dtype)
 
 
 # ---- checks -----------------------------------------------------------------------------------------------
@@ -229,7 +225,7 @@ def _foreign(entry: Mapping[str, Any]) -> bool:
 def _same(had: int | None, has: int | None, kept: torch.dtype, weight: torch.dtype) -> bool:
     """Whether a moment in a dtype is in both formats, one of which goes by the weight's dtype."""
     given = had if has is None else has if had is None else 0
-    return kept == weight == _FLOATS.get(given or 0)
+    return kept == weight == FLOATS.get(given or 0)
 
 
 _WAY_OUT = (

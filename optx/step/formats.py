@@ -26,6 +26,7 @@ from optx.kernels.step.layout import GROUP
 
 _SMALLEST, _LARGEST = 0x00800000, 0x7E800000
 CODES = {"signed": torch.int8, "nonnegative": torch.uint8}
+CODED = tuple(CODES.values())
 
 
 def encode(x: Tensor, moment: str) -> tuple[Tensor, Tensor]:
@@ -38,8 +39,7 @@ def encode(x: Tensor, moment: str) -> tuple[Tensor, Tensor]:
     Returns:
         int8 or uint8 of x's shape; bfloat16 of (groups,).
     """
-    flat = x.detach().to(torch.float32).reshape(-1)
-    values = torch.nn.functional.pad(flat, (0, -flat.numel() % GROUP)).view(-1, GROUP)
+    values = in_groups(x.detach())
     if moment == "nonnegative":
         values = values.sqrt()
     largest = values.abs().view(torch.int32).amax(1, keepdim=True) if len(values) else values.int()[:, :1]
@@ -51,7 +51,7 @@ def encode(x: Tensor, moment: str) -> tuple[Tensor, Tensor]:
     else:
         level = torch.maximum(values * (255.0 / safe), (values > 0).float())
     codes = torch.where(plain, level.round(), 0.0).to(CODES[moment])
-    return codes.view(-1)[: flat.numel()].view(x.shape), scale.view(-1).to(torch.bfloat16)
+    return out_of_groups(codes, x.shape), scale.view(-1).to(torch.bfloat16)
 
 
 def _scale(largest: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,15 +69,25 @@ def decode(codes: Tensor, scale: Tensor) -> Tensor:
         codes: int8 (signed) or uint8 (nonnegative), contiguous.
         scale: one per group, in any shape.
     """
-    q = codes.reshape(-1).to(torch.float32)
-    q = torch.nn.functional.pad(q, (0, -q.numel() % GROUP)).view(-1, GROUP)
+    q = in_groups(codes)
     s = scale.reshape(-1, 1).to(torch.float32)
     if codes.dtype == torch.uint8:
         root = q * (s * (1 / 255))
         values = root * root
     else:
         values = q * reciprocal(2.0 - q.abs() * (1 / 127)) * (s * (1 / 127))
-    return values.view(-1)[: codes.numel()].view(codes.shape)
+    return out_of_groups(values, codes.shape)
+
+
+def in_groups(x: Tensor) -> Tensor:
+    """Numbers in float32, a group a row; the last one is filled up with 0."""
+    flat = x.to(torch.float32).reshape(-1)
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % GROUP)).view(-1, GROUP)
+
+
+def out_of_groups(values: Tensor, shape: torch.Size) -> Tensor:
+    """What belongs to so many numbers of rows of groups, in their shape."""
+    return values.view(-1)[: shape.numel()].view(shape)
 
 
 def reciprocal(u: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from optx.step import bits
 from optx.step.bases import BaseRules, init_base_state
 from optx.step.checks import check_count, shapes_differ
 from optx.step.declared import SLOT_DTYPES
-from optx.step.formats import CODES, joined_rest
+from optx.step.formats import CODED, joined_rest
 from optx.step.fusable import Unfusable, why_not_gradient, why_not_matrix, why_not_weight
 from optx.step.kept import MASTER, ROUNDINGS, STATE, moments_of
 from optx.step.memory import DTYPES, why_not_dense, why_not_plain
@@ -107,10 +107,10 @@ class GroupTensors:
     def role(self, p: Tensor, key: str) -> Tensor:
         """A state tensor with one element per weight element, laid out like the weight."""
         t = self.find(p, key)
-        if key in self._moments and (self.bits or getattr(t, "dtype", None) in CODES.values()):
+        if key in self._moments and (self.bits or getattr(t, "dtype", None) in CODED):
             self._check_tensor(p, key, here(t) if is_dtensor(p) else t)
             t = settle(self._slots.store, p, key, self._moments[key], self.bits)
-            if t.dtype in CODES.values():
+            if t.dtype in CODED:
                 return t
         if is_dtensor(p) and isinstance(t, Tensor) and key not in self.packed:  # pyright: ignore
             t = self._spread_role(p, key, t)
@@ -147,7 +147,7 @@ class GroupTensors:
     def dtype(self, p: Tensor, name: str, t: Tensor) -> str:
         """What kernels call the dtype of a role."""
         key = self.key(name)
-        if key in self._moments and t.dtype in CODES.values():
+        if key in self._moments and t.dtype in CODED:
             return f"{self._moments[key]}8"
         return bits.form(t, p) if key in self.packed else SLOT_DTYPE_NAMES[t.dtype]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from optx.step.bases import base_rules
 from optx.step.kept import MASTER, STATE, moments_of, state_words
-from optx.step.moments import scale_shape, takes_codes
+from optx.step.moments import float_of, scale_shape, takes_codes
 from optx.step.transform import Group, Host
 
 
@@ -39,5 +39,4 @@ def kept_words(wrapped: Host, group: Group) -> str:
 def _moment_bytes(p: Tensor, bits: int | None) -> float:
     if bits == 8 and takes_codes(p):
         return p.numel() + 2 * math.prod(scale_shape(p.shape))
-    width = p.element_size() if bits is None or p.element_size() == 8 else max(bits, 16) // 8
-    return p.numel() * (4 if bits == 8 and p.element_size() != 8 else width)
+    return p.numel() * (float_of(p, bits) or p.dtype).itemsize

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from optx._names import is_dtensor, whole
 from optx.kernels.step.layout import GROUP
-from optx.step.formats import CODES, decode, encode
+from optx.step.formats import CODED, CODES, decode, encode
 from optx.step.sharded import here, spread_as
 from optx.step.state import SCALE, SlotStore, is_ours
 
-_FLOATS = {32: torch.float32, 16: torch.bfloat16}
-_CODED = tuple(CODES.values())
+FLOATS = {32: torch.float32, 16: torch.bfloat16}
 
 
 def scale_key(key: str) -> str:
@@ -44,6 +43,14 @@ def takes_codes(p: Tensor) -> bool:
 
 def _by_rows(placement: object) -> bool:
     return type(placement).__name__ == "Shard" and getattr(placement, "dim", None) == 0
+
+
+def float_of(p: Tensor, bits: int | None) -> torch.dtype | None:
+    """What a weight's moments are kept in where they have no codes; None: what the base takes.
+
+    A float64 weight keeps its own, and where codes were asked for that can't be they have float32.
+    """
+    return None if bits is None or p.dtype == torch.float64 else FLOATS.get(bits, torch.float32)
 
 
 def scale_shape(shape: torch.Size) -> tuple[int, ...]:
@@ -83,7 +90,7 @@ def settle(store: SlotStore, p: Tensor, key: str, moment: str, bits: int | None)
     t = find(store, p, key)
     if not isinstance(t, Tensor):
         return t
-    coded = t.dtype in _CODED
+    coded = t.dtype in CODED
     if bits == 8 and takes_codes(p):
         scale = find(store, p, scale_key(key)) if coded else None
         if t.dtype == CODES[moment] and fits(t, scale, p):
@@ -92,10 +99,7 @@ def settle(store: SlotStore, p: Tensor, key: str, moment: str, bits: int | None)
         _put(store, p, scale_key(key), scale)
         _put(store, p, key, codes)
         return codes
-    wanted = _FLOATS.get(bits or 0) if p.dtype != torch.float64 else None
-    wanted = torch.float32 if bits == 8 and p.dtype != torch.float64 else wanted
-    if wanted is None:
-        wanted = p.dtype if coded else t.dtype
+    wanted = float_of(p, bits) or (p.dtype if coded else t.dtype)
     if t.dtype != wanted:
         t = floats(store, p, key).to(wanted)
         store.drop(p, [scale_key(key)])
@@ -116,7 +120,7 @@ def fits(codes: Tensor, scale: Any, p: Tensor) -> bool:
 def floats(store: SlotStore, p: Tensor, key: str) -> Tensor:
     """A moment in float32, or in the float dtype that it has."""
     t = find(store, p, key)
-    if t.dtype not in _CODED:
+    if t.dtype not in CODED:
         return t
     scale = find(store, p, scale_key(key))
     if is_dtensor(t) != is_dtensor(scale):
