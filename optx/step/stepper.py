@@ -249,8 +249,10 @@ class _Step:
         for key, source in state.derived:
             slots.refresh(active, key, [base_state.get(p, {}).get(source) for p in active])
         cols = {"numel": [float(p.numel()) for p in active], "fresh": [0.0] * len(active)}
-        cols |= sizes_of([p.shape for p in active])
-        if any(ref.name == "step" for call in program.calls() for ref in call.args):
+        read = {ref.name for call in program.calls() for ref in call.args if ref.kind == "col"}
+        if read & {"ndim", "rows", "columns"}:
+            cols |= sizes_of([p.shape for p in active])
+        if "step" in read:
             cols["step"] = step_counts(self.wrapped.base, group, active)
         numbers = step_numbers(group, program.named("hyper"))
         run = GroupRun(
