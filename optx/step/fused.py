@@ -46,6 +46,7 @@ class FusedGroup:
         derived: keys of the cells that are taken from a state tensor of the base, with its name.
         rounding: for bfloat16 weights.
         triton: run Triton kernels, else Numba.
+        only: the number, in the one group, of the one tensor that this serves; None: it serves all.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class FusedGroup:
         derived: Sequence[tuple[str, str]],
         rounding: str,
         triton: bool,
+        only: int | None = None,
     ) -> None:
         self.groups, self.program, self.rules, self.base = list(groups), program, rules, base
         self._slots, self._rounding, self.triton = slots, rounding, triton
@@ -73,20 +75,12 @@ class FusedGroup:
         self._draws: set[int] = set()  # the groups in which something is rounded stochastically
         self._sharing: list[list[Bucket]] = []  # each group's buckets, in the order of its parameters
         self._hypers = program.named("hyper")
-        self.sharded = any(is_dtensor(p) for group in groups for p in group["params"])
+        self._only = only
+        self.sharded = any(map(is_dtensor, self._parameters()))
         self._gradients = Gradients(base, self.sharded)
-        self._only: int | None = None  # the number, in the one group, of the one tensor that this serves
 
-    def of_one(self, group: Group, number: int) -> FusedGroup:
-        """The same for one tensor of one of its groups, which draws as it does among the others."""
-        one = self.serving([group])
-        one._only = number
-        one.sharded = is_dtensor(group["params"][number])
-        one._gradients = Gradients(self.base, one.sharded)
-        return one
-
-    def serving(self, groups: Sequence[Group]) -> FusedGroup:
-        """The same for other groups, which go with its program."""
+    def serving(self, groups: Sequence[Group], only: int | None = None) -> FusedGroup:
+        """The same for other groups, which go with its program; or for one tensor, which draws as ever."""
         return FusedGroup(
             groups,
             self.program,
@@ -96,6 +90,7 @@ class FusedGroup:
             self._derived,
             self._rounding,
             self.triton,
+            only,
         )
 
     # ---- tables ------------------------------------------------------------------------------------

@@ -205,7 +205,7 @@ class Released:
         """The tables of one tensor, made once."""
         path, number = self._places[id(p)]
         assert path.fused is not None
-        runner = path.fused.of_one(path.group, number)
+        runner = path.fused.serving([path.group], number)
         self._runners[id(p)] = runner
         return runner
 
