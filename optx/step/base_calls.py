@@ -51,10 +51,9 @@ class _Names:
         if name == "fresh":
             return Ref("col", name)
         if name in self._base.slots and name not in self._made:
-            slot = self._base.slots[name]
-            state: dict[str, Kind] = {"row": "rows", "column": "columns"}
-            if slot.scalar or slot.axis:
-                return Ref(state.get(slot.axis, "cell"), name)
+            kind = self._base.slots[name].kind
+            if kind != "slot":
+                return Ref(kind, name)
         known = REGISTERS.get(name) or self._made.get(name) or self._b.common.get(name)
         if known is None:
             names = [*REGISTERS, *self._made, *self._base.cells, *self._b.common]

@@ -104,12 +104,12 @@ class BaseRules:
     @property
     def elements(self) -> tuple[str, ...]:
         """The slots with one element per weight element."""
-        return tuple(name for name, slot in self.slots.items() if not slot.scalar and not slot.axis)
+        return tuple(name for name, slot in self.slots.items() if slot.kind == "slot")
 
     @property
     def cells(self) -> tuple[str, ...]:
         """The slots of one number."""
-        return tuple(name for name, slot in self.slots.items() if slot.scalar)
+        return tuple(name for name, slot in self.slots.items() if slot.kind == "cell")
 
     @property
     def state(self) -> tuple[str, ...]:

@@ -107,9 +107,8 @@ class Binder:
     def _own(self, name: str) -> str:
         return f"{self.transform.name}.{name}"
 
-    def _slots(self, scalar: bool) -> list[str]:
-        every = self.transform.slots.items()
-        return [name for name, slot in every if slot.scalar is scalar and not slot.axis]
+    def _slots(self, kind: Kind) -> list[str]:
+        return [name for name, slot in self.transform.slots.items() if slot.kind == kind]
 
     def _read(self, moment: str, rule: Rule, name: str) -> Ref:
         element = moment not in PER_TENSOR
@@ -149,9 +148,7 @@ class Binder:
         if name in self.made:
             return self.made[name]
         if name in self.transform.slots:
-            slot = self.transform.slots[name]
-            state: dict[str, Kind] = {"row": "rows", "column": "columns"}
-            return Ref(state.get(slot.axis, "cell" if slot.scalar else "slot"), self._own(name))
+            return Ref(self.transform.slots[name].kind, self._own(name))
         if name == "grad_sq":
             if moment == "sums":
                 return None
@@ -207,11 +204,11 @@ class Binder:
                 if moment in ALONG:
                     allowed += f" and slots per {ALONG[moment]}"
                 elif moment in PER_TENSOR:
-                    allowed += f" and cells {self._slots(True)}"
+                    allowed += f" and cells {self._slots('cell')}"
             case "observe":
                 if slot is not None and slot.scalar and not slot.counts:
                     return Ref("cell", self._own(name))
-                allowed = f"cells (per_tensor slots) {self._slots(True)}"
+                allowed = f"cells (per_tensor slots) {self._slots('cell')}"
             case _:
                 register = "g" if moment == "gradient" else "w"
                 if name == register:
@@ -221,9 +218,9 @@ class Binder:
                         f"rule {rule.name!r} ({moment}) writes {name!r}, a packed slot, which rules can only "
                         "read."
                     )
-                if slot is not None and not slot.scalar and not slot.axis:
+                if slot is not None and slot.kind == "slot":
                     return own
-                allowed = f"{register!r} and slots per element {self._slots(False)}"
+                allowed = f"{register!r} and slots per element {self._slots('slot')}"
         if slot is None and name not in (*_TAKEN, *self.transform.options):
             near_slots = near(name, self.transform.slots)
             raise self._error(

@@ -94,6 +94,13 @@ class Slot:
                 f"step renews; this slot is {self!r}."
             )
 
+    @property
+    def kind(self) -> Literal["slot", "cell", "rows", "columns"]:
+        """What rules read where they name it, see `optx.kernels.step.program.Ref`."""
+        if self.axis:
+            return "rows" if self.axis == "row" else "columns"
+        return "cell" if self.scalar else "slot"
+
     def shape(self, p: Tensor) -> tuple[int, ...]:
         """The shape that it has for ``p``."""
         if self.scalar:

@@ -73,7 +73,9 @@ def build(
         _add_watches(b, binders[transform.name])
     if meter:
         _meter_gradient(b)
-    used = {ref for v in b.levels for call in v.scalars for ref in (*call.args, *call.writes)}
+    slots = {f"{t.name}.{name}": slot for t in transforms for name, slot in t.slots.items()}
+    packed = tuple(name for name, slot in slots.items() if slot.packed)
+    slots |= base.slots if base else {}
     program = Program(
         tuple(
             replace(level, prefix=needed(level.prefix, level.sums), after=index >= b.before)
@@ -86,9 +88,9 @@ def build(
         tuple(b.observe),
         tuple(b.meter) if meter else (),
         tuple(b.kept),
-        tuple(_cell_dtypes(transforms, base)),
-        tuple(f"{t.name}.{name}" for t in transforms for name, slot in t.slots.items() if slot.packed),
-        tuple(_vectors(transforms, base, used)),
+        tuple(_cell_dtypes(slots)),
+        packed,
+        tuple(_vectors(slots, b.levels)),
     )
     _check_spelling(program)
     return program
@@ -104,24 +106,18 @@ def _meter_gradient(b: Builder) -> None:
         b.meter.append(Call(square, (G,), (INCOMING,)))
 
 
-def _cell_dtypes(transforms: Sequence[Transform], base: BaseRules | None) -> Iterable[tuple[str, str | None]]:
-    """Of the cells that aren't float64."""
-    every: dict[str, Slot] = {f"{t.name}.{name}": slot for t in transforms for name, slot in t.slots.items()}
-    for name, slot in {**every, **(base.slots if base else {})}.items():
-        if (slot.scalar or slot.axis) and slot.dtype != torch.float64:
+def _cell_dtypes(slots: Mapping[str, Slot]) -> Iterable[tuple[str, str | None]]:
+    """Of what has fewer numbers than a weight, and isn't float64."""
+    for name, slot in slots.items():
+        if slot.kind != "slot" and slot.dtype != torch.float64:
             yield name, None if slot.dtype is None else str(slot.dtype).removeprefix("torch.")
 
 
-def _vectors(
-    transforms: Sequence[Transform], base: BaseRules | None, used: set[Ref]
-) -> Iterable[tuple[str, Axis]]:
+def _vectors(slots: Mapping[str, Slot], levels: Iterable[Level]) -> Iterable[tuple[str, Axis]]:
     """State per row and column that the step reads or writes."""
-    every: dict[str, Slot] = {f"{t.name}.{name}": slot for t in transforms for name, slot in t.slots.items()}
-    for name, slot in {**every, **(base.slots if base else {})}.items():
-        if (
-            slot.axis
-            and {Ref("row", name), Ref("column", name), Ref("rows", name), Ref("columns", name)} & used
-        ):
+    used = {ref for level in levels for call in level.scalars for ref in (*call.args, *call.writes)}
+    for name, slot in slots.items():
+        if slot.axis and {Ref(slot.axis, name), Ref(slot.kind, name)} & used:
             yield name, slot.axis
 
 
