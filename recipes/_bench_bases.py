@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 import warnings
 from argparse import ArgumentParser
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +26,7 @@ from optx.kernels.audit.traffic import step_bytes
 from optx.kernels.step.layout import Layout
 
 from . import _bench
-from ._bench_step import ADAMW_BYTES
+from ._bench_step import ADAMW_BYTES, seconds_of, timed
 from ._options import positive
 from ._report import Table, console, tell
 
@@ -101,7 +97,7 @@ def measure(base: Base, tensors: int, numbers: int, rounds: int) -> dict[str, An
     for number in range(rounds):
         for name in random.Random(number).sample(list(subjects), len(subjects)):
             subjects[name].step()
-            times[name].append(_timed(subjects[name].step))
+            times[name].append(timed(subjects[name].step))
     program = ours.program(0)
     layout = Layout(("float32",) * (2 + len(program.slots)), "nearest", True)
     return {"name": base.name, "bytes": step_bytes(program, layout), "times": times}
@@ -109,12 +105,6 @@ def measure(base: Base, tensors: int, numbers: int, rounds: int) -> dict[str, An
 
 def _words(form: dict[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in form.items()) or "its own"
-
-
-def _timed(step: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
 
 
 _FIRST_STEP = """
@@ -131,11 +121,7 @@ start = time.perf_counter(); opt.step(); print(time.perf_counter() - start)
 def first_step_seconds(base: Base) -> float:
     """Time of a process's first step with an empty kernel cache."""
     with tempfile.TemporaryDirectory() as cache:
-        command = [sys.executable, "-c", _FIRST_STEP.format(name=base.name)]
-        environment = {**os.environ, "OPTX_CACHE_DIR": cache}
-        return float(
-            subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-        )
+        return seconds_of(_FIRST_STEP.format(name=base.name), cache)
 
 
 def tables(results: dict[str, Any]) -> list[Table]:

@@ -307,11 +307,12 @@ def measure(shape: str, rounds: int, peers: bool, compiled: bool, device: str) -
         turn = random.Random(number).sample(running, len(running))
         for subject, optimizer in turn:
             subject.give_gradients()
-            subject.times.append(_timed(optimizer.step, device))
+            subject.times.append(timed(optimizer.step, device))
     return [subject for subject, _ in running]
 
 
-def _timed(step: Callable[[], Any], device: str) -> float:
+def timed(step: Callable[[], Any], device: str = "cpu") -> float:
+    """Seconds of one step."""
     if device != "cpu":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -332,13 +333,14 @@ start = time.perf_counter(); opt.step(); print(time.perf_counter() - start)
 def first_step_seconds() -> tuple[float, float]:
     """Time of a process's first PerpGrad + AdamR step: with an empty kernel cache, and with a filled one."""
     with tempfile.TemporaryDirectory() as cache:
-        environment = {**os.environ, "OPTX_CACHE_DIR": cache}
-        command = [sys.executable, "-c", _FIRST_STEP]
-        runs = [
-            subprocess.run(command, env=environment, capture_output=True, text=True, check=True) for _ in "ab"
-        ]
-    cold, warm = (float(run.stdout) for run in runs)
-    return cold, warm
+        return seconds_of(_FIRST_STEP, cache), seconds_of(_FIRST_STEP, cache)
+
+
+def seconds_of(script: str, cache: str) -> float:
+    """What a script prints in a process of its own, with this kernel cache."""
+    environment = {**os.environ, "OPTX_CACHE_DIR": cache}
+    command = [sys.executable, "-c", script]
+    return float(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
 
 def tables(results: dict[str, Any]) -> list[Table]:

@@ -134,21 +134,17 @@ def kernels(case: Case, target: Target) -> Iterator[Kernel]:
     packed = {ref for ref, dtype in kept.items() if dtype == "bits"}
     eight = {ref for ref, dtype in kept.items() if dtype in EIGHT}
 
-    def narrow(kernel: Kernel, calls: Iterable[Call]) -> Kernel:
-        """A thread's eight elements are 64 bits of codes, or of a weight's rest."""
-        scales = len(eight & program.reads(tuple(calls)))
+    def over_elements(name: str, calls: tuple[Call, ...], stores: bool) -> Kernel:
+        moved = call_bytes(program, case.layout, calls, stores=stores)
+        octets, scales = (len(some & program.reads(calls)) for some in (packed, eight))
+        # A thread's eight elements are 64 bits of codes, or of a weight's rest.
         low = 64 if scales or case.layout.rounding == "split8" else ACCESS
+        kernel = _kernel(case.name, vars(module)[name], blocks, moved, octets)
         return replace(kernel, narrowest=low, scales=scales)
 
     for name, calls in sums.items():
-        moved = call_bytes(program, case.layout, calls, stores=False)
-        count = len(packed & program.reads(calls))
-        yield narrow(_kernel(case.name, vars(module)[name], blocks, moved, count), calls)
-    calls = (*program.update, *program.observe)
-    moved = call_bytes(program, case.layout, calls, stores=True)
-    update = narrow(
-        _kernel(case.name, module.update, blocks, moved, len(packed & program.reads(calls))), calls
-    )
+        yield over_elements(name, calls, stores=False)
+    update = over_elements("update", (*program.update, *program.observe), stores=True)
     yield replace(update, options=compiler_options(case.layout, "update", target.backend == "cuda"))
     for name in vars(module):
         if re.fullmatch(r"(scalars|totals|finish)_\d+|commit", name):
