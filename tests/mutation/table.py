@@ -264,6 +264,7 @@ TABLE = {
     "optx/step/checkpoint.py": "arithmetic_step resume adamr_anchors wrap_bases hft_resume",
     "optx/step/checks.py": "errors perpgrad wrap_bases",
     "optx/step/foreach.py": f"arithmetic_step {_STEP}",
+    "optx/step/tensor_list.py": "moments user_rules",
     "optx/step/fused.py": f"arithmetic_step {_STEP} fused_groups fused_rounding",
     "optx/step/buckets.py": "fused_cpu fused_groups wrap_kernels_see wrap_breaks",
     "optx/step/fusable.py": "wrap_kernels_see wrap_breaks fused_memory fused_cpu errors",

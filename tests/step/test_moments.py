@@ -13,7 +13,8 @@ from moment_table import BASES, Table
 from torch import Tensor, nn
 
 import optx
-from optx.step.foreach import GroupRun, PerTensor, TensorList
+from optx.step.foreach import GroupRun
+from optx.step.tensor_list import PerTensor, TensorList
 
 CHAIN = [m.Names, m.Soften, m.SecondNames]
 
