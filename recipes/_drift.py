@@ -162,7 +162,7 @@ class Drift:
         skipped = context(self._general)
         with evaluated(model):
             found = [model(input_ids=rows).logits[:, skipped - 1 : -1] for rows in self._general.split(4)]
-        logits = torch.cat(found).flatten(0, 1).log_softmax(-1)
+        logits = torch.cat(found).flatten(0, 1).float().log_softmax(-1)
         return float(F.nll_loss(logits, self._general[:, skipped:].flatten())), logits
 
     @torch.no_grad()
@@ -171,7 +171,7 @@ class Drift:
         tokens, mask, answered, _ = self._own
         with evaluated(model):
             logits = model(input_ids=tokens, attention_mask=mask.long()).logits[:, :-1]
-        return logits[answered[:, 1:]].log_softmax(-1)
+        return logits[answered[:, 1:]].float().log_softmax(-1)
 
 
 def _divergence(before: Tensor, after: Tensor) -> float:

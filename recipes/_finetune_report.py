@@ -11,7 +11,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 
-from . import _report
+from . import _formats, _report
 from ._run import Run
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     def last(key: str) -> Callable[[dict[str, Any]], float]:
         return lambda found: found["curve"][-1][key]
 
-    return ["", *arms], [
+    rows = [
         row("held-out loss", "{:.3f}", last("held_out")),
         row("drift, general", "{:.3f}", last("drift_general")),
         row("drift, answers", "{:.3f}", last("drift_answers")),
@@ -55,6 +55,10 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         ratio("optimizer step", "optimizer_ms"),
         ratio("training step", "step_ms"),
     ]
+    if _formats.words(results["settings"]):
+        resident = row("bytes a parameter", "{:.3f}", lambda found: found["resident_bytes"])
+        rows.insert(-2, resident)
+    return ["", *arms], rows
 
 
 def tables(results: dict[str, Any]) -> list[_report.Table]:
@@ -77,8 +81,9 @@ def title(results: dict[str, Any]) -> str:
     """The setting."""
     settings, seeds = results["settings"], len(next(iter(_report.by_seed(results["arms"]).values())))
     size = f"{settings['batch']} x {settings['length']}"
+    asked = (f"{seeds} seed{'s' * (seeds > 1)}", _formats.words(settings))
     return (
-        f"{settings['steps']} steps of {size} tokens, lr {settings['lr']:g}, {seeds} seed{'s' * (seeds > 1)}"
+        f"{settings['steps']} steps of {size} tokens, lr {settings['lr']:g}, {', '.join(filter(None, asked))}"
     )
 
 

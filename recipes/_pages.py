@@ -328,7 +328,8 @@ def about(made: Source, results: Mapping[str, Any]) -> str:
         for name, value in settings.items()
         if name not in usual or value != usual[name]
     ]
-    other += [f"no {name} yet" for name in usual if name not in (*settings, *NOT_SETTINGS)]
+    new = [name for name in usual if name not in (*settings, *NOT_SETTINGS)]
+    other += [f"no {name} yet" for name in new if usual[name] not in (None, False)]  # off: it is as it was
     return f"{ran} **Other than by default:** {', '.join(other)}." if other else ran
 
 

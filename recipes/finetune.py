@@ -9,8 +9,10 @@ smaller rate too, as in ``--arms adamw,adamw@0.5,adamw+hft``.
 
 ``torchrun --nproc-per-node 2 -m optx.recipes.finetune`` trains on two processes, which share a batch (DDP);
 with ``--fsdp`` the weights too (FSDP2). One process with the same ``--batch`` gives the same numbers.
+``--state 8bit --master split``, as in `optx.wrap`: all arms keep moments and weights in fewer bytes.
 
-Keywords: DDP, FSDP2, torchrun, SLURM, Kubernetes, Ray, cluster, several machines.
+Keywords: DDP, FSDP2, torchrun, SLURM, Kubernetes, Ray, cluster, several machines, 8-bit optimizer,
+low-bit state.
 
 Source: HFT, arXiv 2404.18466; AdamR, arXiv 2410.09344.
 """
@@ -27,7 +29,7 @@ from torch.optim import Optimizer
 
 import optx
 
-from . import _assets, _drift, _finetune_report, _parallel, _text
+from . import _assets, _drift, _finetune_report, _formats, _parallel, _text
 from ._options import SEEDS, path, positive, rate, whole
 from ._run import (
     Run,
@@ -97,14 +99,15 @@ def train(arm: str, seed: int, measures: Measures, args: Any, run: Run) -> dict[
     """Fine-tune from the pretrained weights with one arm's optimizer; None if interrupted."""
     torch.manual_seed(seed)
     team = run.team
-    model = _assets.language_model(args.model)[0].to(device())
+    model = _formats.cast(_assets.language_model(args.model)[0].to(device()), args.master)
     method, factor = arm_and_factor(arm)
     trained = team.spread(model, idle="hft" in method)  # several processes: DDP or FSDP2; else the model
     pretrained = [p.detach().clone() for p in model.parameters()]
 
     lr = factor * args.lr
     optimizer: Optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
-    optimizer = team.measured(ARMS[method](optimizer, model, seed))
+    optimizer = _formats.kept(ARMS[method](optimizer, model, seed), args.state, args.master)
+    optimizer = team.measured(optimizer)
     scheduler = warmed_up(optimizer, args.steps)
 
     key = f"{arm}/{seed}"
@@ -144,6 +147,7 @@ def train(arm: str, seed: int, measures: Measures, args: Any, run: Run) -> dict[
         "distance": _parallel.distance(model.parameters(), pretrained),
         "gradient_bytes": gradient_bytes(optimizer),
         "state_bytes": state_bytes(optimizer),
+        "resident_bytes": _formats.resident_bytes(model, optimizer),
         "optimizer_ms": median_ms(log["optimizer_s"]),
         "step_ms": median_ms(log["step_s"]),
         "answers": measures.answers(model, team).texts,
@@ -173,6 +177,8 @@ def options() -> ArgumentParser:
         length={"type": whole(4), "default": 256, "help": "tokens of a block"},
         answer_length={"type": positive, "default": 48, "help": "tokens of an answer, at most"},
         eval_blocks={"type": positive, "default": 8, "help": "blocks of each text to measure losses on"},
+        state=_formats.STATE,
+        master=_formats.MASTER,
         resume={"action": "store_true", "help": "go on with an interrupted run"},
         fsdp=_parallel.FSDP,
     )
@@ -185,6 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         chosen(",".join(arm for arm, _ in asked_for), ARMS)
         arms = list(dict.fromkeys(arm if factor == 1 else f"{arm}@{factor:g}" for arm, factor in asked_for))
         asked = _drift.prompts(args.prompts)
+        _formats.settle(args)
         team.divides(args.batch)
         run = Run(args.out, settings_of(args), args.resume, args.overwrite, team)
         if "before" in run.results and run.results["before"]["prompts"] != list(asked):

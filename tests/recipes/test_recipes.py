@@ -80,10 +80,14 @@ def parameters(options: list[str]) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("arm", list(finetune.ARMS))
+SPLIT = ["--state", "8bit", "--master", "split"]
+
+
+@pytest.mark.parametrize(("arm", "kept"), [*((arm, []) for arm in finetune.ARMS), ("adamw", SPLIT)])
 def test_interrupted_and_resumed_is_uninterrupted(
-    arm: str, options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arm: str, kept: list[str], options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    options = [*options, *kept]
     finetune.main([*options, "--arms", arm, "--out", str(tmp_path / "whole")])
 
     again = [*options, "--arms", arm, "--out", str(tmp_path / "parts")]
@@ -100,6 +104,26 @@ def test_interrupted_and_resumed_is_uninterrupted(
     for name in ("loss", "curve", "distance", "state_bytes", "gradient_bytes", "answers"):
         assert whole[name] == parts[name]  # bit for bit: JSON keeps floats exactly
     assert not (tmp_path / "parts" / "checkpoint.pt").exists()
+
+
+def test_formats_are_counted_and_told(
+    options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finetune.main([*options, "--arms", "adamw", *SPLIT, "--out", str(tmp_path)])
+    found = results(tmp_path)
+    assert (found["settings"]["state"], found["settings"]["master"]) == ("8bit", "split")
+    # Weight, gradient, rest, two codes, two scales for 32 of them: and a last group of fewer, and steps.
+    resident = found["arms"]["adamw/0"]["resident_bytes"]
+    assert 2 + 2 + 1 + 1 + 1 + 4 / 32 <= resident < 7.2
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"bytes a parameter {resident:.3f}" in shown
+    assert "1 seed, state 8bit, master split" in shown
+
+
+def test_a_master_wants_a_state(options: list[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"--master split16: its weights .* --state float32, "):
+        finetune.main([*options, "--master", "split16", "--out", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
 
 
 def interrupt_in_step(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
