@@ -157,8 +157,9 @@ from optx.signal.mesa import MESA as MESA
 from optx.signal.saf import SAF as SAF
 from optx.signal.stablemax import StableMaxCrossEntropy as StableMaxCrossEntropy
 from optx.signal.stablemax import stablemax_cross_entropy as stablemax_cross_entropy
-from optx.step.bases import BaseRules as BaseRules
-from optx.step.bases import Sums as Sums
+from optx.step.base_update import BaseRules as BaseRules
+from optx.step.base_update import Matrices as Matrices
+from optx.step.base_update import Sums as Sums
 from optx.step.bases import register_base as register_base
 from optx.step.checkpoint import load_optimizer as load_optimizer
 from optx.step.checkpoint import save_optimizer as save_optimizer

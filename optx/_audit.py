@@ -18,7 +18,8 @@ from optx.bases import adabelief, adan, lion, novograd, yogi
 from optx.kernels.audit import report
 from optx.kernels.audit.report import Case
 from optx.kernels.step.layout import Layout
-from optx.step.bases import BaseRules, base_rules
+from optx.step.base_update import BaseRules
+from optx.step.bases import base_rules
 from optx.step.group_numbers import base_numbers
 from optx.step.pipeline import build
 from optx.step.transform import Transform

@@ -50,6 +50,7 @@ def _torch_bases() -> list[Base]:
         Base("RMSprop", lambda p: o.RMSprop(p, lr=0.01)),
         Base("Rprop", lambda p: o.Rprop(p, lr=0.01)),
         Base("Adafactor", lambda p: o.Adafactor(p, lr=0.01)),
+        Base("Muon", lambda p: o.Muon([w for w in p if w.ndim == 2], lr=0.01)),
         Base("LBFGS", lambda p: o.LBFGS(p, lr=0.1, max_iter=3), closure=True, grows=False),
     ]
     return bases

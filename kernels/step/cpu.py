@@ -15,6 +15,7 @@ from optx.kernels.step.emit_cpu import compiled
 from optx.kernels.step.layout import Columns, Layout, partials_per_chunk, split
 from optx.kernels.step.program import Program
 from optx.kernels.step.runner import Step
+from optx.kernels.step.stacks import Stacks
 from optx.kernels.step.tiles import Tiles, sizes_of
 
 SERIAL = 32768  # below this many elements waking other threads costs more than it saves
@@ -31,7 +32,7 @@ class CpuStep(Step):
         owners: for each tensor, which of the param groups it is of; all are of the first by default.
         groups: how many there are.
         wholes: where the tensors are shards, the sizes of what they are shards of; see `Step`.
-        shapes: theirs, where the program asks for rows, columns or dimensions.
+        shapes: theirs, where the program asks for rows, columns, dimensions or whole matrices.
 
     Attributes:
         groups: a row per param group: its hypers, the totals it was given, its own shares of the totals, and
@@ -55,6 +56,7 @@ class CpuStep(Step):
         self._module = compiled(program, layout)
         count = len(numels)
         shapes = [(n,) for n in numels] if shapes is None else shapes
+        self.stacks = Stacks(shapes, torch.device("cpu"))
         if program.tiled:
             self._tiles = Tiles(program, shapes, layout.dtypes[0] == "float64")
             self._chunks, self._first = self._tiles.table, self._tiles.first
@@ -145,6 +147,10 @@ class CpuStep(Step):
         if self.program.levels[level].sums:
             self._each_chunk(f"reduce_{level}")
             self._fold()
+
+    def store(self, kernel: str) -> None:
+        """Run a kernel that stores what a function of whole matrices is given."""
+        self._each_chunk(kernel)
 
     def scalars(self, level: int) -> None:
         """Take the scalars that follow from them, and each group's share of its totals."""

@@ -75,7 +75,8 @@ class CpuLines(Lines):
             dtype = self.dtypes[role]
             # Moments kept in bfloat16 are always rounded stochastically: at beta2 = 0.999 a nearest
             # rounding would never let them fall.
-            dither = dtype == "bfloat16" and (draw if role == "w" else role != "kahan")
+            exact = ("kahan", *self.program.scratch)
+            dither = dtype == "bfloat16" and (draw if role == "w" else role not in exact)
             name = local(role)
             if role.endswith(SCALE) or role == "rest":
                 continue  # read and written together with what they go with

@@ -30,7 +30,7 @@ from optx.kernels.step.cpu_text import (
 )
 from optx.kernels.step.cpu_tiles import ADDS, HYPERS, CpuTiles
 from optx.kernels.step.layout import Layout, partials_per_chunk
-from optx.kernels.step.program import NUMBER_KINDS, Call, Level, Program, Ref
+from optx.kernels.step.program import NUMBER_KINDS, Call, Fill, Level, Program, Ref
 from optx.kernels.step.text import indent, rule_text, variable
 
 _compiling = threading.Lock()
@@ -62,7 +62,8 @@ LOW, HIGH = 1e-27, 1e30
 class _Emitter(CpuTiles):
     def module(self) -> list[str]:
         p = self.program
-        narrow = [c.rule for c in (*p.update, *(c for level in p.levels for c in level.prefix))]
+        filled = [c for level in p.levels for fill in level.fills for c in fill.calls]
+        narrow = [c.rule for c in (*p.update, *filled, *(c for level in p.levels for c in level.prefix))]
         sums = [c.rule for c in (*(c for level in p.levels for c in level.sums), *p.observe, *p.meter)]
         wide = [c.rule for level in p.levels for c in (*level.scalars, *level.finish)]
         lines = [
@@ -91,6 +92,8 @@ class _Emitter(CpuTiles):
         for suffix in ("_sum",) if self.wide else ("_sum", "_lane"):
             lines += rule_text(sums, suffix, PART_SUM, self._number(suffix))
         for number, level in enumerate(p.levels):
+            for i, fill in enumerate(level.fills):
+                lines += self._fill(f"fill_{number}_{i}", fill)
             if level.sums:
                 lines += self._reduce_tiles(number, level) if p.tiled else self._reduce(number, level)
             lines += self._per_tensor(f"scalars_{number}", level, level.scalars, level.totals)
@@ -177,6 +180,20 @@ class _Emitter(CpuTiles):
             *self._in_runs(name, use, arguments, len(sums), ()),
             *self._tile_callback(name, use, returned, level.summed("row")),
         ]
+
+    def _fill(self, name: str, fill: Fill) -> list[str]:
+        """Stores what a function of whole matrices is given."""
+        made = fill.result.name
+        read = [*self._read_roles(fill.calls), *self._column_roles(fill.calls)]
+        use = self._use(fill.calls, [*read, made])
+        body = [*self._loads(read), *self._start(fill.calls), *self._calls(fill.calls, self.suffix)]
+        body.append(f"store_{local(made)}({local(made)}_p, i, {variable(fill.value)}, NONE)")
+        arguments = ", ".join([*use.pointers, *map(variable, use.numbers), "start", "n"])
+        loop = self._loop(f"{name}_run", ", ".join([arguments, *use.rooms]), body, [], "add_any_order")
+        runs = self._in_runs(name, use, arguments, 0, (made,))
+        if self.program.tiled:
+            return [*loop, *runs, *self._tile_callback(name, use, (), ())]
+        return [*loop, *runs, *self._callback(name, use, arguments, 0)]
 
     def _in_runs(
         self,

@@ -19,7 +19,7 @@ from types import ModuleType
 
 from optx.kernels.generated import load_module
 from optx.kernels.step.layout import Layout, scale_of
-from optx.kernels.step.program import Call, G, Level, Program, Ref
+from optx.kernels.step.program import Call, Fill, G, Level, Program, Ref
 from optx.kernels.step.text import indent, variable
 from optx.kernels.step.triton_lines import POINTERS, TritonLines, number_refs, stream
 from optx.kernels.step.triton_text import JIT, dialect, wrapped
@@ -58,13 +58,16 @@ class _Emitter(TritonLines):
             f"{' ' * 37}{', '.join(_LIBRARY[9:])})",
             *([_FORMATS] if self.eight or self.split else []),
         ]
-        narrow = [c.rule for c in (*p.update, *(c for level in p.levels for c in level.prefix))]
+        filled = [c for level in p.levels for fill in level.fills for c in fill.calls]
+        narrow = [c.rule for c in (*p.update, *filled, *(c for level in p.levels for c in level.prefix))]
         wide = [c.rule for level in p.levels for c in (*level.sums, *level.scalars, *level.finish)]
         wide += [c.rule for c in (*p.observe, *p.meter)]
         lines += dialect(narrow, self.suffix, self.math)
         known = set(narrow) if self.suffix == "_64" else set[object]()
         lines += dialect([r for r in wide if r not in known], "_64", "tl.float64")
         for number, level in enumerate(p.levels):
+            for i, fill in enumerate(level.fills):
+                lines += self._fill(f"fill_{number}_{i}", fill)
             if level.sums:
                 lines += self._reduce(number, level)
             lines += self._per_tensor(f"scalars_{number}", level.sums, level.scalars)
@@ -160,6 +163,13 @@ class _Emitter(TritonLines):
         sums = [variable(r) for c in level.sums for r in c.writes]
         numbers = self._block_numbers(level.prefix, level.sums)
         return self._chunk_kernel(f"reduce_{number}", roles, numbers, body, sums)
+
+    def _fill(self, name: str, fill: Fill) -> list[str]:
+        """Stores what a function of whole matrices is given."""
+        made, value, read = fill.result.name, variable(fill.value), self._read_roles(fill.calls)
+        body = [*self._loads(read), *self._start(fill.calls), *self._calls(fill.calls, self.suffix)]
+        body.append(self._store_made(made, value))
+        return self._chunk_kernel(name, [*read, made], self._block_numbers(fill.calls, ()), body, [])
 
     def _update(self) -> list[str]:
         p = self.program

@@ -5,23 +5,24 @@ torch tensors (`optx.step.foreach`), and the emitters of Numba and Triton code (
 
 A step runs in this order::
 
-    for each level:  one pass over the elements takes the level's sums      (only where a rule needs sums)
+    for each level:  one pass each stores what functions of whole matrices are given; they are called
+                     one pass over the elements takes the level's sums      (only where a rule needs sums)
                      scalars, per tensor, in float64
                      totals over the whole optimizer, then the finishing scalars
     one pass:        gradient rules, weight rules, base update, after rules, observed and metered sums
 
 A level whose sums see what some of those rules make of the elements (a gradient rewritten, a base's update)
-applies them in registers and stores nothing: until the one pass that writes, a step can be given up. In the
-end::
+applies them in registers and stores nothing: until the one pass that writes, a step can be given up. The
+passes for whole matrices store what they make beside all state. In the end::
 
     commit:          the step count, cells that scalars wrote and the observed sums become state
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from optx._rules import Rule
 
@@ -75,6 +76,21 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Fill:
+    """A function of whole matrices: what it is given and what it makes, in the dtype ``dtype``.
+
+    A pass stores ``value``, which ``calls`` of the update make in registers; what the function makes of it
+    takes its place, and rules read it as ``result``: a slot that is no state.
+    """
+
+    calls: tuple[Call, ...]
+    value: Ref
+    result: Ref
+    function: Callable[[Any], Any]
+    dtype: str
+
+
+@dataclass(frozen=True)
 class Level:
     """One round of sums and the scalars that follow from them."""
 
@@ -86,6 +102,7 @@ class Level:
     finish: tuple[Call, ...] = ()
     # Its sums see the base's update: where the base is run as it is, they are taken once it has been.
     after: bool = False
+    fills: tuple[Fill, ...] = ()  # they come first
 
     def summed(self, kind: Kind = "col") -> list[Ref]:
         """What its pass sums over tensors, rows or columns."""
@@ -140,6 +157,8 @@ class Program:
     def element_calls(self) -> Iterator[Call]:
         """Every call that runs once per element."""
         for level in self.levels:
+            for fill in level.fills:
+                yield from fill.calls
             yield from level.element_calls
         yield from self.update
         yield from self.observe
@@ -166,6 +185,11 @@ class Program:
         return self.named("slot")
 
     @property
+    def scratch(self) -> dict[str, str]:
+        """Of the slots those that are no state, and their dtypes: what functions of whole matrices make."""
+        return {fill.result.name: fill.dtype for level in self.levels for fill in level.fills}
+
+    @property
     def cells(self) -> tuple[str, ...]:
         """State tensors with one element per weight tensor."""
         return tuple(dict.fromkeys((*self.named("cell"), *self.kept)))
@@ -182,6 +206,11 @@ class Program:
     def tiled(self) -> bool:
         """Whether anything is summed or read per row or column: kernels then walk over tiles of a matrix."""
         return any(map(self.along, AXES))
+
+    @property
+    def shaped(self) -> bool:
+        """Whether it matters where a weight's rows and columns lie in memory."""
+        return self.tiled or bool(self.scratch)
 
     @property
     def kept_vectors(self) -> tuple[tuple[str, Axis], ...]:
@@ -206,7 +235,12 @@ class Program:
 
 def needed(calls: Iterable[Call], sums: Iterable[Call]) -> tuple[Call, ...]:
     """Of some calls those whose results some sums read: others would load tensors for nothing."""
-    wanted = {ref for call in sums for ref in call.args}
+    return leading_to(calls, (ref for call in sums for ref in call.args))
+
+
+def leading_to(calls: Iterable[Call], refs: Iterable[Ref]) -> tuple[Call, ...]:
+    """Of some calls those that have a part in what some references are in the end."""
+    wanted = set(refs)
     kept: list[Call] = []
     for call in reversed(tuple(calls)):
         if wanted & set(call.writes):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from optx.kernels.step.layout import Columns
 from optx.kernels.step.program import Program
+from optx.kernels.step.stacks import Stacks
 
 
 class Step(ABC):
@@ -33,6 +34,7 @@ class Step(ABC):
     hypers: Any
     totals: Any
     sums: Tensor | None = None
+    stacks: Stacks
 
     @property
     @abstractmethod
@@ -48,8 +50,22 @@ class Step(ABC):
     def scalars(self, level: int) -> None:
         """Take the scalars that follow from a level's sums, and this bucket's share of its totals."""
 
+    @abstractmethod
+    def store(self, kernel: str) -> None:
+        """Run a kernel that stores what a function of whole matrices is given."""
+
+    def fill(self, level: int) -> None:
+        """Call a level's functions of whole matrices."""
+        for number, one in enumerate(self.program.levels[level].fills):
+            column = self.columns.roles.index(one.result.name)
+            for members, addresses in self.stacks.open(one):
+                self.tensors[members, column] = addresses
+            self.store(f"fill_{level}_{number}")
+            self.stacks.apply(one)
+
     def measure(self, level: int) -> None:
         """Take a level's sums and scalars, and this bucket's share of its totals."""
+        self.fill(level)
         self.sum(level)
         self.scalars(level)
 

@@ -17,6 +17,8 @@ from optx.kernels.step.emit_triton import CHUNK_ROW, FOLD_LANES, compiled
 from optx.kernels.step.layout import CHUNK, Columns, Layout, partials_per_chunk, split
 from optx.kernels.step.program import Program
 from optx.kernels.step.runner import Step
+from optx.kernels.step.stacks import Stacks
+from optx.kernels.step.tiles import sizes_of
 from optx.kernels.triton_lib import LAUNCH, fold_chunks
 
 CHUNK_WARPS = 4
@@ -64,6 +66,7 @@ class TritonStep(Step):
         ids: a number per tensor that stays the same whichever others have a gradient, for random draws.
         device: where the tensors are.
         wholes: where the tensors are shards, the sizes of what they are shards of; see `Step`.
+        shapes: theirs, where the program asks for rows, columns, dimensions or whole matrices.
         chunk: elements per program of a chunk kernel, a multiple of ``block``.
         block: elements that a program handles at once.
 
@@ -81,11 +84,14 @@ class TritonStep(Step):
         ids: Sequence[int],
         device: torch.device | str,
         wholes: Sequence[int] | None = None,
+        shapes: Sequence[Sequence[int]] | None = None,
         *,
         chunk: int | None = None,
         block: int | None = None,
     ) -> None:
         self.program, self.device = program, torch.device(device)
+        shapes = [(n,) for n in numels] if shapes is None else shapes
+        self.stacks = Stacks(shapes, self.device)
         self.columns = c = Columns.of(program, layout)
         self._module = compiled(program, layout)
         self._block = block or block_size(64 if torch.version.hip else 32)
@@ -103,6 +109,9 @@ class TritonStep(Step):
         self.tensors[:, -1] = ids
         self.cols = self._cols.host.view(np.float64)
         self.cols[:, c.cols.index("numel")] = numels if wholes is None else wholes
+        for name, values in sizes_of(shapes).items():
+            if name in c.cols:
+                self.cols[:, c.cols.index(name)] = values
         self.hypers = self._hypers.host.view(np.float64)[0]
         self.totals = torch.zeros(max(len(c.totals), 1), dtype=torch.float64, device=self.device)
         self.skip = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -219,6 +228,11 @@ class TritonStep(Step):
         if self.program.levels[level].sums:
             self._each_chunk(f"reduce_{level}")
             self._fold()
+
+    def store(self, kernel: str) -> None:
+        """Run a kernel that stores what a function of whole matrices is given."""
+        self.upload()
+        self._each_chunk(kernel)
 
     def scalars(self, level: int) -> None:
         """Take the scalars that follow from them, and this bucket's share of its totals."""

@@ -159,6 +159,13 @@ class TritonLines(Lines):
                     lines.append(f"{register} = {value}.to({POINTERS[self.dtypes[role]]}).to({self.math})")
         return lines
 
+    def _store_made(self, role: str, value: str) -> str:
+        """What a function of whole matrices is given, rounded to nearest."""
+        if self.dtypes[role] != "bfloat16":
+            return f"write({stream(role)} + lane, {value}, mask)"
+        narrow = ".to(tl.float32)" if self.mixed else ""
+        return f"tl.store({stream(role)} + lane, nearest({value}{narrow}), mask)"
+
     def _store_format(self, role: str, again: bool) -> list[str]:
         """A moment of 8 bits, or a weight in two parts."""
         register = _register(role)

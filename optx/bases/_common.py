@@ -11,7 +11,8 @@ from torch import Tensor
 
 from optx._rules import Rule, rule
 from optx.ops import sqrt
-from optx.step.bases import BaseRules, Make, register_base
+from optx.step.base_update import BaseRules
+from optx.step.bases import Make, register_base
 from optx.step.declared import Slot
 from optx.step.transform import Group
 

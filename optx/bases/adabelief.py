@@ -17,7 +17,7 @@ from optx.bases._common import (
     start,
 )
 from optx.ops import maximum, sqrt
-from optx.step.bases import BaseRules, Counted
+from optx.step.base_update import BaseRules, Counted
 from optx.step.transform import Group
 
 

@@ -15,7 +15,8 @@ import torch
 from optx._rules import Rule, rule
 from optx.bases._common import SIGNED, SQUARES, lengths, register_library, turned
 from optx.ops import maximum, minimum, sqrt
-from optx.step.bases import BaseRules, Sums, register_base
+from optx.step.base_update import BaseRules, Sums
+from optx.step.bases import register_base
 from optx.step.declared import per_column, per_row, per_tensor
 from optx.step.transform import Group
 

@@ -13,7 +13,8 @@ import torch
 from optx._rules import rule
 from optx.bases._common import SIGNED, SQUARES, given, start, torch_decay
 from optx.ops import maximum, sqrt
-from optx.step.bases import BaseRules, register_base
+from optx.step.base_update import BaseRules
+from optx.step.bases import register_base
 from optx.step.transform import Group
 
 

@@ -12,7 +12,8 @@ from optx._rules import rule
 from optx.bases._common import PLAIN, SIGNED, SQUARES, debiasing, keeps, start, torch_decay
 from optx.bases.adam import adam_moments
 from optx.ops import abs, exp, maximum, sqrt, where
-from optx.step.bases import BaseRules, register_base
+from optx.step.base_update import BaseRules
+from optx.step.bases import register_base
 from optx.step.declared import Slot
 from optx.step.transform import Group
 

@@ -8,7 +8,7 @@ from typing import Any
 from optx._rules import rule
 from optx.bases._common import PLAIN, SIGNED, SQUARES, asked_for, given, register_library, shrink
 from optx.ops import sqrt, where
-from optx.step.bases import BaseRules
+from optx.step.base_update import BaseRules
 from optx.step.transform import Group
 
 

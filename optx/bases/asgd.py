@@ -10,7 +10,8 @@ import torch
 from optx._rules import rule
 from optx.bases._common import PLAIN, coupled_decay, start
 from optx.ops import maximum, where
-from optx.step.bases import BaseRules, register_base
+from optx.step.base_update import BaseRules
+from optx.step.bases import register_base
 from optx.step.declared import Slot
 from optx.step.transform import Group
 

@@ -15,7 +15,7 @@ from optx._rules import Rule, rule
 from optx.bases._common import SIGNED, SQUARES, given, lengths, register_library
 from optx.bases.adam import adam_moments
 from optx.ops import minimum, sqrt, where
-from optx.step.bases import BaseRules, Sums
+from optx.step.base_update import BaseRules, Sums
 from optx.step.declared import per_tensor
 from optx.step.transform import Group
 

@@ -13,7 +13,7 @@ from optx._rules import rule
 from optx.bases._common import SIGNED, given, register_library, turned
 from optx.bases.sgd import descend, look_ahead, take_buffer
 from optx.ops import sqrt, where
-from optx.step.bases import BaseRules, Sums
+from optx.step.base_update import BaseRules, Sums
 from optx.step.transform import Group
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from optx._rules import rule
 from optx.bases._common import SIGNED, asked_for, decay_of, gains, keeps, register_library, start
 from optx.ops import sign
-from optx.step.bases import BaseRules
+from optx.step.base_update import BaseRules
 from optx.step.transform import Group
 
 

@@ -19,7 +19,7 @@ from optx.bases._common import (
     turned,
 )
 from optx.ops import maximum, sqrt, where
-from optx.step.bases import BaseRules, Sums
+from optx.step.base_update import BaseRules, Sums
 from optx.step.declared import Slot
 from optx.step.transform import Group
 

@@ -9,7 +9,8 @@ import torch
 
 from optx._rules import rule
 from optx.bases._common import SIGNED, coupled_decay, given, start
-from optx.step.bases import BaseRules, register_base
+from optx.step.base_update import BaseRules
+from optx.step.bases import register_base
 from optx.step.transform import Group
 
 

@@ -9,7 +9,7 @@ from optx._rules import rule
 from optx.bases._common import SIGNED, SQUARES, coupled_decay, debiasing, decay_of, register_library, start
 from optx.bases.adam import adam_update
 from optx.ops import sign
-from optx.step.bases import BaseRules, Counted
+from optx.step.base_update import BaseRules, Counted
 from optx.step.transform import Group
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from optx._errors import OptxError, near
 from optx._rules import Rule
-from optx.kernels.step.program import BASE_G, Call, G, Kind, Ref
-from optx.step.bases import BaseRules, Sums
+from optx.kernels.step.program import BASE_G, Call, Fill, G, Kind, Ref, leading_to
+from optx.step.base_update import BaseRules, Matrices, Sums
 from optx.step.binding import REGISTERS
 from optx.step.builder import Builder
 
@@ -33,6 +34,8 @@ def add_base(b: Builder, base: BaseRules, keeps_g: bool) -> None:
                 level = b.scalar(names.summed(item.then, item.axis), level)
             if item.total is not None:
                 b.scalar(names.per_tensor(item.total), level)
+        elif isinstance(item, Matrices):
+            b.fill(names.filled(item, (*b.gradient, *b.weight, *b.base)))
         else:
             b.base.append(names.per_element(item, keeps_g))
 
@@ -80,9 +83,10 @@ class _Names:
             return Ref("slot", name)
         made = self._made.setdefault(name, Ref("local", f"base.{name}"))
         if made.kind != "local":
+            what = "a number that scalars" if made.kind == "col" else "which a function of matrices"
             raise OptxError(
-                f"optx: a base's rule {rule.name!r} (update) writes {name!r}, a number that scalars "
-                "computed; give it another name."
+                f"optx: a base's rule {rule.name!r} (update) writes {name!r}, {what} computed; give it "
+                "another name."
             )
         return made
 
@@ -94,6 +98,13 @@ class _Names:
         for name in r.writes:
             self._made[name] = Ref(axis, name if name in self._base.slots else f"base.{name}")
         return Call(r, args, tuple(self._made[name] for name in r.writes))
+
+    def filled(self, item: Matrices, before: Sequence[Call]) -> Fill:
+        """A function of whole matrices; what it makes is read from then on."""
+        value, result = self._made[item.name], Ref("slot", f"base.{item.name}")
+        self._made[item.name] = result
+        dtype = str(item.dtype).removeprefix("torch.")
+        return Fill(leading_to(before, [value]), value, result, item.function, dtype)
 
     def per_tensor(self, r: Rule) -> Call:
         """A rule that writes numbers per tensor: the base's cells among them are kept after the step."""

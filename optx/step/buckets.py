@@ -65,6 +65,7 @@ class Bucket:
     members: list[Tensor]
     runner: Any  # CpuStep or TritonStep
     keys: list[str]  # where state[p] has each role after w and g, then each cell
+    places_in_row: list[int]  # of w, g and these in a tensor's row
     owners: list[int]  # which of the groups each member is of
     shards: Shards | None = None
     columns: list[Column] = field(default_factory=list[Column])

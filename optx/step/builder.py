@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from optx._rules import rule
-from optx.kernels.step.program import Call, G, Level, Ref, needed
+from optx.kernels.step.program import Call, Fill, G, Level, Ref, needed
 from optx.step.binding import GRAD_SQ
 
 _STEP = Ref("col", "step")
@@ -107,6 +107,12 @@ class Builder:
         self.extend(index, sums=[call])
         return index
 
+    def fill(self, fill: Fill) -> None:
+        """Call a function of whole matrices, once all numbers are there that what it is given depends on."""
+        index = max([0, *(self.computed(ref) + 1 for call in fill.calls for ref in call.args)])
+        old = self.level(index)
+        self.levels[index] = replace(old, fills=(*old.fills, fill))
+
     def scalar(self, call: Call, least: int = 0) -> int:
         """Run a rule per tensor once all that it reads is there; give its level."""
         index = max([least, *map(self._readable, call.args)])
@@ -114,10 +120,11 @@ class Builder:
         return index
 
     def computed(self, ref: Ref) -> int:
-        """The level that computes a number per tensor; -1 if none does."""
+        """The level that computes a number per tensor, or what functions of matrices make; -1: none does."""
         for index in reversed(range(len(self.levels))):
             level = self.levels[index]
             made = {ref for call in (*level.sums, *level.scalars, *level.finish) for ref in call.writes}
+            made |= {fill.result for fill in level.fills}
             if ref in made or (ref.kind == "total" and ref.name in {t.name for t in level.totals}):
                 return index
         return 0 if ref == _STEP else -1

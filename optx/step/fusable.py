@@ -44,16 +44,18 @@ def why_not(base: torch.optim.Optimizer, group: Group, program: Program) -> str 
     devices = {p.device.type for p in group["params"]}
     if program.tiled and any(map(is_dtensor, group["params"])):
         return "it sums over rows or columns of sharded parameters"
+    if program.scratch and any(map(is_dtensor, group["params"])):
+        return "its update takes whole matrices, which kernels do not gather from shards"
     return why_unavailable("triton" if devices == {"cuda"} else "numba")
 
 
-def why_not_tensors(group: Group, state: Any, tiled: bool = False) -> str | None:
+def why_not_tensors(group: Group, state: Any, shaped: bool = False) -> str | None:
     """Why the tensors of a group can't be served by a kernel as they are now, in words; None if they can.
 
     Args:
         group: the group.
         state: the base's.
-        tiled: whether rows or columns are summed.
+        shaped: whether the step takes weights as matrices.
     """
     devices = {p.device.type for p in group["params"]}
     if not devices <= {"cpu"} and not devices <= {"cuda"}:
@@ -62,7 +64,7 @@ def why_not_tensors(group: Group, state: Any, tiled: bool = False) -> str | None
     read: list[Tensor] = []
     for p in group["params"]:
         reason = why_not_weight(p) or (why_not_gradient(p.grad) if p.grad is not None else None)
-        if reason or (tiled and (reason := why_not_matrix(p))):
+        if reason or (shaped and (reason := why_not_matrix(p))):
             return reason
         if is_dtensor(p):
             continue  # the memory of shards is looked at in each step: other processes don't see it
@@ -87,7 +89,7 @@ def why_not_matrix(p: Tensor) -> str | None:
     """Why a kernel can't tell a parameter's rows and columns: by where an element lies in memory."""
     if here(p).is_contiguous():
         return None
-    return "a parameter whose rows or columns are summed is not contiguous (transposed, or channels_last)"
+    return "a parameter that is taken as a matrix is not contiguous (transposed, or channels_last)"
 
 
 def why_not_weight(p: Tensor) -> str | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from optx._names import is_dtensor
 from optx.kernels.step.layout import EIGHT, FRESH, STEP, Layout
 from optx.kernels.step.program import Program
-from optx.step.bases import BaseRules
+from optx.step.base_update import BaseRules
 from optx.step.buckets import ADDRESS, Bucket, Column
 from optx.step.counting import step_numbers
 from optx.step.fusable import ALIASED, SHARED, Unfusable
@@ -153,7 +153,7 @@ class FusedGroup:
 
     def _rebuild(self, params: Sequence[Tensor]) -> None:
         """Look at every tensor, sort the parameters by dtypes, and make the tables."""
-        tensors = self._tensors
+        tensors, scratch = self._tensors, self.program.scratch
         buckets: dict[_Kind, list[int]] = {}
         orders: list[dict[_Kind, None]] = [{} for _ in self.groups]
         places = [(owner, i) for owner, group in enumerate(self.groups) for i in range(len(group["params"]))]
@@ -164,13 +164,14 @@ class FusedGroup:
                 grad = self._gradients.of(p, p.grad)
                 tensors.check_weight(p, grad)
                 tensors.make_missing(p)
-                slots = [tensors.role(p, tensors.key(name)) for name in self.program.slots]
+                kept = [
+                    scratch.get(name) or tensors.dtype(p, name, tensors.role(p, tensors.key(name)))
+                    for name in self.program.slots
+                ]
                 for name in self.program.cells:
                     tensors.cell(p, name)
                 for name, axis in self.program.vectors:
                     tensors.vector(p, name, axis)
-                named = zip(self.program.slots, slots, strict=True)
-                kept = (tensors.dtype(p, name, t) for name, t in named)
                 dtypes = (SLOT_DTYPE_NAMES[p.dtype], SLOT_DTYPE_NAMES[grad.dtype], *kept)
                 kind = dtypes, Shards.of(p)
                 buckets.setdefault(kind, []).append(i)
@@ -181,9 +182,7 @@ class FusedGroup:
         }
         self._buckets = list(made.values())
         self._sharing = [[made[kind] for kind in order] for order in orders]
-        self._draws = {
-            owner for owner, order in enumerate(orders) if any(_DRAWN & {d[0], *d[2:]} for d, _ in order)
-        }
+        self._draws = {owner for owner, order in enumerate(orders) if any(self._drawn(d) for d, _ in order)}
         for bucket in self._buckets:
             self._take(bucket)
         written = [c for b in self._buckets for c in (b.columns[0], *b.columns[2:])]
@@ -194,6 +193,11 @@ class FusedGroup:
             raise self._refusal(SHARED)
         if any(self._written.meet(b.columns[1].addresses, b.columns[1].sizes) for b in self._buckets):
             raise self._refusal(ALIASED)
+
+    def _drawn(self, dtypes: Sequence[str]) -> bool:
+        """Whether anything of these dtypes may be rounded stochastically when it is stored."""
+        named, scratch = zip(self.program.slots, dtypes[2:], strict=True), self.program.scratch
+        return not _DRAWN.isdisjoint((dtypes[0], *(d for name, d in named if name not in scratch)))
 
     def _refusal(self, reason: str) -> Exception:
         return surprise(reason) if self.sharded else Unfusable(reason)
@@ -211,7 +215,8 @@ class FusedGroup:
         if self.triton:
             from optx.kernels.step.triton import TritonStep
 
-            runner: Any = TritonStep(self.program, layout, numels, numbers, members[0].device, wholes)
+            device = members[0].device
+            runner: Any = TritonStep(self.program, layout, numels, numbers, device, wholes, shapes)
             # One key for the whole run: on the device, draws go on with the step count, also in CUDA graphs.
             group = self.groups[0]
             key = step_key(group.get("optx.seed", 0), 0) ^ (0 if shards is None else shards.salt)
@@ -220,13 +225,15 @@ class FusedGroup:
             from optx.kernels.step.cpu import CpuStep
 
             runner = CpuStep(self.program, layout, numels, numbers, owners, len(self.groups), wholes, shapes)
-        keys = [self._tensors.key(name) for name in (*runner.columns.roles[2:], *runner.columns.cells)]
+        names = [*runner.columns.roles, *runner.columns.cells]
+        held = [i for i, name in enumerate(names) if name not in self.program.scratch]
+        keys = [self._tensors.key(names[i]) for i in held[2:]]
         for p in members:
             if "kahan" in runner.columns.roles:
                 self._tensors.role(p, KAHAN)
             if "rest" in runner.columns.roles:
                 self._tensors.rest(p)
-        return Bucket(members, runner, keys, owners, shards)
+        return Bucket(members, runner, keys, held, owners, shards)
 
     # ---- addresses ---------------------------------------------------------------------------------
 
@@ -235,10 +242,10 @@ class FusedGroup:
         members = bucket.members
         columns = [members, self._gradients.laid_out(members)]
         columns += [[self._tensors.find(p, key) for p in members] for key in bucket.keys]
-        roles = len(bucket.runner.columns.roles)
+        roles = len(bucket.runner.columns.roles) - len(self.program.scratch)
         packed = [False, False, *(key in self._tensors.packed for key in bucket.keys)]
         bucket.columns = [Column.of(tensors, i >= roles, packed[i]) for i, tensors in enumerate(columns)]
-        for number, column in enumerate(bucket.columns):
+        for number, column in zip(bucket.places_in_row, bucket.columns, strict=True):
             bucket.runner.tensors[:, number] = column.addresses
         bucket.found = dict(zip(bucket.keys, columns[2:], strict=True))
         self._mark(bucket, self._states(bucket))
@@ -266,7 +273,7 @@ class FusedGroup:
                     columns.append([s[key] if key in s else pending[p][key] for s, p in pairs])
                 else:
                     columns.append([s[key] for s in states])
-            for number, (column, tensors) in enumerate(zip(bucket.columns, columns, strict=True)):
+            for number, column, tensors in zip(bucket.places_in_row, bucket.columns, columns, strict=True):
                 if column.held is not None:
                     if column.holds(tensors):
                         continue
@@ -439,6 +446,7 @@ class FusedGroup:
         self._gradients.let_go()
         for bucket in self._buckets:
             bucket.found = {}
+            bucket.runner.stacks.let_go()
 
     def undo(self) -> None:
         """The step is skipped: take back the state that `prepare` made."""

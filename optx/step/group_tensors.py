@@ -14,7 +14,8 @@ from optx.kernels.step.layout import SPLIT, scale_of
 from optx.kernels.step.program import Axis, Program
 from optx.kernels.step.tiles import matrix
 from optx.step import bits
-from optx.step.bases import BaseRules, init_base_state
+from optx.step.base_update import BaseRules
+from optx.step.bases import init_base_state
 from optx.step.checks import check_count, shapes_differ
 from optx.step.declared import SLOT_DTYPES
 from optx.step.formats import CODED, joined_rest
@@ -76,7 +77,7 @@ class GroupTensors:
         reason = why_not_weight(p) or why_not_gradient(grad)
         if reason:
             raise Unfusable(reason)
-        if self._program.tiled and (reason := why_not_matrix(p)):
+        if self._program.shaped and (reason := why_not_matrix(p)):
             raise Unfusable(reason)
         if grad.dtype not in DTYPES:
             raise OptxError(f"optx: the gradient of {self._name(p)} is {grad.dtype}, which no kernel reads.")

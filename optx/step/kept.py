@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from optx._errors import OptxError
-from optx.step.bases import BaseRules, base_rules
+from optx.step.base_update import BaseRules
+from optx.step.bases import base_rules
 from optx.step.transform import Group, Host, Transform
 
 STATE, MASTER = "optx.state", "optx.master"

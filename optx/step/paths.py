@@ -141,7 +141,7 @@ class Paths:
 
     def _servable(self, known: GroupPath) -> bool:
         """Whether kernels can take the tensors of a group that they could not."""
-        return why_not_tensors(known.group, self.wrapped.state, known.program.tiled) is None
+        return why_not_tensors(known.group, self.wrapped.state, known.program.shaped) is None
 
     def _join(self) -> None:
         """Let neighbours that differ in numbers only share their kernels; the order of groups stays."""
@@ -167,7 +167,7 @@ class Paths:
         program = self._program(group, moments, with_base=True)
         reason = "fused=False" if fused is False else why_not(base, group, program)
         of_tensors = (
-            None if reason else unfusable or why_not_tensors(group, self.wrapped.state, program.tiled)
+            None if reason else unfusable or why_not_tensors(group, self.wrapped.state, program.shaped)
         )
         reason = reason or of_tensors
         triton = any(p.device.type == "cuda" for p in group["params"])
@@ -264,11 +264,13 @@ class Paths:
                 path = "fused triton" if state.fused.triton else "fused cpu"
                 on_shards = any(map(is_dtensor, params))
             chain = (*(t.describe(group) for t in self.enabled(group)), type(self.wrapped.base).__name__)
-            passes = 1 + sum(bool(level.sums) for level in state.program.levels)
+            fills = [fill for level in state.program.levels for fill in level.fills]
+            passes = 1 + len(fills) + sum(bool(level.sums) for level in state.program.levels)
             numbers = sum(p.numel() for p in params)
             settings, waits = self.wrapped.settings(), waiting(self.enabled(group), state.program)
             kept = kept_words(self.wrapped, group)
-            found = len(params), numbers, chain, passes, settings, on_shards, waits, kept
+            matrices = tuple(getattr(fill.function, "__name__", str(fill.function)) for fill in fills)
+            found = len(params), numbers, chain, passes, settings, on_shards, waits, kept, matrices
             plans.append(GroupPlan(i, path, state.reason, *found))
         return Plan(plans)
 

@@ -13,7 +13,7 @@ from optx._rules import rule
 from optx.kernels.step.program import AXES, NUMBER_KINDS, Axis, Call, G, Level, Program, Ref, needed
 from optx.kernels.step.text import variable
 from optx.step.base_calls import add_base
-from optx.step.bases import BaseRules
+from optx.step.base_update import BaseRules
 from optx.step.binding import GRAD_SQ, SIZES, Binder, common_names
 from optx.step.builder import Builder, square
 from optx.step.declared import Slot

@@ -24,6 +24,7 @@ class GroupPlan:
         on_shards: whether kernels act on the local shards of DTensors.
         waits: what waits for a total over all gradients, so that `Wrapped.release` refuses it.
         kept: in how many bits moments and weights are kept, where `wrap` was asked for some.
+        matrices: the functions of whole matrices between the passes, see `Matrices`.
     """
 
     index: int
@@ -37,10 +38,12 @@ class GroupPlan:
     on_shards: bool = False
     waits: tuple[str, ...] = ()
     kept: str = ""
+    matrices: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         size = f"{self.tensors} tensor{'s' * (self.tensors != 1)}, {self.numbers:,} numbers"
         passes = "" if self.passes == 1 else f", {self.passes} passes"
+        passes += f", whole matrices in {' and '.join(self.matrices)}" if self.matrices else ""
         settings = "".join(f", {setting}" for setting in self.settings)
         path = f"{self.path} on local shards" if self.on_shards else self.path
         line = f"group {self.index}: {path} ({size}{passes}{settings}): {' -> '.join(self.chain)}"

@@ -120,7 +120,8 @@ class _Step:
         # Several groups may share one.
         self.fused = list({id(s.fused): s.fused for s in states if s.fused is not None}.values())
         self.loose = [state for state in states if state.fused is None]
-        self.waits = any(state.program.has_totals for state in states)
+        # A function of whole matrices may fail: before anything is written.
+        self.waits = any(state.program.has_totals or state.program.scratch for state in states)
         self.waits = self.waits or any(runner.sharded for runner in self.fused)
         self.runs: list[tuple[GroupRun, GroupPath]] = []
         self.originals: list[tuple[Tensor, Tensor | None]] = []

@@ -10,6 +10,7 @@ import pytest
 import torch
 from harness import Bucket, Setup
 
+import optx
 from optx.kernels.step.triton import TritonStep
 
 with warnings.catch_warnings():
@@ -52,3 +53,20 @@ def test_a_librarys_step(name: str) -> None:
         base.step()
     torch.testing.assert_close(bucket.weights, [w.detach() for w in reference], rtol=1e-5, atol=2e-6)
     assert bucket.band.intact()
+
+
+def test_torchs_muon() -> None:
+    """Its products take stacks that kernels fill and read."""
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in ((6, 9), (9, 6), (6, 9))]
+    ours, own = ([torch.nn.Parameter(w.clone()) for w in start] for _ in range(2))
+    opt, base = optx.wrap(o.Muon(ours, lr=0.02), fused="triton"), o.Muon(own, lr=0.02)
+    for _ in range(3):
+        for a, b in zip(ours, own, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        opt.step()
+        base.step()
+    assert opt.plan()[0].path == "fused triton"
+    torch.testing.assert_close(ours, own, rtol=0, atol=3 * 0.02 * 2.0**-8)
+    assert not any(torch.equal(a, w) for a, w in zip(ours, start, strict=True))

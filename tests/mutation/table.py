@@ -237,6 +237,7 @@ TABLE = {
     "optx/transforms/perpgrad.py": "arithmetic_step perpgrad fused_cpu resume",
     "optx/step/bits.py": "keep_mask keep_mask_bases",
     "optx/step/bases.py": f"arithmetic_step {_STEP}",
+    "optx/step/base_update.py": f"arithmetic_step {_STEP}",
     "optx/bases/_common.py": f"arithmetic_step {_STEP}",
     "optx/bases/adam.py": f"arithmetic_step {_STEP}",
     "optx/bases/sgd.py": f"arithmetic_step {_STEP}",

@@ -198,19 +198,6 @@ def test_what_has_no_rules_is_named(kind: Any, options: dict[str, Any], words: s
     assert plan[0].reason.startswith(words)
 
 
-def test_muon_says_why_it_is_not_fused_and_steps_as_it_is() -> None:
-    ours, own = weights()[:1], weights()[:1]
-    opt, plain = optx.wrap(o.Muon(ours, lr=0.02)), o.Muon(own, lr=0.02)
-    assert opt.plan()[0].reason == (
-        "Muon's update multiplies whole matrices, which no rule per element can say; its own step does it"
-    )
-    for step in range(3):
-        for params, one in ((ours, opt), (own, plain)):
-            params[0].grad = torch.randn(7, 11, generator=torch.Generator().manual_seed(step))
-            one.step()
-    assert torch.equal(ours[0], own[0])
-
-
 def test_another_version_of_a_library_is_not_taken_for_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
     from optx.bases import _common
 
