@@ -258,6 +258,17 @@ def fold(column, STRIDE: tl.constexpr, low, high, LANES: tl.constexpr):
 
 
 @triton.jit
+def fold_lines(p, stride, count, inside, LANES: tl.constexpr):
+    """For each pointer in ``p`` the sum of ``count`` float64, ``stride`` apart, always in the same order."""
+    lane = tl.arange(0, LANES)[None, :]
+    total = tl.zeros((p.shape[0], LANES), tl.float64)
+    for first in range(0, count, LANES):
+        at = first + lane
+        total += tl.load(p[:, None] + at * stride, inside[:, None] & (at < count), other=0.0)
+    return tl.sum(total, 1)
+
+
+@triton.jit
 def fold_chunks(partials, first, sums, WIDTH: tl.constexpr, LANES: tl.constexpr):
     """Each tensor's sums over its chunks, one program a tensor."""
     t = tl.program_id(0).to(tl.int64)

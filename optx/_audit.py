@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 import optx.transforms
+from optx._rules import rule
 from optx.bases import adabelief, adan, lion, novograd, yogi
 from optx.kernels.audit import report
-from optx.kernels.audit.report import Case
+from optx.kernels.audit.kernels import Case
 from optx.kernels.step.layout import Layout
+from optx.ops import minimum, sqrt
 from optx.step.base_update import BaseRules
 from optx.step.bases import base_rules
 from optx.step.group_numbers import base_numbers
@@ -63,7 +65,7 @@ def make(
         rounding: of bfloat16 weights.
         eight: keep moments in 8 bits.
     """
-    optimizer = base([torch.nn.Parameter(torch.zeros(1))])
+    optimizer = base([torch.nn.Parameter(torch.zeros(1, 1, dtype=w))])
     group = optimizer.param_groups[0]
     rules = base_rules(optimizer, group)
     assert rules is not None, "the audit compiles fused bases only"
@@ -105,6 +107,7 @@ def _bases() -> Iterator[Case]:
     yield make("Adadelta", lambda p: torch.optim.Adadelta(p))
     yield make("Rprop", lambda p: torch.optim.Rprop(p))
     yield make("ASGD", lambda p: torch.optim.ASGD(p))
+    yield make("Adafactor", lambda p: torch.optim.Adafactor(p))
 
 
 def _libraries() -> Iterator[Case]:
@@ -138,6 +141,31 @@ def _dtypes() -> Iterator[Case]:
     yield make("AdamW bf16 split, 8-bit moments", _adamw, w=_LOW, rounding="split8", eight=True)
     yield make("AdamW bf16 split16", _adamw, w=_LOW, rounding="split16", moments=_FLOAT)
     yield make("AdamW fp64", _adamw, w=torch.float64)
+    adafactor: _Base = lambda p: torch.optim.Adafactor(p)  # noqa: E731
+    yield make("Adafactor bf16 stochastic", adafactor, w=_LOW, rounding="stochastic")
+
+
+@rule(writes="row_sq")
+def _square(g: Any) -> Any:
+    return g * g
+
+
+@rule(writes="factor")
+def _shorten(row_sq: Any, longest: Any) -> Any:
+    return minimum(1.0, longest / sqrt(row_sq))
+
+
+@rule(writes="g")
+def _scale(g: Any, factor: Any) -> Any:
+    return g * factor
+
+
+class _ClipRows(Transform):
+    """No method of optx's has sums over rows; a user's may."""
+
+    name = "clip_rows"
+    options: Mapping[str, float] = {"longest": 1.0}
+    rules: ClassVar[Mapping[str, Any]] = {"row_sums": _square, "rows": _shorten, "gradient": _scale}
 
 
 def _transforms() -> Iterator[Case]:
@@ -149,6 +177,7 @@ def _transforms() -> Iterator[Case]:
         name, first = next(iter(variants.items()))
         yield make(f"{name} + Adam amsgrad l2", _amsgrad_l2, [first])
         chain.append(first)
+    yield make("rows clipped + AdamW", _adamw, [_ClipRows()])
     # Those that rewrite gradients come first in practice.
     optimizer = _adamw([torch.nn.Parameter(torch.zeros(1))])
     chain.sort(key=lambda t: t.moments(optimizer.param_groups[0], optimizer).gradient is None)

@@ -16,48 +16,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from optx.kernels.audit.assembly import Machine, inspect, widths
-from optx.kernels.audit.traffic import call_bytes
-from optx.kernels.step.emit_triton import FOLD_LANES, compiled
-from optx.kernels.step.layout import EIGHT, GROUP, Layout, partials_per_chunk
-from optx.kernels.step.program import Call, Program, Ref
-from optx.kernels.step.triton import CHUNK_WARPS, TENSOR_WARPS, block_size, compiler_options
-from optx.kernels.triton_lib import LAUNCH, fold_chunks
-
-ACCESS = 128  # bits: the widest access, and the narrowest allowed in a main loop
-# Memory bandwidth in bytes per second, from the vendors' data sheets.
-DEVICES = {"A100-80G": 2.04e12, "H100-SXM": 3.35e12, "MI300X": 5.3e12}
-_ARGUMENTS = {
-    **dict.fromkeys(("chunks", "tensors", "first", "random", "skip"), "*i64"),
-    **dict.fromkeys(("cols", "hypers", "partials", "sums", "totals"), "*fp64"),
-    "count": "i32",
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A program, and how its tensors are stored."""
-
-    name: str
-    program: Program
-    layout: Layout
-
-
-@dataclass(frozen=True)
-class Target:
-    """What to compile for."""
-
-    backend: str
-    arch: int | str
-    wave: int
-
-    def __str__(self) -> str:
-        return f"sm_{self.arch}" if self.backend == "cuda" else str(self.arch)
-
+from optx.kernels.audit.kernels import ACCESS, Case, Kernel, Target, kernels, loss_kernels, ternary_kernels
+from optx.kernels.step.layout import GROUP
 
 TARGETS = [
     Target("cuda", 80, 32),
@@ -66,42 +31,8 @@ TARGETS = [
     Target("hip", "gfx942", 64),
 ]
 QUICK = [TARGETS[1], TARGETS[3]]
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A kernel as it is launched in one program.
-
-    Args:
-        program: what it belongs to.
-        name: of the kernel.
-        function: the jitted function.
-        signature: the type of every argument.
-        constexprs: values of constant arguments, by position.
-        attrs: hints by position, as a launch would infer them.
-        warps: per program.
-        elements: that one turn of the main loop handles; 0 for a kernel that handles a few numbers.
-        bytes: per element that its roles imply.
-        options: of the compiler.
-        narrowest: bits of the narrowest access allowed in the main loop.
-        octets: how many roles are packed bits, of which a thread loads a byte for every eight elements.
-        scales: how many roles are moments of 8 bits, whose scales of 16 bits serve the elements of several
-            threads; these load it from one address, and one of them stores it.
-    """
-
-    program: str
-    name: str
-    function: Any
-    signature: dict[str, str]
-    constexprs: dict[Any, Any]
-    attrs: dict[Any, Any]
-    warps: int
-    elements: int = 0
-    bytes: float = 0.0
-    options: dict[str, Any] = field(default_factory=lambda: dict(LAUNCH))
-    narrowest: int = ACCESS
-    octets: int = 0
-    scales: int = 0
+# Memory bandwidth in bytes per second, from the vendors' data sheets.
+DEVICES = {"A100-80G": 2.04e12, "H100-SXM": 3.35e12, "MI300X": 5.3e12}
 
 
 @dataclass(frozen=True)
@@ -118,95 +49,6 @@ class Row:
     implied: float
     instructions: float  # of the main loop, per element
     problems: list[str]
-
-
-# ---- kernels ----------------------------------------------------------------------------------------
-
-
-def kernels(case: Case, target: Target) -> Iterator[Kernel]:
-    """All kernels of a program, those that walk over elements first."""
-    module = compiled(case.program, case.layout)
-    program = case.program
-    sums = {f"reduce_{i}": v.element_calls for i, v in enumerate(program.levels) if v.sums}
-    blocks = {"BLOCK": block_size(target.wave), "ALIGNED": True}
-    roles = zip(program.slots, case.layout.dtypes[2:], strict=True)
-    kept = {Ref("slot", name): dtype for name, dtype in roles}
-    packed = {ref for ref, dtype in kept.items() if dtype == "bits"}
-    eight = {ref for ref, dtype in kept.items() if dtype in EIGHT}
-
-    def over_elements(name: str, calls: tuple[Call, ...], stores: bool) -> Kernel:
-        moved = call_bytes(program, case.layout, calls, stores=stores)
-        octets, scales = (len(some & program.reads(calls)) for some in (packed, eight))
-        # A thread's eight elements are 64 bits of codes, or of a weight's rest.
-        low = 64 if scales or case.layout.rounding == "split8" else ACCESS
-        kernel = _kernel(case.name, vars(module)[name], blocks, moved, octets)
-        return replace(kernel, narrowest=low, scales=scales)
-
-    for name, calls in sums.items():
-        yield over_elements(name, calls, stores=False)
-    update = over_elements("update", (*program.update, *program.observe), stores=True)
-    yield replace(update, options=compiler_options(case.layout, "update", target.backend == "cuda"))
-    for name in vars(module):
-        if re.fullmatch(r"(scalars|totals|finish)_\d+|commit", name):
-            yield _kernel(case.name, vars(module)[name], {})
-    if width := partials_per_chunk(program):  # of shards
-        yield _kernel(case.name, fold_chunks, {"WIDTH": width, "LANES": FOLD_LANES})
-
-
-def _kernel(
-    program: str, function: Any, constexprs: Mapping[str, Any], moved: float = 0.0, octets: int = 0
-) -> Kernel:
-    name, names, block = function.__name__, list(function.arg_names), constexprs.get("BLOCK", 0)
-    signature = {n: "constexpr" if n in constexprs else _ARGUMENTS[n] for n in names}
-    attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"}
-    positions = {(names.index(n),): value for n, value in constexprs.items()}
-    warps = CHUNK_WARPS if block or name.startswith("totals") else TENSOR_WARPS
-    return Kernel(program, name, function, signature, positions, attrs, warps, block, moved, octets=octets)
-
-
-def _loss_kernels() -> Iterator[Kernel]:
-    """Those of the losses."""
-    from optx.kernels.loss.stablemax_triton import audit_specs
-
-    for s in audit_specs():
-        constexprs = {(s.function.arg_names.index(k),): v for k, v in s.constexprs.items()}
-        block = s.constexprs["BLOCK"]
-        options = {"num_stages": LAUNCH["num_stages"], **s.options}
-        yield Kernel(
-            "loss",
-            s.name,
-            s.function,
-            s.signature,
-            constexprs,
-            s.attrs,
-            s.num_warps,
-            block,
-            s.bytes_per_element,
-            options,
-        )
-
-
-def _ternary_kernels(target: Target) -> Iterator[Kernel]:
-    """Those that decode compressed deltas. A mask word is 32 bits: one per thread, 128 bytes per warp."""
-    from optx.kernels.ternary import dense_triton as ternary
-
-    for s in ternary.audit_specs(shared=target.backend == "cuda"):
-        names = s.function.arg_names
-        constexprs = {(names.index(k),): v for k, v in s.constexprs.items()}
-        attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if s.signature[n][0] == "*"}
-        elements = s.constexprs["BLOCK"]
-        yield Kernel(
-            "ternary",
-            s.name,
-            s.function,
-            s.signature,
-            constexprs,
-            attrs,
-            ternary.WARPS,
-            elements,
-            s.bytes_per_element,
-            narrowest=32,
-        )
 
 
 # ---- compiling --------------------------------------------------------------------------------------
@@ -226,6 +68,11 @@ def measure(kernel: Kernel, target: Target) -> Row:
     loop = machine.loop if kernel.elements else ()
     counted = machine.bytes / per_thread if kernel.elements else 0.0
     counted -= len(_scales(kernel, machine)) * 2 * (1 / per_thread - 1 / GROUP)
+    if rows := _rows(kernel, machine, per_thread):
+        counted -= sum(a.bytes for a in rows) / machine.turns / per_thread
+        counted += (
+            kernel.rows[0] * _width(rows, False) + kernel.rows[1] * _width(rows, True)
+        ) / kernel.across
     return Row(
         kernel.program,
         kernel.name,
@@ -246,6 +93,20 @@ def _scales(kernel: Kernel, machine: Machine) -> list[Any]:
     return halves[: 2 * kernel.scales] if kernel.scales else []
 
 
+def _rows(kernel: Kernel, machine: Machine, per_thread: float) -> list[Any]:
+    """The accesses to numbers per row in the main loop: of each at most one a row that a thread has."""
+    found: list[Any] = []
+    for count, store in zip(kernel.rows, (False, True), strict=True):
+        low = [a for a in machine.loop if a.bytes < ACCESS // 8 and a.store == store]
+        found += low[: round(count * per_thread * machine.turns)]
+    return found
+
+
+def _width(rows: Sequence[Any], store: bool) -> int:
+    """Bytes of one of them."""
+    return max((a.bytes for a in rows if a.store == store), default=0)
+
+
 def _problems(kernel: Kernel, machine: Machine, counted: float, per_thread: float) -> Iterator[str]:
     if machine.spills:
         yield f"spills {machine.spills}"
@@ -256,7 +117,7 @@ def _problems(kernel: Kernel, machine: Machine, counted: float, per_thread: floa
         return
     octets = round(kernel.octets * per_thread / 8 * machine.turns)
     bytewise = [a for a in machine.loop if a.bytes == 1 and not a.store][:octets]
-    bytewise += _scales(kernel, machine)
+    bytewise += [*_scales(kernel, machine), *_rows(kernel, machine, per_thread)]
     narrowest = min((8 * a.bytes for a in machine.loop if not any(a is b for b in bytewise)), default=ACCESS)
     if narrowest < kernel.narrowest:
         yield f"accesses memory by {narrowest} bits"
@@ -271,7 +132,7 @@ def audit(
     for target in targets:
         seen: set[tuple[str, str]] = set()
         of_cases = (k for case in cases for k in kernels(case, target))
-        others = (*(_loss_kernels() if losses else ()), *(_ternary_kernels(target) if ternary else ()))
+        others = (*(loss_kernels() if losses else ()), *(ternary_kernels(target) if ternary else ()))
         for kernel in (*of_cases, *others):
             key = (kernel.name, kernel.function.cache_key)
             if kernel.elements or key not in seen:

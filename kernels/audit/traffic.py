@@ -33,3 +33,19 @@ def step_bytes(program: Program, layout: Layout) -> float:
         if level.sums:
             total += call_bytes(program, layout, level.element_calls, stores=False)
     return total
+
+
+def row_numbers(calls: Iterable[Call]) -> tuple[int, int]:
+    """How many numbers per row some calls per element read, and how many sums over rows they take."""
+    calls = tuple(calls)
+    read = {ref for call in calls for ref in call.args if ref.kind == "row"}
+    return len(read), sum(ref.kind == "row" for call in calls for ref in call.writes)
+
+
+def row_bytes(layout: Layout, calls: Iterable[Call], across: int) -> float:
+    """Bytes per element that these take, where a program sees so many columns at once.
+
+    Those of columns are loaded once, and stored once, while it walks down hundreds of rows.
+    """
+    read, summed = row_numbers(calls)
+    return (read * (8 if layout.dtypes[0] == "float64" else 4) + summed * 8) / across

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optx.kernels.audit.report import Case
-from optx.kernels.device.checks import LeftOut
+from optx.kernels.audit.kernels import Case
 from optx.kernels.step.layout import EIGHT, FRESH, GROUP, STEP, Columns
 
 # Numbers of a param group, by the last part of their names; others are a half.
@@ -34,19 +33,20 @@ class Bucket:
     def __init__(self, case: Case, sizes: Sequence[int], device: str, runner: Callable[..., Any]) -> None:
         self.program, self.layout = case.program, case.layout
         columns = Columns.of(self.program, self.layout)
-        if columns.tiled:
-            raise LeftOut("sums over rows or columns have no Triton kernels")
         if "bits" in self.layout.dtypes:
             sizes = [-(-n // 8) * 8 for n in sizes]  # others are kept as bools
+        if columns.tiled:
+            sizes = [n - n % _wide(n) for n in sizes]
         generator = torch.Generator().manual_seed(0)
         named = dict(zip(("w", "g", *self.program.slots), self.layout.dtypes, strict=False))
         named |= self.layout.beside(self.program.slots)
         self.tensors: list[dict[str, Tensor]] = []
         for n in sizes:
             made = {role: _values(role, named[role], n, generator) for role in columns.roles}
-            made |= {cell: self._cell(cell, n) for cell in columns.cells}
+            made |= {cell: self._cell(cell, n, generator) for cell in columns.cells}
             self.tensors.append({name: t.to(device) for name, t in made.items()})
-        self.runner = runner(self.program, self.layout, list(sizes), list(range(len(sizes))))
+        shapes = list(map(_shape, sizes)) if columns.tiled else None
+        self.runner = runner(self.program, self.layout, list(sizes), list(range(len(sizes))), shapes=shapes)
         for row, tensors in enumerate(self.tensors):
             names = (*columns.roles, *columns.cells)
             self.runner.tensors[row, : len(names)] = [tensors[name].data_ptr() for name in names]
@@ -56,10 +56,12 @@ class Bucket:
         self.runner.set_key(7)
         self.columns = columns
 
-    def _cell(self, name: str, n: int) -> Tensor:
+    def _cell(self, name: str, n: int, generator: torch.Generator) -> Tensor:
         if name == "step":
             return torch.full((), 3.0)
         dtype = self.program.cell_dtype(name, self.layout.dtypes[0])
+        if axis := dict(self.program.vectors).get(name):
+            return _values(name, dtype, _shape(n)[axis == "column"], generator)
         return torch.full((), 0.01 * n + 0.5, dtype=getattr(torch, dtype))
 
     def step(self) -> None:
@@ -78,6 +80,16 @@ class Bucket:
         """What a step writes, by name; a weight's rest goes round where the weight's last bit does."""
         named = [(t, name) for t in self.tensors for name in t if name not in ("g", "rest")]
         return [(f"{name} of {t['w'].numel()}", t[name]) for t, name in named]
+
+
+def _wide(n: int) -> int:
+    """Columns of a matrix of about ``n`` elements: as many as whose accesses are aligned, if it is large."""
+    wide = next((width for width in (4096, 48) if n >= 64 * width), 0)
+    return wide or next((width for width in (7, 5, 3) if n and n % width == 0), max(n, 1))
+
+
+def _shape(n: int) -> tuple[int, int]:
+    return n // _wide(n), _wide(n)
 
 
 def number(name: str) -> float:

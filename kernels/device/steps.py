@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optx.kernels.audit.report import Case
+from optx.kernels.audit.kernels import Case
 from optx.kernels.audit.traffic import call_bytes, step_bytes
 from optx.kernels.device.buckets import Bucket
 from optx.kernels.device.checks import Check, LeftOut, Place, Wrong

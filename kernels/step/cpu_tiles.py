@@ -9,13 +9,12 @@ folded tile after tile, so that the split over threads never shows.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import groupby
 
 from optx.kernels import cpu
 from optx.kernels.step.cpu_lines import CpuLines, Use
 from optx.kernels.step.cpu_text import CFUNC, Args, local, open_tile
 from optx.kernels.step.layout import Geometry, Layout, partials_per_chunk
-from optx.kernels.step.program import Axis, Call, Level, Program, Ref
+from optx.kernels.step.program import Axis, Call, Level, Program, Ref, in_turn
 from optx.kernels.step.text import indent, variable
 from optx.kernels.step.tiles import Tiles
 
@@ -175,8 +174,7 @@ class CpuTiles(CpuLines):
     def _in_order(self, calls: Iterable[Call]) -> list[str]:
         """Calls per tensor, and per row or column in loops over these."""
         lines: list[str] = []
-        for some in (list(group) for _, group in groupby(calls, lambda call: call.axis)):
-            axis = some[0].axis
+        for axis, some in in_turn(calls):
             lines += self._calls(some, "_64") if axis is None else self._along(axis, some)
         return lines
 

@@ -18,11 +18,12 @@ from dataclasses import replace
 from types import ModuleType
 
 from optx.kernels.generated import load_module
-from optx.kernels.step.layout import Layout, scale_of
-from optx.kernels.step.program import Call, Fill, G, Level, Program, Ref
+from optx.kernels.step.layout import Layout
+from optx.kernels.step.program import Axis, Call, Fill, G, Level, Program, Ref
 from optx.kernels.step.text import indent, variable
-from optx.kernels.step.triton_lines import POINTERS, TritonLines, number_refs, stream
+from optx.kernels.step.triton_lines import number_refs, stream
 from optx.kernels.step.triton_text import JIT, dialect, wrapped
+from optx.kernels.step.triton_tiles import LINE_PARTIALS, TritonTiles, line_width, stages
 
 CHUNK_ROW = 4  # int64: tensor, first element, number of elements, position among the tensor's partials
 FOLD_LANES = 256
@@ -33,6 +34,7 @@ _LIBRARY = [
     *("stream", "whole_number", "widen", "write"),
 ]
 _FORMATS = "from optx.kernels.triton_lib import read_codes, read_split, write_codes, write_split"
+_TILED = "from optx.kernels.triton_lib import fold_lines"
 _GIVEN = Ref("local", "given")
 
 
@@ -47,7 +49,7 @@ def emit(program: Program, layout: Layout) -> str:
     return "\n".join(map(wrapped, _Emitter(program, layout).module())) + "\n"
 
 
-class _Emitter(TritonLines):
+class _Emitter(TritonTiles):
     def module(self) -> list[str]:
         p = self.program
         lines = [
@@ -57,6 +59,7 @@ class _Emitter(TritonLines):
             f"from optx.kernels.triton_lib import ({', '.join(_LIBRARY[:9])},",
             f"{' ' * 37}{', '.join(_LIBRARY[9:])})",
             *([_FORMATS] if self.eight or self.split else []),
+            *([_TILED] if p.tiled else []),
         ]
         filled = [c for level in p.levels for fill in level.fills for c in fill.calls]
         narrow = [c.rule for c in (*p.update, *filled, *(c for level in p.levels for c in level.prefix))]
@@ -70,16 +73,33 @@ class _Emitter(TritonLines):
                 lines += self._fill(f"fill_{number}_{i}", fill)
             if level.sums:
                 lines += self._reduce(number, level)
-            lines += self._per_tensor(f"scalars_{number}", level.sums, level.scalars)
+            for stage in stages(p, number):
+                if stage.axis is None:
+                    lines += self._per_tensor(stage.name, stage.sums, stage.calls, stage.of)
+                else:
+                    lines += self._per_line(stage)
             if level.totals:
                 lines += self._totals(number, level)
             if level.finish:
                 lines += self._per_tensor(f"finish_{number}", (), level.finish)
-        return [*lines, *self._update(), *self._commit()]
-
-    # ---- pieces ------------------------------------------------------------------------------------
+        return [*lines, *self._update(), *self._commit(), *self._commit_lines()]
 
     # ---- chunk kernels -----------------------------------------------------------------------------
+
+    def _passes(
+        self,
+        name: str,
+        roles: Sequence[str],
+        calls: Sequence[Call],
+        numbers: dict[str, str],
+        body: list[str],
+        sums: list[Ref],
+        random: bool = False,
+    ) -> list[str]:
+        """The kernel of a pass over all elements."""
+        if self.program.tiled:
+            return self._tile_kernel(name, roles, calls, numbers, body, sums, random)
+        return self._chunk_kernel(name, roles, numbers, body, list(map(variable, sums)), random)
 
     def _chunk_kernel(
         self,
@@ -91,31 +111,14 @@ class _Emitter(TritonLines):
         random: bool = False,
     ) -> list[str]:
         """``<name>_block`` for one block of elements, and the kernel that walks a chunk with it."""
-        streams = [r for r in roles if r != "kahan" and self.dtypes[r] != "ones"]
-        if self.layout.rounding == "kahan" and "w" in streams:
-            streams.append("kahan")
-        streams += ["rest"] if self.split and "w" in streams else []
-        streams += [scale_of(r) for r in streams if r in self.eight]
+        streams = self._streams(roles)
         numbers = numbers | (self._step_source() if random else {})
         passed = list(numbers)
-        blocks = ", ".join([*map(stream, streams), *passed, *(["start"] if random else []), "lane", "mask"])
-        result = (
-            [f"return {', '.join(f'x_{s}' for s in sums)}{',' if len(sums) == 1 else ''}"] if sums else []
-        )
-        masked = ["if mask is not None:"] + [f"    x_{s} = tl.where(mask, x_{s}, 0.0)" for s in sums]
-        lines = ["", "", JIT, f"def {name}_block({blocks}):"]
-        lines += indent([*body, *(masked if sums else []), *result], 1)
-        arguments = ["chunks", "tensors", "cols", "hypers", *(["partials"] if sums else [])]
-        arguments += [*(["random"] if random else []), *(["skip"] if name == "update" else [])]
-        arguments += ["BLOCK: tl.constexpr", "ALIGNED: tl.constexpr"]
-        lines += ["", "", JIT, f"def {name}({', '.join(arguments)}):"]
-        setup = _open_chunk(skip=name == "update")
-        setup.append(f"tensor = tensors + t * {self.table.row}")
+        lines = self._block(name, [*map(stream, streams), *passed], body, sums, random)
+        lines += [*self._head(name, bool(sums), random), *indent(_open_chunk(skip=name == "update"), 1)]
+        setup = [f"tensor = tensors + t * {self.table.row}"]
         for role in streams:
-            address = f"tensor + {self.table.roles.index(role)}"
-            dtype = POINTERS[self.dtypes[role]]
-            first = self._on(role, "start")
-            setup.append(f"{stream(role)} = stream({address}, {dtype}, {first}, ALIGNED)")
+            setup.append(f"{stream(role)} = {self._address(role, self._on(role, 'start'))}")
         setup.append(f"numbers = cols + t * {len(self.table.cols)}")
         setup += [f"{local} = {source}" for local, source in numbers.items()]
         return [*lines, *indent([*setup, *self._walk(name, streams, passed, sums, random)], 1)]
@@ -147,29 +150,22 @@ class _Emitter(TritonLines):
             lines += [f"tl.store(partial + {i}, tl.sum(sum_{s}, 0))" for i, s in enumerate(sums)]
         return lines
 
-    def _step_source(self) -> dict[str, str]:
-        """What tells the draws of one step from those of the next, also when a graph is replayed."""
-        if self.layout.counted:
-            step = f"tl.load(numbers + {self.table.cols.index('step')}).to(tl.int64)"
-        else:
-            step = "tl.load(random + 1)"
-        return {"key": "tl.load(random)", "step": step, "number": f"tl.load(tensor + {self.table.row - 1})"}
-
     def _reduce(self, number: int, level: Level) -> list[str]:
         roles = self._read_roles(level.element_calls)
         body = [*self._loads(roles), *self._start(level.element_calls)]
         body += self._calls(level.prefix, self.suffix)
         body += [self._call(c, "_64", sums=True) for c in level.sums]
-        sums = [variable(r) for c in level.sums for r in c.writes]
+        sums = [r for c in level.sums for r in c.writes]
         numbers = self._block_numbers(level.prefix, level.sums)
-        return self._chunk_kernel(f"reduce_{number}", roles, numbers, body, sums)
+        return self._passes(f"reduce_{number}", roles, level.element_calls, numbers, body, sums)
 
     def _fill(self, name: str, fill: Fill) -> list[str]:
         """Stores what a function of whole matrices is given."""
         made, value, read = fill.result.name, variable(fill.value), self._read_roles(fill.calls)
         body = [*self._loads(read), *self._start(fill.calls), *self._calls(fill.calls, self.suffix)]
         body.append(self._store_made(made, value))
-        return self._chunk_kernel(name, [*read, made], self._block_numbers(fill.calls, ()), body, [])
+        numbers = self._block_numbers(fill.calls, ())
+        return self._passes(name, [*read, made], fill.calls, numbers, body, [])
 
     def _update(self) -> list[str]:
         p = self.program
@@ -189,15 +185,24 @@ class _Emitter(TritonLines):
         stores = self._stores(stored, again)
         # What is observed is what was stored.
         body += [*stores, *observed] if again else [*observed, *stores]
-        sums = [variable(r) for c in watched for r in c.writes]
+        sums = [r for c in watched for r in c.writes]
         numbers = self._block_numbers(p.update, watched)
-        return self._chunk_kernel("update", roles, numbers, body, sums, random=bool(self.draws))
+        calls = (*p.update, *watched)
+        return self._passes("update", roles, calls, numbers, body, sums, random=bool(self.draws))
 
     # ---- tensor kernels ----------------------------------------------------------------------------
 
-    def _per_tensor(self, name: str, sums: tuple[Call, ...], calls: tuple[Call, ...]) -> list[str]:
-        """Scalars in float64: folds the tensor's partials in order, then runs the rules."""
-        summed = [r for c in sums for r in c.writes]
+    def _per_tensor(
+        self, name: str, summed: Sequence[Ref], calls: Sequence[Call], of: Axis | None = None
+    ) -> list[str]:
+        """Scalars in float64: folds the tensor's partials in order, then runs the rules.
+
+        Args:
+            name: of the kernel.
+            summed: what it folds.
+            calls: what it runs.
+            of: what left the partials: a stage over rows or columns; None: a pass over elements.
+        """
         made: set[Ref] = set(summed)
         refs: set[Ref] = set()  # read from the tables: what no earlier line of this kernel computes
         for call in calls:
@@ -209,12 +214,13 @@ class _Emitter(TritonLines):
             body.append(f"c_step = tl.load({self._cell('step', 'tl.float32')}).to(tl.float64) + 1.0")
             body.append(f"tl.store(numbers + {at}, c_step)")
             refs.discard(Ref("col", "step"))
-        body += [f"{variable(r)} = {fold}" for r, fold in self._folds(summed)]
+        body += [f"{variable(r)} = {fold}" for r, fold in self._folds(summed, of)]
         body += [f"{variable(r)} = {self._number(r)}" for r in sorted(refs)]
         body += self._calls(calls, "_64")
         results = dict.fromkeys((*summed, *(r for c in calls for r in c.writes)))
         body += [f"tl.store(numbers + {self.table.cols.index(r.name)}, {variable(r)})" for r in results]
-        return [*self._tensor_kernel(name, ("hypers", "partials", "first")), *indent(body, 1)]
+        partials = (LINE_PARTIALS, f"{of}_first") if of else ("partials", "first")
+        return [*self._tensor_kernel(name, ("hypers", *partials)), *indent(body, 1)]
 
     def _tensor_kernel(self, name: str, arguments: Sequence[str]) -> list[str]:
         opening = [
@@ -230,9 +236,12 @@ class _Emitter(TritonLines):
             *indent(opening, 1),
         ]
 
-    def _folds(self, refs: Sequence[Ref]) -> list[tuple[Ref, str]]:
-        span = f"tl.load(first + t), tl.load(first + t + 1), {FOLD_LANES}"
-        return [(r, f"fold(partials + {i}, {self.width}, {span})") for i, r in enumerate(refs)]
+    def _folds(self, refs: Sequence[Ref], of: Axis | None = None) -> list[tuple[Ref, str]]:
+        partials, first, width = "partials", "first", self.width
+        if of:
+            partials, first, width = LINE_PARTIALS, f"{of}_first", line_width(self.program)
+        span = f"tl.load({first} + t), tl.load({first} + t + 1), {FOLD_LANES}"
+        return [(r, f"fold({partials} + {i}, {width}, {span})") for i, r in enumerate(refs)]
 
     def _totals(self, number: int, level: Level) -> list[str]:
         """One program adds each col over the bucket's tensors; the same order in every run."""

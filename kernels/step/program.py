@@ -257,3 +257,19 @@ def given(calls: Iterable[Call]) -> frozenset[Ref]:
         found |= set(call.args) - written
         written |= set(call.writes)
     return frozenset(found)
+
+
+def in_turn(calls: Iterable[Call]) -> list[tuple[Axis | None, list[Call]]]:
+    """Calls that do not run per element, in order: those together that run over the same.
+
+    What some of them sum over rows or columns is known to those that come after all of these.
+    """
+    groups: list[tuple[Axis | None, list[Call]]] = []
+    for call in calls:
+        last, some = groups[-1] if groups else (None, [])
+        sums = {ref for one in some for ref in one.writes if last and ref.kind == "col"}
+        if groups and last == call.axis and not sums & set(call.args):
+            some.append(call)
+        else:
+            groups.append((call.axis, [call]))
+    return groups

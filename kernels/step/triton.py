@@ -13,12 +13,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from optx.kernels.step.emit_triton import CHUNK_ROW, FOLD_LANES, compiled
-from optx.kernels.step.layout import CHUNK, Columns, Layout, partials_per_chunk, split
-from optx.kernels.step.program import Program
+from optx.kernels.step.device_tiles import PAD, DeviceTiles
+from optx.kernels.step.emit_triton import FOLD_LANES, compiled
+from optx.kernels.step.layout import CHUNK, Columns, Geometry, Layout, partials_per_chunk, split
+from optx.kernels.step.program import AXES, Axis, Program
 from optx.kernels.step.runner import Step
 from optx.kernels.step.stacks import Stacks
 from optx.kernels.step.tiles import sizes_of
+from optx.kernels.step.triton_tiles import line_width, stages
 from optx.kernels.triton_lib import LAUNCH, fold_chunks
 
 CHUNK_WARPS = 4
@@ -95,7 +97,14 @@ class TritonStep(Step):
         self.columns = c = Columns.of(program, layout)
         self._module = compiled(program, layout)
         self._block = block or block_size(64 if torch.version.hip else 32)
-        self._chunks, first = split(numels, chunk or chunk_size(sum(numels)))
+        chunk = chunk or chunk_size(sum(numels))
+        self._tiles: DeviceTiles | None = None
+        if program.tiled:
+            room = layout.dtypes[0] == "float64", self.device, self._block, chunk, line_width(program)
+            self._tiles = DeviceTiles(program, shapes, *room)
+            self._chunks, first = self._tiles.table, self._tiles.first
+        else:
+            self._chunks, first = split(numels, chunk)
         nvidia = self.device.type == "cuda" and not torch.version.hip
         self._options = {"update": compiler_options(layout, "update", nvidia)}
         self.uploads = 0
@@ -103,7 +112,7 @@ class TritonStep(Step):
         self._tensors = _Table((len(numels), c.row), self.device)
         self._cols = _Table((len(numels), len(c.cols)), self.device)
         self._hypers = _Table((1, len(c.hypers) + len(c.totals)), self.device)
-        self._rows = _Table((len(self._chunks), CHUNK_ROW), self.device)
+        self._rows = _Table((len(self._chunks), self._chunks.shape[1] + 1), self.device)
         self._random = _Table((1, 2), self.device)  # key, and steps drawn since it was set
         self.tensors = self._tensors.host
         self.tensors[:, -1] = ids
@@ -112,12 +121,16 @@ class TritonStep(Step):
         for name, values in sizes_of(shapes).items():
             if name in c.cols:
                 self.cols[:, c.cols.index(name)] = values
+        if self._tiles is not None:
+            self.tensors[:, c.geometry : -1] = self._tiles.geometry
+        self._stages = [stages(program, level) for level in range(len(program.levels))]
         self.hypers = self._hypers.host.view(np.float64)[0]
         self.totals = torch.zeros(max(len(c.totals), 1), dtype=torch.float64, device=self.device)
         self.skip = torch.zeros(1, dtype=torch.int64, device=self.device)
         # Numbers that live on the device (a tensor lr): by position in hypers, read anew in every step.
         self.live: Mapping[int, Tensor] = {}
-        self._spans: tuple[tuple[Tensor, bool], ...] = ()  # chunks on the device, and whether aligned
+        # Chunks on the device, and what their kernel is specialised on.
+        self._spans: list[tuple[Tensor, dict[str, Any]]] = []
         width = partials_per_chunk(program)
         self._arguments = self._bind(first, width, len(numels))
         # Of shards: what kernels that go over tensors fold in the place of their chunks' sums.
@@ -140,6 +153,7 @@ class TritonStep(Step):
             "random": self._random.device,
             "skip": self.skip,
             "count": count,
+            **({} if self._tiles is None else self._tiles.arguments),
         }
 
     # ---- tables ------------------------------------------------------------------------------------
@@ -177,14 +191,26 @@ class TritonStep(Step):
                 self._arguments["hypers"][0, i : i + 1].copy_(number)
 
     def _order_chunks(self) -> None:
-        """Chunks of aligned tensors first: those take 128-bit accesses, the others a kernel of their own."""
+        """Chunks of aligned tensors first: those take 128-bit accesses, the others a kernel of their own.
+
+        Tiles of one width go together.
+        """
         addresses = self.tensors[:, : len(self.columns.roles)]
-        aligned = (addresses % ALIGNMENT == 0).all(axis=1)[self._chunks[:, 0]]
-        order = np.argsort(~aligned, kind="stable")
-        self._rows.host[:, :3] = self._chunks[order]
-        self._rows.host[:, 3] = order
-        rows, count = self._rows.device, int(aligned.sum())
-        self._spans = ((rows[:count], True), (rows[count:], False))
+        aligned = (addresses % ALIGNMENT == 0).all(axis=1)
+        widths = np.zeros(len(self._chunks), dtype=np.int64)
+        if self._tiles is not None:
+            aligned &= self._tiles.geometry[:, Geometry.WIDTH] % PAD == 0
+            widths = self._tiles.widths
+        kinds = 2 * widths + ~aligned[self._chunks[:, 0]]
+        order = np.argsort(kinds, kind="stable")
+        self._rows.host[:, :-1] = self._chunks[order]
+        self._rows.host[:, -1] = order
+        rows, self._spans, start = self._rows.device, [], 0
+        for kind, count in zip(*np.unique(kinds, return_counts=True), strict=True):
+            options: dict[str, Any] = {"BLOCK": self._block, "ALIGNED": kind % 2 == 0}
+            options |= {"WIDTH": int(kind // 2)} if self._tiles is not None else {}
+            self._spans.append((rows[start : start + count], options))
+            start += count
 
     def receive(self, totals: Mapping[str, Tensor | float]) -> None:
         """Take totals over the whole optimizer, on the device and without waiting for it, for `finish`."""
@@ -219,8 +245,11 @@ class TritonStep(Step):
                 fold_chunks[(len(self.tensors),)](*chunked, self.sums, **options)
 
     def _each_chunk(self, name: str) -> None:
-        for chunks, aligned in self._spans:
-            self._launch(name, len(chunks), CHUNK_WARPS, chunks=chunks, BLOCK=self._block, ALIGNED=aligned)
+        for chunks, options in self._spans:
+            self._launch(name, len(chunks), CHUNK_WARPS, chunks=chunks, **options)
+
+    def _each_line(self, name: str, axis: Axis) -> None:
+        self._launch(name, len(self._arguments[f"{axis}_lines"]), CHUNK_WARPS)
 
     def sum(self, level: int) -> None:
         """Take a level's sums."""
@@ -236,7 +265,11 @@ class TritonStep(Step):
 
     def scalars(self, level: int) -> None:
         """Take the scalars that follow from them, and this bucket's share of its totals."""
-        self._each_tensor(f"scalars_{level}")
+        for stage in self._stages[level]:
+            if stage.axis is None:
+                self._each_tensor(stage.name)
+            else:
+                self._each_line(stage.name, stage.axis)
         self._launch(f"totals_{level}", 1, CHUNK_WARPS)
 
     def finish(self, level: int) -> None:
@@ -254,6 +287,8 @@ class TritonStep(Step):
     def commit(self) -> None:
         """Make the step count and observed sums state, unless ``skip`` is set."""
         self._each_tensor("commit")
+        for axis in AXES if self._tiles is not None else ():
+            self._each_line(f"commit_{axis}", axis)
 
 
 class _Table:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from optx.kernels.step.layout import EIGHT, Columns, Layout, partials_per_chunk, scale_of
 from optx.kernels.step.lines import WIDE, Lines
 from optx.kernels.step.program import NUMBER_KINDS, Call, Program, Ref
-from optx.kernels.step.text import rule_name, variable
+from optx.kernels.step.text import indent, rule_name, variable
+from optx.kernels.step.triton_text import JIT
 
 POINTERS = {
     "float32": "tl.float32",
@@ -184,6 +185,46 @@ class TritonLines(Lines):
     def rest_bits(self) -> int:
         """Of a weight in two parts."""
         return 8 * (1 + (self.layout.rounding == "split16"))
+
+    def _streams(self, roles: Sequence[str]) -> list[str]:
+        """The roles whose pointers a kernel of these needs."""
+        streams = [r for r in roles if r != "kahan" and self.dtypes[r] != "ones"]
+        if self.layout.rounding == "kahan" and "w" in streams:
+            streams.append("kahan")
+        streams += ["rest"] if self.split and "w" in streams else []
+        return [*streams, *(scale_of(r) for r in streams if r in self.eight)]
+
+    def _address(self, role: str, first: str) -> str:
+        """A pointer to an element of a role, in a chunk kernel."""
+        dtype = POINTERS[self.dtypes[role]]
+        return f"stream(tensor + {self.table.roles.index(role)}, {dtype}, {first}, ALIGNED)"
+
+    def _step_source(self) -> dict[str, str]:
+        """What tells the draws of one step from those of the next, also when a graph is replayed."""
+        if self.layout.counted:
+            step = f"tl.load(numbers + {self.table.cols.index('step')}).to(tl.int64)"
+        else:
+            step = "tl.load(random + 1)"
+        return {"key": "tl.load(random)", "step": step, "number": f"tl.load(tensor + {self.table.row - 1})"}
+
+    def _block(
+        self, name: str, given: Sequence[str], body: Sequence[str], sums: Sequence[str], random: bool
+    ) -> list[str]:
+        """``<name>_block``: what a kernel does with one block of elements."""
+        arguments = ", ".join([*given, *(["start"] if random else []), "lane", "mask"])
+        masked = ["if mask is not None:"] + [f"    x_{s} = tl.where(mask, x_{s}, 0.0)" for s in sums]
+        result = (
+            [f"return {', '.join(f'x_{s}' for s in sums)}{',' if len(sums) == 1 else ''}"] if sums else []
+        )
+        lines = ["", "", JIT, f"def {name}_block({arguments}):"]
+        return [*lines, *indent([*body, *(masked if sums else []), *result], 1)]
+
+    def _head(self, name: str, sums: bool, random: bool, *more: str) -> list[str]:
+        """Opens a kernel over chunks."""
+        arguments = ["chunks", "tensors", "cols", "hypers", *(["partials"] if sums else [])]
+        arguments += [*(["random"] if random else []), *(["skip"] if name == "update" else [])]
+        arguments += ["BLOCK: tl.constexpr", *more, "ALIGNED: tl.constexpr"]
+        return ["", "", JIT, f"def {name}({', '.join(arguments)}):"]
 
     def _cell(self, name: str, dtype: str) -> str:
         at = len(self.table.roles) + self.table.cells.index(name)

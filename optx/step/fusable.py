@@ -19,7 +19,6 @@ from optx.step.state import is_ours
 from optx.step.transform import Group
 
 SHARED = "two tensors that the step writes share their memory, and kernels write all at once"
-TILED = "it sums over rows or columns, which only the CPU's kernels do"
 ALIASED = "a gradient lies in memory that the step writes"
 
 

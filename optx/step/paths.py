@@ -18,7 +18,7 @@ from optx.kernels.step.program import Program
 from optx.step.base_step import step_replaced
 from optx.step.bases import base_rules, check_settings, readable_state, structure
 from optx.step.checks import check_group
-from optx.step.fusable import TILED, why_not, why_not_tensors
+from optx.step.fusable import why_not, why_not_tensors
 from optx.step.fused import FusedGroup
 from optx.step.group_numbers import base_numbers
 from optx.step.kept import MASTER, STATE, check_kept
@@ -175,8 +175,6 @@ class Paths:
             triton = fused == "triton"
             if not (triton and os.environ.get("TRITON_INTERPRET") == "1"):
                 reason = f"fused={fused!r}, and the parameters are on {group['params'][0].device}"
-        if reason is None and triton and program.tiled:
-            reason = TILED
         if reason is not None and fused not in ("auto", False):
             raise FusedError(f"wrap: fused={fused!r} cannot be honoured for param group {index}: {reason}.")
         check_kept(self.wrapped, index, group, reason, program.tiled)

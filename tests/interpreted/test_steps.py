@@ -74,7 +74,7 @@ def test_torchs_optimizers(name: str) -> None:
         for p, g in zip(reference, gradients, strict=True):
             p.grad = g
         base.step()
-    spans = [(len(rows), aligned) for rows, aligned in bucket.runner._spans]
+    spans = [(len(rows), options["ALIGNED"]) for rows, options in bucket.runner._spans]
     assert spans == [(5 if large else 2, True), (3, False)]
     close(bucket.weights, [p.detach() for p in reference], 2e-6)
     assert bucket.band.intact()
@@ -313,7 +313,7 @@ def test_a_tensor_may_lose_its_alignment() -> None:
     a.grads[0] = a.band.like(a.grads[0])
     a.point()
     run(a, 2)
-    spans = [(len(rows), aligned) for rows, aligned in a.runner._spans]
+    spans = [(len(rows), options["ALIGNED"]) for rows, options in a.runner._spans]
     assert spans == [(2, True), (1, False)]
     equal(a, run(b, 2))
 

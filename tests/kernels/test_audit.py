@@ -133,6 +133,18 @@ def test_spills_are_found(adamw: Case) -> None:
     assert any("spills" in p for p in row.problems)
 
 
+def test_sums_over_rows_are_counted_once_a_row() -> None:
+    """4 bytes of a gradient, and 8 of a row's sum for the 128 columns that a program sees of it."""
+    case = next(case for case in audit_cases.all_cases() if case.name == "rows clipped + AdamW")
+    kernel = next(k for k in audit.kernels(case, SM90) if k.name == "reduce_0")
+    row = audit.measure(kernel, SM90)
+    assert row.problems == []
+    assert row.bytes == row.implied == 4 + 8 / 128
+    assert (row.loads, row.stores, row.machine.spills) == ([128], [64], 0)
+    more = audit.measure(replace(kernel, rows=(0, 0)), SM90)
+    assert any("accesses memory by 64 bits" in problem for problem in more.problems)
+
+
 def test_no_transform_is_forgotten() -> None:
     """Every transform with rules is compiled; found here by its subclasses, there by its modules."""
     for module in pkgutil.iter_modules(optx.transforms.__path__, "optx.transforms."):

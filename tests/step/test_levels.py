@@ -247,11 +247,8 @@ def test_rows_of_weights_in_another_order_take_the_foreach_path() -> None:
     assert "not contiguous" in str(opt.plan()[0].reason)
 
 
-def test_what_only_the_cpus_kernels_do_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+def test_formats_that_no_tile_takes_are_told() -> None:
     weights = [nn.Parameter(torch.ones(2, 3))]
-    with pytest.raises(optx.FusedError, match="sums over rows or columns, which only the CPU's kernels do"):
-        optx.wrap(torch.optim.SGD(weights, lr=0.1), Matrices(), fused="triton")
     with pytest.raises(optx.OptxError, match=r"rows or columns"):
         optx.wrap(torch.optim.AdamW(weights), Matrices(), state="8bit")
 
