@@ -15,6 +15,7 @@ from optx.kernels.step.emit_cpu import compiled
 from optx.kernels.step.layout import Columns, Layout, partials_per_chunk, split
 from optx.kernels.step.program import Program
 from optx.kernels.step.runner import Step
+from optx.kernels.step.shard_tiles import ShardTiles, Window
 from optx.kernels.step.stacks import Stacks
 from optx.kernels.step.tiles import Tiles, sizes_of
 
@@ -33,6 +34,7 @@ class CpuStep(Step):
         groups: how many there are.
         wholes: where the tensors are shards, the sizes of what they are shards of; see `Step`.
         shapes: theirs, where the program asks for rows, columns, dimensions or whole matrices.
+        windows: where the tensors are shards, and the program sums rows or columns: what of each lies here.
 
     Attributes:
         groups: a row per param group: its hypers, the totals it was given, its own shares of the totals, and
@@ -50,6 +52,7 @@ class CpuStep(Step):
         groups: int = 1,
         wholes: Sequence[int] | None = None,
         shapes: Sequence[Sequence[int]] | None = None,
+        windows: Sequence[Window] | None = None,
     ) -> None:
         self.program = program
         self.columns = Columns.of(program, layout)
@@ -57,8 +60,12 @@ class CpuStep(Step):
         count = len(numels)
         shapes = [(n,) for n in numels] if shapes is None else shapes
         self.stacks = Stacks(shapes, torch.device("cpu"))
+        self._spread: ShardTiles | None = None
         if program.tiled:
-            self._tiles = Tiles(program, shapes, layout.dtypes[0] == "float64")
+            wide = layout.dtypes[0] == "float64"
+            if windows is not None:
+                self._spread = ShardTiles(program, shapes, windows, wide)
+            self._tiles = Tiles(program, shapes, wide) if self._spread is None else self._spread.here
             self._chunks, self._first = self._tiles.table, self._tiles.first
         else:
             self._chunks, self._first = split(numels)
@@ -115,6 +122,12 @@ class CpuStep(Step):
         self._tensor_args: npt.NDArray[np.int64] = np.array(self._args)
         self._tensor_args[Args.PARTIALS] = self._sums.ctypes.data
         self._tensor_args[Args.FIRST] = self._single.ctypes.data
+        if self._spread is not None:
+            self.axis_sums = torch.from_numpy(self._spread.sums)  # pyright: ignore[reportUnknownMemberType]
+            self._wholes = self.tensors.copy()
+            self._wholes[:, self.columns.geometry : -1] = self._spread.whole.geometry
+            self._tensor_args[Args.TENSORS] = self._wholes.ctypes.data
+            self._tensor_args[Args.CHUNKS] = self._spread.whole.table.ctypes.data
         self._per_tensor = int(self._tensor_args.ctypes.data)
 
     def _fold(self) -> None:
@@ -123,6 +136,8 @@ class CpuStep(Step):
             self._sums[:] = 0.0
             if len(self._starts):
                 self._sums[self._filled] = np.add.reduceat(self._partials, self._starts)
+        if self._spread is not None:
+            self._spread.fold()
 
     @property
     def computed(self) -> Tensor:
@@ -136,6 +151,8 @@ class CpuStep(Step):
     def _each_tensor(self, kernel: str) -> None:
         address = self._kernels.get(kernel)
         if address is not None:
+            if self._spread is not None:
+                self._wholes[:, : self.columns.geometry] = self.tensors[:, : self.columns.geometry]
             cpu.run(address, self._per_tensor, parallel=False)
 
     def _each_chunk(self, kernel: str) -> None:
@@ -156,6 +173,8 @@ class CpuStep(Step):
         """Take the scalars that follow from them, and each group's share of its totals."""
         self.shares[:] = 0.0
         self._each_tensor(f"scalars_{level}")
+        if self._spread is not None:
+            self._spread.read()
 
     def receive(self, totals: Mapping[str, float]) -> None:
         """Take totals over the whole optimizer, for `finish`."""

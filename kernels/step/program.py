@@ -213,6 +213,13 @@ class Program:
         return self.tiled or bool(self.scratch)
 
     @property
+    def needs_all_rows(self) -> bool:
+        """Whether anything but elements depends on numbers per row: what is kept of them, or their sums."""
+        calls = [call for level in self.levels for call in level.scalars if call.axis == "row"]
+        kept = any(axis == "row" for _, axis in self.kept_vectors)
+        return kept or any(ref.kind == "col" for call in calls for ref in call.writes)
+
+    @property
     def kept_vectors(self) -> tuple[tuple[str, Axis], ...]:
         """Those of the vectors that the step writes."""
         written = {ref for level in self.levels for call in level.scalars for ref in call.writes}

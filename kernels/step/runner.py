@@ -25,6 +25,7 @@ class Step(ABC):
     Attributes:
         totals: after `measure`, this bucket's share of each total.
         sums: of shards: a row per tensor, float64.
+        axis_sums: of shards: sums over all rows and columns, float64, where the program takes some.
     """
 
     program: Program
@@ -34,6 +35,7 @@ class Step(ABC):
     hypers: Any
     totals: Any
     sums: Tensor | None = None
+    axis_sums: Tensor | None = None
     stacks: Stacks
 
     @property

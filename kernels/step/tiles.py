@@ -40,18 +40,26 @@ class Tiles:
         program: says what that is.
         shapes: of the tensors.
         wide: whether numbers are float64, else float32.
+        single: each is one tile, also where it has no elements.
 
     Attributes:
         table: int64 rows (tensor, first row, rows, first column, columns, block, address of its sums per
             column); tensor after tensor, row after row.
         first: each tensor's first tile, and one past the last.
         geometry: a row per tensor, see `Geometry`.
+        starts: the same with places in arrays for addresses.
+        adds: the place in ``left`` of each tile's sums per column.
+        left: float64 sums of each row in each block, then those of the tiles' columns.
+        rows: numbers per row, of each tensor in turn.
+        columns: numbers per column.
         sums: float64 sums per column, of each tensor in turn.
     """
 
     ROW = 7
 
-    def __init__(self, program: Program, shapes: Sequence[Sequence[int]], wide: bool) -> None:
+    def __init__(
+        self, program: Program, shapes: Sequence[Sequence[int]], wide: bool, single: bool = False
+    ) -> None:
         matrices = list(map(matrix, shapes))
         counts = {kind: max(len(v.summed(kind)) for v in program.levels) for kind in ("row", "column")}
         per_row, per_column = len(program.along("row")), len(program.along("column"))
@@ -59,11 +67,11 @@ class Tiles:
         self.geometry = np.zeros((len(shapes), len(Geometry)), dtype=np.int64)
         first, adds, parts, found_rows, found_columns, sums = [0], 0, 0, 0, 0, 0
         for t, (height, width) in enumerate(matrices):
-            across = min(width, WIDEST) or 1
-            down = max(CHUNK // across, LOWEST if counts["column"] else 1)
-            blocks = -(-width // across)
+            across = (width if single else min(width, WIDEST)) or 1
+            down = height if single else max(CHUNK // across, LOWEST if counts["column"] else 1)
+            blocks = 1 if single else -(-width // across)
             self.geometry[t] = height, width, blocks, found_rows, found_columns, parts, sums
-            for row in range(0, height if width else 0, down):
+            for row in [0] if single else range(0, height if width else 0, down):
                 tall = min(down, height - row)
                 for block in range(blocks):
                     n = min(across, width - block * across)
@@ -78,17 +86,19 @@ class Tiles:
         self.table[:] = rows or self.table
         self.first = np.array(first, dtype=np.int64)
         self.sums = np.zeros(sums)
-        self._adds, self._parts = np.zeros(adds), np.zeros(parts)
+        self.left = np.zeros(parts + adds)
         dtype = np.float64 if wide else np.float32
-        self._rows, self._columns = np.zeros(found_rows, dtype), np.zeros(found_columns, dtype)
+        self.rows, self.columns = np.zeros(found_rows, dtype), np.zeros(found_columns, dtype)
+        self.starts: npt.NDArray[np.int64] = np.array(self.geometry)
+        self.adds: npt.NDArray[np.int64] = parts + self.table[:, 6]
         self._take_addresses()
 
     def _take_addresses(self) -> None:
-        self.table[:, 6] = _addresses(self._adds, self.table[:, 6])
+        self.table[:, 6] = _addresses(self.left, self.adds)
         for at, room in (
-            (Geometry.ROWS, self._rows),
-            (Geometry.COLUMNS, self._columns),
-            (Geometry.PARTS, self._parts),
+            (Geometry.ROWS, self.rows),
+            (Geometry.COLUMNS, self.columns),
+            (Geometry.PARTS, self.left),
             (Geometry.SUMS, self.sums),
         ):
             self.geometry[:, at] = _addresses(room, self.geometry[:, at])

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from optx._names import is_dtensor
-from optx.kernels.step.program import Call
+from optx.kernels.step.program import AXES, Call
 from optx.step.measured import places_of
 from optx.step.memory import Likeness, extent
 from optx.step.sharded import Shards, Share, all_here, here, specs_of
@@ -68,6 +68,7 @@ class Bucket:
     places_in_row: list[int]  # of w, g and these in a tensor's row
     owners: list[int]  # which of the groups each member is of
     shards: Shards | None = None
+    own_rows: bool = False  # whether no process needs the sums over rows that lie elsewhere
     columns: list[Column] = field(default_factory=list[Column])
     found: dict[str, list[Tensor]] = field(default_factory=dict[str, list[Tensor]])  # in a step, by key
     # The parameters that had state, in the order of `base.state`, and where the members are among them.
@@ -84,7 +85,12 @@ class Bucket:
 
     def partial(self, calls: Sequence[Call]) -> list[Share]:
         """Of shards: what some calls have summed of them, to be completed over the mesh."""
-        count = sum(len(call.writes) for call in calls)
-        if self.shards is None or not count:
+        if self.shards is None:
             return []
-        return [(self.runner.sums[:, :count], self.shards)]
+        kinds = [ref.kind for call in calls for ref in call.writes]
+        count = sum(kind not in AXES for kind in kinds)
+        shares = [(self.runner.sums[:, :count], self.shards)] if count else []
+        # Of rows that lie here as a whole there is nothing to complete, unless all are kept or summed.
+        if "column" in kinds or ("row" in kinds and not self.own_rows):
+            shares.append((self.runner.axis_sums, self.shards))
+        return shares

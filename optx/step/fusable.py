@@ -14,7 +14,7 @@ from optx.kernels.step.program import Program
 from optx.step.base_step import step_replaced
 from optx.step.bases import rules_or_why
 from optx.step.memory import DTYPES, Extents, extent, why_not_dense, why_not_plain
-from optx.step.sharded import here, why_not_spread
+from optx.step.sharded import here, why_no_window, why_not_spread
 from optx.step.state import is_ours
 from optx.step.transform import Group
 
@@ -41,8 +41,10 @@ def why_not(base: torch.optim.Optimizer, group: Group, program: Program) -> str 
         except RuleSourceError as error:
             return str(error)
     devices = {p.device.type for p in group["params"]}
-    if program.tiled and any(map(is_dtensor, group["params"])):
-        return "it sums over rows or columns of sharded parameters"
+    if program.tiled:
+        reason = next((why for p in group["params"] if (why := why_no_window(p))), None)
+        if reason:
+            return reason
     if program.scratch and any(map(is_dtensor, group["params"])):
         return "its update takes whole matrices, which kernels do not gather from shards"
     return why_unavailable("triton" if devices == {"cuda"} else "numba")

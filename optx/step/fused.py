@@ -23,7 +23,7 @@ from optx.step.group_tensors import SLOT_DTYPE_NAMES, GroupTensors
 from optx.step.measured import Table
 from optx.step.memory import Extents
 from optx.step.rounding import step_key
-from optx.step.sharded import Shards, Share, all_here, here, surprise
+from optx.step.sharded import Shards, Share, all_here, has_whole_rows, here, surprise, window_of
 from optx.step.slots import KAHAN, Slots
 from optx.step.state import is_ours
 from optx.step.transform import Group
@@ -224,7 +224,10 @@ class FusedGroup:
         else:
             from optx.kernels.step.cpu import CpuStep
 
-            runner = CpuStep(self.program, layout, numels, numbers, owners, len(self.groups), wholes, shapes)
+            cut = self.program.tiled and shards is not None
+            windows = list(map(window_of, members)) if cut else None
+            count = len(self.groups)
+            runner = CpuStep(self.program, layout, numels, numbers, owners, count, wholes, shapes, windows)
         names = [*runner.columns.roles, *runner.columns.cells]
         held = [i for i, name in enumerate(names) if name not in self.program.scratch]
         keys = [self._tensors.key(names[i]) for i in held[2:]]
@@ -233,7 +236,8 @@ class FusedGroup:
                 self._tensors.role(p, KAHAN)
             if "rest" in runner.columns.roles:
                 self._tensors.rest(p)
-        return Bucket(members, runner, keys, held, owners, shards)
+        own = shards is not None and not self.program.needs_all_rows and all(map(has_whole_rows, members))
+        return Bucket(members, runner, keys, held, owners, shards, own)
 
     # ---- addresses ---------------------------------------------------------------------------------
 

@@ -175,6 +175,8 @@ class Paths:
             triton = fused == "triton"
             if not (triton and os.environ.get("TRITON_INTERPRET") == "1"):
                 reason = f"fused={fused!r}, and the parameters are on {group['params'][0].device}"
+        if reason is None and triton and program.tiled and any(map(is_dtensor, group["params"])):
+            reason = "it sums over rows or columns of sharded parameters, which only the CPU's kernels do"
         if reason is not None and fused not in ("auto", False):
             raise FusedError(f"wrap: fused={fused!r} cannot be honoured for param group {index}: {reason}.")
         check_kept(self.wrapped, index, group, reason, program.tiled)

@@ -8,6 +8,7 @@ only one of them can see (the memory of its shard) is an error, see `surprise`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from optx._errors import OptxError
 from optx._names import is_dtensor
+from optx.kernels.step.tiles import matrix
 from optx.step.memory import answers_itself
 from optx.step.rounding import shard_number, step_key
 
@@ -79,6 +81,36 @@ def why_not_spread(t: Tensor) -> str | None:
     if answers_itself(kind) and not hasattr(local, "wait"):
         return f"is a DTensor of {kind.__name__}, which answers torch's functions in its own way"
     return "is on the meta device, without memory" if local.is_meta else None
+
+
+def why_no_window(t: Tensor) -> str | None:
+    """Why what lies here of a DTensor is not some rows and some columns of it as a matrix; None if it is.
+
+    The same on all processes.
+    """
+    for one in dict.fromkeys(t.placements if is_dtensor(t) else ()):  # type: ignore[attr-defined]
+        if type(one).__name__ == "Replicate":
+            continue
+        if type(one).__name__ != "Shard" or one.dim > 1:
+            return f"it sums over rows or columns of parameters that are sharded as {one}"
+    return None
+
+
+def window_of(t: Any) -> tuple[int, int, int, int]:
+    """What lies here of a DTensor as a matrix: first row, first column, rows, columns."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offsets = compute_local_shape_and_global_offset(t.shape, t.device_mesh, t.placements)
+    height, width = matrix(shape)
+    if len(shape) < 2:
+        return 0, int(sum(offsets)), height, width
+    return int(offsets[0]), int(offsets[1]) * math.prod(t.shape[2:]), height, width
+
+
+def has_whole_rows(t: Any) -> bool:
+    """Whether each row of a DTensor lies in one process; the same on all."""
+    cut = [one for one in t.placements if type(one).__name__ != "Replicate"]
+    return not cut or (t.ndim > 1 and all(one.dim == 0 for one in cut))
 
 
 def here(t: Tensor) -> Tensor:

@@ -366,24 +366,77 @@ def metrics_are_asked_for_on_all_ranks_or_refused(rank: int) -> None:
         opt.metrics()
 
 
+@optx.rule(writes="g")
+def _centred(g: Any, row: Any, columns: Any) -> Any:
+    return g - row / columns
+
+
+class Centred(optx.Transform):
+    """Sums over rows that only their elements read."""
+
+    name = "centred"
+    rules = {"row_sums": _across, "gradient": _centred}  # noqa: RUF012
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in parameters if p.ndim > 1], lr=0.1)
+
+
+def adafactor(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adafactor([p for p in parameters if p.ndim > 1], lr=0.01, weight_decay=0.1)
+
+
+def cut(mesh: DeviceMesh, places: Sequence[Any]) -> list[nn.Parameter]:
+    """A vector has one dimension only to be cut along."""
+    only = [Replicate() if place == Replicate() else Shard(0) for place in places]
+    return [nn.Parameter(distribute_tensor(w, mesh, places if w.ndim > 1 else only)) for w in weights()]
+
+
 def numbers_per_row_and_column(rank: int) -> None:
-    """However weights are cut; torch's own operations take the step."""
-    wanted = in_one_process(lambda: [Matrices()], steps=2)
-    for mesh, places in ((four(), [Shard(0)]), (square(), [Replicate(), Shard(0)]), (four(), [Replicate()])):
-        parameters = spread(mesh, places)
-        opt = optx.wrap(adamw(parameters), Matrices())
-        assert "sums over rows or columns of sharded parameters" in str(opt.plan())
-        take(opt, parameters, range(2))
+    """However weights are cut: one all-reduce of all that is summed; none of rows that lie in one process."""
+    rows, columns, same = Shard(0), Shard(1), Replicate()
+    # In the order of the other cases: torch keeps how tensors are spread, with the names of their groups.
+    both, one = square(), four()
+    for make, base, mesh, places, count in (
+        (lambda: [Matrices()], adamw, one, [rows], 1),
+        (lambda: [Matrices()], adamw, both, [same, rows], 1),
+        (lambda: [Matrices()], adamw, one, [same], 0),
+        (lambda: [Matrices()], adamw, both, [rows, columns], 2),  # along each
+        (lambda: [Matrices()], adamw, one, [columns], 1),
+        (list, adafactor, one, [rows], 2),
+        (list, adafactor, one, [columns], 2),
+        (lambda: [Centred()], sgd, one, [rows], 0),
+        (lambda: [Centred()], sgd, one, [columns], 1),
+    ):
+        wanted, parameters = in_one_process(make, base, steps=2), cut(mesh, places)
+        opt = optx.wrap(base(parameters), *make())
+        assert str(opt.plan()).startswith("group 0: fused cpu on local shards"), opt.plan()
+        with CommDebugMode() as talk:
+            take(opt, parameters, range(2))
+        assert reductions(talk) == 2 * count, (base, places)
         assert_same(parameters, wanted)
-        assert opt.slot(parameters[0], opt.matrices, "usual").shape == (7,)  # type: ignore[attr-defined]
-    crosswise = [nn.Parameter(distribute_tensor(w, four(), [Shard(w.ndim - 1)])) for w in weights()]
-    take(optx.wrap(adamw(crosswise), Matrices()), crosswise, range(2))
-    assert_same(crosswise, wanted)
+        if base is adamw:  # of all rows, everywhere
+            usual = opt.slot(parameters[0], opt.matrices, "usual")  # type: ignore[attr-defined]
+            assert usual.shape == (7,)
+            assert usual.all()
+
+
+def what_is_not_some_rows_and_columns_goes_the_other_way(rank: int) -> None:
+    """Of a kernel of three and more dimensions, say, cut along the third."""
+    start = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
+    p, q = nn.Parameter(distribute_tensor(start, four(), [Shard(2)])), nn.Parameter(start)
+    opt, one = (optx.wrap(sgd([w]), Centred(), fused=fused) for w, fused in ((p, "auto"), (q, False)))
+    assert "sums over rows or columns of parameters that are sharded as" in str(opt.plan())
+    p.grad, q.grad = distribute_tensor(start, four(), [Shard(2)]), start.clone()
+    opt.step()
+    one.step()
+    assert_same([p], [q.detach()])
 
 
 test_on_four_processes = on_processes(
     4,
     numbers_per_row_and_column,
+    what_is_not_some_rows_and_columns_goes_the_other_way,
     every_composition_is_the_one_process,
     every_mesh_is_the_one_process,
     gradients_that_lie_otherwise,

@@ -68,6 +68,27 @@ def shards_are_the_one_process(rank: int) -> None:
         assert {float(state["step"]) for state in opt.state.values()} == {2.0}
 
 
+@optx.rule(writes="row")
+def across(g: Any) -> Any:
+    return g * 1.0
+
+
+@optx.rule(writes="g")
+def centred(g: Any, row: Any, columns: Any) -> Any:
+    return g - row / columns
+
+
+class Centred(optx.Transform):
+    name = "centred"
+    rules = {"row_sums": across, "gradient": centred}  # noqa: RUF012
+
+
+def sums_over_rows_of_shards_are_left_to_others(rank: int) -> None:
+    p = nn.Parameter(distribute_tensor(torch.ones(2, 4), init_device_mesh("cpu", (2,)), [Shard(0)]))
+    with pytest.raises(optx.FusedError, match="of sharded parameters, which only the CPU's kernels do"):
+        optx.wrap(torch.optim.SGD([p], lr=0.1), Centred(), fused="triton")
+
+
 def draws_of_bfloat16(rank: int) -> None:
     """Others in each shard, the same in its replicas."""
     mesh = init_device_mesh("cpu", (2,))
@@ -85,4 +106,10 @@ def draws_of_bfloat16(rank: int) -> None:
 
 
 def test_on_two_processes(tmp_path: Path) -> None:
-    forked(tmp_path, 2, shards_are_the_one_process, draws_of_bfloat16)
+    forked(
+        tmp_path,
+        2,
+        shards_are_the_one_process,
+        draws_of_bfloat16,
+        sums_over_rows_of_shards_are_left_to_others,
+    )
