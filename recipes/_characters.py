@@ -66,4 +66,4 @@ def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Mean cross-entropy of the next characters, for models that return logits alone or among others."""
     found = model(x)
     logits = getattr(found, "logits", found)
-    return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+    return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())  # a bfloat16 loss has three digits

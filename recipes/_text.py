@@ -36,26 +36,33 @@ def bring(args: Any) -> None:
 
 
 def load(tokenizer: Any, args: Any) -> TextData:
-    """The first 90 % of ``args.data`` to train on; blocks spread over the rest, and over ``args.general``.
+    """`learned` of ``args.data``, and blocks spread over ``args.general``.
 
     General English is news: plain modern prose of the kind that such models were trained on, far from
     Shakespeare, carried by a package. (What is at hand without one is not prose: documentation, licences; and
     the encyclopaedia article that comes with the plays is about Shakespeare.)
     """
+    general = _blocks(tokenizer, _assets.text(args.general, _assets.NEWS), args.length)
+    data = learned(tokenizer, _assets.text(args.data), args.length, args.eval_blocks)
+    return data._replace(general=_spread(general, args.eval_blocks))
 
-    def blocks(text: str) -> Tensor:
-        tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-        if len(tokens) < args.length:
-            raise SettingsError(f"--length {args.length}: a text for it has only {len(tokens)} tokens.")
-        return tokens[: len(tokens) // args.length * args.length].view(-1, args.length)
 
-    def spread(found: Tensor) -> Tensor:
-        return found[torch.linspace(0, len(found) - 1, min(args.eval_blocks, len(found))).long()]
-
-    text = _assets.text(args.data)
-    general = _assets.text(args.general, _assets.NEWS)
+def learned(tokenizer: Any, text: str, length: int, eval_blocks: int) -> TextData:
+    """The first 90 % of a text to train on, and blocks spread over the rest; nothing general."""
     cut = len(text) * 9 // 10
-    return TextData(blocks(text[:cut]), spread(blocks(text[cut:])), spread(blocks(general)))
+    train, held_out = (_blocks(tokenizer, part, length) for part in (text[:cut], text[cut:]))
+    return TextData(train, _spread(held_out, eval_blocks), train[:0])
+
+
+def _blocks(tokenizer: Any, text: str, length: int) -> Tensor:
+    tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    if len(tokens) < length:
+        raise SettingsError(f"--length {length}: a text for it has only {len(tokens)} tokens.")
+    return tokens[: len(tokens) // length * length].view(-1, length)
+
+
+def _spread(found: Tensor, count: int) -> Tensor:
+    return found[torch.linspace(0, len(found) - 1, min(count, len(found))).long()]
 
 
 @contextmanager

@@ -10,11 +10,12 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 
-from optx.recipes import _bench, adapt, finetune, grokking, merge, qlora, reweight, transfer
+from optx.recipes import _bench, adapt, finetune, formats, grokking, merge, qlora, reweight, transfer
 
 COUNTS: dict[Any, tuple[str, ...]] = {
     adapt: ("seeds", "batch", "length", "test", "steps"),
     finetune: ("seeds", "batch", "length", "answer-length", "eval-blocks", "steps"),
+    formats: ("seeds", "width", "layers", "batch", "length", "tuning-steps", "tuning-length", "eval-blocks"),
     grokking: ("seeds", "p", "width", "every", "steps"),
     merge: ("seeds", "masks", "batch", "length", "valid", "test", "steps"),
     qlora: ("seeds", "rank", "alpha", "batch", "length", "eval-blocks", "steps"),
@@ -24,6 +25,7 @@ COUNTS: dict[Any, tuple[str, ...]] = {
 RATES: dict[Any, tuple[str, ...]] = {
     adapt: ("sweep",),
     finetune: ("lr",),
+    formats: ("lr", "tuning-lr"),
     grokking: ("lr",),
     merge: ("lr", "head-lr"),
     qlora: ("lr",),

@@ -303,7 +303,7 @@ def test_settings_of_another_time_are_said() -> None:
     about = _pages.about(made, {"settings": settings, "environment": where})
     assert about.endswith("Run on d with optx o, torch t, Python p: c, 2 threads.")
     then = {**settings, "momentum": 0.5}
-    del then["width"]
+    del then["width"], then["model"]  # the latter is off by default: all is as it was
     about = _pages.about(made, {"settings": then, "environment": where})
     assert about.endswith("**Other than by default:** momentum, which is gone, no width yet.")
 
