@@ -33,10 +33,18 @@ settings.register_profile(
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Without it the tests marked ``long`` are left out: with them a run takes twice as long."""
+    parser.addoption(
+        "--long", type=int, metavar="N", help="also one in N, drawn, of the long tests; 1 is all"
+    )
+
+
 @pytest.hookimpl(tryfirst=True)  # before hypothesis's own looks for the seed
 def pytest_configure(config: pytest.Config) -> None:
     """Draw a seed in CI; a worker has that of the first process."""
     config.addinivalue_line("markers", "jobs(*jobs): what the fixture done has several processes do")
+    config.addinivalue_line("markers", "long: goes through a whole scenario for seconds; see --long")
     if config.option.hypothesis_seed is None:
         in_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
         drawn = str(random.SystemRandom().randrange(2**32)) if in_ci else None
@@ -130,7 +138,17 @@ LONGEST = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What several processes do first, as the first of these tests waits for all; then the longest."""
+    left_out = [item for item in items if item.get_closest_marker("long") and not _drawn(item, config)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
     items.sort(key=lambda item: not any(name in item.nodeid for name in LONGEST))
     items.sort(key=lambda item: item.get_closest_marker("jobs") is None)
+
+
+def _drawn(item: pytest.Item, config: pytest.Config) -> bool:
+    """Is a long test among those that this run takes? Every worker must find the same."""
+    one_in: int | None = config.option.long
+    seed = config.option.hypothesis_seed
+    return one_in is not None and zlib.crc32(f"{seed} {item.nodeid}".encode()) % one_in == 0

@@ -241,6 +241,7 @@ print(1024 * (kilobytes("VmHWM:") - before))
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_that_of_pieces(tmp_path: Path) -> None:
     """A tensor of 80 MB is pruned in the memory of some pieces."""

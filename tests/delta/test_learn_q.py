@@ -18,7 +18,9 @@ from optx.delta._delta_pruning import HEADS
 from optx.delta._input_stats import linear_axes
 
 
-@pytest.mark.parametrize("kind", ["encoder", "decoder", "conv1d"])
+@pytest.mark.parametrize(
+    "kind", ["encoder", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("decoder", "conv1d"))]
+)
 def test_learned_q_lowers_the_distance_that_it_is_told(kind: str) -> None:
     base, tuned = {"encoder": bert, "decoder": llama, "conv1d": gpt2}[kind](), None
     tuned = copy.deepcopy(base).train()

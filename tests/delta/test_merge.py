@@ -170,6 +170,7 @@ print(1024 * (kilobytes("VmHWM:") - before))
 """
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_that_of_pieces(tmp_path: Path) -> None:
     """Four tensors of 16 MB in float32 are merged in less than one would take."""

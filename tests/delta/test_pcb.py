@@ -230,6 +230,7 @@ def test_errors(options: dict[str, Any], message: str) -> None:
     assert message in str(caught.value)
 
 
+@pytest.mark.long
 def test_digits_ahead_of_ties_at_equal_scale() -> None:
     """The specification's milder experiment: base on 300 digits in four views, one expert for each view."""
     datasets = pytest.importorskip("sklearn.datasets")

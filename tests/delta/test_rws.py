@@ -411,6 +411,7 @@ def test_errors(tmp_path: Path) -> None:
         handle.set_alpha(1, 0.0)
 
 
+@pytest.mark.long
 def test_digits_get_robust_against_low_contrast() -> None:
     """The specification's experiment: the more of the first four layers is patched, the more robust."""
     datasets = pytest.importorskip("sklearn.datasets")

@@ -78,6 +78,7 @@ def trainer(folder: Path, accumulation: int = 1, **options: Any) -> ByDomain:
     return made
 
 
+@pytest.mark.long
 def test_the_trainer_steps_clips_and_resumes(tmp_path: Path) -> None:
     whole, again = trainer(tmp_path), trainer(tmp_path)
     whole.train()

@@ -45,6 +45,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 def test_accelerate_goes_on_bit_for_bit(killed: Path, tmp_path: Path) -> None:
     again = Run()
     spoil(again.bare)

@@ -97,6 +97,7 @@ for package in ("triton", "numba"):
 """
 
 
+@pytest.mark.long
 def test_processes_without_a_home_or_a_whole_numba_or_at_once(tmp_path: Path, cache: Path) -> None:
     """Five processes, at most two at a time: each costs seconds, and says all that it can."""
     empty = tmp_path / "empty"

@@ -13,9 +13,14 @@ pytest.importorskip("triton")
 FOLDER = Path(__file__).parents[1] / "interpreted"
 
 
-def test_interpreted_kernels() -> None:
+def test_interpreted_kernels(request: pytest.FixtureRequest) -> None:
     # One process: two would import everything twice.
     options = ["-n", "0", "-p", "no:cacheprovider", "-rN", "--tb=short"]
+    chosen = {
+        "--long": request.config.option.long,
+        "--hypothesis-seed": request.config.option.hypothesis_seed,
+    }
+    options += [f"{name}={value}" for name, value in chosen.items() if value is not None]
     command = [sys.executable, "-m", "pytest", str(FOLDER), *options]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(

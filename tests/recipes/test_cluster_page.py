@@ -88,6 +88,7 @@ def test_two_machines(tmp_path: Path, reweighted: tuple[list[str], dict[str, Any
     assert sorted(text.count("held-out loss") for text in said) == [0, 1]  # the first process alone speaks
 
 
+@pytest.mark.long
 def test_accelerate(tmp_path: Path, reweighted: tuple[list[str], dict[str, Any]]) -> None:
     [config] = [
         yaml for yaml in re.findall(r"```yaml\n(.*?)```", SECTION, re.DOTALL) if "fsdp_config" in yaml

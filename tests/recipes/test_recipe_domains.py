@@ -17,6 +17,7 @@ from optx.recipes import _rotated, domains
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.long
 def test_every_arm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,6 +20,7 @@ SMALL = ["--steps", "12", "--seeds", "1", "--width", "4", "--batch", "500", "--r
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.long
 def test_flatness(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,6 +67,7 @@ def test_prune_and_merge(options: list[str], tmp_path: Path, capsys: pytest.Capt
     assert all(name in shown for name in (*merge.PRUNED, *merge.MERGED))
 
 
+@pytest.mark.long
 def test_resume_keeps_finished_parts_and_trained_experts(options: list[str], tmp_path: Path) -> None:
     one = [*options, "--seeds", "1", "--steps", "2", "--masks", "1", "--rates", "0.5", "--parts", "prune"]
     merge.main(one)

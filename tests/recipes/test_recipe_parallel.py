@@ -176,6 +176,7 @@ def test_refusals_speak_with_one_voice(done: Done) -> None:
     done.found(refusals)
 
 
+@pytest.mark.long
 @ran
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_numbers_are_those_of_one_process(engine: str) -> None:

@@ -45,6 +45,7 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return [*paths, *small, "--workers", "1", "--arms", ",".join(ARMS), "--out", str(tmp_path / "run")]
 
 
+@pytest.mark.long
 def test_prune(options: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prune.main(options)
     run = tmp_path / "run"

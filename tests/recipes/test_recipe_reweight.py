@@ -59,6 +59,7 @@ def test_a_loss_at_equal_time(cost: float, loss: float) -> None:
     assert _reweight_report.at_time(log) == pytest.approx(loss)
 
 
+@pytest.mark.long
 def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     small = ["--steps", "20", "--length", "16", "--width", "8", "--every", "10", "--seeds", "2"]

@@ -12,6 +12,7 @@ from optx.recipes import selftune
 SMALL = ["--steps", "60", "--seeds", "1", "--size", "100"]
 
 
+@pytest.mark.long
 def test_selftune(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     selftune.main([*SMALL, "--out", str(tmp_path)])
     arms = json.loads((tmp_path / "results.json").read_text())["arms"]

@@ -35,6 +35,7 @@ SMALL = [
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.long
 def test_skip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     skip.main([*SMALL, "--out", str(tmp_path)])
     found = json.loads((tmp_path / "results.json").read_text())

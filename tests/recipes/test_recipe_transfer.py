@@ -221,6 +221,7 @@ def test_a_run_that_diverges_is_told() -> None:
     assert transfer.train(Point("standard", 16, 60.0, 0.0), 0, args, Characters(TEXT, 12)) == {"loss": None}
 
 
+@pytest.mark.long
 def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     small = [
@@ -255,6 +256,7 @@ def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: 
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == found
 
 
+@pytest.mark.long
 def test_interrupted_between_two_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What has ended is kept, and the same command goes on from there."""
     (tmp_path / "text.txt").write_text(TEXT)

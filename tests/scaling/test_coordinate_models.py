@@ -154,6 +154,7 @@ def test_what_a_parametrization_cannot_be_given_with() -> None:
         coordinate_check(mlp, [8, 16], batch, optimizer="adam", parametrization="muq")
 
 
+@pytest.mark.long
 def test_queries_and_keys_under_sgd_where_heads_get_wider_and_where_they_get_more() -> None:
     """A logit's gradient sums over a head's values, which at first are independent of it: width^-0.5."""
     from transformers import LlamaConfig, LlamaForCausalLM

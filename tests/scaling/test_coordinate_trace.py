@@ -143,6 +143,7 @@ def held() -> int:
     return len([t for t in gc.get_objects() if type(t) is Tensor and t.shape[:1] == (4096,)])
 
 
+@pytest.mark.long
 def test_no_activation_is_kept() -> None:
     """The largest tensor that outlives a pass is no larger than the sample."""
     sizes: list[int] = []

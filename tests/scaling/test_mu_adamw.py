@@ -168,6 +168,7 @@ def test_where_another_transform_can_not_be_bound_nothing_is_split() -> None:
     assert len(base.param_groups) == 3
 
 
+@pytest.mark.long
 def test_transforms_added_later() -> None:
     model, shapes = model_and_shapes()
     opt = optx.wrap(adamw(model), optx.PerpGrad())

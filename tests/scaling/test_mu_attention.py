@@ -260,7 +260,9 @@ def test_timms_way_of_attention() -> None:
 # ---- with torch's other machinery -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "mha", "fused"])
+@pytest.mark.parametrize(
+    "kind", ["llama", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("gpt2", "mha", "fused"))]
+)
 def test_compile_in_one_graph(kind: str) -> None:
     torch._dynamo.reset()
     if kind in ("mha", "fused"):

@@ -202,7 +202,7 @@ def test_the_packages_module_computes_the_same() -> None:
 # ---- as an injection ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("gpt2", marks=pytest.mark.long)])
 def test_compile_in_one_graph(kind: str) -> None:
     torch._dynamo.reset()
     one: Any = {"n_layer" if kind == "gpt2" else "num_hidden_layers": 1}  # each is traced anew

@@ -71,6 +71,7 @@ def seen(params: list[nn.Parameter], opt: optx.Wrapped) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals need it")
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no such signal here")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # in generators
