@@ -15,7 +15,7 @@ import torch
 
 import optx.transforms
 from optx._rules import rule
-from optx.bases import adabelief, adan, lion, novograd, yogi
+from optx.bases import adabelief, adan, lamb, lars, lion, novograd, yogi
 from optx.kernels.audit import report
 from optx.kernels.audit.kernels import Case
 from optx.kernels.step.layout import Layout
@@ -72,6 +72,7 @@ def make(
     bound = {t.name: t.moments(group, optimizer) for t in transforms}
     program = build(transforms, bound, rules, rules.elements, base_numbers(group))
     kept = {f"{t.name}.{slot}": s.dtype or w for t in transforms for slot, s in t.slots.items()}
+    kept |= {name: getattr(torch, dtype) for name, dtype in program.scratch.items()}
     dtypes = (
         w,
         g or w,
@@ -108,6 +109,8 @@ def _bases() -> Iterator[Case]:
     yield make("Rprop", lambda p: torch.optim.Rprop(p))
     yield make("ASGD", lambda p: torch.optim.ASGD(p))
     yield make("Adafactor", lambda p: torch.optim.Adafactor(p))
+    yield make("Muon", lambda p: torch.optim.Muon(p))
+    yield make("Muon 8-bit", lambda p: torch.optim.Muon(p, nesterov=False), eight=True)
 
 
 def _libraries() -> Iterator[Case]:
@@ -115,13 +118,17 @@ def _libraries() -> Iterator[Case]:
     group: dict[str, Any] = {"lr": 0.1, "betas": (0.9, 0.99, 0.9), "eps": 1e-8, "weight_decay": 0.1}
     group |= {"weight_decouple": True, "fixed_decay": False, "ams_bound": False, "amsgrad": False}
     group |= {"grad_averaging": True, "initial_accumulator": 1e-6}
+    group |= {"momentum": 0.9, "dampening": 0.0, "nesterov": False, "trust_coefficient": 1e-3}
     base = SimpleNamespace(maximize=False, defaults={"max_grad_norm": 0.0})
+    base.clamp_value, base.adam, base.debias = 10.0, False, False
     for name, rules in (
         ("Lion", lion.lion),
         ("AdaBelief", adabelief.pytorch_optimizer),
         ("Yogi", yogi.pytorch_optimizer),
         ("Adan", adan.adan),
         ("NovoGrad", novograd.torch_optimizer),
+        ("Lamb", lamb.lamb),
+        ("LARS", lars.lars),
     ):
         made = rules(group, base)
         assert isinstance(made, BaseRules), made

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from optx.kernels.audit.traffic import call_bytes, row_bytes, row_numbers
+from optx.kernels.audit.traffic import call_bytes, fill_bytes, row_bytes, row_numbers
 from optx.kernels.step.device_tiles import across
 from optx.kernels.step.emit_triton import FOLD_LANES, compiled
 from optx.kernels.step.layout import EIGHT, Layout, partials_per_chunk
@@ -110,12 +110,17 @@ def kernels(case: Case, target: Target) -> Iterator[Kernel]:
         if program.tiled:
             moved += row_bytes(case.layout, calls, across(block))
         kernel = _kernel(case.name, vars(module)[name], blocks, moved, octets)
-        return replace(kernel, narrowest=low, scales=scales, rows=rows, across=blocks.get("WIDTH", 0))
+        options = compiler_options(program, case.layout, name, target.backend == "cuda")
+        kernel = replace(kernel, narrowest=low, scales=scales, options=options)
+        return replace(kernel, rows=rows, across=blocks.get("WIDTH", 0))
 
+    for i, level in enumerate(program.levels):
+        for k, fill in enumerate(level.fills):
+            kernel = over_elements(f"fill_{i}_{k}", fill.calls, stores=False)
+            yield replace(kernel, bytes=fill_bytes(program, case.layout, fill))
     for name, calls in sums.items():
         yield over_elements(name, calls, stores=False)
-    update = over_elements("update", (*program.update, *program.observe), stores=True)
-    yield replace(update, options=compiler_options(case.layout, "update", target.backend == "cuda"))
+    yield over_elements("update", (*program.update, *program.observe), stores=True)
     for name in vars(module):
         if re.fullmatch(r"(scalars|totals|finish)_[\d_]+|commit\w*", name):
             yield _kernel(case.name, vars(module)[name], {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from optx.kernels.step.layout import EIGHT, GROUP, Layout
-from optx.kernels.step.program import Call, Program, given
+from optx.kernels.step.program import Call, Fill, Program, given
 
 SIZES: dict[str, float] = {
     **{"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2},
@@ -26,10 +26,16 @@ def call_bytes(program: Program, layout: Layout, calls: Iterable[Call], stores: 
     return sum(size[role] for role in read) + sum(size[role] for role in written)
 
 
+def fill_bytes(program: Program, layout: Layout, fill: Fill) -> float:
+    """Bytes per element that storing what a function of whole matrices is given must move."""
+    return call_bytes(program, layout, fill.calls, stores=False) + SIZES[fill.dtype]
+
+
 def step_bytes(program: Program, layout: Layout) -> float:
-    """Bytes per element of a whole step: every level's pass and the update."""
+    """Bytes per element of a whole step: every level's passes and the update, no function of matrices."""
     total = call_bytes(program, layout, (*program.update, *program.observe), stores=True)
     for level in program.levels:
+        total += sum(fill_bytes(program, layout, fill) for fill in level.fills)
         if level.sums:
             total += call_bytes(program, layout, level.element_calls, stores=False)
     return total

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +53,8 @@ class Stacks:
             ShapeError: it makes something of another shape.
         """
         for room in self._rooms[fill.result.name]:
-            parts: Sequence[Tensor] = room.split(max(1, MOST // room[0].numel()))  # pyright: ignore
+            whole: Any = room
+            parts: Sequence[Tensor] = whole.split(max(1, MOST // room[0].numel()))
             for part in parts:
                 made = fill.function(part)
                 if made is not part:

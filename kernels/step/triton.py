@@ -29,13 +29,15 @@ ENOUGH_CHUNKS = 1024  # programs that fill the largest devices
 ALIGNMENT = 16  # bytes: the widest access
 
 
-def compiler_options(layout: Layout, kernel: str, nvidia: bool) -> dict[str, Any]:
+def compiler_options(program: Program, layout: Layout, kernel: str, nvidia: bool) -> dict[str, Any]:
     """How a kernel is compiled, besides its number of warps."""
+    sums = {f"reduce_{i}": level.summed() for i, level in enumerate(program.levels)}.get(kernel, ())
     options: dict[str, Any] = dict(LAUNCH)
-    if nvidia and kernel == "update" and layout.dtypes[0] != "float64":
-        # Left alone, ptxas aims at 80 registers, and in a program of many roles, or one that takes sums on
-        # the way, spills two of them. With 128, four blocks on a multiprocessor keep 64 KiB of AdamW's loads
-        # in flight, where bandwidth times latency (0.8 us) asks for some 20.
+    if nvidia and (kernel == "update" or len(sums) > 1) and layout.dtypes[0] != "float64":
+        # Left alone, ptxas aims at 80 registers, and in a program of many roles, or one that takes several
+        # sums, spills two of them. With 128, four blocks on a multiprocessor keep 64 KiB of AdamW's loads
+        # in flight, where bandwidth times latency (0.8 us) asks for some 20, and 32 KiB of two roles that are
+        # only summed.
         options["maxnreg"] = 128
     return options
 
@@ -106,7 +108,8 @@ class TritonStep(Step):
         else:
             self._chunks, first = split(numels, chunk)
         nvidia = self.device.type == "cuda" and not torch.version.hip
-        self._options = {"update": compiler_options(layout, "update", nvidia)}
+        chunked = ["update", *(f"reduce_{i}" for i in range(len(program.levels)))]
+        self._options = {name: compiler_options(program, layout, name, nvidia) for name in chunked}
         self.uploads = 0
         # int64 and float64 alike travel as int64.
         self._tensors = _Table((len(numels), c.row), self.device)

@@ -76,8 +76,8 @@ def orthogonalise(
     def newton_schulz(stack: Tensor) -> Tensor:
         tall = stack.shape[1] > stack.shape[2]
         x = stack.mT if tall else stack
-        norms: Tensor = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)  # pyright: ignore
-        x = x.div_(norms.clamp_(min=eps))
+        functions: Any = torch.linalg
+        x = x.div_(functions.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_(min=eps))
         for _ in range(steps):
             gram = x @ x.mT
             x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
