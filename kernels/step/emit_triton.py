@@ -21,7 +21,7 @@ from optx.kernels.generated import load_module
 from optx.kernels.step.layout import Layout
 from optx.kernels.step.program import Axis, Call, Fill, G, Level, Program, Ref
 from optx.kernels.step.text import indent, variable
-from optx.kernels.step.triton_lines import number_refs, stream
+from optx.kernels.step.triton_lines import Pass, number_refs, stream
 from optx.kernels.step.triton_text import JIT, dialect, wrapped
 from optx.kernels.step.triton_tiles import LINE_PARTIALS, TritonTiles, line_width, stages
 
@@ -86,56 +86,29 @@ class _Emitter(TritonTiles):
 
     # ---- chunk kernels -----------------------------------------------------------------------------
 
-    def _passes(
-        self,
-        name: str,
-        roles: Sequence[str],
-        calls: Sequence[Call],
-        numbers: dict[str, str],
-        body: list[str],
-        sums: list[Ref],
-        random: bool = False,
-    ) -> list[str]:
+    def _passes(self, one: Pass) -> list[str]:
         """The kernel of a pass over all elements."""
-        if self.program.tiled:
-            return self._tile_kernel(name, roles, calls, numbers, body, sums, random)
-        return self._chunk_kernel(name, roles, numbers, body, list(map(variable, sums)), random)
+        return self._tile_kernel(one) if self.program.tiled else self._chunk_kernel(one)
 
-    def _chunk_kernel(
-        self,
-        name: str,
-        roles: Sequence[str],
-        numbers: dict[str, str],
-        body: list[str],
-        sums: list[str],
-        random: bool = False,
-    ) -> list[str]:
+    def _chunk_kernel(self, one: Pass) -> list[str]:
         """``<name>_block`` for one block of elements, and the kernel that walks a chunk with it."""
-        streams = self._streams(roles)
-        numbers = numbers | (self._step_source() if random else {})
-        passed = list(numbers)
-        lines = self._block(name, [*map(stream, streams), *passed], body, sums, random)
-        lines += [*self._head(name, bool(sums), random), *indent(_open_chunk(skip=name == "update"), 1)]
-        setup = [f"tensor = tensors + t * {self.table.row}"]
+        streams, numbers = self._streams(one.roles), self._numbers(one)
+        lines = [*self._block(one, [*map(stream, streams), *numbers]), *self._head(one, bool(one.sums))]
+        setup = [*_open_chunk(skip=one.name == "update"), f"tensor = tensors + t * {self.table.row}"]
         for role in streams:
             setup.append(f"{stream(role)} = {self._address(role, self._on(role, 'start'))}")
-        setup.append(f"numbers = cols + t * {len(self.table.cols)}")
-        setup += [f"{local} = {source}" for local, source in numbers.items()]
-        return [*lines, *indent([*setup, *self._walk(name, streams, passed, sums, random)], 1)]
+        setup += [*self._read_numbers(numbers), *self._walk(one, streams, list(numbers))]
+        return [*lines, *indent(setup, 1)]
 
-    def _walk(
-        self, name: str, streams: list[str], passed: list[str], sums: list[str], random: bool
-    ) -> list[str]:
+    def _walk(self, one: Pass, streams: Sequence[str], passed: Sequence[str]) -> list[str]:
         """Full blocks without a mask, which would split vector accesses; then what is left."""
+        sums = one.summed
 
         def block(at: str, mask: str) -> list[str]:
             pointers = [f"{stream(s)} + {self._on(s, at)}" for s in streams]
-            call = ", ".join([*pointers, *passed, *([f"start + {at}"] if random else []), "lane", mask])
-            if not sums:
-                return [f"{name}_block({call})"]
-            parts = ", ".join(f"x_{s}" for s in sums)
-            add = [f"sum_{s} += x_{s}" for s in sums]
-            return [f"{parts}{',' if len(sums) == 1 else ''} = {name}_block({call})", *add]
+            start = [f"start + {at}"] if one.random else []
+            call = self._call_block(one, [*pointers, *passed, *start, "lane", mask])
+            return [call, *(f"sum_{s} += x_{s}" for s in sums)]
 
         lines = ["lane = tl.arange(0, BLOCK)"]
         lines += [f"sum_{s} = tl.zeros((BLOCK,), tl.float64)" for s in sums]
@@ -157,7 +130,7 @@ class _Emitter(TritonTiles):
         body += [self._call(c, "_64", sums=True) for c in level.sums]
         sums = [r for c in level.sums for r in c.writes]
         numbers = self._block_numbers(level.prefix, level.sums)
-        return self._passes(f"reduce_{number}", roles, level.element_calls, numbers, body, sums)
+        return self._passes(Pass(f"reduce_{number}", roles, level.element_calls, numbers, body, sums))
 
     def _fill(self, name: str, fill: Fill) -> list[str]:
         """Stores what a function of whole matrices is given."""
@@ -165,7 +138,7 @@ class _Emitter(TritonTiles):
         body = [*self._loads(read), *self._start(fill.calls), *self._calls(fill.calls, self.suffix)]
         body.append(self._store_made(made, value))
         numbers = self._block_numbers(fill.calls, ())
-        return self._passes(name, [*read, made], fill.calls, numbers, body, [])
+        return self._passes(Pass(name, [*read, made], fill.calls, numbers, body))
 
     def _update(self) -> list[str]:
         p = self.program
@@ -188,7 +161,7 @@ class _Emitter(TritonTiles):
         sums = [r for c in watched for r in c.writes]
         numbers = self._block_numbers(p.update, watched)
         calls = (*p.update, *watched)
-        return self._passes("update", roles, calls, numbers, body, sums, random=bool(self.draws))
+        return self._passes(Pass("update", roles, calls, numbers, body, sums, random=bool(self.draws)))
 
     # ---- tensor kernels ----------------------------------------------------------------------------
 

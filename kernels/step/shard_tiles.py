@@ -71,7 +71,6 @@ class ShardTiles:
     def _read(self, axis: Axis, count: int) -> _Indices:
         """Where numbers of rows or columns that lie here are among all."""
         field = Geometry.ROWS if axis == "row" else Geometry.COLUMNS
-
         side, found = axis == "column", [np.zeros(0, dtype=np.int64)]
         for to, (window, lengths) in zip(self.whole.starts[:, field].tolist(), self._windows, strict=True):
             found.append(_lines(count, lengths[side], window[2 + side], to + window[side]))

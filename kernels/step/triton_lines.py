@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from optx.kernels.step.layout import EIGHT, Columns, Layout, partials_per_chunk, scale_of
 from optx.kernels.step.lines import WIDE, Lines
@@ -34,6 +35,34 @@ def draws(program: Program, layout: Layout) -> list[str]:
     low = [role for role, dtype in names if dtype in ("bfloat16", *EIGHT)]
     stored = program.stored_slots
     return [r for r in low if r in stored or (r == "w" and layout.rounding == "stochastic")]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A kernel that goes over all elements.
+
+    Attributes:
+        name: of the kernel.
+        roles: what it loads, and w where it stores.
+        calls: the rules that it runs.
+        numbers: what it reads once per tensor: local variables, with their sources.
+        body: the lines for a block of elements.
+        sums: what it adds up.
+        random: whether something is rounded stochastically.
+    """
+
+    name: str
+    roles: Sequence[str]
+    calls: Sequence[Call]
+    numbers: Mapping[str, str]
+    body: Sequence[str]
+    sums: Sequence[Ref] = ()
+    random: bool = False
+
+    @property
+    def summed(self) -> list[str]:
+        """The local variables of its sums."""
+        return list(map(variable, self.sums))
 
 
 class TritonLines(Lines):
@@ -207,24 +236,35 @@ class TritonLines(Lines):
             step = "tl.load(random + 1)"
         return {"key": "tl.load(random)", "step": step, "number": f"tl.load(tensor + {self.table.row - 1})"}
 
-    def _block(
-        self, name: str, given: Sequence[str], body: Sequence[str], sums: Sequence[str], random: bool
-    ) -> list[str]:
+    def _block(self, one: Pass, given: Sequence[str]) -> list[str]:
         """``<name>_block``: what a kernel does with one block of elements."""
-        arguments = ", ".join([*given, *(["start"] if random else []), "lane", "mask"])
-        masked = ["if mask is not None:"] + [f"    x_{s} = tl.where(mask, x_{s}, 0.0)" for s in sums]
-        result = (
-            [f"return {', '.join(f'x_{s}' for s in sums)}{',' if len(sums) == 1 else ''}"] if sums else []
-        )
-        lines = ["", "", JIT, f"def {name}_block({arguments}):"]
-        return [*lines, *indent([*body, *(masked if sums else []), *result], 1)]
+        arguments = ", ".join([*given, *(["start"] if one.random else []), "lane", "mask"])
+        lines = ["", "", JIT, f"def {one.name}_block({arguments}):", *indent(one.body, 1)]
+        if one.sums:
+            masked = [f"    x_{s} = tl.where(mask, x_{s}, 0.0)" for s in one.summed]
+            lines += indent(["if mask is not None:", *masked, f"return {_parts(one)}"], 1)
+        return lines
 
-    def _head(self, name: str, sums: bool, random: bool, *more: str) -> list[str]:
+    def _call_block(self, one: Pass, given: Iterable[str]) -> str:
+        """Calls it, for what it sums."""
+        call = f"{one.name}_block({', '.join(given)})"
+        return f"{_parts(one)} = {call}" if one.sums else call
+
+    def _head(self, one: Pass, partials: bool, *more: str) -> list[str]:
         """Opens a kernel over chunks."""
-        arguments = ["chunks", "tensors", "cols", "hypers", *(["partials"] if sums else [])]
-        arguments += [*(["random"] if random else []), *(["skip"] if name == "update" else [])]
+        arguments = ["chunks", "tensors", "cols", "hypers", *(["partials"] if partials else [])]
+        arguments += [*(["random"] if one.random else []), *(["skip"] if one.name == "update" else [])]
         arguments += ["BLOCK: tl.constexpr", *more, "ALIGNED: tl.constexpr"]
-        return ["", "", JIT, f"def {name}({', '.join(arguments)}):"]
+        return ["", "", JIT, f"def {one.name}({', '.join(arguments)}):"]
+
+    def _numbers(self, one: Pass) -> dict[str, str]:
+        """What it reads once per tensor, with what its draws take."""
+        return {**one.numbers, **(self._step_source() if one.random else {})}
+
+    def _read_numbers(self, numbers: Mapping[str, str]) -> list[str]:
+        """Reads them."""
+        found = [f"{local} = {source}" for local, source in numbers.items()]
+        return [f"numbers = cols + t * {len(self.table.cols)}", *found]
 
     def _cell(self, name: str, dtype: str) -> str:
         at = len(self.table.roles) + self.table.cells.index(name)
@@ -247,6 +287,11 @@ def number_refs(calls: Iterable[Call]) -> set[Ref]:
 def stream(role: str) -> str:
     """A kernel's name for the pointer to a role's elements."""
     return role.replace(".", "_") + "_p"
+
+
+def _parts(one: Pass) -> str:
+    """What a block gives to the sums, as a tuple."""
+    return ", ".join(f"x_{s}" for s in one.summed) + "," * (len(one.sums) == 1)
 
 
 def _register(role: str) -> str:

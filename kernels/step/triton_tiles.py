@@ -15,7 +15,7 @@ from optx.kernels.step.device_tiles import LANES, LINE_ROW, LINES, Tile
 from optx.kernels.step.layout import Geometry
 from optx.kernels.step.program import AXES, Axis, Call, Program, Ref, in_turn
 from optx.kernels.step.text import indent, variable
-from optx.kernels.step.triton_lines import POINTERS, TritonLines, number_refs, stream
+from optx.kernels.step.triton_lines import POINTERS, Pass, TritonLines, number_refs, stream
 from optx.kernels.step.triton_text import JIT
 
 LINE_PARTIALS = "line_partials"  # what stages over rows or columns sum to numbers of the tensor
@@ -104,37 +104,25 @@ class TritonTiles(TritonLines):
 
     # ---- over elements -------------------------------------------------------------------------------
 
-    def _tile_kernel(
-        self,
-        name: str,
-        roles: Sequence[str],
-        calls: Sequence[Call],
-        numbers: dict[str, str],
-        body: list[str],
-        sums: list[Ref],
-        random: bool,
-    ) -> list[str]:
+    def _tile_kernel(self, one: Pass) -> list[str]:
         """``<name>_block`` for one block of elements, and the kernel that walks down a tile with it."""
-        streams = self._streams(roles)
-        numbers = numbers | (self._step_source() if random else {})
-        along = {axis: sorted({r for c in calls for r in c.args if r.kind == axis}) for axis in AXES}
+        streams, numbers, sums = self._streams(one.roles), self._numbers(one), one.sums
+        along = {axis: sorted({r for c in one.calls for r in c.args if r.kind == axis}) for axis in AXES}
         passed = [*numbers, *(variable(r) for axis in AXES for r in along[axis])]
-        names = list(map(variable, sums))
-        lines = self._block(name, [*map(stream, streams), *passed], body, names, random)
-        kinds = {ref.kind for ref in sums}
-        lines += self._head(name, bool(kinds - set(AXES)), random, "WIDTH: tl.constexpr")
-        setup = [*_open_tile(skip=name == "update"), f"tensor = tensors + t * {self.table.row}"]
+        lines = self._block(one, [*map(stream, streams), *passed])
+        partials = any(ref.kind not in AXES for ref in sums)
+        lines += self._head(one, partials, "WIDTH: tl.constexpr")
+        setup = [*_open_tile(skip=one.name == "update"), f"tensor = tensors + t * {self.table.row}"]
         setup += [f"height, width = {self._field(Geometry.HEIGHT)}, {self._field(Geometry.WIDTH)}"]
         setup += ["if ALIGNED:", "    width = tl.multiple_of(width, 16)"]
         setup += [f"{stream(role)} = {self._address(role, '0')}" for role in streams]
-        setup.append(f"numbers = cols + t * {len(self.table.cols)}")
-        setup += [f"{local} = {source}" for local, source in numbers.items()]
+        setup += self._read_numbers(numbers)
         setup += ["lane = tl.arange(0, WIDTH)[None, :]", "inside = column + lane < width"]
         setup += self._beside(along["row"], along["column"])
         setup += self._left(sums)
         setup += ["line = tl.arange(0, BLOCK // WIDTH)[:, None]"]
         setup += ["for at in range(0, tall, BLOCK // WIDTH):"]
-        setup += indent(self._turn(name, streams, passed, along["row"], sums, random), 1)
+        setup += indent(self._turn(one, streams, passed, along["row"]), 1)
         return [*lines, *indent([*setup, *self._tile_sums(sums)], 1)]
 
     def _beside(self, rows: Sequence[Ref], columns: Sequence[Ref]) -> list[str]:
@@ -158,13 +146,7 @@ class TritonTiles(TritonLines):
         return [*lines, *(f"sum_{variable(r)} = {zeros}" for r in sums if r.kind != "row")]
 
     def _turn(
-        self,
-        name: str,
-        streams: Sequence[str],
-        passed: Sequence[str],
-        rows: Sequence[Ref],
-        sums: Sequence[Ref],
-        random: bool,
+        self, one: Pass, streams: Sequence[str], passed: Sequence[str], rows: Sequence[Ref]
     ) -> list[str]:
         """A block of some rows."""
         lines = ["below = at + line < tall", "mask = below & inside"]
@@ -173,19 +155,15 @@ class TritonTiles(TritonLines):
             at = f"rows_p + {self._index(ref)} * height + top + at + line"
             lines.append(f"{variable(ref)} = tl.load({at}, below, other=0.0)")
         place = "lane"
-        if random:  # draws are made for eight elements from a multiple of eight on
+        if one.random:  # draws are made for eight elements from a multiple of eight on
             place = "place"
             lines += ["if ALIGNED:", "    place = lane", "else:", "    element = start + lane"]
             lines += ["    start = element // 8 * 8", "    place = (element % 8).to(tl.int32)"]
         pointers = [f"{stream(s)} + {self._on(s, 'start')}" for s in streams]
-        call = ", ".join([*pointers, *passed, *(["start"] if random else []), place, "mask"])
-        if not sums:
-            return [*lines, f"{name}_block({call})"]
-        names = [variable(ref) for ref in sums]
-        parts = ", ".join(f"x_{s}" for s in names)
-        lines.append(f"{parts}{',' if len(names) == 1 else ''} = {name}_block({call})")
-        lines += [f"sum_{variable(r)} += x_{variable(r)}" for r in sums if r.kind != "row"]
-        for i, ref in enumerate(r for r in sums if r.kind == "row"):
+        start = ["start"] if one.random else []
+        lines.append(self._call_block(one, [*pointers, *passed, *start, place, "mask"]))
+        lines += [f"sum_{variable(r)} += x_{variable(r)}" for r in one.sums if r.kind != "row"]
+        for i, ref in enumerate(r for r in one.sums if r.kind == "row"):
             at = f"parts_p + ({i} * height + top + at + line) * blocks + block"
             lines.append(f"tl.store({at}, tl.sum(x_{variable(ref)}, 1, keep_dims=True), below)")
         return lines
