@@ -34,7 +34,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Without it the tests marked ``long`` are left out: with them a run takes twice as long."""
+    """Without it the tests marked ``long`` are left out."""
     parser.addoption(
         "--long", type=int, metavar="N", help="also one in N, drawn, of the long tests; 1 is all"
     )
@@ -140,9 +140,12 @@ LONGEST = (
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What several processes do first, as the first of these tests waits for all; then the longest."""
-    left_out = [item for item in items if item.get_closest_marker("long") and not _drawn(item, config)]
+    kept: list[pytest.Item] = []
+    left_out: list[pytest.Item] = []
+    for item in items:
+        (left_out if item.get_closest_marker("long") and not _drawn(item, config) else kept).append(item)
     config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
+    items[:] = kept
     items.sort(key=lambda item: not any(name in item.nodeid for name in LONGEST))
     items.sort(key=lambda item: item.get_closest_marker("jobs") is None)
 
