@@ -23,10 +23,6 @@ KEEPING = (
 )
 
 
-def _muon(p: Any) -> torch.optim.Optimizer:
-    return torch.optim.Muon([w for w in p if w.ndim == 2], lr=0.01, weight_decay=0.1)
-
-
 def _other(name: str) -> Base:
     import pytorch_optimizer
 
@@ -35,8 +31,8 @@ def _other(name: str) -> Base:
         return Base(name, lambda p: getattr(pytorch_optimizer, name)(list(p), lr=0.01))
 
 
-# Their updates are dense; SPlus averages the weights before anything after the step could look at them.
-MIXING = [Base("Muon", _muon), *map(_other, ("SOAP", "SPlus"))]
+# Their updates are dense, as Muon's is; SPlus averages the weights before anything could look at them.
+MIXING = list(map(_other, ("SOAP", "SPlus")))
 
 
 class Pruned(nn.Module):
