@@ -6,7 +6,7 @@
             convert_state                                     moments of 8 bits, and of other libraries
             Transform  rule  Moments  Slot  like_weight  per_tensor  per_row   to write your own
             per_column  counter  ops
-            register_base  BaseRules  Sums                    to have an optimizer of your own fused
+            register_base  BaseRules  Sums  Matrices          to have an optimizer of your own fused
             Wrapped  Plan  Released                           what wrap returns, and what it tells
 
     attach  optx.attach(model, optx.LoRA(rank=8), ...)        what modules compute

@@ -71,7 +71,7 @@ def test_what_makes_no_sense_is_said(
 
 def test_the_least_that_makes_sense_is_taken() -> None:
     for recipe, names in COUNTS.items():
-        least = {"length": 4, "p": 2}
+        least = {"length": 4, "p": 2, "tuning-length": 4, **({"width": 4} if recipe is formats else {})}
         typed = [word for name in names for word in (f"--{name}", str(least.get(name, 1)))]
         args = vars(recipe.options().parse_args([*typed, "--seed", "4294967295"]))
         assert all(args[name.replace("-", "_")] == least.get(name, 1) for name in names)
