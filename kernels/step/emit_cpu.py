@@ -13,9 +13,9 @@ from types import ModuleType
 
 import numba
 
-from optx.kernels import cpu, cpu_formats, processor
+from optx.kernels import cpu, cpu_formats
 from optx.kernels.generated import load_module
-from optx.kernels.step.cpu_lines import SCALE, Use, decoding, encoding
+from optx.kernels.step.cpu_lines import Use, decoding, encoding
 from optx.kernels.step.cpu_text import (
     CFUNC,
     EXPAND,
@@ -29,6 +29,7 @@ from optx.kernels.step.cpu_text import (
     tensor_kernel,
 )
 from optx.kernels.step.cpu_tiles import ADDS, HYPERS, CpuTiles
+from optx.kernels.step.hints import hints
 from optx.kernels.step.layout import Layout, partials_per_chunk
 from optx.kernels.step.program import NUMBER_KINDS, Call, Fill, Level, Program, Ref
 from optx.kernels.step.text import indent, rule_text, variable
@@ -53,11 +54,6 @@ def emit(program: Program, layout: Layout) -> str:
 
 
 RUN = cpu.RUN  # elements between two rounds of hints
-AHEAD = 2048  # bytes
-# Where a processor fetches ahead by itself, it does so within a page. A hint at a page 16 pages on has that
-# page's address found by the time that it is read: a sum of squares alone is 4 (AVX2) to 10 % (AVX-512)
-# faster, a step with a pass that only reads 1 to 2 %.
-PAGE, PAGES_AHEAD = 4096, 65536
 LANES_FROM = 32768
 # A run whose sums lie outside is taken again in float64: squares of 1e-23 or 1e20 leave float32's range.
 LOW, HIGH = 1e-27, 1e30
@@ -214,7 +210,7 @@ class _Emitter(CpuTiles):
         The prefetchers of most processors leave a core that walks over five arrays waiting, see
         `optx.kernels.processor`. ``again`` takes a run's sums where float32 lanes left their range.
         """
-        made, hints = _hints(use, written)
+        made, ahead = hints(use, written)
         moved = [f"{local(r)}_b" if r in use.packed else use.moved(r, "at") for r in use.addressed]
         length = f"min({RUN}, n - at)"
         given = ", ".join([*moved, *map(variable, use.numbers), "start + at", length, *use.key, *use.rooms])
@@ -225,7 +221,7 @@ class _Emitter(CpuTiles):
             *indent((f"{local(r)}_b = scratch(0)" for r in use.packed), 1),
             *indent((f"{room} = {'spare' if room == 'spare' else 'run'}_room(0)" for room in use.rooms), 1),
             f"    for at in range(0, n, {RUN}):",
-            *indent(hints, 2),
+            *indent(ahead, 2),
             *indent((f"expand({use.moved(r, 'at')}, {length}, {local(r)}_b)" for r in use.packed), 2),
             *indent((decoding(use, r, length) for r in use.eight), 2),
             f"        {'run = ' if sums else ''}{call}",
@@ -381,25 +377,6 @@ class _Emitter(CpuTiles):
         metered = [r for r in names if r.kind == "col"]
         body += [f"put_f64(cols, {self.table.cols.index(r.name)}, {variable(r)})" for r in metered]
         return [*tensor_kernel("commit"), *indent(body, 2)]
-
-
-def _hints(use: Use, written: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What a run's hints need, and the hints."""
-    made: dict[str, None] = {}
-    hints: list[str] = []
-    by_itself = processor.fetches_ahead()
-    for role in () if by_itself and written else use.addressed:
-        if role.endswith(SCALE):
-            continue  # a line of them lasts for eight runs
-        # A run's bits are a quarter of a line.
-        lines = 1 if by_itself or role in use.packed else RUN * use.itemsize(role) // 64
-        write = role in written
-        hint = f"{'write' if write else 'read'}_{lines}"
-        made[f"{hint} = prefetch({lines}, {write})"] = None
-        moved = use.moved(role, "at")
-        at = f"({moved} + {PAGES_AHEAD}) & -{PAGE}" if by_itself else f"{moved} + {AHEAD}"
-        hints.append(f"{hint}({at})")
-    return list(made), hints
 
 
 def _guard(again: str, sums: int) -> list[str]:

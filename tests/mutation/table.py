@@ -332,6 +332,7 @@ TABLE = {
     "kernels/step/cpu_lines.py": "fused_cpu user_rules fused_rounding adamr",
     "kernels/step/lines.py": "fused_cpu user_rules fused_rounding adamr",
     "kernels/step/emit_cpu.py": "fused_cpu user_rules fused_rounding adamr",
+    "kernels/step/hints.py": "hints",
     "kernels/step/cpu.py": "fused_cpu fused_groups fused_memory fused_rounding",
 }
 
