@@ -30,6 +30,7 @@ from optx.inject._weights import (
     features,
     in_sum_precision,
     is_transposed,
+    low_product,
 )
 
 
@@ -260,7 +261,7 @@ class LinearLoRA(LowRank):
 
     def down(self, module: nn.Module, x: Tensor, A: Tensor) -> Tensor:
         """A x."""
-        return F.linear(x, A)
+        return low_product(x, A)
 
     def up(self, output: Tensor, low: Tensor, B: Tensor, owned: bool) -> Tensor:
         """output + s B low, in one pass over the output."""
