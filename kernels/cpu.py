@@ -323,31 +323,34 @@ def prefetch(lines: int, write: bool) -> Any:
 
 
 def _round_bfloat16(b: Any, value: Any, random: Any) -> Any:
-    """The upper half of a float32 after adding 16 random bits, or half a unit (ties to even)."""
+    """The upper half of a float32 after adding 16 random bits, or half a unit (ties to even).
+
+    What is added carries an inf no further: its lower half is empty. A nan becomes none of the other
+    numbers, and one whose payload sits in the lower half only stays a nan.
+    """
     bits = b.bitcast(value, I32)
     if random is None:
         increment = b.add(I32(0x7FFF), b.and_(b.lshr(bits, I32(16)), I32(1)))
     else:
         increment = b.and_(random, I32(0xFFFF))
-    rounded = b.add(bits, increment)
-    # An exponent of all ones is inf or nan: a carry would turn one into the other. A nan whose payload
-    # sits in the lower half only must stay a nan.
-    special = b.icmp_unsigned("==", b.and_(bits, I32(0x7F800000)), I32(0x7F800000))
-    is_nan = b.icmp_unsigned(">", b.and_(bits, I32(0x7FFFFFFF)), I32(0x7F800000))
-    kept = b.select(is_nan, b.or_(bits, I32(0x00400000)), bits)
-    return b.trunc(b.lshr(b.select(special, kept, rounded), I32(16)), I16)
+    is_nan = b.fcmp_unordered("uno", value, value)
+    kept = b.select(is_nan, b.or_(bits, I32(0x00400000)), b.add(bits, increment))
+    return b.trunc(b.lshr(kept, I32(16)), I16)
 
 
-@_typed(nt.int32, nt.int64, nt.int64)
-def random_bits(b: Any, index: Any, key: Any) -> Any:
-    """32 bits from an element's index and a key: two rounds of a multiply-xorshift hash.
+@_typed(nt.int32, nt.int64, nt.int64, nt.int64)
+def random_bits(b: Any, index: Any, start: Any, key: Any) -> Any:
+    """32 bits of the element ``start + index``, from a key: two rounds of a multiply-xorshift hash.
 
-    Counter-based, so neither the chunk size nor the number of threads shows in the result.
+    Counter-based, so neither the chunk size nor the number of threads shows in the result. All that differs
+    from lane to lane is 32 bits wide; the key's halves go in before the first product and after it, so that
+    no key's numbers are another's a few elements on. What comes above 32 bits of ``start`` is the key's part.
     """
-    x = b.xor(b.trunc(index, I32), b.trunc(key, I32))
-    x = b.add(x, b.trunc(b.lshr(b.add(index, key), I64(32)), I32))
-    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 0x9E3779B1)):
-        x = b.mul(b.xor(x, b.lshr(x, I32(shift))), I32(factor))
+    first, second = b.trunc(key, I32), b.trunc(b.lshr(key, I64(32)), I32)
+    x = b.add(b.trunc(index, I32), b.add(b.trunc(start, I32), first))
+    x = b.mul(b.xor(x, b.lshr(x, I32(16))), I32(0x7FEB352D))
+    x = b.xor(b.xor(x, second), b.lshr(x, I32(15)))
+    x = b.mul(x, I32(0x846CA68B - (1 << 32)))
     return b.xor(x, b.lshr(x, I32(16)))
 
 

@@ -198,8 +198,7 @@ class CpuLines(Lines):
         for number, role in enumerate(dithered):
             draw = f"bits_{number // 2}"
             if number % 2 == 0:
-                # Beyond any element index, so that draws of different roles never meet.
-                lines.append(f"{draw} = random_bits(start + i + {number << 40}, key)")
+                lines.append(f"{draw} = random_bits(i, start, {key_of(number)})")
             bits[role] = draw if number % 2 == 0 else f"upper_half({draw})"
         if self.layout.rounding == "kahan":
             lines += [
@@ -284,5 +283,10 @@ def decoding(use: Use, role: str, length: str) -> str:
 def encoding(role: str, number: int) -> str:
     """Encodes a run of one, with draws of its own."""
     name = local(role)
-    first = f"start + {number << 40}"  # see `_stores`
-    return f"encode_{name}_run({name}_p, {local(scale_of(role))}_p, n, {name}_b, spare, {first}, key)"
+    given = f"{name}_p, {local(scale_of(role))}_p, n, {name}_b, spare, start, {key_of(number)}"
+    return f"encode_{name}_run({given})"
+
+
+def key_of(number: int) -> str:
+    """The key of a role's draws, one for a run: it has what an element's number has above 32 bits, too."""
+    return f"mix(key, (start >> 32) + {number << 32})"

@@ -130,7 +130,7 @@ def decode_NAME_run(codes, scales, n, floats, spare):
 @part(error_model="numpy")
 def encode_NAME_run(codes, scales, n, floats, spare, start, key):
     for at in range(0, n, GROUP):
-        draw = random_bits(start + at, key)
+        draw = random_bits(at, start, key)
         if n - at >= GROUP:
             encode_NAME(floats + 4 * at, codes + at, scales + (at >> 4), draw)
         else:
