@@ -343,15 +343,21 @@ def random_bits(b: Any, index: Any, start: Any, key: Any) -> Any:
     """32 bits of the element ``start + index``, from a key: two rounds of a multiply-xorshift hash.
 
     Counter-based, so neither the chunk size nor the number of threads shows in the result. All that differs
-    from lane to lane is 32 bits wide; the key's halves go in before the first product and after it, so that
-    no key's numbers are another's a few elements on. What comes above 32 bits of ``start`` is the key's part.
+    from lane to lane is 32 bits wide; what comes above 32 bits of ``start`` is the key's part. Elements are
+    a multiple apart when the first round begins: of numbers that are next to each other two rounds leave a
+    trace in differences. The key's halves go in before the first round and in the second, so that no key's
+    numbers are another's a few elements on.
     """
     first, second = b.trunc(key, I32), b.trunc(b.lshr(key, I64(32)), I32)
-    x = b.add(b.trunc(index, I32), b.add(b.trunc(start, I32), first))
-    x = b.mul(b.xor(x, b.lshr(x, I32(16))), I32(0x7FEB352D))
-    x = b.xor(b.xor(x, second), b.lshr(x, I32(15)))
-    x = b.mul(x, I32(0x846CA68B - (1 << 32)))
-    return b.xor(x, b.lshr(x, I32(16)))
+    x = b.mul(b.add(b.trunc(index, I32), b.trunc(start, I32)), I32(_SPREAD))
+    x = b.add(x, first)
+    x = b.mul(b.xor(x, b.lshr(x, I32(15))), I32(0xED5AD4BB - (1 << 32)))
+    x = b.add(b.xor(x, b.lshr(x, I32(14))), second)
+    x = b.mul(x, I32(0xAC4C1B51 - (1 << 32)))
+    return b.xor(x, b.lshr(x, I32(15)))
+
+
+_SPREAD = 0x9E3779B1 - (1 << 32)  # of 2**32 the golden section
 
 
 @_typed(nt.int32, nt.int32)
