@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from optx.step.bases import fused_classes
+
 # The verbs, by where a method is public, else by the package that it lives in.
 _VERBS = {
     "optx.transforms": "wrap",
@@ -143,6 +145,13 @@ def search(word: str) -> tuple[list[Entry], list[Entry]]:
     headed = [e for e in every if pattern.search(" | ".join([e.summary, e.paper, *e.keywords]))]
     first = [*named, *(entry for entry in headed if entry not in named)]
     return first, [entry for entry in every if entry not in first and pattern.search(entry.text)]
+
+
+def fused(name: str) -> str:
+    """Which optimizers of this name `optx.wrap` fuses, in a sentence; empty if none."""
+    plain = name.strip().rpartition(".")[2].lower()
+    found = [f"{library}'s {cls}" for library, cls in fused_classes() if cls.lower() == plain]
+    return f"optx.wrap fuses {' and '.join(found)}; help(optx.register_base) has all." if found else ""
 
 
 def functions() -> list[Entry]:

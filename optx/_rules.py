@@ -58,11 +58,8 @@ class Rule:
         result = self.function(*args)
         results = result if isinstance(result, tuple | list) else (result,)
         count = 0 if result is None else len(results)
-        if count != len(self.writes):
-            raise TransformError(
-                f"rule {self.name!r} returns {count} value{'s' * (count != 1)}; it must return one per name "
-                f"that it writes ({', '.join(self.writes)})."
-            )
+        if wrong := self.wrong_results(count):
+            raise TransformError(f"rule {self.name!r} {wrong}.")
         return tuple(results)
 
     @functools.cached_property
@@ -75,6 +72,13 @@ class Rule:
         if not counts:
             return 0
         return next((c for c in counts if c is not None and c != len(self.writes)), None)
+
+    def wrong_results(self, count: int | None) -> str:
+        """What is wrong with so many results, in words; empty if nothing is, or None is known."""
+        if count in (None, len(self.writes)):
+            return ""
+        many = f"{count} value{'s' * (count != 1)}"
+        return f"returns {many}; it must return one per name that it writes ({', '.join(self.writes)})"
 
     def parsed(self) -> tuple[ast.FunctionDef, dict[str, Any]]:
         """Its definition, and what the names in it that are not its own stand for."""
@@ -232,13 +236,13 @@ class _PlainNames(ast.NodeTransformer):
 
 
 def _called(node: ast.AST, own: set[str]) -> str:
-    """What a person would call a forbidden thing: ``torch`` in ``torch.relu``, ``clamp`` in ``g.clamp``."""
+    """What a person would call a forbidden thing: ``torch.relu`` as it is, ``clamp`` in ``g.clamp``."""
     if not isinstance(node, ast.Attribute):
         return type(node).__name__.lower()
     root: ast.AST = node
     while isinstance(root, ast.Attribute):
         root = root.value
-    return root.id if isinstance(root, ast.Name) and root.id not in own else node.attr
+    return ast.unparse(node) if isinstance(root, ast.Name) and root.id not in own else node.attr
 
 
 def _unknown(rule: Rule, what: str) -> str:
@@ -288,11 +292,12 @@ def rule(
 
     The names of its arguments say what they are: ``w`` the weight, ``g`` the gradient, ``w0`` the weight as
     it was when the step began, a slot of the transform (one tensor per weight), or else a number (an option
-    of the param group, or what the transform's ``scalars`` computed); `Moments` has a table. It may use
-    ``+ - * / **``, comparisons with ``& | ~`` between them, local variables, numbers, other rules and the
-    functions of `optx.ops`; no loops, no tensor methods. `wrap` refuses what asks many elements for one
-    answer (``if``, ``and``, ``a < b < c``: use ``optx.ops.where``) and what looks at several (``g[0]``,
-    ``g.mean()``).
+    of the param group, or what the transform's ``scalars`` computed); `Moments` has a table, and `BaseRules`
+    says it for a base's. It may use ``+ - * / **``, ``%`` (of numbers that are not negative), comparisons
+    with ``& | ~`` between them, local variables, numbers, other rules and the functions of `optx.ops`; no
+    loops, no tensor methods. In a transform `wrap` refuses what asks many elements for one answer (``if``,
+    ``and``, ``a < b < c``: use ``optx.ops.where``) and what looks at several (``g[0]``, ``g.mean()``); what
+    else no kernel can be made of (``torch.sign(g)``) runs as it is, unfused, as `Wrapped.plan` then says.
 
     Args:
         function: the function; it returns the new value of each name in ``writes``, in that order.

@@ -108,13 +108,15 @@ def list_(
     if word.strip():
         found, told = _catalog.search(word)
         found, told = (found, told) if found else (told, [])
-        if not found:
+        if not found and not _catalog.fused(word):
             raise _stop(f"optx list: no method for {word!r}; {_NONE}")
         methods = [entry for entry in found if entry.verb != "run"]
         recipes = [entry for entry in found if entry.verb == "run"]
     for title, entries in (("Methods", methods), ("Recipes", recipes)):
         if entries:
             _show(title, entries, long)
+    if fused := _catalog.fused(word):
+        _say(Text(fused))
     if told:
         _say(Text(f"In the cards of: {', '.join(entry.name for entry in told)}.", "dim"))
 
@@ -151,6 +153,8 @@ _NONE = (
 
 def _instead(method: str) -> str:
     """What may be meant by a name that no method has."""
+    if fused := _catalog.fused(method):
+        return fused
     word = method.removeprefix("optx.")
     if any(word.partition(".")[0] == entry.name for entry in _catalog.functions()):
         return f"help(optx.{word}) in Python tells of it."

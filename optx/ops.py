@@ -1,7 +1,8 @@
-"""The mathematics a rule may use, besides ``+ - * / **`` and comparisons.
+"""The mathematics a rule may use, besides ``+ - * / % **`` and comparisons.
 
-A rule is one plain function that three compilers read. Each name here means the same in all three: on
-torch tensors it is what stands below; in generated Triton and Numba code it is the compiler's own.
+These are ``abs, exp, log, maximum, minimum, sign, sqrt`` and ``where(condition, a, b)``. A rule is one plain
+function that three compilers read, and each name here means the same in all three: on torch tensors it is
+what stands below; in generated Triton and Numba code it is the compiler's own.
 
     >>> import torch, optx
     >>> from optx.ops import sign

@@ -32,6 +32,29 @@ class Sums:
         over: ``"tensor"``, ``"rows"`` or ``"columns"``; `per_row` says what these are.
         total: over rows or columns: per row or column, after ``then``; what it writes is summed to numbers of
             the tensor.
+
+    Example:
+        A trust ratio, as in LAMB: the direction is given the weight's length. `register_base` takes these.
+
+        >>> import torch, optx
+        >>> from optx.ops import maximum, sqrt, where
+        >>> @optx.rule(writes=("average", "way"))
+        ... def follow(w, g, average, beta, weight_decay):
+        ...     new = beta * average + (1.0 - beta) * g
+        ...     return new, new + weight_decay * w
+        >>> @optx.rule(writes=("w_sq", "way_sq"))
+        ... def squares(w, way):
+        ...     return w * w, way * way
+        >>> @optx.rule(writes="trust")
+        ... def ratio(w_sq, way_sq):
+        ...     return where(w_sq * way_sq > 0.0, sqrt(w_sq / maximum(way_sq, 1e-38)), 1.0)
+        >>> @optx.rule(writes="w")
+        ... def walk(w, way, lr, trust):
+        ...     return w - lr * trust * way
+        >>> rules = optx.BaseRules(
+        ...     update=(follow, optx.Sums(squares, then=ratio), walk),
+        ...     slots={"average": optx.like_weight(None, moment="signed")},  # may be kept in 8 bits
+        ... )
     """
 
     rule: Rule
@@ -56,7 +79,9 @@ class Matrices:
 
     It is called with no gradients, before anything of the step is written: where it raises, the step has not
     been taken. The room costs ``dtype``'s bytes per weight during a step (all the time on a GPU, where a CUDA
-    graph may use it). Weights that are sharded or not contiguous are left to the base's own step.
+    graph may use it). Weights that are sharded or not contiguous are left to the base's own step. It sees
+    this one tensor and keeps nothing: a base whose state has another shape than its weights (the factors of
+    Shampoo and SOAP) can't be said in rules, and takes its own step, with transforms around it.
 
     Args:
         name: what it is given, a new name that a rule before it wrote; later rules read under this name what
@@ -121,8 +146,11 @@ class BaseRules:
         update: rules per element, in order, in float32 (in float64 where the weight is), with `Sums` and
             `Matrices` among them.
         scalars: rules per tensor, in order, in float64; they run before ``update``.
-        slots: the base's state tensors: those with one element per weight element as `like_weight` makes
-            them, those of one number for the tensor (cells) as `per_tensor` does.
+        slots: the base's state tensors, all of them, by the names that they have in ``state[p]``: those with
+            one element per weight element as `like_weight` makes them (``like_weight(None)``: in the weight's
+            dtype; with ``moment=`` where `wrap` may keep it in fewer bits), those of one number for the
+            tensor (cells) as `per_tensor` does, those of one per row or column as `per_row`, `per_column`.
+            State of any other shape can't be said in rules.
         initial: what slots begin with where that is not 0: a number, or the name of a number of the group.
         counted: how the base counts steps: False, True (a float32 tensor ``step`` per parameter, in its
             state), ``"number"`` (a Python number there) or ``"group"`` (a number ``step`` in the group).
@@ -246,6 +274,8 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def _check_rule(rules: BaseRules, one: Any, kind: str, per_tensor: bool = False, sums: bool = False) -> None:
     if not isinstance(one, Rule):
         raise OptxError(f"BaseRules: {kind} has {one!r}; decorate it with @optx.rule(writes=...).")
+    if results := one.wrong_results(one.results):
+        raise OptxError(f"BaseRules: rule {one.name!r} ({kind}) {results}.")
     elements = ("w", "g", "w0", *rules.elements)
     wrong = [name for name in one.reads if per_tensor and name in elements]
     wrong += [name for name in one.writes if (per_tensor or sums) and name in elements]

@@ -42,7 +42,8 @@ def register_base(cls: type[Optimizer] | str, rules: BaseRules | Make, *, replac
     a kernel over memory, on CPU (Numba) and on GPU (Triton); its state keeps the class's own names and
     dtypes, so that checkpoints go both ways. A subclass is another class, and is not served by its parent's
     rules; nor is a class or an optimizer whose ``step``, or a method beside it, was replaced by another.
-    `Wrapped.plan` says which path is taken, and why.
+    `Wrapped.plan` says which path is taken, and why: rules that no kernel can be made of leave the class its
+    own step, and ``wrap(..., fused=True)`` raises then. Rules are not compared with ``step``: try both.
 
     Those that optx has rules for:
 
@@ -50,7 +51,7 @@ def register_base(cls: type[Optimizer] | str, rules: BaseRules | Make, *, replac
     torch.optim       SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad, Adadelta, Rprop, ASGD
     pytorch_optimizer Lion, AdaBelief, Yogi, Adan, NovoGrad, LARS (4.1; without gradient centralisation,
                       AdaNorm, rectify and cautious updates)
-    torch_optimizer   AdaBelief, Yogi, NovoGrad, Lamb (0.3)
+    torch_optimizer   AdaBelief, Yogi, NovoGrad, Lamb (0.3; pytorch_optimizer's Lamb takes its own step)
     torch.optim       Muon: its products of matrices are torch's, what is around them is fused
     torch.optim,      Adafactor (5 of transformers), where a param group has matrices alone, or vectors
     transformers      alone: one kernel serves a group, and their state differs
@@ -58,7 +59,8 @@ def register_base(cls: type[Optimizer] | str, rules: BaseRules | Make, *, replac
 
     Args:
         cls: the class; or its name, as ``"library.Optimizer"``, where the library need not be imported yet.
-        rules: a `BaseRules`; or a function of (param group, optimizer) that returns one, or why it can't
+        rules: a `BaseRules` (`Sums` has an example with sums over each weight, `Matrices` one with products
+            of matrices); or a function of (param group, optimizer) that returns one, or why it can't
             serve that group, in words. It is asked in every step and may look at flags and at which numbers
             are 0; the numbers themselves belong into the rules, where a schedule may change them.
         replace: take these in the place of rules that the class has.
@@ -133,6 +135,13 @@ def _known(cls: type[Optimizer]) -> _Known | None:
             _KNOWN[cls] = known = _Known(make, Methods(cls, own_file=True))
             return known
     return None
+
+
+def fused_classes() -> list[tuple[str, str]]:
+    """Library and name of the classes that have rules."""
+    by_class = [(cls.__module__, cls.__name__) for cls, known in _KNOWN.items() if known is not None]
+    by_name = [(module, name) for name, modules in _NAMED.items() for module in modules]
+    return list(dict.fromkeys((module.partition(".")[0], name) for module, name in by_class + by_name))
 
 
 def has_fused_form(base: Optimizer) -> bool:

@@ -128,7 +128,7 @@ class Binder:
                 + (
                     f"{moment} has none."
                     if not element
-                    else "only what a rule of that moment wrote is there."
+                    else f"only what the rule of {found.kind!r} writes is there (help(optx.per_row) has one)."
                 )
             )
         return found
@@ -285,12 +285,8 @@ class Binder:
             )
 
     def _check_results(self, moment: str, rule: Rule) -> None:
-        count = rule.results
-        if count is not None and count != len(rule.writes):
-            raise self._error(
-                f"rule {rule.name!r} ({moment}) returns {count} value{'s' * (count != 1)}; it must return "
-                f"one per name that it writes ({', '.join(rule.writes)})."
-            )
+        if wrong := rule.wrong_results(rule.results):
+            raise self._error(f"rule {rule.name!r} ({moment}) {wrong}.")
 
 
 def _rules_of(m: Moments) -> dict[str, Rule | None]:

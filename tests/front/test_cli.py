@@ -252,6 +252,9 @@ def test_show_of_a_wrong_name_is_told_the_near_one() -> None:
     [
         ("SGD2", "optx has none"),
         ("forgetting", "finds AdamR, HFT."),
+        ("muon", "optx.wrap fuses torch's Muon; help(optx.register_base) has all."),
+        ("torch.optim.RAdam", "optx.wrap fuses torch's RAdam"),
+        ("Adafactor", "optx.wrap fuses torch's Adafactor and transformers's Adafactor"),
         ("Masks", "help(optx.Masks) in Python"),
         ("optx.Masks.of", "help(optx.Masks.of) in Python"),
     ],
@@ -287,6 +290,11 @@ def test_a_word_in_the_text_only_is_told_apart() -> None:
     assert "BitFit" in shown.partition("In the cards of: ")[2]
     assert not any(line.startswith("BitFit") for line in shown.splitlines())
     assert any(line.startswith("Delta.wanda") for line in typed("list", "statistics").output.splitlines())
+
+
+def test_an_optimizer_that_is_fused_is_listed_as_such() -> None:
+    assert "optx.wrap fuses pytorch_optimizer's Lion;" in typed("list", "lion").output
+    assert "fuses" not in typed("list", "SGD2").output
 
 
 def test_a_short_word_is_found_whole() -> None:

@@ -297,7 +297,7 @@ REFUSED = {
     ),
     "an element reads what no rule wrote": (
         rules_of(ROW, gradient=writes("g", "kept")),
-        "reads 'kept', which has a value per row; only what a rule of that moment wrote",
+        "reads 'kept', which has a value per row; only what the rule of 'rows' writes is",
     ),
     "gradient writes rows": (rules_of(ROW, gradient=writes("kept", "g")), "writes 'kept'; gradient may"),
     "columns write rows": (rules_of(ROW, columns=writes("kept", "lr")), "writes 'kept'; columns may write"),

@@ -203,6 +203,11 @@ def writes_a_number(w: Any, g: Any) -> Any:
     return w - g, 1.0
 
 
+@optx.rule(writes=("w", "average"))
+def forgets_the_average(w: Any, g: Any, average: Any) -> Any:
+    return w - g
+
+
 CELL = {"power": optx.per_tensor()}
 
 
@@ -213,6 +218,7 @@ CELL = {"power": optx.per_tensor()}
         (make_rules(update=signed_move), "update is .* must be a tuple of rules"),
         (make_rules(update=(len,)), "update has .*len.*decorate it with @optx.rule"),
         (make_rules(scalars=(signed_average,)), "'signed_average' .scalars. uses 'g', which has a value per"),
+        (make_rules(update=(forgets_the_average,)), "'forgets_the_average' .update. returns 1 value; "),
         (make_rules(update=(writes_a_cell,), slots=CELL), "uses 'power', which is one number per tensor"),
         (make_rules(slots={"power": 1.0}), r"slots\['power'\] is 1.0; it must be optx.like_weight"),
         (make_rules(slots={"w": optx.like_weight()}), "slots has 'w'; it must be an identifier other than"),

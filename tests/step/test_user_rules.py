@@ -104,7 +104,7 @@ NOT_FUSED = {
     "torch": (
         lambda: optx.rule(outside_knowledge, writes="g"),
         2.0,
-        "uses 'torch', which no kernel compiler",
+        "uses 'torch.tensor', which no kernel compiler",
     ),
     "function": (lambda: optx.rule(with_function, writes="g"), 2.0, "is more than assignments and a return"),
     "method": (lambda: optx.rule(with_method, writes="g"), 1.0, "uses 'clamp', which no kernel compiler"),
