@@ -348,13 +348,25 @@ def random_bits(b: Any, index: Any, start: Any, key: Any) -> Any:
     trace in differences. The key's halves go in before the first round and in the second, so that no key's
     numbers are another's a few elements on.
     """
+    return drawn(b, b.add(b.trunc(index, I32), b.trunc(start, I32)), key, I32)
+
+
+def drawn(b: Any, number: Any, key: Any, constant: Callable[[int], Any]) -> Any:
+    """That of element numbers of 32 bits: of one, or of a vector whose constants ``constant`` makes."""
     first, second = b.trunc(key, I32), b.trunc(b.lshr(key, I64(32)), I32)
-    x = b.mul(b.add(b.trunc(index, I32), b.trunc(start, I32)), I32(_SPREAD))
-    x = b.add(x, first)
-    x = b.mul(b.xor(x, b.lshr(x, I32(15))), I32(0xED5AD4BB - (1 << 32)))
-    x = b.add(b.xor(x, b.lshr(x, I32(14))), second)
-    x = b.mul(x, I32(0xAC4C1B51 - (1 << 32)))
-    return b.xor(x, b.lshr(x, I32(15)))
+    if isinstance(number.type, ir.VectorType):
+        first, second = (spread(b, half, number.type.count) for half in (first, second))
+    x = b.add(b.mul(number, constant(_SPREAD)), first)
+    x = b.mul(b.xor(x, b.lshr(x, constant(15))), constant(0xED5AD4BB - (1 << 32)))
+    x = b.add(b.xor(x, b.lshr(x, constant(14))), second)
+    x = b.mul(x, constant(0xAC4C1B51 - (1 << 32)))
+    return b.xor(x, b.lshr(x, constant(15)))
+
+
+def spread(b: Any, value: Any, count: int) -> Any:
+    """A number in every lane of a vector."""
+    none, lanes = ir.Constant(ir.VectorType(value.type, count), ir.Undefined), ir.VectorType(I32, count)
+    return b.shuffle_vector(b.insert_element(none, value, I32(0)), none, ir.Constant(lanes, [0] * count))
 
 
 _SPREAD = 0x9E3779B1 - (1 << 32)  # of 2**32 the golden section

@@ -19,13 +19,14 @@ import numba.core.types as nt
 from llvmlite import ir
 from numba.core import cgutils
 
-from optx.kernels.cpu import I8, I16, I32, I64, RUN, _at, _tag, _typed
+from optx.kernels.cpu import I8, I16, I32, I64, _at, _tag, _typed, drawn, spread
 from optx.kernels.generated import source
 
 GROUP = 32  # elements that share a scale
+# Elements that an update decodes, takes and encodes at a time, where it sums nothing: what a loop needs before
+# it begins is a tenth of a run of 128.
+LONG = 512
 F32 = ir.FloatType()
-# A number of at most 22 bits plus this has its nearest integer in its lowest bits, ties to even.
-_ROUND = 12582912.0
 # A group's largest magnitude, by its bits: below, the group is stored as zeros; from there on, as nan.
 _SMALLEST, _LARGEST = 0x00800000, 0x7E800000  # 2**-126, 2**126
 
@@ -40,8 +41,7 @@ def _all(value: float, kind: Any = F32) -> ir.Constant:
 
 def _spread(b: Any, value: Any) -> Any:
     """One number in every lane."""
-    one = b.insert_element(ir.Constant(_many(value.type), ir.Undefined), value, I32(0))
-    return b.shuffle_vector(one, ir.Constant(_many(value.type), ir.Undefined), _all(0, I32))
+    return spread(b, value, GROUP)
 
 
 def _intrinsic(b: Any, name: str, result: Any, *values: Any) -> Any:
@@ -75,7 +75,7 @@ def room(size: int) -> Any:
     return allocate
 
 
-ROOM = 4 * RUN  # bytes of a run in float32
+ROOM = 4 * LONG  # bytes of a run in float32
 
 
 @functools.cache
@@ -107,20 +107,95 @@ def _decoded(b: Any, dtype: str, codes: Any, scale: Any) -> Any:
 _INVERSE = (2.82842288, -2.93934142, 1.33102253, -0.22183709)
 
 
-def _reciprocal(b: Any, u: Any) -> Any:
+def _reciprocal(b: Any, u: Any, fused: bool = False) -> Any:
     """1 / u, to 3e-6, for u from 1 to 2: a division takes as long as all that an element needs besides."""
     p = _all(_INVERSE[3])
     for factor in _INVERSE[2::-1]:
-        p = b.fadd(b.fmul(p, u), _all(factor))
+        p = _fused(b, p, u, _all(factor)) if fused else b.fadd(b.fmul(p, u), _all(factor))
+    if fused:
+        return b.fmul(p, _fused(b, b.fneg(u), p, _all(2.0)))
     return b.fmul(p, b.fsub(_all(2.0), b.fmul(u, p)))
+
+
+def _fused(b: Any, x: Any, y: Any, z: Any) -> Any:
+    """x * y + z, rounded once where the processor has such an instruction."""
+    return _intrinsic(b, f"llvm.fmuladd.v{GROUP}f32", _many(F32), x, y, z)
+
+
+# ---- encoding ---------------------------------------------------------------------------------------
+
+# A run's groups are encoded in three steps: each one's largest magnitude is found; of all of them at once
+# scales, their inverses, and draws are made; and a group at a time takes those. What is between the steps
+# lies in a room beside that of the last, incomplete group's codes, at these bytes.
+_GROUPS = LONG // GROUP
+_TOPS = GROUP
+_UNITS, _MASKS, _DRAWS, _HALVES = (_TOPS + 4 * _GROUPS * i for i in range(1, 5))
+SPARE = _HALVES + 4 * _GROUPS
+_OWN = 31  # the alias scope of that room
+
+
+def _few(value: float, kind: Any = I32) -> ir.Constant:
+    return ir.Constant(ir.VectorType(kind, _GROUPS), [value] * _GROUPS)
+
+
+def _in_spare(b: Any, room: Any, at: int, kind: Any, value: Any = None) -> Any:
+    """Load or store what lies in the room between the steps."""
+    pointer = b.inttoptr(b.add(room, I64(at)), kind.as_pointer())
+    done = _tag(b, b.load(pointer) if value is None else b.store(value, pointer), _OWN)
+    done.align = 4
+    return done
+
+
+@functools.cache
+def top_of_group(role: int) -> Any:
+    """An intrinsic ``(room, spare)``: finds a group's largest magnitude."""
+
+    @_typed(nt.void, nt.int64, nt.int64)
+    def top(b: Any, room: Any, spare: Any) -> None:
+        size = _magnitude(b, _group(b, room, F32, role))
+        largest = _intrinsic(b, f"llvm.vector.reduce.smax.v{GROUP}i32", I32, size)
+        _in_spare(b, spare, _TOPS, I32, largest)
+
+    return top
+
+
+# What the largest magnitude is in codes, and a little less: a draw that is nearly 1 must not make a code more
+# of it, of signed numbers neither after the reciprocal's error.
+_MOST = {"signed8": 1.0, "nonnegative8": 255 * (1 - 2.0**-20)}
+
+
+@functools.cache
+def scales_of_groups(dtype: str) -> Any:
+    """An intrinsic ``(spare, start, key)``: of a run's groups, from their largest magnitudes, all at once."""
+
+    @_typed(nt.void, nt.int64, nt.int64, nt.int64)
+    def make(b: Any, spare: Any, start: Any, key: Any) -> None:
+        kind = ir.VectorType(I32, _GROUPS)
+        largest = _in_spare(b, spare, _TOPS, kind)
+        above = b.and_(b.add(largest, _few(0xFFFF)), _few(0xFFFF0000 - (1 << 32)))
+        low = b.icmp_signed("<", largest, _few(_SMALLEST))
+        high = b.icmp_signed(">=", largest, _few(_LARGEST))
+        odd = b.or_(low, high)  # neither is scaled: codes are 0
+        bits = b.select(low, _few(0), b.select(high, _few(0x7FC00000), above))
+        _in_spare(b, spare, _HALVES, kind, b.lshr(bits, _few(16)))
+        floats = ir.VectorType(F32, _GROUPS)
+        safe = b.select(odd, _few(1.0, F32), b.bitcast(bits, floats))
+        _in_spare(b, spare, _UNITS, floats, b.fdiv(_few(_MOST[dtype], F32), safe))
+        _in_spare(b, spare, _MASKS, kind, b.select(odd, _few(0), _few(0xFF)))
+        first = spread(b, b.trunc(start, I32), _GROUPS)
+        index = b.add(first, ir.Constant(kind, [GROUP * i for i in range(_GROUPS)]))
+        _in_spare(b, spare, _DRAWS, kind, drawn(b, index, key, _few))
+
+    return make
 
 
 @functools.cache
 def encode_group(dtype: str, role: int, codes_role: int, keep: bool) -> Any:
-    """An intrinsic ``(room, codes, scale, draw)``: stores a group from a room, of second moments from roots.
+    """An intrinsic ``(room, codes, scale, spare)``: stores a group from a room, of second moments from roots.
 
-    ``draw`` has 32 random bits, which serve all of a group: each lane adds a number of its own to them, so
-    that they are spread evenly.
+    A draw of 32 random bits serves all of a group: each lane adds a number of its own to them, so that they
+    are spread evenly. Its upper bits are written after the point of a float from 256 to 512, to which the
+    number in codes is added: the bits before the point are the code.
 
     Args:
         dtype: ``signed8`` or ``nonnegative8``.
@@ -129,57 +204,48 @@ def encode_group(dtype: str, role: int, codes_role: int, keep: bool) -> Any:
         keep: leave in the room what was stored, decoded.
     """
 
-    @_typed(nt.void, nt.int64, nt.int64, nt.int64, nt.int32)
-    def encode(b: Any, room: Any, codes: Any, scales: Any, draw: Any) -> None:
+    @_typed(nt.void, nt.int64, nt.int64, nt.int64, nt.int64)
+    def encode(b: Any, room: Any, codes: Any, scales: Any, spare: Any) -> None:
         x = _group(b, room, F32, role)
-        size = _magnitude(b, x)
-        largest = _intrinsic(b, f"llvm.vector.reduce.smax.v{GROUP}i32", I32, size)
-        scale, plain = _scale(b, largest)
-        half = b.trunc(b.lshr(b.bitcast(scale, I32), I32(16)), I16)
+        half = b.trunc(_in_spare(b, spare, _HALVES, I32), I16)
         stored = _tag(b, b.store(half, b.inttoptr(scales, I16.as_pointer())), codes_role)
         stored.align = 2
-        safe = b.select(plain, scale, ir.Constant(F32, 1.0))
+        y = b.fmul(x, _spread(b, _in_spare(b, spare, _UNITS, F32)))
+        draws = b.add(_spread(b, _in_spare(b, spare, _DRAWS, I32)), ir.Constant(_many(I32), _LANES))
+        draws = b.lshr(draws, _all(17, I32))
+        mask = _spread(b, _in_spare(b, spare, _MASKS, I32))
         if dtype == "signed8":
-            y = b.fmul(x, _spread(b, b.fdiv(ir.Constant(F32, 1.0), safe)))
+            # 128 more than it is, so that it is above 0.
+            dither = b.bitcast(b.or_(draws, _all(_bits_of_whole(384), I32)), _many(F32))
             size = b.bitcast(_magnitude(b, y), _many(F32))
-            level = b.fmul(b.fmul(y, _reciprocal(b, b.fadd(_all(1.0), size))), _all(254.0))
-            level = b.fadd(level, _dither(b, draw))
+            level = b.fmul(y, _reciprocal(b, b.fadd(_all(1.0), size), fused=True))
+            level = _fused(b, level, _all(254 * (1 - 2.0**-17)), dither)
+            code = b.lshr(b.bitcast(level, _many(I32)), _all(15, I32))
+            code = b.xor(code, _all(0x80, I32))
         else:
-            level = b.fmul(x, _spread(b, b.fdiv(ir.Constant(F32, 255.0), safe)))
-            level = b.fadd(level, _dither(b, draw))
+            dither = b.bitcast(b.or_(draws, _all(_bits_of_whole(256), I32)), _many(F32))
+            code = b.lshr(b.bitcast(b.fadd(y, dither), _many(I32)), _all(15, I32))
             # What is not 0 stays so: an update is divided by it.
-            least = b.select(b.fcmp_ordered(">", x, _all(0.0)), _all(1.0), _all(0.0))
-            level = b.select(b.fcmp_ordered(">", level, least), level, least)
-        bits = b.bitcast(b.fadd(level, _all(_ROUND)), _many(I32))
-        bits = b.and_(bits, _spread(b, b.select(plain, I32(0xFF), I32(0))))
-        kept = b.trunc(bits, _many(I8))
+            one = (_bits_of_whole(257)) >> 15
+            bits = b.bitcast(x, _many(I32))
+            least = b.select(b.icmp_signed("<", bits, _all(one, I32)), bits, _all(one, I32))
+            code = b.select(b.icmp_signed(">", code, least), code, least)
+        kept = b.trunc(b.and_(code, mask), _many(I8))
         _group(b, codes, I8, codes_role, kept)
         if keep:
+            scale = b.bitcast(b.shl(b.zext(half, I32), I32(16)), F32)
             _group(b, room, F32, role, _decoded(b, dtype, kept, scale))
 
     return encode
 
 
+def _bits_of_whole(number: int) -> int:
+    """The bits of a float32 from 256 to 511, whose integer begins at bit 15."""
+    return (135 << 23) + ((number - 256) << 15)
+
+
 _GOLDEN = 0x9E3779B9
 _LANES = [(i * _GOLDEN + (1 << 31)) % (1 << 32) - (1 << 31) for i in range(GROUP)]
-
-
-def _dither(b: Any, draw: Any) -> Any:
-    """A number between -1/2 and 1/2 for each lane, each of them as likely as any.
-
-    Not the very ends, which could make 128 of 127.
-    """
-    drawn = b.add(_spread(b, draw), ir.Constant(_many(I32), _LANES))
-    return b.fmul(b.sitofp(drawn, _many(F32)), _all(2.0**-32 * (1 - 2.0**-11)))
-
-
-def _scale(b: Any, largest: Any) -> tuple[Any, Any]:
-    """A group's scale from the bits of its largest magnitude, and whether it is plain: neither 0 nor nan."""
-    above = b.and_(b.add(largest, I32(0xFFFF)), I32(0xFFFF0000 - (1 << 32)))
-    low = b.icmp_signed("<", largest, I32(_SMALLEST))
-    high = b.icmp_signed(">=", largest, I32(_LARGEST))
-    bits = b.select(low, I32(0), b.select(high, I32(0x7FC00000), above))
-    return b.bitcast(bits, F32), b.not_(b.or_(low, high))
 
 
 @_typed(nt.int32, nt.int64, nt.int64)

@@ -110,6 +110,8 @@ class CpuLines(Lines):
         return [
             f"decode_{local(role)} = decode_group({scopes})",
             f"encode_{local(role)} = encode_group({scopes}, {keep})",
+            f"top_{local(role)} = top_of_group({number})",
+            f"scales_{local(role)} = scales_of_groups({self.dtypes[role]!r})",
         ]
 
     def _rooms(self) -> list[str]:

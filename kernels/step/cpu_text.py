@@ -108,37 +108,37 @@ def expand(bits, n, room):
 # What moments of 8 bits and weights in two parts need besides.
 FORMATS = """\
 # {}
-from optx.kernels.cpu_formats import (GROUP, ROOM, decode_group, encode_group, get_code, load_split, put_code,
-    put_zero, room, store_split)"""
+from optx.kernels.cpu_formats import (GROUP, ROOM, SPARE, decode_group, encode_group, get_code, load_split,
+    put_code, put_zero, room, scales_of_groups, store_split, top_of_group)"""
 
+# A tensor's last group, where it is not complete, has its codes in the spare room.
 _IN_GROUPS = """
 run_room = room(ROOM)
-spare_room = room(GROUP)
+spare_room = room(SPARE)
 
 
 @part(error_model="numpy")
 def decode_NAME_run(codes, scales, n, floats, spare):
+    whole = n & -GROUP
+    for i in range(whole, n):
+        put_code(spare, i - whole, get_code(codes, i))
     for at in range(0, n, GROUP):
-        if n - at >= GROUP:
-            decode_NAME(codes + at, scales + (at >> 4), floats + 4 * at)
-        else:  # the last group of a tensor
-            for i in range(n - at):
-                put_code(spare, i, get_code(codes, at + i))
-            decode_NAME(spare, scales + (at >> 4), floats + 4 * at)
+        decode_NAME(codes + at if at < whole else spare, scales + (at >> 4), floats + 4 * at)
 
 
 @part(error_model="numpy")
 def encode_NAME_run(codes, scales, n, floats, spare, start, key):
+    whole = n & -GROUP
+    for i in range(n, n + (-n & (GROUP - 1))):
+        put_zero(floats, i)
     for at in range(0, n, GROUP):
-        draw = random_bits(at, start, key)
-        if n - at >= GROUP:
-            encode_NAME(floats + 4 * at, codes + at, scales + (at >> 4), draw)
-        else:
-            for i in range(n - at, GROUP):
-                put_zero(floats, at + i)
-            encode_NAME(floats + 4 * at, spare, scales + (at >> 4), draw)
-            for i in range(n - at):
-                put_code(codes, at + i, get_code(spare, i))"""
+        top_NAME(floats + 4 * at, spare + (at >> 3))
+    scales_NAME(spare, start, key)
+    for at in range(0, n, GROUP):
+        to = codes + at if at < whole else spare
+        encode_NAME(floats + 4 * at, to, scales + (at >> 4), spare + (at >> 3))
+    for i in range(whole, n):
+        put_code(codes, i, get_code(spare, i - whole))"""
 
 
 def in_groups(name: str) -> list[str]:

@@ -205,14 +205,15 @@ class _Emitter(CpuTiles):
         again: str = "",
         run: str = "",
     ) -> list[str]:
-        """``<name>_chunk``: calls ``<name>_run`` for `RUN` elements at a time, fetching what comes after.
+        """``<name>_chunk``: calls ``<name>_run`` for `RUN` elements (or `LONG`) at a time, fetching ahead.
 
         The prefetchers of most processors leave a core that walks over five arrays waiting, see
         `optx.kernels.processor`. ``again`` takes a run's sums where float32 lanes left their range.
         """
-        made, ahead = hints(use, written)
+        size = cpu_formats.LONG if use.eight and written and not (sums or use.packed) else RUN
+        made, ahead = hints(use, written, size)
         moved = [f"{local(r)}_b" if r in use.packed else use.moved(r, "at") for r in use.addressed]
-        length = f"min({RUN}, n - at)"
+        length = f"min({size}, n - at)"
         given = ", ".join([*moved, *map(variable, use.numbers), "start + at", length, *use.key, *use.rooms])
         call = f"{run or f'{name}_run'}({given})"
         return [
@@ -220,7 +221,7 @@ class _Emitter(CpuTiles):
             *indent((f"sum_{i} = 0.0" for i in range(sums)), 1),
             *indent((f"{local(r)}_b = scratch(0)" for r in use.packed), 1),
             *indent((f"{room} = {'spare' if room == 'spare' else 'run'}_room(0)" for room in use.rooms), 1),
-            f"    for at in range(0, n, {RUN}):",
+            f"    for at in range(0, n, {size}):",
             *indent(ahead, 2),
             *indent((f"expand({use.moved(r, 'at')}, {length}, {local(r)}_b)" for r in use.packed), 2),
             *indent((decoding(use, r, length) for r in use.eight), 2),

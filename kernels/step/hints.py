@@ -14,8 +14,8 @@ AHEAD = 2048  # bytes
 PAGE, PAGES_AHEAD = 4096, 65536
 
 
-def hints(use: Use, written: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The intrinsics that a chunk's hints need, and the hints of a run."""
+def hints(use: Use, written: Sequence[str], size: int = cpu.RUN) -> tuple[list[str], list[str]]:
+    """The intrinsics that a chunk's hints need, and the hints of a run of so many elements."""
     made: dict[str, None] = {}
     lines: list[str] = []
     by_itself = processor.fetches_ahead()
@@ -23,7 +23,7 @@ def hints(use: Use, written: Sequence[str]) -> tuple[list[str], list[str]]:
         if role.endswith(SCALE):
             continue  # a line of them lasts for eight runs
         # A run's bits are a quarter of a line.
-        count = 1 if by_itself or role in use.packed else cpu.RUN * use.itemsize(role) // 64
+        count = 1 if by_itself or role in use.packed else size * use.itemsize(role) // 64
         write = role in written
         hint = f"{'write' if write else 'read'}_{count}"
         made[f"{hint} = prefetch({count}, {write})"] = None
