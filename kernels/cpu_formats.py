@@ -23,7 +23,7 @@ from optx.kernels.cpu import I8, I16, I32, I64, _at, _tag, _typed, drawn, spread
 from optx.kernels.generated import source
 
 GROUP = 32  # elements that share a scale
-# Elements that an update decodes, takes and encodes at a time, where it sums nothing: what a loop needs before
+# Elements that an update decodes, takes, encodes at a time, where it sums nothing: what a loop needs before
 # it begins is a tenth of a run of 128.
 LONG = 512
 F32 = ir.FloatType()
