@@ -10,10 +10,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import random
+import re
 import statistics
 import tempfile
 import warnings
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,7 @@ from torch import nn
 import optx
 from optx.kernels.audit.traffic import step_bytes
 from optx.kernels.step.layout import Layout
+from optx.kernels.step.program import Program
 
 from . import _bench
 from ._bench_step import ADAMW_BYTES, seconds_of, timed
@@ -40,6 +42,10 @@ class Base:
     path: str
     settings: dict[str, Any] = field(default_factory=dict[str, Any])
     forms: tuple[dict[str, Any], ...] = ({"foreach": True}, {"foreach": False})
+    matrices: bool = False
+    """Whether it steps ``--shape`` in place of ``--numbers``."""
+    most: int | None = None
+    """How many tensors it gets at most, where each takes long."""
 
     @property
     def name(self) -> str:
@@ -66,6 +72,10 @@ BASES = (
     Base("torch.optim.ASGD"),
     *(Base(f"pytorch_optimizer.{name}") for name in ("Lion", "AdaBelief", "Yogi", "Adan", "NovoGrad")),
     *(Base(f"torch_optimizer.{name}", forms=_PLAIN) for name in ("AdaBelief", "Yogi", "NovoGrad", "Lamb")),
+    Base("pytorch_optimizer.LARS", matrices=True),
+    Base("torch.optim.Adafactor", matrices=True),
+    Base("transformers.Adafactor", {"relative_step": False}, _PLAIN, matrices=True),
+    Base("torch.optim.Muon", forms=_PLAIN, matrices=True, most=2),
 )
 
 
@@ -76,10 +86,10 @@ def available() -> list[Base]:
     return [base for base in BASES if base.path.partition(".")[0] in there]
 
 
-def measure(base: Base, tensors: int, numbers: int, rounds: int) -> dict[str, Any]:
+def measure(base: Base, shape: tuple[int, ...], tensors: int, rounds: int) -> dict[str, Any]:
     """Times of all subjects of one optimizer."""
-    shared = [torch.randn(numbers) * 0.02 for _ in range(tensors)]
-    gradients = [torch.randn(numbers) * 1e-3 for _ in range(tensors)]
+    shared = [torch.randn(shape) * 0.02 for _ in range(tensors)]
+    gradients = [torch.randn(shape) * 1e-3 for _ in range(tensors)]
 
     def weights() -> list[nn.Parameter]:
         made = [nn.Parameter(w) for w in shared]
@@ -98,9 +108,14 @@ def measure(base: Base, tensors: int, numbers: int, rounds: int) -> dict[str, An
         for name in random.Random(number).sample(list(subjects), len(subjects)):
             subjects[name].step()
             times[name].append(timed(subjects[name].step))
-    program = ours.program(0)
-    layout = Layout(("float32",) * (2 + len(program.slots)), "nearest", True)
-    return {"name": base.name, "bytes": step_bytes(program, layout), "times": times}
+    return {"name": base.name, "bytes": _bytes_of(ours.program(0)), "times": times}
+
+
+def _bytes_of(program: Program) -> float:
+    """Bytes per number that a step must move, with what functions of whole matrices are given and make."""
+    made = {fill.result.name: fill.dtype for level in program.levels for fill in level.fills}
+    slots = (made.get(name, "float32") for name in program.slots)
+    return step_bytes(program, Layout(("float32", "float32", *slots), "nearest", True))
 
 
 def _words(form: dict[str, Any]) -> str:
@@ -111,7 +126,7 @@ _FIRST_STEP = """
 import time, torch
 from optx.recipes._bench_bases import BASES
 import optx
-w = torch.nn.Parameter(torch.randn(1000)); w.grad = torch.randn(1000)
+w = torch.nn.Parameter(torch.randn({shape})); w.grad = torch.randn({shape})
 base = next(base for base in BASES if base.name == {name!r})
 opt = optx.wrap(base.make([w], **base.forms[0]), fused=True)
 start = time.perf_counter(); opt.step(); print(time.perf_counter() - start)
@@ -121,7 +136,8 @@ start = time.perf_counter(); opt.step(); print(time.perf_counter() - start)
 def first_step_seconds(base: Base) -> float:
     """Time of a process's first step with an empty kernel cache."""
     with tempfile.TemporaryDirectory() as cache:
-        return seconds_of(_FIRST_STEP.format(name=base.name), cache)
+        shape = (32, 32) if base.matrices else (1000,)
+        return seconds_of(_FIRST_STEP.format(name=base.name, shape=shape), cache)
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
@@ -133,18 +149,34 @@ def tables(results: dict[str, Any]) -> list[Table]:
         floor, (form, fastest) = one["bytes"] / ADAMW_BYTES, min(middle.items(), key=lambda pair: pair[1])
         ratio = ours / reference
         first = f"{one['first']:.1f} s" if one.get("first") else ""
-        cells = (f"{floor:.2f}", f"{ratio:.2f}", f"{ratio / floor:.2f}", f"{fastest / ours:.1f}", form, first)
-        rows.append((one["name"], *cells))
-    heads = ("optimizer", "floor", "step", "step / floor", "times faster", "than", "first step")
+        faster = (f"{fastest / ours:.1f}", f"{fastest / reference / floor:.1f}", form)
+        rows.append((one["name"], f"{floor:.2f}", f"{ratio:.2f}", f"{ratio / floor:.2f}", *faster, first))
+    heads = (
+        "optimizer",
+        "floor",
+        "step",
+        "step / floor",
+        *("times faster", "at the floor", "than"),
+        "first step",
+    )
     return [
         Table(
             heads,
             rows,
             "A step of each optimizer through optx.wrap, as a ratio to torch.optim.AdamW(fused=True)",
             "Medians, float32. Floor: bytes that must move, in units of AdamW's "
-            f"{ADAMW_BYTES} per parameter. Times faster: than the fastest form that its library has.",
+            f"{ADAMW_BYTES} per parameter, those per row and column left out. Times faster: than the fastest "
+            "form that its library has; at the floor, what a step that takes no longer than its bytes would "
+            "be. Muon's floor leaves its products out.",
         )
     ]
+
+
+def _shape(text: str) -> str:
+    """``ROWSxCOLUMNS``, as it was typed."""
+    if re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", text) is None:
+        raise ArgumentTypeError(f"{text!r} must be ROWSxCOLUMNS, as 1000x1000")
+    return text
 
 
 def options() -> ArgumentParser:
@@ -155,6 +187,7 @@ def options() -> ArgumentParser:
         bases={"default": "", "help": "a part of their names (default: all whose library is installed)"},
         tensors={"type": positive, "default": 20},
         numbers={"type": positive, "default": 1_000_000, "help": "in each tensor"},
+        shape={"type": _shape, "default": "1000x1000", "help": "of each matrix, where a base is for them"},
         rounds={"type": positive, "default": 10},
         first={
             "action": "store_true",
@@ -172,7 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     measured: list[dict[str, Any]] = []
     for base in chosen:
         console.print(base.name)
-        found = measure(base, args.tensors, args.numbers, args.rounds)
+        shape = tuple(map(int, args.shape.split("x"))) if base.matrices else (args.numbers,)
+        found = measure(base, shape, min(args.tensors, base.most or args.tensors), args.rounds)
         measured.append({**found, "first": first_step_seconds(base) if args.first else None})
     found = _bench.results(options(), args, bases=measured)
     console.print(_bench.heading(found))
