@@ -61,10 +61,11 @@ def row_mean(row_sq: Any, row_var: Any, columns: Any, share: Any) -> Any:
     return row_var + share * (row_sq / columns - row_var)
 
 
-@rule(writes="col_var")
+@rule(writes=("col_var", "column_pace"))
 def column_mean(column_sq: Any, col_var: Any, rows: Any, share: Any) -> Any:
-    """The columns'."""
-    return col_var + share * (column_sq / rows - col_var)
+    """The columns', and their inverse roots, which are too slow to be taken per element."""
+    mean = col_var + share * (column_sq / rows - col_var)
+    return mean, 1.0 / sqrt(mean)
 
 
 @rule(writes="row_total")
@@ -90,9 +91,9 @@ def _torch_parts(eps1: float, eps2: float) -> dict[str, Rule]:
     """The rules that read eps, which torch has as a pair whose first may be None."""
 
     @rule(writes="direction")
-    def of_matrix(g: Any, row_var: Any, col_var: Any, row_total: Any, rows: Any) -> Any:
-        estimate = row_var * col_var / maximum(row_total / rows, eps1)
-        return g / sqrt(maximum(estimate, eps1 * eps1))
+    def of_matrix(g: Any, row_var: Any, column_pace: Any, row_total: Any, rows: Any) -> Any:
+        row_pace = 1.0 / sqrt(row_var / maximum(row_total / rows, eps1))  # once per row
+        return g * minimum(row_pace * column_pace, 1.0 / eps1)
 
     @rule(writes="direction")
     def of_vector(g: Any, variance: Any) -> Any:
@@ -164,10 +165,11 @@ def row_average(row_sq: Any, exp_avg_sq_row: Any, columns: Any, beta2t: Any, ep1
     return exp_avg_sq_row * beta2t + (1.0 - beta2t) * (row_sq / columns + ep1)
 
 
-@rule(writes="exp_avg_sq_col")
+@rule(writes=("exp_avg_sq_col", "column_pace"))
 def column_average(column_sq: Any, exp_avg_sq_col: Any, rows: Any, beta2t: Any, ep1: Any) -> Any:
-    """The columns'."""
-    return exp_avg_sq_col * beta2t + (1.0 - beta2t) * (column_sq / rows + ep1)
+    """The columns', and their inverse roots."""
+    mean = exp_avg_sq_col * beta2t + (1.0 - beta2t) * (column_sq / rows + ep1)
+    return mean, 1.0 / sqrt(mean)
 
 
 @rule(writes="row_total")
@@ -177,9 +179,9 @@ def all_averages(exp_avg_sq_row: Any) -> Any:
 
 
 @rule(writes="direction")
-def of_matrix(g: Any, exp_avg_sq_row: Any, exp_avg_sq_col: Any, row_total: Any, rows: Any) -> Any:
-    """The step before it is scaled; the two are divided by one after the other, as their product may be 0."""
-    return g / sqrt(exp_avg_sq_row / (row_total / rows)) / sqrt(exp_avg_sq_col)
+def of_matrix(g: Any, exp_avg_sq_row: Any, column_pace: Any, row_total: Any, rows: Any) -> Any:
+    """The step before it is scaled."""
+    return g * (1.0 / sqrt(exp_avg_sq_row / (row_total / rows))) * column_pace
 
 
 @rule(writes="exp_avg_sq")
