@@ -89,11 +89,12 @@ def torch_step(w: Any, direction: Any, rate: Any, keep: Any) -> Any:
 @functools.cache
 def _torch_parts(eps1: float, eps2: float) -> dict[str, Rule]:
     """The rules that read eps, which torch has as a pair whose first may be None."""
+    fastest = 1.0 / max(eps1, 1e-38)  # eps may be 0, and float32 has no more
 
     @rule(writes="direction")
     def of_matrix(g: Any, row_var: Any, column_pace: Any, row_total: Any, rows: Any) -> Any:
         row_pace = 1.0 / sqrt(row_var / maximum(row_total / rows, eps1))  # once per row
-        return g * minimum(row_pace * column_pace, 1.0 / eps1)
+        return g * minimum(row_pace * column_pace, fastest)
 
     @rule(writes="direction")
     def of_vector(g: Any, variance: Any) -> Any:
