@@ -18,7 +18,7 @@ from optx._masks import Masks
 from optx._names import is_dtensor, parameter_names
 from optx._pieces import pieces_of
 from optx.step.bases import base_rules
-from optx.step.kept import MASTERS, STATES, check_setting
+from optx.step.kept import MASTER, MASTERS, STATE, STATES, check_setting
 from optx.step.memory import LOST, lost_memory, why_not_plain
 from optx.step.numbers import as_number
 from optx.step.step_moments import Moments
@@ -130,7 +130,8 @@ def _check_free(wrapped: Host) -> None:
 def check_group(group: Group, transforms: Sequence[Transform], base: Optimizer) -> Transform | None:
     """Raise for a key or value that no transform knows; the first transform that acts on the group."""
     known = [key for t in transforms for key in t.group_keys()]
-    for key in group:
+    for key, value in group.items():
+        _check_setting(key, value, base)
         _check_key(key, known, transforms, base)
     for transform in transforms:
         if isinstance(group.get(transform.name, True), str):
@@ -152,9 +153,26 @@ def check_group(group: Group, transforms: Sequence[Transform], base: Optimizer) 
     return acting
 
 
+def _check_setting(key: str, value: Any, base: Optimizer) -> None:
+    """A misspelt ``optx.state`` or ``optx.master``, or one by the name that `wrap` has for it."""
+    if key in _SETTINGS or key in base.defaults:
+        return
+    if key.startswith("optx."):
+        meant = difflib.get_close_matches(key, (STATE, MASTER), n=1, cutoff=0.85)
+    else:
+        named = isinstance(value, str) and value in {"state": STATES, "master": MASTERS}.get(key, ())
+        meant = [f"optx.{key}"] if named else []
+    if meant:
+        raise OptxError(
+            f"wrap: a param group has {key}={value!r}, which nothing reads. Is {meant[0]!r} meant?"
+        )
+
+
 def _check_key(key: str, known: Sequence[str], transforms: Sequence[Transform], base: Optimizer) -> None:
     """A key of somebody else's is none of our business, unless it reads like a misspelt one of ours."""
-    if key in known or key in base.defaults or key in TORCH_KEYS or key.startswith("optx."):
+    if key in known or key in base.defaults or key in TORCH_KEYS or key in _SETTINGS:
+        return
+    if key.startswith("optx."):  # of another transform, from a checkpoint
         return
     owner = next((t for t in transforms if key.startswith(f"{t.name}_")), None)
     if owner is not None:
@@ -170,6 +188,7 @@ def _check_key(key: str, known: Sequence[str], transforms: Sequence[Transform], 
         )
 
 
+_SETTINGS = frozenset((STATE, MASTER, "optx.seed", "optx.step"))
 # What torch itself puts into param groups, besides a base's defaults.
 TORCH_KEYS = frozenset(
     ("params", "param_names", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from optx._names import parameter_names
 from optx.kernels.step.layout import GROUP
 from optx.step.bases import base_rules
 from optx.step.checks import TORCH_KEYS
-from optx.step.formats import CODED, in_groups, out_of_groups
+from optx.step.formats import CODED, CODES, in_groups, out_of_groups
 from optx.step.kept import MASTER, MASTERS, STATE, moments_of, state_words
-from optx.step.moments import FLOATS, decoded, encoded, float_of, scale_key, takes_codes
+from optx.step.moments import FLOATS, decoded, encoded, fits, float_of, scale_key, takes_codes
 from optx.step.state import PENDING, REST, SCALE, is_ours
 from optx.step.transform import Host
 
@@ -40,7 +40,7 @@ def convert_state(state_dict: StateDict, optimizer: Optimizer | None = None) -> 
         unless the optimizer has it too, for it belongs to the weight.
 
     Raises:
-        OptxError: the state dict is none of an optimizer.
+        OptxError: the state dict is none of an optimizer, or bitsandbytes' of one that keeps other moments.
 
     Example:
         >>> import torch, optx
@@ -53,7 +53,8 @@ def convert_state(state_dict: StateDict, optimizer: Optimizer | None = None) -> 
         >>> new.state[w]["exp_avg"].dtype
         torch.int8
     """
-    if not isinstance(state_dict.get("state"), dict) or "param_groups" not in state_dict:
+    given: Any = state_dict if isinstance(state_dict, dict) else {}  # pyright: ignore
+    if not isinstance(given.get("state"), dict) or "param_groups" not in given:
         raise OptxError(
             "convert_state: this has no 'state' and 'param_groups', so it is no optimizer's state."
         )
@@ -63,7 +64,7 @@ def convert_state(state_dict: StateDict, optimizer: Optimizer | None = None) -> 
         if part in state_dict:
             converted[part] = {n: _plain(entry) for n, entry in state_dict[part].items()}
     if optimizer is not None:
-        _fit(converted, optimizer)
+        _fit(converted, optimizer, state_dict)
     rests = any(g.get(MASTER) for g in converted["param_groups"])
     if not rests:
         for entry in (*converted["state"].values(), *converted.get(PENDING, {}).values()):
@@ -137,9 +138,9 @@ def _bitsandbytes(entry: Mapping[Any, Any]) -> dict[Any, Any]:
 # ---- into what an optimizer keeps -------------------------------------------------------------------------
 
 
-def _fit(state_dict: StateDict, optimizer: Any) -> None:
+def _fit(state_dict: StateDict, optimizer: Any, given: StateDict) -> None:
     """Give groups what this optimizer's have, and moments its formats."""
-    state, pending = state_dict["state"], state_dict.get(PENDING, {})
+    parts = [(state_dict[part], given[part]) for part in ("state", PENDING) if part in state_dict]
     for saved, group in zip(state_dict["param_groups"], optimizer.param_groups, strict=False):
         foreign = [k for k in saved if k not in group and k not in TORCH_KEYS and not is_ours(k)]
         if any(k not in saved for k in optimizer.defaults):  # another library's
@@ -149,18 +150,39 @@ def _fit(state_dict: StateDict, optimizer: Any) -> None:
         saved.update({k: group[k] for k in (STATE, MASTER) if k in group})
         transforms = getattr(optimizer, "transforms", ())
         base = getattr(optimizer, "base", optimizer)
-        kept = moments_of(base_rules(base, group), transforms, group)
+        rules = base_rules(base, group)
+        kept = moments_of(rules, transforms, group)
         for number, p in zip(saved["params"], group["params"], strict=False):
-            for entry in filter(None, (state.get(number), pending.get(number))):
-                _encode(entry, p, kept, group.get(STATE))
+            for entry, old in ((part[number], was[number]) for part, was in parts if part.get(number)):
+                if rules and ("state1" in old or _NESTED in old):
+                    _rename(entry, rules.elements, type(base).__name__)
+                _encode(entry, p, kept, group.get(STATE), old)
 
 
-def _encode(entry: dict[str, Any], p: Tensor, kept: Mapping[str, str], bits: int | None) -> None:
+def _rename(entry: dict[str, Any], elements: Sequence[str], base: str) -> None:
+    """Give what bitsandbytes kept the name that this base has for it, where there is one of each."""
+    found = [name for name in _BNB.values() if name in entry]
+    if all(name in elements for name in found):
+        return
+    if len(found) != 1 or len(elements) != 1:
+        raise OptxError(
+            f"convert_state: bitsandbytes kept {' and '.join(found)} in this checkpoint, and {base} keeps "
+            f"{' and '.join(elements) or 'nothing'}. Load it into an optimizer of that class."
+        )
+    entry[elements[0]] = entry.pop(found[0])
+
+
+def _encode(
+    entry: dict[str, Any], p: Tensor, kept: Mapping[str, str], bits: int | None, old: Mapping[Any, Any]
+) -> None:
     for key, moment in kept.items():
-        x = entry.get(key)
+        x, codes, scale = entry.get(key), old.get(key), old.get(scale_key(key))
         if not isinstance(x, Tensor):
             continue
         if bits == 8 and takes_codes(p):
+            if isinstance(codes, Tensor) and codes.dtype == CODES[moment] and fits(codes, scale, p):
+                entry[key], entry[scale_key(key)] = codes, scale  # encoded again they would move
+                continue
             entry[key], entry[scale_key(key)] = encoded(x, p, moment)
         else:
             entry[key] = x.to(float_of(p, bits) or p.dtype)
@@ -198,11 +220,16 @@ def check_formats(wrapped: Host, state_dict: StateDict) -> None:
                 f"master={now}. {_WAY_OUT}"
             )
         for entry, p in entries:
-            _check_scales(entry, names[id(p)])
+            _check_scales(entry, names[id(p)], kept)
 
 
-def _check_scales(entry: dict[str, Any], name: str) -> None:
+def _check_scales(entry: dict[str, Any], name: str, kept: Mapping[str, str]) -> None:
     for key, codes in entry.items():
+        if key in kept and isinstance(codes, Tensor) and codes.dtype in CODED and scale_key(key) not in entry:
+            raise OptxError(
+                f"load_state_dict: {key!r} of parameter {name!r} is {codes.numel():,} codes of 8 bits, and "
+                f"{scale_key(key)!r}, their scales, is missing. Load the checkpoint as it was saved."
+            )
         scale = None if key.startswith(SCALE) else entry.get(scale_key(key))
         if isinstance(codes, Tensor) and isinstance(scale, Tensor):
             wanted = -(-codes.numel() // GROUP)

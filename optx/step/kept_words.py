@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from optx.step.bases import base_rules
@@ -25,11 +26,15 @@ def kept_words(wrapped: Host, group: Group) -> str:
     words: list[str] = []
     if bits is not None:
         words.append(f"{', '.join(moments)} in {state_words(bits)}")
-        whole = [p for p in params if bits == 8 and not takes_codes(p)]
-        if whole:
-            count = sum(p.numel() for p in whole)
-            tensors = f"{len(whole)} tensor{'s' * (len(whole) > 1)}"
-            words.append(f"{count:,} numbers of {tensors} in float32 (their order in memory, or shards)")
+        double = [p for p in params if p.dtype == torch.float64]
+        whole = [p for p in params if bits == 8 and not takes_codes(p) and p.dtype != torch.float64]
+        for some, kind in (
+            (double, "float64, as they are"),
+            (whole, "float32 (their order in memory, or shards)"),
+        ):
+            if some:
+                count, tensors = sum(p.numel() for p in some), f"{len(some)} tensor{'s' * (len(some) > 1)}"
+                words.append(f"{count:,} numbers of {tensors} in {kind}")
     if master is not None:
         words.append(f"weights of {master} bits, 16 of them in the model")
     numbers = sum(p.numel() for p in params)

@@ -21,7 +21,7 @@ from optx.step.checks import check_group
 from optx.step.fusable import why_not, why_not_tensors
 from optx.step.fused import FusedGroup
 from optx.step.group_numbers import base_numbers
-from optx.step.kept import MASTER, STATE, check_kept
+from optx.step.kept import MASTER, STATE, check_kept, fill_group
 from optx.step.kept_words import kept_words
 from optx.step.pipeline import build
 from optx.step.plan import GroupPlan, Plan, waiting
@@ -121,6 +121,8 @@ class Paths:
             structure = (*settings, sparse, *_structure(base, group, transforms))
             known = self._groups[i] if i < len(self._groups) else None
             if known is None or known.group is not group or known.structure != structure:
+                fill_group(group, self.wrapped.state_format, self.wrapped.master)  # a word, put there since
+                structure = (*settings, sparse, *_structure(base, group, transforms))
                 chosen = self._choose(i, group, structure)
                 check_group(group, self.wrapped.transforms, self.wrapped.base)
                 self._groups[i : i + 1] = [chosen]

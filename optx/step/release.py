@@ -48,6 +48,11 @@ class Owner(Host, Protocol):
         """Whether hooks run before its step."""
         ...
 
+    @property
+    def evaluating(self) -> bool:
+        """Whether its step evaluates a closure now."""
+        ...
+
 
 class Released:
     """What `Wrapped.release` returns: ``with released:`` around a backward pass has it take the step.
@@ -105,6 +110,11 @@ class Released:
 
     def __enter__(self) -> Released:
         wrapped = self._alive()
+        if wrapped.evaluating:
+            raise OptxError(
+                f"{_WHERE}: the block was entered in a closure, while opt.step(closure) waits for gradients. "
+                "Run backward in the block without a closure, and opt.step() after it."
+            )
         if self._open:
             raise OptxError(
                 self._failed
@@ -154,8 +164,8 @@ class Released:
         return True
 
     def stepped_any(self) -> bool:
-        """Whether the step that is open has moved anything."""
-        return bool(self._stepped)
+        """Whether the step that is open has moved anything, or will where it is closed."""
+        return bool(self._stepped) or any(p.grad is not None for p in self._parameters())
 
     def check_saved(self) -> None:
         """Refuse to save half a step."""

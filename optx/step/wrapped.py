@@ -63,6 +63,7 @@ class Wrapped(Optimizer):
         self.transforms: tuple[Transform, ...] = ()
         self.skipped_steps = 0
         self.skipped_last = False
+        self.evaluating = False  # a step's closure
         self.closure_pending = False  # while transforms look at a step whose gradients are still to come
         self.totals: dict[str, Any] = {}
         self.fused: Fused
@@ -328,7 +329,11 @@ class Wrapped(Optimizer):
             return None
 
         def evaluate() -> Any:
-            loss = closure()
+            self.evaluating = True
+            try:
+                loss = closure()
+            finally:
+                self.evaluating = False
             self._check_alive("step")
             self.closure_pending = False
             self._before_step()

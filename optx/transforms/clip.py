@@ -52,8 +52,8 @@ class Clip(Transform):
 
     The norm is of the gradient as the transforms before it left it: ``PerpGrad(), Clip()`` clips what was
     projected, ``Clip(), PerpGrad()`` projects what was clipped. `KeepMask`, wherever it stands, comes first.
-    After a step ``opt.totals["clip.norm"]`` has the norm before clipping, on the gradients' device, and
-    ``opt.metrics()`` has ``clip/norm`` and ``clip/scale``.
+    After a step ``opt.totals["clip.norm"]`` has the norm before clipping, on the gradients' device
+    (nan if it was skipped or found no gradient), and ``opt.metrics()`` has ``clip/norm`` and ``clip/scale``.
 
     Source: "On the difficulty of training recurrent neural networks", arXiv 1211.5063, algorithm 1.
 
@@ -130,23 +130,21 @@ class Clip(Transform):
         self._check_one(optimizer)
 
     def before_step(self, optimizer: Host) -> None:
-        """Refuse groups that disagree: a schedule may have set some."""
+        """Refuse groups that disagree: a schedule may have set some. The last step's norm is forgotten."""
         self._check_one(optimizer)
+        optimizer.totals.pop("clip.square", None)
+        optimizer.totals["clip.norm"] = torch.tensor(math.nan, dtype=torch.float64)
 
     def after_totals(self, optimizer: Host) -> None:
-        """Raise for a norm that is not finite, where that was asked for."""
+        """Leave the norm among the totals, and raise for one that is not finite, where that was asked for."""
         total = optimizer.totals.get("clip.square")
+        if total is not None:  # without waiting for a GPU
+            optimizer.totals["clip.norm"] = torch.as_tensor(total).sqrt()
         if self.error_if_nonfinite and total is not None and not math.isfinite(float(total)):
             raise OptxError(
                 f"Clip: the gradients' norm is {math.sqrt(total)}, and error_if_nonfinite=True. Nothing was "
                 "changed; wrap(skip_nonfinite=True) skips such steps and counts them."
             )
-
-    def after_step(self, optimizer: Host) -> None:
-        """Leave the norm among the totals, without waiting for a GPU."""
-        total = optimizer.totals.get("clip.square")
-        if total is not None:
-            optimizer.totals["clip.norm"] = torch.as_tensor(total).sqrt()
 
     def metrics(self, optimizer: Host) -> dict[str, float]:
         """The norm before clipping, and what gradients were multiplied by."""

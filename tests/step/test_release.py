@@ -399,3 +399,26 @@ def shards_are_stepped_and_ddp_is_refused(rank: int) -> None:
 
 if dist.is_gloo_available():
     test_on_two_processes = on_processes(2, shards_are_stepped_and_ddp_is_refused)
+
+
+def test_a_block_in_a_closure_is_refused_and_gradients_by_hand_are_seen() -> None:
+    net = Tied()
+    opt = adamw(net, optx.PerpGrad())
+    released = opt.release(net)
+
+    def closure() -> Tensor:
+        with released:
+            loss_of(net, 0).backward()
+        return loss_of(net, 0)
+
+    old = copy.deepcopy(net.state_dict())
+    with pytest.raises(optx.OptxError, match="the block was entered in a closure"):
+        opt.step(closure)
+    assert same(net.state_dict(), old)
+    weight = net.layers[0].weight
+    with released:
+        weight.grad = torch.autograd.grad(loss_of(net, 0), [weight])[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that there was no gradient
+        opt.step()
+    assert not torch.equal(weight, old["layers.0.weight"])

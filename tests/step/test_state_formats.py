@@ -264,6 +264,9 @@ def test_a_checkpoint_whose_scales_are_cut_is_refused() -> None:
     state_dict["state"][0]["optx.scale.exp_avg"] = torch.zeros(3, dtype=torch.bfloat16)
     with pytest.raises(optx.ShapeError, match=r"'exp_avg' of parameter .* 768 codes, which take 24 scales"):
         made(network(), state="8bit").load_state_dict(state_dict)
+    del state_dict["state"][0]["optx.scale.exp_avg"]
+    with pytest.raises(optx.OptxError, match=r"'optx.scale.exp_avg', their scales, is missing"):
+        made(network(), state="8bit").load_state_dict(state_dict)
 
 
 def test_other_libraries_states_are_decoded() -> None:
@@ -288,3 +291,47 @@ def test_other_libraries_states_are_decoded() -> None:
         with pytest.raises(optx.OptxError, match="another library kept this state in 8 bits"):
             opt.load_state_dict(state_dict)
         assert optx.convert_state(state_dict, opt)["state"][0]["exp_avg"].dtype == torch.int8
+
+
+def test_a_checkpoint_in_the_same_format_is_not_encoded_again() -> None:
+    model = network()
+    opt = made(model, state="8bit")
+    train(model, opt, 3)
+    again = made(copy.deepcopy(model), state="8bit")
+    again.load_state_dict(copy.deepcopy(opt.state_dict()), convert=True)
+    for p, q in zip(opt.state.values(), again.state.values(), strict=True):
+        assert all(torch.equal(p[key], q[key]) for key in p)
+
+
+def test_bitsandbytes_one_moment_goes_to_the_bases_own() -> None:
+    model = network()
+    codes = {"state1": torch.ones(32, 24, dtype=torch.uint8), "qmap1": torch.arange(256.0)}
+    entry = {**codes, "absmax1": torch.full((3,), 2.0), "step": 3}
+    plain = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    state_dict = {**plain.state_dict(), "state": {0: entry}}
+    opt = optx.wrap(plain)
+    opt.load_state_dict(state_dict, convert=True)
+    assert torch.equal(opt.state[next(model.parameters())]["momentum_buffer"], torch.full((32, 24), 2.0))
+    entry |= {key.replace("1", "2"): value for key, value in entry.items()}
+    with pytest.raises(optx.OptxError, match=r"kept exp_avg and exp_avg_sq .* SGD keeps momentum_buffer"):
+        opt.load_state_dict(state_dict, convert=True)
+
+
+def test_a_groups_format_may_be_set_later_and_is_checked() -> None:
+    model = network()
+    opt = made(model)
+    train(model, opt, 1)
+    group, first = opt.param_groups[0], opt.state[next(model.parameters())]
+    for given, dtype in (("8bit", torch.int8), (None, torch.float32)):
+        group["optx.state"] = given
+        train(model, opt, 1)
+        assert first["exp_avg"].dtype == dtype
+    group["optx.state"] = "4bit"
+    with pytest.raises(optx.OptxError, match=r"param group has optx\.state='4bit'; it must be 'float32' or"):
+        opt.step()
+    for key in ("optx.stat", "state"):
+        wrong: Any = [{"params": list(network().parameters()), key: "8bit"}]
+        with pytest.raises(optx.OptxError, match=f"group has {key}='8bit', .* Is 'optx.state' meant"):
+            optx.wrap(torch.optim.AdamW(wrong))
+    opt = optx.wrap(torch.optim.AdamW(network().double().parameters()), state="8bit")
+    assert "numbers of 4 tensors in float64" in str(opt.plan())

@@ -378,3 +378,13 @@ def shards_count_whole(rank: int) -> None:
 
 if dist.is_gloo_available():
     test_on_two_processes = on_processes(2, shards_count_whole)
+
+
+@pytest.mark.filterwarnings("ignore:optx. step.. found no gradient")
+def test_a_step_that_is_not_taken_leaves_no_older_norm() -> None:
+    w = nn.Parameter(torch.ones(3))
+    opt = optx.wrap(torch.optim.SGD([w], lr=0.1), optx.Clip(), skip_nonfinite=True)
+    for grad, norm in ((1.0, 3**0.5), (math.inf, math.nan), (2.0, 12**0.5), (None, math.nan)):
+        w.grad = None if grad is None else torch.full((3,), grad)
+        opt.step()
+        assert float(opt.totals["clip.norm"]) == pytest.approx(norm, nan_ok=True)
