@@ -56,7 +56,7 @@ class Rule:
     def values(self, *args: Any) -> tuple[Any, ...]:
         """Run the rule and give its results as a tuple, also when there is one."""
         result = self.function(*args)
-        results = result if isinstance(result, tuple | list) else (result,)
+        results: Any = result if isinstance(result, tuple | list) else (result,)
         count = 0 if result is None else len(results)
         if wrong := self.wrong_results(count):
             raise TransformError(f"rule {self.name!r} {wrong}.")

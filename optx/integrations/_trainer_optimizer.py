@@ -58,6 +58,12 @@ class Maker:
                 f"{_WHERE}: base_class is {shown(base_class)}; it must be a class such as torch.optim.AdamW, "
                 "which is made when the Trainer asks for it."
             )
+        for name, value in self.options.items():
+            if name in inspect.signature(wrap).parameters and not _takes(base_class, name):
+                raise OptxError(
+                    f"{_WHERE}: {name} is an option of optx.wrap and none of {_name(base_class)}; give "
+                    f"wrap={{{name!r}: {value!r}}}."
+                )
         for one in cast("tuple[Any, ...]", self.transforms):
             if not isinstance(one, Transform) and (isinstance(one, type) or not callable(one)):
                 raise TransformError(

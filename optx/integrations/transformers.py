@@ -75,7 +75,7 @@ def optimizer(
         transforms: applied in this order: ``optx.PerpGrad()``, or a function of the model that makes one
             (``lambda model: optx.HFT(model)``), which a Trainer with ``model_init`` needs, as it makes a new
             model and optimizer each time.
-        wrap: `optx.wrap`'s own options: ``{"rounding": "kahan"}``.
+        wrap: `optx.wrap`'s own options: ``{"state": "8bit", "master": "split"}``.
         base_options: of the base, in the place of what TrainingArguments say.
 
     Returns:

@@ -311,12 +311,20 @@ def save_optimizer(optimizer: torch.optim.Optimizer, path: str | PathLike[str]) 
         save_file(tensors, aside, metadata={"optx": json.dumps(tree)})
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, path: str | PathLike[str]) -> None:
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, path: str | PathLike[str], convert: bool = False
+) -> None:
     """Load what `save_optimizer` saved.
+
+    Args:
+        optimizer: wrapped or not.
+        path: the file.
+        convert: bring moments into the format that this optimizer keeps, see `convert_state`.
 
     Raises:
         FileNotFoundError: there is no such file.
-        OptxError: the file is damaged, or not one of `save_optimizer`'s; nothing is changed.
+        OptxError: the file is damaged, or not one of `save_optimizer`'s, or keeps moments in another format,
+            and ``convert`` is False; nothing is changed.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -335,6 +343,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: str | PathLike[str]) 
         raise OptxError(
             f"load_optimizer: {path!r} is damaged, or was not written by save_optimizer ({error})."
         ) from error
+    if convert:
+        state_dict = convert_state(state_dict, optimizer)
+    elif not hasattr(optimizer, "transforms") and any(g.get(STATE) == 8 for g in state_dict["param_groups"]):
+        raise OptxError(
+            f"load_optimizer: {path!r} has moments in 8 bits (state='8bit'), and {type(optimizer).__name__}, "
+            "which is not wrapped, would take the codes for numbers. Pass convert=True."
+        )
     optimizer.load_state_dict(state_dict)
 
 

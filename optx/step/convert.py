@@ -26,7 +26,10 @@ StateDict = dict[str, Any]
 def convert_state(state_dict: StateDict, optimizer: Optimizer | None = None) -> StateDict:
     """An optimizer's state dict in another format, for trainers that load it themselves.
 
-    ``load_state_dict(state_dict, convert=True)`` of a wrapped optimizer does the same.
+    ``load_state_dict(state_dict, convert=True)`` of a wrapped optimizer does the same, and so does
+    ``optx.load_optimizer(optimizer, path, convert=True)``. An optimizer that is not wrapped takes codes of 8
+    bits for numbers and says nothing: give it what this returns. A Trainer resumes from the file
+    ``checkpoint-500/optimizer.pt``: load it, convert, and save it there.
 
     Args:
         state_dict: of an optimizer, wrapped or not; of torchao's or bitsandbytes' 8-bit Adams; or of

@@ -49,7 +49,9 @@ def wrap(
             bytes for Adam's two where float32 takes 8 (FlashOptim, https://arxiv.org/abs/2602.23349; 8-bit
             moments where a weight can't have them, see `Wrapped.plan`, are float32). Arithmetic stays in
             float32. By default the base's: the weight's dtype. Anchors, masks and counts stay as they are. In
-            a param group, ``"optx.state"`` says otherwise.
+            a param group, ``"optx.state"`` says otherwise. A checkpoint in another format is refused unless
+            it is converted (`Wrapped.load_state_dict`, `convert_state`: before a base that is not wrapped
+            loads it, too).
         master: ``"split"`` keeps 8 of the 16 bits that a bfloat16 weight loses, ``"split16"`` all of them:
             the arithmetic sees, and keeps, a float32 weight of which the model has the upper half. In a param
             group: ``"optx.master"``.

@@ -140,6 +140,8 @@ def test_what_would_be_without_effect_is_refused(
 def test_what_is_no_transform_is_refused_at_once() -> None:
     with pytest.raises(optx.TransformError, match=r"HFT'> is neither.*lambda model: optx.HFT\(model\)"):
         optimizer(torch.optim.AdamW, optx.HFT)
+    with pytest.raises(optx.OptxError, match=r"state is an option of optx.wrap .*wrap={'state': '8bit'}"):
+        optimizer(torch.optim.AdamW, state="8bit")
     with pytest.raises(optx.OptxError, match="base_class is SGD"):
         optimizer(torch.optim.SGD([nn.Parameter(torch.ones(1))]))  # type: ignore[arg-type]
     with pytest.raises(optx.OptxError, match=r"elsewhere call its .on\(model, args\)"):

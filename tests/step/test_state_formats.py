@@ -239,6 +239,8 @@ def floats_of(opt: optx.Wrapped, p: Tensor, name: str) -> Tensor:
         (lambda p: torch.optim.AdamW([p]), {"state": "4bit"}, "state is '4bit'; it must be 'float32' or"),
         (lambda p: torch.optim.AdamW([p]), {"master": "fp32"}, "master is 'fp32'"),
         (lambda p: torch.optim.AdamW([{"params": [p], "optx.state": 4}]), {}, "optx.state=4; it must be"),
+        (lambda p: torch.optim.AdamW([{"params": [p], "optx.stat": "8bit"}]), {}, "Is 'optx.state' meant"),
+        (lambda p: torch.optim.AdamW([{"params": [p], "master": "split"}]), {}, "Is 'optx.master' meant"),
         (lambda p: torch.optim.SGD([p], lr=1.0), {"state": "8bit"}, "neither SGD nor a transform keeps"),
         (lambda p: torch.optim.LBFGS([p]), {"state": "8bit"}, "not fused: .* itself writes its state"),
         (lambda p: torch.optim.AdamW([p]), {"state": "8bit", "fused": False}, "not fused: fused=False"),
@@ -254,6 +256,19 @@ def test_what_cannot_be_honoured_is_refused(make: Any, settings: dict[str, Any],
     p = nn.Parameter(torch.ones(4))
     with pytest.raises(optx.OptxError, match=message):
         optx.wrap(make(p), **settings)
+
+
+def test_a_file_in_another_format_is_told_and_converted_where_asked(tmp_path: Any) -> None:
+    model, path = network(), tmp_path / "file.safetensors"
+    opt = made(model, state="8bit")
+    train(model, opt, 1)
+    optx.save_optimizer(opt, path)
+    for other in (made(model), torch.optim.AdamW(model.parameters())):
+        with pytest.raises(optx.OptxError, match="convert=True"):
+            optx.load_optimizer(other, path)
+        optx.load_optimizer(other, path, convert=True)
+        moment = other.state[model[0].weight]["exp_avg"]
+        assert torch.equal(moment, floats_of(opt, model[0].weight, "exp_avg"))
 
 
 def test_a_checkpoint_whose_scales_are_cut_is_refused() -> None:
