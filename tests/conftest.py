@@ -44,7 +44,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """Draw a seed in CI; a worker has that of the first process."""
     config.addinivalue_line("markers", "jobs(*jobs): what the fixture done has several processes do")
-    config.addinivalue_line("markers", "long: goes through a whole scenario for seconds; see --long")
+    config.addinivalue_line(
+        "markers",
+        "long(keep): goes through a whole scenario for seconds; see --long. With keep=N a"
+        " function's first case is not long, nor is about one in N of the others",
+    )
     if config.option.hypothesis_seed is None:
         in_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
         drawn = str(random.SystemRandom().randrange(2**32)) if in_ci else None
@@ -142,8 +146,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """What several processes do first, as the first of these tests waits for all; then the longest."""
     kept: list[pytest.Item] = []
     left_out: list[pytest.Item] = []
+    families: set[str] = set()
     for item in items:
-        (left_out if item.get_closest_marker("long") and not _drawn(item, config) else kept).append(item)
+        marks = list(item.iter_markers("long"))
+        family = item.nodeid.partition("[")[0]
+        one_in = max((mark.kwargs.get("keep", sys.maxsize) for mark in marks), default=1)
+        first = family not in families and all("keep" in mark.kwargs for mark in marks)
+        families.add(family)
+        # By its name's digest, else a table's columns would be kept, or its rows, and not a bit of each.
+        is_kept = first or zlib.crc32(item.nodeid.encode()) % one_in == 0
+        (kept if is_kept or _drawn(item, config) else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept
     items.sort(key=lambda item: not any(name in item.nodeid for name in LONGEST))

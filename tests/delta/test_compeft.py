@@ -383,6 +383,7 @@ def _train(model: nn.Module, x: Tensor, y: Tensor, epochs: int, lr: float) -> No
             opt.step()
 
 
+@pytest.mark.long
 def test_experts_on_digits() -> None:
     """At a density of 0.2 with tuned alpha, three quarters of what fine-tuning gained are still there."""
     from sklearn.datasets import load_digits

@@ -190,6 +190,7 @@ for number in range(8):
 """
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.parametrize("kind", ["apply", "save"])
 def test_kill_at_any_moment(kind: str, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ def test_every_method_of_the_command_has_one() -> None:
     assert sorted(file.stem for file in FOLDER.glob("*.yaml")) == sorted(KNOWN)
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.parametrize("name", KNOWN)
 def test_it_merges(name: str, llamas: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As optx's own method does it, or, where it has none of its own, as mergekit."""

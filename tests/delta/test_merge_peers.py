@@ -111,6 +111,7 @@ def test_spec_8_one_model_comes_back(method: optx.MergeMethod, dtype: torch.dtyp
         assert ((made[name] - tensor).abs() <= ulp).all()
 
 
+@pytest.mark.long
 def test_spec_9_dare_of_the_paper_is_unbiased_and_l1_is_not() -> None:
     x = torch.tensor([4.0, 0.5, -1.0, 0.25])
     base = {"w": torch.zeros(4)}

@@ -81,6 +81,7 @@ EXACT = {
 }
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.parametrize("name", EXACT)
 def test_bit_for_bit(name: str, llamas: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(llamas)
@@ -109,6 +110,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kind, changes = FAMILIES[family]
@@ -135,6 +137,7 @@ def test_families(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     model(torch.tensor([[1, 2, 3]]))
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize(
     "name", ["linear", "slerp", "passthrough", "task arithmetic", "model stock", "dare of all"]

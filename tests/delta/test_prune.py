@@ -82,6 +82,7 @@ def test_phi_and_the_bound() -> None:
         assert math.sqrt(phi(p) * math.log(40)) / (1 - p) == pytest.approx(factor, abs=1e-5)
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.parametrize(("p", "q"), [(0.9, 0.1), (0.9, 0.2), (0.5, 0.6), (0.99, 0.02)])
 def test_the_bound_holds(p: float, q: float) -> None:
     c = normal(64).double()

@@ -433,9 +433,9 @@ def what_is_not_some_rows_and_columns_goes_the_other_way(rank: int) -> None:
     assert_same([p], [q.detach()])
 
 
+test_axes_on_four_processes = pytest.mark.long(on_processes(4, numbers_per_row_and_column))
 test_on_four_processes = on_processes(
     4,
-    numbers_per_row_and_column,
     what_is_not_some_rows_and_columns_goes_the_other_way,
     every_composition_is_the_one_process,
     every_mesh_is_the_one_process,

@@ -57,6 +57,7 @@ def drawn(folder: Path, *options: str, ci: str | None) -> tuple[set[str], str]:
     return {file.read_text() for file in folder.glob("drawn-*")}, run.stdout
 
 
+@pytest.mark.long
 def test_a_run_in_ci_is_repeated_by_what_it_prints(tmp_path: Path) -> None:
     first, shown = drawn(tmp_path / "first", "-n", "1", ci="true")
     seed = re.search(r"--hypothesis-seed=(\d+)", shown)

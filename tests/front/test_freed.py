@@ -104,6 +104,7 @@ def copied(row: Row) -> list[weakref.ref[Any]]:
 WAYS = [dropped_together, handle_first, merged_and_back, removed, copied]
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.label)
 def test_a_model_with_something_attached_is_freed(row: Row) -> None:
     bare(row)  # what a first call imports and caches

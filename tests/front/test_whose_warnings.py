@@ -185,6 +185,7 @@ def test_by_optx():
 """
 
 
+@pytest.mark.long
 def test_what_others_cause_is_listed(tmp_path: Path) -> None:
     """In a run of its own, whose one failure is what optx caused."""
     for name, text in {"old": OLD, "user": USER, "test_inner": INNER}.items():

@@ -18,12 +18,13 @@ RUN = Path(__file__).with_name("run.py")
 def test_wrong_files_of_every_format(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(optx.__file__).parent.parent)}
     seed = str(int.from_bytes(os.urandom(3), "little")) if os.environ.get("CI") else "0"
-    command = [sys.executable, str(RUN), "--count", "60", "--seed", seed, "--keep", str(tmp_path)]
+    command = [sys.executable, str(RUN), "--count", "30", "--seed", seed, "--keep", str(tmp_path)]
     told = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert told.returncode == 0, told.stdout + told.stderr  # the seed and the number repeat a finding
     assert told.stdout.count(" refused, ") == 10
 
 
+@pytest.mark.long
 def test_what_is_no_refusal_is_a_finding(tmp_path: Path) -> None:
     """An error of another kind, a second, and a process that dies."""
     wrong = """

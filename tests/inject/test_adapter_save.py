@@ -32,6 +32,7 @@ def names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.parametrize("other", ["same", "other"])
 def test_a_kill_leaves_one_save_or_the_other(other: str, tmp_path: Path) -> None:
     """kill -9 at any moment: what has the final name is whole."""

@@ -298,6 +298,7 @@ def test_a_picture_is_drawn(tmp_path: Path) -> None:
     assert not (tmp_path / "c.png").exists()
 
 
+@pytest.mark.long
 def test_it_compiles_in_training() -> None:
     """Without a graph break; the same draw, loss and decisions."""
     model = own(3).train()

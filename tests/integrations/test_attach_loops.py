@@ -56,6 +56,7 @@ def trainer(folder: Path, steps: int, model: nn.Module) -> Any:
     return Trainer(model=model, args=arguments, train_dataset=Sentences())
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.parametrize("label", ["LoRA, BERT", "SVFit", "MAM", "IAA", "BitFit"])
 def test_trainer_trains_and_resumes(label: str, tmp_path: Path) -> None:
     row = BY_LABEL[label]

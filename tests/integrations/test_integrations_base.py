@@ -159,6 +159,7 @@ def test_the_implementation_flag_of_the_base_changes_nothing(flag: str, path: An
     assert close(*nets)
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.parametrize(
     ("base", "path"),
     [
@@ -211,6 +212,7 @@ def test_differentiable_without_a_transform_is_the_bases_own() -> None:
 # ---- parameters that change after wrapping ----------------------------------------------------------------
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.parametrize(
     ("dtype", "path"),
     [

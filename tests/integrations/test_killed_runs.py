@@ -56,6 +56,7 @@ def test_accelerate_goes_on_bit_for_bit(killed: Path, tmp_path: Path) -> None:
     assert again.loss.report() == whole.loss.report()
 
 
+@pytest.mark.long
 def test_lightning_goes_on_bit_for_bit(killed: Path, tmp_path: Path) -> None:
     again = lightning_run.run(tmp_path / "again", resume=killed / "lightning" / "last.ckpt")
     whole = lightning_run.run(tmp_path / "whole")

@@ -90,6 +90,7 @@ def adapter_names(module: Module) -> set[str]:
 # ---- resumed ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long(keep=3)
 @pytest.mark.parametrize(
     ("options", "steps"),
     [

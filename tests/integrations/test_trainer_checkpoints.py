@@ -163,6 +163,7 @@ def test_the_best_is_kept_and_loaded(tmp_path: Path) -> None:
     assert made.evaluate()["eval_loss"] == losses[best]
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.parametrize("kind", ["own format", "several", "head and more", "plain module"])
 def test_other_adapters_go_on_bit_for_bit(kind: str, tmp_path: Path) -> None:
     def start() -> tuple[nn.Module, list[optx.Handle]]:

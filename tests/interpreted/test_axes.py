@@ -94,6 +94,7 @@ class Centred(optx.Transform):
     rules = {"row_sums": across, "gradient": centre}  # noqa: RUF012
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_adafactor(dtype: torch.dtype) -> None:
     """A number of the tensor from its rows, which the elements read; state per row and column."""

@@ -27,6 +27,7 @@ def every() -> dict[str, Check]:
     return {check.name: check for check in device_check.every()}
 
 
+@pytest.mark.long(keep=3)
 @pytest.mark.parametrize("name", NAMES)
 def test_it_runs_and_agrees(name: str, every: dict[str, Check]) -> None:
     row = run(every[name], PLACE)

@@ -32,6 +32,7 @@ def run(runner: Any, options: dict[str, Any]) -> Bucket:
     return bucket
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_triton_is_the_cpu(name: str) -> None:
     ours, cpu = (run(runner, VARIANTS[name]) for runner in (lambda *args: TritonStep(*args, "cpu"), CpuStep))

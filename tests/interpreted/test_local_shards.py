@@ -105,6 +105,7 @@ def draws_of_bfloat16(rank: int) -> None:
         assert torch.equal(*both) is same
 
 
+@pytest.mark.long
 def test_on_two_processes(tmp_path: Path) -> None:
     forked(
         tmp_path,

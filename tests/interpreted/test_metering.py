@@ -32,6 +32,7 @@ def norm(tensors: list[Tensor]) -> float:
     return math.sqrt(sum(float(t.detach().double().square().sum()) for t in tensors))
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.parametrize(
     ("dtype", "rounding"),
     [

@@ -31,6 +31,7 @@ def trained(fused: str, dtype: torch.dtype, perp: bool) -> tuple[nn.Module, optx
     return model, masks
 
 
+@pytest.mark.long(keep=3)
 @pytest.mark.parametrize(
     ("dtype", "perp"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)], ids=str
 )

@@ -92,7 +92,10 @@ CHAINS: dict[str, list[Transform]] = {
 }
 
 
-@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize(
+    "chain",
+    [c if c in ("none", "perp adamr") else pytest.param(c, marks=pytest.mark.long) for c in CHAINS],
+)
 def test_cpu_kernels(chain: str) -> None:
     """The elementwise arithmetic is the same to the bit; sums differ by the order of float64 additions."""
     setup = Setup(adamw, SIZES, CHAINS[chain], offsets=(0, 3), options=CHUNKS)

@@ -177,6 +177,7 @@ def no_jit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
 
 
+@pytest.mark.long
 def test_the_variable_that_switches_numba_off(cache: Path) -> None:
     off = start(STEP.replace("FUSED", "'auto'"), NUMBA_DISABLE_JIT="1")
     got = result(off)

@@ -22,6 +22,7 @@ def test_without_a_gpu_it_says_so(
     assert "torch sees no GPU here. --interpret runs the same" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_the_command_checks_in_a_process_of_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

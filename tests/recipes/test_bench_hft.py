@@ -64,6 +64,7 @@ def product(*shape: int) -> int:
     return 2 * TOKENS * shape[0] * shape[1]
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("level", ["category", "layer", "model"])
 def test_autograd_leaves_out_what_it_can_and_no_more(tied: bool, level: str) -> None:

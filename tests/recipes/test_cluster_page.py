@@ -101,6 +101,7 @@ def test_accelerate(tmp_path: Path, reweighted: tuple[list[str], dict[str, Any]]
     assert_as_one(tmp_path / "out", one)
 
 
+@pytest.mark.long
 def test_one_machine(tmp_path: Path) -> None:
     """Its numbers are held against one process in test_recipe_parallel; there signals stop it, too."""
     recipe_models.llama(tmp_path / "llama")

@@ -83,6 +83,7 @@ def parameters(options: list[str]) -> int:
 SPLIT = ["--state", "8bit", "--master", "split"]
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.parametrize(("arm", "kept"), [*((arm, []) for arm in finetune.ARMS), ("adamw", SPLIT)])
 def test_interrupted_and_resumed_is_uninterrupted(
     arm: str, kept: list[str], options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -236,6 +237,7 @@ def test_grokking_has_its_own_model(tmp_path: Path) -> None:
         grokking.main(["--model", "x", "--out", str(tmp_path)])
 
 
+@pytest.mark.long
 def test_perpgrad_generalises_where_adamw_does_not(tmp_path: Path) -> None:
     """The paper's claim at p = 23, with more of the pairs so that it fits in seconds."""
     size = ["--p", "23", "--share", "0.6", "--steps", "300", "--seeds", "1"]

@@ -126,6 +126,7 @@ def test_tables_3_and_8_of_tensor_programs_5_learn_features_with_adam():
 # ---- symmetry -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long(keep=2)
 @families
 @given(data=st.data())
 def test_a_shift_changes_no_class(optimizer, data):

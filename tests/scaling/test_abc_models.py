@@ -117,6 +117,7 @@ def test_first_weights_shrink_by_their_exponent(name):
         )
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.parametrize("family", ["sgd", "adam"])
 @pytest.mark.parametrize(("name", "slope"), [("ntk", -0.5), ("mup", 0.0), ("mean_field", 0.0)])
 def test_features_of_plain_models_follow_the_name(name, slope, family):

@@ -32,6 +32,7 @@ CULPRITS = [
 ]
 
 
+@pytest.mark.long(keep=3)
 @pytest.mark.parametrize("how", CULPRITS)
 @pytest.mark.parametrize("family", ["adam", "sgd"])
 def test_the_layer_that_is_out_of_scale_is_named_and_no_other(how, family):

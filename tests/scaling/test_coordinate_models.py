@@ -69,6 +69,7 @@ MODELS: dict[str, tuple[Made, Any, list[int]]] = {
 CASES = [(name, "adam") for name in MODELS] + [("mlp", "sgd"), ("cnn", "sgd")]
 
 
+@pytest.mark.long(keep=3)
 @pytest.mark.parametrize(("name", "family"), CASES)
 def test_mup_passes_and_one_learning_rate_for_all_does_not(name: str, family: str) -> None:
     make, batch, widths = MODELS[name]

@@ -35,6 +35,7 @@ def maker(exponents, lr):
     return make
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize(("name", "slope"), [("ntk", -0.5), ("mup", 0.0), ("mean_field", 0.0)])
 def test_slopes_of_the_named_parametrizations(name, slope, optimizer):

@@ -97,6 +97,7 @@ def test_no_collapse_however_large_the_logit(path, exponent):
 SHAPES = [(7,), (5, 1), (3, 113), (64, 1500), (2, 5, 3), (2, 5, 3, 2), (0, 4)]
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_composed_form(path, shape, dtype):

@@ -1,4 +1,4 @@
-"""The runs of test_resume.py; ``python resume_cases.py FOLDER PATH`` is the process in which they go on."""
+"""The runs of test_resume.py; ``resume_cases.py FOLDER PATH WHICH`` is the process in which they go on."""
 
 from __future__ import annotations
 
@@ -46,6 +46,14 @@ FOREACH_ALL = {
     "fp32": ("SGD:perp", "SGD:plain", "SGD:hft", "Adam:all", "amsgrad:all", "RAdam:all"),
     "bf16-stochastic": ("SGD:perp", "NAdam:all"),
     "bf16-kahan": (),  # it rounds stochastically then
+}
+# Of all cases, those of ordinary runs of the tests: each transform, base and way to round is in one of them.
+FEW = {
+    "fused": ("AdamW-l2-fp32", "AdamW-all-bf16-stochastic", "SGD-plain-bf16-kahan", "amsgrad-all-fp32"),
+    "foreach": (
+        *("AdamW-l2-fp32", "AdamW-l1-fp32", "AdamW-all-fp32", "SGD-plain-fp32", "SGD-hft-fp32"),
+        *("Adam-all-fp32", "NAdam-all-fp32", "RAdam-all-fp32", "NAdam-all-bf16-stochastic"),
+    ),
 }
 
 
@@ -99,7 +107,13 @@ class Net(nn.Module):
         return self.head(self.norm(x)) * self.scale
 
 
-def cases() -> Iterator[Case]:
+def cases(path: str, which: str) -> list[Case]:
+    """Those of a path, all or a few."""
+    mine = [case for case in every_case() if case.path == path]
+    return [case for case in mine if which == "all" or str(case).removesuffix(f"-{path}") in FEW[path]]
+
+
+def every_case() -> Iterator[Case]:
     """Every transform on each path in float32, every base with some, and a part of them in bfloat16."""
     for dtype in DTYPES:
         for base in BASES:
@@ -156,6 +170,6 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", "AdamR: param group", UserWarning)  # some bases decay weights too
     torch.set_num_threads(1)
     here = Path(sys.argv[1])
-    mine = [case for case in cases() if case.path == sys.argv[2]]
+    mine = cases(*sys.argv[2:])
     ends = {f"{case}:{kind}": resume(case, kind, here) for case in mine for kind in FILES}
     torch.save(ends, here / "ends.pt")

@@ -280,6 +280,7 @@ def test_state_that_belongs_to_no_parameter_is_saved_and_loaded() -> None:
     assert other.state_dict()["state"][0]["optx.counts.moved"].tolist() == [1.0] * 3
 
 
+@pytest.mark.long
 def test_moments_of_more_bits_are_loaded_as_torch_does_where_the_base_computes_itself() -> None:
     """RAdam's own step can't take float32 moments of a bfloat16 weight; its kernel can, and AdamW's."""
 
@@ -332,6 +333,7 @@ SETTINGS: list[tuple[Any, dict[str, Any], dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.long(keep=3)
 @pytest.mark.parametrize(
     ("base", "options", "later"), SETTINGS, ids=[f"{b.__name__}-{l}" for b, _, l in SETTINGS]
 )

@@ -65,6 +65,7 @@ def close(found: Tensor, terms: Tensor, dim: int) -> None:
     assert bool(((found.double() - wanted).abs() <= 1.2e-7 * wanted.abs() + 1e-13 * size).all())
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.parametrize(
     ("fused", "dtype"), [("cpu", F32), ("cpu", BF16), (False, F32), (False, F64), (False, BF16)], ids=str
 )

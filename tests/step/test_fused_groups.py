@@ -90,6 +90,7 @@ class Twins:
             edit(self.opts[1])
 
 
+@pytest.mark.long(keep=3)
 @pytest.mark.filterwarnings("ignore:AdamR. param group")
 @pytest.mark.parametrize("case", CASES, ids=str)
 @settings(max_examples=4, deadline=None)

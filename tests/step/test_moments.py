@@ -24,11 +24,13 @@ def test_every_name_in_every_moment_on_foreach(base: str) -> None:
     Table(CHAIN, base, fused=False).run().check()
 
 
+@pytest.mark.long(keep=3)
 @pytest.mark.parametrize("base", ["sgd nesterov maximize l2", "sgd momentum dampening", "adam l2 amsgrad"])
 def test_every_name_in_every_moment_fused(base: str) -> None:
     Table(CHAIN, base, fused="cpu").run().check()
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.parametrize("fused", [False, "cpu"])
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_slots_and_cells_of_every_dtype(fused: Any, dtype: torch.dtype) -> None:
@@ -40,6 +42,7 @@ def test_the_bases_state_in_every_moment(base: str, fused: Any) -> None:
     Table([m.Moving], base, fused).run().check()
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.parametrize("fused", [False, "cpu"])
 @pytest.mark.parametrize("skip", [False, True])
 def test_sums_see_the_gradient_as_it_stands(fused: Any, skip: bool) -> None:
@@ -133,6 +136,7 @@ STORED = [
 ]
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.parametrize(("dtype", "slot", "rounding"), STORED)
 @pytest.mark.parametrize("fused", [False, "cpu"])
 def test_observed_is_what_was_stored(

@@ -70,6 +70,7 @@ def assert_equal(a: dict[str, Any], b: dict[str, Any]) -> None:
         assert same, key
 
 
+@pytest.mark.long(keep=2)
 @every_case
 @pytest.mark.parametrize("when", [0, 2], ids=["first step", "later"])
 def test_nothing_changes_and_the_run_goes_on_as_if_it_had_not_been(

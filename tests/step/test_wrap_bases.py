@@ -111,6 +111,7 @@ def test_state_dict_hooks_run_once(base: Base) -> None:
     assert calls == ["pre", "post", "load pre", "load post"]
 
 
+@pytest.mark.long(keep=2)
 @every_base
 @pytest.mark.parametrize("fused", ["auto", False], ids=["auto", "foreach"])
 def test_resume_is_bit_identical(base: Base, fused: Any) -> None:
@@ -182,6 +183,7 @@ def test_closure_returns_the_loss(base: Base) -> None:
     assert float(opt.step(closure)) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.long(keep=2)
 @every_base
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_copies_go_on_alike_and_apart(base: Base, how: str) -> None:

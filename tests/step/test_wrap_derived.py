@@ -189,6 +189,7 @@ EDITS: dict[str, Edit] = {
 }
 
 
+@pytest.mark.long(keep=3)
 @both
 @pytest.mark.filterwarnings("ignore:.*both pulls act", "ignore:.*the checkpoint has no")
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adam], ids=lambda k: k.__name__)

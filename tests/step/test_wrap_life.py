@@ -155,6 +155,7 @@ def on_the_other_path(p: nn.Parameter, opt: optx.Wrapped) -> None:
     opt.step()
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.usefixtures("_no_collector")
 @pytest.mark.parametrize("life", [plain, loaded, removed, again, failed, on_the_other_path])
 def test_weights_and_moments_are_freed_without_the_collector(life: Any) -> None:
@@ -365,6 +366,7 @@ def test_a_step_without_any_gradient_warns_once(kind: Any, fused: Any) -> None:
     assert torch.equal(p, before)
 
 
+@pytest.mark.long
 def test_hooks_of_all_optimizers_run_once_where_torch_compile_wrapped_a_step() -> None:
     """Once anything was compiled, torch puts another wrapper around LBFGS's step."""
     code = """

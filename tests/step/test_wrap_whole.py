@@ -206,6 +206,7 @@ CASES = [
 ]
 
 
+@pytest.mark.long(keep=3)
 @both
 @pytest.mark.parametrize(("base", "place"), CASES, ids=lambda x: getattr(x, "__name__", x))
 @pytest.mark.parametrize("first", [True, False], ids=["first step", "later"])
@@ -249,6 +250,7 @@ def test_an_error_in_a_transforms_hook_changes_nothing(fused: Any) -> None:
 # ---- skip_nonfinite ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.long(keep=2)
 @both
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("base", BASES)
