@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-EXAMPLES = 40
+EXAMPLES = 20
 
 
 def test_no_edit_crashes_a_step_or_makes_it_wrong(tmp_path: Path, drawn_seed: int | None) -> None:
