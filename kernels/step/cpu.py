@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -107,6 +107,7 @@ class CpuStep(Step):
         self._parallel = sum(numels) > SERIAL
         contents = vars(self._module).items()
         self._kernels = {name: int(one.address) for name, one in contents if hasattr(one, "address")}
+        self._in_one_go = [] if program.scratch or wholes is not None else list(self._calls())
 
     def _take_apart(self) -> None:
         """Have the kernels that go over tensors read sums that were completed meanwhile.
@@ -158,6 +159,27 @@ class CpuStep(Step):
     def _each_chunk(self, kernel: str) -> None:
         self._args[_NEXT] = 0
         cpu.run(self._kernels[kernel], self._address, self._parallel)
+
+    def _calls(self) -> Iterator[tuple[int, bool]]:
+        """The kernels of a step in which nothing waits, and whether all threads run them."""
+        for number, level in enumerate(self.program.levels):
+            if level.sums:
+                yield self._kernels[f"reduce_{number}"], self._parallel
+            if scalars := self._kernels.get(f"scalars_{number}"):
+                yield scalars, False
+        yield self._kernels["update"], self._parallel
+        if commit := self._kernels.get("commit"):
+            yield commit, False
+
+    def step(self) -> None:
+        """A whole step, where nothing waits for totals."""
+        if not self._in_one_go:
+            super().step()
+            return
+        self.shares[:] = 0.0
+        for kernel, parallel in self._in_one_go:
+            self._args[_NEXT] = 0
+            cpu.run(kernel, self._address, parallel)
 
     def sum(self, level: int) -> None:
         """Take a level's sums."""

@@ -20,6 +20,7 @@ passes for whole matrices store what they make beside all state. In the end::
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -184,7 +185,7 @@ class Program:
         """State tensors that are read or written element by element."""
         return self.named("slot")
 
-    @property
+    @functools.cached_property
     def scratch(self) -> dict[str, str]:
         """Of the slots those that are no state, and their dtypes: what functions of whole matrices make."""
         return {fill.result.name: fill.dtype for level in self.levels for fill in level.fills}

@@ -20,6 +20,7 @@ from optx.step.counting import step_numbers
 from optx.step.fusable import ALIASED, SHARED, Unfusable
 from optx.step.gradients import Gradients
 from optx.step.group_tensors import SLOT_DTYPE_NAMES, GroupTensors
+from optx.step.known_numbers import KnownNumbers
 from optx.step.measured import Table
 from optx.step.memory import Extents
 from optx.step.rounding import step_key
@@ -46,7 +47,10 @@ class FusedGroup:
         derived: keys of the cells that are taken from a state tensor of the base, with its name.
         rounding: for bfloat16 weights.
         triton: run Triton kernels, else Numba.
-        only: the number, in the one group, of the one tensor that this serves; None: it serves all.
+        numbers: what is known of the groups' numbers, by whoever served some of them before.
+
+    Attributes:
+        made_of: these arguments but the groups, for one that serves others with the same program.
     """
 
     def __init__(
@@ -59,7 +63,7 @@ class FusedGroup:
         derived: Sequence[tuple[str, str]],
         rounding: str,
         triton: bool,
-        only: int | None = None,
+        numbers: KnownNumbers | None = None,
     ) -> None:
         self.groups, self.program, self.rules, self.base = list(groups), program, rules, base
         self._slots, self._rounding, self.triton = slots, rounding, triton
@@ -69,29 +73,22 @@ class FusedGroup:
         self._written = Extents([], [])  # all that the kernels write
         # Of a group's settings it asks for those that a GPU's groups have, which are alone.
         self._tensors = GroupTensors(self.groups[0], program, rules, base, slots, triton)
-        self._fresh = self._tensors.fresh
+        self.fresh = self._tensors.fresh
         self._was_fresh = False
         self.active: list[Tensor] = []
         self._draws: set[int] = set()  # the groups in which something is rounded stochastically
         self._sharing: list[list[Bucket]] = []  # each group's buckets, in the order of its parameters
         self._hypers = program.named("hyper")
-        self._only = only
+        self._numbers = numbers or KnownNumbers(self._hypers)
+        self._rows: list[list[float]] = []  # of numbers, as the kernels were last told
+        derived = self._derived
+        self.made_of = program, rules, base, slots, derived, rounding, triton, self._numbers
         self.sharded = any(map(is_dtensor, self._parameters()))
         self._gradients = Gradients(base, self.sharded)
 
-    def serving(self, groups: Sequence[Group], only: int | None = None) -> FusedGroup:
-        """The same for other groups, which go with its program; or for one tensor, which draws as ever."""
-        return FusedGroup(
-            groups,
-            self.program,
-            self.rules,
-            self.base,
-            self._slots,
-            self._derived,
-            self._rounding,
-            self.triton,
-            only,
-        )
+    def serving(self, groups: Sequence[Group]) -> FusedGroup:
+        """The same for other groups, which go with its program."""
+        return FusedGroup(groups, *self.made_of)
 
     # ---- tables ------------------------------------------------------------------------------------
 
@@ -130,35 +127,38 @@ class FusedGroup:
         self._write_numbers(key)
 
     def _parameters(self) -> list[Tensor]:
-        if self._only is not None:
-            return [self.groups[0]["params"][self._only]]
         return [p for group in self.groups for p in group["params"]]
+
+    def _numbered(self) -> list[tuple[int, int]]:
+        """For each parameter the group that it is of, and its number there."""
+        return [(owner, i) for owner, group in enumerate(self.groups) for i in range(len(group["params"]))]
 
     def _write_numbers(self, key: Callable[[Group], int]) -> None:
         """Tell the kernels what the groups' numbers are now."""
-        rows = [step_numbers(group, self._hypers).values() for group in self.groups]
         keys = [key(group) if i in self._draws else 0 for i, group in enumerate(self.groups)]
         if self.triton:
+            numbers = list(step_numbers(self.groups[0], self._hypers).values())
             for bucket in self._buckets:
                 # The key of its draws was settled with the table, see `_bucket`.
-                bucket.runner.live = {i: v for i, v in enumerate(rows[0]) if _on_gpu(v)}
-                bucket.runner.hypers[: len(rows[0])] = [0.0 if _on_gpu(v) else float(v) for v in rows[0]]
+                bucket.runner.live = {i: v for i, v in enumerate(numbers) if _on_gpu(v)}
+                bucket.runner.hypers[: len(numbers)] = [0.0 if _on_gpu(v) else float(v) for v in numbers]
             return
-        numbers = [list(map(float, row)) for row in rows]
+        rows = list(map(self._numbers.of, self.groups))
+        told = len(rows) == len(self._rows) and all(map(is_, rows, self._rows))
         for bucket in self._buckets:
-            bucket.runner.groups[:, : len(self._hypers)] = numbers
+            if not told:
+                bucket.runner.groups[:, : len(self._hypers)] = rows
             if self._draws:
                 salt = 0 if bucket.shards is None else bucket.shards.salt
                 bucket.runner.set_key([one ^ salt for one in keys] if salt else keys)
+        self._rows = rows
 
     def _rebuild(self, params: Sequence[Tensor]) -> None:
         """Look at every tensor, sort the parameters by dtypes, and make the tables."""
         tensors, scratch = self._tensors, self.program.scratch
         buckets: dict[_Kind, list[int]] = {}
         orders: list[dict[_Kind, None]] = [{} for _ in self.groups]
-        places = [(owner, i) for owner, group in enumerate(self.groups) for i in range(len(group["params"]))]
-        if self._only is not None:
-            places = [(0, self._only)]
+        places = self._numbered()
         for i, p in enumerate(params):
             if p.grad is not None:
                 grad = self._gradients.of(p, p.grad)
@@ -180,7 +180,7 @@ class FusedGroup:
             kind: self._bucket(kind, [params[i] for i in members], [places[i] for i in members])
             for kind, members in buckets.items()
         }
-        self._buckets = list(made.values())
+        self._buckets, self._rows = list(made.values()), []
         self._sharing = [[made[kind] for kind in order] for order in orders]
         self._draws = {owner for owner, order in enumerate(orders) if any(self._drawn(d) for d, _ in order)}
         for bucket in self._buckets:
@@ -322,8 +322,8 @@ class FusedGroup:
 
     def _mark(self, bucket: Bucket, states: Sequence[Mapping[str, Any]]) -> None:
         """Tell the kernels which states are new, and the number of the step where they do not count."""
-        if self._fresh or self._was_fresh:
-            bucket.runner.cols[:, FRESH] = [id(p) in self._fresh for p in bucket.members]
+        if self.fresh or self._was_fresh:
+            bucket.runner.cols[:, FRESH] = [id(p) in self.fresh for p in bucket.members]
         if self.rules.counted == "number":
             bucket.runner.cols[:, STEP] = [state["step"] + 1 for state in states]
         elif self.rules.counted == "group":
@@ -350,7 +350,7 @@ class FusedGroup:
 
     def _took_derived(self) -> None:
         """Kernels count up no version: only what this step made is news."""
-        for bucket in self._buckets if self._fresh else ():
+        for bucket in self._buckets if self.fresh else ():
             bucket.looked.clear()
             for key, source in self._derived:
                 if source in bucket.found:
@@ -438,15 +438,14 @@ class FusedGroup:
             for bucket in self._buckets:
                 for state in map(self.base.state.__getitem__, bucket.members):
                     state["step"] += 1
-        if self._only is None:
-            self.count_groups()
+        self.count_groups()
         self._took_derived()
-        self._was_fresh = bool(self._fresh)
+        self._was_fresh = bool(self.fresh)
         self._release()
 
     def _release(self) -> None:
         """Let go of what is only held during a step."""
-        self._fresh.clear()
+        self.fresh.clear()
         self._gradients.let_go()
         for bucket in self._buckets:
             bucket.found = {}
@@ -455,7 +454,7 @@ class FusedGroup:
     def undo(self) -> None:
         """The step is skipped: take back the state that `prepare` made."""
         self._tensors.take_back(self.active)
-        if self._fresh:
+        if self.fresh:
             self._seen, self._buckets = None, []
         self._release()
 

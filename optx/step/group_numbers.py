@@ -70,6 +70,12 @@ def _setting(group: Group, name: str) -> Any:
     return values[index] if several(values) and len(values) > index else None
 
 
+def keys_of(name: str) -> tuple[str, ...]:
+    """The keys of a group that a rule's name for a number may be read from."""
+    key, rows, _ = _places(name)
+    return key, *rows
+
+
 @functools.cache
 def _places(name: str) -> tuple[str, tuple[str, ...], int]:
     """The key of a rule's name; where that is of a row of numbers, the keys it may have, and the place."""

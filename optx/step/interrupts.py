@@ -17,51 +17,49 @@ _NAMES = ("SIGINT", "SIGTERM", "SIGALRM", "SIGUSR1", "SIGUSR2")
 _SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 
+_MAIN = threading.main_thread()
+
+
 class Held:
-    """Python's signal handlers, held off: what arrives meanwhile is remembered, and handled by `let_go`."""
+    """Python's signal handlers, held off inside ``with``: what arrives meanwhile is handled at its end.
+
+    A kernel is never interrupted, but the lines between two kernels may be.
+    """
 
     def __init__(self) -> None:
-        self._handlers: dict[int, Any] = {}
+        self._handlers: list[tuple[int, Any]] = []
         self._arrived: list[tuple[int, FrameType | None]] = []
 
-    def hold(self) -> None:
+    def __enter__(self) -> Held:
         """From now on handlers wait. Only the main thread runs any, so elsewhere there is nothing to do."""
-        if threading.current_thread() is threading.main_thread():
-            self._handlers = {n: handler for n in _SIGNALS if callable(handler := current(n))}
-        for number in self._handlers:
+        if threading.get_ident() == _MAIN.ident:
+            self._handlers = [(n, handler) for n in _SIGNALS if callable(handler := current(n))]
+        for number, _ in self._handlers:
             handle(number, self._remember)
+        return self
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._arrived.append((number, frame))
 
-    def let_go(self) -> None:
+    def __exit__(self, *_: object) -> None:
         """Handlers run again, first for what has arrived."""
-        handlers, self._handlers = self._handlers, {}
-        for number, handler in handlers.items():
+        handlers, self._handlers = self._handlers, []
+        for number, handler in handlers:
             handle(number, handler)
-        arrived, self._arrived = self._arrived, []
-        for number, frame in arrived:
-            handlers[number](number, frame)
+        if self._arrived:
+            arrived, self._arrived = self._arrived, []
+            by_number = dict(handlers)
+            for number, frame in arrived:
+                by_number[number](number, frame)
 
     @contextmanager
     def let_through(self) -> Generator[None]:
         """Inside, signals interrupt again: for a person's code, which may take long."""
-        self.let_go()
+        self.__exit__()
         try:
             yield
         finally:
-            self.hold()
+            self.__enter__()
 
 
-@contextmanager
-def uninterrupted() -> Generator[Held]:
-    """Hold Python's signal handlers off; they run, and may raise, when the block is done.
-
-    A kernel is never interrupted, but the lines between two kernels may be.
-    """
-    held = Held()
-    held.hold()
-    try:
-        yield held
-    finally:
-        held.let_go()
+uninterrupted = Held

@@ -20,7 +20,6 @@ from optx._errors import OptxError, warn
 from optx._names import is_dtensor, parameter_names
 from optx.step.base_step import Guard
 from optx.step.fusable import SHARED, Unfusable
-from optx.step.fused import FusedGroup
 from optx.step.interrupts import uninterrupted
 from optx.step.measured import Measured
 from optx.step.memory import Extents
@@ -29,6 +28,7 @@ from optx.step.numbers import as_float
 from optx.step.paths import GroupPath
 from optx.step.releasable import why_not_released
 from optx.step.sharded import here
+from optx.step.single import Single
 from optx.step.stepper import Stepper
 from optx.step.transform import Host
 
@@ -72,7 +72,7 @@ class Released:
         self._hooks: dict[int, tuple[Tensor, Any]] = {}
         self._paths: list[GroupPath] = []  # that the following are of
         self._places: dict[int, tuple[GroupPath, int]] = {}
-        self._runners: dict[int, FusedGroup] = {}
+        self._runners: dict[int, Single] = {}
         self._stepped: dict[int, Tensor] = {}  # since the block was entered
         self._armed = self._open = self._looked = self._told = False
         self._failed = ""
@@ -186,6 +186,9 @@ class Released:
                 self._take(p)
 
     def _take(self, p: Tensor) -> None:
+        if torch.is_grad_enabled():  # in backward it seldom is
+            with torch.no_grad():
+                return self._take(p)
         if id(p) in self._stepped:
             raise OptxError(
                 f"{_WHERE}: {self._name(p)} got another gradient after it was stepped. Call opt.step() "
@@ -194,7 +197,7 @@ class Released:
             )
         runner = self._runners.get(id(p)) or self._runner(p)
         stepper = self._alive().stepper
-        with torch.no_grad(), uninterrupted():
+        with uninterrupted():
             try:
                 runner.prepare(stepper.key)
             except BaseException as error:
@@ -211,11 +214,11 @@ class Released:
                 stepper.slots.store.settle([p])
         p.grad = None
 
-    def _runner(self, p: Tensor) -> FusedGroup:
+    def _runner(self, p: Tensor) -> Single:
         """The tables of one tensor, made once."""
         path, number = self._places[id(p)]
         assert path.fused is not None
-        runner = path.fused.serving([path.group], number)
+        runner = Single(path.fused, path.group, number)
         self._runners[id(p)] = runner
         return runner
 

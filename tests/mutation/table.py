@@ -300,6 +300,8 @@ TABLE = {
     "optx/pruning/sparsegpt.py": "sparsegpt prune_peer",
     "optx/pruning/wanda.py": "wanda prune_peer",
     "optx/pruning/magnitude.py": "magnitude",
+    "optx/step/single.py": "release_sees release matrices",
+    "optx/step/known_numbers.py": "release_sees wrap_numbers",
     "optx/step/release.py": "release",
     "optx/step/releasable.py": "release",
     "optx/step/interrupts.py": "wrap_signals",

@@ -228,6 +228,30 @@ def test_where_it_fails_the_step_has_not_been_taken() -> None:
     opt.step()
 
 
+def test_where_it_fails_in_backward_only_what_was_stepped_before_has_moved() -> None:
+    """The tensor in hand counted as stepped."""
+    net = nn.ParameterList([nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(3))])
+    opt = optx.wrap(Halves(net.parameters()), fused=True)
+    released = opt.release(net)
+    for _ in range(3):
+        with released:
+            (net[0] * net[1]).sum().backward()
+        opt.step()
+    before = [p.detach().clone() for p in net]
+    FAILS.append(True)
+    try:
+        with pytest.raises(RuntimeError, match="no memory left"), released:
+            (net[0] * net[1]).sum().backward()
+    finally:
+        FAILS.clear()
+    assert all(map(torch.equal, net, before))
+    assert not opt.released.stepped_any()
+    with released:  # nothing was stepped, so no step is open
+        sum(p.sum() for p in net).backward()
+    opt.step()
+    assert not any(map(torch.equal, net, before))
+
+
 def test_it_must_return_the_same_shape() -> None:
     params, opt = own()
     FAILS.append(False)
