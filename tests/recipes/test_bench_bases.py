@@ -21,3 +21,6 @@ def test_bytes_are_counted_and_forms_compared(tmp_path: Path, capsys: pytest.Cap
     assert "pytorch_optimizer.Lion" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         _bench_bases.main(["--bases", "Leo"])
+    with pytest.raises(SystemExit):
+        _bench_bases.main(["--shape", "1000"])
+    assert "must be ROWSxCOLUMNS" in capsys.readouterr().err
