@@ -178,6 +178,12 @@ def rules_or_why(base: Optimizer, group: Group) -> BaseRules | str:
             f"optx: the rules of {type(base).__name__} returned {made!r}; they must return an "
             "optx.BaseRules, or why they can't serve the group, in words."
         )
+    for name, first in () if isinstance(made, str) else made.initial.items():
+        if isinstance(first, str) and first not in base_numbers(group):
+            raise OptxError(
+                f"optx: the rules of {type(base).__name__} have initial[{name!r}]={first!r}, which is no "
+                "number of the param group."
+            )
     return made
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import Any
 
@@ -239,6 +240,10 @@ def test_mistakes_are_told_at_registration(build: Any, message: str) -> None:
     ("rules", "message"),
     [
         (optx.BaseRules((signed_move,)), "'signed_move' reads 'ahead', which is no slot"),
+        (
+            dataclasses.replace(RULES, initial={"average": "lrate"}),
+            r"initial\['average'\]='lrate', which is no number of the param group",
+        ),
         (
             optx.BaseRules((signed_average, writes_a_number), (signed_scalars,), RULES.slots,
                            counted="number"),
