@@ -85,8 +85,8 @@ def add_product(
 _RESHAPED = torch.ops.aten._unsafe_view.default
 
 _NARROW = 8
-"""Up to this rank MKL's products of a thin matrix take as little as half the time where the
-rank is not the axis along which they vectorise (measured with AVX2 and AVX-512; none at rank 16)."""
+"""Up to this rank MKL's products of a thin matrix take up to half the time where the rank is not the axis along
+which they vectorise (measured with AVX2 and AVX-512; no difference from rank 16)."""
 
 
 def low_product(x: Tensor, down: Tensor) -> Tensor:
