@@ -30,7 +30,6 @@ from optx.inject._weights import (
     features,
     in_sum_precision,
     is_transposed,
-    low_product,
 )
 
 
@@ -261,7 +260,7 @@ class LinearLoRA(LowRank):
 
     def down(self, module: nn.Module, x: Tensor, A: Tensor) -> Tensor:
         """A x."""
-        return low_product(x, A)
+        return F.linear(x, A)
 
     def up(self, output: Tensor, low: Tensor, B: Tensor, owned: bool) -> Tensor:
         """output + s B low, in one pass over the output."""

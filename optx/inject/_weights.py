@@ -68,38 +68,11 @@ def add_product(
         owned: nobody else holds the output, so that it may be written to: that saves one more pass, and the
             memory of a second output.
     """
-    out, rank = up.shape
-    lies_by_rank = low.stride(-1) != 1
     if owned and output.ndim == 3 and _may_write(output, low, up):
-        if not lies_by_rank:
-            return output.baddbmm_(low, up.t().expand(len(output), -1, -1), alpha=scale)
-        flat = _RESHAPED(output, (-1, out))  # as a view, autograd would copy it
-        flat.addmm_(low.reshape(-1, rank), up.t().contiguous(), alpha=scale)
-        return _RESHAPED(flat, output.shape)
-    right = up.t().contiguous() if lies_by_rank else up.t()
-    flat = torch.addmm(output.reshape(-1, out), low.reshape(-1, rank), right, alpha=scale)
+        return output.baddbmm_(low, up.t().expand(len(output), -1, -1), alpha=scale)
+    out, rank = up.shape
+    flat = torch.addmm(output.reshape(-1, out), low.reshape(-1, rank), up.t(), alpha=scale)
     return flat.view(output.shape)
-
-
-# The same memory in another shape, for a tensor that nobody looks at again.
-_RESHAPED = torch.ops.aten._unsafe_view.default
-
-_NARROW = 8
-"""Up to this rank MKL's products of a thin matrix take up to half the time where the rank is not the axis along
-which they vectorise (measured with AVX2 and AVX-512; no difference from rank 16)."""
-
-
-def low_product(x: Tensor, down: Tensor) -> Tensor:
-    """x down^T, laid out for the products of `add_product` and of its backward.
-
-    Args:
-        x: (..., in).
-        down: (r, in).
-    """
-    narrow = len(down) <= _NARROW and x.ndim > 1 and x.dtype == down.dtype == torch.float32
-    if not narrow or not x.is_cpu or type(x) is not Tensor or torch.compiler.is_compiling():
-        return F.linear(x, down)
-    return (down @ x.flatten(0, -2).t()).t().view(*x.shape[:-1], len(down))
 
 
 def _may_write(output: Tensor, *others: Tensor) -> bool:
