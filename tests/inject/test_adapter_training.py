@@ -66,6 +66,7 @@ def test_dropout_acts_while_training_alone() -> None:
     assert torch.equal(model(x), model(x))
 
 
+@pytest.mark.long
 def test_compiles_as_one_graph() -> None:
     """What the table of test_attach_torch.py has no row for."""
     model = bert()

@@ -228,6 +228,7 @@ def test_compiled_is_eager(variant: str, compiled: Callable[..., Any]) -> None:
         assert parts(net)[0].stream._traced is None
 
 
+@pytest.mark.long(keep=3)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own, without us too
 @pytest.mark.parametrize("which", [{0}, {3}, {1, 2}, {0, 2}, {0, 1, 2, 3}], ids=str)
 def test_some_layers_compiled_and_some_not(which: set[int], compiled: Callable[..., Any]) -> None:
@@ -241,6 +242,7 @@ def test_some_layers_compiled_and_some_not(which: set[int], compiled: Callable[.
     assert_close(gradients(net, lambda: net(x)), grads, 1e-5)
 
 
+@pytest.mark.long
 def test_compiled_with_checkpointing_of_transformers(compiled: Callable[..., Any]) -> None:
     net = llama().train()
     net.config.use_cache = False

@@ -47,6 +47,7 @@ def test_everything_attached_gets_a_gradient(row: Row) -> None:
     assert all(gradient.abs().sum() > 0 for gradient in found.values())
 
 
+@pytest.mark.long(keep=4)
 @each_row
 def test_compile_fullgraph(row: Row) -> None:
     model, handle = row.attached(model=row.shortest())
@@ -66,6 +67,7 @@ def test_compile_fullgraph(row: Row) -> None:
             torch.testing.assert_close(run(compiled), run(row.shortest()), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.long
 def test_attaching_to_a_compiled_model_warns() -> None:
     model = llama()
     compiled: Any = torch.compile(model, backend="eager")

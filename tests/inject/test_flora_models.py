@@ -64,6 +64,7 @@ def test_state_goes_to_a_fresh_model_and_a_resumed_run_is_the_same_run(kind: str
     assert not torch.equal(out_of(second(x)), out_of(first(x)))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", REAL)
 def test_compiles_in_one_graph(kind: str) -> None:
     build, x, injection = REAL[kind]

@@ -29,6 +29,7 @@ def test_the_best_response_of_a_linear_problem_is_exact() -> None:
     torch.testing.assert_close((part.V * part.W_h)[0], slope, rtol=0, atol=1e-9)
 
 
+@pytest.mark.long
 def test_the_papers_ridge_problem() -> None:
     """Property 7: w*_i = sigmoid(log d_i^2 - l) (1, 3)_i, at X = diag(2, 1), y = (2, 3); value and slope."""
     X, y = torch.diag(torch.tensor([2.0, 1])).double(), torch.tensor([2.0, 3]).double()
@@ -53,6 +54,7 @@ def test_the_papers_ridge_problem() -> None:
     torch.testing.assert_close((part.V * part.W_h)[0].float(), slope, rtol=0.1, atol=0.02)
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.parametrize("start", [-4.0, 1.5])
 def test_ridge_regression_finds_its_penalty_from_both_sides(start: float) -> None:
     """The specification's toy: 30 training and 200 validation points, 20 weights, penalty e^l |w|^2."""

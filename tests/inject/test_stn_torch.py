@@ -58,6 +58,7 @@ def test_the_scaler_is_divided_out() -> None:
     torch.testing.assert_close(*rows)
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.parametrize("delta", [False, True])
 def test_compiled_whole(delta: bool) -> None:
     torch._dynamo.reset()

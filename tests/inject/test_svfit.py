@@ -370,6 +370,7 @@ def test_a_merged_weight_is_not_taken_for_the_pretrained_one() -> None:
     torch.testing.assert_close(part.sigma0, values, rtol=0, atol=1e-6)
 
 
+@pytest.mark.long
 def test_compiles_in_one_graph() -> None:
     for build, x, targets in (
         (lambda: llama(use_cache=False), TOKENS, None),

@@ -155,7 +155,7 @@ def on_the_other_path(p: nn.Parameter, opt: optx.Wrapped) -> None:
     opt.step()
 
 
-@pytest.mark.long(keep=2)
+@pytest.mark.long(keep=5)
 @pytest.mark.usefixtures("_no_collector")
 @pytest.mark.parametrize("life", [plain, loaded, removed, again, failed, on_the_other_path])
 def test_weights_and_moments_are_freed_without_the_collector(life: Any) -> None:

@@ -32,7 +32,7 @@ def with_gradients(opt: torch.optim.Optimizer) -> torch.optim.Optimizer:
 # ---- one transform, one optimizer ------------------------------------------------------------------------
 
 
-@pytest.mark.long(keep=2)
+@pytest.mark.long(keep=5)
 @pytest.mark.parametrize("make", [AdamR, PerpGrad, SoftClip], ids=lambda t: t.__name__)
 @pytest.mark.parametrize("cycle", [False, True])
 def test_one_transform_serves_one_optimizer(make: Any, cycle: bool) -> None:

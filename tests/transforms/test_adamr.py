@@ -63,6 +63,7 @@ def test_the_worked_example(fused: bool, dtype: torch.dtype) -> None:
     assert_same(weights_of(opt), [torch.tensor(w, dtype=dtype) for w in wanted], tolerance)
 
 
+@pytest.mark.long(keep=3)
 @both
 @pytest.mark.parametrize(
     ("norm", "base", "numbers"),

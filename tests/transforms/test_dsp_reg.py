@@ -310,6 +310,7 @@ FUSED = [
 ]
 
 
+@pytest.mark.long(keep=3)
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize(("base", "options"), FUSED)
 def test_the_fused_path_against_the_reference(base: str, options: dict[str, Any], dtype: torch.dtype) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from optx.recipes._spurious import fit
 
 
+@pytest.mark.long
 def test_spurious_features_are_dropped() -> None:
     """ERM and a uniform decay of the same strength keep them; accuracy on domains as seen falls a little."""
     erm, uniform, ours = ([fit(arm, seed, steps=400) for seed in range(2)] for arm in ("erm", "l2", "dsp"))

@@ -79,6 +79,7 @@ def test_selected_entries_are_the_bases_own_run_of_them_and_others_stay_whatever
         assert torch.allclose(w[mask], alone, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.long(keep=5)
 @pytest.mark.parametrize("base", BASES, ids=str)
 def test_any_base_keeps_unselected_entries(base: Any) -> None:
     model = make_net()

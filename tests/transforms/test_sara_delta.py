@@ -22,6 +22,7 @@ def bits(t: Tensor) -> Tensor:
     return t.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
 
 
+@pytest.mark.long(keep=3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("compact", [False, True])
 def test_on_a_fresh_base_it_makes_the_weights_bit_for_bit(
