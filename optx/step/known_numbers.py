@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import is_
-from typing import Any
+from typing import Any, cast
 
 from optx.step.counting import ADVANCES, step_numbers
 from optx.step.group_numbers import keys_of
@@ -47,7 +47,7 @@ _ABSENT = None, "absent"
 
 def _lasts(value: Any) -> bool:
     """Whether a setting is what it is for as long as it is the same object."""
-    several: Any = value if isinstance(value, tuple) else (value,)
+    several = cast("tuple[object, ...]", value) if isinstance(value, tuple) else (value,)
     return _PLAIN.issuperset(map(type, several))
 
 
