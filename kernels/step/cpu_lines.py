@@ -142,7 +142,8 @@ class CpuLines(Lines):
         lines: list[str] = []
         for call in calls:
             given, targets = list(map(variable, call.args)), list(map(variable, call.writes))
-            lines += rule_lines(call.rule, given, targets, suffix, self._number(suffix))
+            inverted = self._inverted(call) if suffix == "_32" else ()
+            lines += rule_lines(call.rule, given, targets, suffix, self._number(suffix), inverted)
             for ref in call.writes:
                 name = variable(ref)
                 if ref.kind == "slot" and (dtype := self.dtypes[ref.name]) in cpu.INTEGERS:

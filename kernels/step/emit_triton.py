@@ -62,10 +62,12 @@ class _Emitter(TritonTiles):
             *([_TILED] if p.tiled else []),
         ]
         filled = [c for level in p.levels for fill in level.fills for c in fill.calls]
-        narrow = [c.rule for c in (*p.update, *filled, *(c for level in p.levels for c in level.prefix))]
+        calls = (*p.update, *filled, *(c for level in p.levels for c in level.prefix))
+        narrow = [c.rule for c in calls]
         wide = [c.rule for level in p.levels for c in (*level.sums, *level.scalars, *level.finish)]
         wide += [c.rule for c in (*p.observe, *p.meter)]
-        lines += dialect(narrow, self.suffix, self.math)
+        inverted = {c.rule: self._inverted(c) for c in calls}
+        lines += dialect(narrow, self.suffix, self.math, lambda rule: inverted.get(rule, ()))
         known = set(narrow) if self.suffix == "_64" else set[object]()
         lines += dialect([r for r in wide if r not in known], "_64", "tl.float64")
         for number, level in enumerate(p.levels):

@@ -21,10 +21,22 @@ class Lines:
         beside = layout.beside(program.slots)
         self.dtypes = dict(zip(self.table.roles, (*layout.dtypes, *beside.values()), strict=True))
         self.eight = [name for name in program.slots if self.dtypes[name] in EIGHT]
+        self.low = any(self.dtypes[name] in ("bfloat16", *EIGHT) for name in program.slots) and not self.wide
         self.split = layout.rounding in SPLIT
         self.cells = {n: program.cell_dtype(n, layout.dtypes[0]) for n in program.cells}
         # Whether a float64 (or an integer that needs one) can get into what a float32 rule computes.
         self.mixed = self.wide or any(dtype in WIDE for dtype in self.dtypes.values())
+
+    def _inverted(self, call: Call) -> list[str]:
+        """Arguments of a rule that an element's number is multiplied by the inverse of, not divided by them.
+
+        They are what a base's own scalars are, such as AdamW's correction. Where moments have fewer bits a
+        step is bound by its divisions, and a rounding more is far below a moment's own.
+        """
+        if not self.low:
+            return []
+        pairs = zip(call.rule.reads, call.args, strict=True)
+        return [name for name, ref in pairs if ref.kind == "col" and ref.name.startswith("base.")]
 
     def _roles(self, calls: Iterable[Call]) -> list[str]:
         """Roles whose elements some calls touch, in table order."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from optx._rules import Rule
 from optx.kernels.step.program import Ref
@@ -28,8 +28,25 @@ class _Literals(ast.NodeTransformer):
         return node
 
 
+class _Inverted(ast.NodeTransformer):
+    """Writes divisions by some variables as products: ``x / c`` as ``x * (1.0 / c)``."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        self.names = names
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        node = ast.BinOp(self.visit(node.left), node.op, self.visit(node.right))
+        if isinstance(node.op, ast.Div) and isinstance(node.right, ast.Name) and node.right.id in self.names:
+            return ast.BinOp(node.left, ast.Mult(), ast.BinOp(ast.Constant(1.0), ast.Div(), node.right))
+        return node
+
+
 def rule_text(
-    rules: Iterable[Rule], suffix: str, decorator: str, number: Callable[[float], str]
+    rules: Iterable[Rule],
+    suffix: str,
+    decorator: str,
+    number: Callable[[float], str],
+    inverted: Callable[[Rule], Collection[str]] = lambda _rule: (),
 ) -> list[str]:
     """The functions of some rules and their helpers, each once, helpers first.
 
@@ -38,6 +55,7 @@ def rule_text(
         suffix: added to each function's name, so that float32 and float64 versions can stand side by side.
         decorator: the compiler's.
         number: how the compiler wants a literal: Numba widens ``float32 * 1.0`` to float64.
+        inverted: which of a rule's arguments are the same for all elements, and may be divided by once.
     """
     done: set[str] = set()
     text: list[str] = []
@@ -47,7 +65,8 @@ def rule_text(
         if name in done:
             return name
         done.add(name)
-        definition = _definition(rule, number, {n: define(h) for n, h in rule.source.helpers.items()})
+        helpers = {n: define(h) for n, h in rule.source.helpers.items()}
+        definition = _definition(rule, number, helpers, inverted(rule))
         definition.name = name
         text.extend(["", "", decorator, *ast.unparse(ast.fix_missing_locations(definition)).split("\n")])
         return name
@@ -57,11 +76,15 @@ def rule_text(
     return text
 
 
-def _definition(rule: Rule, number: Callable[[float], str], helpers: dict[str, str]) -> ast.FunctionDef:
+def _definition(
+    rule: Rule, number: Callable[[float], str], helpers: dict[str, str], inverted: Collection[str] = ()
+) -> ast.FunctionDef:
     """A rule's own, in a compiler's words."""
     constants = rule.source.constants.items()
     names = {n: str(v) if isinstance(v, bool) else number(v) for n, v in constants} | helpers
-    return _Literals(number, names).visit(copy.deepcopy(rule.source.definition))
+    definition = copy.deepcopy(rule.source.definition)
+    stored = {n.id for n in ast.walk(definition) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return _Literals(number, names).visit(_Inverted(set(inverted) - stored).visit(definition))
 
 
 class _Renamed(ast.NodeTransformer):
@@ -73,7 +96,12 @@ class _Renamed(ast.NodeTransformer):
 
 
 def rule_lines(
-    rule: Rule, given: Sequence[str], targets: Sequence[str], suffix: str, number: Callable[[float], str]
+    rule: Rule,
+    given: Sequence[str],
+    targets: Sequence[str],
+    suffix: str,
+    number: Callable[[float], str],
+    inverted: Collection[str] = (),
 ) -> list[str]:
     """A rule's statements in place of a call: each function more is a tenth of a second to Numba.
 
@@ -83,9 +111,10 @@ def rule_lines(
         targets: variables that it writes.
         suffix: of the helpers' names.
         number: as for `rule_text`.
+        inverted: as for `rule_text`, of this rule.
     """
     helpers = {n: rule_name(helper, suffix) for n, helper in rule.source.helpers.items()}
-    definition = _definition(rule, number, helpers)
+    definition = _definition(rule, number, helpers, inverted)
     nodes = ast.walk(definition)
     own = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     names = {n: f"r_{rule.name}_{n}" for n in own}  # no other variable begins so

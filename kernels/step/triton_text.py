@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 
 from optx._rules import Rule
 from optx.kernels.step.text import rule_text
@@ -11,15 +11,21 @@ from optx.kernels.step.text import rule_text
 JIT = "@triton.jit"
 
 
-def dialect(rules: Iterable[Rule], suffix: str, math: str) -> list[str]:
+def dialect(
+    rules: Iterable[Rule],
+    suffix: str,
+    math: str,
+    inverted: Callable[[Rule], Collection[str]] = lambda _rule: (),
+) -> list[str]:
     """The functions of some rules.
 
     Args:
         rules: what to define.
         suffix: added to each function's name.
         math: the dtype that they compute in: ``tl.float32`` or ``tl.float64``.
+        inverted: as for `rule_text`.
     """
-    tree = ast.parse("\n".join(rule_text(rules, suffix, JIT, lambda v: repr(float(v)))))
+    tree = ast.parse("\n".join(rule_text(rules, suffix, JIT, lambda v: repr(float(v)), inverted)))
     lines: list[str] = []
     for definition in tree.body:
         text = ast.unparse(ast.fix_missing_locations(_Dialect(math).visit(definition)))
