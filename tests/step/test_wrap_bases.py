@@ -23,8 +23,8 @@ Transforms = Callable[[], list[optx.Transform]]
 NONE: Transforms = list
 SOME: Transforms = lambda: [optx.PerpGrad(), optx.AdamR(weight=0.05, normalize=False)]  # noqa: E731
 
-# Of each kind one, and what differs most: a kernel for each base takes seconds to compile. What each computes is
-# in test_fused_bases and test_levels, and what it saves in test_distributed, for all.
+# Of each kind one, and what differs most: a kernel for each base takes seconds to compile. What each computes
+# is in test_fused_bases and test_levels, and what it saves in test_distributed, for all.
 FEW = {
     *("SGD", "AdamW", "AdamW-amsgrad", "NAdam", "Rprop", "Adafactor", "Muon", "LBFGS"),
     *("torch_optimizer.AccSGD", "torch_optimizer.Lamb", "torch_optimizer.AdaBound", "schedulefree.AdamW"),
