@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engines import table
@@ -59,19 +60,27 @@ def test_every_column_and_every_row_is_run() -> None:
     assert all(len(rows) >= 2 for rows in (*COVERED.values(), *ALONE.values()))
 
 
-def jobs_of(column: str) -> list[Job]:
+def jobs_of(column: str, rows: Sequence[str]) -> list[Job]:
     """Its cells, and what they are held against or go on with."""
     names = ["FSDP2", column] if table.BY_TITLE[column].reads else [column]
-    return list(table.jobs(names, dict.fromkeys(names, COVERED[column])))
+    return list(table.jobs(names, dict.fromkeys(names, rows)))
 
 
-@pytest.mark.parametrize(
-    "column", [pytest.param(name, marks=pytest.mark.jobs(*jobs_of(name))) for name in COVERED]
-)
-def test_several_processes_are_what_the_table_says(column: str, done: Done) -> None:
+def cells_to_run() -> Iterator[Any]:
+    """All of a column, but of the two with every method one in three; the others are long."""
+    for column, rows in COVERED.items():
+        some, others = (rows[::3], [r for i, r in enumerate(rows) if i % 3]) if len(rows) > 3 else (rows, [])
+        for part, marks in (some, []), (others, [pytest.mark.long]):
+            if part:
+                jobs = pytest.mark.jobs(*jobs_of(column, part))
+                name = f"{column}, the others" if marks else column
+                yield pytest.param(column, part, marks=[jobs, *marks], id=name)
+
+
+@pytest.mark.parametrize(("column", "rows"), list(cells_to_run()))
+def test_several_processes_are_what_the_table_says(column: str, rows: Sequence[str], done: Done) -> None:
     pytest.importorskip("transformers")
-    cells = table.cells({job.name: done.found(job.name) for job in jobs_of(column)})[column]
-    rows = COVERED[column]
+    cells = table.cells({job.name: done.found(job.name) for job in jobs_of(column, rows)})[column]
     assert complaints(column, {row: cells[row] for row in rows}, rows) == []
 
 

@@ -54,7 +54,7 @@ def test_the_papers_ridge_problem() -> None:
     torch.testing.assert_close((part.V * part.W_h)[0].float(), slope, rtol=0.1, atol=0.02)
 
 
-@pytest.mark.long(keep=2)
+@pytest.mark.long
 @pytest.mark.parametrize("start", [-4.0, 1.5])
 def test_ridge_regression_finds_its_penalty_from_both_sides(start: float) -> None:
     """The specification's toy: 30 training and 200 validation points, 20 weights, penalty e^l |w|^2."""

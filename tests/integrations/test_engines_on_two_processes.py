@@ -218,4 +218,4 @@ def _lightning_fsdp2(rank: int) -> None:
 
 
 test_accelerate = on_processes(2, _accelerate_ddp, _accelerate_fsdp2, together="accelerate")
-test_lightning = on_processes(2, _lightning_ddp, _lightning_fsdp2, together="lightning")
+test_lightning = pytest.mark.long(on_processes(2, _lightning_ddp, _lightning_fsdp2, together="lightning"))

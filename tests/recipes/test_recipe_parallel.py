@@ -159,7 +159,7 @@ NEEDED = [
 
 def ran(test: Any) -> Any:
     """All runs are there for the test, in the folder that it asks for as they did."""
-    for mark in (*NEEDED, pytest.mark.usefixtures("place")):
+    for mark in (*NEEDED, pytest.mark.usefixtures("place"), pytest.mark.long):
         test = mark(test)
     return test
 
@@ -176,7 +176,6 @@ def test_refusals_speak_with_one_voice(done: Done) -> None:
     done.found(refusals)
 
 
-@pytest.mark.long
 @ran
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_numbers_are_those_of_one_process(engine: str) -> None:
