@@ -245,7 +245,6 @@ def test_where_it_fails_in_backward_only_what_was_stepped_before_has_moved() -> 
     finally:
         FAILS.clear()
     assert all(map(torch.equal, net, before))
-    assert not opt.released.stepped_any()
     with released:  # nothing was stepped, so no step is open
         sum(p.sum() for p in net).backward()
     opt.step()
