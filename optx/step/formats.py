@@ -11,9 +11,9 @@ number ("FlashOptim", https://arxiv.org/abs/2602.23349, whose scales are float16
 
 A step rounds codes stochastically: at beta2 = 0.999 a second moment falls by an eighth of a code in a step at
 most, and rounded to nearest it would never fall. `encode`, for what is converted, rounds to nearest. A group
-whose largest magnitude is below 2**-126 is kept as zeros; from 2**126 on, or with inf or nan in it, as nan. On a
-CPU a step reads codes off the bits of a sum, for which levels are shrunk by 2**-17 (signed) or 2**-20: a number
-on the edge of two codes may get the other one than on a GPU.
+whose largest magnitude is below 2**-126 is kept as zeros; from 2**126 on, or with inf or nan in it, as nan.
+On a CPU a step reads codes off the bits of a sum, for which levels are shrunk by 2**-17 (signed) or 2**-20: a
+number on the edge of two codes may get the other one than on a GPU.
 
 A weight in two parts is the nearest bfloat16 (halves away from 0) and a rest: the lower bits of the float32
 as a signed number, 16 of them (nothing is lost), or the upper 8 of those (15 bits after the point are kept).
