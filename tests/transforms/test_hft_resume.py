@@ -41,8 +41,9 @@ torch.save({{"model": model.state_dict(), "opt": opt.state_dict(), "round": opt.
 """
 
 
-@pytest.mark.long(keep=2)
-@pytest.mark.parametrize(("base", "fused"), [("AdamW", "auto"), ("SGD", "False")])
+@pytest.mark.parametrize(
+    ("base", "fused"), [("AdamW", "auto"), pytest.param("SGD", "False", marks=pytest.mark.long)]
+)
 def test_resume_in_a_new_process_is_bit_identical(base: str, fused: str, tmp_path: Path) -> None:
     """Property 6: saved in the middle of round 1, resumed, across the border to round 2."""
 
