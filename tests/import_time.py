@@ -10,11 +10,11 @@ ALLOWED = 1.3
 TRIES = 5
 IMPORT = """
 import json, sys, time
-begin = time.perf_counter()
+begin = time.process_time()  # beside other processes the time on the wall is theirs, too
 import torch
-between, before = time.perf_counter(), set(sys.modules)
+between, before = time.process_time(), set(sys.modules)
 import optx
-end = time.perf_counter()
+end = time.process_time()
 print(json.dumps([between - begin, end - between, sorted(set(sys.modules) - before)]))
 """
 
