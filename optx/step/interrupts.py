@@ -17,9 +17,6 @@ _NAMES = ("SIGINT", "SIGTERM", "SIGALRM", "SIGUSR1", "SIGUSR2")
 _SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 
-_MAIN = threading.main_thread()
-
-
 class Held:
     """Python's signal handlers, held off inside ``with``: what arrives meanwhile is handled at its end.
 
@@ -32,7 +29,7 @@ class Held:
 
     def __enter__(self) -> Held:
         """From now on handlers wait. Only the main thread runs any, so elsewhere there is nothing to do."""
-        if threading.get_ident() == _MAIN.ident:
+        if threading.get_ident() == threading.main_thread().ident:  # another one in a fork
             self._handlers = [(n, handler) for n in _SIGNALS if callable(handler := current(n))]
         for number, _ in self._handlers:
             handle(number, self._remember)
@@ -60,6 +57,3 @@ class Held:
             yield
         finally:
             self.__enter__()
-
-
-uninterrupted = Held

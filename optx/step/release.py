@@ -20,7 +20,7 @@ from optx._errors import OptxError, warn
 from optx._names import is_dtensor, parameter_names
 from optx.step.base_step import Guard
 from optx.step.fusable import SHARED, Unfusable
-from optx.step.interrupts import uninterrupted
+from optx.step.interrupts import Held
 from optx.step.measured import Measured
 from optx.step.memory import Extents
 from optx.step.metrics import rates
@@ -197,7 +197,7 @@ class Released:
             )
         runner = self._runners.get(id(p)) or self._runner(p)
         stepper = self._alive().stepper
-        with uninterrupted():
+        with Held():
             try:
                 runner.prepare(stepper.key)
             except BaseException as error:

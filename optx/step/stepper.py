@@ -19,7 +19,7 @@ from optx.step.checks import check_memory, check_state_shapes
 from optx.step.counting import step_numbers
 from optx.step.foreach import GroupRun
 from optx.step.fusable import Unfusable
-from optx.step.interrupts import Held, uninterrupted
+from optx.step.interrupts import Held
 from optx.step.measured import Measured, Table
 from optx.step.metrics import rates
 from optx.step.paths import GroupPath, Paths
@@ -144,7 +144,7 @@ class _Step:
         if closure is None:
             self._open()
             self._measure()
-        with uninterrupted() as held:
+        with Held() as held:
             if self.loose:
                 self._run_base(closure, held)
             else:
