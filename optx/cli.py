@@ -105,17 +105,18 @@ def list_(
 ) -> None:
     """List the methods and the recipes, one line each; with a word, those that have to do with it."""
     methods, recipes, told = _catalog.methods(), _catalog.recipes(), list[_catalog.Entry]()
+    fused = _catalog.fused(word)
     if word.strip():
         found, told = _catalog.search(word)
         found, told = (found, told) if found else (told, [])
-        if not found and not _catalog.fused(word):
+        if not found and not fused:
             raise _stop(f"optx list: no method for {word!r}; {_NONE}")
         methods = [entry for entry in found if entry.verb != "run"]
         recipes = [entry for entry in found if entry.verb == "run"]
     for title, entries in (("Methods", methods), ("Recipes", recipes)):
         if entries:
             _show(title, entries, long)
-    if fused := _catalog.fused(word):
+    if fused:
         _say(Text(fused))
     if told:
         _say(Text(f"In the cards of: {', '.join(entry.name for entry in told)}.", "dim"))

@@ -21,7 +21,7 @@ def hints(use: Use, written: Sequence[str], size: int = cpu.RUN) -> tuple[list[s
     by_itself = processor.fetches_ahead()
     for role in () if by_itself and written else use.addressed:
         if role.endswith(SCALE):
-            continue  # a line of them lasts for eight runs
+            continue  # a line of them lasts for several runs
         # A run's bits are a quarter of a line.
         count = 1 if by_itself or role in use.packed else size * use.itemsize(role) // 64
         write = role in written

@@ -284,7 +284,7 @@ def _check_rule(rules: BaseRules, one: Any, kind: str, per_tensor: bool = False,
     else:
         fixed = _TAKEN[2:] if per_tensor else (*_TAKEN[2:], *rules.cells)
         wrong = [name for name in one.writes if name in fixed]
-        why = "is one number per tensor, which only scalars write"
-        why = "no rule may write" if wrong and wrong[0] in _TAKEN else why
+        is_taken = bool(wrong) and wrong[0] in _TAKEN
+        why = "no rule may write" if is_taken else "is one number per tensor, which only scalars write"
     if wrong:
         raise OptxError(f"BaseRules: rule {one.name!r} ({kind}) uses {wrong[0]!r}, which {why}.")

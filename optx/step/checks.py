@@ -170,9 +170,7 @@ def _check_setting(key: str, value: Any, base: Optimizer) -> None:
 
 def _check_key(key: str, known: Sequence[str], transforms: Sequence[Transform], base: Optimizer) -> None:
     """A key of somebody else's is none of our business, unless it reads like a misspelt one of ours."""
-    if key in known or key in base.defaults or key in TORCH_KEYS or key in _SETTINGS:
-        return
-    if key.startswith("optx."):  # of another transform, from a checkpoint
+    if key in known or key in base.defaults or key in TORCH_KEYS or key.startswith("optx."):
         return
     owner = next((t for t in transforms if key.startswith(f"{t.name}_")), None)
     if owner is not None:

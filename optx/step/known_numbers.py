@@ -21,8 +21,8 @@ class KnownNumbers:
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names
         self._keys = list(dict.fromkeys(key for name in names for key in keys_of(name)))
-        # By the group's id: the group, its settings, and what they make.
-        self._known: dict[int, tuple[Group, list[Any], list[float]]] = {}
+        # By the group's id: its settings, and what they make, whichever group has them.
+        self._known: dict[int, tuple[list[Any], list[float]]] = {}
 
     def of(self, group: Group) -> list[float]:
         """A group's numbers: the same list as before where nothing changed.
@@ -32,11 +32,11 @@ class KnownNumbers:
         """
         settings = [group.get(key, _ABSENT) for key in self._keys]
         known = self._known.get(id(group))
-        if known is not None and known[0] is group and all(map(is_, settings, known[1])):
-            return known[2]
+        if known is not None and all(map(is_, settings, known[0])):
+            return known[1]
         row = list(map(float, step_numbers(group, self._names).values()))
         if ADVANCES not in self._names and all(map(_lasts, settings)):
-            self._known[id(group)] = group, settings, row
+            self._known[id(group)] = settings, row
         else:  # a tensor or a list may hold another number the next time
             self._known.pop(id(group), None)
         return row
