@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -15,6 +16,7 @@ from bases import LooseAdam
 from torch import nn
 
 import optx
+from optx.step.interrupts import Held
 
 GROUPS = 3
 STRIDE = 7  # of a step's calls, every so many are tried
@@ -138,3 +140,26 @@ def test_a_signal_interrupts_a_closure_at_once() -> None:
         signal.signal(signal.SIGUSR1, old)
     assert lines == ["before"]
     assert p.tolist() == [2.0, 1.0]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_signals_wait_in_a_process_that_another_thread_forked() -> None:
+    """There that thread is the main one."""
+    ended: list[int] = []
+
+    def fork() -> None:
+        child = os.fork()
+        if not child:
+            arrived: list[int] = []
+            signal.signal(signal.SIGUSR1, lambda number, _: arrived.append(number))
+            with Held():
+                signal.raise_signal(signal.SIGUSR1)
+                waits = not arrived
+            os._exit(0 if waits and arrived else 1)
+        ended.append(os.waitpid(child, 0)[1])
+
+    thread = threading.Thread(target=fork)
+    thread.start()
+    thread.join()
+    assert ended == [0]
