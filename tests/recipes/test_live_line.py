@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,6 +50,8 @@ def on(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
 
 def test_loss_and_metrics_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = on(True, monkeypatch)
+    clock = [7.0]  # a step that compiles takes longer than the line is looked at
+    monkeypatch.setattr(_live, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     steps = Steps()
     steps.run(tmp_path, 3)
     assert "loss 1.25" in said.getvalue()
