@@ -50,8 +50,8 @@ def on(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
 
 def test_loss_and_metrics_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = on(True, monkeypatch)
-    clock = [7.0]  # a step that compiles takes longer than the line is looked at
-    monkeypatch.setattr(_live, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    # Where time goes on, a step that compiles is long enough for a second look.
+    monkeypatch.setattr(_live, "time", SimpleNamespace(monotonic=lambda: 7.0))
     steps = Steps()
     steps.run(tmp_path, 3)
     assert "loss 1.25" in said.getvalue()
