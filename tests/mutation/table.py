@@ -279,6 +279,7 @@ TABLE = {
     "optx/step/paths.py": f"arithmetic_step {_STEP} fused_groups fused_rounding errors",
     "optx/step/pipeline.py": f"arithmetic_step errors {_STEP}",
     "optx/step/rounding.py": "arithmetic_step fused_rounding",
+    "optx/_generalised_gaussian.py": "generalised_gaussian",
     "optx/_rules.py": "user_rules errors fused_cpu",
     "optx/_mask_bits.py": "masks masks_models",
     "optx/_mask_report.py": "masks",
