@@ -39,7 +39,8 @@ class Configured:
     """What `from_config` made; it unpacks as ``optimizer, handles, loss``.
 
     Attributes:
-        optimizer: wrapped if the config has ``transforms`` or ``wrap``; None if there is none.
+        optimizer: wrapped if the config has ``transforms`` or ``wrap``, or something attached that it must
+            follow; None if there is none.
         handles: of `optx.attach`, in the config's order.
         loss: the loss object, or None.
     """
@@ -133,8 +134,9 @@ def from_config(
         if made is not None:
             _check_trains(made, handles)
         made_loss = loss and loss()
-        if made is not None and (transforms or "wrap" in table):
-            made = wrap(made, *transforms, **settings)
+        followed = [one for one in handles if one.leaving() or one.transforms()]
+        if made is not None and (followed or transforms or "wrap" in table):
+            made = wrap(made, *followed, *transforms, **settings)
         undo.pop_all()
     return Configured(made, tuple(handles), made_loss)
 

@@ -87,7 +87,8 @@ def _of_handle(handle: Handle) -> dict[str, Any]:
 
 def _of_wrapped(optimizer: Wrapped) -> dict[str, Any]:
     """Optimizer, transforms and the settings that are not the defaults."""
-    transforms = [_entry(one) for one in optimizer.transforms]
+    # What came with a handle comes with it again.
+    transforms = [_entry(one) for one in optimizer.transforms if one not in optimizer.brought]
     for one in optimizer.transforms:
         options = {key: value for key, value in one.group_keys().items() if not key.startswith("optx.")}
         _check_one_for_all(type(optimizer.base).__name__, optimizer.base, options)

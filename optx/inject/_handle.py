@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from optx._errors import MergeError, OptxError
 from optx._names import placed_like, whole
-from optx.inject import _folder, _merge, _offload
+from optx.inject import _folder, _followed, _merge, _offload
 from optx.inject._injection import Injection
 from optx.inject._install import detach
 from optx.inject._metrics import collect
@@ -23,12 +23,14 @@ from optx.inject._served import Served
 from optx.inject._stored import check_tensors
 from optx.inject._trained_whole import Saved, act, end, rest
 from optx.inject._watch import Watch, check_there, gone
+from optx.step.following import Followed, Joining
+from optx.step.transform import Transform
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class Handle:
+class Handle(Followed):
     """What was attached to a model: trains, saves, merges, rests, and comes off without a trace.
 
     As a context manager it removes itself at the end, also after an exception.
@@ -310,6 +312,18 @@ class Handle:
             weight_decay=weight_decay,
             embedding_lr=embedding_lr,
         )
+
+    def joining(self) -> list[Joining]:
+        """What there is to train, with the parameters whose param groups it belongs to; for `wrap`."""
+        return _followed.joining(self)
+
+    def leaving(self) -> list[nn.Parameter]:
+        """The parameters of served modules that take no part while this is attached; for `wrap`."""
+        return _followed.leaving(self)
+
+    def transforms(self) -> list[Transform]:
+        """New ones of what the method does in a step or after it; ``optx.wrap(optimizer, handle)`` asks."""
+        return list(self.injection.transforms(self))
 
     def _tensors(self) -> dict[str, Tensor]:
         check_there(self.model, [*self.served, *self.saved], "state_dict")

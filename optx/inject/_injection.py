@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from optx._errors import OptxError, near
 from optx._expression import expression
 from optx.inject._part import Part
+from optx.step.transform import Transform
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -74,6 +75,13 @@ class Injection(ABC):
     def companions(self, model: nn.Module, sites: Sequence[Site]) -> list[tuple[Injection, list[Site]]]:
         """What else the same handle attaches beside its own sites, and where."""
         return []
+
+    def transforms(self, handle: Any) -> Sequence[Transform]:
+        """New transforms for what the method does in a step or after it.
+
+        ``optx.wrap(optimizer, handle)`` takes them on, until the handle is removed.
+        """
+        return ()
 
     def metrics(self, handle: Any) -> Mapping[str, float | Tensor]:
         """Numbers of its own for `Handle.metrics`; ``handle`` is the one that asks."""

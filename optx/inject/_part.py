@@ -7,7 +7,7 @@ move, train, compile and save with the module they serve, and its own parameters
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -110,6 +110,17 @@ class Part(nn.Module):
             base: its own weights, which the call with hooks works from.
         """
         raise NotImplementedError
+
+    def retired(self, module: nn.Module) -> Sequence[nn.Parameter]:
+        """Parameters of the served module that take no part while this is attached.
+
+        An optimizer that follows the handle (``optx.wrap(optimizer, handle)``) has them no longer.
+        """
+        return ()
+
+    def settings_of(self, name: str) -> Sequence[Tensor]:
+        """The parameters whose param group one of its own belongs to, all of them; none: its module's."""
+        return ()
 
     def suffixes(self) -> dict[str, str]:
         """What follows the module's path in a saved key, by tensor; ``<name>.<tensor>`` if not given."""

@@ -15,11 +15,13 @@ from transformers import Trainer
 
 from optx._errors import OptxError, TransformError, shown
 from optx.integrations._clipped_twice import tell_clipped_twice
+from optx.step.following import Followed
 from optx.step.transform import Transform
 from optx.step.wrap import wrap
 from optx.step.wrapped import Wrapped
 
-Makes = Transform | Callable[[Any], Transform]
+_GIVEN = (Transform, Followed)
+Makes = Transform | Followed | Callable[[Any], Transform | Followed]
 _WHERE = "optx.integrations.transformers.optimizer"
 
 
@@ -65,10 +67,10 @@ class Maker:
                     f"wrap={{{name!r}: {value!r}}}."
                 )
         for one in cast("tuple[Any, ...]", self.transforms):
-            if not isinstance(one, Transform) and (isinstance(one, type) or not callable(one)):
+            if not isinstance(one, _GIVEN) and (isinstance(one, type) or not callable(one)):
                 raise TransformError(
-                    f"{_WHERE}: {shown(one)} is neither a transform nor a function of the model that makes "
-                    "one; give optx.PerpGrad(), or lambda model: optx.HFT(model)."
+                    f"{_WHERE}: {shown(one)} is neither a transform, a handle nor a function of the model "
+                    "that makes one; give optx.PerpGrad(), or lambda model: optx.HFT(model)."
                 )
 
     def __call__(self, *given: Any) -> Any:
@@ -109,9 +111,9 @@ class Maker:
             )
         return None
 
-    def _made(self, one: Makes, model: nn.Module) -> Transform:
-        made: Any = one if isinstance(one, Transform) else one(model)
-        if not isinstance(made, Transform):
+    def _made(self, one: Makes, model: nn.Module) -> Transform | Followed:
+        made: Any = one if isinstance(one, _GIVEN) else one(model)
+        if not isinstance(made, _GIVEN):
             raise TransformError(
                 f"{_WHERE}: a function of the model returned {shown(made)}; it must return a transform, as "
                 "lambda model: optx.HFT(model) does."
@@ -124,11 +126,11 @@ class Maker:
         if self._last is None or (last is not None and last.removed):
             return
         for one in self.transforms:
-            if isinstance(one, Transform):
+            if isinstance(one, _GIVEN):
+                makes = f"optx.{type(one).__name__}(...)" if isinstance(one, Transform) else "the handle"
                 raise TransformError(
                     f"{_WHERE}: the Trainer makes a second optimizer (model_init, hyperparameter_search), "
-                    f"and {one!r} serves the first. Give a function that makes it: lambda model: "
-                    f"optx.{type(one).__name__}(...)."
+                    f"and {one!r} serves the first. Give a function that makes it: lambda model: {makes}."
                 )
 
 

@@ -74,7 +74,7 @@ def optimizer(
         base_class: of the optimizer, as ``torch.optim.AdamW``.
         transforms: applied in this order: ``optx.PerpGrad()``, or a function of the model that makes one
             (``lambda model: optx.HFT(model)``), which a Trainer with ``model_init`` needs, as it makes a new
-            model and optimizer each time.
+            model and optimizer each time. A handle, too, as for `optx.wrap`.
         wrap: `optx.wrap`'s own options: ``{"state": "8bit", "master": "split"}``.
         base_options: of the base, in the place of what TrainingArguments say.
 

@@ -25,9 +25,8 @@ from optx.step.step_moments import Moments
 from optx.step.transform import Group, Host, Transform, wrapped_by
 
 
-def check_wrap(wrapped: Host, groups: Sequence[Group] | None = None) -> None:
-    """Raise unless the base, its groups (or only the new ones) and the transforms go together."""
-    base: Any = wrapped.base
+def check_base(base: Any) -> None:
+    """Raise unless it is a torch optimizer."""
     if not isinstance(base, Optimizer):
         raise TransformError(
             f"wrap: optimizer is a {type(base).__name__}; it must be a torch.optim.Optimizer, as "
@@ -38,6 +37,12 @@ def check_wrap(wrapped: Host, groups: Sequence[Group] | None = None) -> None:
             f"wrap: {type(base).__name__} is no whole torch optimizer (it never called Optimizer.__init__), "
             "so hooks and state have no place in it. Wrap the optimizer that it holds."
         )
+
+
+def check_wrap(wrapped: Host, groups: Sequence[Group] | None = None) -> None:
+    """Raise unless the base, its groups (or only the new ones) and the transforms go together."""
+    base: Any = wrapped.base
+    check_base(base)
     _check_options(wrapped)
     _check_transforms(wrapped.transforms, type(wrapped))
     _check_free(wrapped)

@@ -6,13 +6,14 @@ from torch.optim import Optimizer
 
 from optx._errors import TransformError
 from optx.step.base_step import owner_of
+from optx.step.following import Followed
 from optx.step.transform import Fused, Master, Rounding, StateFormat, Transform
 from optx.step.wrapped import Settings, Wrapped, class_for
 
 
 def wrap(
     optimizer: Optimizer,
-    *transforms: Transform,
+    *transforms: Transform | Followed,
     fused: Fused | None = None,
     skip_nonfinite: bool | None = None,
     rounding: Rounding | None = None,
@@ -31,7 +32,11 @@ def wrap(
         optimizer: any torch optimizer, stepped before or not. One that is wrapped already takes the new
             transforms on, before those it has, keeps its settings where none are given anew, and is returned
             itself.
-        transforms: applied in this order. All gradient rules run before any weight changes.
+        transforms: applied in this order. All gradient rules run before any weight changes. A handle of
+            `attach` among them makes the optimizer follow the model: what was attached joins the param group
+            of what it serves (its settings and schedule), what takes no part any more leaves with its state,
+            and what the method does in or after a step comes first of the transforms. When the handle is
+            taken off, the optimizer goes back. To resume, do the same in the same order, then load.
         fused: ``"auto"`` (the default) takes a fused path where it can; True demands one and raises with the
             reason otherwise; ``"cpu"`` and ``"triton"`` demand that one; False runs the base as it is.
         skip_nonfinite: skip a step with an inf or nan gradient (``skipped_last`` tells, ``skipped_steps``
@@ -65,28 +70,44 @@ def wrap(
 
     Raises:
         TransformError: no trainable parameter, a transform given twice, a base or parameter that a
-            transform can't serve, an optimizer that is wrapped already (pass what wrap returned).
+            transform can't serve, an optimizer that is wrapped already (pass what wrap returned), a handle
+            that was taken off, or of which it is not known which group its parameters belong to.
         FusedError: ``fused`` demands a path that can't be taken.
         OptxError: an argument out of range, or a rounding, state or master that can't be honoured.
 
     Example:
         >>> import torch, optx
-        >>> model = torch.nn.Linear(4, 2)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 2))
         >>> opt = optx.wrap(torch.optim.AdamW(model.parameters(), lr=1e-3), optx.PerpGrad())
         >>> model(torch.ones(1, 4)).sum().backward()
         >>> opt.step()
+
+        Parameters that come later:
+
+        >>> handle = optx.attach(model, optx.LoRA(rank=2), targets="0")
+        >>> opt = optx.wrap(opt, handle)
+        >>> len(opt.param_groups[0]["params"])
+        4
+        >>> handle.remove()
+        >>> len(opt.param_groups[0]["params"])
+        2
     """
+    handles = [one for one in transforms if isinstance(one, Followed)]
+    own = [one for one in transforms if not isinstance(one, Followed)]
     given = {"fused": fused, "skip_nonfinite": skip_nonfinite, "rounding": rounding, "metrics_asked": metrics}
     given |= {"state_format": state, "master": master}
     settings: Settings = {key: value for key, value in given.items() if value is not None}
     if isinstance(optimizer, Wrapped):
         optimizer._check_alive("wrap")  # pyright: ignore[reportPrivateUsage]
         # Not a second layer: schedulers and hooks on the one that is there stay in force.
-        optimizer._take_on(transforms, settings)  # pyright: ignore[reportPrivateUsage]
+        if handles:
+            optimizer.follow(handles, own, settings)
+        else:
+            optimizer._take_on(own, settings)  # pyright: ignore[reportPrivateUsage]
         return optimizer
     if isinstance(optimizer, Optimizer) and owner_of(optimizer) is not None:  # pyright: ignore
         raise TransformError(
             f"wrap: this {type(optimizer).__name__} is wrapped already, and two wrappers would each step it. "
             "Pass what wrap returned, which takes more transforms on; opt.remove() takes them off."
         )
-    return class_for(optimizer)(optimizer, transforms, settings)
+    return class_for(optimizer)(optimizer, own, settings, handles)

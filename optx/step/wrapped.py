@@ -18,7 +18,8 @@ from optx.kernels.step.program import Program
 from optx.step.base_step import guard, has_modes, release, run_post_hooks, run_pre_hooks
 from optx.step.bases import base_rules
 from optx.step.checkpoint import pack, unpack
-from optx.step.checks import check_whole_tensors, check_wrap
+from optx.step.checks import check_base, check_whole_tensors, check_wrap
+from optx.step.following import Followed, Following, check_followed
 from optx.step.kept import MASTER, STATE, fill_group, moments_of
 from optx.step.known_groups import Known, gone, known_of, replaced
 from optx.step.measured import Measured
@@ -57,7 +58,13 @@ class Wrapped(Optimizer):
         totals: sums over the whole optimizer taken in the last step (AdamR's ``adamr.second``).
     """
 
-    def __init__(self, base: Optimizer, transforms: Sequence[Transform], settings: Settings) -> None:
+    def __init__(
+        self,
+        base: Optimizer,
+        transforms: Sequence[Transform],
+        settings: Settings,
+        handles: Sequence[Followed] = (),
+    ) -> None:
         # Not Optimizer.__init__: it would make groups and state of its own.
         self.base = base
         self.transforms: tuple[Transform, ...] = ()
@@ -83,7 +90,11 @@ class Wrapped(Optimizer):
         self._removed = self._looked = False
         self._warned_idle = self._had_gradient = False
         self.released: Released | None = None  # where backward takes the steps
-        self._take_on(transforms, settings)
+        self._followed: list[Following] = []
+        if handles:
+            self.follow(handles, transforms, settings)
+        else:
+            self._take_on(transforms, settings)
         guard(base, self)
 
     def _take_on(self, transforms: Sequence[Transform], settings: Settings) -> None:
@@ -122,6 +133,65 @@ class Wrapped(Optimizer):
             vars(self).update(old)
             raise
 
+    def follow(
+        self, handles: Sequence[Followed], transforms: Sequence[Transform], settings: Settings
+    ) -> None:
+        """Take on what handles changed of the model, and what they bring, with these transforms.
+
+        Raises:
+            OptxError: as `wrap`; nothing is changed.
+        """
+        check_base(self.base)
+        check_followed(handles, self.followed, released=self.released is not None)
+        given, before = {t.name for t in transforms}, self.transforms
+        new = [Following(one, [t for t in one.transforms() if t.name not in given]) for one in handles]
+        with self.slot_store.restored_on_error():
+            gone = [p for one in new for p in one.begin(self.base)]
+            self._take_on([*(t for one in new for t in one.transforms), *transforms], settings)
+            for transform in before:
+                transform.groups_changed(self)
+            self._fill_groups()
+        self.slot_store.forget(gone)
+        self._followed = [*self._followed, *new]
+
+    @property
+    def followed(self) -> list[Followed]:
+        """The handles that this optimizer follows."""
+        return [one.handle for one in self._followed]
+
+    @property
+    def brought(self) -> list[Transform]:
+        """The transforms that came with handles."""
+        return [t for one in self._followed for t in one.transforms]
+
+    def _part_ways(self) -> None:
+        """Go back from handles that were taken off."""
+        over = [one for one in self._followed if one.handle.removed]
+        if not over or self._removed:
+            return
+        self._followed = [one for one in self._followed if one not in over]
+        if self.released is not None:
+            self.released.remove()
+        for one in over:
+            self.slot_store.forget(one.end(self.base))
+            self._let_go(one.transforms)
+        self._stepper = Stepper(self)
+        self.follow_parameters()
+
+    def _let_go(self, transforms: Sequence[Transform]) -> None:
+        """Serve some transforms no longer; nothing of them stays."""
+        for transform in reversed(transforms):
+            transform.unwrap(self)
+            transform.set_owner(None)
+            del vars(self)[transform.name]
+        names = tuple(f"optx.{t.name}." for t in transforms)
+        for group in self.base.param_groups if transforms else ():
+            for key in [key for t in transforms for key in t.group_keys()]:
+                group.pop(key, None)
+            for p in group["params"]:
+                self.slot_store.drop(p, [key for key in self.slot_store.of(p) if key.startswith(names)])
+        vars(self)["transforms"] = tuple(t for t in self.transforms if t not in transforms)
+
     def _forget_kept(self, setting: str) -> None:
         for group in self.param_groups:
             group.pop(STATE if setting == "state_format" else MASTER, None)
@@ -152,6 +222,8 @@ class Wrapped(Optimizer):
     @property
     def param_groups(self) -> list[Group]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The base's param groups."""
+        if self._followed:  # whoever looks at them sees them as the model is now
+            self._part_ways()
         return self.base.param_groups
 
     @param_groups.setter
@@ -629,6 +701,7 @@ class Wrapped(Optimizer):
         if self.released is not None:
             self.released.remove()
         self._removed = True
+        self._followed = []
         self._stepper.copies.clear()
         release(self.base)
         for transform in reversed(self.transforms):
@@ -654,7 +727,9 @@ class Wrapped(Optimizer):
 
     def __repr__(self) -> str:
         # Each transform with the numbers in force, see Transform.__getattr__.
-        return f"optx.wrap({', '.join([*map(repr, (self.base, *self.transforms)), *self.settings()])})"
+        own = (t for t in self.transforms if t not in self.brought)
+        inside = map(repr, (self.base, *self.followed, *own))
+        return f"optx.wrap({', '.join([*inside, *self.settings()])})"
 
 
 class _WrappedWithModes(Wrapped):

@@ -84,6 +84,7 @@ TABLE = {
     "optx/inject/_file_patterns.py": "file_patterns",
     "optx/inject/_encoder.py": "uncalled guards_watch",
     "optx/inject/_fold_prefix.py": "prefix",
+    "optx/inject/_followed.py": "following",
     "optx/inject/_forward.py": "forward_swaps prefix aside_others",
     "optx/inject/_freeze.py": "attach_training attach",
     "optx/inject/_heads.py": "prefix prefix_models prefix_torch adapters",
@@ -257,6 +258,7 @@ TABLE = {
         ]
     },
     "optx/step/base_calls.py": f"registered_bases levels {_STEP}",
+    "optx/step/following.py": "following",
     "optx/step/group_numbers.py": f"arithmetic_step wrap_numbers {_STEP}",
     "optx/step/own_methods.py": "registered_bases",
     "optx/step/base_step.py": f"arithmetic_step errors {_STEP}",

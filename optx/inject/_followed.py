@@ -1,0 +1,43 @@
+"""What a handle changed of the model, as an optimizer that follows it sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+
+from optx._names import RESERVED
+from optx.inject._served import OnModel, Served
+from optx.step.following import Joining
+
+
+def joining(handle: OnModel) -> list[Joining]:
+    """The parameters that were added, each with those in whose group it belongs."""
+    found: list[Joining] = []
+    for one in handle.served:
+        for name, p in one.part.named_parameters():
+            asked = one.part.settings_of(name)
+            like = [asked] if asked else list(_like(one, p))
+            found.append(Joining(f"{one.path}.{RESERVED}.{one.name}.{name}", p, like, agreed=bool(asked)))
+    found += [
+        Joining(f"{kept.path}.{name}", p)
+        for kept in handle.saved
+        for name, p in kept.module.named_parameters()
+    ]
+    return found
+
+
+def leaving(handle: OnModel) -> list[nn.Parameter]:
+    """The parameters of served modules that take no part."""
+    return [p for one in handle.served for p in one.part.retired(one.module)]
+
+
+def _like(one: Served, p: nn.Parameter) -> Iterator[Sequence[Tensor]]:
+    """What was put out of work, then the module's own, then those below it; matrices for matrices first.
+
+    So that a vector is not decayed where vectors are not.
+    """
+    below = [q for name, q in one.module.named_parameters() if RESERVED not in name.split(".")]
+    for among in (one.part.retired(one.module), list(one.module.parameters(recurse=False)), below):
+        yield [q for q in among if (q.ndim > 1) == (p.ndim > 1)]
+        yield among

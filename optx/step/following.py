@@ -1,0 +1,167 @@
+"""The optimizer follows the model: what was attached joins the groups, what was put out of work leaves them.
+
+A method that adds or replaces parameters may come after the optimizer. Its handle says which parameters are
+new, whose settings each takes, and which take no part any more; all of them go through here.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from optx._errors import TransformError
+from optx._names import parameter_names
+from optx.step.transform import Group, Transform
+
+
+@dataclass(frozen=True)
+class Joining:
+    """A parameter that a handle added.
+
+    Attributes:
+        name: its name in the model.
+        parameter: itself.
+        like: whose group it joins, by preference: the first of these that has parameters of the optimizer.
+        agreed: whether all of these must be in one group: it takes the place of them all.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    like: Sequence[Sequence[Tensor]] = ()
+    agreed: bool = False
+
+
+class Followed(ABC):
+    """What changed a model's parameters, as an optimizer sees it; `optx.Handle` is one."""
+
+    @property
+    @abstractmethod
+    def removed(self) -> bool:
+        """Whether it has been taken off: the optimizer then goes back."""
+
+    @abstractmethod
+    def joining(self) -> list[Joining]:
+        """The parameters that it added."""
+
+    @abstractmethod
+    def leaving(self) -> list[nn.Parameter]:
+        """The parameters that take no part while it is there."""
+
+    @abstractmethod
+    def transforms(self) -> list[Transform]:
+        """New ones of what has to happen in a step or after it."""
+
+
+def check_followed(handles: Sequence[Followed], before: Sequence[Followed], *, released: bool) -> None:
+    """Raise unless these can be followed, beside those that are."""
+    for i, one in enumerate(handles):
+        if one.removed:
+            raise TransformError(
+                f"wrap: {one!r} was taken off its model. Attach again, and pass that handle."
+            )
+        if any(one is other for other in (*before, *handles[:i])):
+            raise TransformError(f"wrap: the optimizer follows {one!r} already. Pass a handle once.")
+    if released:
+        raise TransformError(
+            "wrap: the optimizer is released, with hooks on the parameters that it had. Call "
+            "opt.released.remove(), wrap with the handle, then release again."
+        )
+
+
+class Following:
+    """One handle that an optimizer follows.
+
+    Attributes:
+        handle: it.
+        transforms: what it brought.
+    """
+
+    def __init__(self, handle: Followed, transforms: Sequence[Transform]) -> None:
+        self.handle, self.transforms = handle, tuple(transforms)
+        self._before: list[tuple[Group, list[Tensor]]] = []
+        self._names: dict[int, str] = {}
+
+    def begin(self, optimizer: Optimizer) -> list[Tensor]:
+        """Change the groups and drop the state of what leaves, which is returned.
+
+        Raises:
+            TransformError: there is no telling which group a parameter belongs to; nothing is changed.
+        """
+        groups = optimizer.param_groups
+        there = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
+        joining: dict[int, list[Tensor]] = {}
+        names = parameter_names(optimizer)
+        for one in self.handle.joining():
+            if one.parameter.requires_grad and id(one.parameter) not in there:
+                joining.setdefault(_place(one, there, optimizer), []).append(one.parameter)
+                names[id(one.parameter)] = one.name
+        leaving: list[Tensor] = [p for p in self.handle.leaving() if id(p) in there]
+        gone = {id(p) for p in leaving}
+        self._before = [(group, list(group["params"])) for group in groups]
+        self._names = names
+        for i, group in enumerate(groups):
+            kept = [p for p in group["params"] if id(p) not in gone]
+            _put(group, kept + joining.get(i, []), names)
+        _forget(optimizer, leaving)
+        return leaving
+
+    def end(self, optimizer: Optimizer) -> list[Tensor]:
+        """Give the groups what they had before the handle came, each in its place; what leaves is returned.
+
+        What came or left by other ways stays as it is.
+        """
+        names = {**self._names, **parameter_names(optimizer)}
+        there = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+        had = {id(p) for _, params in self._before for p in params}
+        added = {id(one.parameter) for one in self.handle.joining()} - had
+        back = {id(p) for p in self.handle.leaving()} - set(there)
+        before = {id(group): params for group, params in self._before}
+        for group in optimizer.param_groups:
+            here = [p for p in group["params"] if id(p) not in added]
+            own = {id(p) for p in here} | back
+            old = [p for p in before.get(id(group), []) if id(p) in own]
+            known = {id(p) for p in old}
+            _put(group, old + [p for p in here if id(p) not in known], names)
+        gone = [p for key, p in there.items() if key in added]
+        _forget(optimizer, gone)
+        return gone
+
+
+def _place(one: Joining, there: dict[int, int], optimizer: Optimizer) -> int:
+    """The number of the group that a new parameter joins."""
+    for kind in one.like:
+        found = list(dict.fromkeys(there[id(p)] for p in kind if id(p) in there))
+        if one.agreed and len(found) > 1:
+            names = parameter_names(optimizer)
+            first = [next(names[id(p)] for p in kind if there.get(id(p)) == i) for i in found[:2]]
+            raise TransformError(
+                f"wrap: {one.name!r} takes the place of parameters of {len(found)} param groups "
+                f"({first[0]!r} of group {found[0]}, {first[1]!r} of group {found[1]}), and has one learning "
+                "rate. Put those into one group before wrap."
+            )
+        if found:
+            return found[0]
+    if len(optimizer.param_groups) == 1:
+        return 0
+    raise TransformError(
+        f"wrap: {one.name!r} was attached to a module of which the optimizer has no parameter, so which of "
+        f"its {len(optimizer.param_groups)} param groups it belongs to is not known. Add it first: "
+        "optimizer.add_param_group({'params': handle.parameters(), 'lr': ...})."
+    )
+
+
+def _put(group: Group, params: list[Tensor], names: dict[int, str]) -> None:
+    # New lists: the old ones are what is gone back to if something fails.
+    group["params"] = params
+    if "param_names" in group:
+        group["param_names"] = [names[id(p)] for p in params]
+
+
+def _forget(optimizer: Optimizer, parameters: Sequence[Tensor]) -> None:
+    for p in parameters:
+        optimizer.state.pop(p, None)
+        p.grad = None
