@@ -32,6 +32,20 @@ def leaving(handle: OnModel) -> list[nn.Parameter]:
     return [p for one in handle.served for p in one.part.retired(one.module)]
 
 
+class Resting:
+    """While parameters take no part: they ask for no gradient, which DDP would wait for."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._trained = [p for p in parameters if p.requires_grad]
+        for p in self._trained:
+            p.requires_grad_(False)
+
+    def remove(self) -> None:
+        """They take part again."""
+        for p in self._trained:
+            p.requires_grad_(True)
+
+
 def _like(one: Served, p: nn.Parameter) -> Iterator[Sequence[Tensor]]:
     """What was put out of work, then the module's own, then those below it; matrices for matrices first.
 

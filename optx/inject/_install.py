@@ -11,6 +11,7 @@ from torch import nn
 
 from optx._errors import OptxError, TargetError, near, warn
 from optx.inject import _encoder
+from optx.inject._followed import Resting
 from optx.inject._injection import Composite, Injection, Site, Targets
 from optx.inject._narrow import Layers, narrowed
 from optx.inject._own_call import check_attach, check_values
@@ -232,6 +233,7 @@ def _put(model: nn.Module, served: Sequence[Served]) -> None:
             container.add_module(one.name, one.part)
             done.append(one)
             one.hooks.extend(container.hook(one.part))
+            one.hooks.append(Resting(one.part.retired(one.module)))
             one.hooks.extend(_encoder.Use(encoder) for encoder in _encoder.nesting(model, one.path))
         if (look := watch(model)) is not None:
             served[0].hooks.append(look)

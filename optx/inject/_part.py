@@ -112,7 +112,7 @@ class Part(nn.Module):
         raise NotImplementedError
 
     def retired(self, module: nn.Module) -> Sequence[nn.Parameter]:
-        """Parameters of the served module that take no part while this is attached.
+        """Parameters of the served module that take no part while this is attached: they ask for no gradient.
 
         An optimizer that follows the handle (``optx.wrap(optimizer, handle)``) has them no longer.
         """

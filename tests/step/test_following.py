@@ -155,6 +155,15 @@ def test_removal_gives_the_groups_back_and_takes_along_what_came():
     assert not torch.equal(weight, model[0].weight)
 
 
+def test_what_takes_no_part_asks_for_no_gradient_until_it_does_again():
+    model = net()
+    model[2].weight.requires_grad_(False)
+    with optx.attach(model, Factored(), targets="[02]"):
+        assert not model[0].weight.requires_grad
+        assert model[0].bias.requires_grad
+    assert [p.requires_grad for p in model.parameters()] == [True, True, False, True]
+
+
 def test_what_came_works_after_the_step_and_only_after_one_that_was_taken():
     model = net()
     handle = optx.attach(model, Factored(halves=True), targets="0")
