@@ -42,6 +42,9 @@
             Magnitude  Wanda  SparseGPT  Masks
             reconstruct  Reconstruction                       blocks fitted to what they were, by Perp
 
+    pack    optx.rf8                                          weights in floats of 8 bits
+            pack  unpack  quantise  Packed  save  load  load_into
+
     tell    optx.analysis                                     diagnostics; they change nothing
             grad_norms  input_stats  nlm_alignment  softmax_collapse
             optx.scaling                                      tune small, train large: its help has the order
@@ -71,6 +74,7 @@ from optx import analysis as analysis
 from optx import bases as bases
 from optx import integrations as integrations
 from optx import ops as ops
+from optx import rf8 as rf8
 from optx import scaling as scaling
 from optx._config import Configured as Configured
 from optx._config import from_config as from_config

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ def write_checkpoint(
     progress: Callable[[Iterable[str]], Iterable[str]] = lambda names: names,
     layout: Mapping[str, Mapping[str, Entry]] | None = None,
     finish: Callable[[Path], None] = lambda folder: None,
+    metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> Path:
     """Write tensors as files laid out like a source's.
 
@@ -63,6 +65,7 @@ def write_checkpoint(
         progress: wraps the names, to show how far it is.
         layout: entries by the name of a folder's file, where they can't be laid out like the source's.
         finish: is given a folder that is whole but for its name, to change its other files.
+        metadata: strings for the header, where ``out`` is a file.
 
     Raises:
         OptxError: ``out`` exists or is being written, or the disk is too small.
@@ -72,7 +75,7 @@ def write_checkpoint(
         _check_room(out, sum(entry.nbytes for entry in entries.values()))
         try:
             if out.suffix == ".safetensors":
-                _write_file(out, entries, tensors, plan, progress)
+                _write_file(out, entries, tensors, plan, progress, metadata)
             else:
                 side = _side_folder(out, like, others, reshaped)
                 _write_folder(out, like, side, entries, tensors, plan, dtype, progress, layout, finish)
@@ -150,9 +153,10 @@ def _write_file(
     tensors: Tensors,
     plan: str,
     progress: Callable[[Iterable[str]], Iterable[str]],
+    metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     try:
-        writer = Writer(path, entries, {}, plan)
+        writer = Writer(path, entries, metadata, plan)
     except OSError as error:
         raise FileError(f"{str(path)!r} could not be written: {error.strerror}.") from error
     try:

@@ -9,7 +9,7 @@ from optx._errors import OptxError
 
 
 def chooser(
-    include: str | None, exclude: str | None, name_of_first: str = "include"
+    include: str | None, exclude: str | None, name_of_first: str = "include", who: str = "Delta"
 ) -> Callable[[str], bool]:
     """Whether a whole name matches ``include`` and not ``exclude``.
 
@@ -20,7 +20,7 @@ def chooser(
         try:
             re.compile(pattern or "")
         except re.error as error:
-            raise OptxError(f"Delta: {option}={pattern!r} is not a regular expression ({error}).") from None
+            raise OptxError(f"{who}: {option}={pattern!r} is not a regular expression ({error}).") from None
     return lambda name: (
         (include is None or re.fullmatch(include, name) is not None)
         and (exclude is None or re.fullmatch(exclude, name) is None)

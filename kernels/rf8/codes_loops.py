@@ -1,0 +1,103 @@
+"""RF8's bytes on CPU: the loops, compiled by Numba for one dtype of the numbers.
+
+Not to be imported: `optx.kernels.rf8.cpu` runs copies of this file, one per dtype, that differ in the value
+of DTYPE, since the compiler's disk cache is kept by file.
+"""
+# Numba's functions have no types that a checker could follow.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+# pyright: reportUnknownParameterType=false, reportMissingParameterType=false, reportUntypedFunctionDecorator=false
+# pyright: reportMissingTypeArgument=false, reportUnnecessaryComparison=false
+
+from __future__ import annotations
+
+import numpy as np
+from numba import types
+
+from optx.kernels.cpu import address, get_i64, load, put_number, store, take
+from optx.kernels.jit import cfunc
+from optx.kernels.rf8.cpu import (
+    CHUNK,
+    Codes,
+    decode,
+    encode,
+    first_number,
+    half_of_least,
+    larger,
+    lift,
+    lifted,
+    magnitude_bits,
+    put_code,
+    rounded,
+    unit,
+    within,
+)
+
+DTYPE = "float32"
+
+KERNEL = types.void(types.voidptr)
+NONE = np.int32(0)  # no random bits: round to nearest
+HALF = DTYPE == "float16"
+# The largest number that the dtype has, and the bits of the largest of RF8's in it.
+MOST = np.float32(65504.0 if HALF else 3.4028234663852886e38)
+MOST_BITS = np.int32(0x47700000 if HALF else 0x7F700000)
+read, write = load(DTYPE, 0), store(DTYPE, 1)
+put_i64 = put_number("int64")
+
+
+@cfunc(KERNEL, error_model="numpy", cache=True)
+def largest(pointer):
+    """The bits of each chunk's largest magnitude."""
+    args = address(pointer)
+    n, values, found = get_i64(args, Codes.NUMEL), get_i64(args, Codes.VALUES), get_i64(args, Codes.LARGEST)
+    while True:
+        chunk = take(args)
+        if chunk * CHUNK >= n:
+            break
+        most = np.int32(0)
+        for i in range(chunk * CHUNK, min(chunk * CHUNK + CHUNK, n)):
+            most = larger(most, magnitude_bits(read(values, i)))
+        put_i64(found + 8 * chunk, float(most))
+
+
+@cfunc(KERNEL, error_model="numpy", cache=True)
+def pack(pointer):
+    """Numbers to bytes."""
+    args = address(pointer)
+    n, values, codes = get_i64(args, Codes.NUMEL), get_i64(args, Codes.VALUES), get_i64(args, Codes.CODES)
+    e_max = get_i64(args, Codes.E_MAX)
+    within_range = lifted(e_max)
+    first, half, factor = first_number(within_range), half_of_least(within_range), lift(e_max, within_range)
+    while True:
+        start = take(args) * CHUNK
+        if start >= n:
+            break
+        for i in range(start, min(start + CHUNK, n)):
+            put_code(codes, i, encode(read(values, i) * factor, first, half))
+
+
+@cfunc(KERNEL, error_model="numpy", cache=True)
+def unpack(pointer):
+    """Bytes to numbers; what is too large for the dtype becomes its largest."""
+    args = address(pointer)
+    n, values, codes = get_i64(args, Codes.NUMEL), get_i64(args, Codes.VALUES), get_i64(args, Codes.CODES)
+    scale = unit(get_i64(args, Codes.E_MAX))
+    while True:
+        start = take(args) * CHUNK
+        if start >= n:
+            break
+        for i in range(start, min(start + CHUNK, n)):
+            value = decode(codes, i) * scale
+            write(values, i, within(value, MOST) if HALF else value, NONE)
+
+
+@cfunc(KERNEL, error_model="numpy", cache=True)
+def quantise(pointer):
+    """Numbers to those that RF8 has, with any exponent."""
+    args = address(pointer)
+    n, values, to = get_i64(args, Codes.NUMEL), get_i64(args, Codes.VALUES), get_i64(args, Codes.CODES)
+    while True:
+        start = take(args) * CHUNK
+        if start >= n:
+            break
+        for i in range(start, min(start + CHUNK, n)):
+            write(to, i, rounded(read(values, i), MOST_BITS), NONE)

@@ -1,0 +1,303 @@
+"""Files of packed weights: safetensors with a tensor's codes under its name.
+
+The header's string ``optx`` is JSON: ``kind`` (``"rf8"``), ``version``, ``tensors`` (of each packed one its
+``e_max`` and the ``dtype`` that it had, as safetensors names it) and ``tied`` (names that share another's
+tensor, by name). What is not packed lies there as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+
+from optx._buffers import PIECE
+from optx._errors import FileError, OptxError, ShapeError, near
+from optx._rf8 import (
+    SERVED,
+    Packed,
+    check_numbers,
+    exponent_of,
+    largest,
+    pack_into,
+    unpack_into,
+)
+from optx._safetensors import DTYPES, NAMES, Entry, Reader, brief, parsed, shards
+from optx.delta._checkpoint_output import plan_of, write_checkpoint
+from optx.delta._checkpoint_source import Checkpoint, Memory, Source, open_source
+from optx.delta._refusals import check_not_quantised
+from optx.rf8._pack import chosen
+
+_VERSION = 1
+Table: TypeAlias = dict[str, tuple[int, torch.dtype]]
+"""Of each packed tensor its e_max and dtype."""
+
+
+def save(
+    what: Checkpoint | Mapping[str, Packed | Tensor],
+    path: str | PathLike[str],
+    *,
+    include: str | None = None,
+    exclude: str | None = None,
+    progress: Callable[[Iterable[str]], Iterable[str]] = lambda names: names,
+) -> Path:
+    """Write weights in RF8 as a safetensors file: a byte for each, and a header.
+
+    A checkpoint is packed on the way, in the memory of a few pieces: it is read twice, once for each tensor's
+    largest magnitude. The file is written under a hidden name and renamed; killed, the same call goes on
+    where it was.
+
+    Args:
+        what: what `pack` gave; or a module, a state dict, a safetensors file, or a folder of shards.
+        path: a ``.safetensors`` file that is not there yet.
+        include: regex of the names that are packed, see `pack`.
+        exclude: regex of the names that are left as they are.
+        progress: wraps the names that are written, as ``tqdm.tqdm`` does.
+
+    Raises:
+        OptxError: inf or nan, or another dtype, among what is packed (names it); or the file exists.
+        FileError: a file is missing or damaged, or the disk is full.
+
+    Example:
+        >>> import os, tempfile, torch, optx
+        >>> path = os.path.join(tempfile.mkdtemp(), "small.safetensors")
+        >>> _ = optx.rf8.save(torch.nn.Linear(64, 64), path)
+        >>> optx.rf8.load(path)["weight"].nbytes
+        4097
+    """
+    target = Path(path).expanduser()
+    if target.suffix != ".safetensors":
+        raise OptxError(f"rf8.save: {str(target)!r} must end in .safetensors.")
+    if isinstance(what, Mapping) and any(isinstance(one, Packed) for one in what.values()):
+        if include is not None or exclude is not None:
+            raise OptxError(
+                "rf8.save: include and exclude choose what is packed, and these are packed already."
+            )
+        return _save_packed(cast("Mapping[str, Packed | Tensor]", what), target, progress)
+    source = open_source(cast("Checkpoint", what), "what")
+    keep = chosen("rf8.save", source.entries, include, exclude)
+    check_not_quantised("rf8.save", source.entries, source.label, keep.__contains__)
+    for name in keep:
+        check_numbers("rf8.save", repr(name), torch.empty(0, dtype=source.entries[name].dtype))
+    table: Table = {
+        name: (_exponent(source, name), entry.dtype) for name, entry in source.entries.items() if name in keep
+    }
+    return _write(target, source, table, _packing(source, table), progress)
+
+
+def _save_packed(
+    what: Mapping[str, Packed | Tensor], target: Path, progress: Callable[[Iterable[str]], Iterable[str]]
+) -> Path:
+    source = Memory(
+        {name: one.codes if isinstance(one, Packed) else one for name, one in what.items()}, "what"
+    )
+    table: Table = {name: (one.e_max, one.dtype) for name, one in what.items() if isinstance(one, Packed)}
+    for name, first in source.tied.items():
+        if table.get(name) != table.get(first):
+            raise OptxError(
+                f"rf8.save: {name!r} and {first!r} share their codes, and differ in e_max or dtype."
+            )
+    table = {name: about for name, about in table.items() if name in source.entries}
+    return _write(target, source, table, lambda name: _reading(source, name), progress)
+
+
+def _exponent(source: Source, name: str) -> int:
+    numel, most = source.entries[name].numel, 0
+    for begin in range(0, numel, PIECE):
+        most = max(most, largest(source.piece(name, begin, min(begin + PIECE, numel)).contiguous()))
+    return exponent_of(most, "rf8.save", repr(name))
+
+
+def _packing(source: Source, table: Table) -> Callable[[str], Callable[[int, int], Tensor]]:
+    def of(name: str) -> Callable[[int, int], Tensor]:
+        if name not in table:
+            return _reading(source, name)
+
+        def piece(begin: int, end: int) -> Tensor:
+            values = source.piece(name, begin, end).contiguous()
+            codes = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
+            pack_into(codes, values, table[name][0])
+            return codes
+
+        return piece
+
+    return of
+
+
+def _reading(source: Source, name: str) -> Callable[[int, int], Tensor]:
+    return lambda begin, end: source.piece(name, begin, end)
+
+
+def _write(
+    target: Path,
+    source: Source,
+    table: Table,
+    tensors: Callable[[str], Callable[[int, int], Tensor]],
+    progress: Callable[[Iterable[str]], Iterable[str]],
+) -> Path:
+    entries = {
+        name: Entry(entry.shape, torch.uint8) if name in table else entry
+        for name, entry in source.entries.items()
+    }
+    about = {
+        "kind": "rf8",
+        "version": _VERSION,
+        "tensors": {name: {"e_max": e_max, "dtype": NAMES[dtype]} for name, (e_max, dtype) in table.items()},
+        "tied": source.tied,
+    }
+    plan = plan_of("rf8", source.label, source.state, sorted(table.items(), key=lambda item: item[0]))
+    metadata = {"optx": json.dumps(about, separators=(",", ":"))}
+    return write_checkpoint(target, source, entries, tensors, plan=plan, metadata=metadata, progress=progress)
+
+
+# ---- reading --------------------------------------------------------------------------------------------
+
+
+def load(path: str | PathLike[str]) -> dict[str, Packed | Tensor]:
+    """What `save` wrote: packed tensors by name, and the others as they are.
+
+    In memory are the codes, a byte for each weight. `load_into` fills a model tensor by tensor.
+
+    Args:
+        path: the file, or a folder with several.
+
+    Raises:
+        FileError: there is none, it is damaged, or it is no RF8 file.
+
+    Example:
+        >>> import os, tempfile, torch, optx
+        >>> model, path = torch.nn.Linear(8, 8), os.path.join(tempfile.mkdtemp(), "small.safetensors")
+        >>> _ = optx.rf8.save(model, path)
+        >>> torch.equal(optx.rf8.load(path)["bias"], model.bias)
+        True
+    """
+    file = _File(path)
+    made = {name: file.read(name) for name in file.entries}
+    return {**made, **{name: made[first] for name, first in file.tied.items()}}
+
+
+def load_into(model: nn.Module, path: str | PathLike[str]) -> None:
+    """Give a model the weights of a file, unpacked into its own dtypes and devices, one tensor in memory.
+
+    Args:
+        model: whose state dict has the file's names and shapes.
+        path: see `load`.
+
+    Raises:
+        FileError: the file is missing, damaged or no RF8 file, or has not the model's names.
+        ShapeError: a shape differs; names it. In both cases nothing was written.
+
+    Example:
+        >>> import os, tempfile, torch, optx
+        >>> model, path = torch.nn.Linear(8, 8), os.path.join(tempfile.mkdtemp(), "small.safetensors")
+        >>> rounded = optx.rf8.quantise(model.weight)
+        >>> optx.rf8.load_into(model, optx.rf8.save(model, path))
+        >>> torch.equal(model.weight, rounded)
+        True
+    """
+    file, own = _File(path), model.state_dict(keep_vars=True)
+    names = {**{name: name for name in file.entries}, **file.tied}
+    for name in names:
+        if name not in own:
+            raise FileError(
+                f"rf8.load_into: the model has no {name!r}, which is in the file. {near(name, own)}"
+            )
+    for name, tensor in own.items():
+        if name not in names:
+            raise FileError(f"rf8.load_into: the file has no {name!r}. {near(name, names)}")
+        shape = file.entries[names[name]].shape
+        if tuple(tensor.shape) != shape:
+            raise ShapeError(
+                f"rf8.load_into: {name!r} has shape {tuple(tensor.shape)} in the model and {shape} in the "
+                "file."
+            )
+    for first in file.entries:
+        one = file.read(first)
+        for name in (name for name, other in names.items() if other == first):
+            _fill(own[name].data, one)
+
+
+def _fill(to: Tensor, one: Packed | Tensor) -> None:
+    """Write a tensor's numbers into another, which may lie anywhere."""
+    if not isinstance(one, Packed):
+        to.copy_(one)
+    elif to.is_contiguous() and to.dtype in SERVED:
+        unpack_into(to, one.codes.to(to.device), one.e_max)
+    else:
+        to.copy_(one.unpack(torch.float32))
+
+
+class _File:
+    """One RF8 file, or those of a folder.
+
+    Attributes:
+        entries: of the tensors as they are stored, by name.
+        tied: names that share another's, by name.
+    """
+
+    def __init__(self, path: str | PathLike[str]) -> None:
+        place = Path(path).expanduser()
+        self.entries: dict[str, Entry] = {}
+        self.tied: dict[str, str] = {}
+        self._where: dict[str, Reader] = {}
+        self._table: Table = {}
+        for part in shards(place) if place.is_dir() else [place]:
+            reader = Reader(part)
+            table, tied = _about(reader)
+            for name in (*reader.entries, *tied):
+                if name in self._where:
+                    raise FileError(f"{brief(name)} is in two files of {str(place)!r}.")
+                self._where[name] = reader
+            self.entries.update(reader.entries)
+            self._table.update(table)
+            self.tied.update(tied)
+
+    def read(self, name: str) -> Packed | Tensor:
+        """One tensor."""
+        tensor = self._where[name].read(name)
+        return Packed(tensor, *self._table[name]) if name in self._table else tensor
+
+
+def _about(reader: Reader) -> tuple[Table, dict[str, str]]:
+    """What a file's header says of its tensors.
+
+    Raises:
+        FileError: it is no RF8 file, or says what can't be.
+    """
+    who = f"{str(reader.path)!r}"
+    try:
+        found: Any = parsed(reader.metadata.get("optx", "{}"))
+        kind: Any = found.get("kind")
+        if kind != "rf8":
+            what = f"optx's file of kind {brief(kind)}" if kind else "plain weights; optx.rf8.save packs them"
+            raise FileError(f"{who} is no RF8 file, but {what}.")
+        if found.get("version") != _VERSION:
+            raise FileError(
+                f"{who} is an RF8 file of version {brief(found.get('version'))}; this version of optx reads "
+                f"{_VERSION}."
+            )
+        told: dict[str, Any] = found["tensors"]
+        table = {name: _one(name, about, reader) for name, about in told.items()}
+        tied: dict[str, str] = found["tied"]
+        for name, first in tied.items():
+            if name in reader.entries or first not in reader.entries:
+                raise ValueError(f"{brief(name)} is tied to {brief(first)}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, OptxError):
+            raise
+        raise FileError(
+            f"{who} is damaged: its header says what can't be ({brief(error, quote=False)})."
+        ) from None
+    return table, tied
+
+
+def _one(name: str, about: Any, reader: Reader) -> tuple[int, torch.dtype]:
+    if reader.entries[name].dtype != torch.uint8:
+        raise ValueError(f"{brief(name)} is {reader.entries[name].dtype}, and codes are bytes")
+    packed = Packed(torch.empty(0, dtype=torch.uint8), about["e_max"], DTYPES[about["dtype"]])
+    return packed.e_max, packed.dtype
