@@ -1,7 +1,7 @@
 """optx: training-time methods for PyTorch, one line each.
 
     wrap    optx.wrap(optimizer, optx.PerpGrad(), ...)        what a step does to weights
-            AdamR  Clip  DSPReg  HFT  KeepMask  MuAdamW  PerpGrad  SaRA
+            AdamR  BackSlash  Clip  DSPReg  HFT  KeepMask  MuAdamW  PerpGrad  SaRA
             save_optimizer  load_optimizer                    checkpoints by the parameters' names
             convert_state                                     moments of 8 bits, and of other libraries
             Transform  rule  Moments  Slot  like_weight  per_tensor  per_row   to write your own
@@ -181,6 +181,7 @@ from optx.step.transform import Transform as Transform
 from optx.step.wrap import wrap as wrap
 from optx.step.wrapped import Wrapped as Wrapped
 from optx.transforms.adamr import AdamR as AdamR
+from optx.transforms.backslash import BackSlash as BackSlash
 from optx.transforms.clip import Clip as Clip
 from optx.transforms.dsp_reg import DSPReg as DSPReg
 from optx.transforms.hft import HFT as HFT

@@ -195,6 +195,10 @@ def _transforms() -> Iterator[Case]:
 
 # How to make the variants of a transform that compile to different kernels, where ``Class()`` is not all.
 _VARIANTS: dict[str, dict[str, Callable[[Any], Transform]]] = {
+    "BackSlash": {
+        "BackSlash": lambda c: c(1.0, until=100),
+        "BackSlash to zero, one pass": lambda c: c(1.0, prox=True, exact=False),
+    },
     "SaRA": {"SaRA": lambda c: c(fraction=0.1)},
     "AdamR": {
         "AdamR": lambda c: c(),

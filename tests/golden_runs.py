@@ -35,6 +35,10 @@ SENTENCES = ["a quiet film, warm and funny", "it never finds its way out of the 
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "AdamR": {"L2": {"weight": 0.05}, "L1": {"weight": 0.01, "norm": "l1"}},
     "Aside": {"highway": {}, "layerwise": {"variant": "layerwise"}, "bottleneck": {"variant": "bottleneck"}},
+    "BackSlash": {
+        "": {"kappa": 1.0, "until": 0.75, "total_steps": 20},
+        "one pass": {"kappa": 1.0, "prox": True, "exact": False},
+    },
     "Clip": {"": {"max_norm": 0.5}},
     "DARELinear": {"": {"seed": 5}},
     "DARETIES": {"": {"seed": 5}},

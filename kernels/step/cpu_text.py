@@ -111,6 +111,9 @@ FORMATS = """\
 from optx.kernels.cpu_formats import (GROUP, ROOM, SPARE, decode_group, encode_group, get_code, load_split,
     put_code, put_zero, room, scales_of_groups, store_split, top_of_group)"""
 
+# What rules with powers need besides.
+POWERS = "# {}\nfrom optx.kernels.cpu_powers import fast_power"
+
 # A tensor's last group, where it is not complete, has its codes in the spare room.
 _IN_GROUPS = """
 run_room = room(ROOM)

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import numba
 
-from optx.kernels import cpu, cpu_formats
+from optx.kernels import cpu, cpu_formats, cpu_powers
 from optx.kernels.generated import load_module
 from optx.kernels.step.cpu_lines import Use, decoding, encoding
 from optx.kernels.step.cpu_text import (
@@ -22,6 +22,7 @@ from optx.kernels.step.cpu_text import (
     FORMATS,
     PART,
     PART_SUM,
+    POWERS,
     PRELUDE,
     Args,
     local,
@@ -54,6 +55,7 @@ def emit(program: Program, layout: Layout) -> str:
 
 
 RUN = cpu.RUN  # elements between two rounds of hints
+_IMPORTS = 7  # the line of a module before which what few programs need is imported
 LANES_FROM = 32768
 # A run whose sums lie outside is taken again in float64: squares of 1e-23 or 1e20 leave float32's range.
 LOW, HIGH = 1e-27, 1e30
@@ -102,6 +104,8 @@ class _Emitter(CpuTiles):
         lines += self._update()
         if self.layout.counted or p.observe or p.meter or p.kept or p.kept_vectors:
             lines += self._commit()
+        if any("fast_power(" in line for line in lines):
+            lines[_IMPORTS:_IMPORTS] = POWERS.format(cpu_powers.digest()).splitlines()
         return lines
 
     def _callback(self, name: str, use: Use, arguments: str, sums: int) -> list[str]:

@@ -34,6 +34,7 @@ _LIBRARY = [
     *("stream", "whole_number", "widen", "write"),
 ]
 _FORMATS = "from optx.kernels.triton_lib import read_codes, read_split, write_codes, write_split"
+_POWERS = "from optx.kernels.triton_lib import fast_power"
 _TILED = "from optx.kernels.triton_lib import fold_lines"
 _GIVEN = Ref("local", "given")
 
@@ -84,7 +85,10 @@ class _Emitter(TritonTiles):
                 lines += self._totals(number, level)
             if level.finish:
                 lines += self._per_tensor(f"finish_{number}", (), level.finish)
-        return [*lines, *self._update(), *self._commit(), *self._commit_lines()]
+        lines += [*self._update(), *self._commit(), *self._commit_lines()]
+        if any("fast_power(" in line for line in lines):
+            lines.insert(3, _POWERS)
+        return lines
 
     # ---- chunk kernels -----------------------------------------------------------------------------
 

@@ -383,6 +383,7 @@ def of_table(label: str, **more: Any) -> Row:
 ROWS = [
     Row("AdamR", "transform", transform=lambda *_: optx.AdamR(weight=0.05)),
     Row("PerpGrad", "transform", transform=lambda *_: optx.PerpGrad()),
+    Row("BackSlash", "transform", transform=lambda *_: optx.BackSlash(0.3, until=4)),
     Row("Clip", "transform", transform=lambda *_: optx.Clip(0.1)),
     Row("HFT", "transform", transform=_hft, unused=True),
     Row("KeepMask", "transform", transform=_keep_mask),

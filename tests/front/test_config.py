@@ -70,10 +70,11 @@ WORDS: dict[str, list[Any]] = {
     "shapes": [SHAPES],
     "share_policy": ["block"],
 }
-REQUIRED = {"domains": 2, "hparams": HPARAMS, "model": MODEL, "shapes": SHAPES}
+REQUIRED = {"domains": 2, "hparams": HPARAMS, "kappa": 0.5, "model": MODEL, "shapes": SHAPES}
 # What an argument only goes together with.
 BESIDE: dict[tuple[str, str], dict[str, Any]] = {
     ("AdamR", "save_anchor"): {"anchor": "zero"},
+    ("BackSlash", "total_steps"): {"until": 0.5, "total_steps": 8},
     ("DSPReg", "measure"): {"accumulate": True},
     ("HiddenDelta", "form"): {"form": "gelu"},
     ("HiddenDelta", "modifies"): {"modifies": "both"},

@@ -230,6 +230,7 @@ TABLE = {
     "optx/transforms/_repeated_domains.py": "dsp_reg_rounds dsp_reg_trainer",
     "optx/transforms/_sensitivity.py": "dsp_reg dsp_reg_loops dsp_reg_rounds dsp_reg_mistakes",
     "optx/transforms/adamr.py": "arithmetic_step arithmetic_options adamr adamr_anchors adamr_mistakes",
+    "optx/transforms/backslash.py": "backslash",
     "optx/transforms/clip.py": "clip",
     "optx/transforms/dsp_reg.py": "dsp_reg dsp_reg_loops dsp_reg_mistakes arithmetic_options",
     "optx/transforms/hft.py": "arithmetic_step hft hft_rounds hft_kept hft_resume hft_selection",
