@@ -32,18 +32,18 @@
     delta   optx.Delta.between(base, tuned), optx.merge(...)  checkpoints pruned, compressed and merged
             Delta: dare  find_q  magnitude  wanda  structural  lora
             compress  ComPEFT  Compressed                     signs and one scale
+            rf8: pack  unpack  quantise  Packed               weights in floats of 8 bits
+                 save  load  load_into
             merge: TaskArithmetic  TIES  DARELinear  DARETIES  PCB
             merge_yaml                                        a merge as mergekit's YAML describes it
             search  Found                                     a merge's numbers, tried on validation data
+            deepshape                                         weights moved to what takes fewer bits
             patch  Patch  shallowest  rws  Signature          robustness that is added to a model
             MergeMethod                                       to write your own
 
     prune   masks = optx.prune(model, optx.Magnitude(0.5))    weights that go in one pass
             Magnitude  Wanda  SparseGPT  Masks
             reconstruct  Reconstruction                       blocks fitted to what they were, by Perp
-
-    pack    optx.rf8                                          weights in floats of 8 bits
-            pack  unpack  quantise  Packed  save  load  load_into
 
     tell    optx.analysis                                     diagnostics; they change nothing
             grad_norms  input_stats  nlm_alignment  softmax_collapse
@@ -103,6 +103,7 @@ from optx.delta.compeft import ComPEFT as ComPEFT
 from optx.delta.compeft import compress as compress
 from optx.delta.dare import DARETIES as DARETIES
 from optx.delta.dare import DARELinear as DARELinear
+from optx.delta.deepshape import deepshape as deepshape
 from optx.delta.merge import merge as merge
 from optx.delta.pcb import PCB as PCB
 from optx.delta.rws import Signature as Signature

@@ -28,6 +28,7 @@ _VERBS = {
     "optx.inject": "attach",
     "optx.signal": "loss",
     "optx.delta": "delta",
+    "optx.rf8": "delta",
     "optx.pruning": "prune",
     "optx.scaling": "tell",
     "optx.analysis": "tell",

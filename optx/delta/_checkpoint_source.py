@@ -221,7 +221,8 @@ def _of_weights(path: Path, what: str) -> Files:
         if "optx" in reader.metadata:
             raise FileError(
                 f"{what}: {str(reader.path)!r} is a delta, an adapter or an optimizer that optx saved, not a "
-                f"model's weights. If it is a delta: {_OPEN_DELTA[0].lower()}{_OPEN_DELTA[1:]}"
+                f"model's weights; or these are weights in RF8: optx.rf8.load gives them. If it is a delta: "
+                f"{_OPEN_DELTA[0].lower()}{_OPEN_DELTA[1:]}"
             )
     return files
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from optx._errors import OptxError
+from optx._errors import OptxError, near
+from optx._safetensors import Entry
 
 
 def chooser(
@@ -25,3 +26,21 @@ def chooser(
         (include is None or re.fullmatch(include, name) is not None)
         and (exclude is None or re.fullmatch(exclude, name) is None)
     )
+
+
+def floating(who: str, entries: Mapping[str, Entry], include: str | None, exclude: str | None) -> list[str]:
+    """The names of weights: floating tensors of two dimensions or more, or whatever ``include`` matches.
+
+    Raises:
+        OptxError: there are none, or one of the patterns is no regular expression.
+    """
+    keep = chooser(include, exclude, who=who)
+    known = {name: entry for name, entry in entries.items() if entry.dtype.is_floating_point}
+    found = [name for name, entry in known.items() if keep(name) and (include or len(entry.shape) > 1)]
+    if not found:
+        asked = f"with include={include!r} and exclude={exclude!r} " if include or exclude else ""
+        raise OptxError(
+            f"{who}: there are no weights {asked}(floating tensors of two dimensions or more, or what "
+            f"include= names). {near(include or '', known)}"
+        )
+    return found

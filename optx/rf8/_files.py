@@ -30,8 +30,8 @@ from optx._rf8 import (
 from optx._safetensors import DTYPES, NAMES, Entry, Reader, brief, parsed, shards
 from optx.delta._checkpoint_output import plan_of, write_checkpoint
 from optx.delta._checkpoint_source import Checkpoint, Memory, Source, open_source
+from optx.delta._name_filter import floating
 from optx.delta._refusals import check_not_quantised
-from optx.rf8._pack import chosen
 
 _VERSION = 1
 Table: TypeAlias = dict[str, tuple[int, torch.dtype]]
@@ -80,7 +80,7 @@ def save(
             )
         return _save_packed(cast("Mapping[str, Packed | Tensor]", what), target, progress)
     source = open_source(cast("Checkpoint", what), "what")
-    keep = chosen("rf8.save", source.entries, include, exclude)
+    keep = set(floating("rf8.save", source.entries, include, exclude))
     check_not_quantised("rf8.save", source.entries, source.label, keep.__contains__)
     for name in keep:
         check_numbers("rf8.save", repr(name), torch.empty(0, dtype=source.entries[name].dtype))
@@ -288,7 +288,7 @@ def _about(reader: Reader) -> tuple[Table, dict[str, str]]:
             if name in reader.entries or first not in reader.entries:
                 raise ValueError(f"{brief(name)} is tied to {brief(first)}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, OptxError):
+        if isinstance(error, FileError):
             raise
         raise FileError(
             f"{who} is damaged: its header says what can't be ({brief(error, quote=False)})."

@@ -8,10 +8,10 @@ from typing import TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from optx._errors import OptxError, near
+from optx._errors import OptxError
 from optx._rf8 import Packed, pack_tensor, round_tensor
 from optx._safetensors import Entry
-from optx.delta._name_filter import chooser
+from optx.delta._name_filter import floating
 
 Made = TypeVar("Made")
 
@@ -41,6 +41,17 @@ def pack(
 
     Returns:
         A `Packed`; or by name one, or the tensor itself where it is not packed.
+
+    Paper values:
+        None: the authors' code has one option, the powers of two between both parts, and it is 4.
+
+    Limits: Each number is off by 4 % of itself (root mean square), by 10.83 % at most: half as precise as
+        int8 with a scale for each row where weights are all about as large, and better where they are not.
+        Nothing is trained in it.
+
+    Keywords: compression, quantisation, 8 bits, fp8, weight-only, memory.
+
+    Evidence: ``test_rf8_codes.py``, ``test_rf8_files.py``; no recipe.
 
     Raises:
         OptxError: inf or nan, or another dtype among what is packed; names it.
@@ -89,8 +100,6 @@ def quantise(
         >>> import torch, optx
         >>> optx.rf8.quantise(torch.tensor([1.8, 1e-30, 0.7]))
         tensor([1.7500e+00, 9.8608e-31, 7.5000e-01])
-
-    Source: arXiv 2506.00486v3, section 4.
     """
     return _each(what, "quantise", round_tensor, include, exclude)
 
@@ -142,23 +151,5 @@ def _each(
             f"{who}: this is a {type(what).__name__}; it must be a tensor, a state dict or a module."
         )
     entries = {name: Entry(tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    keep = chosen(who, entries, include, exclude)
+    keep = set(floating(who, entries, include, exclude))
     return {name: make(t, who, repr(name)) if name in keep else t for name, t in tensors.items()}
-
-
-def chosen(who: str, entries: Mapping[str, Entry], include: str | None, exclude: str | None) -> set[str]:
-    """The names of what is packed; see `pack`.
-
-    Raises:
-        OptxError: there are none, or one of the patterns is no regular expression.
-    """
-    keep = chooser(include, exclude, who=who)
-    floating = {name: entry for name, entry in entries.items() if entry.dtype.is_floating_point}
-    found = {name for name, entry in floating.items() if keep(name) and (include or len(entry.shape) > 1)}
-    if not found:
-        asked = f"with include={include!r} and exclude={exclude!r} " if include or exclude else ""
-        raise OptxError(
-            f"{who}: there is nothing to pack {asked}(floating tensors of two dimensions or more, or what "
-            f"include= names). {near(include or '', floating)}"
-        )
-    return found

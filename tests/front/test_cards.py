@@ -144,6 +144,8 @@ NEEDED: dict[str, Callable[[Path], dict[str, Any]]] = {
     "SAF": lambda _: {"num_samples": 10},
     "STN": lambda _: {"hparams": optx.HParams(drop=optx.hp(0.1, (0, 0.9)))},
     "compress": lambda _: {"what": {"a": torch.randn(64)}},
+    "deepshape": lambda _: {"target": {"a": (20 * torch.randn(200, 1000)).round() / 8192}},
+    "rf8.pack": lambda _: {"what": layers()},
     "scaling.coordinate_check": lambda _: {
         "make": lambda width: nn.Sequential(nn.Linear(3, width), nn.Linear(width, 2)),
         "widths": [4, 8],

@@ -160,8 +160,11 @@ def test_state_dicts() -> None:
         (lambda: rf8.pack({"a.w": torch.tensor([[1.0, math.nan]])}), "pack: 'a.w' has nan among its"),
         (lambda: rf8.quantise(torch.tensor([-math.inf])), "quantise: the tensor has inf among its"),
         (lambda: rf8.pack(torch.zeros(2, dtype=torch.float64)), "is torch.float64; RF8 packs float32"),
-        (lambda: rf8.pack({"b": torch.zeros(2)}), "nothing to pack .floating tensors of two"),
-        (lambda: rf8.pack({"b": torch.zeros(2)}, include="c"), "nothing to pack with include='c'.*Near: 'b'"),
+        (lambda: rf8.pack({"b": torch.zeros(2)}), "there are no weights .floating tensors of two"),
+        (
+            lambda: rf8.pack({"b": torch.zeros(2)}, include="c"),
+            "there are no weights with include='c'.*Near: 'b'",
+        ),
         (lambda: rf8.pack({"b": torch.zeros(2)}, include="("), r"pack: include='\(' is not a regular"),
         (lambda: rf8.pack(torch.zeros(2), exclude="c"), "choose by name, and this is one tensor"),
         (lambda: rf8.pack([1.0]), "this is a list; it must be a tensor"),  # type: ignore[call-overload]
