@@ -104,7 +104,7 @@ class CpuStep(Step):
         self._args[Args.TENSOR_HIGH] = count
         if wholes is not None:
             self._take_apart()
-        self.parallel = sum(numels) > SERIAL
+        self._parallel = sum(numels) > SERIAL
         contents = vars(self._module).items()
         self._kernels = {name: int(one.address) for name, one in contents if hasattr(one, "address")}
         self._in_one_go = [] if program.scratch or wholes is not None else list(self._calls())
@@ -158,16 +158,16 @@ class CpuStep(Step):
 
     def _each_chunk(self, kernel: str) -> None:
         self._args[_NEXT] = 0
-        cpu.run(self._kernels[kernel], self._address, self.parallel)
+        cpu.run(self._kernels[kernel], self._address, self._parallel)
 
     def _calls(self) -> Iterator[tuple[int, bool]]:
         """The kernels of a step in which nothing waits, and whether all threads run them."""
         for number, level in enumerate(self.program.levels):
             if level.sums:
-                yield self._kernels[f"reduce_{number}"], self.parallel
+                yield self._kernels[f"reduce_{number}"], self._parallel
             if scalars := self._kernels.get(f"scalars_{number}"):
                 yield scalars, False
-        yield self._kernels["update"], self.parallel
+        yield self._kernels["update"], self._parallel
         if commit := self._kernels.get("commit"):
             yield commit, False
 
@@ -179,7 +179,7 @@ class CpuStep(Step):
         self.shares[:] = 0.0
         for kernel, parallel in self._in_one_go:
             self._args[_NEXT] = 0
-            cpu.run(kernel, self._address, parallel and not self.alone)
+            cpu.run(kernel, self._address, parallel)
 
     def sum(self, level: int) -> None:
         """Take a level's sums."""

@@ -26,8 +26,6 @@ class Step(ABC):
         totals: after `measure`, this bucket's share of each total.
         sums: of shards: a row per tensor, float64.
         axis_sums: of shards: sums over all rows and columns, float64, where the program takes some.
-        parallel: whether there is enough to do to wake other threads of the CPU.
-        alone: whether `step` wakes none all the same, which the caller may say; it shows in no number.
     """
 
     program: Program
@@ -38,8 +36,6 @@ class Step(ABC):
     totals: Any
     sums: Tensor | None = None
     axis_sums: Tensor | None = None
-    parallel: bool = False
-    alone: bool = False
     stacks: Stacks
 
     @property

@@ -25,7 +25,6 @@ from optx.step.measured import Measured
 from optx.step.memory import Extents
 from optx.step.metrics import rates
 from optx.step.numbers import as_float
-from optx.step.pace import Pace
 from optx.step.paths import GroupPath
 from optx.step.releasable import why_not_released
 from optx.step.sharded import here
@@ -74,7 +73,6 @@ class Released:
         self._paths: list[GroupPath] = []  # that the following are of
         self._places: dict[int, tuple[GroupPath, int]] = {}
         self._runners: dict[int, Single] = {}
-        self._pace = Pace()
         self._stepped: dict[int, Tensor] = {}  # since the block was entered
         self._armed = self._open = self._looked = self._told = False
         self._failed = ""
@@ -220,7 +218,7 @@ class Released:
         """The tables of one tensor, made once."""
         path, number = self._places[id(p)]
         assert path.fused is not None
-        runner = Single(path.fused, path.group, number, self._pace)
+        runner = Single(path.fused, path.group, number)
         self._runners[id(p)] = runner
         return runner
 

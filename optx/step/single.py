@@ -14,7 +14,6 @@ from torch import Tensor
 from optx.step.buckets import ADDRESS
 from optx.step.fused import FusedGroup
 from optx.step.memory import Likeness
-from optx.step.pace import Pace
 from optx.step.transform import Group
 
 
@@ -25,11 +24,10 @@ class Single(FusedGroup):
         shared: serves the group.
         group: the tensor's param group.
         number: of the tensor in it.
-        pace: says whether its launches wake other threads.
     """
 
-    def __init__(self, shared: FusedGroup, group: Group, number: int, pace: Pace) -> None:
-        self._number, self._pace = number, pace
+    def __init__(self, shared: FusedGroup, group: Group, number: int) -> None:
+        self._number = number
         super().__init__([group], *shared.made_of)
         self._like: Likeness | None = None  # of weight, gradient and state; None: look at them in full
         self._addresses: list[int] = []  # of the same
@@ -67,9 +65,7 @@ class Single(FusedGroup):
             if self.program.scratch:
                 bucket.runner.update()
                 bucket.runner.commit()
-            elif self._same:
-                self._pace.step(bucket.runner, self.active[0].numel())
-            else:  # a first launch, which touches new memory, is no measure
+            else:
                 bucket.runner.step()
         if not self._same or self.program.scratch or self.rules.counted == "number":
             self._done()

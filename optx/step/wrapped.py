@@ -317,6 +317,12 @@ class Wrapped(Optimizer):
         saves less). ``opt.step()`` closes the step: it counts it and runs post-hooks and schedulers' patches.
         The learning rate is read when a tensor is stepped. Results are those of ``opt.step()`` to the bit.
 
+        On CPUs each tensor is a launch of its own, which ends when the last of torch's threads has had its
+        turn: a step of hundreds of tensors waits as many times, an ordinary one once, so that how long it
+        takes depends on who else wants the cores. Of SmolLM2-135M (211 such launches), forward, backward and
+        step of 16 tokens took 0.88 of the ordinary time on one thread, where half as much memory is touched
+        anew, and 1.03, 1.07 and 1.24 in three runs on two. On cores that are shared, train on fewer threads.
+
         Transforms that wait for a total over all gradients (AdamR with ``normalize=True``, Clip; `plan` says
         which) and bases without a fused form are refused, and so are ``skip_nonfinite``, a GradScaler, step
         pre-hooks, and `torch.nn.parallel.DistributedDataParallel`, which averages gradients after they were

@@ -307,7 +307,6 @@ TABLE = {
     "optx/pruning/wanda.py": "wanda prune_peer",
     "optx/pruning/magnitude.py": "magnitude",
     "optx/step/single.py": "release_sees release matrices",
-    "optx/step/pace.py": "pace",
     "optx/step/known_numbers.py": "release_sees wrap_numbers",
     "optx/step/release.py": "release",
     "optx/step/releasable.py": "release",
