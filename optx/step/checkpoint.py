@@ -21,10 +21,11 @@ from optx._names import is_dtensor, parameter_names
 from optx.step import bits
 from optx.step.bases import base_rules
 from optx.step.checks import TORCH_KEYS, check_count, check_group
-from optx.step.convert import check_formats, convert_state
+from optx.step.convert import check_formats, convert_state, with_codes
 from optx.step.declared import Slot
 from optx.step.formats import CODED
 from optx.step.kept import MASTER, STATE
+from optx.step.moments import as_saved
 from optx.step.slots import KAHAN
 from optx.step.state import PENDING, REST, SCALE, is_ours, saved_slots, without_ours
 from optx.step.transform import Host
@@ -67,8 +68,9 @@ def pack(wrapped: Host) -> dict[str, Any]:
         keys = [key for key, p in _keyed(wrapped, packed).items() if p.requires_grad]
         shown = {key: {**packed["state"].get(key, {}), **pending.pop(key, {})} for key in keys}
         packed["state"] = {**packed["state"], **shown}
+    packed["state"] = {n: as_saved(e) if isinstance(e, dict) else e for n, e in packed["state"].items()}
     if pending:
-        packed[PENDING] = pending
+        packed[PENDING] = {n: as_saved(slots) for n, slots in pending.items()}
     return packed
 
 
@@ -90,6 +92,7 @@ def unpack(wrapped: Host, state_dict: dict[str, Any], convert: bool = False) -> 
         )
     if convert:
         state_dict = convert_state(state_dict, wrapped)  # pyright: ignore[reportArgumentType]
+    state_dict = with_codes(state_dict, wrapped)
     check_formats(wrapped, state_dict)
     store.tidy()
     known = _slot_keys(wrapped)

@@ -16,7 +16,7 @@ from optx.step.bases import base_rules
 from optx.step.checks import TORCH_KEYS
 from optx.step.formats import CODED, CODES, in_groups, out_of_groups
 from optx.step.kept import MASTER, MASTERS, STATE, moments_of, state_words
-from optx.step.moments import FLOATS, decoded, encoded, fits, float_of, scale_key, takes_codes
+from optx.step.moments import FLOATS, as_kept, decoded, encoded, fits, float_of, scale_key, takes_codes
 from optx.step.state import PENDING, REST, SCALE, is_ours
 from optx.step.transform import Host
 
@@ -61,6 +61,7 @@ def convert_state(state_dict: StateDict, optimizer: Optimizer | None = None) -> 
         raise OptxError(
             "convert_state: this has no 'state' and 'param_groups', so it is no optimizer's state."
         )
+    state_dict = with_codes(state_dict, optimizer)
     groups = [{k: v for k, v in g.items() if k not in (STATE, MASTER)} for g in state_dict["param_groups"]]
     converted: StateDict = {**state_dict, "param_groups": groups}
     for part in ("state", PENDING):
@@ -74,6 +75,21 @@ def convert_state(state_dict: StateDict, optimizer: Optimizer | None = None) -> 
             if hasattr(entry, "pop"):  # ZeroRedundancyOptimizer has None for what others keep
                 entry.pop(REST, None)
     return converted
+
+
+def with_codes(state_dict: StateDict, optimizer: Any = None) -> StateDict:
+    """A state dict with codes in their weights' shapes."""
+    pairs = zip(state_dict["param_groups"], getattr(optimizer, "param_groups", ()), strict=False)
+    shapes = {n: p.shape for a, b in pairs for n, p in zip(a["params"], b["params"], strict=False)}
+    parts = [part for part in ("state", PENDING) if part in state_dict]
+    return {
+        **state_dict,
+        **{part: {n: _in_shape(e, shapes.get(n)) for n, e in state_dict[part].items()} for part in parts},
+    }
+
+
+def _in_shape(entry: Any, shape: Sequence[int] | None) -> Any:
+    return as_kept(entry, shape) if hasattr(entry, "items") else entry
 
 
 # ---- into floats ----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -126,6 +127,35 @@ def floats(store: SlotStore, p: Tensor, key: str) -> Tensor:
     if is_dtensor(t) != is_dtensor(scale):
         t, scale = whole(t), whole(scale)
     return decoded(t, scale)
+
+
+def as_saved(entry: Mapping[Any, Any]) -> dict[Any, Any]:
+    """A parameter's state as a checkpoint has it: codes with a dimension of 1 behind the weight's own.
+
+    torch's distributed checkpoint copies into any dtype, a code becoming a moment in silence, and plain
+    optimizers do as well; but neither into another shape.
+    """
+    return {key: t.unsqueeze(-1) if _is_coded(entry, key) else t for key, t in entry.items()}
+
+
+def as_kept(entry: Mapping[Any, Any], shape: Sequence[int] | None = None) -> dict[Any, Any]:
+    """What `as_saved` was given.
+
+    Args:
+        entry: a parameter's state; codes may be in the weight's shape too.
+        shape: the weight's; if it isn't known, a last dimension of 1 is no weight's.
+    """
+
+    def kept(t: Tensor) -> Tensor:
+        added = t.shape[-1:] == (1,) if shape is None else t.shape == (*shape, 1)
+        return t.squeeze(-1) if added else t
+
+    return {key: kept(t) if _is_coded(entry, key) else t for key, t in entry.items()}
+
+
+def _is_coded(entry: Mapping[Any, Any], key: Any) -> bool:
+    t = entry[key]
+    return isinstance(key, str) and isinstance(t, Tensor) and t.dtype in CODED and scale_key(key) in entry
 
 
 def decoded(codes: Tensor, scale: Tensor) -> Tensor:

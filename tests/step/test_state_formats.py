@@ -271,6 +271,36 @@ def test_a_file_in_another_format_is_told_and_converted_where_asked(tmp_path: An
         assert torch.equal(moment, floats_of(opt, model[0].weight, "exp_avg"))
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_codes_are_never_taken_for_moments(tmp_path: Any) -> None:
+    """torch's distributed checkpoint copies int8 into float32, and a plain optimizer's load does."""
+    import torch.distributed.checkpoint as dcp
+
+    model = network()
+    opt = made(model, state="8bit")
+    train(model, opt, 1)
+    saved = opt.state_dict()
+    dcp.save({"opt": saved}, checkpoint_id=tmp_path, no_dist=True)
+    for wrap in (True, False):
+        other = made(copy.deepcopy(model)) if wrap else torch.optim.AdamW(copy.deepcopy(model).parameters())
+        for p in other.param_groups[0]["params"]:
+            p.grad = torch.zeros_like(p)
+        other.step()
+        with pytest.raises(dcp.CheckpointException, match="Size mismatch between saved"):
+            dcp.load({"opt": other.state_dict()}, checkpoint_id=tmp_path, no_dist=True)
+    other.load_state_dict(copy.deepcopy(saved))  # it shares counts
+    with pytest.raises(RuntimeError):
+        other.step()
+    twin = network()
+    again = made(twin, state="8bit")
+    train(twin, again, 1)
+    loaded = {"opt": again.state_dict()}
+    dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True)
+    again.load_state_dict(loaded["opt"])
+    for p, q in zip(opt.state.values(), again.state.values(), strict=True):
+        assert all(torch.equal(p[key], q[key]) for key in p)
+
+
 def test_a_checkpoint_whose_scales_are_cut_is_refused() -> None:
     model = network()
     opt = made(model, state="8bit")
