@@ -18,7 +18,7 @@ from optx.step.formats import CODED, CODES, in_groups, out_of_groups
 from optx.step.kept import MASTER, MASTERS, STATE, moments_of, state_words
 from optx.step.moments import FLOATS, as_kept, decoded, encoded, fits, float_of, scale_key, takes_codes
 from optx.step.state import PENDING, REST, SCALE, is_ours
-from optx.step.transform import Host
+from optx.step.transform import Group, Host
 
 StateDict = dict[str, Any]
 
@@ -27,9 +27,12 @@ def convert_state(state_dict: StateDict, optimizer: Optimizer | None = None) -> 
     """An optimizer's state dict in another format, for trainers that load it themselves.
 
     ``load_state_dict(state_dict, convert=True)`` of a wrapped optimizer does the same, and so does
-    ``optx.load_optimizer(optimizer, path, convert=True)``. An optimizer that is not wrapped takes codes of 8
-    bits for numbers and says nothing: give it what this returns. A Trainer resumes from the file
-    ``checkpoint-500/optimizer.pt``: load it, convert, and save it there.
+    ``optx.load_optimizer(optimizer, path, convert=True)``. Codes of 8 bits are saved with a dimension of 1
+    behind their weight's, so that nothing takes them for moments: an optimizer that is not wrapped fails in
+    its next step (give it what this returns), and torch's distributed checkpoint, which copies into what an
+    optimizer has, finds another size. There, sharded biases and rows that are no multiple of 32 numbers have
+    no codes: between one process and shards go by ``StateDictOptions(full_state_dict=True)``. A Trainer
+    resumes from the file ``checkpoint-500/optimizer.pt``: load it, convert, and save it there.
 
     Args:
         state_dict: of an optimizer, wrapped or not; of torchao's or bitsandbytes' 8-bit Adams; or of
@@ -79,13 +82,15 @@ def convert_state(state_dict: StateDict, optimizer: Optimizer | None = None) -> 
 
 def with_codes(state_dict: StateDict, optimizer: Any = None) -> StateDict:
     """A state dict with codes in their weights' shapes."""
-    pairs = zip(state_dict["param_groups"], getattr(optimizer, "param_groups", ()), strict=False)
-    shapes = {n: p.shape for a, b in pairs for n, p in zip(a["params"], b["params"], strict=False)}
-    parts = [part for part in ("state", PENDING) if part in state_dict]
-    return {
-        **state_dict,
-        **{part: {n: _in_shape(e, shapes.get(n)) for n, e in state_dict[part].items()} for part in parts},
-    }
+    given: list[Group] = optimizer.param_groups if optimizer is not None else []
+    shapes: dict[Any, torch.Size] = {}
+    for saved, group in zip(state_dict["param_groups"], given, strict=False):
+        shapes |= {n: p.shape for n, p in zip(saved["params"], group["params"], strict=False)}
+    kept = dict(state_dict)
+    for part in ("state", PENDING):
+        if part in kept:
+            kept[part] = {n: _in_shape(entry, shapes.get(n)) for n, entry in kept[part].items()}
+    return kept
 
 
 def _in_shape(entry: Any, shape: Sequence[int] | None) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optx._names import is_dtensor, whole
+from optx._names import is_dtensor, placed_like, whole
 from optx.kernels.step.layout import GROUP
 from optx.step.formats import CODED, CODES, decode, encode
 from optx.step.sharded import here, spread_as
@@ -124,8 +124,8 @@ def floats(store: SlotStore, p: Tensor, key: str) -> Tensor:
     if t.dtype not in CODED:
         return t
     scale = find(store, p, scale_key(key))
-    if is_dtensor(t) != is_dtensor(scale):
-        t, scale = whole(t), whole(scale)
+    if is_dtensor(t) != is_dtensor(scale):  # one process saved codes where shards have none: a bias's
+        return placed_like(decoded(whole(t), whole(scale)), p)
     return decoded(t, scale)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,21 @@ from torch import nn
 import optx
 
 
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 33), nn.Tanh(), nn.Linear(33, 8))
+
+
+def wrapped(model: nn.Module) -> optx.Wrapped:
+    return optx.wrap(torch.optim.AdamW(model.parameters(), lr=1e-2), state="8bit", fused=True)
+
+
 def sharded() -> tuple[nn.Module, optx.Wrapped]:
     from torch.distributed.fsdp import fully_shard
 
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 33), nn.Tanh(), nn.Linear(33, 8))
+    model = network()
     fully_shard(model)
-    return model, optx.wrap(torch.optim.AdamW(model.parameters(), lr=1e-2), state="8bit", fused=True)
+    return model, wrapped(model)
 
 
 def train(model: nn.Module, opt: optx.Wrapped, steps: int) -> None:
@@ -59,4 +68,29 @@ def shards_resume(rank: int) -> None:
         assert all(torch.equal(here(t), here(other.state[q][k])) for k, t in opt.state[p].items())
 
 
-test_shards = on_processes(2, shards_resume)
+def one_process_is_resumed_by_shards(rank: int) -> None:
+    """Where a whole weight has codes and a sharded one has not: of rows of 33, and of biases."""
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    options = dcp.StateDictOptions(full_state_dict=True)
+    alone = network()
+    opt = wrapped(alone)
+    train(alone, opt, 3)
+    whole, moments = dcp.get_state_dict(alone, opt, options=options)
+    assert opt.state[alone[0].bias]["exp_avg"].dtype == torch.int8
+    model, other = sharded()
+    dcp.set_state_dict(
+        model,
+        other,
+        model_state_dict=copy.deepcopy(whole),
+        optim_state_dict=copy.deepcopy(moments),
+        options=options,
+    )
+    train(alone, opt, 1)
+    train(model, other, 1)
+    for p, q in zip(alone.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(p.detach(), q.full_tensor().detach(), rtol=0, atol=1e-6)
+    assert other.state[model[0].bias]["exp_avg"].to_local().dtype == torch.float32
+
+
+test_shards = on_processes(2, shards_resume, one_process_is_resumed_by_shards)
