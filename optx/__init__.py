@@ -47,6 +47,8 @@
 
     tell    optx.analysis                                     diagnostics; they change nothing
             grad_norms  input_stats  nlm_alignment  softmax_collapse
+            optx.init                                         first weights
+            gg_                                               of a generalised Gaussian
             optx.scaling                                      tune small, train large: its help has the order
             shapes  Shapes  Width                             which dimensions are width
             init_  mup  group_lrs                             first weights and param groups by width
@@ -72,6 +74,7 @@ __version__ = "0.1.0"
 
 from optx import analysis as analysis
 from optx import bases as bases
+from optx import init as init
 from optx import integrations as integrations
 from optx import ops as ops
 from optx import rf8 as rf8

@@ -30,6 +30,7 @@ _VERBS = {
     "optx.delta": "delta",
     "optx.rf8": "delta",
     "optx.pruning": "prune",
+    "optx.init": "tell",
     "optx.scaling": "tell",
     "optx.analysis": "tell",
     "optx._config": "config",

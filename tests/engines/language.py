@@ -80,7 +80,17 @@ def _perp() -> optx.Injection:
 # What stands in the place of a row's own parts.
 LANGUAGE: Mapping[str, Mapping[str, Any]] = {
     **{
-        key: {} for key in ("AdamR", "Clip", "PerpGrad", "SaRA", "KeepMask", "SVFit", "ScaledParallelAdapter")
+        key: {}
+        for key in (
+            "AdamR",
+            "BackSlash",
+            "Clip",
+            "PerpGrad",
+            "SaRA",
+            "KeepMask",
+            "SVFit",
+            "ScaledParallelAdapter",
+        )
     },
     "HFT": {"transform": lambda task, call: optx.HFT(call, seed=1, rounds_every=2)},
     "DSPReg": {"task": Halves},

@@ -309,6 +309,8 @@ def shards_are_fitted_together(_rank: int) -> None:
         alone = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
         model = copy.deepcopy(alone)
         fully_shard(model)
+        with pytest.raises(optx.TargetError, match=r"'0\.weight' is sharded: draw before fully_shard"):
+            optx.init.gg_(model)
         shapes: list[list[float]] = []
         for net in (alone, model):
             opt = optx.wrap(adamw(net.parameters()), optx.BackSlash(0.2, exact=exact), metrics=True)
