@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optx._errors import TransformError
-from optx._names import whole
+from optx._errors import OptxError, TransformError
+from optx._names import is_dtensor, whole
 from optx.kernels.step.program import W0
 from optx.kernels.step.tiles import sizes_of
 from optx.step.base_step import step_without_hooks
@@ -344,6 +344,21 @@ class _Step:
             lambda key: not is_ours(key) or key.removeprefix("optx.") in written,
         )
 
+    def _step_base(self, evaluate: Callable[[], Any] | None) -> Any:
+        base = self.wrapped.base
+        try:
+            return step_without_hooks(base, evaluate)
+        except RuntimeError as error:  # torch's, of an operation on DTensors, names neither base nor group
+            spread = any(is_dtensor(p) for state in self.loose for p in state.group["params"])
+            if evaluate is not None or type(error) is not RuntimeError or not spread:
+                raise
+            reasons = " and ".join(dict.fromkeys(str(state.reason) for state in self.loose))
+            raise OptxError(
+                f"optx: {type(base).__name__}'s own step fails on sharded parameters (DTensors), and takes "
+                f"those that are not fused: {reasons}. Nothing was changed. torch says: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+
     def _run_base(self, closure: Callable[[], Any] | None, held: Held) -> None:
         base, store = self.wrapped.base, self.stepper.slots.store
         everything = base.param_groups
@@ -371,7 +386,7 @@ class _Step:
                     self._rewrite(first=True)
                 if self.fused:
                     base.param_groups = [state.group for state in self.loose]
-                self.loss = step_without_hooks(base, evaluate if closure is not None else None)
+                self.loss = self._step_base(evaluate if closure is not None else None)
         finally:
             if self.fused:
                 base.param_groups = everything

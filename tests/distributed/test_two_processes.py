@@ -100,9 +100,21 @@ def all_ranks_skip_what_one_rank_saw(rank: int) -> None:
     assert opt.skipped_steps == 3
 
 
+def a_base_that_cannot_step_shards_is_named(rank: int) -> None:
+    model = sharded()
+    opt = optx.wrap(torch.optim.Adafactor(model.parameters()))  # matrices and vectors: not fused
+    before = [local(p).clone() for p in model.parameters()]
+    with pytest.raises(optx.OptxError, match=r"Adafactor's own step fails on sharded .* of their own"):
+        train(model, opt, range(1))
+    assert all(torch.equal(a, local(p)) for a, p in zip(before, model.parameters(), strict=True))
+
+
 # DDP, FSDP2 and the kinds of checkpoints are in test_distributed.
 test_on_two_processes = on_processes(
-    2, full_checkpoint_loads_into_one_process, all_ranks_skip_what_one_rank_saw
+    2,
+    full_checkpoint_loads_into_one_process,
+    all_ranks_skip_what_one_rank_saw,
+    a_base_that_cannot_step_shards_is_named,
 )
 
 
