@@ -355,8 +355,7 @@ class _Step:
             reasons = " and ".join(dict.fromkeys(str(state.reason) for state in self.loose))
             raise OptxError(
                 f"optx: {type(base).__name__}'s own step fails on sharded parameters (DTensors), and takes "
-                f"those that are not fused: {reasons}. Nothing was changed. torch says: "
-                f"{str(error).splitlines()[0]}"
+                f"those that are not fused: {reasons}. Nothing changed. torch: {str(error).splitlines()[0]}"
             ) from error
 
     def _run_base(self, closure: Callable[[], Any] | None, held: Held) -> None:
