@@ -47,6 +47,7 @@
 
     tell    optx.analysis                                     diagnostics; they change nothing
             grad_norms  input_stats  nlm_alignment  softmax_collapse
+            rate                                              bits per weight
             optx.init                                         first weights
             gg_                                               of a generalised Gaussian
             optx.scaling                                      tune small, train large: its help has the order
@@ -91,6 +92,7 @@ from optx._errors import TargetError as TargetError
 from optx._errors import TransformError as TransformError
 from optx._masks import Masks as Masks
 from optx._rules import rule as rule
+from optx.analysis.rate import rate as rate
 from optx.delta import rws as rws
 from optx.delta._compressed import Compressed as Compressed
 from optx.delta._coordinate_search import Found as Found

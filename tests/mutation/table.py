@@ -15,6 +15,7 @@ _STEP = "moments user_rules perpgrad adamr skip_nonfinite fused_cpu wrap_bases r
 # Module -> its test files, without their folder, test_ and .py, the likeliest to notice a fault first.
 TABLE = {
     "optx/analysis/gradients.py": "analysis iaa",
+    "optx/analysis/rate.py": "rate",
     "optx/analysis/softmax.py": "analysis",
     "optx/delta/_apply.py": "arithmetic_delta whole_contents odd_numbers delta",
     "optx/delta/_between.py": "tied_and_untied new_heads delta",
