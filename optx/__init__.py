@@ -149,6 +149,7 @@ from optx.inject.mam import MAM as MAM
 from optx.inject.multihead import MultiHeadParallelAdapter as MultiHeadParallelAdapter
 from optx.inject.perp import Perp as Perp
 from optx.inject.prefix import PrefixTuning as PrefixTuning
+from optx.inject.stable_rps import StableRPS as StableRPS
 from optx.inject.stn import STN as STN
 from optx.inject.svfit import SVFit as SVFit
 from optx.inject.window_prune import WindowPrune as WindowPrune

@@ -1,0 +1,133 @@
+"""Weights made of a shared array while a module computes: kept nowhere, made again for the backward pass."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # pyright: ignore[reportUnknownVariableType]
+
+from optx._errors import OptxError
+from optx.kernels.available import why_unavailable
+from optx.kernels.shared import mapping
+from optx.kernels.shared.mapping import Place
+
+
+class _Gather(torch.autograd.Function):
+    """W from psi: linear in it, so that the derivative needs nothing of the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, psi: Tensor, place: Place, dtype: torch.dtype) -> Tensor:
+        ctx.place, ctx.like = place, psi.new_empty(0).dtype
+        return gathered(psi.detach(), place, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _Scatter.apply(grads[0], ctx.place, ctx.like), None, None
+
+
+class _Scatter(torch.autograd.Function):
+    """The transpose of `_Gather`."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, place: Place, dtype: torch.dtype) -> Tensor:
+        ctx.place, ctx.values = place, values.dtype
+        return summed(values.detach(), place, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _Gather.apply(grads[0], ctx.place, ctx.values), None, None
+
+
+def weight(psi: Tensor, place: Place, dtype: torch.dtype) -> Tensor:
+    """scale * sign * psi[slot], (numel,), that autograd follows to psi.
+
+    Args:
+        psi: (m,), any float dtype.
+        place: of the module.
+        dtype: of the result.
+    """
+    wide = psi.to(torch.promote_types(psi.dtype, torch.float32)).contiguous()
+    if _in_torch(wide):
+        return mapping.gather(wide, place, dtype)
+    return _Gather.apply(wide, place, dtype)  # pyright: ignore[reportReturnType]
+
+
+def gathered(psi: Tensor, place: Place, dtype: torch.dtype) -> Tensor:
+    """`weight` without derivative; psi is float32 or float64, and contiguous."""
+    kernels = _kernels(psi.device.type)
+    return (mapping if kernels is None else kernels).gather(psi.contiguous(), place, dtype)
+
+
+def summed(values: Tensor, place: Place, dtype: torch.dtype, signed: bool = True) -> Tensor:
+    """Per slot the sum of scale * sign * value, (m,).
+
+    Args:
+        values: as many as the module has weights.
+        place: of the module.
+        dtype: of the sums; float32 or float64.
+        signed: False leaves signs out.
+    """
+    kernels = _kernels(values.device.type)
+    like = torch.empty(place.slots, dtype=dtype, device=values.device)
+    flat = values.contiguous().view(-1)
+    return (mapping if kernels is None else kernels).scatter(flat, place, like, signed)
+
+
+def _in_torch(psi: Tensor) -> bool:
+    """Whether something looks at the operations themselves: a compiler, a transform of functions, a subclass."""
+    return (
+        torch.compiler.is_compiling()
+        or is_traceable_wrapper_subclass(psi)
+        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore
+        or torch._C._len_torch_dispatch_stack() > 0  # pyright: ignore
+    )
+
+
+@functools.cache
+def _kernels(device: str) -> Any:
+    """The kernels for a device; None where torch's operations serve, which make an index for the moment."""
+    if device == "cpu" and why_unavailable("numba") is None:
+        from optx.kernels.shared import cpu
+
+        return cpu
+    if device == "cuda" and why_unavailable("triton") is None:
+        from optx.kernels.shared import gather_triton
+
+        return gather_triton
+    return None
+
+
+def unsaved(W: Tensor, make: Callable[[], Tensor], psi: Tensor) -> AbstractContextManager[Any]:
+    """While a module computes with W: what autograd would keep of W is made again where backward needs it.
+
+    Args:
+        W: made by `weight`.
+        make: makes the same, flat, without derivative.
+        psi: what it is made of; it must not change before backward.
+    """
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and W.requires_grad):
+        return nullcontext()
+    address, version = W.untyped_storage().data_ptr(), psi._version  # pyright: ignore[reportPrivateUsage]
+
+    def pack(tensor: Tensor) -> Any:
+        own = not is_traceable_wrapper_subclass(tensor) and tensor.layout == torch.strided
+        if not own or tensor.untyped_storage().data_ptr() != address:
+            return tensor
+        return tensor.size(), tensor.stride(), tensor.storage_offset()
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        if psi._version != version:  # pyright: ignore[reportPrivateUsage]
+            raise OptxError(
+                "StableRPS: the shared array was changed (a step, a load) between a forward pass and its "
+                "backward pass, which makes the weights of it again. Call backward() before the step."
+            )
+        return make().as_strided(*packed)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
