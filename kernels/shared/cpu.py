@@ -16,6 +16,7 @@ import hashlib
 import struct
 from enum import IntEnum
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,14 +76,24 @@ def scatter(values: Tensor, place: Place, like: Tensor, signed: bool = True) -> 
 
 
 def _run(name: str, short: Tensor, long: Tensor, place: Place, signed: bool) -> None:
-    block = (ctypes.c_int64 * len(Args))(
+    kernel, template = _prepared(name, short.dtype, long.dtype, place, signed)
+    block = _Block.from_buffer_copy(template)
+    block[Args.SHORT], block[Args.LONG] = short.data_ptr(), long.data_ptr()
+    cpu.run(kernel, ctypes.addressof(block), parallel=place.numel > 2 * CHUNK)
+
+
+_Block: Any = ctypes.c_int64 * len(Args)
+
+
+@functools.lru_cache(4096)
+def _prepared(name: str, short: torch.dtype, long: torch.dtype, place: Place, signed: bool) -> tuple[int, bytes]:
+    """A kernel's address, and its argument block without the arrays': a small layer's call is as short."""
+    block = _Block(
         *(0, place.numel, place.offset, place.slots, place.slots_key, place.signs_key),
         struct.unpack("q", struct.pack("d", place.scale))[0],
-        *(short.data_ptr(), long.data_ptr(), int(signed), place.cols, place.tall, place.wide),
+        *(0, 0, int(signed), place.cols, place.tall, place.wide),
     )
-    module = _compiled(place.mapping, _name(short.dtype), _name(long.dtype))
-    kernel: int = vars(module)[name].address
-    cpu.run(kernel, ctypes.addressof(block), parallel=place.numel > 2 * CHUNK)
+    return vars(_compiled(place.mapping, _name(short), _name(long)))[name].address, bytes(block)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -12,11 +12,14 @@ from torch import Tensor, nn
 from optx._errors import OptxError, warn
 from optx._names import RESERVED
 from optx.inject._part import Part, Weights, hidden_of
-from optx.inject._shared_read import gathered, unsaved, weight
+from optx.inject._shared_read import gathered, linear, unsaved, weight
 from optx.inject._stand_in import called_with
 from optx.kernels.shared.mapping import Place
 
 MAPPINGS = ("fold", "roast", "hashed")
+
+
+_FORWARD = nn.Linear.forward
 
 
 class SharedWeight(Part):
@@ -71,6 +74,10 @@ class SharedWeight(Part):
     ) -> Any:
         """The module's call with that weight, which is gone when the call ends."""
         psi, place = self.array, self.at
+        if self._is_plain(module) and len(args) == 1:
+            output = linear(args[0], psi, module._parameters["bias"], place, self.shape)  # pyright: ignore
+            if output is not None:
+                return output
         dtype = self._dtype(module, hidden_of(args, kwargs))
         W = self.weight(dtype)
 
@@ -80,6 +87,12 @@ class SharedWeight(Part):
 
         with unsaved(W, again, psi):
             return called_with(lambda: {"weight": W}, call, module, args, kwargs)
+
+    def _is_plain(self, module: nn.Module) -> bool:
+        """Whether the call is nn.Linear's own, and this alone goes around it."""
+        container: Any = module._modules[RESERVED]  # pyright: ignore[reportPrivateUsage]
+        alone = len(container._modules) == 1 and container._forward is None
+        return alone and type(module) is nn.Linear and nn.Linear.forward is _FORWARD
 
     def _dtype(self, module: nn.Module, x: Tensor) -> torch.dtype:
         """What the module computes in; of an embedding, whose input says nothing, what it is kept in."""

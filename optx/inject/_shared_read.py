@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass  # pyright: ignore[reportUnknownVariableType]
 
 from optx._errors import OptxError
@@ -41,6 +42,39 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return _Gather.apply(grads[0], ctx.place, ctx.values), None, None
+
+
+class _Linear(torch.autograd.Function):
+    """x W^T + b in one node, which keeps x and psi: what is between two nodes costs as long as a small product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, psi: Tensor, bias: Tensor | None, place: Place, shape: torch.Size) -> Tensor:
+        ctx.save_for_backward(x, psi)
+        ctx.place, ctx.shape = place, shape
+        return F.linear(x, gathered(psi, place, x.dtype).view(shape), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (g,), (x, psi), place = grads, ctx.saved_tensors, ctx.place
+        to_x = to_psi = to_bias = None
+        if ctx.needs_input_grad[0]:
+            to_x = g @ weight(psi, place, x.dtype).view(ctx.shape)
+        flat = g.reshape(-1, ctx.shape[0])
+        if ctx.needs_input_grad[1]:
+            to_psi = _Scatter.apply(flat.t() @ x.reshape(-1, ctx.shape[1]), place, psi.dtype)
+        if ctx.needs_input_grad[2]:
+            to_bias = flat.sum(0)
+        return to_x, to_psi, to_bias, None, None
+
+
+def linear(x: Tensor, psi: Tensor, bias: Tensor | None, place: Place, shape: torch.Size) -> Tensor | None:
+    """A linear module's output; None where it is not all of one dtype, or something looks at the operations."""
+    plain = x.dtype == psi.dtype and x.dtype in (torch.float32, torch.float64) and psi.is_contiguous()
+    if not plain or torch.is_autocast_enabled(x.device.type) or _in_torch(psi) or type(x) is not Tensor:
+        return None
+    if not torch.is_grad_enabled():
+        return F.linear(x, gathered(psi, place, x.dtype).view(shape), bias)
+    return _Linear.apply(x, psi, bias, place, shape)  # pyright: ignore[reportReturnType]
 
 
 def weight(psi: Tensor, place: Place, dtype: torch.dtype) -> Tensor:
