@@ -1,0 +1,244 @@
+"""Shared weights in Triton: gathered, and gradients added up, in an order that nothing changes.
+
+Hashes are computed where they are needed. A gather writes each weight once, and reads the array through the
+caches. Sums of a fold are taken slot by slot over the segments in their order. Those of other mappings, whose
+slots are anywhere, are taken by atomic additions of integers, 2^-40 of the largest term each, so that
+their order does not show.
+"""
+# Triton's language has no types that a checker could follow.
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false, reportMissingParameterType=false
+# pyright: reportUntypedFunctionDecorator=false, reportAssignmentType=false, reportArgumentType=false
+# pyright: reportCallIssue=false, reportOperatorIssue=false
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from optx.kernels.shared.mapping import Place
+from optx.kernels.triton_lib import LAUNCH, nearest, read
+
+BLOCK, WARPS = 1024, 4
+_CODES = {"fold": 0, "hashed": 1, "roast": 2}
+_BITS = 40
+
+
+@triton.jit
+def _mix(key, value):
+    """splitmix64's finaliser of key + value * G."""
+    x = (key + value * 0x9E3779B97F4A7C15).to(tl.uint64)
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@triton.jit
+def _chosen(key, value, of):
+    """One of ``of`` values, by the top 31 bits of a hash."""
+    return ((_mix(key, value) >> 33).to(tl.int64) * of) >> 31
+
+
+@triton.jit
+def _slot(i, j, m, key, cols, MAPPING: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr):
+    """The slot of weight i of the long vector, weight j of its module."""
+    if MAPPING == 0:
+        q = i // m
+        s = _chosen(key, q.to(tl.uint64), m) + i - q * m
+        return tl.where(s >= m, s - m, s)
+    if MAPPING == 1:
+        return _chosen(key, i.to(tl.uint64), m)
+    row = j // cols
+    col = j - row * cols
+    block = (row // TALL) * ((cols + WIDE - 1) // WIDE) + col // WIDE
+    return _chosen(key, block.to(tl.uint64), m - TALL * WIDE + 1) + (row % TALL) * WIDE + col % WIDE
+
+
+@triton.jit
+def _signed(x, i, key, SIGNED: tl.constexpr):
+    """x, or -x where the sign of weight i says so."""
+    if not SIGNED:
+        return x
+    word = _mix(key, (i >> 6).to(tl.uint64))
+    return tl.where(((word >> (i & 63).to(tl.uint64)) & 1) != 0, -x, x)
+
+
+@triton.jit
+def _keys(words):
+    """The keys of slots and of signs: as tensors, since a launch would take a small one for another type."""
+    return tl.load(words).to(tl.uint64), tl.load(words + 1).to(tl.uint64)
+
+
+@triton.jit(do_not_specialize=["n", "offset", "m", "cols"])
+def gather_kernel(
+    psi,
+    weights,
+    words,
+    n,
+    offset,
+    m,
+    scale,
+    cols,
+    MAPPING: tl.constexpr,
+    TALL: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Weights block by block; a uint16 is a bfloat16."""
+    MATH: tl.constexpr = psi.dtype.element_ty
+    slots_key, signs_key = _keys(words)
+    j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    i = j + offset
+    inside = j < n
+    s = _slot(i, j, m.to(tl.int64), slots_key, cols.to(tl.int64), MAPPING, TALL, WIDE)
+    value = _signed(tl.load(psi + s, inside) * tl.load(scale).to(MATH), i, signs_key, True)
+    if weights.dtype.element_ty == tl.uint16:
+        tl.store(weights + j, nearest(value), inside)
+    else:
+        tl.store(weights + j, value.to(weights.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=["n", "offset", "m"])
+def fold_sums_kernel(
+    sums, grads, words, n, offset, m, scale, SIGNED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Slots block by block, each over the segments in their order."""
+    MATH: tl.constexpr = sums.dtype.element_ty
+    slots_key, signs_key = _keys(words)
+    m, end = m.to(tl.int64), offset.to(tl.int64) + n
+    s = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), MATH)
+    first = offset // m
+    for turn in range(0, (end + m - 1) // m - first):
+        q = first + turn
+        start = _chosen(slots_key, q.to(tl.uint64), m)
+        i = q * m + tl.where(s >= start, s - start, s - start + m)
+        there = (s < m) & (i >= offset) & (i < end)
+        term = read(grads + (i - offset), there, MATH) * tl.load(scale).to(MATH)
+        total += tl.where(there, _signed(term, i, signs_key, SIGNED), 0.0)
+    tl.store(sums + s, total, s < m)
+
+
+@triton.jit(do_not_specialize=["n", "offset", "m", "cols"])
+def any_sums_kernel(
+    sums,
+    grads,
+    words,
+    n,
+    offset,
+    m,
+    scale,
+    unit,
+    cols,
+    MAPPING: tl.constexpr,
+    TALL: tl.constexpr,
+    WIDE: tl.constexpr,
+    SIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Terms in units, added as integers; ``sums`` is int64."""
+    slots_key, signs_key = _keys(words)
+    j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    i = j + offset
+    inside = j < n
+    s = _slot(i, j, m.to(tl.int64), slots_key, cols.to(tl.int64), MAPPING, TALL, WIDE)
+    term = read(grads + j, inside, tl.float64) * tl.load(scale) * tl.load(unit)
+    whole = tl.floor(_signed(term, i, signs_key, SIGNED) + 0.5).to(tl.int64)
+    tl.atomic_add(sums + s, whole, inside)
+
+
+# ---- launches -------------------------------------------------------------------------------------------
+
+
+def gather(psi: Tensor, place: Place, dtype: torch.dtype) -> Tensor:
+    """scale * sign * psi[slot], (numel,), rounded once.
+
+    Args:
+        psi: (m,), contiguous, float32 or float64.
+        place: the module's.
+        dtype: any float.
+    """
+    made = torch.empty(place.numel, dtype=dtype, device=psi.device)
+    if place.numel:
+        with torch.cuda.device_of(psi):  # does nothing for the interpreter's CPU tensors
+            gather_kernel[(triton.cdiv(place.numel, BLOCK),)](
+                *(psi, _shown(made), *_numbers(place, psi.device)),
+                *(place.cols, _CODES[place.mapping], place.tall, place.wide, BLOCK),
+                num_warps=WARPS,
+                **LAUNCH,
+            )
+    return made
+
+
+def scatter(values: Tensor, place: Place, like: Tensor, signed: bool = True) -> Tensor:
+    """Per slot the sum of scale * sign * value, in ``like``'s dtype.
+
+    Args:
+        values: (numel,), contiguous, any float dtype.
+        place: the module's.
+        like: an array of so many slots; float32 or float64.
+        signed: False leaves signs out.
+    """
+    numbers, shown = _numbers(place, values.device), _shown(values)
+    with torch.cuda.device_of(values):
+        if place.mapping == "fold":
+            made = torch.empty_like(like)
+            fold_sums_kernel[(triton.cdiv(place.slots, BLOCK),)](
+                made, shown, *numbers, signed, BLOCK, num_warps=WARPS, **LAUNCH
+            )
+            return made
+        # 2^-40 of the largest term: below the rounding of any term, and room for 2^22 terms on a slot.
+        largest = (values.abs().max().double() * abs(place.scale)).clamp_min(torch.finfo(torch.float64).tiny)
+        unit = torch.exp2(_BITS - torch.ceil(torch.log2(largest)))
+        whole = torch.zeros(place.slots, dtype=torch.int64, device=values.device)
+        any_sums_kernel[(triton.cdiv(place.numel, BLOCK),)](
+            *(whole, shown, *numbers, unit, place.cols, _CODES[place.mapping], place.tall, place.wide),
+            *(signed, BLOCK),
+            num_warps=WARPS,
+            **LAUNCH,
+        )
+    return torch.where(largest.isfinite(), whole.double() / unit, largest * math.nan).to(like.dtype)
+
+
+def _numbers(place: Place, device: torch.device) -> tuple[Any, ...]:
+    keys = torch.tensor([place.slots_key, place.signs_key], device=device)
+    scale = torch.tensor([place.scale], dtype=torch.float64, device=device)
+    return keys, place.numel, place.offset, place.slots, scale
+
+
+def _shown(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
+
+
+class AuditSpec(NamedTuple):
+    """A kernel as it is compiled for one use, for `optx.kernels.audit`."""
+
+    name: str
+    function: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    bytes_per_element: float
+
+
+def audit_specs() -> Iterator[AuditSpec]:
+    """What `gather` and `scatter` launch. Rotations are by any number: loads of one side are of 32 bits each."""
+    plain = {"words": "*i64", "n": "i64", "offset": "i64", "m": "i64", "scale": "*fp64"}
+    for mapping, code in _CODES.items():
+        for kind, size in (("fp32", 4), ("u16", 2)):
+            constants = {"MAPPING": code, "TALL": 16, "WIDE": 16, "BLOCK": BLOCK}
+            types = {"psi": "*fp32", "weights": f"*{kind}", **plain, "cols": "i64"}
+            types |= dict.fromkeys(constants, "constexpr")
+            yield AuditSpec(f"gather {mapping} {kind}", gather_kernel, types, constants, 4 + size)
+    constants = {"SIGNED": True, "BLOCK": BLOCK}
+    types = {"sums": "*fp32", "grads": "*fp32", **plain, **dict.fromkeys(constants, "constexpr")}
+    yield AuditSpec("sums fold", fold_sums_kernel, types, constants, 4)
+    constants = {"MAPPING": 1, "TALL": 16, "WIDE": 16, "SIGNED": True, "BLOCK": BLOCK}
+    types = {"sums": "*i64", "grads": "*fp32", **plain, "unit": "*fp64", "cols": "i64"}
+    types |= dict.fromkeys(constants, "constexpr")
+    yield AuditSpec("sums hashed", any_sums_kernel, types, constants, 4 + 16)
