@@ -14,6 +14,7 @@
             ParallelAdapter  ScaledParallelAdapter  SequentialAdapter  MultiHeadParallelAdapter
             HiddenDelta
             MuReadout  MuAttention                            factors of width
+            StableRPS  SharedHandle                           all weights read from one short array
             Perp  PerpHandle                                  what a pruned model is retrained by
             STN  HParams  hp  SelfTuning                      hyperparameters tuned in the same run
             WindowPrune  WindowBlock  WindowHandle  WindowCost   computes only the windows that need it
@@ -130,6 +131,7 @@ from optx.inject._part import Weights as Weights
 from optx.inject._perp_handle import PerpHandle as PerpHandle
 from optx.inject._report import Report as Report
 from optx.inject._self_tuning import SelfTuning as SelfTuning
+from optx.inject._shared_handle import SharedHandle as SharedHandle
 from optx.inject._switch import set_adapter as set_adapter
 from optx.inject._window_block import WindowBlock as WindowBlock
 from optx.inject._window_cost import WindowCost as WindowCost

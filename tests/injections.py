@@ -117,6 +117,7 @@ class Row:
     Attributes:
         identity: whether it promises to change nothing at the start.
         merges: whether it folds into weights.
+        stacks: whether it goes with all others on one module: not what takes the module's weight away.
     """
 
     label: str
@@ -125,6 +126,7 @@ class Row:
     targets: Any = None
     identity: bool = True
     merges: bool = True
+    stacks: bool = True
 
     def attach(self, model: nn.Module, **options: Any) -> optx.Handle:
         torch.manual_seed(2)
@@ -193,6 +195,10 @@ ROWS = [
     Row("Perp", pruned_bert, lambda: optx.Perp(adapter="mask", rank=4)),
     Row("IAA", bert, lambda: optx.IAA(rank=3, aside=3), merges=False),
     Row("IAA, Llama", llama, lambda: optx.IAA(rank=3, aside=3), merges=False),
+    Row(
+        *("StableRPS", cnn, lambda: optx.StableRPS(compression=0.4), (nn.Linear, nn.Conv2d), False),
+        stacks=False,
+    ),
 ]
 
 
@@ -202,7 +208,7 @@ TRANSFORMERS = (llama, bert, pruned_bert)
 def rows_on(build: Callable[..., nn.Module], rows: Sequence[Row] = ROWS) -> list[Row]:
     """Rows that serve a model: a pruned one is also as good as any."""
     models = {build, bert} if build is pruned_bert else {build}
-    return [row for row in rows if row.model in models]
+    return [row for row in rows if row.model in models and row.stacks]
 
 
 def public_injections() -> list[str]:

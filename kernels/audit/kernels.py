@@ -1,11 +1,11 @@
-"""What the audit compiles: kernels of programs, of losses, of compressed deltas, as they are launched."""
+"""What the audit compiles: kernels of programs, of losses, and of what else there is, as launched."""
 # Triton's compiler has no types that a checker could follow.
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -140,8 +140,8 @@ def _kernel(
     return Kernel(program, name, function, signature, positions, attrs, warps, block, moved, octets=octets)
 
 
-def loss_kernels() -> Iterator[Kernel]:
-    """Those of the losses."""
+def loss_kernels(target: Target) -> Iterator[Kernel]:
+    """Those of the losses, for any target."""
     from optx.kernels.loss.stablemax_triton import audit_specs
 
     for s in audit_specs():
@@ -183,3 +183,27 @@ def ternary_kernels(target: Target) -> Iterator[Kernel]:
             s.bytes_per_element,
             narrowest=32,
         )
+
+
+def shared_kernels(target: Target) -> Iterator[Kernel]:
+    """Those of shared weights. A rotation by any number leaves 32 bits to an access on one side."""
+    from optx.kernels.shared import gather_triton as shared
+
+    for s in shared.audit_specs():
+        names = s.function.arg_names
+        constexprs = {(names.index(k),): v for k, v in s.constexprs.items()}
+        attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if s.signature[n][0] == "*"}
+        block = s.constexprs["BLOCK"]
+        yield Kernel(
+            *("shared", s.name, s.function, s.signature, constexprs, attrs, shared.WARPS, block),
+            s.bytes_per_element,
+            narrowest=16,
+        )
+
+
+OTHERS: dict[str, Callable[[Target], Iterator[Kernel]]] = {
+    "loss": loss_kernels,
+    "ternary": ternary_kernels,
+    "shared": shared_kernels,
+}
+"""Kernels that belong to no program, by their kind."""

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from optx.kernels.audit.assembly import Machine, inspect, widths
-from optx.kernels.audit.kernels import ACCESS, Case, Kernel, Target, kernels, loss_kernels, ternary_kernels
+from optx.kernels.audit.kernels import ACCESS, OTHERS, Case, Kernel, Target, kernels
 from optx.kernels.step.layout import GROUP
 
 TARGETS = [
@@ -125,15 +125,13 @@ def _problems(kernel: Kernel, machine: Machine, counted: float, per_thread: floa
         yield f"moves {counted:.2f} bytes per element where its roles imply {kernel.bytes:.2f}"
 
 
-def audit(
-    cases: Sequence[Case], targets: Sequence[Target], losses: bool = True, ternary: bool = True
-) -> Iterator[Row]:
+def audit(cases: Sequence[Case], targets: Sequence[Target], others: Iterable[str] = OTHERS) -> Iterator[Row]:
     """Measure all kernels on all targets; kernels of several programs with one text are measured once."""
     for target in targets:
         seen: set[tuple[str, str]] = set()
         of_cases = (k for case in cases for k in kernels(case, target))
-        others = (*(loss_kernels() if losses else ()), *(ternary_kernels(target) if ternary else ()))
-        for kernel in (*of_cases, *others):
+        besides = (k for name in others for k in OTHERS[name](target))
+        for kernel in (*of_cases, *besides):
             key = (kernel.name, kernel.function.cache_key)
             if kernel.elements or key not in seen:
                 seen.add(key)
@@ -170,7 +168,7 @@ def traffic(rows: Iterable[Row]) -> dict[str, float]:
     for r in rows:
         if r.implied:
             passes[r.program, r.target] = passes.get((r.program, r.target), 0.0) + r.bytes
-    programs = dict.fromkeys(program for program, _ in passes if program not in ("loss", "ternary"))
+    programs = dict.fromkeys(program for program, _ in passes if program not in OTHERS)
     return {p: max(b for (program, _), b in passes.items() if program == p) for p in programs}
 
 
@@ -204,7 +202,7 @@ def options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="optx audit", description=(__doc__ or "").split("\n\n")[1])
     parser.add_argument("--quick", action="store_true", help="one target per family: sm_90 and gfx942")
     parser.add_argument(
-        "--only", default="", metavar="REGEX", help="programs whose name matches ('loss', 'ternary' too)"
+        "--only", default="", metavar="REGEX", help=f"programs whose name matches ({', '.join(OTHERS)} too)"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to a file")
     return parser
@@ -227,8 +225,8 @@ def main(
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set, under which nothing is compiled; unset it.")
     chosen = [case for case in cases() if re.search(args.only, case.name)]
-    losses, ternary = (bool(re.search(args.only, name)) for name in ("loss", "ternary"))
-    rows = list(_progress(audit(chosen, QUICK if args.quick else TARGETS, losses, ternary)))
+    others = [name for name in OTHERS if re.search(args.only, name)]
+    rows = list(_progress(audit(chosen, QUICK if args.quick else TARGETS, others)))
     if args.json:
         settings = {"quick": args.quick, "only": args.only}
         found: dict[str, Any] = {"settings": settings, "environment": {**about()}, "traffic": traffic(rows)}

@@ -1,1 +1,1 @@
-"""Weights read from one short array through a hash: gathered, and their gradients added up, without an index."""
+"""Weights read from one short array through a hash: gathered, gradients added up, without an index."""

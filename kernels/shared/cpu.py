@@ -1,9 +1,9 @@
-"""Shared weights on CPU: gathered in one pass over memory, and gradients added up, without an index or a sign.
+"""Shared weights on CPU: gathered in one pass over memory, gradients added up, without an index or a sign.
 
-A fold is a row of rotated copies: its slots are consecutive, so both directions move contiguous memory. Gathers
-are split over threads by weights. Sums of a fold are split by slots, each slot's terms in the order of the
-segments; those of other mappings are taken in the order of the weights, by one thread. So neither shows how
-many threads there were.
+A fold is a row of rotated copies: its slots are consecutive, so both directions move contiguous memory.
+Gathers are split over threads by weights. Sums of a fold are split by slots, each slot's terms in the order
+of the segments; those of other mappings are taken in the order of the weights, by one thread. So neither
+shows how many threads there were.
 """
 # Numba's functions have no types that a checker could follow.
 # pyright: reportMissingTypeStubs=false
@@ -86,7 +86,9 @@ _Block: Any = ctypes.c_int64 * len(Args)
 
 
 @functools.lru_cache(4096)
-def _prepared(name: str, short: torch.dtype, long: torch.dtype, place: Place, signed: bool) -> tuple[int, bytes]:
+def _prepared(
+    name: str, short: torch.dtype, long: torch.dtype, place: Place, signed: bool
+) -> tuple[int, bytes]:
     """A kernel's address, and its argument block without the arrays': a small layer's call is as short."""
     block = _Block(
         *(0, place.numel, place.offset, place.slots, place.slots_key, place.signs_key),

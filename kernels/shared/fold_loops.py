@@ -1,7 +1,7 @@
 """The loops of folded weights on CPU, compiled by Numba for the dtypes of the array and of the weights.
 
-Not to be imported: `optx.kernels.shared.cpu` runs copies of this file. Segment q of the long vector, m weights,
-is the array rotated by ``start(q)``: two stretches of consecutive slots.
+Not to be imported: `optx.kernels.shared.cpu` runs copies of this file. Segment q of the long vector, m
+weights, is the array rotated by ``start(q)``: two stretches of consecutive slots.
 """
 # Numba's functions have no types that a checker could follow.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -80,7 +80,8 @@ def scatter(pointer):
             start = chosen(key, q, m)
             begin, finish = max(offset, q * m), min(end, (q + 1) * m)
             stretch(
-                *(sums, grads, max(first, start), last, q * m - start, begin, finish, offset, signs, scale, signed)
+                *(sums, grads, max(first, start), last, q * m - start, begin, finish),
+                *(offset, signs, scale, signed),
             )
             stretch(
                 *(sums, grads, first, min(last, start), q * m - start + m, begin, finish),

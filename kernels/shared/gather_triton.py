@@ -25,7 +25,7 @@ from torch import Tensor
 from optx.kernels.shared.mapping import Place
 from optx.kernels.triton_lib import LAUNCH, nearest, read
 
-BLOCK, WARPS = 1024, 4
+BLOCK, TURNS, WARPS = 1024, 8, 4
 _CODES = {"fold": 0, "hashed": 1, "roast": 2}
 _BITS = 40
 
@@ -75,6 +75,22 @@ def _keys(words):
     return tl.load(words).to(tl.uint64), tl.load(words + 1).to(tl.uint64)
 
 
+@triton.jit
+def _gather_block(
+    psi, weights, at, n, offset, m, keys, scale, cols, MASKED: tl.constexpr, SHAPE: tl.constexpr
+):
+    """Weights from ``at`` on, a multiple of the block; ``SHAPE`` is (mapping, tall, wide, block)."""
+    slots_key, signs_key = keys
+    j = at + tl.arange(0, SHAPE[3])
+    mask = j < n if MASKED else None
+    s = _slot(j + offset, j, m, slots_key, cols, SHAPE[0], SHAPE[1], SHAPE[2])
+    value = _signed(tl.load(psi + s, mask) * scale, j + offset, signs_key, True)
+    if weights.dtype.element_ty == tl.uint16:  # bfloat16
+        tl.store(weights + j, nearest(value), mask)
+    else:
+        tl.store(weights + j, value.to(weights.dtype.element_ty), mask)
+
+
 @triton.jit(do_not_specialize=["n", "offset", "m", "cols"])
 def gather_kernel(
     psi,
@@ -85,33 +101,32 @@ def gather_kernel(
     m,
     scale,
     cols,
-    MAPPING: tl.constexpr,
-    TALL: tl.constexpr,
-    WIDE: tl.constexpr,
+    SHAPE: tl.constexpr,
     BLOCK: tl.constexpr,
+    TURNS: tl.constexpr,
 ):
     """Weights block by block; a uint16 is a bfloat16."""
-    MATH: tl.constexpr = psi.dtype.element_ty
-    slots_key, signs_key = _keys(words)
-    j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    i = j + offset
-    inside = j < n
-    s = _slot(i, j, m.to(tl.int64), slots_key, cols.to(tl.int64), MAPPING, TALL, WIDE)
-    value = _signed(tl.load(psi + s, inside) * tl.load(scale).to(MATH), i, signs_key, True)
-    if weights.dtype.element_ty == tl.uint16:
-        tl.store(weights + j, nearest(value), inside)
-    else:
-        tl.store(weights + j, value.to(weights.dtype.element_ty), inside)
+    keys, factor = _keys(words), tl.load(scale).to(psi.dtype.element_ty)
+    n, offset, m, cols = n.to(tl.int64), offset.to(tl.int64), m.to(tl.int64), cols.to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * (BLOCK * TURNS)
+    last = tl.minimum(first + BLOCK * TURNS, n)
+    full = first + (last - first) // BLOCK * BLOCK
+    for at in range(first, full, BLOCK):  # without a mask, which would narrow the accesses
+        _gather_block(psi, weights, tl.multiple_of(at, BLOCK), n, offset, m, keys, factor, cols, False, SHAPE)
+    if full < last:
+        _gather_block(
+            psi, weights, tl.multiple_of(full, BLOCK), n, offset, m, keys, factor, cols, True, SHAPE
+        )
 
 
 @triton.jit(do_not_specialize=["n", "offset", "m"])
-def fold_sums_kernel(
-    sums, grads, words, n, offset, m, scale, SIGNED: tl.constexpr, BLOCK: tl.constexpr
-):
+def fold_sums_kernel(sums, grads, words, n, offset, m, scale, SIGNED: tl.constexpr, BLOCK: tl.constexpr):
     """Slots block by block, each over the segments in their order."""
     MATH: tl.constexpr = sums.dtype.element_ty
     slots_key, signs_key = _keys(words)
-    m, end = m.to(tl.int64), offset.to(tl.int64) + n
+    factor = tl.load(scale).to(MATH)
+    m, offset = m.to(tl.int64), offset.to(tl.int64)
+    end = offset + n
     s = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), MATH)
     first = offset // m
@@ -120,9 +135,19 @@ def fold_sums_kernel(
         start = _chosen(slots_key, q.to(tl.uint64), m)
         i = q * m + tl.where(s >= start, s - start, s - start + m)
         there = (s < m) & (i >= offset) & (i < end)
-        term = read(grads + (i - offset), there, MATH) * tl.load(scale).to(MATH)
+        term = read(grads + (i - offset), there, MATH) * factor
         total += tl.where(there, _signed(term, i, signs_key, SIGNED), 0.0)
     tl.store(sums + s, total, s < m)
+
+
+@triton.jit
+def _sums_block(sums, grads, at, n, offset, m, keys, scale, cols, SIGNED: tl.constexpr, SHAPE: tl.constexpr):
+    """Terms of the weights from ``at`` on."""
+    slots_key, signs_key = keys
+    j = at + tl.arange(0, SHAPE[3])
+    s = _slot(j + offset, j, m, slots_key, cols, SHAPE[0], SHAPE[1], SHAPE[2])
+    term = _signed(read(grads + j, j < n, tl.float64) * scale, j + offset, signs_key, SIGNED)
+    tl.atomic_add(sums + s, tl.floor(term + 0.5).to(tl.int64), j < n)
 
 
 @triton.jit(do_not_specialize=["n", "offset", "m", "cols"])
@@ -134,23 +159,18 @@ def any_sums_kernel(
     offset,
     m,
     scale,
-    unit,
     cols,
-    MAPPING: tl.constexpr,
-    TALL: tl.constexpr,
-    WIDE: tl.constexpr,
     SIGNED: tl.constexpr,
+    SHAPE: tl.constexpr,
     BLOCK: tl.constexpr,
+    TURNS: tl.constexpr,
 ):
-    """Terms in units, added as integers; ``sums`` is int64."""
-    slots_key, signs_key = _keys(words)
-    j = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    i = j + offset
-    inside = j < n
-    s = _slot(i, j, m.to(tl.int64), slots_key, cols.to(tl.int64), MAPPING, TALL, WIDE)
-    term = read(grads + j, inside, tl.float64) * tl.load(scale) * tl.load(unit)
-    whole = tl.floor(_signed(term, i, signs_key, SIGNED) + 0.5).to(tl.int64)
-    tl.atomic_add(sums + s, whole, inside)
+    """Terms as whole multiples of a unit, by which ``scale`` is divided; ``sums`` is int64."""
+    keys, factor = _keys(words), tl.load(scale)
+    n, offset, m, cols = n.to(tl.int64), offset.to(tl.int64), m.to(tl.int64), cols.to(tl.int64)
+    first = tl.program_id(0).to(tl.int64) * (BLOCK * TURNS)
+    for at in range(first, tl.minimum(first + BLOCK * TURNS, n), BLOCK):
+        _sums_block(sums, grads, tl.multiple_of(at, BLOCK), n, offset, m, keys, factor, cols, SIGNED, SHAPE)
 
 
 # ---- launches -------------------------------------------------------------------------------------------
@@ -167,9 +187,10 @@ def gather(psi: Tensor, place: Place, dtype: torch.dtype) -> Tensor:
     made = torch.empty(place.numel, dtype=dtype, device=psi.device)
     if place.numel:
         with torch.cuda.device_of(psi):  # does nothing for the interpreter's CPU tensors
-            gather_kernel[(triton.cdiv(place.numel, BLOCK),)](
-                *(psi, _shown(made), *_numbers(place, psi.device)),
-                *(place.cols, _CODES[place.mapping], place.tall, place.wide, BLOCK),
+            gather_kernel[(triton.cdiv(place.numel, BLOCK * TURNS),)](
+                *(psi, _shown(made), *_numbers(place, psi.device), place.cols, _shape(place)),
+                BLOCK=BLOCK,
+                TURNS=TURNS,
                 num_warps=WARPS,
                 **LAUNCH,
             )
@@ -197,9 +218,10 @@ def scatter(values: Tensor, place: Place, like: Tensor, signed: bool = True) -> 
         largest = (values.abs().max().double() * abs(place.scale)).clamp_min(torch.finfo(torch.float64).tiny)
         unit = torch.exp2(_BITS - torch.ceil(torch.log2(largest)))
         whole = torch.zeros(place.slots, dtype=torch.int64, device=values.device)
-        any_sums_kernel[(triton.cdiv(place.numel, BLOCK),)](
-            *(whole, shown, *numbers, unit, place.cols, _CODES[place.mapping], place.tall, place.wide),
-            *(signed, BLOCK),
+        any_sums_kernel[(triton.cdiv(place.numel, BLOCK * TURNS),)](
+            *(whole, shown, *numbers[:-1], numbers[-1] * unit, place.cols, signed, _shape(place)),
+            BLOCK=BLOCK,
+            TURNS=TURNS,
             num_warps=WARPS,
             **LAUNCH,
         )
@@ -210,6 +232,10 @@ def _numbers(place: Place, device: torch.device) -> tuple[Any, ...]:
     keys = torch.tensor([place.slots_key, place.signs_key], device=device)
     scale = torch.tensor([place.scale], dtype=torch.float64, device=device)
     return keys, place.numel, place.offset, place.slots, scale
+
+
+def _shape(place: Place) -> tuple[int, int, int, int]:
+    return _CODES[place.mapping], place.tall, place.wide, BLOCK
 
 
 def _shown(tensor: Tensor) -> Tensor:
@@ -227,18 +253,24 @@ class AuditSpec(NamedTuple):
 
 
 def audit_specs() -> Iterator[AuditSpec]:
-    """What `gather` and `scatter` launch. Rotations are by any number: loads of one side are of 32 bits each."""
+    """What `gather` and `scatter` launch. Rotations are by any number: of one side a load is of 32 bits."""
     plain = {"words": "*i64", "n": "i64", "offset": "i64", "m": "i64", "scale": "*fp64"}
+    blocks = {"BLOCK": BLOCK, "TURNS": TURNS}
     for mapping, code in _CODES.items():
         for kind, size in (("fp32", 4), ("u16", 2)):
-            constants = {"MAPPING": code, "TALL": 16, "WIDE": 16, "BLOCK": BLOCK}
+            constants = {"SHAPE": (code, 16, 16, BLOCK), **blocks}
             types = {"psi": "*fp32", "weights": f"*{kind}", **plain, "cols": "i64"}
             types |= dict.fromkeys(constants, "constexpr")
             yield AuditSpec(f"gather {mapping} {kind}", gather_kernel, types, constants, 4 + size)
     constants = {"SIGNED": True, "BLOCK": BLOCK}
     types = {"sums": "*fp32", "grads": "*fp32", **plain, **dict.fromkeys(constants, "constexpr")}
     yield AuditSpec("sums fold", fold_sums_kernel, types, constants, 4)
-    constants = {"MAPPING": 1, "TALL": 16, "WIDE": 16, "SIGNED": True, "BLOCK": BLOCK}
-    types = {"sums": "*i64", "grads": "*fp32", **plain, "unit": "*fp64", "cols": "i64"}
-    types |= dict.fromkeys(constants, "constexpr")
-    yield AuditSpec("sums hashed", any_sums_kernel, types, constants, 4 + 16)
+    constants = {"SIGNED": True, "SHAPE": (_CODES["hashed"], 16, 16, BLOCK), **blocks}
+    types = {
+        "sums": "*i64",
+        "grads": "*fp32",
+        **plain,
+        "cols": "i64",
+        **dict.fromkeys(constants, "constexpr"),
+    }
+    yield AuditSpec("sums hashed", any_sums_kernel, types, constants, 4)

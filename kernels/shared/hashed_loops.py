@@ -58,5 +58,7 @@ def scatter(pointer):
         for j in range(n):
             i = offset + j
             s = chosen(key, i, m)
-            term = flipped(F(read_long(grads, j)) * scale, np.uint32((mix(signs, i >> 6) >> (i & 63)) * signed), 0)
+            term = flipped(
+                F(read_long(grads, j)) * scale, np.uint32((mix(signs, i >> 6) >> (i & 63)) * signed), 0
+            )
             write_short(sums, s, read_short(sums, s) + term, NONE)

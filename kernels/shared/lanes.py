@@ -43,7 +43,7 @@ def flipped(_context: Any, value: Any, _word: Any, _bit: Any) -> Any:
 
 @functools.cache
 def whole_word(dtype: str, adds: bool) -> Any:
-    """An intrinsic ``(to, s, at, j, word, scale)``: the 32 weights of a word, where both sides have one dtype.
+    """An intrinsic ``(to, s, at, j, word, scale)``: 32 weights of a word, where both sides have one dtype.
 
     As vectors: of a loop of 32 turns LLVM makes 32 times the same.
     """

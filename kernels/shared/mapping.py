@@ -7,7 +7,8 @@ behind the other, row by row) has
 
 * fold: slot ``(start(q) + i - q m) mod m`` where ``q = i // m``, ``start(q)`` the hash of q, one of m;
 * hashed: slot the hash of i, one of m;
-* roast: its module's matrix is cut into blocks of ``tall`` rows and ``wide`` columns, numbered row by row; block
+* roast: its module's matrix is cut into blocks of ``tall`` rows and ``wide`` columns, numbered row by row;
+  block
   b begins at the hash of b under the key ``mix(slots_key, order + 1)``, one of ``m - tall wide + 1``, and its
   elements follow row by row;
 * sign ``-1`` where bit ``i % 64`` of ``mix(signs_key, i // 64)`` is set.

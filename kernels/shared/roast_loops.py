@@ -71,6 +71,7 @@ def scatter(pointer):
         zeroed(write, sums, 0, m, F(0))
         j = 0
         while j < n:
-            s, count = slot(j, cols, tall, wide, key, m - tall * wide + 1)
+            s, most = slot(j, cols, tall, wide, key, m - tall * wide + 1)
+            count = min(most, n - j)
             add_run(sums, s, grads, j, offset + j, count, signs, scale, signed)
             j += count

@@ -41,6 +41,7 @@ _FREE = ("base_model_name_or_path", "revision", "task_type", "inference_mode", "
 _FOR_TRAINING = (
     *("dropout", "init", "std"),
     *("hparams", "shared", "lr", "sigma_lr", "tau", "warmup", "train_steps", "valid_steps", "seed"),  # STN's
+    *("keep", "scaler", "init_std", "scale", "match_std", "param_scale"),  # StableRPS's
 )
 
 

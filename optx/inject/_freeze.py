@@ -86,7 +86,8 @@ def trainable_only(model: nn.Module, *handles: Handle, also: Targets | None = No
         if not chosen:
             raise OptxError(f"trainable_only: also={also!r} matches no module. {near(str(also), modules)}")
         kept.update(id(p) for module in chosen for p in module.parameters())
-    flags = [(p, p.requires_grad) for p in model.parameters()]
+    resting = {id(p) for handle in handles for p in handle.leaving()}  # whose flags are the handles' affair
+    flags = [(p, p.requires_grad) for p in model.parameters() if id(p) not in resting]
     for p, _ in flags:
         p.requires_grad_(id(p) in kept)
     return Frozen(flags, handles)

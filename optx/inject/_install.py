@@ -136,6 +136,7 @@ def _serve(
         check_servable(site, model)
         if injection.needs_weight:
             check_values(site.module, site.path)
+            _check_in_use(site, injection)
     check_sites(model, sites)
     served = [
         Served(site.path, site.module, part, injection, name or injection.name)
@@ -147,6 +148,17 @@ def _serve(
     for companion, others in injection.companions(model, sites):
         served.extend(_serve(model, companion, others, name, whole, lenient=True, beside=True))
     return served
+
+
+def _check_in_use(site: Site, injection: Injection) -> None:
+    """Raise if a method works with a weight that another has put out of work."""
+    container = attached(site.module)
+    for name, part in container.parts.items() if container is not None else ():
+        if any(p is site.module._parameters.get("weight") for p in part.retired(site.module)):  # pyright: ignore[reportPrivateUsage]
+            raise TargetError(
+                f"attach: {type(injection).__name__} works with the weight of {site.path!r}, which takes no "
+                f"part while {name!r} is attached. Remove that first, or leave the module out."
+            )
 
 
 def _servable(model: nn.Module, injection: Injection, sites: Sequence[Site], name: str) -> list[Site]:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optx._errors import FileError, OptxError, check_choice
+from optx._errors import FileError, OptxError, check_choice, warn
+from optx._names import RESERVED
 from optx.inject import _shared_places
 from optx.inject._handle import Handle
 from optx.inject._served import Served
@@ -39,6 +40,8 @@ class SharedHandle(Handle):
     ) -> None:
         super().__init__(model, injection, served, saved)
         self._kept = Kept(self.served, injection.keep)
+        hook = self.served[0].module.register_load_state_dict_pre_hook(_tell_of_bare)
+        self.served[0].hooks.append(hook)
 
     def _parts(self) -> list[SharedWeight]:
         return [one.part for one in self.served if isinstance(one.part, SharedWeight)]
@@ -68,7 +71,7 @@ class SharedHandle(Handle):
         return _shared_places.totals((part.at for part in self._parts()), self.psi.device)
 
     def slots(self, path: str) -> Tensor:
-        """Which slot each weight of a served module reads, in its shape, int64. Eight bytes a weight: to look at."""
+        """Which slot each weight of a served module reads, in its shape, int64: 8 bytes a weight."""
         part = self._part_at(path)
         return mapping.slots(part.at).view(part.shape)
 
@@ -86,7 +89,9 @@ class SharedHandle(Handle):
         for one in self.served:
             if one.path == path and isinstance(one.part, SharedWeight):
                 return one.part
-        raise OptxError(f"StableRPS: {path!r} is not served. Served: {[one.path for one in self.served][:8]}.")
+        raise OptxError(
+            f"StableRPS: {path!r} is not served. Served: {[one.path for one in self.served][:8]}."
+        )
 
     def grad_scale(self, mode: str | None = None) -> GradScale:
         """The gradient scaler as a transform for `optx.wrap`: d psi / (Gamma + 1e-6) before the step.
@@ -94,8 +99,8 @@ class SharedHandle(Handle):
         Gamma_j is, in ``"v1"``, (sum of the scales of slot j's weights)^2 / (their number + 1e-3): if the
         weights of a slot agree, each moves by its own gradient times lr, whatever ``init_std`` is. The other
         modes are the authors' (``"v2"`` sum of scales, ``"v3"`` their mean, ``"v4"`` root of the sum of their
-        squares, ``"v5"`` that sum). It comes before `Clip`; weight decay, which the base adds after it, is not
-        divided. `optx.wrap(optimizer, handle)` adds it by itself.
+        squares, ``"v5"`` that sum). It comes before `Clip`; weight decay, which the base adds after it, is
+        not divided. `optx.wrap(optimizer, handle)` adds it by itself.
 
         Args:
             mode: None: the injection's ``scaler``.
@@ -118,12 +123,12 @@ class SharedHandle(Handle):
     def _take_off(self, *, restore: bool) -> None:
         self._kept.back(self.served)
         super()._take_off(restore=restore)
-        self._kept.restore_flags()
 
     def merge(self, *, untie: bool = False) -> None:
-        """Write the weights into their modules; see `Handle.merge`. Modules that share a weight go on sharing.
+        """Write the weights into their modules; see `Handle.merge`.
 
-        With ``keep="file"`` or ``"none"`` the modules have their weights again meanwhile, as long as it is merged.
+        With ``keep="file"`` or ``"none"`` the modules have their weights again meanwhile, as long as it is
+        merged.
         """
         self._kept.back(self.served)
         try:
@@ -155,9 +160,20 @@ class SharedHandle(Handle):
                 here, there = from_numbers(tensor), from_numbers(given)
                 if (here.numel, here.slots) != (there.numel, there.slots):
                     raise FileError(
-                        f"state_dict: {key!r} is of {there.numel:,} weights on {there.slots:,} slots; the module "
-                        f"has {here.numel:,} on {here.slots:,}. Attach with the options it was saved with."
+                        f"state_dict: {key!r} is of {there.numel:,} weights on {there.slots:,} slots; "
+                        f"the module has {here.numel:,} on {here.slots:,}. Attach with the same options."
                     )
         super().load_state_dict(state_dict)
         for part in self._parts():
             part.reread()
+
+
+def _tell_of_bare(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """A bare model's checkpoint has weights that nothing here would compute with."""
+    own = f"{prefix}{RESERVED}."
+    if f"{prefix}weight" in state_dict and not any(key.startswith(own) for key in state_dict):
+        warn(
+            f"StableRPS: load_state_dict: the checkpoint has '{prefix}weight' and no shared array, and the "
+            "module reads its weight from that: what is loaded takes no part. Load it into the bare model, "
+            'and attach with optx.StableRPS(..., init="fit").'
+        )

@@ -38,15 +38,11 @@ class _Filed:
 
 
 class Kept:
-    """The weights of one handle's modules, and their flags."""
+    """The weights of one handle's modules."""
 
     def __init__(self, served: list[Served], keep: Keep) -> None:
         self.keep: Keep = keep
-        self._flags: list[tuple[nn.Parameter, bool]] = []
         self._filed: list[tuple[nn.Parameter, _Filed]] = []
-        for p in _own(served):
-            self._flags.append((p, p.requires_grad))
-            p.requires_grad_(False)  # DDP would wait for its gradient
         if keep != "memory":
             self.away(served)
 
@@ -79,11 +75,6 @@ class Kept:
 
     def _values(self, p: nn.Parameter) -> _Filed | None:
         return next((filed for owner, filed in self._filed if owner is p), None)
-
-    def restore_flags(self) -> None:
-        """As before attaching."""
-        for p, flag in self._flags:
-            p.requires_grad_(flag)
 
 
 def _own(served: list[Served]) -> list[nn.Parameter]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from optx._errors import OptxError, warn
+from optx._errors import OptxError
 from optx._names import RESERVED
 from optx.inject._part import Part, Weights, hidden_of
 from optx.inject._shared_read import gathered, linear, unsaved, weight
@@ -26,8 +26,8 @@ class SharedWeight(Part):
     """W = scale * sign * psi[slot], made while the module computes.
 
     The part of the first served module has ``psi`` (m,), which the others read there: the model's root may be
-    an nn.Sequential, whose children are its computation. ``place`` (10,) int64 says what `Place` says; the scale
-    is in it as the bits of a float64, so that no cast of the model changes it.
+    an nn.Sequential, whose children are its computation. ``place`` (10,) int64 says what `Place` says; the
+    scale is in it as the bits of a float64, so that no cast of the model changes it.
     """
 
     inside = True
@@ -45,6 +45,7 @@ class SharedWeight(Part):
         """What ``place`` says, as Python's numbers."""
         self.revision = 0
         self.__dict__["kept"] = None
+        self.__dict__["replaced"] = []  # on the holder: every module's weight
         self.register_buffer("place", as_numbers(place))
 
     @property
@@ -114,6 +115,10 @@ class SharedWeight(Part):
         own = self.kept if self.kept is not None else module._parameters.get("weight")  # pyright: ignore
         return [] if own is None else [own]
 
+    def settings_of(self, name: str) -> list[Tensor]:
+        """The array takes the place of all the weights that are read from it."""
+        return list(self.__dict__["replaced"])
+
     def note(self) -> str:
         """How many weights on how many slots."""
         return f"{self.at.numel:,} weights read from {self.at.slots:,}, {self.at.mapping}"
@@ -127,22 +132,14 @@ class SharedWeight(Part):
         found = from_numbers(self.place)
         if found.numel != self.at.numel or found.slots != self.at.slots:
             raise OptxError(
-                f"StableRPS: the state is of {found.numel:,} weights on {found.slots:,} slots, and the module "
-                f"has {self.at.numel:,} on {self.at.slots:,}. Attach with the options it was saved with."
+                f"StableRPS: the state is of {found.numel:,} weights on {found.slots:,} slots, and the "
+                f"module has {self.at.numel:,} on {self.at.slots:,}. Attach with the same options."
             )
         if found != self.at:
             self.at = found
             self.revision += 1
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        state_dict, prefix = args[:2]
-        bare = prefix[: prefix.rindex(f"{RESERVED}.")] + "weight"
-        if self.holder is self and state_dict.get(f"{prefix}place") is self.place and bare in state_dict:
-            warn(
-                f"StableRPS: load_state_dict: the checkpoint has {bare!r} and no shared array, and the module "
-                "reads its weight from that: what is loaded takes no part. Load it into the bare model, and "
-                'attach with optx.StableRPS(..., init="fit").'
-            )
+    def _load_from_state_dict(self, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         super()._load_from_state_dict(*args)  # pyright: ignore[reportUnknownMemberType]
         try:
             self.reread()
@@ -155,15 +152,18 @@ def as_numbers(place: Place) -> Tensor:
     (scale,) = struct.unpack("q", struct.pack("d", place.scale))
     mapping = MAPPINGS.index(place.mapping)
     return torch.tensor(
-        [mapping, place.slots, place.offset, place.numel, place.seed, scale]
-        + [place.order, place.cols, place.tall, place.wide]
+        [
+            *(mapping, place.slots, place.offset, place.numel, place.seed, scale),
+            *(place.order, place.cols, place.tall, place.wide),
+        ]
     )
 
 
 def from_numbers(numbers: Tensor) -> Place:
     """What `as_numbers` wrote."""
-    mapping, slots, offset, numel, seed, scale, *rest = numbers.tolist()
-    (scale,) = struct.unpack("d", struct.pack("q", scale))
+    plain = cast("list[int]", numbers.tolist())  # pyright: ignore[reportUnknownMemberType]
+    mapping, slots, offset, numel, seed, bits, *rest = plain
+    (scale,) = struct.unpack("d", struct.pack("q", bits))
     if not 0 <= mapping < len(MAPPINGS):
         raise OptxError(f"StableRPS: the state has a mapping {mapping}, which this version does not know.")
     return Place(MAPPINGS[mapping], slots, offset, numel, seed, scale, *rest)

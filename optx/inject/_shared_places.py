@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,11 @@ from optx.inject._weights import is_conv, is_linear
 from optx.kernels.shared.mapping import MOST, Place, mix
 
 _BLOCK, _ROW = (16, 16), (1, 8)  # of weights, and of embeddings
+
+
+def weight_at(site: Site) -> nn.Parameter:
+    """A module's own."""
+    return cast("nn.Parameter", site.module.weight)
 
 
 def check_site(site: Site, serves: str) -> None:
@@ -63,15 +68,16 @@ def check_ties(model: nn.Module, sites: Sequence[Site]) -> None:
         TargetError: names both.
     """
     served = {id(site.module): site.path for site in sites}
-    shared = {id(site.module.weight): site.path for site in sites}
-    for path, module in model.named_modules():
+    shared = {id(weight_at(site)): site.path for site in sites}
+    every = cast("Iterator[tuple[str, nn.Module]]", model.named_modules())
+    for path, module in every:
         if id(module) in served:
             continue
         for name, p in module.named_parameters(recurse=False):
             if id(p) in shared:
                 raise TargetError(
-                    f"attach: StableRPS: {shared[id(p)]}.weight is tied to {path}.{name}, which is not served "
-                    "and would go on with the old values. Serve both (targets=), or neither (exclude=)."
+                    f"attach: StableRPS: {shared[id(p)]}.weight is tied to {path}.{name}, which is not "
+                    "served and would keep its old values. Serve both (targets=), or neither (exclude=)."
                 )
 
 
@@ -90,18 +96,18 @@ def places(
     Raises:
         OptxError: there would be fewer slots than one, or than a block has; or too many.
     """
-    total = sum(weight.numel() for weight in _weights(sites))
+    total = sum(weight.numel() for weight in weights_of(sites))
     slots = int(total * compression + 1e-9)
     if slots < 1 or slots >= MOST:
         raise OptxError(
-            f"StableRPS: compression={compression} makes {slots} slots of {total:,} weights; there must be at "
-            f"least 1, and fewer than {MOST:,}."
+            f"StableRPS: compression={compression} makes {slots} slots of {total:,} weights; there must be "
+            f"at least 1, and fewer than {MOST:,}."
         )
     found: dict[int, Place] = {}
     made: list[Place] = []
     offset = 0
     for site, scale in zip(sites, scales, strict=True):
-        weight: Any = site.module.weight
+        weight = weight_at(site)
         if id(weight) not in found:
             cols = weight[0].numel() if weight.ndim > 1 else 1
             tall, wide = _ROW if isinstance(site.module, nn.Embedding) else _BLOCK
@@ -119,9 +125,9 @@ def places(
     return made
 
 
-def _weights(sites: Iterable[Site]) -> list[Tensor]:
-    every: dict[int, Any] = {id(site.module.weight): site.module.weight for site in sites}
-    return list(every.values())
+def weights_of(sites: Iterable[Site]) -> list[nn.Parameter]:
+    """Those of all sites, each once."""
+    return list({id(weight_at(site)): weight_at(site) for site in sites}.values())
 
 
 def scales(sites: Sequence[Site], kind: str | float, sigma: float, matched: bool) -> list[float]:
@@ -129,8 +135,8 @@ def scales(sites: Sequence[Site], kind: str | float, sigma: float, matched: bool
 
     Args:
         sites: the modules.
-        kind: ``"init"`` (by the weight's standard deviation), ``"fan_in"`` (by that of 1 / sqrt(fan_in)), or a
-            number.
+        kind: ``"init"`` (by the weight's standard deviation), ``"fan_in"`` (by that of 1 / sqrt(fan_in)), or
+            a number.
         sigma: the half-width of the array's uniform values.
         matched: whether the weight's deviation is to be that, and not 1 / sqrt(3) of it.
 
@@ -147,9 +153,11 @@ def deviations(sites: Sequence[Site], kind: str | float) -> list[float]:
     """The standard deviation that each module's weight is to go by."""
     found: list[float] = []
     for site in sites:
-        weight: Any = site.module.weight.detach()
+        weight = weight_at(site).detach()
         if kind == "fan_in":
-            found.append((weight.shape[-1] if isinstance(site.module, nn.Embedding) else weight[0].numel()) ** -0.5)
+            found.append(
+                (weight.shape[-1] if isinstance(site.module, nn.Embedding) else weight[0].numel()) ** -0.5
+            )
             continue
         deviation = float(weight.double().std(unbiased=False)) if weight.numel() else 0.0
         if not (0.0 < deviation < math.inf):
@@ -163,9 +171,9 @@ def deviations(sites: Sequence[Site], kind: str | float) -> list[float]:
 
 def mean_deviation(sites: Sequence[Site], kind: str | float) -> float:
     """Over all weights, each with its module's: the half-width with which the mean scale is 1."""
-    counts = [site.module.weight.numel() for site in sites]  # pyright: ignore
+    counts = [weight_at(site).numel() for site in sites]
     every = zip(counts, deviations(sites, kind), strict=True)
-    return sum(count * one for count, one in every) / sum(counts)  # pyright: ignore
+    return sum(count * one for count, one in every) / sum(counts)
 
 
 def drawn(slots: int, sigma: float, seed: int, like: Tensor) -> Tensor:
@@ -183,7 +191,7 @@ def fitted(sites: Sequence[Site], every: Sequence[Place], start: Tensor) -> Tens
     top = torch.zeros_like(start, dtype=torch.float64)
     bottom = torch.zeros_like(top)
     for site, place in _once(sites, every):
-        weight: Any = site.module.weight.detach()
+        weight = weight_at(site).detach()
         top += summed(weight.to(start.device, torch.float64).reshape(-1), place, torch.float64)
         bottom += squares(place, start.device)
     return torch.where(bottom > 0, top / bottom, start.double()).to(start.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _Scatter.apply(grads[0], ctx.place, ctx.like), None, None
+        return _scatter(grads[0], ctx.place, ctx.like), None, None
 
 
 class _Scatter(torch.autograd.Function):
@@ -41,14 +41,16 @@ class _Scatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return _Gather.apply(grads[0], ctx.place, ctx.values), None, None
+        return _gather(grads[0], ctx.place, ctx.values), None, None
 
 
 class _Linear(torch.autograd.Function):
-    """x W^T + b in one node, which keeps x and psi: what is between two nodes costs as long as a small product."""
+    """x W^T + b in one node, which keeps x and psi: another node would cost as much as a small product."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, psi: Tensor, bias: Tensor | None, place: Place, shape: torch.Size) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, psi: Tensor, bias: Tensor | None, place: Place, shape: torch.Size
+    ) -> Tensor:
         ctx.save_for_backward(x, psi)
         ctx.place, ctx.shape = place, shape
         return F.linear(x, gathered(psi, place, x.dtype).view(shape), bias)
@@ -61,20 +63,26 @@ class _Linear(torch.autograd.Function):
             to_x = g @ weight(psi, place, x.dtype).view(ctx.shape)
         flat = g.reshape(-1, ctx.shape[0])
         if ctx.needs_input_grad[1]:
-            to_psi = _Scatter.apply(flat.t() @ x.reshape(-1, ctx.shape[1]), place, psi.dtype)
+            to_psi = _scatter((flat.t() @ x.reshape(-1, ctx.shape[1])).view(-1), place, psi.dtype)
         if ctx.needs_input_grad[2]:
             to_bias = flat.sum(0)
         return to_x, to_psi, to_bias, None, None
 
 
+# Their stubs have no types.
+_gather = cast("Callable[..., Any]", _Gather.apply)  # pyright: ignore[reportUnknownMemberType]
+_scatter = cast("Callable[..., Any]", _Scatter.apply)  # pyright: ignore[reportUnknownMemberType]
+_linear = cast("Callable[..., Any]", _Linear.apply)  # pyright: ignore[reportUnknownMemberType]
+
+
 def linear(x: Tensor, psi: Tensor, bias: Tensor | None, place: Place, shape: torch.Size) -> Tensor | None:
-    """A linear module's output; None where it is not all of one dtype, or something looks at the operations."""
+    """A linear module's output; None where dtypes differ, or something looks at the operations."""
     plain = x.dtype == psi.dtype and x.dtype in (torch.float32, torch.float64) and psi.is_contiguous()
     if not plain or torch.is_autocast_enabled(x.device.type) or _in_torch(psi) or type(x) is not Tensor:
         return None
     if not torch.is_grad_enabled():
         return F.linear(x, gathered(psi, place, x.dtype).view(shape), bias)
-    return _Linear.apply(x, psi, bias, place, shape)  # pyright: ignore[reportReturnType]
+    return _linear(x, psi, bias, place, shape)
 
 
 def weight(psi: Tensor, place: Place, dtype: torch.dtype) -> Tensor:
@@ -88,7 +96,7 @@ def weight(psi: Tensor, place: Place, dtype: torch.dtype) -> Tensor:
     wide = psi.to(torch.promote_types(psi.dtype, torch.float32)).contiguous()
     if _in_torch(wide):
         return mapping.gather(wide, place, dtype)
-    return _Gather.apply(wide, place, dtype)  # pyright: ignore[reportReturnType]
+    return _gather(wide, place, dtype)
 
 
 def gathered(psi: Tensor, place: Place, dtype: torch.dtype) -> Tensor:
@@ -113,7 +121,7 @@ def summed(values: Tensor, place: Place, dtype: torch.dtype, signed: bool = True
 
 
 def _in_torch(psi: Tensor) -> bool:
-    """Whether something looks at the operations themselves: a compiler, a transform of functions, a subclass."""
+    """Whether something looks at the operations: a compiler, a transform of functions, a subclass."""
     return (
         torch.compiler.is_compiling()
         or is_traceable_wrapper_subclass(psi)

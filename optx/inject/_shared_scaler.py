@@ -50,8 +50,15 @@ def gamma(mode: str, totals: Mapping[str, Tensor]) -> Tensor:
 class Shares(Protocol):
     """The handle of a shared array."""
 
-    psi: Any
-    revision: int
+    @property
+    def psi(self) -> nn.Parameter:
+        """It."""
+        ...
+
+    @property
+    def revision(self) -> int:
+        """Another after places or scales were loaded."""
+        ...
 
     def gamma(self, mode: str) -> Tensor:
         """Per slot, float64."""
@@ -62,11 +69,11 @@ class GradScale(Transform):
     """d psi becomes d psi / (Gamma + 1e-6), before the base's step; made by `SharedHandle.grad_scale`."""
 
     name = "grad_scale"
-    slots: ClassVar = {"inverse": like_weight(saved=False)}
     rules: ClassVar = {"gradient": divided}
 
     def __init__(self, handle: Shares, mode: str) -> None:
         self.options = {}
+        self.slots = {"inverse": like_weight(saved=False)}
         self.handle, self.mode = handle, mode
         self._revision = handle.revision
 
@@ -95,9 +102,9 @@ class GradScale(Transform):
             )
         if not isinstance(base, _LINEAR):
             warn(
-                f"grad_scale: {type(base).__name__} divides gradients by their own size or takes their sign, so "
-                "that a scaled gradient makes the same step, and how far weights move depends on init_std. Use "
-                'SGD, or leave the scaler out and attach with optx.StableRPS(..., param_scale="unit").'
+                f"grad_scale: {type(base).__name__} divides gradients by their own size or takes their sign, "
+                "so that a scaled gradient makes the same step, and how far weights move depends on init_std."
+                ' Use SGD, or leave the scaler out and attach with optx.StableRPS(..., param_scale="unit").'
             )
 
     def bind(self, optimizer: Host) -> None:

@@ -31,13 +31,13 @@ _HALF_WIDTH = 0.05
 class StableRPS(Injection):
     """Read the weights of all served modules from one short array psi: W_i = scale * g(i) * psi[h(i)].
 
-    h (which slot) and g (which sign) are hashes of the weight's number, computed where they are needed: there is
-    neither an index nor a sign in memory. Each weight is made when its module computes, made again in the
+    h (which slot) and g (which sign) are hashes of the weight's number, computed where they are needed: there
+    is neither an index nor a sign in memory. Each weight is made when its module computes, made again in the
     backward pass, and kept nowhere. What trains is psi, of ``compression`` times as many numbers.
 
-    ``"fold"`` (STABLE-RPS) cuts the long vector of all weights into segments as long as psi, each rotated by a
-    random amount: every slot is read by equally many weights (to one), and at ``compression=1`` by exactly one.
-    ``"roast"`` hashes blocks of 16 x 16 (embeddings: 1 x 8), ``"hashed"`` each weight (HashedNet).
+    ``"fold"`` (STABLE-RPS) cuts the long vector of all weights into segments as long as psi, each rotated by
+    a random amount: every slot is read by equally many weights (to one), and at ``compression=1`` by exactly
+    one. ``"roast"`` hashes blocks of 16 x 16 (embeddings: 1 x 8), ``"hashed"`` each weight (HashedNet).
 
     Under SGD give the optimizer the gradient scaler, which makes a step as large as a dense model's, whatever
     ``init_std`` is: ``optx.wrap(optimizer, handle)``, or ``optx.wrap(optimizer, handle.grad_scale())`` for an
@@ -52,32 +52,35 @@ class StableRPS(Injection):
             1 / sqrt(fan_in) over it; or a number.
         match_std: the weights begin with the standard deviation that they had; without it with 0.577 of it,
             as in the paper (a uniform's is its half-width over the root of 3).
-        param_scale: ``"unit"``: ``init_std`` is the modules' mean deviation, so that the mean scale is 1 and a
-            step of Adam's moves weights as far as it moves psi.
+        param_scale: ``"unit"``: ``init_std`` is the modules' mean deviation, so that the mean scale is 1 and
+            a step of Adam's moves weights as far as it moves psi.
         scaler: the mode of the gradient scaler that `optx.wrap` adds for the handle, ``"v1"`` to ``"v5"`` or
             ``"none"``. None: ``"v1"``, and ``"none"`` with ``param_scale="unit"``.
         init: ``"random"``, or ``"fit"``: psi from the weights that there are, by least squares; exact at
             ``compression=1`` under the fold.
         keep: where the modules' own weights are meanwhile. ``"memory"``: in place, frozen, so that a bare
-            checkpoint's keys are all there; they take their memory, and no gradient or state. ``"file"``: in a
-            temporary file, until `remove` or a merge; ``"none"``: nowhere, and `remove` leaves what a merge would.
-            With these two the modules have no weight of their own, and ``model.state_dict()`` no key for it.
+            checkpoint's keys are all there; they take their memory, and no gradient or state. ``"file"``: in
+            a temporary file, until `Handle.remove` or a merge; ``"none"``: nowhere, and `Handle.remove`
+            leaves what a merge would. With these two the modules have no weight of their own, and
+            ``model.state_dict()`` no key for it.
         seed: of hashes and of psi; the same in every process.
 
-    Serves nn.Linear, transformers' Conv1D, nn.Conv1d/2d/3d and nn.Embedding; by default every linear module and
-    convolution. Biases, norms and what is not served are trained as they are. Modules that share a weight are
-    mapped once, and must all be served. psi lies on the first served module (``module.optx.stable_rps.psi``).
+    Serves nn.Linear, transformers' Conv1D, nn.Conv1d/2d/3d and nn.Embedding; by default every linear module
+    and convolution. Biases, norms and what is not served are trained as they are. Modules that share a weight
+    are mapped once, and must all be served. psi lies on the first served module
+    (``module.optx.stable_rps.psi``).
 
     Paper values:
-        ``init_std=0.05``: "0.04-0.05" in the authors' code (the default).
-        ``scaler="v1"``, ``mapping="fold"``: the paper's (the defaults). ``compression``: 1 to 0.001.
+        ``init_std=0.05``: "0.04-0.05" in the authors' code (None is this).
+        ``mapping="fold"``: the paper's (the default), with the scaler ``"v1"``.
+        ``compression=1`` to ``0.001``: of CIFAR's networks.
 
     Limits: Everything that shares psi is attached at once: another module would change the length and every
-    place. Half precision serves the weights; psi is kept in float32. A gradient of psi is made per served module,
-    each of psi's length, so that many small modules at a compression near 1 cost time. Backward passes make a
-    module's dense gradient for a moment. ``"roast"`` and ``"hashed"`` sum on one thread of a CPU. Under
-    torch.compile torch's operations do all of it, and what the compiler keeps is its own affair. Not with
-    Accelerate's offload, nor sharded by FSDP2 (psi would be gathered by its first module alone).
+    place. Half precision serves the weights; psi is kept in float32. A gradient of psi is made per served
+    module, each of psi's length, so that many small modules at a compression near 1 cost time. Backward
+    passes make a module's dense gradient for a moment. ``"roast"`` and ``"hashed"`` sum on one thread of a
+    CPU. Under torch.compile torch's operations do all of it, and what the compiler keeps is its own affair.
+    Not with Accelerate's offload, nor sharded by FSDP2 (psi would be gathered by its first module alone).
 
     Keywords: parameter sharing, weight sharing, hashing trick, HashedNet, ROAST, RPS, compression, RzLinear.
 
@@ -134,7 +137,9 @@ class StableRPS(Injection):
         if isinstance(self.scale, str):
             check_choice("StableRPS", "scale", self.scale, ("init", "fan_in"))
         elif self.param_scale == "unit":
-            raise OptxError(f'StableRPS: scale={self.scale} and param_scale="unit", which chooses it. Give one.')
+            raise OptxError(
+                f'StableRPS: scale={self.scale} and param_scale="unit", which chooses it. Give one.'
+            )
         else:
             put("scale", _above_0("scale", self.scale))
         if self.init_std is not None:
@@ -172,13 +177,14 @@ class StableRPS(Injection):
             psi = _shared_places.fitted(sites, every, psi)
         found: list[Part] = []
         for site, place in zip(sites, every, strict=True):
-            weight: Any = site.module.weight
+            weight = _shared_places.weight_at(site)
             holder: Any = found[0] if found else None
             part = SharedWeight(place, weight.shape, holder)
             part.to(weight.device)
             if not found:
                 part.psi = nn.Parameter(psi)
             found.append(part)
+        found[0].__dict__["replaced"] = _shared_places.weights_of(sites)
         return found
 
     def companions(self, model: nn.Module, sites: Sequence[Site]) -> list[tuple[Injection, list[Site]]]:

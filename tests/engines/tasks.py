@@ -400,6 +400,7 @@ ROWS = [
     Row("HiddenDelta", "injection", injections.llama, attach=_attached(lambda: optx.HiddenDelta(rank=3))),
     Row("FTWT", "injection", _vgg, attach=_attached(optx.FTWT), task=OwnLoss, apart=True),
     Row("WindowPrune", "injection", _windows, attach=_attach_windows, task=Windows, apart=True),
+    of_table("StableRPS"),
     Row("STN", "injection", Small, attach=_tuned, task=Tuning, apart=True),
     Row(
         "MuAttention",

@@ -89,6 +89,7 @@ def test_the_start_is_the_identity_exactly(row: Row) -> None:
     assert torch.equal(run(model), output)
 
 
+@pytest.mark.filterwarnings("ignore:StableRPS. load_state_dict")  # that it takes no part
 @each_row
 def test_base_checkpoint_loads_before_and_after(row: Row) -> None:
     model, fresh = row.model(), row.model()

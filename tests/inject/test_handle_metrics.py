@@ -46,7 +46,13 @@ def test_every_injection_tells_its_numbers_and_the_norm_of_its_change(row):
         assert own["change_norm"] == pytest.approx(wanted, rel=1e-5)
         assert handle.metrics()[f"{adapter}/merged"] == 1.0
     elif row.merges:
-        assert type(row.injection()) in (optx.IA3, optx.LoRA, optx.STN, optx.Perp)  # had from weights alone
+        assert type(row.injection()) in (
+            optx.IA3,
+            optx.LoRA,
+            optx.STN,
+            optx.Perp,
+            optx.StableRPS,
+        )  # from weights
 
 
 def test_stn_tells_its_hyperparameters():
