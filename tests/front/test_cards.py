@@ -136,6 +136,7 @@ def wider() -> dict[str, Any]:
 # What a method needs besides the paper's values.
 NEEDED: dict[str, Callable[[Path], dict[str, Any]]] = {
     "init.gg_": lambda _: {"model": layers()},
+    "rate": lambda _: {"model": layers()},
     "DSPReg": lambda _: {"domains": 3},
     "HFT": lambda _: {"model": nn.Transformer(8, 2, 1, 1, 16, batch_first=True)},
     "MuAdamW": lambda _: {"shapes": wider()["shapes"]},

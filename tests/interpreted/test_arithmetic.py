@@ -16,7 +16,7 @@ from optx._rules import rule
 from optx.kernels import triton_lib as lib
 from optx.kernels.step.emit_triton import FOLD_LANES
 from optx.kernels.step.triton import TritonStep
-from optx.ops import abs, exp, log, maximum, minimum, sign, sqrt, where
+from optx.ops import abs, exp, fast_power, log, maximum, minimum, sign, sqrt, where
 from optx.step.transform import Transform
 
 HALF, RATE = 0.5, 0.1
@@ -146,7 +146,7 @@ def everything(w: Any, g: Any, tenth: Any) -> Any:
     a = where(g > 0.1, 0.1, g)
     b = maximum(a, -RATE) + minimum(0.3, w) - sign(w - 0.1)
     c = exp(-abs(w)) * log(1.0 + abs(g)) + sqrt(abs(w) + HALF)
-    d = w**2 + abs(w) ** 1.5 - (w * 0.5) ** 3
+    d = w**2 + abs(w) ** 1.5 - (w * 0.5) ** 3 + fast_power(abs(w) + HALF, -0.7)
     return w + tenth * (b * c + d) / (2.0 - -1.0)
 
 
