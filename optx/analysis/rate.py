@@ -43,7 +43,7 @@ def rate(model: Checkpoint, step: float = 2**-13, coder: Coder = "exp-golomb") -
 
     Keywords: compression, bits per weight, Exp-Golomb, entropy, bitrate, quantisation.
 
-    Evidence: ``test_rate.py``; no recipe.
+    Evidence: ``optx run compress``; ``test_rate.py``.
 
     Source: "It Takes a Good Model to Train a Good Model", arXiv 2506.00486; its code's Exp-Golomb codec.
 

@@ -85,7 +85,7 @@ def deepshape(
 
     Keywords: compression, quantisation, entropy coding, generalised Gaussian, histogram.
 
-    Evidence: ``test_deepshape.py``; no recipe.
+    Evidence: ``optx run compress``; ``test_deepshape.py``.
 
     Raises:
         OptxError: an option out of range; inf or nan among the weights (names the tensor); no level has so

@@ -51,7 +51,7 @@ def pack(
 
     Keywords: compression, quantisation, 8 bits, fp8, weight-only, memory.
 
-    Evidence: ``test_rf8_codes.py``, ``test_rf8_files.py``; no recipe.
+    Evidence: ``optx run compress``; ``test_rf8_codes.py``, ``test_rf8_files.py``.
 
     Raises:
         OptxError: inf or nan, or another dtype among what is packed; names it.

@@ -134,12 +134,15 @@ class BackSlash(Transform):
     (there 5 to 20 do well). A step at a learning rate of 0 shrinks nothing, as
     checkpoints take one. A weight without a gradient in a step is neither shrunk nor counted in it. Each
     optimizer has a nu of its own. ``exact=True`` adds a pass: 11 numbers are moved for each weight of AdamW
-    instead of 7. ``exact=False`` keeps two numbers for each tensor, and its nu is one update behind.
+    instead of 7. ``exact=False`` moves 7, keeps two numbers for each tensor, and its nu is one update behind:
+    0.02 at most on digits once the first steps are over, with as many bits in the end; 0.3 where the learning
+    rate is so high that a step moves weights by their own size. On a CPU the power takes more time than all
+    the rest of AdamW: on two cores its step takes 2 to 3 times as long, without the pass 1.5 to 2.3.
 
     Keywords: compression, rate-distortion, entropy, regularisation, sparsity, L1, generalised Gaussian, GGD,
     quantisation, Exp-Golomb.
 
-    Evidence: no recipe; ``test_backslash.py``.
+    Evidence: ``optx run compress``; ``test_backslash.py``.
 
     Raises:
         TransformError: an option out of range, or a step moves a typical weight past 0 and ``prox`` is False.
