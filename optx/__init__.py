@@ -17,6 +17,7 @@
             StableRPS  SharedHandle                           all weights read from one short array
             Perp  PerpHandle                                  what a pruned model is retrained by
             STN  HParams  hp  SelfTuning                      hyperparameters tuned in the same run
+            ABMLL  ABMLLHandle  ABMLLTask                     priors over tasks, few-shot, with uncertainty
             WindowPrune  WindowBlock  WindowHandle  WindowCost   computes only the windows that need it
             FTWT  FilterPruning                               filters picked for each sample
             trainable_only                                    freeze all but what was attached
@@ -47,7 +48,7 @@
             reconstruct  Reconstruction                       blocks fitted to what they were, by Perp
 
     tell    optx.analysis                                     diagnostics; they change nothing
-            grad_norms  input_stats  nlm_alignment  softmax_collapse
+            calibration_error  grad_norms  input_stats  nlm_alignment  softmax_collapse
             rate                                              bits per weight
             optx.init                                         first weights
             gg_                                               of a generalised Gaussian
@@ -114,6 +115,8 @@ from optx.delta.merge import merge as merge
 from optx.delta.pcb import PCB as PCB
 from optx.delta.rws import Signature as Signature
 from optx.delta.ties import TIES as TIES
+from optx.inject._abmll_handle import ABMLLHandle as ABMLLHandle
+from optx.inject._abmll_task import ABMLLTask as ABMLLTask
 from optx.inject._attach import attach as attach
 from optx.inject._export import export_lora as export_lora
 from optx.inject._filter_pruning import FilterPruning as FilterPruning
@@ -136,6 +139,7 @@ from optx.inject._switch import set_adapter as set_adapter
 from optx.inject._window_block import WindowBlock as WindowBlock
 from optx.inject._window_cost import WindowCost as WindowCost
 from optx.inject._window_handle import WindowHandle as WindowHandle
+from optx.inject.abmll import ABMLL as ABMLL
 from optx.inject.adapters import ParallelAdapter as ParallelAdapter
 from optx.inject.adapters import ScaledParallelAdapter as ScaledParallelAdapter
 from optx.inject.adapters import SequentialAdapter as SequentialAdapter

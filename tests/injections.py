@@ -192,6 +192,7 @@ ROWS = [
     Row("STN", llama, lambda: optx.STN(_rate()), ALL_LINEAR, identity=False),
     Row("STN, dropout", bert, lambda: optx.STN(_rate(), dropout="drop", scale=True), identity=False),
     Row("STN, conv", cnn, lambda: optx.STN(_rate(), scale=True), CONV, identity=False),
+    Row("ABMLL", llama, lambda: optx.ABMLL(rank=2), ALL_LINEAR),
     Row("Perp", pruned_bert, lambda: optx.Perp(adapter="mask", rank=4)),
     Row("IAA", bert, lambda: optx.IAA(rank=3, aside=3), merges=False),
     Row("IAA, Llama", llama, lambda: optx.IAA(rank=3, aside=3), merges=False),

@@ -1,9 +1,17 @@
 """Functions that change nothing: they tell what training is doing to a model."""
 
+from optx.analysis.calibration import calibration_error as calibration_error
 from optx.analysis.gradients import grad_norms as grad_norms
 from optx.analysis.gradients import nlm_alignment as nlm_alignment
 from optx.analysis.softmax import softmax_collapse as softmax_collapse
 from optx.delta._input_stats import InputStats as InputStats
 from optx.delta._input_stats import input_stats as input_stats
 
-__all__ = ["InputStats", "grad_norms", "input_stats", "nlm_alignment", "softmax_collapse"]
+__all__ = [
+    "InputStats",
+    "calibration_error",
+    "grad_norms",
+    "input_stats",
+    "nlm_alignment",
+    "softmax_collapse",
+]

@@ -42,6 +42,7 @@ _FOR_TRAINING = (
     *("dropout", "init", "std"),
     *("hparams", "shared", "lr", "sigma_lr", "tau", "warmup", "train_steps", "valid_steps", "seed"),  # STN's
     *("keep", "scaler", "init_std", "scale", "match_std", "param_scale"),  # StableRPS's
+    *("beta", "gamma", "a0", "b0", "c"),  # ABMLL's, whose c is also among the tensors
 )
 
 

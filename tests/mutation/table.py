@@ -14,6 +14,7 @@ _STEP = "moments user_rules perpgrad adamr skip_nonfinite fused_cpu wrap_bases r
 
 # Module -> its test files, without their folder, test_ and .py, the likeliest to notice a fault first.
 TABLE = {
+    "optx/analysis/calibration.py": "calibration",
     "optx/analysis/gradients.py": "analysis iaa",
     "optx/analysis/rate.py": "rate",
     "optx/analysis/softmax.py": "analysis",
@@ -122,6 +123,11 @@ TABLE = {
     "optx/inject/_watch.py": "lost_modules",
     "optx/inject/_narrow.py": "narrow",
     "optx/inject/_param_groups.py": "lora_plus",
+    "optx/inject/_abmll_handle.py": "abmll abmll_tasks",
+    "optx/inject/_abmll_part.py": "abmll_tasks abmll",
+    "optx/inject/_abmll_task.py": "abmll_tasks abmll",
+    "optx/inject/_abmll_terms.py": "abmll_terms abmll_tasks",
+    "optx/inject/abmll.py": "abmll abmll_tasks",
     "optx/inject/_best_response.py": "stn stn_tuning stn_response",
     "optx/inject/_draw.py": "stn_calls",
     "optx/inject/_hparams.py": "stn stn_tuning stn_torch",

@@ -1,15 +1,14 @@
 """StableMax: numbers of the paper, the independent form, edges, and what is refused."""
 
 import gc
-import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peak import Peak
 from reference.stablemax import composed
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from optx._errors import OptxError, ShapeError
 from optx.kernels.loss import stablemax_rows as rows
@@ -294,33 +293,6 @@ def test_module_says_what_is_wrong_at_once():
 
 
 # ---- memory ---------------------------------------------------------------------------------------------
-
-
-class Peak(TorchDispatchMode):
-    """Bytes of storage made inside and alive at once, at most."""
-
-    def __init__(self):
-        super().__init__()
-        self.alive = self.most = 0
-        self.seen = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        known = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
-        for t in result if isinstance(result, tuple | list) else (result,):
-            storage = t.untyped_storage() if isinstance(t, torch.Tensor) else None
-            if storage is None or storage.data_ptr() in known or storage.data_ptr() in self.seen:
-                continue
-            address, size = storage.data_ptr(), storage.nbytes()
-            self.seen[address] = True
-            self.alive += size
-            self.most = max(self.most, self.alive)
-            weakref.finalize(storage, self.freed, address, size)
-        return result
-
-    def freed(self, address, size):
-        del self.seen[address]
-        self.alive -= size
 
 
 def memory(function, logits, target):
