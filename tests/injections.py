@@ -118,6 +118,7 @@ class Row:
         identity: whether it promises to change nothing at the start.
         merges: whether it folds into weights.
         stacks: whether it goes with all others on one module: not what takes the module's weight away.
+        idle: the last names of parameters that have no gradient outside of a loop of the method's own.
     """
 
     label: str
@@ -127,6 +128,11 @@ class Row:
     identity: bool = True
     merges: bool = True
     stacks: bool = True
+    idle: tuple[str, ...] = ()
+
+    def learning(self, handle: optx.Handle) -> dict[str, nn.Parameter]:
+        """What has a gradient in any loop, by name."""
+        return {n: p for n, p in handle.named_parameters() if n.split(".")[-1] not in self.idle}
 
     def attach(self, model: nn.Module, **options: Any) -> optx.Handle:
         torch.manual_seed(2)
@@ -192,7 +198,7 @@ ROWS = [
     Row("STN", llama, lambda: optx.STN(_rate()), ALL_LINEAR, identity=False),
     Row("STN, dropout", bert, lambda: optx.STN(_rate(), dropout="drop", scale=True), identity=False),
     Row("STN, conv", cnn, lambda: optx.STN(_rate(), scale=True), CONV, identity=False),
-    Row("ABMLL", llama, lambda: optx.ABMLL(rank=2), ALL_LINEAR),
+    Row("ABMLL", llama, lambda: optx.ABMLL(rank=2), ALL_LINEAR, idle=("A_std", "B_std")),
     Row("Perp", pruned_bert, lambda: optx.Perp(adapter="mask", rank=4)),
     Row("IAA", bert, lambda: optx.IAA(rank=3, aside=3), merges=False),
     Row("IAA, Llama", llama, lambda: optx.IAA(rank=3, aside=3), merges=False),

@@ -15,6 +15,7 @@ from optx._names import is_dtensor
 from optx.inject._abmll_part import NormalLoRA, Shared
 from optx.inject._abmll_task import ABMLLTask, stream
 from optx.inject._handle import Handle
+from optx.inject._report import Report, Row
 from optx.inject._served import Served
 from optx.inject._stored import check_tensors
 from optx.inject._trained_whole import Saved
@@ -86,8 +87,10 @@ class ABMLLHandle(Handle):
             if not one.part.enabled:
                 raise OptxError(f"task: what was attached to {one.path!r} is disabled. Call enable() first.")
             for name, p in one.part.named_parameters():
-                if is_dtensor(p) or p.is_meta:
-                    what = "sharded (a DTensor)" if is_dtensor(p) else "on the meta device, without values"
+                what = "on the meta device, without values" if p.is_meta else ""
+                what = "a piece of a flat parameter (FSDP1)" if p.ndim != 2 else what
+                what = "sharded (a DTensor)" if is_dtensor(p) else what
+                if what:
                     raise OptxError(
                         f"task: {name!r} of {one.path!r} is {what}, and a task adapts a copy of it. Use "
                         "DistributedDataParallel, or keep what is attached whole."
@@ -186,6 +189,11 @@ class ABMLLHandle(Handle):
             self.shared.folds_phi = False
 
     # ---- state --------------------------------------------------------------------------------------
+
+    def report(self) -> Report:
+        """As of every handle, and a row of what the state has besides theta."""
+        found, own = super().report(), sum(t.numel() for t in self._own_state().values())
+        return Report([*found.rows, Row("(tasks)", f"{self.tasks_begun} so far", "", 0, own)], found.total)
 
     def state_dict(self) -> dict[str, Tensor]:
         """theta's pairs and c by module, and how many tasks there were, so that a run goes on bit for bit."""

@@ -63,8 +63,8 @@ class ABMLL(Injection):
     are refused, and theta is then as it was.
 
     Paper values:
-        ``beta=1e-7``: Llama 3 8B on CrossFit and Unified-QA, batches of 2 (as a reviewer reports it; the
-            default). Rank, c, rates and the number of steps are not known from the paper.
+        ``beta=1e-7``: Llama 3 8B on CrossFit and Unified-QA, batches of 2, as a reviewer reports it (the
+            default). Rank, c, rates and the number of steps are not known to us.
         ``a0=1, b0=0.01``: ABML's hyper-prior.
 
     Limits: Four factors are trained where LoRA has two. In a task the deviations of a layer are made, a block
@@ -77,7 +77,7 @@ class ABMLL(Injection):
     Keywords: Bayesian LoRA, meta-learning, MAML, Reptile, ABML, few-shot, uncertainty, calibration,
         variational, hierarchical Bayes, PEFT.
 
-    Evidence: ``optx run meta``; ``test_abmll.py``, ``test_abmll_terms.py``, ``test_abmll_tasks.py``.
+    Evidence: ``test_abmll.py``, ``test_abmll_terms.py``, ``test_abmll_tasks.py``.
 
     Raises:
         OptxError: an option out of range.

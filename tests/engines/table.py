@@ -64,11 +64,12 @@ BY_TITLE: Mapping[str, Column] = {column.name: column for column in COLUMNS}
 _PIECE = "is a piece of a flat parameter of FSDP1"
 _ZERO3 = "is partitioned by DeepSpeed's ZeRO-3"
 _MESA = {"MESA": "was sharded or reshaped since MESA was made"}
+_ABMLL = {"ABMLL": r"is sharded \(a DTensor\), and a task adapts a copy"}
 REFUSED: Mapping[str, Mapping[str, str]] = {
-    "FSDP2": _MESA,
-    "HSDP, 2 x 2": _MESA,
-    "wrapped, then FSDP2": _MESA,
-    "FSDP1": {"transform": _PIECE, **_MESA},
+    "FSDP2": {**_MESA, **_ABMLL},
+    "HSDP, 2 x 2": {**_MESA, **_ABMLL},
+    "wrapped, then FSDP2": {**_MESA, **_ABMLL},
+    "FSDP1": {"transform": _PIECE, **_MESA, "ABMLL": "is a piece of a flat parameter"},
     "ZeRO-1 (torch)": {
         "AdamR": "normalize=True needs Adam's second moment",
         "HFT": "keeps its moments in an optimizer of its own",
@@ -82,8 +83,8 @@ REFUSED: Mapping[str, Mapping[str, str]] = {
 _NO_RUN = "there is no run to go on with: FSDP2 is refused"
 _LOGITS = "it looks at outputs alone, so no part of it would meet a partitioned parameter"
 UNTRIED: Mapping[str, Mapping[str, str]] = {
-    "FSDP2, 2 to 4": {"MESA": _NO_RUN},
-    "FSDP2, 2 to 1": {"MESA": _NO_RUN},
+    "FSDP2, 2 to 4": {"MESA": _NO_RUN, "ABMLL": _NO_RUN},
+    "FSDP2, 2 to 1": {"MESA": _NO_RUN, "ABMLL": _NO_RUN},
     "FSDP1": {"STN": "its loss on validation batches needs the model outside of FSDP1's forward"},
     "SFTTrainer": {
         "STN": "its batches of validation come between steps, for which SFTTrainer has no place",

@@ -262,6 +262,21 @@ class Tuning(Task):
         self.handle.load_state_dict(state)
 
 
+class Meta(Task):
+    """ABMLL: every process adapts to the same samples, and learns from its share of the step's."""
+
+    def backward(
+        self,
+        call: nn.Module,
+        batch: Batch,
+        opt: Any,
+        differentiate: Callable[[Tensor], Any] = Tensor.backward,
+    ) -> None:
+        with self.handle.task(inner_steps=2, inner_lr=0.1, sample=False) as task:
+            task.adapt(lambda: self(**self.batch(100))["loss"])
+            differentiate(task.outer(call(**batch)["loss"]))
+
+
 class PerSample(Task):
     """LossReweight: it takes the samples' losses."""
 
@@ -368,6 +383,13 @@ def _tuned(net: nn.Module) -> Any:
     return optx.attach(net, optx.STN(hparams, warmup=0, train_steps=1), r"blocks\.\d\.[13]|head|enter")
 
 
+def _meta(net: nn.Module) -> Any:
+    torch.manual_seed(2)
+    handle = optx.attach(net, optx.ABMLL(rank=2, c=0.1, beta=1e-2, gamma=0.0), r"blocks\.\d\.[13]|enter")
+    injections.move(handle)
+    return handle
+
+
 def of_table(label: str, **more: Any) -> Row:
     """A row of `injections.ROWS`, moved away from its start."""
     row = next(row for row in injections.ROWS if row.label == label)
@@ -401,6 +423,7 @@ ROWS = [
     Row("FTWT", "injection", _vgg, attach=_attached(optx.FTWT), task=OwnLoss, apart=True),
     Row("WindowPrune", "injection", _windows, attach=_attach_windows, task=Windows, apart=True),
     of_table("StableRPS"),
+    Row("ABMLL", "injection", Small, attach=_meta, task=Meta),
     Row("STN", "injection", Small, attach=_tuned, task=Tuning, apart=True),
     Row(
         "MuAttention",

@@ -145,6 +145,7 @@ NEEDED: dict[str, Callable[[Path], dict[str, Any]]] = {
     "MuReadout": lambda _: {"shapes": widths()},
     "SAF": lambda _: {"num_samples": 10},
     "STN": lambda _: {"hparams": optx.HParams(drop=optx.hp(0.1, (0, 0.9)))},
+    "analysis.calibration_error": lambda _: {"probs": torch.eye(2), "target": torch.arange(2)},
     "compress": lambda _: {"what": {"a": torch.randn(64)}},
     "deepshape": lambda _: {"target": {"a": (20 * torch.randn(200, 1000)).round() / 8192}},
     "rf8.pack": lambda _: {"what": layers()},

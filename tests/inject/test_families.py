@@ -71,7 +71,8 @@ def test_every_injection_is_measured_on_every_family(rows: Rows) -> None:
     of_width = {"MuReadout", "MuAttention"}  # fixed factors; their families: tests/scaling
     of_images = {"FTWT", "WindowPrune"}  # test_ftwt_chains.py, test_window_models.py
     from_scratch = {"StableRPS"}  # its weights are drawn: test_shared_weights.py
-    assert missing == {"HiddenDelta", *of_width, *of_images, *from_scratch}  # HiddenDelta is choices
+    # The others are HiddenDelta's choices; ABMLL serves what LoRA serves, of modules.
+    assert missing == {"HiddenDelta", "ABMLL", *of_width, *of_images, *from_scratch}
 
 
 def test_what_is_refused_and_nothing_else(rows: Rows) -> None:
