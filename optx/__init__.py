@@ -1,7 +1,7 @@
 """optx: training-time methods for PyTorch, one line each.
 
     wrap    optx.wrap(optimizer, optx.PerpGrad(), ...)        what a step does to weights
-            AdamR  BackSlash  Clip  DSPReg  HFT  KeepMask  MuAdamW  PerpGrad  SaRA
+            AdamR  BackSlash  Clip  DSPReg  HFT  KeepMask  MuAdamW  PerpGrad  SaRA  SubGM
             save_optimizer  load_optimizer                    checkpoints by the parameters' names
             convert_state                                     moments of 8 bits, and of other libraries
             Transform  rule  Moments  Slot  like_weight  per_tensor  per_row   to write your own
@@ -20,6 +20,7 @@
             ABMLL  ABMLLHandle  ABMLLTask                     priors over tasks, few-shot, with uncertainty
             WindowPrune  WindowBlock  WindowHandle  WindowCost   computes only the windows that need it
             FTWT  FilterPruning                               filters picked for each sample
+            PSDFactor                                         a weight as U U^T
             trainable_only                                    freeze all but what was attached
             set_adapter                                       which of several act, by name
             export_lora  fold_prefix                          what remains to do after the training
@@ -29,6 +30,7 @@
     loss    optx.StableMaxCrossEntropy()
             StableMaxCrossEntropy  stablemax_cross_entropy
             LossReweight                                      samples weighted by their losses
+            RobustRecoveryLoss                                absolute residuals of a factored matrix
             SAF  MESA  with_index                             flat minima from what was said epochs ago
 
     delta   optx.Delta.between(base, tuned), optx.merge(...)  checkpoints pruned, compressed and merged
@@ -55,6 +57,7 @@
             optx.scaling                                      tune small, train large: its help has the order
             shapes  Shapes  Width                             which dimensions are width
             init_  mup  group_lrs                             first weights and param groups by width
+            small_init_                                       factors that begin near 0
             coordinate_check  CoordinateCheck                 which layers grow or vanish with width
             sublayer_gain  GainMonitor  fit_gains             top singular values, in training too
             abc  ABC  feature_change  infinite_width_linear   what becomes of a network as it grows wide
@@ -155,6 +158,7 @@ from optx.inject.mam import MAM as MAM
 from optx.inject.multihead import MultiHeadParallelAdapter as MultiHeadParallelAdapter
 from optx.inject.perp import Perp as Perp
 from optx.inject.prefix import PrefixTuning as PrefixTuning
+from optx.inject.psd_factor import PSDFactor as PSDFactor
 from optx.inject.stable_rps import StableRPS as StableRPS
 from optx.inject.stn import STN as STN
 from optx.inject.svfit import SVFit as SVFit
@@ -171,6 +175,7 @@ from optx.scaling.mu_readout import MuReadout as MuReadout
 from optx.signal._with_index import with_index as with_index
 from optx.signal.loss_reweight import LossReweight as LossReweight
 from optx.signal.mesa import MESA as MESA
+from optx.signal.robust_recovery import RobustRecoveryLoss as RobustRecoveryLoss
 from optx.signal.saf import SAF as SAF
 from optx.signal.stablemax import StableMaxCrossEntropy as StableMaxCrossEntropy
 from optx.signal.stablemax import stablemax_cross_entropy as stablemax_cross_entropy
@@ -201,3 +206,4 @@ from optx.transforms.hft import HFT as HFT
 from optx.transforms.keep_mask import KeepMask as KeepMask
 from optx.transforms.perpgrad import PerpGrad as PerpGrad
 from optx.transforms.sara import SaRA as SaRA
+from optx.transforms.subgm import SubGM as SubGM

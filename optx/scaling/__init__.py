@@ -50,6 +50,7 @@ from optx.scaling._rules_of_width import Parametrization as Parametrization
 from optx.scaling._rules_of_width import Scale as Scale
 from optx.scaling._shapes import Shapes as Shapes
 from optx.scaling._singular import TopValue as TopValue
+from optx.scaling._small_init import small_init_ as small_init_
 from optx.scaling._step_law import StepLaw as StepLaw
 from optx.scaling._step_law import StepLawResult as StepLawResult
 from optx.scaling._step_law import step_law as step_law
@@ -89,6 +90,7 @@ __all__ = [
     "relu_kernel",
     "relu_network_kernel",
     "shapes",
+    "small_init_",
     "step_kernel",
     "step_law",
     "sublayer_gain",

@@ -25,4 +25,6 @@ def as_number(value: Any) -> float | Tensor | None:
 def as_float(value: Any) -> float | None:
     """The same as a plain float, read from the device if need be."""
     number = as_number(value)
+    if isinstance(number, Tensor):
+        return float(number.detach())
     return None if number is None else float(number)

@@ -44,6 +44,7 @@ class Host(Protocol):
     skip_nonfinite: bool
     skipped_steps: int
     closure_pending: bool
+    closure_loss: Any
     totals: dict[str, Any]
     metering: bool
     metrics_asked: bool

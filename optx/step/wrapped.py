@@ -72,6 +72,7 @@ class Wrapped(Optimizer):
         self.skipped_last = False
         self.evaluating = False  # a step's closure
         self.closure_pending = False  # while transforms look at a step whose gradients are still to come
+        self.closure_loss: Any = None  # what a step's closure returned last
         self.totals: dict[str, Any] = {}
         self.fused: Fused
         self.skip_nonfinite: bool
@@ -286,7 +287,7 @@ class Wrapped(Optimizer):
         if not self._looked:  # an engine may have come between wrap and the first step
             check_whole_tensors(self)
             self._looked = True
-        self.closure_pending = closure is not None
+        self.closure_pending, self.closure_loss = closure is not None, None
         self._before_step()
         loss, stepped = self._stepper.step(self._then_before_step(closure))
         if stepped:
@@ -409,7 +410,7 @@ class Wrapped(Optimizer):
         def evaluate() -> Any:
             self.evaluating = True
             try:
-                loss = closure()
+                loss = self.closure_loss = closure()
             finally:
                 self.evaluating = False
             self._check_alive("step")
