@@ -49,6 +49,8 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "LoRA": {"LoRA": {}, "rsLoRA": {"rslora": True}, "DoRA": {"dora": True}, "embedding": {}},
     "ParallelAdapter": {"": {}, "as BERT": {"init": "bert"}},
     "MESA": {"": {"beta": 0.8, "start_epoch": 2}},
+    "PSDFactor": {"": {"init": "fit"}},
+    "SubGM": {"": {"eta0": 0.05, "rho": 0.9}},
     "SaRA": {
         "": {"fraction": 0.3, "reselect_at": 8},
         "compact": {"fraction": 0.3, "reselect_at": 8, "compact": True, "reset_state_on_reselect": True},
@@ -74,6 +76,7 @@ AROUND: dict[tuple[str, str], dict[str, Any]] = {
     ("KeepMask", ""): {"pruned": 0.5},
     ("Perp", "MaskLoRA"): {"pruned": 0.5},
     ("Perp", "ScaleLoRA"): {"pruned": 0.5},
+    ("PSDFactor", ""): {"targets": lambda name, _: name.endswith(("q_proj", "self.query"))},
     ("PerpGrad", "along weights"): {"shrink": 10.0},
 }
 
@@ -86,7 +89,14 @@ def methods() -> dict[str, type]:
         for name, thing in vars(optx).items()
         if inspect.isclass(thing)
         and (issubclass(thing, kinds) or thing.__module__.startswith("optx.signal."))
-        and thing not in (*kinds, optx.Composite, optx.FTWT, optx.WindowPrune)  # nothing to serve here
+        and thing
+        not in (
+            *kinds,
+            optx.Composite,
+            optx.FTWT,
+            optx.RobustRecoveryLoss,
+            optx.WindowPrune,
+        )  # nothing to serve here
     }
 
 

@@ -80,7 +80,7 @@ class PSDFactor(Injection):
     Serves square nn.Linear modules. By default: none; name them.
 
     Paper values:
-        ``alpha=1e-3``: the error of `SubGM` then ends near 1e-4 (the default; of the spec's example).
+        ``alpha=1e-3``: the error of `SubGM` then ends near 1e-4, in the recipe (the default).
 
     Limits: A weight is not one of these by chance: a pretrained model that is served does not compute what it
     did.
@@ -88,7 +88,7 @@ class PSDFactor(Injection):
     Keywords: matrix factorisation, positive semidefinite, Burer-Monteiro, low rank, small initialisation,
     metric learning.
 
-    Evidence: ``test_psd_factor.py``; ``optx run recover`` trains U itself.
+    Evidence: no recipe (``recover`` trains U itself); ``test_psd_factor.py``.
 
     Raises:
         OptxError: an option out of range.

@@ -45,7 +45,7 @@ def small_init_(
         tensor([0.0010, 0.0000])
 
     Paper values:
-        ``alpha=1e-3``: the error of a recovery then ends near 1e-4 (the default; of the spec's example).
+        ``alpha=1e-3``: the error of a recovery then ends near 1e-4, in the recipe (the default).
         ``alpha=1e-5``: nearer still, with steps that fall more slowly.
 
     Limits: For U U^T. Of U V^T both factors are filled, each with a seed of its own.

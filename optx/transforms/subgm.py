@@ -76,8 +76,8 @@ class SubGM(Transform):
         ``subgm=False`` leaves a param group out; ``subgm_eta0`` and ``subgm_rho``.
 
     Paper values:
-        ``eta0=0.25, rho=0.98``: 400 steps from 1e-3, of a projector of rank 2 in 20 dimensions (the
-            defaults; of the spec's example, as the paper's own were not at hand).
+        ``eta0=0.25, rho=0.98``: 400 steps from 1e-3, of a projector of rank 2 in 20 dimensions: the recipe's,
+            as the paper's own were not at hand (the defaults).
         ``rho=0.99``: slower and safer, with twice the steps.
 
     Limits: Under an optimizer that divides by the gradient's size (Adam) a scale of gradients does nothing;

@@ -87,6 +87,7 @@ LANGUAGE: Mapping[str, Mapping[str, Any]] = {
             "Clip",
             "PerpGrad",
             "SaRA",
+            "SubGM",
             "KeepMask",
             "SVFit",
             "ScaledParallelAdapter",

@@ -407,6 +407,7 @@ ROWS = [
     Row("PerpGrad", "transform", transform=lambda *_: optx.PerpGrad()),
     Row("BackSlash", "transform", transform=lambda *_: optx.BackSlash(0.3, until=4)),
     Row("Clip", "transform", transform=lambda *_: optx.Clip(0.1)),
+    Row("SubGM", "transform", transform=lambda *_: optx.SubGM(0.1, 0.9)),
     Row("HFT", "transform", transform=_hft, unused=True),
     Row("KeepMask", "transform", transform=_keep_mask),
     Row("SaRA", "transform", transform=lambda *_: optx.SaRA(fraction=0.5, reselect_at=3)),
@@ -416,6 +417,7 @@ ROWS = [
         of_table,
         ("LoRA", "BitFit", "IA3", "SVFit", "SequentialAdapter", "ParallelAdapter", "ScaledParallelAdapter"),
     ),
+    of_table("PSDFactor"),
     *map(of_table, ("PrefixTuning", "MultiHeadParallelAdapter", "MAM", "Aside", "IAA")),
     # Their products of factors have gradients of any size, and small ones' noise is a step of Adam's too.
     *(of_table(label, adamw={"eps": 1e-1, "lr": 2e-2}) for label in ("FLoRA", "Perp")),
@@ -460,6 +462,8 @@ def public() -> dict[str, Kind]:
             continue
         if issubclass(thing, optx.Transform) and thing is not optx.Transform:
             found[name] = "transform"
-        elif thing.__module__.startswith("optx.signal"):
+        elif (
+            thing.__module__.startswith("optx.signal") and thing is not optx.RobustRecoveryLoss
+        ):  # of factors
             found[name] = "loss"
     return found

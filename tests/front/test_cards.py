@@ -162,6 +162,7 @@ NEEDED: dict[str, Callable[[Path], dict[str, Any]]] = {
         "fresh": "fan_in",
     },
     "scaling.mup": lambda _: wider(),
+    "scaling.small_init_": lambda _: {"U": torch.empty(4, 2)},
     "scaling.step_law": lambda _: {"params": 1e9, "tokens": 1e11},
     "patch": lambda _: {"model": layers(), "signatures": [dict(layers().state_dict())]},
     "rws.extract": lambda _: {"pretrained": layers(), "standard": layers(), "robust": layers()},

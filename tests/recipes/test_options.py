@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 
-from optx.recipes import _bench, adapt, finetune, formats, grokking, merge, qlora, reweight, transfer
+from optx.recipes import _bench, adapt, finetune, formats, grokking, merge, qlora, recover, reweight, transfer
 
 COUNTS: dict[Any, tuple[str, ...]] = {
     adapt: ("seeds", "batch", "length", "test", "steps"),
@@ -19,6 +19,7 @@ COUNTS: dict[Any, tuple[str, ...]] = {
     grokking: ("seeds", "p", "width", "every", "steps"),
     merge: ("seeds", "masks", "batch", "length", "valid", "test", "steps"),
     qlora: ("seeds", "rank", "alpha", "batch", "length", "eval-blocks", "steps"),
+    recover: ("seeds", "size", "rank", "measurements", "every", "steps"),
     reweight: ("seeds", "batch", "length", "width", "layers", "passages", "every", "steps"),
     transfer: ("seeds", "wide-seeds", "batch", "length", "layers", "workers", "steps"),
 }
@@ -29,6 +30,7 @@ RATES: dict[Any, tuple[str, ...]] = {
     grokking: ("lr",),
     merge: ("lr", "head-lr"),
     qlora: ("lr",),
+    recover: ("outlier", "share"),
     reweight: ("lr", "r", "noisy", "duplicated"),
     transfer: ("lr", "decay"),
 }
