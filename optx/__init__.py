@@ -21,6 +21,7 @@
             WindowPrune  WindowBlock  WindowHandle  WindowCost   computes only the windows that need it
             FTWT  FilterPruning                               filters picked for each sample
             PSDFactor                                         a weight as U U^T
+            RF8Linear                                         weights in bytes, computed with as they are
             trainable_only                                    freeze all but what was attached
             set_adapter                                       which of several act, by name
             export_lora  fold_prefix                          what remains to do after the training
@@ -159,6 +160,7 @@ from optx.inject.multihead import MultiHeadParallelAdapter as MultiHeadParallelA
 from optx.inject.perp import Perp as Perp
 from optx.inject.prefix import PrefixTuning as PrefixTuning
 from optx.inject.psd_factor import PSDFactor as PSDFactor
+from optx.inject.rf8_linear import RF8Linear as RF8Linear
 from optx.inject.stable_rps import StableRPS as StableRPS
 from optx.inject.stn import STN as STN
 from optx.inject.svfit import SVFit as SVFit

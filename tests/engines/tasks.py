@@ -428,6 +428,13 @@ ROWS = [
     Row("ABMLL", "injection", Small, attach=_meta, task=Meta),
     Row("STN", "injection", Small, attach=_tuned, task=Tuning, apart=True),
     Row(
+        "RF8Linear",
+        "injection",
+        Small,
+        attach=_attached(optx.RF8Linear, r"blocks\.\d\.[13]"),
+        apart=True,
+    ),
+    Row(
         "MuAttention",
         "injection",
         lambda: small_llama(16),

@@ -39,7 +39,11 @@ each_merging = pytest.mark.parametrize("row", MERGING, ids=lambda row: row.label
 
 def test_the_table_has_every_injection() -> None:
     served = {type(row.injection()).__name__ for row in ROWS}
-    trains_nothing = {"MuReadout", "MuAttention"}  # tests/scaling/ has these laws for them
+    trains_nothing = {
+        "MuReadout",
+        "MuAttention",
+        "RF8Linear",
+    }  # tests/scaling/, test_rf8_linear.py have theirs
     # No gradient reaches them by an output in evaluation mode: test_window_*.py and test_ftwt*.py.
     in_training_alone = {"WindowPrune", "FTWT"}
     assert set(public_injections()) - {"HiddenDelta"} - trains_nothing - in_training_alone == served

@@ -136,6 +136,8 @@ TABLE = {
     "optx/inject/_tuning_batch.py": "stn_tuning stn_torch stn",
     "optx/inject/_tuning_state.py": "stn_torch stn_tuning",
     "optx/inject/psd_factor.py": "psd_factor",
+    "optx/inject/_rf8_product.py": "rf8_linear",
+    "optx/inject/rf8_linear.py": "rf8_linear",
     "optx/inject/stn.py": "stn stn_tuning stn_response stn_torch",
     "optx/inject/_switch.py": "switch",
     "optx/inject/_task_heads.py": "task_heads",
