@@ -167,22 +167,7 @@ def ternary_kernels(target: Target) -> Iterator[Kernel]:
     from optx.kernels.ternary import dense_triton as ternary
 
     for s in ternary.audit_specs(shared=target.backend == "cuda"):
-        names = s.function.arg_names
-        constexprs = {(names.index(k),): v for k, v in s.constexprs.items()}
-        attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if s.signature[n][0] == "*"}
-        elements = s.constexprs["BLOCK"]
-        yield Kernel(
-            "ternary",
-            s.name,
-            s.function,
-            s.signature,
-            constexprs,
-            attrs,
-            ternary.WARPS,
-            elements,
-            s.bytes_per_element,
-            narrowest=32,
-        )
+        yield _by_spec("ternary", s, ternary.WARPS, s.constexprs["BLOCK"], narrowest=32)
 
 
 def shared_kernels(target: Target) -> Iterator[Kernel]:
@@ -190,20 +175,44 @@ def shared_kernels(target: Target) -> Iterator[Kernel]:
     from optx.kernels.shared import gather_triton as shared
 
     for s in shared.audit_specs():
-        names = s.function.arg_names
-        constexprs = {(names.index(k),): v for k, v in s.constexprs.items()}
-        attrs = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if s.signature[n][0] == "*"}
-        block = s.constexprs["BLOCK"]
-        yield Kernel(
-            *("shared", s.name, s.function, s.signature, constexprs, attrs, shared.WARPS, block),
-            s.bytes_per_element,
-            narrowest=16,
-        )
+        yield _by_spec("shared", s, shared.WARPS, s.constexprs["BLOCK"], narrowest=16)
+
+
+def rf8_kernels(target: Target) -> Iterator[Kernel]:
+    """Those of RF8. A thread's bytes are those of the numbers that it has in 128 bits, or more."""
+    from optx.kernels.rf8 import codes_triton, product_triton
+
+    for s in codes_triton.audit_specs():
+        yield _by_spec("rf8", s, codes_triton.WARPS, s.constexprs["BLOCK"], narrowest=32)
+    for s in product_triton.audit_specs():
+        elements = s.constexprs["ROWS"] * s.constexprs["COLUMNS"]
+        yield _by_spec("rf8", s, product_triton.WARPS, elements, narrowest=32)
+
+
+def _by_spec(program: str, s: Any, warps: int, elements: int, narrowest: int) -> Kernel:
+    names = s.function.arg_names
+    constexprs = {(names.index(k),): v for k, v in s.constexprs.items()}
+    known = [n for n in names if s.signature[n][0] == "*" or n in getattr(s, "multiples", ())]
+    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in known}
+    moved = s.bytes_per_element
+    return Kernel(
+        program,
+        s.name,
+        s.function,
+        s.signature,
+        constexprs,
+        attrs,
+        warps,
+        elements,
+        moved,
+        narrowest=narrowest,
+    )
 
 
 OTHERS: dict[str, Callable[[Target], Iterator[Kernel]]] = {
     "loss": loss_kernels,
     "ternary": ternary_kernels,
     "shared": shared_kernels,
+    "rf8": rf8_kernels,
 }
 """Kernels that belong to no program, by their kind."""

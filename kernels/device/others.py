@@ -1,4 +1,4 @@
-"""Checks of the other kernels: losses, compressed deltas, and the CPU's that gather entries."""
+"""Checks of the other kernels: losses, compressed deltas, RF8, and the CPU's that gather entries."""
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ def checks() -> Iterator[Check]:
     for dtype in _DTYPES:
         name = str(dtype).removeprefix("torch.")
         yield Check("correct", f"ternary, {name}", functools.partial(_ternary, dtype))
+        yield Check("correct", f"rf8, {name}", functools.partial(_rf8, dtype))
         if dtype != torch.float16:
             yield Check("correct", f"loss, {name}", functools.partial(_loss, dtype))
     yield Check("correct", "entries (CPU)", _entries)
     for dtype in _DTYPES:
         name = str(dtype).removeprefix("torch.")
         yield Check("speed", f"ternary add, {name}", functools.partial(_ternary_speed, dtype))
+        yield Check("speed", f"rf8 unpack, {name}", functools.partial(_rf8_speed, dtype))
     yield Check("speed", "loss, float32", _loss_speed)
 
 
@@ -62,6 +64,42 @@ def _ternary_speed(dtype: torch.dtype, place: Place) -> Mapping[str, Any]:
     masks, to = masks.to(place.device), torch.zeros(n, dtype=dtype, device=place.device)
     seconds = place.seconds(lambda: device.add(to, masks, 0.3))
     return place.rate((2 * to.element_size() + 0.25) * n, seconds)
+
+
+def _rf8(dtype: torch.dtype, place: Place) -> Mapping[str, Any]:
+    from optx.kernels.rf8 import codes_triton, cpu, product_triton
+
+    for n in (size for size in place.sizes if size):
+        w = torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype)
+        made: list[list[torch.Tensor]] = []
+        for kernels, device in ((cpu, "cpu"), (codes_triton, place.device)):
+            given = w.to(device)
+            codes = torch.empty(n, dtype=torch.uint8, device=device)
+            wide, rounded = torch.empty_like(given), torch.empty_like(given)
+            kernels.pack(given, codes, 1)
+            kernels.unpack(codes, wide, 1)
+            kernels.quantise(given, rounded)
+            made.append([t.cpu() for t in (codes, wide, rounded)])
+        if not all(torch.equal(a, b) for a, b in zip(*made, strict=True)):
+            raise Wrong(f"{n} elements differ from the CPU's kernels")
+    codes, x = torch.randint(256, (33, 1040), dtype=torch.uint8), torch.randn(3, 1040)
+    wanted, found = torch.empty(3, 33), torch.empty(3, 33, device=place.device)
+    cpu.multiply(codes, x, wanted, -8)
+    product_triton.multiply(codes.to(place.device), x.to(place.device), found, -8)
+    apart = float((wanted - found.cpu()).abs().max() / wanted.abs().max())
+    if not apart <= 2e-5:
+        raise Wrong(f"products are {apart:.2g} apart from the CPU's")
+    return {"bits": "equal"}
+
+
+def _rf8_speed(dtype: torch.dtype, place: Place) -> Mapping[str, Any]:
+    from optx.kernels.rf8 import codes_triton
+
+    n = place.elements
+    codes = torch.randint(256, (n,), dtype=torch.uint8, device=place.device)
+    to = torch.empty(n, dtype=dtype, device=place.device)
+    seconds = place.seconds(lambda: codes_triton.unpack(codes, to, 0))
+    return place.rate((to.element_size() + 1.0) * n, seconds)
 
 
 def _loss(dtype: torch.dtype, place: Place) -> Mapping[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 from numba import types
 
 from optx.kernels.cpu import address, get_i64, load, put_number, store, take
-from optx.kernels.jit import cfunc
+from optx.kernels.jit import cfunc, part
 from optx.kernels.rf8.cpu import (
     CHUNK,
     Codes,
@@ -31,12 +31,15 @@ from optx.kernels.rf8.cpu import (
     unit,
     within,
 )
+from optx.kernels.rf8.vectors import LANES, unpacker
 
 DTYPE = "float32"
 
 KERNEL = types.void(types.voidptr)
 NONE = np.int32(0)  # no random bits: round to nearest
-HALF = DTYPE == "float16"
+HALF, FULL = DTYPE == "float16", DTYPE == "float32"
+unpack_near, unpack_far = unpacker(False), unpacker(True)
+FAR = 1 << 23  # numbers that no cache holds
 # The largest number that the dtype has, and the bits of the largest of RF8's in it.
 MOST = np.float32(65504.0 if HALF else 3.4028234663852886e38)
 MOST_BITS = np.int32(0x47700000 if HALF else 0x7F700000)
@@ -75,19 +78,36 @@ def pack(pointer):
             put_code(codes, i, encode(read(values, i) * factor, first, half))
 
 
+@part(error_model="numpy", inline="always")
+def unpack_some(values, codes, begin, end, scale):
+    """Numbers one by one, which LLVM makes vectors of."""
+    for i in range(begin, end):
+        value = decode(codes, i) * scale
+        write(values, i, within(value, MOST) if HALF else value, NONE)
+
+
 @cfunc(KERNEL, error_model="numpy", cache=True)
 def unpack(pointer):
     """Bytes to numbers; what is too large for the dtype becomes its largest."""
     args = address(pointer)
     n, values, codes = get_i64(args, Codes.NUMEL), get_i64(args, Codes.VALUES), get_i64(args, Codes.CODES)
     scale = unit(get_i64(args, Codes.E_MAX))
+    far = n >= FAR and values % 64 == 0
     while True:
         start = take(args) * CHUNK
         if start >= n:
             break
-        for i in range(start, min(start + CHUNK, n)):
-            value = decode(codes, i) * scale
-            write(values, i, within(value, MOST) if HALF else value, NONE)
+        stop = min(start + CHUNK, n)
+        if FULL:
+            whole = start + (stop - start) // LANES * LANES
+            if far:
+                for i in range(start, whole, LANES):
+                    unpack_far(codes + i, values + 4 * i, scale)
+            else:
+                for i in range(start, whole, LANES):
+                    unpack_near(codes + i, values + 4 * i, scale)
+            start = whole
+        unpack_some(values, codes, start, stop, scale)
 
 
 @cfunc(KERNEL, error_model="numpy", cache=True)

@@ -23,6 +23,7 @@ from optx.kernels.rf8 import layout
 from optx.kernels.triton_lib import LAUNCH, nearest, read
 
 BLOCK, TURNS, WARPS = 4096, 8, 4
+SMALL = 2048  # the block of what needs more registers
 TO_NEXT = tl.constexpr(layout.TO_NEXT)
 STEPS = tl.constexpr(layout.STEPS - (1 << 32))  # of 32 bits with a sign
 
@@ -157,9 +158,10 @@ def _launch(
         return
     shown = [t.view(torch.uint16) if t.dtype == torch.bfloat16 else t for t in (source, to)]
     with torch.cuda.device_of(source):  # does nothing for the interpreter's CPU tensors
-        codes_kernel[(triton.cdiv(n, BLOCK * TURNS),)](
+        constants = _constants(kind, numbers.dtype == torch.float16)
+        codes_kernel[(triton.cdiv(n, constants["BLOCK"] * TURNS),)](
             *(*shown, n, first, half, factor),
-            **_constants(kind, numbers.dtype == torch.float16),
+            **constants,
             num_warps=WARPS,
             **LAUNCH,
         )
@@ -167,7 +169,13 @@ def _launch(
 
 def _constants(kind: int, half: bool) -> dict[str, Any]:
     most = 0x47700000 if half else 0x7F700000
-    return {"KIND": kind, "MOST": most, "PLACES": PLACES, "BLOCK": BLOCK, "TURNS": TURNS}
+    return {
+        "KIND": kind,
+        "MOST": most,
+        "PLACES": PLACES,
+        "BLOCK": SMALL if kind == 2 else BLOCK,
+        "TURNS": TURNS,
+    }
 
 
 class AuditSpec(NamedTuple):

@@ -31,7 +31,8 @@ from torch import Tensor
 from optx.kernels import cpu
 from optx.kernels.cpu import I8, I32, _at, _tag, _typed
 from optx.kernels.generated import load_module, source
-from optx.kernels.rf8.layout import BIAS, GROWTH, LEVELS, STEPS, TO_NEXT
+from optx.kernels.rf8.layout import BIAS, GROWTH, LEVELS, TO_NEXT
+from optx.kernels.rf8.vectors import whole_number
 
 CHUNK = 1 << 15  # numbers that a thread takes
 _PACKAGE = "optx.kernels.rf8"
@@ -136,7 +137,8 @@ def compiled(name: str, dtype: str = "float32") -> ModuleType:
         assert text.count(default) == 1
         text = text.replace(default, f'DTYPE = "{dtype}"\n')
     # The compiler's cache is kept by the text, so what it imports has to be part of that.
-    imported = cpu.digest() + source(_PACKAGE, "cpu.py") + source(_PACKAGE, "layout.py")
+    files = ("cpu.py", "layout.py", "vectors.py")
+    imported = cpu.digest() + "".join(source(_PACKAGE, file) for file in files)
     return load_module(f"rf8_{name}", f"{text}# imports {hashlib.sha256(imported.encode()).hexdigest()}\n")
 
 
@@ -227,13 +229,7 @@ def put_code(b: Any, base: Any, index: Any, code: Any) -> None:
 def decode(b: Any, base: Any, index: Any) -> Any:
     """The number of a byte, in units of ``2**(e_max - 19)``: a whole one."""
     code = b.zext(_tag(b, b.load(_at(b, base, index, I8)), 2), I32)
-    shift = b.shl(b.and_(code, I32(7)), I32(2))
-    steps = b.and_(b.lshr(I32(STEPS - (1 << 32)), shift), I32(15))
-    exponent = b.and_(b.lshr(code, I32(3)), I32(15))
-    size = b.shl(b.add(steps, I32(12)), exponent)
-    size = b.select(b.icmp_signed("==", exponent, I32(0)), I32(0), size)
-    negative = b.icmp_signed(">=", code, I32(128))
-    return b.sitofp(b.select(negative, b.sub(I32(0), size), size), F32)
+    return b.sitofp(whole_number(b, code, I32), F32)
 
 
 @_typed(nt.float32, nt.int64)

@@ -16,6 +16,8 @@ from math import isqrt
 
 STEPS = 0xC8654320
 """Of R the four bits from ``4 * R`` on: sixteenths of its multiplier, less 12, all of 2**e."""
+MULTIPLIERS = (3 / 4, 7 / 8, 15 / 16, 1.0, 17 / 16, 9 / 8, 5 / 4, 3 / 2)
+"""Of R."""
 BIAS = 127  # of a float32's exponent
 LEVELS = 15  # powers of two that a tensor has
 LOWEST, HIGHEST = -128, 127

@@ -1,7 +1,7 @@
 """Products with RF8's bytes on CPU, compiled by Numba: rows are decoded on the way to the sums.
 
-Not to be imported: `optx.kernels.rf8.cpu` runs its text. Of one vector a byte is a number in a register; for
-several a stretch of a row is decoded into the nearest cache once, and multiplied with each.
+Not to be imported: `optx.kernels.rf8.cpu` runs its text. A byte is a number in a register, for four vectors
+at a time, or for one.
 """
 # Numba's functions have no types that a checker could follow.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -17,66 +17,46 @@ from optx.kernels.cpu import address, get_i64, load, store, take
 from optx.kernels.cpu_formats import room
 from optx.kernels.jit import cfunc, part
 from optx.kernels.rf8.cpu import Product, add_product, decode, unit
+from optx.kernels.rf8.vectors import BLOCK, dots
 
 KERNEL = types.void(types.voidptr)
 NONE = np.int32(0)
-STRETCH = 2048  # numbers that are decoded at once
-read_x, read_w = load("float32", 0), load("float32", 3)
-write_y, write_w = store("float32", 1), store("float32", 3)
-stretch_of = room(4 * STRETCH)
+read_x, read_sum = load("float32", 0), load("float32", 3)
+write_y = store("float32", 1)
+one, four, sums_of = dots(1), dots(4), room(16)
 
 
-@part(error_model="numpy")
-def row_times(codes, x, columns):
-    """A row times one vector."""
+@part(error_model="numpy", inline="always")
+def tail(codes, x, begin, columns):
+    """What is left of a row, times one vector."""
     total = np.float32(0)
-    for i in range(columns):
+    for i in range(begin, columns):
         total = add_product(total, read_x(x, i), decode(codes, i))
     return total
-
-
-@part(error_model="numpy")
-def stretch_times(decoded, x, count):
-    """A decoded stretch times one vector's."""
-    total = np.float32(0)
-    for i in range(count):
-        total = add_product(total, read_x(x, i), read_w(decoded, i))
-    return total
-
-
-@part(error_model="numpy")
-def decode_stretch(codes, decoded, count):
-    """A stretch of a row, decoded."""
-    for i in range(count):
-        write_w(decoded, i, decode(codes, i), NONE)
 
 
 @cfunc(KERNEL, error_model="numpy", cache=True)
 def multiply(pointer):
     """y = x @ w.T."""
     args = address(pointer)
-    rows, step, columns = (
-        get_i64(args, Product.ROWS),
-        get_i64(args, Product.STEP),
-        get_i64(args, Product.COLUMNS),
-    )
-    batch, codes = get_i64(args, Product.BATCH), get_i64(args, Product.CODES)
-    x, y = get_i64(args, Product.X), get_i64(args, Product.Y)
-    scale = unit(get_i64(args, Product.E_MAX))
-    decoded = stretch_of(0)
+    rows, step = get_i64(args, Product.ROWS), get_i64(args, Product.STEP)
+    columns, batch = get_i64(args, Product.COLUMNS), get_i64(args, Product.BATCH)
+    codes, x, y = get_i64(args, Product.CODES), get_i64(args, Product.X), get_i64(args, Product.Y)
+    scale, sums = unit(get_i64(args, Product.E_MAX)), sums_of(0)
+    blocks, stride = columns // BLOCK, 4 * columns
     while True:
         start = take(args) * step
         if start >= rows:
             break
         for row in range(start, min(start + step, rows)):
-            if batch == 1:
-                write_y(y, row, row_times(codes + row * columns, x, columns) * scale, NONE)
-            else:
-                sums = np.zeros(batch, np.float32)
-                for at in range(0, columns, STRETCH):
-                    count = min(STRETCH, columns - at)
-                    decode_stretch(codes + row * columns + at, decoded, count)
-                    for b in range(batch):
-                        sums[b] += stretch_times(decoded, x + 4 * (b * columns + at), count)
-                for b in range(batch):
-                    write_y(y, b * rows + row, sums[b] * scale, NONE)
+            own, b = codes + row * columns, 0
+            while b < batch:
+                count = 4 if b + 4 <= batch else 1
+                if count == 4:
+                    four(own, x + b * stride, stride, sums, blocks)
+                else:
+                    one(own, x + b * stride, stride, sums, blocks)
+                for v in range(count):
+                    total = read_sum(sums, v) + tail(own, x + (b + v) * stride, blocks * BLOCK, columns)
+                    write_y(y, (b + v) * rows + row, total * scale, NONE)
+                b += count

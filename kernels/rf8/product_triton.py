@@ -22,7 +22,7 @@ from torch import Tensor
 from optx.kernels.rf8.codes_triton import decode
 from optx.kernels.triton_lib import LAUNCH
 
-ROWS, COLUMNS, WARPS = 4, 512, 4
+ROWS, COLUMNS, WARPS = 8, 512, 4
 MOST = 4
 """Vectors that a launch takes at most."""
 
@@ -87,6 +87,7 @@ class AuditSpec(NamedTuple):
     signature: dict[str, str]
     constexprs: dict[str, Any]
     bytes_per_element: float
+    multiples: tuple[str, ...]  # numbers that are a multiple of 16, as a launch finds them
 
 
 def audit_specs() -> Iterator[AuditSpec]:
@@ -94,5 +95,10 @@ def audit_specs() -> Iterator[AuditSpec]:
     constants = {"EVEN": True, "ROWS": ROWS, "COLUMNS": COLUMNS}
     types = {"codes": "*u8", "x": "*fp32", "y": "*fp32", "rows": "i32", "columns": "i32", "factor": "fp32"}
     yield AuditSpec(
-        "multiply", product_kernel, {**types, **dict.fromkeys(constants, "constexpr")}, constants, 1.0
+        "multiply",
+        product_kernel,
+        {**types, **dict.fromkeys(constants, "constexpr")},
+        constants,
+        1.0 + 4 / ROWS,  # a vector's numbers are read once for the rows of a program, out of a cache
+        ("columns",),
     )

@@ -427,13 +427,7 @@ ROWS = [
     of_table("StableRPS"),
     Row("ABMLL", "injection", Small, attach=_meta, task=Meta),
     Row("STN", "injection", Small, attach=_tuned, task=Tuning, apart=True),
-    Row(
-        "RF8Linear",
-        "injection",
-        Small,
-        attach=_attached(optx.RF8Linear, r"blocks\.\d\.[13]"),
-        apart=True,
-    ),
+    Row("RF8Linear", "injection", injections.llama, attach=_attached(optx.RF8Linear), apart=True),
     Row(
         "MuAttention",
         "injection",

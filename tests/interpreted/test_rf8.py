@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from optx.kernels.rf8 import codes_triton, cpu
+from optx.kernels.rf8 import codes_triton, cpu, product_triton
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -45,3 +45,16 @@ def test_every_byte(e_max: int) -> None:
 
 def test_nothing_to_do() -> None:
     codes_triton.pack(torch.empty(0), torch.empty(0, dtype=torch.uint8), 0)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (7, 300), (16, 512), (9, 1040), (8, 1536)])
+def test_products_equal_the_cpu_kernels(rows: int, columns: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    codes = torch.randint(256, (rows, columns), dtype=torch.uint8, generator=generator)
+    for batch in (1, product_triton.MOST):
+        x = torch.randn(batch, columns, generator=generator)
+        mine, theirs = torch.full((2, batch * rows + 1), 7.0)
+        product_triton.multiply(codes, x, mine[:-1].view(batch, rows), -8)
+        cpu.multiply(codes, x, theirs[:-1].view(batch, rows), -8)
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-3)
+        assert mine[-1] == 7
