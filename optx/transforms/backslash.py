@@ -194,6 +194,7 @@ class BackSlash(Transform):
         if not exact:
             slots |= {"held_abs": per_tensor(torch.float64), "held_sq": per_tensor(torch.float64)}
         self.slots = slots
+        self._unseen = False  # whether there are weights whose numbers were not there yet
         self._typical: float | None = None  # the mean of |w|, as it was at wrap time
         self._count = 0  # N
         self._checked: set[float] = set()
@@ -232,7 +233,9 @@ class BackSlash(Transform):
         self._check_strength(optimizer)
 
     def before_step(self, optimizer: Host) -> None:
-        """A schedule may have set another strength."""
+        """A schedule may have set another strength; weights may have got their memory since."""
+        if self._unseen:
+            self._measure(optimizer)
         self._check_strength(optimizer)
 
     def metrics(self, optimizer: Host) -> dict[str, float]:
@@ -246,7 +249,8 @@ class BackSlash(Transform):
         weights = [p.detach() for p in optimizer.served(self) if p.requires_grad]
         self._count = sum(p.numel() for p in weights)
         self._typical, self._checked = None, set()
-        if self.prox or any(p.is_meta for p in weights) or not self._count:
+        self._unseen = not self.prox and any(p.is_meta for p in weights)
+        if self.prox or self._unseen or not self._count:
             return
         absolute, square = (_total(weights, order) for order in (1, 2))
         if not (math.isfinite(absolute) and math.isfinite(square)):

@@ -287,6 +287,13 @@ def test_a_strength_that_overshoots() -> None:
     ):
         wrapped(optx.BackSlash(2e3))
     wrapped(optx.BackSlash(2e3, prox=True))
+    late = nn.Linear(3, 3, device="meta")
+    opt = optx.wrap(torch.optim.SGD(late.parameters(), lr=0.1), optx.BackSlash(2e3))
+    late.to_empty(device="cpu").reset_parameters()
+    opt.param_groups[0]["params"] = list(late.parameters())
+    late(torch.ones(1, 3)).sum().backward()
+    with pytest.raises(optx.TransformError, match="overshoots"):
+        opt.step()
     with pytest.warns(UserWarning, match="most will be at 0 within 6 steps"):
         opt = wrapped(optx.BackSlash(0.4))
     opt.backslash.kappa = 100.0  # by a schedule
