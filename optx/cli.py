@@ -227,6 +227,12 @@ def bench_merge(context: typer.Context) -> None:
     importlib.import_module("optx.recipes._bench_merge").main(context.args)
 
 
+@bench.command("rf8", context_settings={**_PASS_ON, "help_option_names": []})
+def bench_rf8(context: typer.Context) -> None:
+    """Time RF8's packing beside copying, and linear modules of bytes beside float32 and int8."""
+    importlib.import_module("optx.recipes._bench_rf8").main(context.args)
+
+
 @app.command(context_settings={**_PASS_ON, "help_option_names": []})
 def audit(context: typer.Context) -> None:
     """Compile every GPU kernel ahead of time, without a GPU, and read what it became."""

@@ -19,7 +19,7 @@ from optx.kernels.rf8.layout import STEPS
 
 TILE = 1 << 19
 """Numbers that are unpacked at once."""
-FEW = {"cpu": 4, "cuda": 4}
+FEW = {"cpu": 16, "cuda": 4}
 """Vectors up to which bytes are decoded on the way to the sums."""
 
 

@@ -45,9 +45,9 @@ def pack(
     Paper values:
         None: the authors' code has one option, the powers of two between both parts, and it is 4.
 
-    Limits: Each number is off by 4 % of itself (root mean square), by 10.83 % at most: half as precise as
-        int8 with a scale for each row where weights are all about as large, and better where they are not.
-        Nothing is trained in it.
+    Limits: Each number is off by 4 % of itself (root mean square), by 10.83 % at most, and so is what a
+        linear module makes of them: int8 with a scale for each row is off by 0.9 % where weights are normal.
+        RF8 needs no scales, and keeps small weights apart over 15 octaves. Nothing is trained in it.
 
     Keywords: compression, quantisation, 8 bits, fp8, weight-only, memory.
 
