@@ -55,9 +55,9 @@ def gg_(
             first dimension: outputs of a linear layer, and the vocabulary of an embedding.
         ``shape=0.5`` to ``shape=1.5``: what the paper proposes (the default is between).
 
-    Limits: Small networks gained nothing from a shape below 2; it is BackSlash that gives trained weights
-    their shape. Shards and weights without memory are refused: draw before sharding. A weight that modules
-    share is drawn once.
+    Limits: A perceptron gained nothing from a shape below 2: of test digits, shapes from 0.5 to 2 read 98.1
+    to 98.4 % right after 20 epochs (mean of 5 seeds), and 0.5 learned the slowest. Shards and weights
+    without memory are refused: draw before sharding. A weight that modules share is drawn once.
 
     Keywords: initialization, generalised Gaussian, generalized normal, GGD, Laplace, Kaiming, He.
 

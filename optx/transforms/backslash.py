@@ -137,7 +137,7 @@ class BackSlash(Transform):
     instead of 7. ``exact=False`` moves 7, keeps two numbers for each tensor, and its nu is one update behind:
     0.02 at most on digits once the first steps are over, with as many bits in the end; 0.3 where the learning
     rate is so high that a step moves weights by their own size. On a CPU the power takes more time than all
-    the rest of AdamW: on two cores its step takes 2 to 3 times as long, without the pass 1.5 to 2.3.
+    the rest of AdamW: on two cores its step takes 2.1 to 3.5 times as long, without the pass 1.5 to 2.7.
 
     Keywords: compression, rate-distortion, entropy, regularisation, sparsity, L1, generalised Gaussian, GGD,
     quantisation, Exp-Golomb.
