@@ -211,6 +211,13 @@ def bench_hft(context: typer.Context) -> None:
     importlib.import_module("optx.recipes._bench_hft").main(context.args)
 
 
+@bench.command("share", context_settings={**_PASS_ON, "help_option_names": []})
+def bench_share(context: typer.Context) -> None:
+    """Time and memory of weights that are read from one short array, beside dense ones."""
+    _need("recipes", "optx bench share: it needs")
+    importlib.import_module("optx.recipes._bench_share").main(context.args)
+
+
 @bench.command("delta", context_settings={**_PASS_ON, "help_option_names": []})
 def bench_delta(context: typer.Context) -> None:
     """Prune a checkpoint on the disk with DARE; time beside copying it, and peak memory."""

@@ -13,6 +13,7 @@ their order does not show.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -228,7 +229,9 @@ def scatter(values: Tensor, place: Place, like: Tensor, signed: bool = True) -> 
     return torch.where(largest.isfinite(), whole.double() / unit, largest * math.nan).to(like.dtype)
 
 
+@functools.lru_cache(4096)
 def _numbers(place: Place, device: torch.device) -> tuple[Any, ...]:
+    """What a kernel is told of a module; made once, so that no call waits for a copy to the device."""
     keys = torch.tensor([place.slots_key, place.signs_key], device=device)
     scale = torch.tensor([place.scale], dtype=torch.float64, device=device)
     return keys, place.numel, place.offset, place.slots, scale
