@@ -40,7 +40,8 @@ class SharedHandle(Handle):
     ) -> None:
         super().__init__(model, injection, served, saved)
         self._kept = Kept(self.served, injection.keep)
-        hook = self.served[0].module.register_load_state_dict_pre_hook(_tell_of_bare)
+        module: Any = self.served[0].module
+        hook = module.register_load_state_dict_pre_hook(_tell_of_bare)
         self.served[0].hooks.append(hook)
 
     def _parts(self) -> list[SharedWeight]:
@@ -141,6 +142,19 @@ class SharedHandle(Handle):
         """See `Handle.unmerge`."""
         super().unmerge()
         self._away()
+
+    def disable(self) -> Any:
+        """See `Handle.disable`.
+
+        Raises:
+            OptxError: the modules' own weights are not there (``keep`` is ``"file"`` or ``"none"``).
+        """
+        if self._kept.keep != "memory" and not self.merged:
+            raise OptxError(
+                f"disable: the modules have no weights of their own meanwhile (keep={self._kept.keep!r}). "
+                'Attach with keep="memory", or remove() it.'
+            )
+        return super().disable()
 
     def _away(self) -> None:
         if self._kept.keep != "memory" and not self.merged:

@@ -251,6 +251,8 @@ def test_the_own_weights_can_be_away(keep: str) -> None:
     x = batch()[0]
     output, own = model(x), net()
     assert "0.weight" not in model.state_dict()
+    with pytest.raises(optx.OptxError, match="no weights of their own"):
+        handle.disable()
     twin, same = copy.deepcopy((model, handle))
     handle.merge()
     assert model[0].weight.shape == (48, 64)
