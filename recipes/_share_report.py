@@ -17,7 +17,10 @@ def tables(results: dict[str, Any]) -> list[Table]:
         (arm, *(_cell(found, c) for c in compressions), *(_apart(found, c) for c in compressions))
         for arm, found in arms.items()
     ]
-    heads = (*(f"c = {float(c):g}" for c in compressions), *(f"spread, {float(c):g}" for c in compressions))
+    heads = (
+        *(f"c = {float(c):g}" for c in compressions),
+        *(f"spread, c = {float(c):g}" for c in compressions),
+    )
     return [
         Table(
             ("test accuracy, %", *heads),
@@ -47,7 +50,7 @@ def report(run: Run) -> None:
     _report.tell(tables(run.results))
     arms = by_seed(run.results["arms"])
     compressions = ("1.0", "0.1", "0.02")
-    figure, axes = _report.canvas(1, 3)
+    figure, axes = _report.canvas(3)
     for ax, c in zip(axes.flat, compressions, strict=True):
         for colour, (arm, found) in zip(_report.COLOURS, arms.items(), strict=False):
             every = [one["accuracy"][c] for one in found if c in one["accuracy"]]

@@ -84,7 +84,7 @@ class StableRPS(Injection):
 
     Keywords: parameter sharing, weight sharing, hashing trick, HashedNet, ROAST, RPS, compression, RzLinear.
 
-    Evidence: no recipe; ``test_shared_weights.py``, ``test_shared.py``.
+    Evidence: ``optx run share``; ``optx bench share``; ``test_shared_weights.py``, ``test_shared.py``.
 
     Raises:
         OptxError: an option out of range, or a compression that leaves fewer slots than one, or than a block.

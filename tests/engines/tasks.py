@@ -426,6 +426,10 @@ ROWS = [
     Row("WindowPrune", "injection", _windows, attach=_attach_windows, task=Windows, apart=True),
     of_table("StableRPS"),
     Row("ABMLL", "injection", Small, attach=_meta, task=Meta),
+    Row(
+        *("StableRPS", "injection", injections.llama),
+        attach=_attached(lambda: optx.StableRPS(compression=0.3, init_std=0.1), r".*_proj"),
+    ),
     Row("STN", "injection", Small, attach=_tuned, task=Tuning, apart=True),
     Row("RF8Linear", "injection", injections.llama, attach=_attached(optx.RF8Linear), apart=True),
     Row(
