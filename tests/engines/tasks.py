@@ -424,7 +424,6 @@ ROWS = [
     Row("HiddenDelta", "injection", injections.llama, attach=_attached(lambda: optx.HiddenDelta(rank=3))),
     Row("FTWT", "injection", _vgg, attach=_attached(optx.FTWT), task=OwnLoss, apart=True),
     Row("WindowPrune", "injection", _windows, attach=_attach_windows, task=Windows, apart=True),
-    of_table("StableRPS"),
     Row("ABMLL", "injection", Small, attach=_meta, task=Meta),
     Row(
         *("StableRPS", "injection", injections.llama),
