@@ -21,6 +21,8 @@
             WindowPrune  WindowBlock  WindowHandle  WindowCost   computes only the windows that need it
             FTWT  FilterPruning                               filters picked for each sample
             PSDFactor                                         a weight as U U^T
+            EWA  ExpertHandle                                 experts in training, their mean afterwards
+            WideNet  WideHandle                               blocks that share attention and experts
             RF8Linear                                         weights in bytes, computed with as they are
             trainable_only                                    freeze all but what was attached
             set_adapter                                       which of several act, by name
@@ -122,6 +124,7 @@ from optx.delta.ties import TIES as TIES
 from optx.inject._abmll_handle import ABMLLHandle as ABMLLHandle
 from optx.inject._abmll_task import ABMLLTask as ABMLLTask
 from optx.inject._attach import attach as attach
+from optx.inject._expert_handle import ExpertHandle as ExpertHandle
 from optx.inject._export import export_lora as export_lora
 from optx.inject._filter_pruning import FilterPruning as FilterPruning
 from optx.inject._fold_prefix import fold_prefix as fold_prefix
@@ -140,6 +143,7 @@ from optx.inject._report import Report as Report
 from optx.inject._self_tuning import SelfTuning as SelfTuning
 from optx.inject._shared_handle import SharedHandle as SharedHandle
 from optx.inject._switch import set_adapter as set_adapter
+from optx.inject._wide_handle import WideHandle as WideHandle
 from optx.inject._window_block import WindowBlock as WindowBlock
 from optx.inject._window_cost import WindowCost as WindowCost
 from optx.inject._window_handle import WindowHandle as WindowHandle
@@ -148,6 +152,7 @@ from optx.inject.adapters import ParallelAdapter as ParallelAdapter
 from optx.inject.adapters import ScaledParallelAdapter as ScaledParallelAdapter
 from optx.inject.adapters import SequentialAdapter as SequentialAdapter
 from optx.inject.bitfit import BitFit as BitFit
+from optx.inject.ewa import EWA as EWA
 from optx.inject.flora import FLoRA as FLoRA
 from optx.inject.ftwt import FTWT as FTWT
 from optx.inject.hidden_delta import HiddenDelta as HiddenDelta
@@ -164,6 +169,7 @@ from optx.inject.rf8_linear import RF8Linear as RF8Linear
 from optx.inject.stable_rps import StableRPS as StableRPS
 from optx.inject.stn import STN as STN
 from optx.inject.svfit import SVFit as SVFit
+from optx.inject.widenet import WideNet as WideNet
 from optx.inject.window_prune import WindowPrune as WindowPrune
 from optx.pruning._prune import prune as prune
 from optx.pruning._reconstruct import Reconstruction as Reconstruction

@@ -14,6 +14,7 @@ ROLES: dict[str, tuple[str, ...]] = {
     "ia3": ("key", "value", "ffn_inner"),
     "attention": ("attention",),
     "ffn": ("ffn",),
+    "whole_ffn": ("whole_ffn",),
     "ffn_out": ("ffn_out",),
     "attention_out": ("attention_out",),
     "branches": ("attention", "ffn"),
@@ -31,6 +32,7 @@ WORDS = {
     "attention": "attention",
     "attention_out": "attention's last linear module",
     "ffn": "the FFN",
+    "whole_ffn": "the FFN",
     "ffn_out": "the FFN's last module",
     "ffn_inner": "the FFN's inner activation",
     "linears": "linear modules",
@@ -58,6 +60,7 @@ class Family:
         ffn: the FFN sub-layer as one module, or the module that adds its output to the residual.
         ffn_out: the module whose output is the FFN's, its last linear one.
         ffn_inner: the modules whose input IA3 scales; ``ffn_out`` if not given.
+        whole_ffn: the modules that are together the FFN, without its residual and norm; ``ffn`` if not given.
         convolutions: a convolution that a block of this family has.
         mixer: what stands in the place of attention and FFN.
         lacks: why it has no such part, by part.
@@ -73,12 +76,14 @@ class Family:
     ffn: str = ""
     ffn_out: str = ""
     ffn_inner: str = ""
+    whole_ffn: str = ""
     convolutions: str = ""
     mixer: str = ""
     lacks: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ffn_inner", self.ffn_inner or self.ffn_out)
+        object.__setattr__(self, "whole_ffn", self.whole_ffn or self.ffn)
 
     def part(self, name: str) -> str:
         """The regex of a part, empty if there is none; every block has linear modules, or may have."""
@@ -151,6 +156,7 @@ FAMILIES = (
         attention_out=r"(?:cross)?attention\.output\.dense",
         ffn=r"(?:ffn\.\d+\.)?output",  # LayerNorm(dense(h) + u): its second argument is the FFN's input u
         ffn_out=r"(?:ffn\.\d+\.)?output\.dense",
+        whole_ffn=r"(?:ffn\.\d+\.)?(?:intermediate|output\.dense)",
     ),
     Family(
         "GPT-2",
@@ -190,18 +196,21 @@ FAMILIES = (
         value="value",
         attention_out=r"attention\.output\.dense",
         ffn_out=r"output\.dense",
+        whole_ffn=r"intermediate|output\.dense",
     ),
     Family(
         "ViT (torchvision)",
         block=r"(?:.*\.)?layers\.encoder_layer_\d+",
         attention=r"self_attention",
         ffn_out=r"mlp\.3",
+        whole_ffn=r"mlp\.[03]",
     ),
     Family(
         "torch.nn.Transformer",
         block=_LAYERS,
         attention=r"self_attn|multihead_attn",
         ffn_out=r"linear2",
+        whole_ffn=r"linear[12]",
     ),
     Family(
         "CLIP",  # SigLIP
@@ -219,6 +228,7 @@ FAMILIES = (
         **_QKV,
         attention_out=r"(?:self|encoder)_attn\.out_proj",
         ffn_out=r"fc2",
+        whole_ffn=r"fc[12]",
         lacks={"ffn": "its FFN is fc1 and fc2 of the layer itself, and no module"},
     ),
     Family(
@@ -325,6 +335,7 @@ FAMILIES = (
         attention_out=r"attention\.output\.dense",
         ffn=r"output",
         ffn_out=r"output\.dense",
+        whole_ffn=r"intermediate|output\.dense",
     ),
     Family(
         "ModernBERT",
@@ -361,7 +372,9 @@ FAMILIES = (
         block=_LAYERS,
         mixer=r"mixer",
         lacks={
-            **dict.fromkeys(("query", "key", "attention", "attention_out", "ffn", "ffn_out"), _NO_ATTENTION),
+            **dict.fromkeys(
+                ("query", "key", "attention", "attention_out", "ffn", "ffn_out", "whole_ffn"), _NO_ATTENTION
+            ),
             "linears": "its mixer uses weights of its linear modules without calling them",
         },
     ),

@@ -72,6 +72,10 @@ class Injection(ABC):
         """The paths of the modules that it serves by default, if it knows them; None: those of its role."""
         return None
 
+    def expanded(self, sites: Sequence[Site]) -> list[Site]:
+        """The modules that stand for those that were found, where one can't be served itself."""
+        return list(sites)
+
     def companions(self, model: nn.Module, sites: Sequence[Site]) -> list[tuple[Injection, list[Site]]]:
         """What else the same handle attaches beside its own sites, and where."""
         return []

@@ -56,6 +56,7 @@ def install(
     found = [resolve(model, member, wanted) for member, wanted in members]
     if layers is not None or exclude is not None:
         found = narrowed(model, found, layers, exclude)
+    found = [member.expanded(sites) for (member, _), sites in zip(members, found, strict=True)]
     if modules_to_save is None:
         asked = [sites for (_, wanted), sites in zip(members, found, strict=True) if wanted is not None]
         modules_to_save = heads_of(model, asked, found)
@@ -134,6 +135,7 @@ def _serve(
         return []
     for site in sites:
         check_servable(site, model)
+        _check_not_replaced(site, model)
         if injection.needs_weight:
             check_values(site.module, site.path)
             _check_in_use(site, injection)
@@ -158,6 +160,20 @@ def _check_in_use(site: Site, injection: Injection) -> None:
             raise TargetError(
                 f"attach: {type(injection).__name__} works with the weight of {site.path!r}, which takes no "
                 f"part while {name!r} is attached. Remove that first, or leave the module out."
+            )
+
+
+def _check_not_replaced(site: Site, model: nn.Module) -> None:
+    """Raise if others compute in the place of something that the module is in."""
+    names = site.path.split(".")
+    for depth in range(1, len(names)):
+        outer = ".".join(names[:depth])
+        container = attached(model.get_submodule(outer))
+        by = next((key for key, part in container.parts.items() if part.replaces), "") if container else ""
+        if by:
+            raise TargetError(
+                f"attach: {site.path!r} is in {outer!r}, in whose place {by!r} computes while it trains, so "
+                "nothing attached to it would act then. Leave it out by exclude=, or merge that one first."
             )
 
 

@@ -76,6 +76,9 @@ class Part(nn.Module):
     weightless: ClassVar[bool] = False
     """Whether it acts in training alone, so that a merge, which is of weights, goes on without it."""
 
+    replaces: ClassVar[bool] = False
+    """Whether others compute in the place of the module, so that nothing attached inside of it would act."""
+
     enabled: bool
     merged: bool
     adapter: str = ""
@@ -154,6 +157,10 @@ class Part(nn.Module):
         """How many numbers an optimizer can move."""
         return sum(p.numel() for p in self.parameters())
 
+    def absent(self, prefix: str) -> dict[str, Any]:
+        """What a checkpoint that says nothing of it means for it: by default, that it stays as it is."""
+        return self.state_dict(prefix=prefix, keep_vars=True)
+
     def owns(self, module: nn.Module) -> bool:
         """Whether a linear module's output is new, and this part the first and only one to hold it."""
         if torch.compiler.is_compiling():
@@ -205,9 +212,10 @@ def _seen_elsewhere() -> bool:
 
 
 def _keep_if_absent(part: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A checkpoint of the bare model says nothing of what was added, so that stays as it is."""
+    """A checkpoint of the bare model says nothing of what was added."""
+    assert isinstance(part, Part)
     if not any(key.startswith(prefix) for key in state_dict):
-        state_dict.update(part.state_dict(prefix=prefix, keep_vars=True))
+        state_dict.update(part.absent(prefix))
 
 
 class Attached(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from optx._errors import TransformError, warn
 from optx.step.base_step import has_modes
 from optx.step.state import is_ours
-from optx.step.transform import Group, Host
+from optx.step.transform import Group
 
 
 class FrozenHalf:
@@ -103,15 +103,6 @@ def check_state_may_stay(base: torch.optim.Optimizer) -> None:
             f"HFT: reset_state=False keeps the state of frozen weights, and {type(base).__name__} {why}, "
             "so that they would move. Leave reset_state=True."
         )
-
-
-def is_rehearsal(optimizer: Host) -> bool:
-    """Whether a step was torch.distributed.checkpoint's, with lr 0 and zero gradients, to make the state."""
-    if any(float(group.get("lr", 1.0)) != 0.0 for group in optimizer.param_groups):
-        return False
-    return not any(
-        p.grad is not None and bool(p.grad.any()) for group in optimizer.param_groups for p in group["params"]
-    )
 
 
 def only_rehearsed(base: torch.optim.Optimizer, p: Tensor) -> bool:

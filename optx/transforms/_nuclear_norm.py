@@ -14,8 +14,8 @@ from torch import Tensor
 
 from optx._errors import OptxError, TransformError
 from optx._names import parameter_names, placed_like, whole
+from optx.step.rehearsal import is_rehearsal
 from optx.step.transform import Group, Host
-from optx.transforms._frozen_half import is_rehearsal
 
 LEAST_SIDE = 65  # rows and columns of a matrix that is pulled: "min(shape) > 64"
 LEAST_SELECTED = 101  # entries: "more than 100"

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from optx._errors import OptxError, TransformError, check_whole, warn
+from optx.step.rehearsal import is_rehearsal
 from optx.step.transform import Host, Transform
 from optx.transforms._ddp_rounds import KnownDDP
 from optx.transforms._drawn_half import DrawnHalf, check_model
@@ -24,7 +25,6 @@ from optx.transforms._frozen_half import (
     FrozenHalf,
     check_state_is_here,
     check_state_may_stay,
-    is_rehearsal,
     only_rehearsed,
 )
 from optx.transforms._half_selection import Balance, Draw, Level, Selection

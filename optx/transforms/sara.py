@@ -20,11 +20,12 @@ from optx.ops import where
 from optx.step import bits
 from optx.step.base_step import has_modes
 from optx.step.declared import Slot, like_weight
+from optx.step.rehearsal import is_rehearsal
 from optx.step.step_moments import Moments
 from optx.step.transform import Host, Transform, wrapped_by
 from optx.transforms._compact_gradient import CompactGradient
 from optx.transforms._compact_step import CompactStep
-from optx.transforms._frozen_half import FirstState, is_rehearsal
+from optx.transforms._frozen_half import FirstState
 from optx.transforms._gather import Selection
 from optx.transforms._nuclear_norm import Pull
 from optx.transforms._sara_checks import check_company, check_load, check_weights

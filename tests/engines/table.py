@@ -69,7 +69,7 @@ REFUSED: Mapping[str, Mapping[str, str]] = {
     "FSDP2": {**_MESA, **_ABMLL},
     "HSDP, 2 x 2": {**_MESA, **_ABMLL},
     "wrapped, then FSDP2": {**_MESA, **_ABMLL},
-    "FSDP1": {"transform": _PIECE, **_MESA, "ABMLL": "is a piece of a flat parameter"},
+    "FSDP1": {"transform": _PIECE, "EWA": _PIECE, **_MESA, "ABMLL": "is a piece of a flat parameter"},
     "ZeRO-1 (torch)": {
         "AdamR": "normalize=True needs Adam's second moment",
         "HFT": "keeps its moments in an optimizer of its own",
@@ -90,6 +90,9 @@ UNTRIED: Mapping[str, Mapping[str, str]] = {
         "STN": "its batches of validation come between steps, for which SFTTrainer has no place",
         "FTWT": "it prunes convolutions, and no language model of TRL's has them",
         "WindowPrune": "it prunes windows of images",
+        **dict.fromkeys(
+            ("EWA", "WideNet"), "its row is no language model, and SFTTrainer steps as Trainer does"
+        ),
     },
     "ZeRO-3 (its marks)": dict.fromkeys(("SAF", "LossReweight", "StableMaxCrossEntropy"), _LOGITS),
 }

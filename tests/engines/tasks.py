@@ -14,6 +14,7 @@ from typing import Any, Literal
 import injections
 import torch
 from conv_models import vgg
+from inject.ffn_models import layers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -277,6 +278,16 @@ class Meta(Task):
             differentiate(task.outer(call(**batch)["loss"]))
 
 
+class Followed(Task):
+    """EWA: the optimizer follows its handle. Experts are one after each step, whatever tokens each had."""
+
+    def optimizer(self, *given: Any, **named: Any) -> torch.optim.Optimizer:
+        return optx.wrap(super().optimizer(*given, **named), self.handle)
+
+    def begin(self, step: int) -> None:
+        torch.manual_seed(step)  # tokens are dealt out as they were before a run was resumed
+
+
 class PerSample(Task):
     """LossReweight: it takes the samples' losses."""
 
@@ -428,6 +439,24 @@ ROWS = [
     Row(
         *("StableRPS", "injection", injections.llama),
         attach=_attached(lambda: optx.StableRPS(compression=0.3, init_std=0.1), r".*_proj"),
+    ),
+    # Adam is linear with such an eps, so that the mean of experts' steps is the step of the mean.
+    Row(
+        "EWA",
+        "injection",
+        Small,
+        attach=_attached(lambda: optx.EWA(experts=2, beta=0.5), r"blocks\.\d"),
+        task=Followed,
+        adamw={"eps": 1e3, "lr": 50.0, "weight_decay": 0.0},
+        apart=True,
+    ),
+    # What is of a batch as a whole, a queue's length and the balance of loads, is each process's own.
+    Row(
+        "WideNet",
+        "injection",
+        layers,
+        attach=_attached(lambda: optx.WideNet(ffn="ffn", capacity=None, noise=0, balance=0), r"1\.\d"),
+        apart=True,
     ),
     Row("STN", "injection", Small, attach=_tuned, task=Tuning, apart=True),
     Row("RF8Linear", "injection", injections.llama, attach=_attached(optx.RF8Linear), apart=True),

@@ -58,6 +58,8 @@ WORDS: dict[str, list[Any]] = {
     "head": ["lm_head"],
     "hparams": [HPARAMS],
     "init": ["pissa", "olora", "fit"],
+    "ffn": ["mlp"],
+    "keep": [("attn", "mlp")],
     "kernel_rank": [(2, 2)],
     "method": ["Mine"],
     "model": [MODEL],
@@ -67,6 +69,7 @@ WORDS: dict[str, list[Any]] = {
     "rank_pattern": [{"a.*": 4}],
     "alpha_pattern": [{"a.*": 4.0}],
     "shape": [(1, 3, 8, 8)],
+    "share": [("attn",)],
     "shapes": [SHAPES],
     "share_policy": ["block"],
 }

@@ -44,8 +44,8 @@ def test_the_table_has_every_injection() -> None:
         "MuAttention",
         "RF8Linear",
     }  # tests/scaling/, test_rf8_linear.py have theirs
-    # No gradient reaches them by an output in evaluation mode: test_window_*.py and test_ftwt*.py.
-    in_training_alone = {"WindowPrune", "FTWT"}
+    # In evaluation mode no gradient reaches them, or others compute: test_{window,ftwt,ewa,widenet}*.py.
+    in_training_alone = {"WindowPrune", "FTWT", "EWA", "WideNet"}
     assert set(public_injections()) - {"HiddenDelta"} - trains_nothing - in_training_alone == served
 
 

@@ -71,9 +71,18 @@ def test_every_injection_is_measured_on_every_family(rows: Rows) -> None:
     of_width = {"MuReadout", "MuAttention"}  # fixed factors; their families: tests/scaling
     of_images = {"FTWT", "WindowPrune"}  # test_ftwt_chains.py, test_window_models.py
     from_scratch = {"StableRPS"}  # its weights are drawn: test_shared_weights.py
+    of_experts = {"EWA", "WideNet"}  # test_ewa_models.py, test_widenet_models.py
     of_inference = {"RF8Linear"}  # trains nothing: test_rf8_linear.py
     # The others are HiddenDelta's choices; ABMLL serves what LoRA serves, of modules.
-    assert missing == {"HiddenDelta", "ABMLL", *of_width, *of_images, *from_scratch, *of_inference}
+    assert missing == {
+        "HiddenDelta",
+        "ABMLL",
+        *of_width,
+        *of_images,
+        *from_scratch,
+        *of_inference,
+        *of_experts,
+    }
 
 
 def test_what_is_refused_and_nothing_else(rows: Rows) -> None:
