@@ -10,7 +10,7 @@ from . import _report
 from ._report import Table, by_seed
 from ._run import Run
 
-HEADERS = ("", "test, %", "mean", "numbers in training", "kept", "multiply-adds", "time")
+HEADERS = ("", "test, %", "mean", "numbers in training", "kept", "multiply-adds")
 
 
 def tables(results: dict[str, Any]) -> list[Table]:
@@ -20,7 +20,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
     scratch = {arm: found for arm, found in arms.items() if arm not in tuned}
     note = (
         "One number per seed, and their mean. Kept: numbers of the model as it is used. Multiply-adds: of a "
-        "token in all FFNs then, a router's among them. Time: training, as a ratio to the first arm's."
+        "token in all FFNs then, a router's among them."
     )
     found: list[Table] = []
     if scratch:
@@ -35,17 +35,14 @@ def tables(results: dict[str, Any]) -> list[Table]:
 
 
 def _rows(arms: Mapping[str, Any], view: str) -> list[tuple[str, ...]]:
-    first = next(iter(arms.values()))
     rows: list[tuple[str, ...]] = []
     for arm, found in arms.items():
-        ratio = mean(one["seconds"] for one in found) / mean(one["seconds"] for one in first)
         rows.append(
             (
                 arm,
                 "/".join(f"{100 * one[view]:.1f}" for one in found),
                 f"{100 * mean(one[view] for one in found):.1f}",
                 *(f"{found[0][name]:,}" for name in ("numbers", "kept", "work")),
-                f"{ratio:.2f}",
             )
         )
     return rows

@@ -67,13 +67,13 @@ class EWA(Injection):
         Its tables were not at hand. ``experts=4`` (the default) and 0.1 to 0.5 for ``beta`` are from
         memory, and so are the rule and the linear schedule; ``every=2``: some of the FFNs.
 
-    Limits: An expert has the gradient of 1 / N of the tokens: from scratch and with few samples it did not
-        beat the plain model here (``optx run experts``). N times the module's parameters, gradients and
-        optimizer state while it trains. Permutations are of torch's own random stream, as dropout's, and in
-        half precision experts nearer than a rounding are not drawn together. Each module that is served
-        costs a gather and a scatter of its tokens, so name a whole FFN where there is one. Averages of
-        weights (EMA) should be taken after the step. Not for batch norm, attention, offloaded or quantised
-        modules.
+    Limits: An expert has the gradient of 1 / N of the tokens: from scratch it was no more than a seed's
+        difference ahead of the plain model here, and level with it in tuning (``optx run experts``). N times
+        the module's parameters, gradients and optimizer state while it trains. Permutations are of torch's
+        own random stream, as dropout's, and in half precision experts nearer than a rounding are not drawn
+        together. Each module that is served costs a gather and a scatter of its tokens, so name a whole FFN
+        where there is one. Averages of weights (EMA) should be taken after the step. Not for batch norm,
+        attention, offloaded or quantised modules.
 
     Keywords: mixture of experts, MoE, weight averaging, model soup, vision transformers, ViT, random uniform
         partition, RUP, upcycling.

@@ -442,9 +442,7 @@ ROWS = [
     ),
     # Adam is linear with such an eps, so that the mean of experts' steps is the step of the mean.
     Row(
-        "EWA",
-        "injection",
-        Small,
+        *("EWA", "injection", Small),
         attach=_attached(lambda: optx.EWA(experts=2, beta=0.5), r"blocks\.\d"),
         task=Followed,
         adamw={"eps": 1e3, "lr": 50.0, "weight_decay": 0.0},
@@ -452,9 +450,7 @@ ROWS = [
     ),
     # What is of a batch as a whole, a queue's length and the balance of loads, is each process's own.
     Row(
-        "WideNet",
-        "injection",
-        layers,
+        *("WideNet", "injection", layers),
         attach=_attached(lambda: optx.WideNet(ffn="ffn", capacity=None, noise=0, balance=0), r"1\.\d"),
         apart=True,
     ),
