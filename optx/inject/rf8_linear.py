@@ -156,7 +156,7 @@ class RF8Linear(Injection):
 
     Keywords: quantisation, weight-only, 8 bits, inference, compression, memory, QLoRA.
 
-    Evidence: ``optx bench rf8``; ``test_rf8_linear.py``.
+    Evidence: ``test_rf8_linear.py``; no recipe, but ``optx bench rf8``.
 
     Raises:
         TargetError: a module that is not torch's own Linear, or a weight that can't be packed; names it.
