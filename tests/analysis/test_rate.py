@@ -47,7 +47,7 @@ def test_any_numbers(numbers: list[int], power: int) -> None:
 
 def test_golomb_is_compefts_file_and_sizes() -> None:
     """Of -1, 0 and 1 its file's payload, plus a bit for each size; block by block, over several pieces."""
-    w = torch.randn(1 << 21, generator=torch.Generator().manual_seed(0)).mul(0.4).round()
+    w = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul(0.4).round()
     w = torch.cat([w, torch.zeros(1000)])
     delta = optx.Delta.between({"w": torch.zeros_like(w)}, {"w": w.sign()})
     signs = optx.compress(delta, optx.ComPEFT(density=float((w != 0).double().mean())))
@@ -57,7 +57,7 @@ def test_golomb_is_compefts_file_and_sizes() -> None:
         int(n) * (2 * int(math.log2(size)) + 1)
         for size, n in zip(*w[w != 0].abs().unique(return_counts=True), strict=True)
     )
-    assert kept > 1e5
+    assert kept > 5e4
     assert optx.rate({"w": w}, step=1.0, coder="golomb") == (8 * payload + sizes) / len(w)
     entropy = optx.rate({"w": w}, step=1.0, coder="entropy")
     assert entropy < optx.rate({"w": w}, step=1.0, coder="golomb") < optx.rate({"w": w}, step=1.0)
