@@ -129,6 +129,7 @@ def path(base: Base) -> Any:
     return "auto" if base.name in ("AdamW", "SGD") else False
 
 
+@pytest.mark.long(keep=3)
 @pytest.mark.parametrize("base", BASES, ids=str)
 @pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")

@@ -84,6 +84,7 @@ def test_several_processes_are_what_the_table_says(column: str, rows: Sequence[s
     assert complaints(column, {row: cells[row] for row in rows}, rows) == []
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("column", ALONE)
 def test_trainers_are_what_the_table_says(column: str) -> None:

@@ -93,6 +93,7 @@ def test_the_start_is_the_identity_exactly(row: Row) -> None:
     assert torch.equal(run(model), output)
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.filterwarnings("ignore:StableRPS. load_state_dict")  # that it takes no part
 @each_row
 def test_base_checkpoint_loads_before_and_after(row: Row) -> None:
@@ -126,6 +127,7 @@ def test_whole_checkpoint_carries_what_was_added(row: Row) -> None:
     assert torch.equal(run(twin), run(model))
 
 
+@pytest.mark.long(keep=2)
 @each_row
 def test_disable_and_enable(row: Row) -> None:
     model = row.model()
@@ -187,6 +189,7 @@ def test_report_counts_what_trains(row: Row) -> None:
     assert all(line.module in str(report) for line in report.rows)
 
 
+@pytest.mark.long(keep=2)
 @each_row
 def test_pickle_and_deepcopy(row: Row) -> None:
     model, handle = row.attached()

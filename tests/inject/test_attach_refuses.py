@@ -194,6 +194,7 @@ WRAPS: dict[str, tuple[Wrap, str]] = {
 }
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.usefixtures("group_of_one")
 @pytest.mark.filterwarnings("ignore:.*FSDP.*")
 @pytest.mark.filterwarnings("ignore:.*NO_SHARD.*")

@@ -47,7 +47,7 @@ def test_everything_attached_gets_a_gradient(row: Row) -> None:
     assert all(gradient.abs().sum() > 0 for gradient in found.values())
 
 
-@pytest.mark.long(keep=4)
+@pytest.mark.long(keep=9)
 @each_row
 def test_compile_fullgraph(row: Row) -> None:
     model, handle = row.attached(model=row.shortest())
@@ -170,6 +170,7 @@ def test_two_forwards_before_one_backward(row: Row) -> None:
     assert_close(found, once, 1e-6)
 
 
+@pytest.mark.long(keep=2)
 @each_row
 def test_resume_is_bit_identical(row: Row) -> None:
     def steps(model: nn.Module, opt: torch.optim.Optimizer, count: int) -> None:
@@ -201,6 +202,7 @@ def clone_state(opt: torch.optim.Optimizer) -> dict[str, Any]:
     return copy.deepcopy(opt.state_dict())
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.filterwarnings("ignore:save. PEFT can't read this adapter")
 @each_row
 def test_save_and_load_in_a_fresh_model(row: Row, tmp_path: Any) -> None:
@@ -226,6 +228,7 @@ def test_cached_generation_equals_uncached(row: Row) -> None:
     assert torch.equal(cached, plain)
 
 
+@pytest.mark.long(keep=2)
 @each_row
 def test_deepcopy_trains_apart(row: Row) -> None:
     model, handle = row.attached()

@@ -39,6 +39,7 @@ BASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.parametrize("name", BASES)
 def test_a_librarys_step(name: str) -> None:
     setup = Setup(BASES[name], [40, 3], offsets=(0, 1))

@@ -10,6 +10,7 @@ from optx.kernels.rf8 import codes_triton, cpu, product_triton
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [1, 1023, 4097, codes_triton.BLOCK * codes_triton.TURNS + 5])
 def test_codes_equal_the_cpu_kernels(n: int, dtype: torch.dtype) -> None:

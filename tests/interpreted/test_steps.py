@@ -107,6 +107,7 @@ def test_cpu_kernels(chain: str) -> None:
     assert b.band.intact()
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.parametrize(
     ("w", "g", "moments", "rounding"),
     [

@@ -20,6 +20,7 @@ def masks_of(n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return masks, t
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [1, 31, 33, 64, 1023, 4096, 4097, ternary.BLOCK * ternary.TURNS + 5])
 def test_equals_the_cpu_kernels(n: int, dtype: torch.dtype) -> None:

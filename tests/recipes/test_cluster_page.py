@@ -74,6 +74,7 @@ def assert_as_one(folder: Path, one: dict[str, Any]) -> None:
             assert found[part][kind] == pytest.approx(wanted, abs=1e-4, nan_ok=True)
 
 
+@pytest.mark.long
 def test_two_machines(tmp_path: Path, reweighted: tuple[list[str], dict[str, Any]]) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -347,8 +347,14 @@ def test_bench_merge_is_written_and_told(clone: Path) -> None:
     assert f" {seconds['optx'] / seconds['mergekit']:.2f} |\n" in block.split("| TIES |")[1]
 
 
-def test_bench_step_is_written_and_told(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# Of a dozen subjects each is a kernel of its own, which takes seconds to compile.
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_bench_step_is_written_and_told(whole: bool, clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_bench_step, "first_step_seconds", lambda: (3.5, 0.4))  # two processes
+    if not whole:
+        few = ("torch fused=True", "AdamW through wrap()", "PerpGrad + AdamR")
+        chosen = [s for s in _bench_step.subjects(peers=False, compiled=False) if s.name in few]
+        monkeypatch.setattr(_bench_step, "subjects", lambda *_: chosen)
     file = clone / "bench-step.json"
     _bench_step.main(["--shapes", "small", "--rounds", "1", "--no-peers", "--json", str(file)])
     block = block_of("bench-step", file, clone)

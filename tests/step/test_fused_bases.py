@@ -73,7 +73,13 @@ CASES = [
     Case(t.Yogi, of(weight_decay=0.1), MOMENTS),
     Case(t.NovoGrad, of(weight_decay=0.1, amsgrad=True), MOMENTS),
 ]
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
+# A kernel for each takes seconds to compile: where two libraries have a method, one of them is long.
+LATER = (p.Yogi, p.NovoGrad, t.AdaBelief)
+every_case = pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=[pytest.mark.long] * (case.kind in LATER)) for case in CASES],
+    ids=str,
+)
 SHAPES = ((7, 11), (40,), ())
 
 

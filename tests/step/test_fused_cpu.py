@@ -46,6 +46,7 @@ DTYPES = [
 FOREACH_64 = [case.on(weights=F64, grads=F64, fused=False) for case in FUSED[:7]]
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.parametrize("case", [*FUSED, *FOREACH, *DTYPES, *FOREACH_64], ids=str)
 def test_each_step_is_the_references(case: Case) -> None:
     """The reference starts each step where the optimizer stands, so that errors cannot hide in history."""

@@ -346,6 +346,7 @@ BASES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.parametrize("name", BASES)
 def test_bases_with_sums_step_as_their_libraries_have_them(name: str) -> None:
     """Over 50 steps, with states changed over half-way: each goes on from what the other had."""

@@ -172,7 +172,7 @@ MIXED = {
 }
 
 
-@pytest.mark.long(keep=3)
+@pytest.mark.long(keep=7)
 @pytest.mark.parametrize(("kinds", "settings"), MIXED.values(), ids=MIXED)
 def test_the_first_call_changes_no_bit_and_knows_what_the_last_step_was(kinds, settings):
     quiet, asked = Run(kinds, 0, **settings), Run(kinds, 0, **settings)

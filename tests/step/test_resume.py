@@ -40,7 +40,7 @@ def difference(a: Any, b: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("which", ["few", pytest.param("all", marks=pytest.mark.long)])
-@pytest.mark.parametrize("path", ["fused", "foreach"])
+@pytest.mark.parametrize("path", ["fused", pytest.param("foreach", marks=pytest.mark.long)])
 def test_every_run_resumed_in_a_new_process_is_the_uninterrupted_one(
     path: str, which: str, tmp_path: Path
 ) -> None:

@@ -162,7 +162,7 @@ def test_an_anchor_of_another_shape_is_refused_at_load(fused: Any) -> None:
 # ---- dtypes ----------------------------------------------------------------------
 
 
-@pytest.mark.long(keep=3)
+@pytest.mark.long(keep=7)
 @both
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_moments_recast_between_steps_are_served_as_they_are_now(dtype: torch.dtype, fused: Any) -> None:

@@ -250,7 +250,7 @@ def test_an_error_in_a_transforms_hook_changes_nothing(fused: Any) -> None:
 # ---- skip_nonfinite ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.long(keep=2)
+@pytest.mark.long(keep=4)
 @both
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("base", BASES)

@@ -401,7 +401,7 @@ def test_beside_other_transforms_in_the_order_given() -> None:
     for after in (False, True):
         p = nn.Parameter(torch.tensor([[2.0, 1.0]]))
         parts = [optx.DSPReg(2, weight=1.0), optx.PerpGrad(rescale=False)]
-        opt = optx.wrap(torch.optim.SGD([p], lr=1.0), *(parts if after else parts[::-1]))
+        opt = optx.wrap(torch.optim.SGD([p], lr=1.0), *(parts if after else parts[::-1]), fused=False)
         start = p.detach().clone()
         give(opt, [p], [[torch.tensor([[1.0, -2.0]])], [torch.tensor([[3.0, -6.0]])]])
         opt.step()

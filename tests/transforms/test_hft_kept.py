@@ -81,6 +81,7 @@ def kept(base: Base) -> bool:
     return not (base.modes or base.closure)
 
 
+@pytest.mark.long(keep=2)
 @pytest.mark.parametrize("base", [b for b in BASES if kept(b)], ids=str)
 def test_every_base_goes_on_where_it_was(base: Base) -> None:
     """With reset_state=False a run is that of the base itself, which sees no gradient of the frozen half."""
