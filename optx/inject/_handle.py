@@ -428,8 +428,11 @@ class Handle(Followed):
         ``<adapter>/change_norm``  l2 norm of what is added to weights or biases: LoRA (not DoRA), FLoRA,
                                    SVFit, BitFit, Perp's plain LoRA; of all its modules together
         ``<adapter>/kept``         FTWT, WindowPrune: share of filters or windows that the last call kept
-        ``<adapter>/loss``         FTWT, WindowPrune: the handle's own loss as last taken
+        ``<adapter>/loss``         FTWT, WindowPrune, WideNet: the handle's own loss as last taken
         ``<adapter>/agreement``    FTWT: share of the last training call's filters predicted right
+        ``<adapter>/beta``         EWA: the share rate of the last averaging
+        ``<adapter>/spread``       EWA: experts' distance from their mean, as a share of its norm
+        ``<adapter>/dropped``      WideNet: share of choices in the last training call that found a full queue
         ``<adapter>/value/<name>`` STN: a hyperparameter's value now
         ``<adapter>/sigma/<name>`` STN: the scale of its perturbations
         ========================== ===========================================================================

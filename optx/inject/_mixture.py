@@ -88,8 +88,13 @@ class _Moved(torch.autograd.Function):
     def forward(rows: Tensor, picks: Tensor, places: Tensor, k: int, out: bool) -> Tensor:
         if out:
             return rows.index_select(0, picks // k)
-        padded = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-        return padded.index_select(0, places).view(-1, k, rows.shape[1]).sum(1)
+        if len(picks) < len(places):  # the dropped ones' is 0
+            rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+        each = places.view(-1, k).unbind(1)
+        total = rows.index_select(0, each[0])
+        for one in each[1:]:
+            total += rows.index_select(0, one)
+        return total
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

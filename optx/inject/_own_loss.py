@@ -123,8 +123,8 @@ class Collected:
 def _tell(method: str) -> None:
     warn(
         f"{method}: the last forward in training mode collected a loss that nobody took, so what was "
-        "attached does not learn. Add handle.loss() to the loss after each forward, call handle.freeze() "
-        "once it has learnt, or model.eval() where nothing is trained."
+        "attached does not learn by it. Add handle.loss() to the loss after each forward, call "
+        "handle.freeze() once it has learnt, or model.eval() where nothing is trained."
     )
 
 

@@ -118,6 +118,7 @@ def test_skipped_steps_do_not_average() -> None:
     scaler.update()
     assert handle.steps == 0
     assert all(map(torch.equal, spread(model), before))
+    assert handle.metrics()["ewa/beta"] == handle.metrics()["ewa/spread"] == 0
     opt.zero_grad()
     scaler.scale(model(patches()).sum()).backward()
     scaler.step(opt)

@@ -180,6 +180,16 @@ def test_the_loss_is_that_of_all_blocks() -> None:
     assert attached(silent, balance=0.0).loss().item() == 0
 
 
+def test_a_balance_that_nobody_takes_is_told() -> None:
+    model = vit()
+    attached(model)
+    model(patches())
+    with pytest.warns(
+        UserWarning, match="WideNet: the last forward in training mode collected a loss that nobody took"
+    ):
+        model(patches())
+
+
 # ---- tied weights (7) ------------------------------------------------------------------------------------
 
 

@@ -135,6 +135,15 @@ def test_the_optimizer_has_each_shared_parameter_once() -> None:
     }
 
 
+def test_numbers_for_a_log() -> None:
+    model, handle, opt = made()
+    train(model, handle, opt, range(1))
+    found = handle.metrics()
+    assert found["widenet/loss"] == pytest.approx(0.04, abs=0.01)  # four blocks, about even
+    assert 0 <= found["widenet/dropped"] < 0.5
+    assert found["widenet/trainable"] == sum(p.numel() for p in handle.parameters())
+
+
 def test_a_resumed_run_is_the_uninterrupted_one() -> None:
     model, handle, opt = made()
     train(model, handle, opt, range(3))
