@@ -119,7 +119,8 @@ def evenness(chosen: Tensor, chances: Tensor) -> tuple[Tensor, Tensor]:
     """
     experts = chances.shape[1]
     load = chosen.flatten().bincount(minlength=experts).to(chances.dtype) / max(chosen.numel(), 1)
-    return experts * (load * chances.mean(0)).sum(), load
+    mean = chances.sum(0) / max(len(chances), 1)  # of an empty batch 0
+    return experts * (load * mean).sum(), load
 
 
 class Mixture(nn.Module):

@@ -75,6 +75,11 @@ def check_shared(sites: Sequence[Site], paths: Sequence[str]) -> None:
                 )
             for name, p in module.named_parameters():
                 full = f"{site.path}.{path}.{name}"
+                if p.is_meta:
+                    raise TargetError(
+                        f"attach: {full!r} is on the meta device and has no values yet for WideNet to copy. "
+                        "Load them first, and attach then."
+                    )
                 if id(p) in seen:
                     raise TargetError(
                         f"attach: WideNet can't share {full!r}, which is tied to {seen[id(p)]!r} already. "
@@ -122,8 +127,6 @@ def _difference(one: nn.Module, other: nn.Module) -> str:
     for name, p in mine.items():
         if p.shape != its[name].shape:
             return f"{name!r} has shape {tuple(p.shape)} and {tuple(its[name].shape)}"
-        if p.is_meta:
-            return f"{name!r} is on the meta device"
     tensors = dict(other.named_buffers())
     for name, t in one.named_buffers():
         if name not in tensors or t.shape != tensors[name].shape or not torch.equal(t, tensors[name]):

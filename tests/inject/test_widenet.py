@@ -180,6 +180,13 @@ def test_the_loss_is_that_of_all_blocks() -> None:
     assert attached(silent, balance=0.0).loss().item() == 0
 
 
+def test_an_empty_batch_has_no_balance() -> None:
+    model = vit()
+    handle = attached(model)
+    assert model(patches(0)).shape == (0, 10)
+    assert handle.loss().item() == 0
+
+
 def test_a_balance_that_nobody_takes_is_told() -> None:
     model = vit()
     attached(model)

@@ -291,6 +291,7 @@ def _served(blocks: Any) -> None:
         (lambda: _two(_head), {}, "tied to something else"),
         (lambda: _two(_wider), {}, r"'fc1.weight' has shape \(10, 6\) and \(12, 6\)"),
         (lambda: _two(_served), {}, r"blocks.1.attn has something attached"),
+        (lambda: vit().to("meta"), {}, r"'blocks.0.attn.qkv.weight' is on the meta device"),
         (vit, {"ffn": "mpl"}, r"no module 'mpl' to share. Near: 'mlp'"),
         (vit, {"share": ("atn",)}, r"no module 'atn'"),
         (lambda: BY_LABEL["BERT"].make(), {}, r"does not know which module of .* is its FFN"),
