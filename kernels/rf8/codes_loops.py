@@ -37,8 +37,10 @@ DTYPE = "float32"
 
 KERNEL = types.void(types.voidptr)
 NONE = np.int32(0)  # no random bits: round to nearest
-HALF, FULL = DTYPE == "float16", DTYPE == "float32"
-unpack_near, unpack_far = unpacker(False), unpacker(True)
+HALF, BRAIN = DTYPE == "float16", DTYPE == "bfloat16"
+SIZE = 2 if BRAIN else 4
+unpack_near, unpack_far = unpacker(False, BRAIN), unpacker(True, BRAIN)
+LEAST = -100 if BRAIN else -128  # of e_max, from which on no number is below the dtype's normal ones
 FAR = 1 << 23  # numbers that no cache holds
 # The largest number that the dtype has, and the bits of the largest of RF8's in it.
 MOST = np.float32(65504.0 if HALF else 3.4028234663852886e38)
@@ -91,21 +93,21 @@ def unpack(pointer):
     """Bytes to numbers; what is too large for the dtype becomes its largest."""
     args = address(pointer)
     n, values, codes = get_i64(args, Codes.NUMEL), get_i64(args, Codes.VALUES), get_i64(args, Codes.CODES)
-    scale = unit(get_i64(args, Codes.E_MAX))
-    far = n >= FAR and values % 64 == 0
+    e_max = get_i64(args, Codes.E_MAX)
+    scale, far, exact = unit(e_max), n >= FAR and values % 64 == 0, e_max >= LEAST
     while True:
         start = take(args) * CHUNK
         if start >= n:
             break
         stop = min(start + CHUNK, n)
-        if FULL:
+        if exact and not HALF:
             whole = start + (stop - start) // LANES * LANES
             if far:
                 for i in range(start, whole, LANES):
-                    unpack_far(codes + i, values + 4 * i, scale)
+                    unpack_far(codes + i, values + SIZE * i, scale)
             else:
                 for i in range(start, whole, LANES):
-                    unpack_near(codes + i, values + 4 * i, scale)
+                    unpack_near(codes + i, values + SIZE * i, scale)
             start = whole
         unpack_some(values, codes, start, stop, scale)
 

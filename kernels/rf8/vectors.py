@@ -20,7 +20,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from optx.kernels.cpu import I8, I16, I32, I64, _typed
-from optx.kernels.rf8.layout import MULTIPLIERS, STEPS
+from optx.kernels.rf8.layout import BIAS, MULTIPLIERS, STEPS
 
 F32 = ir.FloatType()
 LANES = 16
@@ -76,42 +76,68 @@ def whole_number(b: Any, code: Any, constant: Any) -> Any:
     return b.select(b.icmp_signed(">=", code, constant(128)), b.sub(constant(0), size), size)
 
 
-def _decoded(b: Any, address: Any) -> Any:
-    """Sixteen numbers from the codes at an address."""
+def _codes(b: Any, address: Any) -> Any:
     codes = b.load(b.inttoptr(address, _many(I8).as_pointer()))
     codes.align = 1
-    if "86" not in b.module.triple:
-        whole = whole_number(b, b.zext(codes, _many(I32)), functools.partial(_all, kind=I32))
-        return b.sitofp(whole, _many(F32))
+    return codes
+
+
+def _halves_of(b: Any, codes: Any) -> Any:
+    """Sixteen codes' numbers as bfloat16, by their bits; of 0 others."""
     low = b.and_(codes, _all(15))
     upper = b.add(_looked_up(b, _UPPER, low), b.and_(b.lshr(codes, _all(4)), _all(7)))
     upper = b.or_(upper, b.and_(codes, _all(-128)))
-    both = b.or_(
-        b.zext(_looked_up(b, _LOWER, low), _many(I16)), b.shl(b.zext(upper, _many(I16)), _all(8, I16))
-    )
-    number = b.bitcast(b.shl(b.zext(both, _many(I32)), _all(16, I32)), _many(F32))
-    zero = b.icmp_unsigned("==", b.and_(codes, _all(0x78)), _all(0))
-    return b.select(zero, _zeros(), number)
+    lower = b.zext(_looked_up(b, _LOWER, low), _many(I16))
+    return b.or_(lower, b.shl(b.zext(upper, _many(I16)), _all(8, I16)))
+
+
+def _is_zero(b: Any, codes: Any) -> Any:
+    return b.icmp_unsigned("==", b.and_(codes, _all(0x78)), _all(0))
+
+
+def _decoded(b: Any, address: Any) -> Any:
+    """Sixteen numbers from the codes at an address."""
+    codes = _codes(b, address)
+    if "86" not in b.module.triple:
+        whole = whole_number(b, b.zext(codes, _many(I32)), functools.partial(_all, kind=I32))
+        return b.sitofp(whole, _many(F32))
+    bits = b.shl(b.zext(_halves_of(b, codes), _many(I32)), _all(16, I32))
+    return b.select(_is_zero(b, codes), _zeros(), b.bitcast(bits, _many(F32)))
+
+
+def _decoded_halves(b: Any, address: Any, scale: Any) -> Any:
+    """Sixteen numbers times a power of two, as the bits of bfloat16."""
+    if "86" not in b.module.triple:
+        made = b.fmul(_decoded(b, address), _spread(b, scale))
+        return b.trunc(b.lshr(b.bitcast(made, _many(I32)), _all(16, I32)), _many(I16))
+    codes = _codes(b, address)
+    exponents = b.sub(b.lshr(b.bitcast(scale, I32), I32(16)), I32(BIAS << 7))
+    made = b.add(_halves_of(b, codes), _spread(b, b.trunc(exponents, I16)))
+    return b.select(_is_zero(b, codes), _all(0, I16), made)
+
+
+def _spread(b: Any, value: Any) -> Any:
+    none = ir.Constant(_many(value.type), ir.Undefined)
+    return b.shuffle_vector(b.insert_element(none, value, I32(0)), none, _all(0, I32))
 
 
 def _zeros() -> Any:
     return ir.Constant(_many(F32), [0.0] * LANES)
 
 
-def unpacker(past_the_caches: bool) -> Any:
+def unpacker(past_the_caches: bool, half: bool) -> Any:
     """An intrinsic ``(codes, to, scale)`` that writes sixteen numbers, times a scale.
 
     Args:
         past_the_caches: write them so that memory need not be read first; ``to`` is a multiple of 64 then.
+        half: as bfloat16, none of which may be below its normal numbers; else as float32.
     """
 
     @_typed(nt.void, nt.int64, nt.int64, nt.float32)
     def unpack(b: Any, codes: Any, to: Any, scale: Any) -> None:
-        none = ir.Constant(_many(F32), ir.Undefined)
-        every = b.shuffle_vector(b.insert_element(none, scale, I32(0)), none, _all(0, I32))
-        made = b.fmul(_decoded(b, codes), every)
-        stored = b.store(made, b.inttoptr(to, _many(F32).as_pointer()))
-        stored.align = 64 if past_the_caches else 4
+        made = _decoded_halves(b, codes, scale) if half else b.fmul(_decoded(b, codes), _spread(b, scale))
+        stored = b.store(made, b.inttoptr(to, made.type.as_pointer()))
+        stored.align = (32 if half else 64) if past_the_caches else (2 if half else 4)
         if past_the_caches:
             stored.set_metadata("nontemporal", b.module.add_metadata([I32(1)]))
 
