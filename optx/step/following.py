@@ -120,6 +120,9 @@ class Following:
         added = {id(one.parameter) for one in self.handle.joining()} - had
         back = {id(p) for p in self.handle.leaving()} - set(there)
         before = {id(group): params for group, params in self._before}
+        if not any(id(group) in before for group in optimizer.param_groups):  # `load_state_dict` has made new
+            own_groups = zip(optimizer.param_groups, self._before, strict=False)
+            before = {id(group): params for group, (_, params) in own_groups}
         for group in optimizer.param_groups:
             here = [p for p in group["params"] if id(p) not in added]
             own = {id(p) for p in here} | back

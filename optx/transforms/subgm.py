@@ -12,13 +12,13 @@ from typing import Any, ClassVar, Literal
 
 from optx._errors import OptxError, TransformError, warn
 from optx._rules import rule
-from optx.ops import maximum, sqrt
+from optx.ops import maximum, sqrt, where
 from optx.step.numbers import as_float
 from optx.step.scale_free import is_scale_free
 from optx.step.step_moments import Moments
 from optx.step.transform import Group, Host, Transform
 
-_TINY = 1e-150  # in float64; where the norm is 0 there is nothing to scale
+_TINY = 1e-30  # below, there is nothing to scale, and float32 has no room for the scale
 
 
 @rule(writes="square")
@@ -29,8 +29,9 @@ def square_of(grad_sq: Any) -> Any:
 
 @rule(writes="scale")
 def by_norm(total_square: Any, step_size: Any) -> Any:
-    """eta0 rho^t / norm."""
-    return step_size / maximum(sqrt(total_square), _TINY)
+    """eta0 rho^t / norm; 0 where the norm is."""
+    norm = sqrt(total_square)
+    return where(norm < _TINY, 0.0 * step_size, step_size / maximum(norm, _TINY))
 
 
 @rule(writes="scale")
@@ -186,7 +187,7 @@ class SubGM(Transform):
             eta0, rho = group["subgm_eta0"], group["subgm_rho"]
             size = eta0 * measured if self.mode == "polyak" else eta0 * rho ** group["optx.subgm.t"]
             if self.mode == "geometric" and self._source is not None:
-                size = size / measured if measured else 0.0
+                size = size / measured if measured > _TINY else 0.0
             group["subgm_step_size"] = size
 
     def _measured(self, optimizer: Host) -> float:

@@ -281,3 +281,15 @@ def test_a_group_that_all_leave_stays_for_its_scheduler():
     scheduler.step()
     assert [group["lr"] for group in opt.param_groups] == [0.05, 0.25]
     assert members(opt, model) == [["0.weight"], ["2.weight"]]
+
+
+def test_removal_after_a_checkpoint_was_loaded_gives_the_groups_back() -> None:
+    model = net()
+    opt = adam(model)
+    before = members(opt, model)
+    handle = optx.attach(model, Factored(), targets="0")
+    opt = optx.wrap(opt, handle)
+    train(model, opt)
+    opt.load_state_dict(copy.deepcopy(opt.state_dict()))  # torch makes new groups
+    handle.remove()
+    assert members(opt, model) == before

@@ -252,3 +252,14 @@ def test_silence_is_told() -> None:
         opt.step()
     with pytest.warns(UserWarning, match="AdamW divides gradients by their own size"):
         optx.wrap(torch.optim.AdamW([U]), optx.SubGM())
+
+
+@both
+@pytest.mark.parametrize("size", [0.0, 1e-36])
+def test_gradients_of_0_move_nothing(fused: bool, size: float) -> None:
+    """U = 0 is a fixed point; a scale beyond float32 would make nan of it."""
+    U = nn.Parameter(torch.ones(3, 2))
+    opt = optx.wrap(torch.optim.SGD([U], lr=1.0), optx.SubGM(), fused=fused)
+    U.grad = torch.full_like(U, size)
+    opt.step()
+    assert torch.equal(U.detach(), torch.ones(3, 2))
