@@ -42,7 +42,8 @@ def weights(task: Task) -> dict[str, Tensor]:
 
 
 def _handle_state(task: Task) -> dict[str, Tensor]:
-    return {} if task.handle is None else task.handle.state_dict()
+    state = {} if task.handle is None else task.handle.state_dict()
+    return {name: t for name, t in state.items() if name != "optx.abmll.tasks"}  # each process has some
 
 
 # How far a tuning has come is in the handle's state_dict (`extra`), not in its folder.

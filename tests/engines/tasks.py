@@ -277,6 +277,12 @@ class Meta(Task):
             task.adapt(lambda: self(**self.batch(100))["loss"])
             differentiate(task.outer(call(**batch)["loss"]))
 
+    def extra(self) -> Any:
+        return self.handle.state_dict()
+
+    def load_extra(self, state: Any) -> None:
+        self.handle.load_state_dict(state)
+
 
 class Followed(Task):
     """EWA: the optimizer follows its handle. Experts are one after each step, whatever tokens each had."""
