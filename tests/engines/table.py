@@ -88,6 +88,7 @@ UNTRIED: Mapping[str, Mapping[str, str]] = {
     "FSDP1": {"STN": "its loss on validation batches needs the model outside of FSDP1's forward"},
     "SFTTrainer": {
         "STN": "its batches of validation come between steps, for which SFTTrainer has no place",
+        "ABMLL": "its tasks adapt to samples of their own, for which SFTTrainer's collator has no place",
         "FTWT": "it prunes convolutions, and no language model of TRL's has them",
         "WindowPrune": "it prunes windows of images",
         **dict.fromkeys(
