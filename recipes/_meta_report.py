@@ -23,8 +23,8 @@ COLUMNS = {
 TITLES = {"curves": "Sine curves", "plays": "Which of two plays"}
 NOTES = {
     "curves": "Squared error of the mean of 40 draws on 20 points, after 5 steps on 10. Covered: points in "
-    "the interval between the 5 % and 95 % quantiles of the draws, of which 90 % should be; what draws nothing "
-    "has no interval.",
+    "the interval between the 5 % and 95 % quantiles of the draws, of which 90 % should be; what draws "
+    "nothing has no interval.",
     "plays": "Passages told right after 5 steps on 5 of each play, the expected calibration error (15 "
     "intervals) of the mean probability of 40 draws, and its negative log-likelihood; chance is 50 %, 0.693 "
     "nats.",

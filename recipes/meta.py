@@ -1,10 +1,11 @@
 """Learn to learn: priors over LoRA updates (ABMLL), against LoRA and Reptile, on sine curves and on plays.
 
 A task has a few examples, to which adapters on a frozen model take five steps of SGD. What they start from
-is XX by a LoRA on all examples of all tasks (lora). Tasks are to fit a sine curve (a perceptron that
-has learnt their mean), and to tell which of two of Shakespeare's plays a passage is from
-(all-MiniLM-L6-v2's embeddings, its pooling layer adapts). All have as many tasks and steps; each takes the rate of adaptation in
-tests that is best on tasks which are not in the table.
+is learnt from other tasks: by ABMLL, as a normal prior; by the same with deviations next to 0 and no
+divergence (point: first-order MAML); by Reptile; or by a LoRA on all examples of all tasks (lora). Tasks are
+to fit a sine curve (a perceptron that has learnt their mean), and to tell which of two of Shakespeare's plays
+a passage is from (all-MiniLM-L6-v2's embeddings, its pooling layer adapts). All have as many tasks and steps;
+each takes the rate of adaptation in tests that is best on tasks which are not in the table.
 
 Source: ABMLL, arXiv 2508.14285; Reptile, arXiv 1803.02999.
 """

@@ -67,17 +67,19 @@ class ABMLL(Injection):
             default). Rank, c, rates and the number of steps are not known to us.
         ``a0=1, b0=0.01``: ABML's hyper-prior.
 
-    Limits: Four factors are trained where LoRA has two. In a task the deviations of a layer are made, a block
-        of rows at a time, in every forward and backward pass. Not for embeddings and convolutions. Under FSDP
-        a task is refused; in DistributedDataParallel adapt by the model itself, and call the wrapper for the
-        outer loss alone. Random numbers drawn within a task by anything else are of
-        the task's stream. On accelerators other than CUDA noise is of the device's own stream, which no seed
-        here sets. Backward passes through activation checkpoints belong within the task.
+    Limits: Four factors are trained where LoRA has two. The divergence grows with (change / c)^2: steps
+        overshoot once inner_lr * beta / c^2 is above about 1, so a small c takes a small beta. In a task the
+        deviations of a layer are made, a block of rows at a time, in every forward and backward pass. Not for
+        embeddings and convolutions. Under FSDP a task is refused; in DistributedDataParallel adapt by the
+        model itself, and call the wrapper for the outer loss alone. Random numbers drawn within a task by
+        anything else are of the task's stream. On accelerators other than CUDA noise is of the device's own
+        stream, which no seed here sets. Backward passes through activation checkpoints belong within the
+        task.
 
     Keywords: Bayesian LoRA, meta-learning, MAML, Reptile, ABML, few-shot, uncertainty, calibration,
         variational, hierarchical Bayes, PEFT.
 
-    Evidence: ``test_abmll.py``, ``test_abmll_terms.py``, ``test_abmll_tasks.py``.
+    Evidence: ``optx run meta``; ``test_abmll.py``, ``test_abmll_terms.py``, ``test_abmll_tasks.py``.
 
     Raises:
         OptxError: an option out of range.
