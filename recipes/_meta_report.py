@@ -35,7 +35,7 @@ def kinds(results: Mapping[str, Any]) -> dict[str, Arms]:
     """By kind of task and arm, one result a seed."""
     found: dict[str, dict[str, Any]] = {}
     for key, one in by_seed(results["arms"]).items():
-        kind, arm = key.split(", ")
+        kind, arm = key.split("-")
         found.setdefault(kind, {})[arm] = one
     return found
 

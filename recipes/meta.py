@@ -25,8 +25,8 @@ from ._meta_parts import Adapted, Domain, curves, judged, loss_of, plays
 from ._options import SEEDS, positive, rate
 from ._run import Run, chosen, parser, settings_of
 
-ARMS = ("abmll", "point", "lora", "reptile")
-DOMAINS = ("curves", "plays")
+WAYS = ("abmll", "point", "lora", "reptile")
+ARMS = tuple(f"{kind}-{way}" for kind in ("curves", "plays") for way in WAYS)
 
 
 def bayesian(arm: str, domain: Domain, seed: int, args: Any, run: Run) -> Adapted:
@@ -36,7 +36,7 @@ def bayesian(arm: str, domain: Domain, seed: int, args: Any, run: Run) -> Adapte
     ab = optx.attach(model, optx.ABMLL(rank=args.rank, seed=seed, **prior), domain.targets)
     optx.trainable_only(model, ab)
     outer = torch.optim.Adam(ab.parameters(), lr=args.lr)
-    for step in run.steps(f"{domain.name}, {arm}, seed {seed}", 0, args.steps):
+    for step in run.steps(f"{domain.name}-{arm}, seed {seed}", 0, args.steps):
         for support, query in domain.training(step, args.tasks):
             with ab.task(inner_steps=args.inner_steps, inner_lr=domain.inner_lr, tasks=args.tasks) as t:
                 t.adapt(lambda support=support: loss_of(domain, model, support))
@@ -70,7 +70,7 @@ def plain(arm: str, domain: Domain, seed: int, args: Any, run: Run) -> Adapted:
                 p.data -= lr * grad
         return before
 
-    for step in run.steps(f"{domain.name}, {arm}, seed {seed}", 0, args.steps):
+    for step in run.steps(f"{domain.name}-{arm}, seed {seed}", 0, args.steps):
         for support, query in domain.training(step, args.tasks):
             both = support.and_also(query)
             if arm == "lora":
@@ -129,9 +129,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     arms = chosen(args.arms, ARMS)
     run = Run(args.out, settings_of(args), args.resume, args.overwrite)
     for seed in range(args.seed, args.seed + args.seeds):
-        for domain in (curves(seed), plays(seed, args.model, args.data)):
-            for arm in arms:
-                run.part(f"{domain.name}, {arm}/{seed}", measured, arm, domain, seed, args, run)
+        domains = {"curves": lambda: curves(seed), "plays": lambda: plays(seed, args.model, args.data)}  # noqa: B023
+        for kind, made in domains.items():
+            mine = [arm for arm in ARMS if arm in arms and arm.startswith(kind)]
+            domain = made() if mine else None
+            for arm in mine:
+                run.part(f"{arm}/{seed}", measured, arm.removeprefix(f"{kind}-"), domain, seed, args, run)
     _meta_report.report(run)
 
 

@@ -52,9 +52,9 @@ def test_every_arm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = seven(tmp_path / "texts")
     meta.main([*SMALL, "--data", data, "--out", str(tmp_path / "run")])
     arms = json.loads((tmp_path / "run" / "results.json").read_text())["arms"]
-    assert list(arms) == [f"{kind}, {arm}/0" for kind in ("curves", "plays") for arm in meta.ARMS]
-    assert arms["curves, abmll/0"]["width"] > arms["curves, point/0"]["width"]
-    assert arms["curves, lora/0"]["width"] == 0
-    assert all(0 <= arms[f"plays, {arm}/0"]["ece"] <= 1 for arm in meta.ARMS)
+    assert list(arms) == [f"{arm}/0" for arm in meta.ARMS]
+    assert arms["curves-abmll/0"]["width"] > arms["curves-point/0"]["width"]
+    assert arms["curves-lora/0"]["width"] == 0
+    assert all(0 <= arms[f"plays-{way}/0"]["ece"] <= 1 for way in meta.WAYS)
     assert (tmp_path / "run" / "meta.png").read_bytes().startswith(b"\x89PNG")
     assert "Which of two plays" in capsys.readouterr().out
