@@ -54,7 +54,7 @@ def deepshape(
     the generalised Gaussian that was fitted, with ``shape_scale`` times its shape and ``std_scale`` times its
     scale. Entropy coders take fewer bits for it; fine-tune shortly afterwards.
 
-    The checkpoint is read twice, a tensor at a time in memory; it stays as it is.
+    The checkpoint is read twice, a few tensors at a time in memory; it stays as it is.
 
     Args:
         target: a module, a state dict, a safetensors file, or a folder of shards.
