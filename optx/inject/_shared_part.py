@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from optx._errors import OptxError
-from optx._names import RESERVED
+from optx._names import RESERVED, is_dtensor
 from optx.inject._part import Part, Weights, hidden_of
 from optx.inject._shared_read import gathered, linear, unsaved, weight
 from optx.inject._stand_in import called_with
@@ -61,6 +61,11 @@ class SharedWeight(Part):
             raise OptxError(
                 "StableRPS: the shared array is on the meta device, or offloaded with the module that holds "
                 "it, while another module computes. Keep the modules that share it on one device."
+            )
+        if is_dtensor(psi):
+            raise OptxError(
+                "StableRPS: the shared array is sharded (FSDP2) with the module that holds it, and another "
+                "module reads it. Shard the model as one unit, fully_shard(model) alone, or use DDP."
             )
         return psi
 

@@ -65,10 +65,11 @@ _PIECE = "is a piece of a flat parameter of FSDP1"
 _ZERO3 = "is partitioned by DeepSpeed's ZeRO-3"
 _MESA = {"MESA": "was sharded or reshaped since MESA was made"}
 _ABMLL = {"ABMLL": r"is sharded \(a DTensor\), and a task adapts a copy"}
+_SHARED = {"StableRPS": "is sharded .FSDP2. with the module that holds it"}
 REFUSED: Mapping[str, Mapping[str, str]] = {
-    "FSDP2": {**_MESA, **_ABMLL},
-    "HSDP, 2 x 2": {**_MESA, **_ABMLL},
-    "wrapped, then FSDP2": {**_MESA, **_ABMLL},
+    "FSDP2": {**_MESA, **_ABMLL, **_SHARED},
+    "HSDP, 2 x 2": {**_MESA, **_ABMLL, **_SHARED},
+    "wrapped, then FSDP2": {**_MESA, **_ABMLL, **_SHARED},
     "FSDP1": {"transform": _PIECE, "EWA": _PIECE, **_MESA, "ABMLL": "is a piece of a flat parameter"},
     "ZeRO-1 (torch)": {
         "AdamR": "normalize=True needs Adam's second moment",
@@ -83,8 +84,8 @@ REFUSED: Mapping[str, Mapping[str, str]] = {
 _NO_RUN = "there is no run to go on with: FSDP2 is refused"
 _LOGITS = "it looks at outputs alone, so no part of it would meet a partitioned parameter"
 UNTRIED: Mapping[str, Mapping[str, str]] = {
-    "FSDP2, 2 to 4": {"MESA": _NO_RUN, "ABMLL": _NO_RUN},
-    "FSDP2, 2 to 1": {"MESA": _NO_RUN, "ABMLL": _NO_RUN},
+    "FSDP2, 2 to 4": {"MESA": _NO_RUN, "ABMLL": _NO_RUN, "StableRPS": _NO_RUN},
+    "FSDP2, 2 to 1": {"MESA": _NO_RUN, "ABMLL": _NO_RUN, "StableRPS": _NO_RUN},
     "FSDP1": {"STN": "its loss on validation batches needs the model outside of FSDP1's forward"},
     "SFTTrainer": {
         "STN": "its batches of validation come between steps, for which SFTTrainer has no place",
