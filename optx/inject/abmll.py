@@ -79,7 +79,7 @@ class ABMLL(Injection):
     Keywords: Bayesian LoRA, meta-learning, MAML, Reptile, ABML, few-shot, uncertainty, calibration,
         variational, hierarchical Bayes, PEFT.
 
-    Evidence: ``test_abmll.py``, ``test_abmll_terms.py``, ``test_abmll_tasks.py``.
+    Evidence: no recipe; ``test_abmll.py``, ``test_abmll_terms.py``, ``test_abmll_tasks.py``.
 
     Raises:
         OptxError: an option out of range.
