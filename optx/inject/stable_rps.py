@@ -80,7 +80,8 @@ class StableRPS(Injection):
     module, each of psi's length, so that many small modules at a compression near 1 cost time. Backward
     passes make a module's dense gradient for a moment. ``"roast"`` and ``"hashed"`` sum on one thread of a
     CPU. Under torch.compile torch's operations do all of it, and what the compiler keeps is its own affair.
-    Not with Accelerate's offload, nor sharded by FSDP2 (psi would be gathered by its first module alone).
+    Activation checkpointing keeps the inputs of served convolutions and embeddings. Not with Accelerate's
+    offload, nor with FSDP2 block by block (psi would be gathered by its first module alone).
 
     Keywords: parameter sharing, weight sharing, hashing trick, HashedNet, ROAST, RPS, compression, RzLinear.
 
