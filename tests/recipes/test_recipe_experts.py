@@ -12,6 +12,7 @@ from optx.recipes import experts
 SMALL = ["--steps", "8", "--seeds", "1", "--size", "100"]
 
 
+@pytest.mark.long
 def test_experts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     experts.main([*SMALL, "--out", str(tmp_path)])
     arms = json.loads((tmp_path / "results.json").read_text())["arms"]
