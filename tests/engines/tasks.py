@@ -434,18 +434,14 @@ ROWS = [
         of_table,
         ("LoRA", "BitFit", "IA3", "SVFit", "SequentialAdapter", "ParallelAdapter", "ScaledParallelAdapter"),
     ),
-    of_table("PSDFactor"),
-    *map(of_table, ("PrefixTuning", "MultiHeadParallelAdapter", "MAM", "Aside", "IAA")),
+    *map(of_table, ("PSDFactor", "PrefixTuning", "MultiHeadParallelAdapter", "MAM", "Aside", "IAA")),
     # Their products of factors have gradients of any size, and small ones' noise is a step of Adam's too.
     *(of_table(label, adamw={"eps": 1e-1, "lr": 2e-2}) for label in ("FLoRA", "Perp")),
     Row("HiddenDelta", "injection", injections.llama, attach=_attached(lambda: optx.HiddenDelta(rank=3))),
     Row("FTWT", "injection", _vgg, attach=_attached(optx.FTWT), task=OwnLoss, apart=True),
     Row("WindowPrune", "injection", _windows, attach=_attach_windows, task=Windows, apart=True),
     Row("ABMLL", "injection", Small, attach=_meta, task=Meta),
-    Row(
-        *("StableRPS", "injection", injections.llama),
-        attach=_attached(lambda: optx.StableRPS(compression=0.3, init_std=0.1), r".*_proj"),
-    ),
+    Row("StableRPS", "injection", injections.llama, attach=_attached(optx.StableRPS, r".*_proj")),
     # Adam is linear with such an eps, so that the mean of experts' steps is the step of the mean.
     Row(
         *("EWA", "injection", Small),
