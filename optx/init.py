@@ -15,12 +15,15 @@ from torch import Tensor, nn
 from optx._errors import OptxError, TargetError, check_choice
 from optx._generalised_gaussian import unit_scale
 from optx._names import is_dtensor
+from optx.inject._computes import derived
+from optx.inject._part import attached
 
 __all__ = ["gg_"]
 
 Drawn = TypeVar("Drawn", Tensor, nn.Module)
 Kinds = type[nn.Module] | tuple[type[nn.Module], ...] | None
 _PIECE = 1 << 20  # numbers that are drawn at a time
+_LEAST = 0.01
 
 
 @torch.no_grad()
@@ -41,7 +44,7 @@ def gg_(
 
     Args:
         model: a module, or one weight of at least two dimensions.
-        shape: nu, above 0.
+        shape: nu, at least 0.01.
         xi: what the layers' nonlinearity asks for: 1 for none or a sigmoid, 2 for ReLU, 2 / (1 + k^2) for a
             leaky ReLU of slope k.
         fan: whether n counts a weight's inputs or its outputs (those of a kernel times its area).
@@ -70,8 +73,8 @@ def gg_(
 
     Raises:
         OptxError: an argument out of range.
-        TargetError: there is nothing to draw, or a weight can't be drawn: it is sharded, has no memory, or
-            is no floating-point matrix. Nothing is changed then.
+        TargetError: there is nothing to draw, or a weight can't be drawn: it is sharded, has no memory, is no
+            floating-point matrix, is made by a parametrization, or takes no part. Nothing is changed then.
 
     Example:
         >>> import torch, optx
@@ -86,9 +89,12 @@ def gg_(
         number = isinstance(value, int | float) and not isinstance(value, bool)  # pyright: ignore
         if not number or not 0 < value < math.inf:
             raise OptxError(f"gg_: {argument} is {value!r}; it must be a finite number above 0.")
+    if shape < _LEAST:
+        raise OptxError(f"gg_: shape is {shape!r}; it must be at least {_LEAST}, or draws overflow.")
     drawn = dict(_weights(model, modules))
     if not drawn:
         raise TargetError(f"gg_: {type(model).__name__} has no weight that modules={modules!r} takes.")
+    _check_used(model, drawn)
     rest = _others(model, drawn) if others == "reset" else []
     for name, w in [*drawn.items(), *((name, p) for name, p, _ in rest)]:
         _check(name, w, matrix=name in drawn)
@@ -115,6 +121,29 @@ def _weights(model: nn.Module | Tensor, modules: Kinds) -> Iterator[tuple[str, T
         if isinstance(w, Tensor) and w not in seen:
             seen.add(w)
             yield f"{path}.weight" if path else "weight", w
+
+
+def _check_used(model: nn.Module | Tensor, drawn: dict[str, Tensor]) -> None:
+    """Raise where a weight is made anew at each call, or is not what its module computes with."""
+    if isinstance(model, Tensor):
+        return
+    for path, module in cast("Iterator[tuple[str, nn.Module]]", model.named_modules()):
+        name = f"{path}.weight" if path else "weight"
+        by = derived(module) if isinstance(getattr(module, "weight", None), Tensor) else ""
+        mine = any(one == name or one.startswith(f"{name[:-6]}parametrizations.weight.") for one in drawn)
+        if by and mine:
+            raise TargetError(
+                f"gg_: {name!r} is made by {by} at each call, so that what is drawn would be gone. Draw "
+                "first."
+            )
+        container = attached(module)
+        for what, part in container.parts.items() if container is not None else ():
+            for p in part.retired(module):
+                if lost := next((one for one, w in drawn.items() if w is p), None):
+                    raise TargetError(
+                        f"gg_: {lost!r} takes no part while {what!r} is attached, so that drawing it would "
+                        "change nothing. Draw first, then attach."
+                    )
 
 
 def _others(model: nn.Module | Tensor, drawn: dict[str, Tensor]) -> list[tuple[str, Tensor, float]]:

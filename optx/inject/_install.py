@@ -22,6 +22,7 @@ from optx.inject._targets import ALL_LINEAR, check_servable, resolve
 from optx.inject._task_heads import heads_of
 from optx.inject._trained_whole import Saved, Values, begin
 from optx.inject._uncalled import watch
+from optx.inject._unfollowed import Unfollowed
 from optx.inject.bitfit import warn_of_biases
 
 
@@ -265,6 +266,8 @@ def _put(model: nn.Module, served: Sequence[Served]) -> None:
             one.hooks.extend(_encoder.Use(encoder) for encoder in _encoder.nesting(model, one.path))
         if (look := watch(model)) is not None:
             served[0].hooks.append(look)
+        if served:
+            served[0].hooks.append(Unfollowed(served))
     except BaseException:
         for one in reversed(done):
             detach(one)

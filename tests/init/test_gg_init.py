@@ -130,3 +130,22 @@ def test_weights_that_can_not_be_drawn() -> None:
         optx.init.gg_(torch.empty(3, 3, dtype=torch.int8))
     with pytest.raises(optx.TargetError, match=r"has the shape \(3,\)"):
         optx.init.gg_(torch.empty(3))
+
+
+def test_weights_that_drawing_would_not_reach_are_refused() -> None:
+    """Each was drawn in silence, and the model computed as before."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    handle = optx.attach(model, optx.StableRPS(compression=0.5))
+    with pytest.raises(optx.TargetError, match=r"'0.weight' takes no part while 'stable_rps' is attached"):
+        optx.init.gg_(model)
+    handle.remove()
+    nn.utils.parametrizations.weight_norm(model[1])
+    for modules in (nn.Linear, None):
+        with pytest.raises(optx.TargetError, match=r"'1.weight' is made by .*WeightNorm at each call"):
+            optx.init.gg_(model, modules=modules)
+
+
+def test_shapes_at_the_end() -> None:
+    assert bool(optx.init.gg_(torch.empty(50, 50), shape=0.01).isfinite().all())
+    with pytest.raises(optx.OptxError, match=r"at least 0\.01, or draws overflow"):
+        optx.init.gg_(torch.empty(50, 50), shape=0.001)

@@ -152,6 +152,7 @@ TABLE = {
     "optx/inject/_task_heads.py": "task_heads",
     "optx/inject/_trained_whole.py": "switch task_heads attach_training",
     "optx/inject/_uncalled.py": "uncalled guards_watch",
+    "optx/inject/_unfollowed.py": "following",
     "optx/inject/_unfilled.py": "unfilled",
     "optx/inject/_window_block.py": "window_models window_prune",
     "optx/inject/_window_compute.py": "window_prune window_models",

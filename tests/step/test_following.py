@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,6 +11,7 @@ from typing import ClassVar
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_post_hooks
 
 import optx
 
@@ -293,3 +295,36 @@ def test_removal_after_a_checkpoint_was_loaded_gives_the_groups_back() -> None:
     opt.load_state_dict(copy.deepcopy(opt.state_dict()))  # torch makes new groups
     handle.remove()
     assert members(opt, model) == before
+
+
+def test_an_optimizer_that_was_never_told_is_warned_of_once() -> None:
+    model = net()
+    opt = adam(model)
+    handle = optx.attach(model, Factored(), targets="0")
+    train(model, opt)
+    with pytest.warns(UserWarning, match=r"AdamW has weights .*'0.optx.factored.A' and 1 others") as told:
+        train(model, opt, 3)
+    assert len(told) == 1
+    handle.remove()
+
+
+def test_optimizers_that_have_what_was_attached_are_left_alone() -> None:
+    """Warnings are errors here."""
+    before = len(_global_optimizer_post_hooks)
+    for tell in (True, False):  # wrap, or an optimizer of its own for what was attached
+        model = net()
+        opt = adam(model)
+        handle = optx.attach(model, Factored(), targets="0")
+        copy.deepcopy(handle)
+        assert len(_global_optimizer_post_hooks) == before + 1
+        if tell:
+            opt = own = optx.wrap(opt, handle)
+        else:
+            own = torch.optim.SGD(handle.parameters(), lr=0.1)
+        train(model, opt)
+        own.step()
+        train(model, opt, 3)
+        handle.remove() if tell else None
+        del model, opt, handle, own
+        gc.collect()
+        assert len(_global_optimizer_post_hooks) == before
