@@ -186,6 +186,11 @@ def _planned(
     step: float,
 ) -> Ranks:
     total, mean, absolute, square = sums[:reach].sum((0, 1)) + sums[reach, 0]
+    if not total:
+        raise OptxError(
+            f"deepshape: level {reach} occurs min_count={min_count} times at most, and no weight is nearer "
+            "to 0, so there is nothing to fit a shape to. Lower min_count, or raise step."
+        )
     shape = fit_shape(absolute, square, total)
     fitted = fit_scale(shape, square, total) / step
     scale = std_scale * fitted

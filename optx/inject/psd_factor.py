@@ -33,7 +33,10 @@ class Factor(Part):
             raise TargetError(f"attach: PSDFactor's rank={rank} is above the size of {path!r}, {size}.")
         U = new_tensor(module, size, rank)
         if not U.is_meta and psd.init == "fit":
-            U.copy_(_closest(weight_now(module, path).detach(), rank))
+            weight = weight_now(module, path).detach()
+            if not bool(weight.isfinite().all()):
+                raise TargetError(f"attach: PSDFactor can't fit {path!r}: its weight has inf or nan.")
+            U.copy_(_closest(weight, rank))
         elif not U.is_meta:
             generator = None if psd.seed is None else torch.Generator().manual_seed(psd.seed)
             U.copy_(torch.randn(U.shape, generator=generator) * (psd.alpha / size**0.5))

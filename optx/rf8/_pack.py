@@ -150,6 +150,9 @@ def _each(
         raise OptxError(
             f"{who}: this is a {type(what).__name__}; it must be a tensor, a state dict or a module."
         )
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise OptxError(f"{who}: {name!r} is a {type(t).__name__}; it must be a tensor. Leave it out.")
     entries = {name: Entry(tuple(t.shape), t.dtype) for name, t in tensors.items()}
     keep = set(floating(who, entries, include, exclude))
     return {name: make(t, who, repr(name)) if name in keep else t for name, t in tensors.items()}

@@ -175,6 +175,7 @@ def test_a_killed_call_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ({"step": 10.0}, "no positive level occurs, and at most min_count=1000 times"),
         ({"include": "x"}, "there are no weights with include='x'"),
         ({"target": {"w": torch.full((2, 2), math.nan)}}, "'w' has inf or nan among its weights"),
+        ({"target": {"w": torch.tensor([[1.1]])}, "step": 0.5}, "no weight is nearer to 0"),
         ({"target": 3}, "target is a int; it must be"),
     ],
 )

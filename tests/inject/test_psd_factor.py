@@ -79,6 +79,12 @@ def test_an_optimizer_follows_and_recovers_a_matrix() -> None:
     assert opt.param_groups[0]["params"] == [layer[0].weight]
 
 
+def spoilt() -> nn.Sequential:
+    model = net()
+    nn.init.constant_(model[0].weight, torch.nan)  # type: ignore[arg-type]
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -89,6 +95,10 @@ def test_an_optimizer_follows_and_recovers_a_matrix() -> None:
         (lambda: optx.attach(net(), optx.PSDFactor(), targets="2"), "has 5 inputs and 2 outputs"),
         (lambda: optx.attach(net(), optx.PSDFactor(rank=6), targets="0"), "rank=6 is above the size"),
         (lambda: optx.attach(net(), optx.PSDFactor(), targets="1"), "is a Tanh"),
+        (
+            lambda: optx.attach(spoilt(), optx.PSDFactor(init="fit"), targets="0"),
+            "'0': its weight has inf or",
+        ),
     ],
 )
 def test_what_it_refuses(make: Any, said: str) -> None:

@@ -167,6 +167,7 @@ def test_state_dicts() -> None:
         ),
         (lambda: rf8.pack({"b": torch.zeros(2)}, include="("), r"pack: include='\(' is not a regular"),
         (lambda: rf8.pack(torch.zeros(2), exclude="c"), "choose by name, and this is one tensor"),
+        (lambda: rf8.pack({"b": 2}), "'b' is a int; it must be a tensor"),  # type: ignore[call-overload]
         (lambda: rf8.pack([1.0]), "this is a list; it must be a tensor"),  # type: ignore[call-overload]
         (lambda: rf8.pack(torch.zeros(2, device="meta")), "on the meta device, without numbers"),
         (lambda: rf8.pack(torch.eye(2).to_sparse()), "another layout; give a plain tensor"),

@@ -132,6 +132,10 @@ def test_an_optimizer_made_after_the_handle_loses_only_what_takes_no_part():
     handle = optx.attach(model, Factored(), targets="0")
     opt = optx.wrap(torch.optim.SGD(model.parameters(), lr=0.1), handle)
     assert members(opt, model) == [["0.bias", "0.optx.factored.A", "0.optx.factored.B", "2.weight", "2.bias"]]
+    train(model, opt)
+    handle.remove()
+    assert members(opt, model) == [["0.weight", "0.bias", "2.weight", "2.bias"]]
+    assert len(opt.state) == 0
 
 
 def test_removal_gives_the_groups_back_and_takes_along_what_came():
