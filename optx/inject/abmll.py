@@ -79,7 +79,7 @@ class ABMLL(Injection):
     Keywords: Bayesian LoRA, meta-learning, MAML, Reptile, ABML, few-shot, uncertainty, calibration,
         variational, hierarchical Bayes, PEFT.
 
-    Evidence: no recipe; ``test_abmll.py``, ``test_abmll_terms.py``, ``test_abmll_tasks.py``.
+    Evidence: ``optx run meta``; ``test_abmll.py``, ``test_abmll_terms.py``, ``test_abmll_tasks.py``.
 
     Raises:
         OptxError: an option out of range.
