@@ -14,10 +14,8 @@ import numpy as np
 
 from optx.kernels.jit import njit
 
-_options = {"cache": True, "nogil": True, "error_model": "numpy"}
 
-
-@njit(**_options)
+@njit(cache=True, nogil=True, error_model="numpy")
 def count(values, step, counts, sums):
     """Add to the numbers of each level, and to the sums by distance from 0; whether all were finite.
 
@@ -45,7 +43,7 @@ def count(values, step, counts, sums):
     return True
 
 
-@njit(**_options)
+@njit(cache=True, nogil=True, error_model="numpy")
 def move(values, step, first, ranks, targets, ends, made):
     """Every weight's new level, times the step; equal levels take their places in the order of the weights.
 

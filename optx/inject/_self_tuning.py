@@ -304,7 +304,7 @@ class SelfTuning(Handle):
             self.progress.note(self.hparams)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
+        vars(self).update(state)
         if not self.removed:
             self.hparams.belong(self)  # a copy's are the copy's
 

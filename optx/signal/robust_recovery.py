@@ -147,10 +147,10 @@ class RobustRecoveryLoss(nn.Module):
 
     def forward(self, U: Tensor, V: Tensor | None = None) -> Tensor:
         """The loss of U V^T, U (d, r) and V (e, r); of U U^T without V."""
-        V = U if V is None else V
-        self._check(U, V)
+        other = U if V is None else V
+        self._check(U, other)
         with torch.no_grad():
-            residuals = self.measurements.measure(U @ V.t()) - self.y
+            residuals = self.measurements.measure(U @ other.t()) - self.y
             weights = residuals.sign() / len(self.y)
             Q = self.measurements.adjoint(weights)
             value = residuals.abs().mean()
@@ -158,7 +158,7 @@ class RobustRecoveryLoss(nn.Module):
             self.forwards += 1
             self.value, self.q_norm = self._of_all(value, Q)
         # Where no residual is 0, Q is constant around U: this has the sub-gradient by torch's own rules.
-        linear = (Q * (U @ V.t())).sum()
+        linear = (Q * (U @ other.t())).sum()
         return value + (linear - linear.detach())
 
     def _of_all(self, value: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
@@ -167,7 +167,7 @@ class RobustRecoveryLoss(nn.Module):
             if world > 1:
                 every = torch.cat([value.reshape(1), Q.flatten()])
                 dist.all_reduce(every, group=self.process_group)
-                value, Q = every[0] / world, every[1:] / world
+                return every[0] / world, (every[1:] / world).norm()
         return value, Q.norm()
 
     def _check(self, U: Tensor, V: Tensor) -> None:
