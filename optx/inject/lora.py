@@ -91,7 +91,7 @@ class LoRA(Injection):
     Keywords: rsLoRA, DoRA, PiSSA, OLoRA, LoRA+, QLoRA, PEFT, low rank, memory, parameter-efficient
     fine-tuning, mixture of experts, MoE, Mixtral, quantised, quantized, 4-bit, bitsandbytes, torchao.
 
-    Evidence: ``optx run adapt``, ``optx run qlora``, ``optx run sara``; ``test_lora.py``,
+    Evidence: ``optx run adapt``, ``optx run qlora``, ``optx run sara``, ``optx run meta``; ``test_lora.py``,
     ``test_lora_start.py``, ``test_peft_io.py``, ``test_peft_read.py``, ``test_experts_peft.py``.
 
     Raises:

@@ -31,7 +31,7 @@ class Magnitude(PruneMethod):
 
     Keywords: pruning, sparsity, one-shot, unstructured, semi-structured, 2:4, sparse.
 
-    Evidence: ``optx run prune``; ``test_prune_folders.py``, ``test_magnitude.py``.
+    Evidence: ``optx run prune``, ``optx run share``; ``test_prune_folders.py``, ``test_magnitude.py``.
 
     Raises:
         OptxError: an argument out of range, or a sparsity that is not the pattern's.

@@ -81,7 +81,8 @@ class KeepMask(Transform):
     Keywords: pruning, sparse training, sparsity, retraining, masked optimizer, 2:4, n:m, semi-structured,
     zeros, lottery ticket, freeze zeros.
 
-    Evidence: ``optx run prune``; ``optx bench step``; ``test_keep_mask.py``, ``test_keep_mask_bases.py``.
+    Evidence: ``optx run prune``, ``optx run share``; ``optx bench step``; ``test_keep_mask.py``,
+    ``test_keep_mask_bases.py``.
 
     Raises:
         OptxError: ``masks`` are no masks, two masks of one weight differ, or a pruned weight is not 0 when
