@@ -95,6 +95,7 @@ def methods() -> dict[str, type]:
             optx.Composite,
             optx.FTWT,
             optx.RobustRecoveryLoss,
+            optx.WideNet,
             optx.WindowPrune,
         )  # nothing to serve here
     }

@@ -143,9 +143,9 @@ class RF8Linear(Injection):
 
     Args:
         release: free the float weights, so that a byte for each weight is all that stays. The model's keys
-            and saves are as before, with RF8's numbers; loading packs. `remove` can't give the old weights
-            back then: it leaves RF8's numbers in their place, with a warning. Without it they are kept, and
-            nothing is saved yet.
+            and saves are as before, with RF8's numbers; loading packs. `Handle.remove` can't give the old
+            weights back then: it leaves RF8's numbers in their place, with a warning. Without it they are
+            kept, and nothing is saved yet.
 
     Paper values:
         None: there is nothing to set.

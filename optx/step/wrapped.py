@@ -290,6 +290,7 @@ class Wrapped(Optimizer):
         self.closure_pending, self.closure_loss = closure is not None, None
         self._before_step()
         loss, stepped = self._stepper.step(self._then_before_step(closure))
+        self.closure_loss = None  # it may hold a graph
         if stepped:
             self._took_step(closure)
         else:
@@ -454,6 +455,8 @@ class Wrapped(Optimizer):
         ``optx/lr/<i>``              each group's, where they differ
         ``optx/skipped_steps``       how many steps were skipped for a gradient that is not finite
         ``optx/grad_norm``           l2 norm of all gradients as ``step()`` got them: clipped, unscaled
+        ``backslash/shape``          the shape that was fitted to the weights
+        ``backslash/rate``           kappa nu / N, what weights were shrunk by at most
         ``clip/norm``                l2 norm of the gradients before `Clip` scaled them
         ``clip/scale``               what it multiplied them by, at most 1
         ``perp_grad/removed``        share of the gradients' norm that lay along the weights, 0 to 1
@@ -465,6 +468,7 @@ class Wrapped(Optimizer):
         ``keep_mask/kept``           share of kept numbers in the weights that have a mask
         ``sara/trained``             share of the numbers that the step trained, as in ``density()``
         ``sara/threshold``           what selected entries were below
+        ``subgm/step_size``          what gradients are multiplied by; their own norm may divide it yet
         ``dsp_reg/sensitivity``      mean of S over the regularised weights that the step moved
         ``dsp_reg/strength``         ``weight``, or 0 while S is only collected; the largest of all groups
         ``mu/lr_min``, ``mu/lr_max`` the range of the learning rates that MuAdamW makes

@@ -240,7 +240,8 @@ class SubGM(Transform):
     def metrics(self, optimizer: Host) -> dict[str, float]:
         """The step's size, of the first group: eta_t, or eta0 rho^t where the gradients' norm divides it."""
         served = [group for group in optimizer.param_groups if self.serves(group)]
-        return {"step_size": float(served[0]["subgm_step_size"])} if served else {}
+        size = float(served[0]["subgm_step_size"]) if served else 0.0
+        return {"step_size": size} if size else {}
 
     _loss: Any = None
     _source: Any = None

@@ -72,6 +72,7 @@ def test_every_injection_is_measured_on_every_family(rows: Rows) -> None:
     of_images = {"FTWT", "WindowPrune"}  # test_ftwt_chains.py, test_window_models.py
     from_scratch = {"StableRPS"}  # its weights are drawn: test_shared_weights.py
     of_experts = {"EWA", "WideNet"}  # test_ewa_models.py, test_widenet_models.py
+    named = {"PSDFactor"}  # it serves what is named: test_psd_factor.py
     of_inference = {"RF8Linear"}  # trains nothing: test_rf8_linear.py
     # The others are HiddenDelta's choices; ABMLL serves what LoRA serves, of modules.
     assert missing == {
@@ -81,6 +82,7 @@ def test_every_injection_is_measured_on_every_family(rows: Rows) -> None:
         *of_images,
         *from_scratch,
         *of_inference,
+        *named,
         *of_experts,
     }
 

@@ -52,6 +52,7 @@ def test_every_injection_tells_its_numbers_and_the_norm_of_its_change(row):
             optx.STN,
             optx.Perp,
             optx.StableRPS,
+            optx.PSDFactor,
         )  # from weights
 
 
@@ -96,7 +97,7 @@ def test_trainable_numbers_are_those_that_an_optimizer_can_move():
 
 def test_the_table_of_names_is_whole():
     named = {name.removeprefix("<adapter>/") for name in documented(optx.Handle.metrics)}
-    found = {*PLAIN, "change_norm", "kept", "loss", "agreement"}
+    found = {*PLAIN, "change_norm", "kept", "loss", "agreement", "beta", "spread", "dropped"}
     _, handle = next(row for row in ROWS if row.label == "STN, conv").attached()
     found |= {re.sub(r"(value|sigma)/\w+", r"\1/<name>", n).split("/", 1)[1] for n in handle.metrics()}
     assert named == found

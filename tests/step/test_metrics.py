@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import optx
+from optx._generalised_gaussian import fit_shape, pooled_sums
 from tests.hft_models import Residual
 
 pytestmark = pytest.mark.filterwarnings("ignore:MuAdamW")  # no MuReadout in so small a model
@@ -37,6 +38,8 @@ def masked(model):
 
 
 MAKE = {
+    "BackSlash": lambda model: optx.BackSlash(1e-3, exact=False),
+    "SubGM": lambda model: optx.SubGM(0.1, 0.9),
     "Clip": lambda model: optx.Clip(0.125),
     "PerpGrad": lambda model: optx.PerpGrad(),
     "AdamR": lambda model: optx.AdamR(weight=0.5),
@@ -96,7 +99,20 @@ def of_mu(run):
     return {"mu/lr_min": min(rates), "mu/lr_max": max(rates)}
 
 
+def of_backslash(run):
+    shape = fit_shape(*pooled_sums(run.before))
+    return {
+        "backslash/shape": shape,
+        "backslash/rate": 1e-3 * shape / sum(w.numel() for w in run.before),
+    }
+
+
+def of_subgm(run):
+    return {"subgm/step_size": 0.1 * 0.9 ** (run.steps - 1)}
+
+
 EXPECTED = {
+    **{"BackSlash": of_backslash, "SubGM": of_subgm},
     **{"Clip": of_clip, "PerpGrad": of_perp_grad, "AdamR": of_adamr, "HFT": of_hft, "KeepMask": of_keep_mask},
     **{"SaRA": of_sara, "DSPReg": of_dsp_reg, "MuAdamW": of_mu},
 }
