@@ -62,7 +62,8 @@ def gg_(
     to 98.4 % right after 20 epochs (mean of 5 seeds), and 0.5 learned the slowest. Shards and weights
     without memory are refused: draw before sharding. A weight that modules share is drawn once.
 
-    Keywords: initialization, generalised Gaussian, generalized normal, GGD, Laplace, Kaiming, He.
+    Keywords: initialization, generalised Gaussian, generalized Gaussian, generalized normal, GGD, Laplace,
+    Kaiming, He.
 
     Evidence: no recipe; ``test_gg_init.py``.
 

@@ -41,7 +41,8 @@ def rate(model: Checkpoint, step: float = 2**-13, coder: Coder = "exp-golomb") -
     Limits: Shapes, names and steps are not counted. A step is for all tensors alike. Whether a model is still
     right after the rounding is for you to try: ``torch.round(w / step) * step``.
 
-    Keywords: compression, bits per weight, Exp-Golomb, entropy, bitrate, quantisation.
+    Keywords: compression, bits per weight, Exp-Golomb, entropy, bitrate, quantisation,
+    quantization.
 
     Evidence: ``optx run compress``; ``test_rate.py``.
 

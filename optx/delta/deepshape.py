@@ -83,7 +83,8 @@ def deepshape(
         moved, as in the authors' code. Where weights of one level go to several, the first (by tensor and
         position) go to the lowest. A dtype of 16 bits rounds large levels once more.
 
-    Keywords: compression, quantisation, entropy coding, generalised Gaussian, histogram.
+    Keywords: compression, quantisation, quantization, entropy coding, generalised Gaussian, generalized
+    Gaussian, histogram.
 
     Evidence: ``optx run compress``; ``test_deepshape.py``.
 

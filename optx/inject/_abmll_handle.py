@@ -32,6 +32,16 @@ class ABMLLHandle(Handle):
 
     Attributes:
         tasks_begun: how many tasks there have been, in all processes together.
+
+    Example:
+        >>> import torch, optx
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+        >>> ab = optx.attach(model, optx.ABMLL(rank=2), targets="0")
+        >>> with ab.task(inner_steps=2, inner_lr=1e-2) as t:
+        ...     losses = t.adapt(lambda: model(torch.ones(5, 8)).square().mean())
+        ...     probs = ab.predict(lambda: model(torch.ones(1, 8)), samples=4)
+        >>> probs.shape, ab.tasks_begun
+        (torch.Size([1, 4]), 1)
     """
 
     injection: Any  # `optx.ABMLL`, which this module does not know

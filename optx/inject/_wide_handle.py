@@ -122,9 +122,17 @@ class WideHandle(LossHandle):
 
     Example:
         >>> import torch, optx
-        >>> layer = lambda: torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-        >>> isinstance(optx.WideHandle, type)
-        True
+        >>> class Block(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.mix, self.ffn = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+        ...     def forward(self, x):
+        ...         return x + self.ffn(x + self.mix(x))
+        >>> model = torch.nn.Sequential(Block(), Block())
+        >>> handle = optx.attach(model, optx.WideNet(ffn="ffn"), targets=Block)
+        >>> loss = model(torch.randn(6, 8)).square().mean() + handle.loss()
+        >>> len(handle.loads())  # one for each block
+        2
     """
 
     injection: Any  # `optx.WideNet`, which this module does not know

@@ -45,7 +45,7 @@ class ABMLL(Injection):
     Args:
         rank: r of both pairs: each A (r, in), uniform at the start, and B (out, r), zero.
         c: deviation of every weight at the start. None: 1 % of that of the module's own weights.
-        beta: weight of the divergence, a sum over all weights, beside a loss that is a mean.
+        beta: weight of the KL divergence, a sum over all weights, beside a loss that is a mean.
         gamma: weight of the hyper-prior -log p(theta) in the outer loss. None: beta.
         sigma_param: ``"softplus"``, or ``"abs"``: sigma = abs(B_std A_std + c), at least 1e-6.
         a0: hyper-prior: shape of the Gamma distribution of precisions sigma^-2. Means are N(0, 1).

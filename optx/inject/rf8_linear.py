@@ -147,6 +147,9 @@ class RF8Linear(Injection):
             weights back then: it leaves RF8's numbers in their place, with a warning. Without it they are
             kept, and nothing is saved yet.
 
+    Serves nn.Linear. By default: all linear modules of the blocks, in the families that optx knows, without
+    the head; ``targets="all-linear"`` in any other model.
+
     Paper values:
         None: there is nothing to set.
 
@@ -154,7 +157,7 @@ class RF8Linear(Injection):
         that is sharded, quantised or offloaded be served. Weights are rounded by 4 % of themselves each (root
         mean square), which a linear module's output shows as about 4 % of its own size.
 
-    Keywords: quantisation, weight-only, 8 bits, inference, compression, memory, QLoRA.
+    Keywords: quantisation, quantization, weight-only, 8 bits, inference, compression, memory, QLoRA.
 
     Evidence: ``test_rf8_linear.py``; no recipe, but ``optx bench rf8``.
 

@@ -40,8 +40,8 @@ class StableRPS(Injection):
     one. ``"roast"`` hashes blocks of 16 x 16 (embeddings: 1 x 8), ``"hashed"`` each weight (HashedNet).
 
     Under SGD give the optimizer the gradient scaler, which makes a step as large as a dense model's, whatever
-    ``init_std`` is: ``optx.wrap(optimizer, handle)``, or ``optx.wrap(optimizer, handle.grad_scale())`` for an
-    optimizer that was made after attaching. Adam and its kin undo any scaling of gradients: use
+    ``init_std`` is: ``optx.wrap(optimizer, handle)``, for an optimizer made before attaching or after it
+    (``handle.grad_scale()`` is the scaler alone). Adam and its kin undo any scaling of gradients: use
     ``param_scale="unit"`` there.
 
     Args:
@@ -97,7 +97,7 @@ class StableRPS(Injection):
         >>> handle = optx.attach(model, optx.StableRPS(compression=0.1), targets=(torch.nn.Linear,))
         >>> handle.psi.numel()
         819
-        >>> opt = optx.wrap(torch.optim.SGD(model.parameters(), lr=0.1), handle.grad_scale())
+        >>> opt = optx.wrap(torch.optim.SGD(model.parameters(), lr=0.1), handle)
         >>> model(torch.randn(4, 64)).square().mean().backward()
         >>> opt.step()
         >>> bare = handle.merge_and_unload()

@@ -40,8 +40,8 @@ class WideNet(Injection):
     """Wider instead of deeper: blocks share one attention and one mixture of experts, norms stay their own.
 
     A block computes what it did, with modules that are the same objects in all blocks; its FFN is a mixture
-    of E experts, of which a token has the K with the highest chances p = softmax(W_r u), and gets
-    sum p_e FFN_e(u). The chances of the K are not made to sum to 1. Norms of their own let each depth route
+    of E experts, of which a token has the K with the highest probabilities p = softmax(W_r u), and
+    gets sum p_e FFN_e(u). Those of the K are not made to sum to 1. Norms of their own let each depth route
     its tokens otherwise.
 
     Args:
@@ -50,7 +50,8 @@ class WideNet(Injection):
         capacity: an expert takes int(capacity K M / E) of a call's M tokens at most (at least one), in their
             order, in training; who comes later gets nothing of it. None: all.
         balance: weight of the balance loss E sum_e f_e P_e of each block's call, with f_e the share of
-            choices that e had and P_e its mean chance; ``handle.loss()`` has the sum over blocks. 0: none.
+            choices that e had and P_e its mean probability; ``handle.loss()`` has the sum over blocks. 0:
+            none.
         share: paths in a block of what is shared beside the FFN. None: the outermost modules that have
             parameters and no norm in them.
         ffn: path in a block of its FFN, one module; None: as in the families that optx knows.
@@ -78,10 +79,11 @@ class WideNet(Injection):
             at 0.01 with decay 0.1 and batches of 4096; experts a third wider than the dense FFN.
 
     Limits: The official code has GELU behind both linear modules, and a queue shorter by one; here an expert
-        is the model's own FFN, and a queue as long as the paper's. Router and chances are in float32.
+        is the model's own FFN, and a queue as long as the paper's. Router and probabilities are in float32.
         Counting a queue waits for the device once a block, and ``torch.compile`` breaks the graph there. The
-        FFN must be one module that takes one tensor (not BERT's two). Shard the model as a whole (FSDP2), not
-        block by block: a shared module is in all of them. A model of before is loaded before attach.
+        FFN must be one module that takes one tensor (not the two of BERT or nn.TransformerEncoderLayer).
+        Shard the model as a whole (FSDP2), not block by block: a shared module is in all of them. A model of
+        before is loaded before attach.
 
     Keywords: mixture of experts, MoE, parameter sharing, ALBERT, weight tying, top-k routing, load balance,
         vision transformers, ViT.

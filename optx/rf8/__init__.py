@@ -13,7 +13,8 @@ there are no ties: the breakpoints are irrational. Nothing is off by more than 1
     >>> optx.rf8.quantise(torch.tensor([1.05, 1.3, 1.4, -3.3]))
     tensor([ 1.0625,  1.2500,  1.5000, -3.5000])
 
-`optx.RF8Linear` computes with packed weights.
+A model takes them by ``model.load_state_dict(optx.rf8.unpack(small))``, or from a file by
+`optx.rf8.load_into`; `optx.RF8Linear` computes with packed weights.
 
 Source: arXiv 2506.00486v3, section 4; the authors' ``rf8.py``. It only rounds; the byte is optx's.
 """

@@ -49,7 +49,7 @@ def pack(
         linear module makes of them: int8 with a scale for each row is off by 0.9 % where weights are normal.
         RF8 needs no scales, and keeps small weights apart over 15 octaves. Nothing is trained in it.
 
-    Keywords: compression, quantisation, 8 bits, fp8, weight-only, memory.
+    Keywords: compression, quantisation, quantization, 8 bits, fp8, weight-only, memory.
 
     Evidence: ``optx run compress``; ``test_rf8_codes.py``, ``test_rf8_files.py``.
 

@@ -85,8 +85,8 @@ class SubGM(Transform):
     it warns. A schedule of lr and weight decay come on top. The count t is in the param groups
     (``optx.subgm.t``), saved with them, and stays where a group's lr is 0.
 
-    Keywords: sub-gradient method, robust matrix recovery, robust PCA, Polyak step size, geometric decay,
-    outliers.
+    Keywords: sub-gradient method, subgradient, robust matrix recovery, robust PCA, Polyak step size,
+    geometric decay, outliers.
 
     Evidence: ``optx run recover``; ``test_subgm.py``.
 
