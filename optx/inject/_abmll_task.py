@@ -126,6 +126,11 @@ class ABMLLTask:
         shared = self._inside("adapt")
         if self._done:
             raise OptxError("adapt: outer() has been called in this task. Begin another task.")
+        if not callable(loss):
+            raise OptxError(
+                f"adapt: loss is a {type(loss).__name__}; it must be a function that computes it anew, as "
+                "task.adapt(lambda: criterion(model(x), y))."
+            )
         losses: list[float] = []
         shared.adapting = True
         try:

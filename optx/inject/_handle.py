@@ -313,6 +313,10 @@ class Handle(Followed):
             embedding_lr=embedding_lr,
         )
 
+    def whole(self) -> list[nn.Parameter]:
+        """All parameters of the model, with what was attached; for `wrap`."""
+        return list(self.model.parameters())
+
     def joining(self) -> list[Joining]:
         """What there is to train, with the parameters whose param groups it belongs to; for `wrap`."""
         return _followed.joining(self)

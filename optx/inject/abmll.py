@@ -67,14 +67,15 @@ class ABMLL(Injection):
             default). Rank, c, rates and the number of steps are not known to us.
         ``a0=1, b0=0.01``: ABML's hyper-prior.
 
-    Limits: Four factors are trained where LoRA has two. The divergence grows with (change / c)^2: steps
-        overshoot once inner_lr * beta / c^2 is above about 1, so a small c takes a small beta. In a task the
-        deviations of a layer are made, a block of rows at a time, in every forward and backward pass. Not for
-        embeddings and convolutions. Under FSDP a task is refused; in DistributedDataParallel adapt by the
-        model itself, and call the wrapper for the outer loss alone. Random numbers drawn within a task by
-        anything else are of the task's stream. On accelerators other than CUDA noise is of the device's own
-        stream, which no seed here sets. Backward passes through activation checkpoints belong within the
-        task.
+    Limits: To resume, save ``handle.state_dict()`` beside the model's and the optimizer's: how many tasks
+        there were, by which noise is drawn, is in no other. Four factors are trained where LoRA has two. The
+        divergence grows with (change / c)^2: steps overshoot once inner_lr * beta / c^2 is above about 1, so
+        a small c takes a small beta. In a task the deviations of a layer are made, a block of rows at a time,
+        in every forward and backward pass. Not for embeddings and convolutions. Under FSDP a task is refused;
+        in DistributedDataParallel adapt by the model itself, and call the wrapper for the outer loss alone.
+        Random numbers drawn within a task by anything else are of the task's stream. On accelerators other
+        than CUDA noise is of the device's own stream, which no seed here sets. Backward passes through
+        activation checkpoints belong within the task.
 
     Keywords: Bayesian LoRA, meta-learning, MAML, Reptile, ABML, few-shot, uncertainty, calibration,
         variational, hierarchical Bayes, PEFT.

@@ -44,6 +44,10 @@ class Followed(ABC):
         """Whether it has been taken off: the optimizer then goes back."""
 
     @abstractmethod
+    def whole(self) -> list[nn.Parameter]:
+        """All parameters of the model that it is attached to."""
+
+    @abstractmethod
     def joining(self) -> list[Joining]:
         """The parameters that it added."""
 
@@ -89,10 +93,16 @@ class Following:
         """Change the groups and drop the state of what leaves, which is returned.
 
         Raises:
-            TransformError: there is no telling which group a parameter belongs to; nothing is changed.
+            TransformError: there is no telling which group a parameter belongs to, or the optimizer is of
+                another model; nothing is changed.
         """
         groups = optimizer.param_groups
         there = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
+        if not any(id(p) in there for p in (*self.handle.whole(), *self.handle.leaving())):
+            raise TransformError(
+                f"wrap: the optimizer has no parameter of the model that {self.handle!r} is attached to. "
+                "Make it of that model's parameters, or of handle.parameters()."
+            )
         joining: dict[int, list[Tensor]] = {}
         names = parameter_names(optimizer)
         for one in self.handle.joining():

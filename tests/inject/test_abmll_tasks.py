@@ -284,6 +284,8 @@ def test_tasks_out_of_turn_are_refused():
     with pytest.raises(optx.OptxError, match="adapt: it is not within its task"):
         ab.task().adapt(lambda: nll(model, support))
     with ab.task() as t:
+        with pytest.raises(optx.OptxError, match="loss is a Tensor; it must be a function"):
+            t.adapt(nll(model, support))
         with pytest.raises(optx.OptxError, match="within another task of this handle"), ab.task():
             pass
         with pytest.raises(optx.OptxError, match="outer: the task has not adapted"):

@@ -266,6 +266,9 @@ def test_mistakes_are_told_and_change_nothing():
     model.append(nn.Linear(2, 2))
     with pytest.raises(optx.TransformError, match="2 param groups it belongs to is not known"):
         optx.wrap(base, optx.attach(model, optx.LoRA(rank=1), targets="3"))
+    foreign = optx.attach(nn.Sequential(nn.Linear(2, 2)), optx.PSDFactor(), "0")
+    with pytest.raises(optx.TransformError, match="no parameter of the model that <PSDFactor"):
+        optx.wrap(torch.optim.SGD(net().parameters()), foreign)
     opt = optx.wrap(base)
     released = opt.release(model)
     with pytest.raises(optx.TransformError, match="is released"):
