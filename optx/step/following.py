@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from optx._errors import TransformError
-from optx._names import RESERVED, parameter_names
+from optx._names import parameter_names
 from optx.step.transform import Group, Transform
 
 
@@ -127,10 +127,9 @@ class Following:
         names = {**self._names, **parameter_names(optimizer)}
         there = {id(p): p for group in optimizer.param_groups for p in group["params"]}
         had = {id(p) for _, params in self._before for p in params}
-        joined = self.handle.joining()
         # What was attached is no model's any more, also where the optimizer had it before it was told.
-        added = {id(one.parameter) for one in joined} - had
-        added |= {id(one.parameter) for one in joined if RESERVED in one.name.split(".")}
+        still = had & {id(p) for p in self.handle.whole()}
+        added = {id(one.parameter) for one in self.handle.joining()} - still
         back = {id(p) for p in self.handle.leaving()} - set(there)
         before = {id(group): params for group, params in self._before}
         if not any(id(group) in before for group in optimizer.param_groups):  # `load_state_dict` has made new
