@@ -100,10 +100,7 @@ def wrap(
     if isinstance(optimizer, Wrapped):
         optimizer._check_alive("wrap")  # pyright: ignore[reportPrivateUsage]
         # Not a second layer: schedulers and hooks on the one that is there stay in force.
-        if handles:
-            optimizer.follow(handles, own, settings)
-        else:
-            optimizer._take_on(own, settings)  # pyright: ignore[reportPrivateUsage]
+        optimizer.take_on(own, settings, handles)
         return optimizer
     if isinstance(optimizer, Optimizer) and owner_of(optimizer) is not None:  # pyright: ignore
         raise TransformError(

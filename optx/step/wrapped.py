@@ -92,13 +92,23 @@ class Wrapped(Optimizer):
         self._warned_idle = self._had_gradient = False
         self.released: Released | None = None  # where backward takes the steps
         self._followed: list[Following] = []
-        if handles:
-            self.follow(handles, transforms, settings)
-        else:
-            self._take_on(transforms, settings)
+        self.take_on(transforms, settings, handles)
         guard(base, self)
 
-    def _take_on(self, transforms: Sequence[Transform], settings: Settings) -> None:
+    def take_on(
+        self, transforms: Sequence[Transform], settings: Settings, handles: Sequence[Followed] = ()
+    ) -> None:
+        """Begin to serve these transforms, and to follow handles, whose own transforms come first.
+
+        Raises:
+            OptxError: as `wrap`; nothing is changed.
+        """
+        if handles:
+            self._follow(handles, transforms, settings)
+        else:
+            self._serve(transforms, settings)
+
+    def _serve(self, transforms: Sequence[Transform], settings: Settings) -> None:
         """Begin to serve these transforms; where one can't be served, nothing has changed."""
         old = dict(vars(self))
         vars(self).update(settings, transforms=(*transforms, *self.transforms))
@@ -134,21 +144,17 @@ class Wrapped(Optimizer):
             vars(self).update(old)
             raise
 
-    def follow(
+    def _follow(
         self, handles: Sequence[Followed], transforms: Sequence[Transform], settings: Settings
     ) -> None:
-        """Take on what handles changed of the model, and what they bring, with these transforms.
-
-        Raises:
-            OptxError: as `wrap`; nothing is changed.
-        """
+        """Take on what handles changed of the model, and what they bring, with these transforms."""
         check_base(self.base)
         check_followed(handles, self.followed, released=self.released is not None)
         given, before = {t.name for t in transforms}, self.transforms
         new = [Following(one, [t for t in one.transforms() if t.name not in given]) for one in handles]
         with self.slot_store.restored_on_error():
             gone = [p for one in new for p in one.begin(self.base)]
-            self._take_on([*(t for one in new for t in one.transforms), *transforms], settings)
+            self._serve([*(t for one in new for t in one.transforms), *transforms], settings)
             for transform in before:
                 transform.groups_changed(self)
             self._fill_groups()
@@ -287,10 +293,12 @@ class Wrapped(Optimizer):
         if not self._looked:  # an engine may have come between wrap and the first step
             check_whole_tensors(self)
             self._looked = True
-        self.closure_pending, self.closure_loss = closure is not None, None
+        self.closure_pending = closure is not None
         self._before_step()
-        loss, stepped = self._stepper.step(self._then_before_step(closure))
-        self.closure_loss = None  # it may hold a graph
+        try:
+            loss, stepped = self._stepper.step(self._then_before_step(closure))
+        finally:
+            self.closure_loss = None  # of this step alone, and it may hold a graph
         if stepped:
             self._took_step(closure)
         else:
