@@ -17,12 +17,7 @@ from optx._rules import rule
 from optx.ops import minimum, sqrt
 from optx.step.numbers import as_float
 from optx.step.transform import Group, Host, Transform
-
-
-@rule(writes="square")
-def square_of(grad_sq: Any) -> Any:
-    """Totalled: the squared norm of the gradient as it stands."""
-    return grad_sq * 1.0
+from optx.transforms._common_scale import scaled, square_of
 
 
 @rule(writes=("norm", "scale"))
@@ -31,12 +26,6 @@ def factor(total_square: Any, max_norm: Any) -> Any:
     norm = sqrt(total_square)
     # minimum gives its second argument where the two don't compare: a nan stays one, as in torch's clamp.
     return norm, minimum(1.0 + 0.0 * norm, max_norm / (norm + 1e-6))
-
-
-@rule(writes="g")
-def scaled(g: Any, scale: Any) -> Any:
-    """All gradients by one factor."""
-    return g * scale
 
 
 class Clip(Transform):

@@ -17,14 +17,9 @@ from optx.step.numbers import as_float
 from optx.step.scale_free import is_scale_free
 from optx.step.step_moments import Moments
 from optx.step.transform import Group, Host, Transform
+from optx.transforms._common_scale import scaled, square_of
 
 _TINY = 1e-30  # below, there is nothing to scale, and float32 has no room for the scale
-
-
-@rule(writes="square")
-def square_of(grad_sq: Any) -> Any:
-    """Totalled: the squared norm of the gradient."""
-    return grad_sq * 1.0
 
 
 @rule(writes="scale")
@@ -38,12 +33,6 @@ def by_norm(total_square: Any, step_size: Any) -> Any:
 def as_given(step_size: Any) -> Any:
     """The step size, of which Python knows all."""
     return step_size * 1.0
-
-
-@rule(writes="g")
-def scaled(g: Any, scale: Any) -> Any:
-    """One factor for all gradients."""
-    return g * scale
 
 
 class SubGM(Transform):

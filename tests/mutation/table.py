@@ -243,6 +243,7 @@ TABLE = {
     "optx/transforms/_anchor_files.py": "adamr_sources adamr_anchors",
     "optx/transforms/_anchors.py": "adamr_anchors adamr_sources adamr_mistakes adamr",
     "optx/transforms/_blocks.py": "hft_selection",
+    "optx/transforms/_common_scale.py": "clip subgm",
     "optx/transforms/_ddp_rounds.py": "refusals",
     "optx/transforms/_domain_gradients.py": "dsp_reg dsp_reg_loops dsp_reg_mistakes",
     "optx/transforms/_drawn_half.py": "hft_rounds hft_kept hft_resume hft hft_selection",
