@@ -97,7 +97,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     for seed in range(args.seed, args.seed + args.seeds):
         for name in arms:
             run.part(f"{name}/{seed}", recover, name, seed, args, run)
-    run.write()
     _recover_report.report(run)
 
 
