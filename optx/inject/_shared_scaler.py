@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from optx._errors import TransformError, warn
 from optx._rules import rule
 from optx.step.declared import like_weight
+from optx.step.scale_free import is_scale_free
 from optx.step.transform import Group, Host, Transform
 
 MODES = ("v1", "v2", "v3", "v4", "v5")
-_LINEAR = (torch.optim.SGD, torch.optim.ASGD)
 
 
 @rule(writes="g")
@@ -100,7 +100,7 @@ class GradScale(Transform):
                 "grad_scale: the shared array is not among the optimizer's parameters. Make the optimizer of "
                 "model.parameters() after attaching, or use optx.wrap(optimizer, handle)."
             )
-        if not isinstance(base, _LINEAR):
+        if is_scale_free(base):
             warn(
                 f"grad_scale: {type(base).__name__} divides gradients by their own size or takes their sign, "
                 "so that a scaled gradient makes the same step, and how far weights move depends on init_std."

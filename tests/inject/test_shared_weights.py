@@ -194,6 +194,27 @@ def test_adam_is_told_and_clipping_comes_after() -> None:
         shared(scaler="none")[1].grad_scale()
 
 
+class Momentum(torch.optim.Optimizer):
+    """One of another library, as far as anyone knows."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+
+class AdamLike(Momentum):
+    pass
+
+
+def test_only_a_base_that_undoes_scales_is_warned_of() -> None:
+    model, handle = shared()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        handle.grad_scale().check(Momentum(model.parameters()))
+    for base in (AdamLike(model.parameters()), torch.optim.RMSprop(model.parameters())):
+        with pytest.warns(UserWarning, match=f"{type(base).__name__} divides gradients"):
+            handle.grad_scale().check(base)
+
+
 def test_decay_is_that_of_every_weight_and_not_divided() -> None:
     model, handle = shared(init_std=0.01)
     before = handle.weight("3").detach().clone()
