@@ -18,7 +18,7 @@ def joining(handle: OnModel) -> list[Joining]:
         for name, p in one.part.named_parameters():
             asked = one.part.settings_of(name)
             like = [asked] if asked else list(_like(one, p))
-            found.append(Joining(f"{one.path}.{RESERVED}.{one.name}.{name}", p, like, agreed=bool(asked)))
+            found.append(Joining(f"{one.part_path}.{name}", p, like, agreed=bool(asked)))
     found += [
         Joining(f"{kept.path}.{name}", p)
         for kept in handle.saved

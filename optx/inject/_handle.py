@@ -16,7 +16,7 @@ from optx.inject._injection import Injection
 from optx.inject._install import detach
 from optx.inject._metrics import collect
 from optx.inject._param_groups import param_groups
-from optx.inject._part import RESERVED, Part, attached
+from optx.inject._part import Part, attached
 from optx.inject._quantised import Rounding, numbers, warn_of_rounding
 from optx.inject._report import Report, Row
 from optx.inject._served import Served
@@ -254,7 +254,7 @@ class Handle(Followed):
         """What there is to train, by its name in the model."""
         for one in self.served:
             for name, p in one.part.named_parameters():
-                yield f"{one.path}.{RESERVED}.{one.name}.{name}", p
+                yield f"{one.part_path}.{name}", p
         for kept in self.saved:
             for name, p in kept.module.named_parameters():
                 yield f"{kept.path}.{name}", p

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from optx._names import RESERVED
 from optx.inject._injection import Injection
 from optx.inject._part import Part
 from optx.inject._trained_whole import Saved
@@ -31,6 +32,11 @@ class Served:
     injection: Injection
     name: str
     hooks: list[Removable] = field(default_factory=list["Removable"])
+
+    @property
+    def part_path(self) -> str:
+        """The part's own path in the model."""
+        return f"{self.path}.{RESERVED}.{self.name}"
 
     def paths_as(self, plain: Mapping[str, str]) -> list[str]:
         """What is served, by the module's path in another model: the module, or some of its parameters."""

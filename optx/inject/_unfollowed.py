@@ -16,7 +16,6 @@ from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from optx._errors import warn
-from optx._names import RESERVED
 from optx.inject._part import Part
 from optx.inject._served import Served
 
@@ -36,7 +35,7 @@ class Unfollowed:
         self._steps: Counter[int] = Counter()
         self._looks = _LOOKS
         for one in served:
-            self._parts.append((f"{one.path}.{RESERVED}.{one.name}", weakref.ref(one.part)))
+            self._parts.append((one.part_path, weakref.ref(one.part)))
             self._resting |= {id(p) for p in one.part.retired(one.module)}
         joined = any(p.requires_grad for _, p in self._new())
         self._hook = register_optimizer_step_post_hook(self._look) if self._resting and joined else None
