@@ -13,8 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numba import types
 
-from optx.kernels.cpu import address, get_i64, load, store, take
-from optx.kernels.cpu_formats import room
+from optx.kernels.cpu import address, get_i64, load, scratch, store, take
 from optx.kernels.jit import cfunc, part
 from optx.kernels.rf8.cpu import Product, add_product, decode, unit
 from optx.kernels.rf8.vectors import BLOCK, dots
@@ -23,7 +22,7 @@ KERNEL = types.void(types.voidptr)
 NONE = np.int32(0)
 read_x, read_sum = load("float32", 0), load("float32", 3)
 write_y = store("float32", 1)
-one, four, sums_of = dots(1), dots(4), room(16)
+one, four = dots(1), dots(4)
 
 
 @part(error_model="numpy", inline="always")
@@ -42,7 +41,7 @@ def multiply(pointer):
     rows, step = get_i64(args, Product.ROWS), get_i64(args, Product.STEP)
     columns, batch = get_i64(args, Product.COLUMNS), get_i64(args, Product.BATCH)
     codes, x, y = get_i64(args, Product.CODES), get_i64(args, Product.X), get_i64(args, Product.Y)
-    scale, sums = unit(get_i64(args, Product.E_MAX)), sums_of(0)
+    scale, sums = unit(get_i64(args, Product.E_MAX)), scratch(0)
     blocks, stride = columns // BLOCK, 4 * columns
     while True:
         start = take(args) * step
