@@ -19,7 +19,7 @@ from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from optx.kernels.cpu import I8, I16, I32, I64, _typed
+from optx.kernels.cpu import I8, I16, I32, I64, _typed, spread
 from optx.kernels.rf8.layout import BIAS, MULTIPLIERS, STEPS
 
 F32 = ir.FloatType()
@@ -108,17 +108,12 @@ def _decoded(b: Any, address: Any) -> Any:
 def _decoded_halves(b: Any, address: Any, scale: Any) -> Any:
     """Sixteen numbers times a power of two, as the bits of bfloat16."""
     if "86" not in b.module.triple:
-        made = b.fmul(_decoded(b, address), _spread(b, scale))
+        made = b.fmul(_decoded(b, address), spread(b, scale, LANES))
         return b.trunc(b.lshr(b.bitcast(made, _many(I32)), _all(16, I32)), _many(I16))
     codes = _codes(b, address)
     exponents = b.sub(b.lshr(b.bitcast(scale, I32), I32(16)), I32(BIAS << 7))
-    made = b.add(_halves_of(b, codes), _spread(b, b.trunc(exponents, I16)))
+    made = b.add(_halves_of(b, codes), spread(b, b.trunc(exponents, I16), LANES))
     return b.select(_is_zero(b, codes), _all(0, I16), made)
-
-
-def _spread(b: Any, value: Any) -> Any:
-    none = ir.Constant(_many(value.type), ir.Undefined)
-    return b.shuffle_vector(b.insert_element(none, value, I32(0)), none, _all(0, I32))
 
 
 def _zeros() -> Any:
@@ -135,7 +130,9 @@ def unpacker(past_the_caches: bool, half: bool) -> Any:
 
     @_typed(nt.void, nt.int64, nt.int64, nt.float32)
     def unpack(b: Any, codes: Any, to: Any, scale: Any) -> None:
-        made = _decoded_halves(b, codes, scale) if half else b.fmul(_decoded(b, codes), _spread(b, scale))
+        made = (
+            _decoded_halves(b, codes, scale) if half else b.fmul(_decoded(b, codes), spread(b, scale, LANES))
+        )
         stored = b.store(made, b.inttoptr(to, made.type.as_pointer()))
         stored.align = (32 if half else 64) if past_the_caches else (2 if half else 4)
         if past_the_caches:

@@ -62,11 +62,7 @@ def whole_word(dtype: str, adds: bool) -> Any:
             )
             bits = b.lshr(spread(b, word, 32), ir.Constant(words, list(range(32))))
             signs = b.shl(bits if size == 32 else b.zext(bits, ints), ir.Constant(ints, [size - 1] * 32))
-            scales = b.shuffle_vector(
-                b.insert_element(ir.Constant(floats, ir.Undefined), scale, I32(0)),
-                *(ir.Constant(floats, ir.Undefined), ir.Constant(words, [0] * 32)),
-            )
-            loaded = b.fmul(b.load(long if adds else short, align=size // 8), scales)
+            loaded = b.fmul(b.load(long if adds else short, align=size // 8), spread(b, scale, 32))
             term = b.bitcast(b.xor(b.bitcast(loaded, ints), signs), floats)
             if adds:
                 term = b.fadd(b.load(short, align=size // 8), term)
