@@ -30,9 +30,6 @@ class ABMLLHandle(Handle):
 
     Outside of a task the model computes with theta's means, in training too, and nothing is drawn.
 
-    Attributes:
-        tasks_begun: how many tasks there have been, in all processes together.
-
     Example:
         >>> import torch, optx
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4))
@@ -51,7 +48,6 @@ class ABMLLHandle(Handle):
     ) -> None:
         super().__init__(model, injection, served, saved)
         self.shared: Shared = self.normal_parts()[0].shared
-        self.tasks_begun = 0
         self.last: dict[str, Tensor] = {}
 
     def normal_parts(self) -> list[NormalLoRA]:
@@ -59,6 +55,16 @@ class ABMLLHandle(Handle):
         return [one.part for one in self.served if isinstance(one.part, NormalLoRA)]
 
     # ---- tasks --------------------------------------------------------------------------------------
+
+    @property
+    def tasks_begun(self) -> int:
+        """How many tasks there have been, in all processes together; the model's state has it too."""
+        count = self.normal_parts()[0].tasks_begun
+        return 0 if count.is_meta else int(count)
+
+    @tasks_begun.setter
+    def tasks_begun(self, count: int) -> None:
+        self.normal_parts()[0].tasks_begun.fill_(count)
 
     def task(
         self, *, inner_steps: int = 5, inner_lr: float = 1e-3, tasks: int = 1, sample: bool = True
@@ -206,7 +212,10 @@ class ABMLLHandle(Handle):
         return Report([*found.rows, Row("(tasks)", f"{self.tasks_begun} so far", "", 0, own)], found.total)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """theta's pairs and c by module, and how many tasks there were, so that a run goes on bit for bit."""
+        """theta's pairs and c by module, how many tasks there were, and options that noise depends on.
+
+        A run goes on bit for bit by this, or by the model's own state, and the optimizer's.
+        """
         return {**super().state_dict(), **self._own_state()}
 
     def _own_state(self) -> dict[str, Tensor]:

@@ -99,7 +99,8 @@ class _At(torch.autograd.Function):
 class NormalLoRA(Part):
     """y + B_mean A_mean x, and in a task noise of the deviation that normal weights have in the output.
 
-    A_mean and A_std: (rank, in); B_mean and B_std: (out, rank); c: the deviation of weights at the start.
+    A_mean and A_std: (rank, in); B_mean and B_std: (out, rank); c: the deviation of weights at the start. The
+    first part of a handle also has how many tasks there were, which the model's state is to have.
     """
 
     def __init__(self, options: Any, module: nn.Module, path: str, shared: Shared) -> None:
@@ -133,6 +134,16 @@ class NormalLoRA(Part):
                 f"finite and above {least:g}. Pass optx.ABMLL(c=1e-3), or leave this module out of targets."
             )
         return own
+
+    def count_tasks(self) -> None:
+        """Be the one that has their number."""
+        self.tasks_begun: Tensor
+        count = torch.zeros((), dtype=torch.int64, device=self.A_mean.device)
+        self.register_buffer("tasks_begun", count)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The factors and c: how many tasks there were is the run's, and no adapter's."""
+        return {name: t for name, t in super().tensors().items() if name != "tasks_begun"}
 
     def theta(self) -> Factors:
         """What is registered and trained."""

@@ -45,8 +45,15 @@ class Learner(Protocol):
 
     shared: Shared
     injection: Any
-    tasks_begun: int
     last: dict[str, Tensor]
+
+    @property
+    def tasks_begun(self) -> int:
+        """How many there have been."""
+        ...
+
+    @tasks_begun.setter
+    def tasks_begun(self, count: int) -> None: ...
 
     def normal_parts(self) -> list[NormalLoRA]:
         """Its parts."""

@@ -67,8 +67,8 @@ class ABMLL(Injection):
             default). Rank, c, rates and the number of steps are not known to us.
         ``a0=1, b0=0.01``: ABML's hyper-prior.
 
-    Limits: To resume, save ``handle.state_dict()`` beside the model's and the optimizer's: how many tasks
-        there were, by which noise is drawn, is in no other. Four factors are trained where LoRA has two. The
+    Limits: Files of ``handle.save`` have no number of tasks, by which noise is drawn: resume by the model's
+        state or the handle's. Four factors are trained where LoRA has two. The
         divergence grows with (change / c)^2: steps overshoot once inner_lr * beta / c^2 is above about 1, so
         a small c takes a small beta. In a task the deviations of a layer are made, a block of rows at a time,
         in every forward and backward pass. Not for embeddings and convolutions. Under FSDP a task is refused;
@@ -149,17 +149,18 @@ class ABMLL(Injection):
 
     def part(self, module: nn.Module, path: str) -> Part:
         """One module's pairs."""
-        return self._part(module, path, Shared())
-
-    def _part(self, module: nn.Module, path: str, shared: Shared) -> Part:
-        if not is_linear(module):
-            raise TargetError(f"attach: ABMLL serves {self.serves}; {path!r} is a {type(module).__name__}.")
-        return NormalLoRA(self, module, path, shared)
+        return self.parts([Site(path, module)])[0]
 
     def parts(self, sites: Sequence[Site]) -> list[Part]:
-        """One per site; all are in one task at a time."""
+        """One per site; all are in one task at a time, and the first has the number of tasks."""
+        for site in sites:
+            if not is_linear(site.module):
+                what = type(site.module).__name__
+                raise TargetError(f"attach: ABMLL serves {self.serves}; {site.path!r} is a {what}.")
         shared = Shared()
-        return [self._part(site.module, site.path, shared) for site in sites]
+        made = [NormalLoRA(self, site.module, site.path, shared) for site in sites]
+        made[0].count_tasks()
+        return [*made]
 
     def metrics(self, handle: ABMLLHandle) -> Mapping[str, float | Tensor]:
         """The last outer loss."""

@@ -126,20 +126,39 @@ def steps(model: Any, ab: optx.ABMLLHandle, opt: torch.optim.Optimizer, which: r
     return {name: t.clone() for name, t in ab.state_dict().items()}
 
 
-def test_a_run_goes_on_bit_for_bit(tmp_path: Path):
+@pytest.mark.parametrize("saved", [("model", "handle", "optimizer"), ("model", "optimizer")])
+def test_a_run_goes_on_bit_for_bit(tmp_path: Path, saved: tuple[str, ...]):
     model, ab = mlp(torch.float32)
     opt = torch.optim.Adam(ab.parameters(), lr=0.01)
     steps(model, ab, opt, range(2))
-    torch.save([model.state_dict(), ab.state_dict(), opt.state_dict()], tmp_path / "run.pt")
+    run: dict[str, Any] = {"model": model, "handle": ab, "optimizer": opt}
+    torch.save({name: run[name].state_dict() for name in saved}, tmp_path / "run.pt")
     wanted = steps(model, ab, opt, range(2, 4))
     torch.manual_seed(9)
     model, ab = mlp(torch.float32, moved=False)
     opt = torch.optim.Adam(ab.parameters(), lr=0.01)
-    states = torch.load(tmp_path / "run.pt", weights_only=True)
-    for one, state in zip((model, ab, opt), states, strict=True):
-        one.load_state_dict(state)
+    run = {"model": model, "handle": ab, "optimizer": opt}
+    for name, state in torch.load(tmp_path / "run.pt", weights_only=True).items():
+        run[name].load_state_dict(state)
     assert ab.tasks_begun == 4
     assert equal(wanted, steps(model, ab, opt, range(2, 4)))
+
+
+def test_made_without_memory_it_counts_from_0_and_from_what_is_loaded():
+    _, ab = mlp(torch.float32)
+    ab.tasks_begun = 5
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    empty = optx.attach(model, optx.ABMLL(rank=2, c=0.05), nn.Linear)
+    assert empty.tasks_begun == 0
+    torch.use_deterministic_algorithms(True)  # so that memory without values has the largest number
+    try:
+        model.to_empty(device="cpu")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert empty.tasks_begun == 0
+    empty.load_state_dict(ab.state_dict())
+    assert empty.tasks_begun == 5
 
 
 def test_files_hold_theta_c_and_the_options(tmp_path: Path):
