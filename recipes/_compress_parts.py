@@ -17,6 +17,7 @@ from optx._generalised_gaussian import fit_shape, pooled_sums
 
 from . import _assets
 from ._characters import Characters, loss_of
+from ._handwriting import handwriting
 from ._reweight_parts import Transformer
 
 RARE = 10  # DeepShape's tails begin at a level with so few weights; the paper's 1000 is for 124 M weights
@@ -38,10 +39,8 @@ class Task(NamedTuple):
 
 def digits(seed: int, args: Namespace) -> Task:
     """A perceptron, 64-256-256-10, of scikit-learn's digits; its score is accuracy."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    x, y = torch.tensor(found.data, dtype=torch.float32) / 16, torch.tensor(found.target)
+    images, y = handwriting()
+    x = images.flatten(1)
     draws = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(x), generator=draws)
     learn, test = order[:1437], order[1437:]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import optx
 
+from ._handwriting import handwriting
 from ._run import Run
 
 LAYERS = 5
@@ -63,11 +64,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 def measure(seed: int, epochs: int, run: Run) -> dict[str, Any] | None:
     """Clean and corrupted accuracy with the first K layers patched, by corruption; None if interrupted."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    x = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
-    y = torch.tensor(digits.target)
+    x, y = handwriting()
     torch.manual_seed(seed)
     draws = torch.Generator().manual_seed(seed + 99)
     order = torch.randperm(len(x))

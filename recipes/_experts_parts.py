@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import optx
 
+from ._handwriting import batches, handwriting
 from ._rotated import turned
 from ._run import device
 
+BATCH = 100
 Data = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -75,11 +75,7 @@ class Transformer(nn.Module):
 
 def load(seed: int, size: int, angle: float) -> Data:
     """``size`` digits to learn and 597 to test, upright; and, turned and paler, half as many to tune on."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    x = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
-    y = torch.tensor(digits.target)
+    x, y = handwriting()
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     test, learn, tune = order[:597], order[597 : 597 + size], order[597 + size :][: size // 2]
     pale = 0.5 * turned(x, angle)
@@ -87,21 +83,12 @@ def load(seed: int, size: int, angle: float) -> Data:
     return {name: (images[i].to(device()), y[i].to(device())) for name, (images, i) in parts.items()}
 
 
-def batches(data: tuple[Tensor, Tensor], seed: int, size: int = 100) -> Iterator[tuple[Tensor, Tensor]]:
-    """Shuffled, epoch after epoch."""
-    x, y = data
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        for i in torch.randperm(len(x), generator=generator).to(x.device).split(size):
-            yield x[i], y[i]
-
-
 def pretrained(seed: int, data: Data, steps: int, lr: float) -> Transformer:
     """The dense model, trained on upright digits."""
     torch.manual_seed(seed)
     model = Transformer().to(device())
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    for _, (x, y) in zip(range(steps), batches(data["learn"], seed), strict=False):
+    for _, (x, y) in zip(range(steps), batches(data["learn"], seed, BATCH), strict=False):
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._handwriting import handwriting
 from ._run import clock, device
 
 TRAIN = 1000
@@ -23,13 +24,11 @@ RHO = 0.05
 def noisy_digits(seed: int, wrong: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """1000 digits to train on, of which a share has a label drawn at random, and 797 with their own to "
     "test on."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
+    images, labels = handwriting()
     draws = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(digits.target), generator=draws)
-    x = (torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16)[order].to(device())
-    y = torch.tensor(digits.target)[order].to(device())
+    order = torch.randperm(len(labels), generator=draws)
+    x = images[order].to(device())
+    y = labels[order].to(device())
     noisy = y.clone()
     drawn = torch.randperm(TRAIN, generator=draws)[: round(wrong * TRAIN)]
     noisy[drawn] = torch.randint(10, (len(drawn),), generator=draws).to(device())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import optx
 
+from ._handwriting import handwriting
 from ._run import warmed_up
 
 HEAD = "6"
@@ -71,13 +72,10 @@ def retrained(
 
 def measure(seed: int) -> dict[str, Any]:
     """Accuracy of one network pruned to each share, before and after each kind of retraining."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
+    images, labels = handwriting()
     torch.manual_seed(seed)
-    order = torch.randperm(len(digits.target))
-    x = (torch.tensor(digits.data, dtype=torch.float32) / 16)[order]
-    y = torch.tensor(digits.target)[order]
+    order = torch.randperm(len(labels))
+    x, y = images.flatten(1)[order], labels[order]
     x, x_test, y, y_test = x[:TRAIN], x[TRAIN:], y[:TRAIN], y[TRAIN:]
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._handwriting import handwriting
 from ._run import device
 
 ANGLES = (0, 15, 30, 45, 60, 75)
@@ -26,11 +27,7 @@ def turned(x: Tensor, degrees: float) -> Tensor:
 
 def load(seed: int) -> tuple[list[Domain], list[Domain]]:
     """By angle, four fifths of its digits and the rest; every digit is in one domain."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    x = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
-    y = torch.tensor(digits.target)
+    x, y = handwriting()
     parts = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).chunk(len(ANGLES))
     whole = [(turned(x[i], a).to(device()), y[i].to(device())) for a, i in zip(ANGLES, parts, strict=True)]
     cut = len(parts[-1]) * 4 // 5

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import optx
 
+from ._handwriting import handwriting
 from ._rotated import turned
 from ._run import device
 
@@ -28,10 +29,7 @@ class Blind(optx.SaRA):
 
 def load(seed: int, angle: float) -> Views:
     """Upright and turned digits: 1000 to learn from, 200 to choose a rate by, the rest to test on."""
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    x, y = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16, torch.tensor(digits.target)
+    x, y = handwriting()
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     parts = dict(zip(("learn", "choose", "test"), order.split([1000, 200, len(x) - 1200]), strict=True))
     views: Views = {}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ._handwriting import handwriting
 from ._run import device
 
 Data = dict[str, tuple[Tensor, Tensor]]
@@ -16,22 +16,12 @@ Data = dict[str, tuple[Tensor, Tensor]]
 
 def digits(seed: int, size: int) -> Data:
     """scikit-learn's 1,797 digits of 8 x 8 in three parts, scaled to deviations of 1."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    x, y = torch.tensor(found.data, dtype=torch.float32), torch.tensor(found.target)
+    images, y = handwriting()
+    x = images.flatten(1)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     x, y = ((x - x.mean()) / x.std())[order].to(device()), y[order].to(device())
     parts = {"train": slice(size), "valid": slice(size, 3 * size), "test": slice(3 * size, None)}
     return {name: (x[part], y[part]) for name, part in parts.items()}
-
-
-def batches(part: tuple[Tensor, Tensor], seed: int, size: int = 64) -> Iterator[tuple[Tensor, Tensor]]:
-    """Epoch after epoch, without end."""
-    draws = torch.Generator().manual_seed(seed)
-    while True:
-        for index in torch.randperm(len(part[0]), generator=draws).split(size):
-            yield part[0][index], part[1][index]
 
 
 def noisy(x: Tensor, strength: Any) -> Tensor:

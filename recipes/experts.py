@@ -23,7 +23,8 @@ import torch.nn.functional as F
 import optx
 
 from . import _experts_report
-from ._experts_parts import Data, Transformer, accuracy, apart, batches, ffn_work, load, pretrained
+from ._experts_parts import BATCH, Data, Transformer, accuracy, apart, ffn_work, load, pretrained
+from ._handwriting import batches
 from ._options import SEEDS, positive, rate, share
 from ._run import Run, SettingsError, chosen, clock, device, parser, settings_of
 
@@ -59,7 +60,7 @@ def train(arm: str, model: Transformer, seed: int, data: Data, args: Any, run: R
     if handle is not None:
         optimizer = optx.wrap(optimizer, handle)  # its parameters, and EWA's averaging after each step
     mixture = isinstance(handle, optx.WideHandle)
-    stream = batches(data["tune" if tuned else "learn"], seed)
+    stream = batches(data["tune" if tuned else "learn"], seed, BATCH)
     numbers = sum(p.numel() for p in model.parameters() if p.requires_grad)
     spreads: list[tuple[int, float]] = []
     start = clock()

@@ -24,9 +24,10 @@ from torch import nn
 import optx
 
 from . import _selftune_report
+from ._handwriting import batches
 from ._options import SEEDS, positive, rate
 from ._run import Run, SettingsError, chosen, clock, device, parser, settings_of
-from ._selftune_parts import Data, batches, digits, losses, noisy
+from ._selftune_parts import Data, digits, losses, noisy
 
 GRID = [*itertools.product((0.05, 0.3, 0.6), (0.05, 0.3, 0.6))]  # dropout, noise
 STARTS = {"stn": (0.05, 0.05), "stn from above": (0.8, 0.8)}

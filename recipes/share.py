@@ -22,9 +22,10 @@ from torch import nn
 import optx
 
 from . import _share_report
+from ._handwriting import batches, handwriting
 from ._options import SEEDS, positive, rate
 from ._run import Run, SettingsError, chosen, device, parser, settings_of
-from ._selftune_parts import Data, batches
+from ._selftune_parts import Data
 
 SHARED = {
     "STABLE-RPS": ("fold", "v1"),
@@ -40,10 +41,8 @@ HIDDEN = ["0", "3"]
 
 def digits(seed: int, size: int) -> Data:
     """scikit-learn's 1,797 digits of 8 x 8: so many to train on, the rest to test."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    x, y = torch.tensor(found.data, dtype=torch.float32), torch.tensor(found.target)
+    images, y = handwriting()
+    x = images.flatten(1)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
     x, y = ((x - x.mean()) / x.std())[order].to(device()), y[order].to(device())
     return {"train": (x[:size], y[:size]), "test": (x[size:], y[size:])}
