@@ -130,27 +130,16 @@ def weights_of(sites: Iterable[Site]) -> list[nn.Parameter]:
     return list({id(weight_at(site)): weight_at(site) for site in sites}.values())
 
 
-def scales(sites: Sequence[Site], kind: str | float, sigma: float, matched: bool) -> list[float]:
-    """What each module's slots are multiplied by.
+def deviations(sites: Sequence[Site], kind: str) -> list[float]:
+    """The standard deviation that each module's weight is to go by.
 
     Args:
         sites: the modules.
-        kind: ``"init"`` (by the weight's standard deviation), ``"fan_in"`` (by that of 1 / sqrt(fan_in)), or
-            a number.
-        sigma: the half-width of the array's uniform values.
-        matched: whether the weight's deviation is to be that, and not 1 / sqrt(3) of it.
+        kind: ``"init"``: the weight's own; ``"fan_in"``: 1 / sqrt(fan_in).
 
     Raises:
         TargetError: a weight has no spread to go by.
     """
-    factor = math.sqrt(3.0) if matched else 1.0
-    if not isinstance(kind, str):
-        return [float(kind) for _ in sites]
-    return [factor * one / sigma for one in deviations(sites, kind)]
-
-
-def deviations(sites: Sequence[Site], kind: str | float) -> list[float]:
-    """The standard deviation that each module's weight is to go by."""
     found: list[float] = []
     for site in sites:
         weight = weight_at(site).detach()
@@ -169,11 +158,10 @@ def deviations(sites: Sequence[Site], kind: str | float) -> list[float]:
     return found
 
 
-def mean_deviation(sites: Sequence[Site], kind: str | float) -> float:
+def mean_deviation(sites: Sequence[Site], each: Sequence[float]) -> float:
     """Over all weights, each with its module's: the half-width with which the mean scale is 1."""
     counts = [weight_at(site).numel() for site in sites]
-    every = zip(counts, deviations(sites, kind), strict=True)
-    return sum(count * one for count, one in every) / sum(counts)
+    return sum(count * one for count, one in zip(counts, each, strict=True)) / sum(counts)
 
 
 def drawn(slots: int, sigma: float, seed: int, like: Tensor) -> Tensor:
@@ -189,17 +177,12 @@ def fitted(sites: Sequence[Site], every: Sequence[Place], start: Tensor) -> Tens
     Slots that no weight reads, which some mappings leave, stay as they were.
     """
     top = torch.zeros_like(start, dtype=torch.float64)
-    bottom = torch.zeros_like(top)
-    for site, place in _once(sites, every):
+    bottom = totals(every, start.device)["squares"]
+    once = {place.offset: (site, place) for site, place in zip(sites, every, strict=True)}
+    for site, place in once.values():
         weight = weight_at(site).detach()
         top += summed(weight.to(start.device, torch.float64).reshape(-1), place, torch.float64)
-        bottom += squares(place, start.device)
     return torch.where(bottom > 0, top / bottom, start.double()).to(start.dtype)
-
-
-def _once(sites: Sequence[Site], every: Sequence[Place]) -> list[tuple[Site, Place]]:
-    by_offset = {place.offset: (site, place) for site, place in zip(sites, every, strict=True)}
-    return list(by_offset.values())
 
 
 def totals(every: Iterable[Place], device: torch.device) -> Mapping[str, Tensor]:
@@ -219,11 +202,6 @@ def totals(every: Iterable[Place], device: torch.device) -> Mapping[str, Tensor]
         found["sum"] += ones * place.scale
         found["squares"] += ones * place.scale**2
     return found
-
-
-def squares(place: Place, device: torch.device) -> Tensor:
-    """Per slot the sum of squared scales, float64."""
-    return _counts(place, device) * place.scale**2
 
 
 def _counts(place: Place, device: torch.device) -> Tensor:

@@ -165,11 +165,14 @@ class StableRPS(Injection):
         """One per site, the first with the array."""
         for site in sites:
             _shared_places.check_site(site, self.serves)
-        sigma = _HALF_WIDTH if self.init_std is None else self.init_std
-        if self.param_scale == "unit":
-            sigma = _shared_places.mean_deviation(sites, self.scale)
-            sigma *= math.sqrt(3.0) if self.match_std else 1.0
-        scales = _shared_places.scales(sites, self.scale, sigma, self.match_std)
+        sigma, factor = self.init_std or _HALF_WIDTH, math.sqrt(3.0) if self.match_std else 1.0
+        if isinstance(self.scale, str):
+            wanted = _shared_places.deviations(sites, self.scale)
+            if self.param_scale == "unit":
+                sigma = _shared_places.mean_deviation(sites, wanted) * factor
+            scales = [factor * one / sigma for one in wanted]
+        else:
+            scales = [self.scale] * len(sites)
         seed = signed(self.seed)
         every = _shared_places.places(sites, scales, self.mapping, self.compression, seed)
         like = new_tensor(sites[0].module, 0)
