@@ -9,6 +9,25 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
+from typing import Any
+
+from optx._errors import OptxError, shown
+
+
+def as_path(owner: str, argument: str, given: Any) -> Path:
+    """A path with the user's folder in the place of ``~``.
+
+    Args:
+        owner: whose argument it is.
+        argument: its name.
+        given: what was given.
+
+    Raises:
+        OptxError: it is no path.
+    """
+    if not isinstance(given, str | PathLike):
+        raise OptxError(f"{owner}: {argument} is {shown(given)}; it must be a path.")
+    return Path(given).expanduser()  # pyright: ignore[reportUnknownArgumentType]
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from optx._buffers import PIECE
 from optx._errors import FileError, OptxError, ShapeError, near
+from optx._files import as_path
 from optx._rf8 import (
     SERVED,
     Packed,
@@ -70,7 +71,7 @@ def save(
         >>> optx.rf8.load(path)["weight"].nbytes
         4097
     """
-    target = Path(path).expanduser()
+    target = as_path("rf8.save", "path", path)
     if target.suffix != ".safetensors":
         raise OptxError(f"rf8.save: {str(target)!r} must end in .safetensors.")
     if isinstance(what, Mapping) and any(isinstance(one, Packed) for one in what.values()):
@@ -168,6 +169,7 @@ def load(path: str | PathLike[str]) -> dict[str, Packed | Tensor]:
 
     Raises:
         FileError: there is none, it is damaged, or it is no RF8 file.
+        OptxError: path is none.
 
     Example:
         >>> import os, tempfile, torch, optx
@@ -176,7 +178,7 @@ def load(path: str | PathLike[str]) -> dict[str, Packed | Tensor]:
         >>> torch.equal(optx.rf8.load(path)["bias"], model.bias)
         True
     """
-    file = _File(path)
+    file = _File("rf8.load", path)
     made = {name: file.read(name) for name in file.entries}
     return {**made, **{name: made[first] for name, first in file.tied.items()}}
 
@@ -200,7 +202,7 @@ def load_into(model: nn.Module, path: str | PathLike[str]) -> None:
         >>> torch.equal(model.weight, rounded)
         True
     """
-    file, own = _File(path), model.state_dict(keep_vars=True)
+    file, own = _File("rf8.load_into", path), model.state_dict(keep_vars=True)
     names = {**{name: name for name in file.entries}, **file.tied}
     for name in names:
         if name not in own:
@@ -240,8 +242,8 @@ class _File:
         tied: names that share another's, by name.
     """
 
-    def __init__(self, path: str | PathLike[str]) -> None:
-        place = Path(path).expanduser()
+    def __init__(self, who: str, path: str | PathLike[str]) -> None:
+        place = as_path(who, "path", path)
         self.entries: dict[str, Entry] = {}
         self.tied: dict[str, str] = {}
         self._where: dict[str, Reader] = {}

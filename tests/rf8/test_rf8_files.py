@@ -120,6 +120,9 @@ def test_a_killed_call_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         ),
         (lambda p: rf8.save(rf8.pack({"w": torch.ones(2, 2)}), p / "a.safetensors", include="w"), "already"),
         (lambda p: rf8.load(p / "none.safetensors"), "There is no file"),
+        (lambda p: rf8.load(5), "rf8.load: path is 5; it must be a path"),  # type: ignore[arg-type]
+        (lambda p: rf8.load_into(nn.PReLU(), [p]), r"rf8.load_into: path is \[.*it must be a path"),  # type: ignore[arg-type]
+        (lambda p: rf8.save(nn.PReLU(), None), "rf8.save: path is None; it must be a path"),  # type: ignore[arg-type]
         (
             lambda p: rf8.load_into(nn.Linear(2, 2), p / "good.safetensors"),
             "the file has no 'bias'. Near: 'weight'",
