@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from optx._errors import OptxError, check_choice
 from optx.delta import _golomb as golomb
 from optx.delta._checkpoint_source import Checkpoint, open_source
+from optx.inject._followed import replaced
 
 _PIECE = 1 << 20  # numbers at a time; a multiple of Golomb's blocks
 _LIMIT = 2.0**52  # levels that float64 tells apart, and their codes too
@@ -27,8 +28,9 @@ def rate(model: Checkpoint, step: float = 2**-13, coder: Coder = "exp-golomb") -
     What `BackSlash` lowers. Nothing is written or changed; a million numbers are in memory at a time.
 
     Args:
-        model: a module, of which parameters count, each once; a state dict, a safetensors file, or a folder
-            of them, of which all floating-point tensors do.
+        model: a module, of which parameters count, each once, without those in whose place others were added
+            (by `StableRPS`, say); a state dict, a safetensors file, or a folder of them, of which all
+            floating-point tensors do.
         step: what numbers are rounded to multiples of, half to even.
         coder: ``"exp-golomb"``: the paper's measure, Exp-Golomb codes of order 0, for any whole number and
             without a table. ``"golomb"``: where the levels are that are not 0 and their signs, in the Golomb
@@ -71,10 +73,11 @@ def rate(model: Checkpoint, step: float = 2**-13, coder: Coder = "exp-golomb") -
 def _levels(model: Checkpoint, step: float) -> Iterator[Tensor]:
     """Whole numbers in float64, piece by piece."""
     if isinstance(model, nn.Module):
-        for name, p in model.named_parameters():
+        gone = replaced(model)
+        model = {name: p for name, p in model.named_parameters() if p not in gone}
+        for name, p in model.items():
             if p.is_meta:
                 raise OptxError(f"rate: {name!r} is on the meta device and has no numbers.")
-        model = dict(model.named_parameters())
     source = open_source(model, "rate: model")
     for name, entry in source.entries.items():
         if not entry.dtype.is_floating_point:

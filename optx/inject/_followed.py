@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, nn
 
 from optx._names import RESERVED
+from optx.inject._part import attached
 from optx.inject._served import OnModel, Served
 from optx.step.following import Joining
 
@@ -30,6 +31,24 @@ def joining(handle: OnModel) -> list[Joining]:
 def leaving(handle: OnModel) -> list[nn.Parameter]:
     """The parameters of served modules that take no part."""
     return [p for one in handle.served for p in one.part.retired(one.module)]
+
+
+def replaced(model: nn.Module) -> dict[nn.Parameter, str]:
+    """The parameters that take no part because others were added in their place, with the adding part's name.
+
+    Not those that rest while buffers are computed with, which are the same weights in another form, nor those
+    that a merge leaves as they are: the bare module computes with them. An array may be one module's and take
+    the place of others' weights too, so that parts of one name go together.
+    """
+    every = [
+        (name, part, module)
+        for module in model.modules()
+        if (container := attached(module)) is not None
+        for name, part in container.parts.items()
+        if part.active and part.overrides("fold")
+    ]
+    adding = {name for name, part, _ in every if any(True for _ in part.parameters())}
+    return {p: name for name, part, module in every if name in adding for p in part.retired(module)}
 
 
 class Resting:

@@ -33,6 +33,7 @@ from optx.delta._checkpoint_output import plan_of, write_checkpoint
 from optx.delta._checkpoint_source import Checkpoint, Memory, Source, open_source
 from optx.delta._name_filter import floating
 from optx.delta._refusals import check_not_quantised
+from optx.rf8._pack import tell_of_replaced
 
 _VERSION = 1
 Table: TypeAlias = dict[str, tuple[int, torch.dtype]]
@@ -82,6 +83,7 @@ def save(
         return _save_packed(cast("Mapping[str, Packed | Tensor]", what), target, progress)
     source = open_source(cast("Checkpoint", what), "what")
     keep = set(floating("rf8.save", source.entries, include, exclude))
+    tell_of_replaced("rf8.save", what, keep)
     check_not_quantised("rf8.save", source.entries, source.label, keep.__contains__)
     for name in keep:
         check_numbers("rf8.save", repr(name), torch.empty(0, dtype=source.entries[name].dtype))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
-from optx._errors import OptxError
+from optx._errors import OptxError, warn
 from optx._rf8 import Packed, pack_tensor, round_tensor
 from optx._safetensors import Entry
 from optx.delta._name_filter import floating
+from optx.inject._followed import replaced
 
 Made = TypeVar("Made")
 
@@ -155,4 +156,20 @@ def _each(
             raise OptxError(f"{who}: {name!r} is a {type(t).__name__}; it must be a tensor. Leave it out.")
     entries = {name: Entry(tuple(t.shape), t.dtype) for name, t in tensors.items()}
     keep = set(floating(who, entries, include, exclude))
+    tell_of_replaced(who, what, keep)
     return {name: make(t, who, repr(name)) if name in keep else t for name, t in tensors.items()}
+
+
+def tell_of_replaced(who: str, what: object, keep: Collection[str]) -> None:
+    """Warn of weights of a module among the names that are packed, in whose place others compute."""
+    if not isinstance(what, nn.Module):
+        return
+    gone = replaced(what)
+    found = {name: gone[p] for name, p in what.named_parameters() if p in gone and name in keep}
+    if found:
+        first, part = next(iter(found.items()))
+        warn(
+            f"{who}: {len(found)} of the weights ({first!r} is the first) take no part, since others were "
+            f"added in their place ({part!r}), and are packed all the same. Pack handle.state_dict(), or the "
+            "model after merge_and_unload()."
+        )

@@ -85,6 +85,25 @@ def test_what_is_counted(tmp_path: Path) -> None:
     assert optx.rate({"w": low}, step=2**-6) == optx.rate({"w": low.double()}, step=2**-6)
 
 
+def test_weights_that_were_replaced_are_not_counted() -> None:
+    """Those that rest beside a shared array; RF8's are the model's own, whatever form it computes with."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False))
+    own = optx.rate(model)
+    with optx.attach(model, optx.RF8Linear(), "0|1"):
+        assert optx.rate(model) == own
+    handle = optx.attach(model, optx.StableRPS(compression=0.25), "0|1")
+    shared = optx.rate({"psi": handle.psi})
+    assert optx.rate(model) == shared != own
+    handle.remove()
+    assert optx.rate(model) == own
+    handle = optx.attach(model, optx.PSDFactor(), "0")
+    assert optx.rate(model) == optx.rate({"U": handle.parameters()[0], "1": model[1].weight})
+    handle.remove()
+    optx.attach(model, optx.EWA(), "0")  # the mean, which does not learn, is what computes in the end
+    assert optx.rate(model) == optx.rate(dict(model.named_parameters()))
+
+
 @pytest.mark.parametrize(
     ("model", "options", "says"),
     [

@@ -142,6 +142,22 @@ def test_mistakes(call: Callable[[Path], Any], said: str, tmp_path: Path) -> Non
     assert not (tmp_path / "a.safetensors").exists()
 
 
+def test_weights_that_were_replaced_are_told(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    with optx.attach(model, optx.RF8Linear(), "0|1"):
+        rf8.pack(model)  # no warning: what rests is what computes
+    handle = optx.attach(model, optx.StableRPS(compression=0.25), "0|1")
+    said = r"2 of the weights \('0.weight' is the first\) take no part.*'stable_rps'.*merge_and_unload"
+    with pytest.warns(UserWarning, match=f"^pack: {said}"):
+        packed = rf8.pack(model)
+    with pytest.warns(UserWarning, match=f"^rf8.save: {said}"):
+        file = rf8.save(model, tmp_path / "a.safetensors")
+    assert same(rf8.load(file), packed)
+    rf8.pack(handle.state_dict(), include=".*psi")
+    handle.merge()
+    rf8.pack(model)
+
+
 def _about(**change: Any) -> dict[str, str]:
     about = {
         "kind": "rf8",
