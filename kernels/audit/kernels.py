@@ -15,6 +15,7 @@ from optx.kernels.step.emit_triton import FOLD_LANES, compiled
 from optx.kernels.step.layout import EIGHT, Layout, partials_per_chunk
 from optx.kernels.step.program import Call, Program, Ref
 from optx.kernels.step.triton import CHUNK_WARPS, TENSOR_WARPS, block_size, compiler_options
+from optx.kernels.triton_launch import AuditSpec
 from optx.kernels.triton_lib import LAUNCH, fold_chunks
 
 ACCESS = 128  # bits: the widest access, and the narrowest allowed in a main loop
@@ -145,21 +146,7 @@ def loss_kernels(target: Target) -> Iterator[Kernel]:
     from optx.kernels.loss.stablemax_triton import audit_specs
 
     for s in audit_specs():
-        constexprs = {(s.function.arg_names.index(k),): v for k, v in s.constexprs.items()}
-        block = s.constexprs["BLOCK"]
-        options = {"num_stages": LAUNCH["num_stages"], **s.options}
-        yield Kernel(
-            "loss",
-            s.name,
-            s.function,
-            s.signature,
-            constexprs,
-            s.attrs,
-            s.num_warps,
-            block,
-            s.bytes_per_element,
-            options,
-        )
+        yield _by_spec("loss", s, s.constexprs["BLOCK"], narrowest=ACCESS)
 
 
 def ternary_kernels(target: Target) -> Iterator[Kernel]:
@@ -167,7 +154,7 @@ def ternary_kernels(target: Target) -> Iterator[Kernel]:
     from optx.kernels.ternary import dense_triton as ternary
 
     for s in ternary.audit_specs(shared=target.backend == "cuda"):
-        yield _by_spec("ternary", s, ternary.WARPS, s.constexprs["BLOCK"], narrowest=32)
+        yield _by_spec("ternary", s, s.constexprs["BLOCK"], narrowest=32)
 
 
 def shared_kernels(target: Target) -> Iterator[Kernel]:
@@ -175,7 +162,7 @@ def shared_kernels(target: Target) -> Iterator[Kernel]:
     from optx.kernels.shared import gather_triton as shared
 
     for s in shared.audit_specs():
-        yield _by_spec("shared", s, shared.WARPS, s.constexprs["BLOCK"], narrowest=16)
+        yield _by_spec("shared", s, s.constexprs["BLOCK"], narrowest=16)
 
 
 def rf8_kernels(target: Target) -> Iterator[Kernel]:
@@ -183,29 +170,26 @@ def rf8_kernels(target: Target) -> Iterator[Kernel]:
     from optx.kernels.rf8 import codes_triton, product_triton
 
     for s in codes_triton.audit_specs():
-        yield _by_spec("rf8", s, codes_triton.WARPS, s.constexprs["BLOCK"], narrowest=32)
+        yield _by_spec("rf8", s, s.constexprs["BLOCK"], narrowest=32)
     for s in product_triton.audit_specs():
         elements = s.constexprs["ROWS"] * s.constexprs["COLUMNS"]
-        yield _by_spec("rf8", s, product_triton.WARPS, elements, narrowest=32)
+        yield _by_spec("rf8", s, elements, narrowest=32)
 
 
-def _by_spec(program: str, s: Any, warps: int, elements: int, narrowest: int) -> Kernel:
-    names = s.function.arg_names
-    constexprs = {(names.index(k),): v for k, v in s.constexprs.items()}
-    known = [n for n in names if s.signature[n][0] == "*" or n in getattr(s, "multiples", ())]
-    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in known}
-    moved = s.bytes_per_element
+def _by_spec(program: str, s: AuditSpec, elements: int, narrowest: int) -> Kernel:
+    constexprs = {(s.function.arg_names.index(k),): v for k, v in s.constexprs.items()}
     return Kernel(
         program,
         s.name,
         s.function,
         s.signature,
         constexprs,
-        attrs,
-        warps,
+        s.attrs,
+        s.num_warps,
         elements,
-        moved,
-        narrowest=narrowest,
+        s.bytes_per_element,
+        {"num_stages": LAUNCH["num_stages"], **s.options},
+        narrowest,
     )
 
 

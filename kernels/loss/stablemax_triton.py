@@ -14,7 +14,6 @@ takes as a constant and compiles away.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,8 +23,9 @@ from torch import Tensor
 from triton import knobs
 
 from optx.kernels.loss.stablemax_rows import Options, RowSums, math_dtype, terms
+from optx.kernels.triton_launch import AuditSpec
 
-__all__ = ["AuditSpec", "audit_specs", "backward", "forward"]
+__all__ = ["audit_specs", "backward", "forward"]
 
 # The interpreter only takes functions that see `tl`; it calls a plain one as it is.
 _terms = terms if knobs.runtime.interpret else triton.jit(terms)
@@ -209,6 +209,13 @@ def backward(
     return result
 
 
+_OPTIONS = {
+    "enable_fp_fusion": True,  # said, as Triton 3.10 changes the default
+    "debug": True,  # keeps the assertion on the target, as torch does for cross_entropy
+    "sanitize_overflow": False,
+}
+
+
 def _launch(
     kernel: Any,
     logits: Tensor,
@@ -237,9 +244,7 @@ def _launch(
             SMOOTHING=options.smoothing,
             BLOCK=block,
             num_warps=warps,
-            enable_fp_fusion=True,  # said, as Triton 3.10 changes the default
-            debug=True,  # keeps the assertion on the target, as torch does for cross_entropy
-            sanitize_overflow=False,
+            **_OPTIONS,
         )
 
 
@@ -247,32 +252,6 @@ def _blocking(classes: int) -> tuple[int, int]:
     """Block size and warps: 16 elements a thread in the widest case, four 128-bit loads of float32."""
     block = min(_MAX_BLOCK, triton.next_power_of_2(classes))
     return block, min(8, max(1, block // 512))
-
-
-@dataclass(frozen=True)
-class AuditSpec:
-    """A kernel as it is compiled for one use, for `optx.kernels.audit`.
-
-    Args:
-        name: what the table calls it.
-        function: the kernel.
-        signature: type of each argument: ``"*fp32"``, ``"i32"``, ``"constexpr"``.
-        constexprs: value of each constant argument.
-        attrs: arguments known to be divisible by 16: the hints of a launch with aligned rows.
-        num_warps: warps of a program.
-        bytes_per_element: bytes moved per logit.
-    """
-
-    name: str
-    function: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    attrs: dict[tuple[int, ...], list[list[Any]]]
-    num_warps: int
-    bytes_per_element: float
-    options: dict[str, Any] = field(
-        default_factory=lambda: {"enable_fp_fusion": True, "debug": True, "sanitize_overflow": False}
-    )
 
 
 def audit_specs() -> list[AuditSpec]:
@@ -293,17 +272,15 @@ def _audit_spec(kernel: Any, dtype: str, smoothing: float) -> AuditSpec:
     types = {"logits": f"*{dtype}", "result": f"*{dtype}", "labels": "*i64"}
     types |= dict.fromkeys(("loss", "rest", "mass", "grad"), "*fp32")
     types |= dict.fromkeys(("classes", "logits_stride", "probs_stride", "ignore_index"), "i32")
-    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
-    aligned = {name for name, kind in signature.items() if kind[0] == "*"} | {"classes", "logits_stride"}
-    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in aligned}
     size = 4 if dtype == "fp32" else 2
     direction = kernel.__name__.removesuffix("_kernel")
     return AuditSpec(
         name=f"stablemax {direction} {dtype}{' smoothed' if smoothing else ''}",
         function=kernel,
-        signature=signature,
+        types=types,
         constexprs=constants,
-        attrs=attrs,
-        num_warps=warps,
         bytes_per_element=size if direction == "forward" else 2 * size,
+        num_warps=warps,
+        multiples=("classes", "logits_stride"),  # as of aligned rows
+        options=_OPTIONS,
     )

@@ -12,7 +12,7 @@ walks over a stretch of blocks.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from optx.kernels.rf8 import layout
+from optx.kernels.triton_launch import AuditSpec, shown
 from optx.kernels.triton_lib import LAUNCH, nearest, read
 
 BLOCK, TURNS, WARPS = 4096, 8, 4
@@ -137,30 +138,27 @@ def pack(values: Tensor, codes: Tensor, e_max: int) -> None:
     within = e_max + 64 if e_max < -60 else e_max - 64 if e_max > 60 else e_max
     first = 8 * (within + layout.BIAS - layout.LEVELS) - 3
     half = (within + layout.BIAS - layout.LEVELS - 1 << 23) + (1 << 22)
-    _launch(values, codes, 0, first, half, 2.0 ** (within - e_max), values)
+    _launch(values, codes, 0, first, half, 2.0 ** (within - e_max))
 
 
 def unpack(codes: Tensor, values: Tensor, e_max: int) -> None:
     """The numbers of bytes; see `optx.kernels.rf8.cpu.unpack`."""
-    _launch(codes, values, 1, 0, 0, 2.0 ** (e_max - 19), values)
+    _launch(codes, values, 1, 0, 0, 2.0 ** (e_max - 19))
 
 
 def quantise(values: Tensor, rounded: Tensor) -> None:
     """Finite numbers rounded; see `optx.kernels.rf8.cpu.quantise`."""
-    _launch(values, rounded, 2, 0, 0, 1.0, values)
+    _launch(values, rounded, 2, 0, 0, 1.0)
 
 
-def _launch(
-    source: Tensor, to: Tensor, kind: int, first: int, half: int, factor: float, numbers: Tensor
-) -> None:
+def _launch(source: Tensor, to: Tensor, kind: int, first: int, half: int, factor: float) -> None:
     n = source.numel()
     if n == 0:
         return
-    shown = [t.view(torch.uint16) if t.dtype == torch.bfloat16 else t for t in (source, to)]
+    constants = _constants(kind, torch.float16 in (source.dtype, to.dtype))
     with torch.cuda.device_of(source):  # does nothing for the interpreter's CPU tensors
-        constants = _constants(kind, numbers.dtype == torch.float16)
         codes_kernel[(triton.cdiv(n, constants["BLOCK"] * TURNS),)](
-            *(*shown, n, first, half, factor),
+            *(shown(source), shown(to), n, first, half, factor),
             **constants,
             num_warps=WARPS,
             **LAUNCH,
@@ -178,16 +176,6 @@ def _constants(kind: int, half: bool) -> dict[str, Any]:
     }
 
 
-class AuditSpec(NamedTuple):
-    """A kernel as it is compiled for one use, for `optx.kernels.audit`."""
-
-    name: str
-    function: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    bytes_per_element: float
-
-
 def audit_specs() -> Iterator[AuditSpec]:
     """What `pack`, `unpack` and `quantise` launch."""
     for dtype, size in (("fp32", 4), ("fp16", 2), ("u16", 2)):
@@ -198,7 +186,8 @@ def audit_specs() -> Iterator[AuditSpec]:
             yield AuditSpec(
                 f"{name} {'bf16' if dtype == 'u16' else dtype}",
                 codes_kernel,
-                {**types, **dict.fromkeys(constants, "constexpr")},
+                types,
                 constants,
                 2 * size if kind == 2 else size + 1,
+                WARPS,
             )

@@ -12,7 +12,6 @@ have is added at the end. The bytes are what is moved: a vector stays in the cac
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -20,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from optx.kernels.rf8.codes_triton import decode
+from optx.kernels.triton_launch import AuditSpec
 from optx.kernels.triton_lib import LAUNCH
 
 ROWS, COLUMNS, WARPS = 8, 512, 4
@@ -79,17 +79,6 @@ def multiply(codes: Tensor, x: Tensor, y: Tensor, e_max: int) -> None:
         )
 
 
-class AuditSpec(NamedTuple):
-    """A kernel as it is compiled for one use, for `optx.kernels.audit`."""
-
-    name: str
-    function: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    bytes_per_element: float
-    multiples: tuple[str, ...]  # numbers that are a multiple of 16, as a launch finds them
-
-
 def audit_specs() -> Iterator[AuditSpec]:
     """What `multiply` launches, on a matrix of whole tiles."""
     constants = {"EVEN": True, "ROWS": ROWS, "COLUMNS": COLUMNS}
@@ -97,8 +86,9 @@ def audit_specs() -> Iterator[AuditSpec]:
     yield AuditSpec(
         "multiply",
         product_kernel,
-        {**types, **dict.fromkeys(constants, "constexpr")},
+        types,
         constants,
         1.0 + 4 / ROWS,  # a vector's numbers are read once for the rows of a program, out of a cache
-        ("columns",),
+        WARPS,
+        multiples=("columns",),
     )

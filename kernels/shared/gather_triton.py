@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from optx.kernels.shared.mapping import Place
+from optx.kernels.triton_launch import AuditSpec, shown
 from optx.kernels.triton_lib import LAUNCH, nearest, read
 
 BLOCK, TURNS, WARPS = 1024, 8, 4
@@ -189,7 +190,7 @@ def gather(psi: Tensor, place: Place, dtype: torch.dtype) -> Tensor:
     if place.numel:
         with torch.cuda.device_of(psi):  # does nothing for the interpreter's CPU tensors
             gather_kernel[(triton.cdiv(place.numel, BLOCK * TURNS),)](
-                *(psi, _shown(made), *_numbers(place, psi.device), place.cols, _shape(place)),
+                *(psi, shown(made), *_numbers(place, psi.device), place.cols, _shape(place)),
                 BLOCK=BLOCK,
                 TURNS=TURNS,
                 num_warps=WARPS,
@@ -207,12 +208,12 @@ def scatter(values: Tensor, place: Place, like: Tensor, signed: bool = True) -> 
         like: an array of so many slots; float32 or float64.
         signed: False leaves signs out.
     """
-    numbers, shown = _numbers(place, values.device), _shown(values)
+    numbers, held = _numbers(place, values.device), shown(values)
     with torch.cuda.device_of(values):
         if place.mapping == "fold":
             made = torch.empty_like(like)
             fold_sums_kernel[(triton.cdiv(place.slots, BLOCK),)](
-                made, shown, *numbers, signed, BLOCK, num_warps=WARPS, **LAUNCH
+                made, held, *numbers, signed, BLOCK, num_warps=WARPS, **LAUNCH
             )
             return made
         # 2^-40 of the largest term: below the rounding of any term, and room for 2^22 terms on a slot.
@@ -220,7 +221,7 @@ def scatter(values: Tensor, place: Place, like: Tensor, signed: bool = True) -> 
         unit = torch.exp2(_BITS - torch.ceil(torch.log2(largest)))
         whole = torch.zeros(place.slots, dtype=torch.int64, device=values.device)
         any_sums_kernel[(triton.cdiv(place.numel, BLOCK * TURNS),)](
-            *(whole, shown, *numbers[:-1], numbers[-1] * unit, place.cols, signed, _shape(place)),
+            *(whole, held, *numbers[:-1], numbers[-1] * unit, place.cols, signed, _shape(place)),
             BLOCK=BLOCK,
             TURNS=TURNS,
             num_warps=WARPS,
@@ -241,39 +242,18 @@ def _shape(place: Place) -> tuple[int, int, int, int]:
     return _CODES[place.mapping], place.tall, place.wide, BLOCK
 
 
-def _shown(tensor: Tensor) -> Tensor:
-    return tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
-
-
-class AuditSpec(NamedTuple):
-    """A kernel as it is compiled for one use, for `optx.kernels.audit`."""
-
-    name: str
-    function: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    bytes_per_element: float
-
-
 def audit_specs() -> Iterator[AuditSpec]:
     """What `gather` and `scatter` launch. Rotations are by any number: of one side a load is of 32 bits."""
-    plain = {"words": "*i64", "n": "i64", "offset": "i64", "m": "i64", "scale": "*fp64"}
+    plain = {"words": "*i64", **dict.fromkeys(("n", "offset", "m", "cols"), "i64"), "scale": "*fp64"}
     blocks = {"BLOCK": BLOCK, "TURNS": TURNS}
     for mapping, code in _CODES.items():
         for kind, size in (("fp32", 4), ("u16", 2)):
             constants = {"SHAPE": (code, 16, 16, BLOCK), **blocks}
-            types = {"psi": "*fp32", "weights": f"*{kind}", **plain, "cols": "i64"}
-            types |= dict.fromkeys(constants, "constexpr")
-            yield AuditSpec(f"gather {mapping} {kind}", gather_kernel, types, constants, 4 + size)
+            types = {"psi": "*fp32", "weights": f"*{kind}", **plain}
+            yield AuditSpec(f"gather {mapping} {kind}", gather_kernel, types, constants, 4 + size, WARPS)
+    types = {"sums": "*fp32", "grads": "*fp32", **plain}
     constants = {"SIGNED": True, "BLOCK": BLOCK}
-    types = {"sums": "*fp32", "grads": "*fp32", **plain, **dict.fromkeys(constants, "constexpr")}
-    yield AuditSpec("sums fold", fold_sums_kernel, types, constants, 4)
+    yield AuditSpec("sums fold", fold_sums_kernel, types, constants, 4, WARPS)
+    types = {**types, "sums": "*i64"}
     constants = {"SIGNED": True, "SHAPE": (_CODES["hashed"], 16, 16, BLOCK), **blocks}
-    types = {
-        "sums": "*i64",
-        "grads": "*fp32",
-        **plain,
-        "cols": "i64",
-        **dict.fromkeys(constants, "constexpr"),
-    }
-    yield AuditSpec("sums hashed", any_sums_kernel, types, constants, 4)
+    yield AuditSpec("sums hashed", any_sums_kernel, types, constants, 4, WARPS)

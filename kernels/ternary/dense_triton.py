@@ -13,13 +13,13 @@ per element, of which the masks are 0.25.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from optx.kernels.triton_launch import AuditSpec, shown
 from optx.kernels.triton_lib import LAUNCH, nearest, read
 
 BLOCK, TURNS, WARPS = 4096, 16, 4
@@ -83,10 +83,9 @@ def _launch(to: Tensor, masks: Tensor, scale: float, add: bool) -> None:
     if n == 0:
         return
     words = masks.view(torch.int32)
-    shown = to.view(torch.uint16) if to.dtype == torch.bfloat16 else to
     with torch.cuda.device_of(to):  # does nothing for the interpreter's CPU tensors
         dense_kernel[(triton.cdiv(n, BLOCK * TURNS),)](
-            shown,
+            shown(to),
             words[0],
             words[1],
             n,
@@ -97,16 +96,6 @@ def _launch(to: Tensor, masks: Tensor, scale: float, add: bool) -> None:
             num_warps=WARPS,
             **LAUNCH,
         )
-
-
-class AuditSpec(NamedTuple):
-    """A kernel as it is compiled for one use, for `optx.kernels.audit`."""
-
-    name: str
-    function: Any
-    signature: dict[str, str]
-    constexprs: dict[str, Any]
-    bytes_per_element: float
 
 
 def audit_specs(shared: bool) -> Iterator[AuditSpec]:
@@ -123,7 +112,8 @@ def audit_specs(shared: bool) -> Iterator[AuditSpec]:
             yield AuditSpec(
                 f"{'add' if adds else 'fill'} {'bf16' if kind == 'u16' else kind}",
                 dense_kernel,
-                {**types, **dict.fromkeys(constants, "constexpr")},
+                types,
                 constants,
                 (2 if adds else 1) * size + (0.25 if shared else size / 2),
+                WARPS,
             )
