@@ -15,7 +15,6 @@ from optx.delta import _golomb as golomb
 from optx.delta._checkpoint_source import Checkpoint, open_source
 from optx.inject._followed import replaced
 
-_PIECE = 1 << 20  # numbers at a time; a multiple of Golomb's blocks
 _LIMIT = 2.0**52  # levels that float64 tells apart, and their codes too
 
 Coder = Literal["exp-golomb", "golomb", "entropy"]
@@ -82,8 +81,7 @@ def _levels(model: Checkpoint, step: float) -> Iterator[Tensor]:
     for name, entry in source.entries.items():
         if not entry.dtype.is_floating_point:
             continue
-        for begin in range(0, entry.numel, _PIECE):
-            piece = source.piece(name, begin, min(begin + _PIECE, entry.numel))
+        for piece in source.pieces(name):
             levels = (piece.to("cpu", torch.float64) / step).round()
             if not bool((levels.abs() < _LIMIT).all()):
                 raise OptxError(
@@ -109,7 +107,7 @@ def _code_lengths(x: Tensor) -> int:
 
 
 def _golomb(levels: Iterator[Tensor]) -> tuple[float, int]:
-    """Positions and signs as ComPEFT's files have them, block by block, then sizes."""
+    """Positions and signs as ComPEFT's files have them, then sizes; a piece is whole blocks."""
     from optx.kernels.ternary import cpu as ternary
 
     bits = count = 0

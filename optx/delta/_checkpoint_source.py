@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias, cast
@@ -12,6 +12,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
+from optx._buffers import PIECE
 from optx._errors import FileError, OptxError, ShapeError
 from optx._safetensors import Entry, Reader, check_complete, read_json, shards
 from optx.delta._mixed_sum import AllOf
@@ -51,6 +52,11 @@ class Source(ABC):
     @abstractmethod
     def piece(self, name: str, begin: int, end: int) -> Tensor:
         """The numbers ``begin`` to ``end`` of one tensor, flat; not to be written to."""
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """All numbers of one tensor, flat, `PIECE` at a time; see `piece`."""
+        numel = self.entries[name].numel
+        return (self.piece(name, at, min(at + PIECE, numel)) for at in range(0, numel, PIECE))
 
     @property
     @abstractmethod

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 
-from optx._buffers import PIECE
 from optx.delta._merge_config_json import (
     depth_is_told,
     read_json,
@@ -137,9 +136,4 @@ def _is_its_embeddings(plan: Plan, model: ModelRef, head: str) -> bool:
     other = tied_to(head, source.entries)
     if other is None or source.entries[other] != source.entries[head]:
         return False
-    count = source.entries[head].numel
-    for begin in range(0, count, PIECE):
-        end = min(begin + PIECE, count)
-        if not torch.equal(source.piece(head, begin, end), source.piece(other, begin, end)):
-            return False
-    return True
+    return all(torch.equal(a, b) for a, b in zip(source.pieces(head), source.pieces(other), strict=True))

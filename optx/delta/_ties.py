@@ -13,7 +13,6 @@ from optx.delta._checkpoint_source import Files, Source
 
 _EMBEDDING = re.compile(r"(.*\.)?(embed_tokens|tok_embeddings|word_embeddings|wte|shared|embed_in)\.weight")
 _HEAD = re.compile(r"(.*\.)?(lm_head|embed_out|decoder|output|proj_out|output_projection)\.weight")
-_PIECE = 1 << 20
 
 
 def same_content(one: Source, name: str, other: Source, other_name: str) -> bool:
@@ -21,12 +20,8 @@ def same_content(one: Source, name: str, other: Source, other_name: str) -> bool
     mine, theirs = one.entries[name], other.entries[other_name]
     if mine.shape != theirs.shape:
         return False
-    for begin in range(0, mine.numel, _PIECE):
-        end = min(begin + _PIECE, mine.numel)
-        a, b = one.piece(name, begin, end), other.piece(other_name, begin, end).to("cpu")
-        if not bool((a.to("cpu") == b).all()):
-            return False
-    return True
+    pieces = zip(one.pieces(name), other.pieces(other_name), strict=True)
+    return all(bool((a.to("cpu") == b.to("cpu")).all()) for a, b in pieces)
 
 
 def stands_for(name: str, source: Source, like: Source) -> str | None:

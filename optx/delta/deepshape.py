@@ -162,10 +162,8 @@ def _ranks(
     """The first pass: all levels counted, the fit, and the new distribution."""
     counts, sums = np.zeros(2 * MOST + 1, np.int64), np.zeros((MOST + 1, 2, 4))
     for name in names:
-        numel = source.entries[name].numel
-        for at in range(0, numel, PIECE):
-            piece = source.piece(name, at, min(at + PIECE, numel)).to("cpu", torch.float64)
-            if not _loops().count(piece.numpy(), step, counts, sums):
+        for piece in source.pieces(name):
+            if not _loops().count(piece.to("cpu", torch.float64).numpy(), step, counts, sums):
                 raise OptxError(f"deepshape: {name!r} has inf or nan among its weights.")
     few = np.flatnonzero((counts[MOST + 1 :] > 0) & (counts[MOST + 1 :] <= min_count))
     if not len(few):

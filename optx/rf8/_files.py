@@ -16,7 +16,6 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from optx._buffers import PIECE
 from optx._errors import FileError, OptxError, ShapeError, near
 from optx._files import as_path
 from optx._rf8 import (
@@ -110,9 +109,7 @@ def _save_packed(
 
 
 def _exponent(source: Source, name: str) -> int:
-    numel, most = source.entries[name].numel, 0
-    for begin in range(0, numel, PIECE):
-        most = max(most, largest(source.piece(name, begin, min(begin + PIECE, numel)).contiguous()))
+    most = max((largest(piece.contiguous()) for piece in source.pieces(name)), default=0)
     return exponent_of(most, "rf8.save", repr(name))
 
 
