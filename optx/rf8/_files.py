@@ -27,9 +27,9 @@ from optx._rf8 import (
     pack_into,
     unpack_into,
 )
-from optx._safetensors import DTYPES, NAMES, Entry, Reader, brief, parsed, shards
+from optx._safetensors import DTYPES, NAMES, Entry, Reader, brief, parsed
 from optx.delta._checkpoint_output import plan_of, write_checkpoint
-from optx.delta._checkpoint_source import Checkpoint, Memory, Source, open_source
+from optx.delta._checkpoint_source import Checkpoint, Files, Memory, Source, open_source
 from optx.delta._name_filter import floating
 from optx.delta._refusals import check_not_quantised
 from optx.rf8._pack import tell_of_replaced
@@ -242,25 +242,21 @@ class _File:
     """
 
     def __init__(self, who: str, path: str | PathLike[str]) -> None:
-        place = as_path(who, "path", path)
-        self.entries: dict[str, Entry] = {}
+        self._files = Files(as_path(who, "path", path))
+        self.entries = self._files.entries
         self.tied: dict[str, str] = {}
-        self._where: dict[str, Reader] = {}
         self._table: Table = {}
-        for part in shards(place) if place.is_dir() else [place]:
-            reader = Reader(part)
+        for reader in self._files.readers:
             table, tied = _about(reader)
-            for name in (*reader.entries, *tied):
-                if name in self._where:
-                    raise FileError(f"{brief(name)} is in two files of {str(place)!r}.")
-                self._where[name] = reader
-            self.entries.update(reader.entries)
+            for name in tied:
+                if name in self.entries or name in self.tied:
+                    raise FileError(f"{brief(name)} is in two files of {str(self._files.path)!r}.")
             self._table.update(table)
             self.tied.update(tied)
 
     def read(self, name: str) -> Packed | Tensor:
         """One tensor."""
-        tensor = self._where[name].read(name)
+        tensor = self._files.read(name)
         return Packed(tensor, *self._table[name]) if name in self._table else tensor
 
 
