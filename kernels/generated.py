@@ -70,6 +70,24 @@ def load_module(kind: str, text: str) -> ModuleType:
         return module
 
 
+def load_loops(kind: str, package: str, file: str, imported: str, **dtypes: str) -> ModuleType:
+    """Run a copy of a package's file of loops, compiled, from the disk cache where it was compiled before.
+
+    Args:
+        kind: as for `load_module`.
+        package: that has the file.
+        file: its name. It is not to be imported itself: what is compiled is kept by the text.
+        imported: the texts of what it imports, or their digests, on which that has to depend too.
+        dtypes: values of its constants, each of which is ``"float32"`` there.
+    """
+    text = source(package, file)
+    for name, dtype in dtypes.items():
+        default = f'{name} = "float32"\n'
+        assert text.count(default) == 1
+        text = text.replace(default, f'{name} = "{dtype}"\n')
+    return load_module(kind, f"{text}# imports {hashlib.sha256(imported.encode()).hexdigest()}\n")
+
+
 _warned: set[str] = set()
 
 

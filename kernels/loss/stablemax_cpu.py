@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import inspect
 import struct
 from enum import IntEnum
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from optx.kernels import cpu
-from optx.kernels.generated import load_module, source
+from optx.kernels.generated import load_loops
 from optx.kernels.loss import stablemax_rows as torch_rows
 from optx.kernels.loss.stablemax_rows import Options, RowSums, math_dtype
 
@@ -109,11 +108,5 @@ def _bits(x: float) -> int:
 @functools.cache
 def _compiled(dtype: str) -> ModuleType:
     """The loops for one dtype, compiled, from the disk cache where they were compiled before."""
-    default = 'DTYPE = "float32"\n'
-    text = source("optx.kernels.loss", "stablemax_loops.py")
-    assert text.count(default) == 1
-    text = text.replace(default, f'DTYPE = "{dtype}"\n')
-    # The cache is kept by the text, so what it imports has to be part of that.
     imported = cpu.digest() + inspect.getsource(torch_rows.terms)
-    digest = hashlib.sha256(imported.encode()).hexdigest()
-    return load_module("stablemax", f"{text}# imports {digest}\n")
+    return load_loops("stablemax", "optx.kernels.loss", "stablemax_loops.py", imported, DTYPE=dtype)

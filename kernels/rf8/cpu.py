@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 from collections.abc import Mapping
 from enum import IntEnum
 from types import ModuleType
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from optx.kernels import cpu
 from optx.kernels.cpu import I8, I32, _at, _tag, _typed
-from optx.kernels.generated import load_module, source
+from optx.kernels.generated import load_loops, source
 from optx.kernels.rf8.layout import BIAS, GROWTH, LEVELS, TO_NEXT
 from optx.kernels.rf8.vectors import whole_number
 
@@ -97,7 +96,7 @@ def quantise(values: Tensor, rounded: Tensor) -> None:
 
 
 def _run(name: str, values: Tensor, more: Mapping[Codes, int | Tensor]) -> None:
-    module = compiled("codes", str(values.dtype).removeprefix("torch."))
+    module = _compiled("codes", DTYPE=str(values.dtype).removeprefix("torch."))
     places: dict[Any, int | Tensor] = {Codes.NUMEL: values.numel(), Codes.VALUES: values, **more}
     _call(module, name, Codes, places, values.numel() > 4 * CHUNK)
 
@@ -116,7 +115,7 @@ def multiply(codes: Tensor, x: Tensor, y: Tensor, e_max: int) -> None:
         **{Product.ROWS: rows, Product.STEP: max(1, CHUNK // max(1, columns)), Product.COLUMNS: columns},
         **{Product.BATCH: len(x), Product.CODES: codes, Product.X: x, Product.Y: y, Product.E_MAX: e_max},
     }
-    _call(compiled("product"), "multiply", Product, places, codes.numel() * len(x) > 4 * CHUNK)
+    _call(_compiled("product"), "multiply", Product, places, codes.numel() * len(x) > 4 * CHUNK)
 
 
 def _call(
@@ -129,17 +128,11 @@ def _call(
 
 
 @functools.cache
-def compiled(name: str, dtype: str = "float32") -> ModuleType:
-    """The loops of one file for one dtype, compiled, from the disk cache where they were before."""
-    default = 'DTYPE = "float32"\n'
-    text = source(_PACKAGE, f"{name}_loops.py")
-    if dtype != "float32":
-        assert text.count(default) == 1
-        text = text.replace(default, f'DTYPE = "{dtype}"\n')
-    # The compiler's cache is kept by the text, so what it imports has to be part of that.
+def _compiled(name: str, **dtypes: str) -> ModuleType:
+    """The loops of one file, compiled, from the disk cache where they were before."""
     files = ("cpu.py", "layout.py", "vectors.py")
     imported = cpu.digest() + "".join(source(_PACKAGE, file) for file in files)
-    return load_module(f"rf8_{name}", f"{text}# imports {hashlib.sha256(imported.encode()).hexdigest()}\n")
+    return load_loops(f"rf8_{name}", _PACKAGE, f"{name}_loops.py", imported, **dtypes)
 
 
 # ---- what the loops need --------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import struct
 from enum import IntEnum
 from types import ModuleType
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from optx.kernels import cpu
-from optx.kernels.generated import load_module, source
+from optx.kernels.generated import load_loops, source
 from optx.kernels.shared.mapping import Place
 
 CHUNK = 1 << 15  # weights that a thread gathers at a time
@@ -105,12 +104,6 @@ def _name(dtype: torch.dtype) -> str:
 @functools.cache
 def _compiled(mapping: str, short: str, long: str) -> ModuleType:
     """The loops for a mapping and two dtypes, compiled, from the disk cache where they were before."""
-    text = source(_PACKAGE, f"{mapping}_loops.py")
-    for name, dtype in (("SHORT", short), ("LONG", long)):
-        default = f'{name} = "float32"\n'
-        assert text.count(default) == 1
-        text = text.replace(default, f'{name} = "{dtype}"\n')
-    # The compiler's cache is kept by the text, so what it imports has to be part of that.
-    imports = (source(_PACKAGE, file) for file in ("cpu.py", "lanes.py"))
-    imported = hashlib.sha256((cpu.digest() + "".join(imports)).encode()).hexdigest()
-    return load_module(f"shared_{mapping}", f"{text}# imports {imported}\n")
+    imported = cpu.digest() + "".join(source(_PACKAGE, file) for file in ("cpu.py", "lanes.py"))
+    file = f"{mapping}_loops.py"
+    return load_loops(f"shared_{mapping}", _PACKAGE, file, imported, SHORT=short, LONG=long)
