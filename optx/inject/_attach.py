@@ -16,7 +16,7 @@ from optx._module_paths import paths_of
 from optx.inject import _folder, _rest
 from optx.inject._handle import Handle
 from optx.inject._injection import Composite, Injection, Targets
-from optx.inject._install import check_model, install
+from optx.inject._install import check_model, install, uninstall
 from optx.inject._low_rank_start import read_from_file
 from optx.inject._narrow import Layers
 from optx.inject._parameters import Exactly
@@ -180,7 +180,11 @@ def _handle_of(
 ) -> Handle:
     """A plain handle, or one of the injection's own, which can do more."""
     make = injection.handle if isinstance(injection, WithHandle) else Handle
-    return make(model, injection, served, saved)
+    try:
+        return make(model, injection, served, saved)
+    except BaseException:
+        uninstall(served, saved, restore=True)
+        raise
 
 
 def attach_saved(

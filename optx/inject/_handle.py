@@ -13,7 +13,7 @@ from optx._errors import MergeError, OptxError
 from optx._names import placed_like, whole
 from optx.inject import _folder, _followed, _merge, _offload
 from optx.inject._injection import Injection
-from optx.inject._install import detach
+from optx.inject._install import uninstall
 from optx.inject._metrics import collect
 from optx.inject._param_groups import param_groups
 from optx.inject._part import Part, attached
@@ -21,7 +21,7 @@ from optx.inject._quantised import Rounding, numbers, warn_of_rounding
 from optx.inject._report import Report, Row
 from optx.inject._served import Served
 from optx.inject._stored import check_tensors
-from optx.inject._trained_whole import Saved, act, end, rest
+from optx.inject._trained_whole import Saved, act, rest
 from optx.inject._watch import Watch, check_there, gone
 from optx.step.following import Followed, Joining
 from optx.step.transform import Transform
@@ -60,6 +60,7 @@ class Handle(Followed):
         self._removed = False
         self._lost: dict[str, Rounding] | None = None  # by a merge for good
         self._watch = Watch(model, self.served)
+        self.served[0].hooks.append(self._watch)  # they go with the parts
 
     # ---- life ---------------------------------------------------------------------------------------
 
@@ -84,11 +85,7 @@ class Handle(Followed):
         self._take_off(restore=True)
 
     def _take_off(self, *, restore: bool) -> None:
-        for one in reversed(self.served):
-            detach(one)
-        self._watch.remove()
-        for kept in self.saved:
-            end(kept, restore=restore)
+        uninstall(self.served, self.saved, restore=restore)
         self._removed = True
         for notify in self._on_removal:
             notify(self)

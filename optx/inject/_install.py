@@ -20,7 +20,7 @@ from optx.inject._served import Served
 from optx.inject._sharding import check_sites, check_whole
 from optx.inject._targets import ALL_LINEAR, check_servable, resolve
 from optx.inject._task_heads import heads_of
-from optx.inject._trained_whole import Saved, Values, begin
+from optx.inject._trained_whole import Saved, Values, begin, end
 from optx.inject._uncalled import watch
 from optx.inject._unfollowed import Unfollowed
 from optx.inject.bitfit import warn_of_biases
@@ -272,6 +272,20 @@ def _put(model: nn.Module, served: Sequence[Served]) -> None:
         for one in reversed(done):
             detach(one)
         raise
+
+
+def uninstall(served: Sequence[Served], saved: Sequence[Saved], *, restore: bool) -> None:
+    """Take off what `install` gave.
+
+    Args:
+        served: modules that have parts.
+        saved: modules that were trained whole.
+        restore: whether these get their values of before back.
+    """
+    for one in reversed(served):
+        detach(one)
+    for kept in saved:
+        end(kept, restore=restore)
 
 
 def detach(one: Served) -> None:

@@ -182,7 +182,7 @@ class LossHandle(Handle):
         self.collected = next(one.part.collected for one in served if isinstance(one.part, LossPart))
         self._taken, self._written = 0, list[int]()
         self.last_loss: Tensor | None = None
-        self._boundaries = [
+        self.served[0].hooks += [
             model.register_forward_pre_hook(self.collected.begin),
             model.register_forward_hook(self.collected.end),
         ]
@@ -190,8 +190,6 @@ class LossHandle(Handle):
     def _take_off(self, *, restore: bool) -> None:
         super()._take_off(restore=restore)
         self.collected.take()
-        for hook in self._boundaries:
-            hook.remove()
 
     @property
     def frozen(self) -> bool:

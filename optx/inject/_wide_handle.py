@@ -145,7 +145,7 @@ class WideHandle(LossHandle):
         for one, part in self._depths():
             part.exchange(one.module, share=True)
             part.mixture.train(one.module.training)
-        self._loading = model.register_load_state_dict_pre_hook(self._complete)
+        self.served[0].hooks.append(model.register_load_state_dict_pre_hook(self._complete))
 
     def _depths(self) -> list[tuple[Served, Depth]]:
         return [(one, one.part) for one in self.served if isinstance(one.part, Depth)]
@@ -291,7 +291,6 @@ class WideHandle(LossHandle):
                 if next(own.parameters()).device != where:  # the model was moved since
                     own.to(where)
         super()._take_off(restore=restore)
-        self._loading.remove()
 
     def disable(self) -> Any:
         """Let each block compute with its own modules, until `enable` or the end of a ``with``."""

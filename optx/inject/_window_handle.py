@@ -33,7 +33,7 @@ class WindowHandle(LossHandle):
     ) -> None:
         super().__init__(model, injection, served, saved)
         self._image: Sequence[int] = ()
-        self._boundaries.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self.served[0].hooks.append(model.register_forward_pre_hook(self._begin, with_kwargs=True))
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A forward begins: no policy of the last one is followed, even where a first block is left out."""

@@ -20,7 +20,6 @@ from optx.inject._averaged_experts import AveragedExperts, Reminder
 from optx.inject._expert_copies import check_copyable, check_untied, copies, draw_anew
 from optx.inject._expert_handle import ExpertAveraging, ExpertHandle
 from optx.inject._injection import Injection, Site
-from optx.inject._install import detach
 from optx.inject._part import Part
 from optx.inject._served import Served
 from optx.inject._token_split import Partition
@@ -245,12 +244,7 @@ class EWA(Injection):
         self, model: nn.Module, injection: Any, served: Sequence[Served], saved: Sequence[Saved]
     ) -> ExpertHandle:
         """What `optx.attach` returns."""
-        try:
-            return ExpertHandle(model, injection, served, saved)
-        except BaseException:
-            for one in reversed(served):
-                detach(one)
-            raise
+        return ExpertHandle(model, injection, served, saved)
 
 
 def _ffn_of(site: Site) -> str:

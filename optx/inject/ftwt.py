@@ -18,7 +18,6 @@ from optx.inject._filter_pruning import FilterPruning
 from optx.inject._ftwt_parts import Ends, Predictor, Wholes
 from optx.inject._ftwt_targets import mass_target, uniform_target
 from optx.inject._injection import Injection, Site
-from optx.inject._install import detach
 from optx.inject._own_loss import Collected
 from optx.inject._part import Part
 from optx.inject._served import Served
@@ -185,10 +184,5 @@ class FTWT(Injection):
         self, model: nn.Module, injection: Any, served: Sequence[Served], saved: Sequence[Saved]
     ) -> FilterPruning:
         """What `optx.attach` returns."""
-        try:
-            chains: dict[str, Chain] = chains_of(model, self.shape)
-            return FilterPruning(model, injection, served, saved, chains)
-        except BaseException:
-            for one in reversed(served):
-                detach(one)
-            raise
+        chains: dict[str, Chain] = chains_of(model, self.shape)
+        return FilterPruning(model, injection, served, saved, chains)

@@ -17,7 +17,6 @@ from optx._errors import OptxError, TargetError, warn
 from optx._rf8 import Packed, pack_tensor
 from optx.inject._handle import Handle
 from optx.inject._injection import Injection
-from optx.inject._install import detach
 from optx.inject._part import RESERVED, Part, Weights, attached, hidden_of
 from optx.inject._rf8_product import product
 from optx.inject._served import Served
@@ -216,12 +215,7 @@ class RF8Linear(Injection):
     ) -> Handle:
         """What `optx.attach` returns."""
         if self.release:
-            try:
-                check_alone(model, served)
-            except BaseException:
-                for one in reversed(served):
-                    detach(one)
-                raise
+            check_alone(model, served)
             for one in served:
                 if isinstance(one.part, ReleasedLinear):
                     one.hooks.append(one.part.release(one.module))

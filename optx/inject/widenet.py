@@ -18,7 +18,6 @@ from optx._errors import OptxError, TargetError, check_choice, check_range, chec
 from optx.inject._anatomy import stacks_of
 from optx.inject._expert_copies import check_copyable, copies, draw_anew
 from optx.inject._injection import Injection, Site
-from optx.inject._install import detach
 from optx.inject._mixture import Mixture, Routing
 from optx.inject._own_loss import Collected
 from optx.inject._part import Part
@@ -269,12 +268,7 @@ class WideNet(Injection):
         self, model: nn.Module, injection: Any, served: Sequence[Served], saved: Sequence[Saved]
     ) -> WideHandle:
         """What `optx.attach` returns."""
-        try:
-            return WideHandle(model, injection, served, saved)
-        except BaseException:
-            for one in reversed(served):
-                detach(one)
-            raise
+        return WideHandle(model, injection, served, saved)
 
 
 def _shake(expert: nn.Module, share: float) -> None:

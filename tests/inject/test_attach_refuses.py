@@ -105,6 +105,25 @@ def test_a_list_for_a_member_and_beside_it() -> None:
         optx.attach(pair, IA3(feedforward=("v_proj", "q_porj")), ["q_proj", "v_proj"])
 
 
+# ---- handles that can't be made --------------------------------------------------------------------------
+
+
+class Failing(LoRA):
+    """What its handle finds is found late: modules are served and trained whole by then."""
+
+    def handle(self, *what: Any) -> optx.Handle:
+        optx.Handle(*what)
+        raise OptxError("no handle")
+
+
+def test_what_a_handle_refuses_leaves_the_model_as_it_was() -> None:
+    model = blocks()
+    before = snapshot(model)
+    with pytest.raises(OptxError, match="no handle"):
+        optx.attach(model, Failing(rank=2), ["q_proj"], modules_to_save=["1.norm"])
+    assert_same(model, before)
+
+
 # ---- sharded already -------------------------------------------------------------------------------------
 
 Wrap = Callable[[nn.Sequential], nn.Module]
