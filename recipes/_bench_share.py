@@ -96,7 +96,7 @@ def moves(compression: float, rounds: int) -> dict[str, float]:
     calls = [
         values.clone,
         lambda: cpu.gather(psi, place, torch.float32),
-        lambda: cpu.scatter(values, place, psi),
+        lambda: cpu.scatter(values, place, torch.float32),
     ]
     copy, gather, sums = turns(calls, rounds, 0.01)  # type: ignore[arg-type]
     return {"gather": gather / copy, "sums": sums / copy}

@@ -60,16 +60,16 @@ def gather(psi: Tensor, place: Place, dtype: torch.dtype) -> Tensor:
     return made
 
 
-def scatter(values: Tensor, place: Place, like: Tensor, signed: bool = True) -> Tensor:
-    """Per slot the sum of scale * sign * value, in ``like``'s dtype.
+def scatter(values: Tensor, place: Place, dtype: torch.dtype, signed: bool = True) -> Tensor:
+    """Per slot the sum of scale * sign * value, (m,).
 
     Args:
         values: (numel,), contiguous, any float dtype, on the CPU.
         place: the module's.
-        like: an array of so many slots; float32 or float64.
+        dtype: of the sums; float32 or float64.
         signed: False leaves signs out.
     """
-    made = torch.empty_like(like)
+    made = torch.empty(place.slots, dtype=dtype)
     _run("scatter", made, values, place, signed)
     return made
 

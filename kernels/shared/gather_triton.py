@@ -199,19 +199,19 @@ def gather(psi: Tensor, place: Place, dtype: torch.dtype) -> Tensor:
     return made
 
 
-def scatter(values: Tensor, place: Place, like: Tensor, signed: bool = True) -> Tensor:
-    """Per slot the sum of scale * sign * value, in ``like``'s dtype.
+def scatter(values: Tensor, place: Place, dtype: torch.dtype, signed: bool = True) -> Tensor:
+    """Per slot the sum of scale * sign * value, (m,).
 
     Args:
         values: (numel,), contiguous, any float dtype.
         place: the module's.
-        like: an array of so many slots; float32 or float64.
+        dtype: of the sums; float32 or float64.
         signed: False leaves signs out.
     """
     numbers, held = _numbers(place, values.device), shown(values)
     with torch.cuda.device_of(values):
         if place.mapping == "fold":
-            made = torch.empty_like(like)
+            made = torch.empty(place.slots, dtype=dtype, device=values.device)
             fold_sums_kernel[(triton.cdiv(place.slots, BLOCK),)](
                 made, held, *numbers, signed, BLOCK, num_warps=WARPS, **LAUNCH
             )
@@ -227,7 +227,7 @@ def scatter(values: Tensor, place: Place, like: Tensor, signed: bool = True) -> 
             num_warps=WARPS,
             **LAUNCH,
         )
-    return torch.where(largest.isfinite(), whole.double() / unit, largest * math.nan).to(like.dtype)
+    return torch.where(largest.isfinite(), whole.double() / unit, largest * math.nan).to(dtype)
 
 
 @functools.lru_cache(4096)

@@ -126,9 +126,10 @@ def gather(psi: Tensor, place: Place, dtype: torch.dtype) -> Tensor:
     return (found * place.scale).to(dtype)
 
 
-def scatter(values: Tensor, place: Place, like: Tensor, signed: bool = True) -> Tensor:
-    """Per slot the sum of scale * sign * value, (m,), in ``like``'s dtype."""
-    terms = values.to(like.dtype) * place.scale
+def scatter(values: Tensor, place: Place, dtype: torch.dtype, signed: bool = True) -> Tensor:
+    """Per slot the sum of scale * sign * value, (m,), in a dtype."""
+    terms = values.to(dtype) * place.scale
     if signed:
-        terms = terms * signs(place, values.device).to(like.dtype)
-    return torch.zeros_like(like).index_add_(0, slots(place, values.device), terms)
+        terms = terms * signs(place, values.device).to(dtype)
+    made = torch.zeros(place.slots, dtype=dtype, device=values.device)
+    return made.index_add_(0, slots(place, values.device), terms)

@@ -115,9 +115,8 @@ def summed(values: Tensor, place: Place, dtype: torch.dtype, signed: bool = True
         signed: False leaves signs out.
     """
     kernels = _kernels(values.device.type)
-    like = torch.empty(place.slots, dtype=dtype, device=values.device)
     flat = values.contiguous().view(-1)
-    return (mapping if kernels is None else kernels).scatter(flat, place, like, signed)
+    return (mapping if kernels is None else kernels).scatter(flat, place, dtype, signed)
 
 
 def _in_torch(psi: Tensor) -> bool:
