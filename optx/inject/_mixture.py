@@ -178,11 +178,8 @@ class Mixture(nn.Module):
 
     def _chances(self, tokens: Tensor) -> Tensor:
         with torch.autocast(tokens.device.type, enabled=False):
-            weight = self.router.weight
-            scores = F.linear(
-                tokens.to(torch.promote_types(tokens.dtype, torch.float32)),
-                weight.float().to(torch.promote_types(tokens.dtype, torch.float32)),
-            )
+            wide = torch.promote_types(tokens.dtype, torch.float32)
+            scores = F.linear(tokens.to(wide), self.router.weight.to(wide))
             if self.training and self.routing.noise:
                 scores = scores + self.routing.noise * torch.randn_like(scores)
             return scores.softmax(-1)

@@ -11,6 +11,7 @@ from ffn_models import FFN, Vit, patches, vit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.func import functional_call
 
 import optx
 from optx.inject._mixture import Mixture, Routing, evenness
@@ -137,6 +138,8 @@ def test_gradients_of_the_mixture() -> None:
     x = torch.randn(7, 6, dtype=torch.double, requires_grad=True)
     assert torch.autograd.gradcheck(moe, x)
     assert torch.autograd.gradgradcheck(moe, x)
+    rows, weight = x.detach(), moe.router.weight
+    assert torch.autograd.gradcheck(lambda w: functional_call(moe, {"router.weight": w}, rows), weight)
 
 
 # ---- balance (5, 6) --------------------------------------------------------------------------------------
