@@ -48,57 +48,54 @@ class Depth(LossPart):
         alike: Sequence[Mapping[str, nn.Module]],
     ) -> None:
         super().__init__(path, collected)
-        # Not as submodules: they are the block's.
-        self.__dict__.update(shared=dict(shared), originals=dict(originals), alike=list(alike))
+        # In dicts they are no submodules: they are the block's.
+        self.shared, self.originals, self.alike = dict(shared), dict(originals), list(alike)
         self.values, self.first = values, first
 
     @property
     def mixture(self) -> Mixture:
         """The experts and their router."""
-        return next(one for one in self.__dict__["shared"].values() if isinstance(one, Mixture))
+        return next(one for one in self.shared.values() if isinstance(one, Mixture))
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
         """Let the shared modules be this block's."""
-        shared: dict[str, nn.Module] = self.__dict__["shared"]
         self.mixture.depth = self.path
         for path, values in self.values.items():
             for inner, names in values.items():
-                vars(shared[path].get_submodule(inner)).update(names)
+                vars(self.shared[path].get_submodule(inner)).update(names)
         return None
 
     def retired(self, module: nn.Module) -> Sequence[nn.Parameter]:
         """The block's own modules', which wait."""
-        return [p for one in self.__dict__["originals"].values() for p in one.parameters()]
+        return [p for one in self.originals.values() for p in one.parameters()]
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """The shared modules', of the first block's part alone; as its own, which FSDP2 asks for, none."""
         if self.first and recurse:
-            for path, module in self.__dict__["shared"].items():
+            for path, module in self.shared.items():
                 yield from module.named_parameters(f"{prefix}.{path}".removeprefix("."))
 
     def tensors(self) -> dict[str, Tensor]:
         """The same, with buffers that are saved."""
         if not self.first:
             return {}
-        shared: dict[str, nn.Module] = self.__dict__["shared"]
         return {
             f"{path}.{name}": t
-            for path, module in shared.items()
+            for path, module in self.shared.items()
             for name, t in module.state_dict(keep_vars=True).items()
         }
 
     def settings_of(self, name: str) -> Sequence[Tensor]:
         """The same parameter of all blocks' own modules; an expert's is its FFN's."""
-        shared: dict[str, nn.Module] = self.__dict__["shared"]
-        path = next(one for one in shared if name.startswith(f"{one}."))
+        path = next(one for one in self.shared if name.startswith(f"{one}."))
         inner = name.removeprefix(f"{path}.")
-        if isinstance(shared[path], Mixture):
+        if isinstance(self.shared[path], Mixture):
             if not inner.startswith("experts."):
                 return ()
             inner = inner.split(".", 2)[2]
-        return [one[path].get_parameter(inner) for one in self.__dict__["alike"]]
+        return [one[path].get_parameter(inner) for one in self.alike]
 
     def suffixes(self) -> dict[str, str]:
         """As in the model."""
@@ -106,7 +103,7 @@ class Depth(LossPart):
 
     def exchange(self, module: nn.Module, *, share: bool) -> None:
         """Put the shared modules into the block, or its own."""
-        for path, one in self.__dict__["shared" if share else "originals"].items():
+        for path, one in (self.shared if share else self.originals).items():
             put(module, path, one)
 
     def note(self) -> str:
@@ -114,7 +111,7 @@ class Depth(LossPart):
         if not self.first:
             return "shares them"
         count, k = len(self.mixture.experts), self.mixture.routing.top_k
-        return f"{', '.join(self.__dict__['shared'])} for all: {count} experts, top {k}"
+        return f"{', '.join(self.shared)} for all: {count} experts, top {k}"
 
 
 class WideHandle(LossHandle):
@@ -215,7 +212,7 @@ class WideHandle(LossHandle):
             OptxError: it is of the model as it was, or has other values for two blocks.
         """
         first, part = self._depths()[0]
-        for path, module in part.__dict__["shared"].items():
+        for path, module in part.shared.items():
             for name in module.state_dict():
                 keys = [f"{prefix}{one.path}.{path}.{name}" for one, _ in self._depths()]
                 given = [state[key] for key in keys if key in state]
@@ -227,9 +224,7 @@ class WideHandle(LossHandle):
                     )
                 state.update({key: given[0] for key in keys if given and key not in state})
         ffn, own = next(
-            (path, one)
-            for path, one in part.__dict__["originals"].items()
-            if isinstance(part.__dict__["shared"][path], Mixture)
+            (path, one) for path, one in part.originals.items() if isinstance(part.shared[path], Mixture)
         )
         plain = next((key for key in own.state_dict() if f"{prefix}{first.path}.{ffn}.{key}" in state), None)
         if plain is not None:
@@ -265,8 +260,8 @@ class WideHandle(LossHandle):
         if not lossy:
             self.merge()
         for one, part in self._depths():
-            for path, module in part.__dict__["shared"].items():
-                own = part.__dict__["originals"][path]
+            for path, module in part.shared.items():
+                own = part.originals[path]
                 source = (
                     _mean_expert(module) if isinstance(module, Mixture) else dict(module.named_parameters())
                 )
@@ -286,7 +281,7 @@ class WideHandle(LossHandle):
         for one, part in self._depths():
             part.exchange(one.module, share=False)
             where = self.mixture.router.weight.device
-            for own in part.__dict__["originals"].values():
+            for own in part.originals.values():
                 own.train(one.module.training)
                 if next(own.parameters()).device != where:  # the model was moved since
                     own.to(where)
