@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optx._errors import OptxError, ShapeError, check_whole
+from optx._errors import OptxError, check_whole
+from optx.analysis._class_numbers import check_classes, check_samples
 
 
 def calibration_error(probs: Tensor, target: Tensor, bins: int = 15, *, ignore_index: int = -100) -> float:
@@ -52,12 +53,13 @@ def calibration_error(probs: Tensor, target: Tensor, bins: int = 15, *, ignore_i
         0.4
     """
     bins = check_whole("calibration_error", "bins", bins, 1)
-    _check(probs, target)
+    check_samples("calibration_error", "probs", probs, target)
     counts = target != ignore_index
     with torch.no_grad(), torch.autocast(probs.device.type, enabled=False):
         confidence, guess = probs.detach().double().max(1)
         confidence, guess, label = confidence[counts], guess[counts], target[counts]
-        _check_values(probs, confidence, label)
+        _check_values(probs)
+        check_classes("calibration_error", label, probs.shape[1], ignore_index)
         if not len(label):
             return float("nan")
         place = (confidence.clamp(0, 1) * bins).ceil().long().sub_(1).clamp_(0, bins - 1)
@@ -66,26 +68,7 @@ def calibration_error(probs: Tensor, target: Tensor, bins: int = 15, *, ignore_i
         return float(sums.abs().sum() / len(label))
 
 
-def _check(probs: Tensor, target: Tensor) -> None:
-    if not probs.is_floating_point() or probs.ndim < 2 or probs.shape[1] == 0:
-        raise OptxError(
-            f"calibration_error: probs have shape {tuple(probs.shape)} and dtype {probs.dtype}; they must be "
-            "floating, of shape (N, C) or (N, C, d1, ...), with at least one class."
-        )
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise OptxError(
-            f"calibration_error: target has dtype {target.dtype}; it must hold class numbers, of an integer "
-            "dtype."
-        )
-    wanted = probs.shape[:1] + probs.shape[2:]
-    if target.shape != wanted:
-        raise ShapeError(
-            f"calibration_error: target has shape {tuple(target.shape)}; for probs of shape "
-            f"{tuple(probs.shape)} it must be {tuple(wanted)}."
-        )
-
-
-def _check_values(probs: Tensor, confidence: Tensor, label: Tensor) -> None:
+def _check_values(probs: Tensor) -> None:
     sums = probs.detach().double().sum(1)
     # Half precision rounds each of the classes' numbers.
     slack = max(1e-3, 2 * float(torch.finfo(probs.dtype).eps))
@@ -93,9 +76,4 @@ def _check_values(probs: Tensor, confidence: Tensor, label: Tensor) -> None:
         raise OptxError(
             "calibration_error: probs must be probabilities that sum to 1 over dimension 1. Pass "
             "logits.softmax(1), not logits."
-        )
-    if len(label) and bool(((label < 0) | (label >= probs.shape[1])).any()):
-        raise IndexError(
-            f"calibration_error: target has class numbers from {int(label.min())} to {int(label.max())}; "
-            f"with {probs.shape[1]} classes they must be in 0..{probs.shape[1] - 1}, or ignore_index."
         )

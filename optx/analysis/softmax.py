@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optx._errors import OptxError, ShapeError
+from optx.analysis._class_numbers import check_classes, check_samples
 
 
 def softmax_collapse(logits: Tensor, target: Tensor, ignore_index: int = -100) -> float:
@@ -51,16 +51,10 @@ def softmax_collapse(logits: Tensor, target: Tensor, ignore_index: int = -100) -
         >>> optx.analysis.softmax_collapse(logits, torch.tensor([0, 0]))
         0.5
     """
-    class_dim = 0 if logits.ndim == 1 else 1
-    _check_samples(logits, target, class_dim)
+    class_dim = check_samples("softmax_collapse", "logits", logits, target, one=True)
     counts = target != ignore_index
+    check_classes("softmax_collapse", target[counts], logits.shape[class_dim], ignore_index)
     label = torch.where(counts, target, 0).to(torch.int64)
-    if bool(((label < 0) | (label >= logits.shape[class_dim])).any()):
-        raise IndexError(
-            f"softmax_collapse: target has class numbers from {int(label.min())} to {int(label.max())}; with "
-            f"{logits.shape[class_dim]} classes they must be in 0..{logits.shape[class_dim] - 1}, or "
-            f"ignore_index={ignore_index}."
-        )
     with torch.no_grad():
         # out of autocast: it would compute exp and sum in float32
         with torch.autocast(logits.device.type, enabled=False):
@@ -69,22 +63,3 @@ def softmax_collapse(logits: Tensor, target: Tensor, ignore_index: int = -100) -
             own = terms.gather(class_dim, label.unsqueeze(class_dim)).squeeze(class_dim)
             collapsed = (terms.sum(class_dim) == own) & counts
         return float(collapsed.sum() / counts.sum())
-
-
-def _check_samples(logits: Tensor, target: Tensor, class_dim: int) -> None:
-    if not logits.is_floating_point() or logits.ndim == 0 or logits.shape[class_dim] == 0:
-        raise OptxError(
-            f"softmax_collapse: logits have shape {tuple(logits.shape)} and dtype {logits.dtype}; they must "
-            "be floating, of shape (C,), (N, C) or (N, C, d1, ...), with at least one class."
-        )
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise OptxError(
-            f"softmax_collapse: target has dtype {target.dtype}; it must hold class numbers, of an integer "
-            "dtype."
-        )
-    wanted = logits.shape[:class_dim] + logits.shape[class_dim + 1 :]
-    if target.shape != wanted:
-        raise ShapeError(
-            f"softmax_collapse: target has shape {tuple(target.shape)}; for logits of shape "
-            f"{tuple(logits.shape)} it must be {tuple(wanted)}."
-        )

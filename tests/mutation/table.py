@@ -14,6 +14,7 @@ _STEP = "moments user_rules perpgrad adamr skip_nonfinite fused_cpu wrap_bases r
 
 # Module -> its test files, without their folder, test_ and .py, the likeliest to notice a fault first.
 TABLE = {
+    "optx/analysis/_class_numbers.py": "analysis calibration",
     "optx/analysis/calibration.py": "calibration",
     "optx/analysis/gradients.py": "analysis iaa",
     "optx/analysis/rate.py": "rate",
