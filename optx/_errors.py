@@ -69,6 +69,16 @@ def check_range(owner: str, argument: str, value: Any, low: float, high: float =
         raise OptxError(f"{owner}: {argument} is {shown(value)}; it must be {wanted}.")
 
 
+def check_above_0(owner: str, argument: str, value: Any) -> float:
+    """The finite number above 0 that a value is, as Python, NumPy or a tensor has it; raise unless it is."""
+    number = isinstance(value, int | float) or hasattr(value, "item")
+    if isinstance(value, bool) or not (
+        number and _is_one(value) and _holds(lambda: 0 < value < float("inf"))
+    ):
+        raise OptxError(f"{owner}: {argument} is {shown(value)}; it must be a finite number above 0.")
+    return float(value)
+
+
 def as_whole(value: Any) -> int | None:
     """A whole number as Python, NumPy or a tensor has it; None if it is none, a bool, or a row of one."""
     truth = isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))

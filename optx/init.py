@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from optx._errors import OptxError, TargetError, check_choice
+from optx._errors import OptxError, TargetError, check_above_0, check_choice
 from optx._generalised_gaussian import unit_scale
 from optx._names import is_dtensor
 from optx.inject._computes import derived
@@ -86,10 +86,7 @@ def gg_(
     """
     check_choice("gg_", "fan", fan, ("in", "out"))
     check_choice("gg_", "others", others, ("keep", "reset"))
-    for argument, value in (("shape", shape), ("xi", xi)):
-        number = isinstance(value, int | float) and not isinstance(value, bool)  # pyright: ignore
-        if not number or not 0 < value < math.inf:
-            raise OptxError(f"gg_: {argument} is {value!r}; it must be a finite number above 0.")
+    shape, xi = check_above_0("gg_", "shape", shape), check_above_0("gg_", "xi", xi)
     if shape < _LEAST:
         raise OptxError(f"gg_: shape is {shape!r}; it must be at least {_LEAST}, or draws overflow.")
     drawn = dict(_weights(model, modules))
@@ -131,8 +128,7 @@ def _check_used(model: nn.Module | Tensor, drawn: dict[str, Tensor]) -> None:
     for path, module in cast("Iterator[tuple[str, nn.Module]]", model.named_modules()):
         name = f"{path}.weight" if path else "weight"
         by = derived(module) if isinstance(getattr(module, "weight", None), Tensor) else ""
-        mine = any(one == name or one.startswith(f"{name[:-6]}parametrizations.weight.") for one in drawn)
-        if by and mine:
+        if by and any(one == name or one.startswith(f"{name[:-6]}parametrizations.weight.") for one in drawn):
             raise TargetError(
                 f"gg_: {name!r} is made by {by} at each call, so that what is drawn would be gone. Draw "
                 "first."
@@ -153,12 +149,9 @@ def _others(model: nn.Module | Tensor, drawn: dict[str, Tensor]) -> list[tuple[s
         return []
     known = set(drawn.values())
     named = [(name, p) for name, p in model.named_parameters() if p not in known]
-    kinds = (("weight", 1.0), ("bias", 0.0))
-    return [(name, p, next(v for k, v in kinds if k in name)) for name, p in named if _any(name)]
-
-
-def _any(name: str) -> bool:
-    return "weight" in name or "bias" in name
+    return [
+        (name, p, 1.0 if "weight" in name else 0.0) for name, p in named if "weight" in name or "bias" in name
+    ]
 
 
 def _check(name: str, w: Tensor, matrix: bool) -> None:

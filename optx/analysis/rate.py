@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from optx._errors import OptxError, check_choice
+from optx._errors import OptxError, check_above_0, check_choice
 from optx.delta import _golomb as golomb
 from optx.delta._checkpoint_source import Checkpoint, open_source
 from optx.inject._followed import replaced
@@ -60,10 +60,7 @@ def rate(model: Checkpoint, step: float = 2**-13, coder: Coder = "exp-golomb") -
         2.5
     """
     check_choice("rate", "coder", coder, ("exp-golomb", "golomb", "entropy"))
-    number = isinstance(step, int | float) and not isinstance(step, bool)  # pyright: ignore
-    if not number or not 0 < step < math.inf:
-        raise OptxError(f"rate: step is {step!r}; it must be a finite number above 0.")
-    bits, count = _CODERS[coder](_levels(model, float(step)))
+    bits, count = _CODERS[coder](_levels(model, check_above_0("rate", "step", step)))
     if not count:
         raise OptxError("rate: there are no floating-point numbers to count the bits of.")
     return bits / count

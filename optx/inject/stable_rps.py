@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from optx._errors import OptxError, check_choice, check_range, check_whole
+from optx._errors import OptxError, check_above_0, check_choice, check_range, check_whole
 from optx.inject import _shared_places
 from optx.inject._injection import Injection, Site
 from optx.inject._part import Part, new_tensor
@@ -142,13 +142,13 @@ class StableRPS(Injection):
                 f'StableRPS: scale={self.scale} and param_scale="unit", which chooses it. Give one.'
             )
         else:
-            put("scale", _above_0("scale", self.scale))
+            put("scale", check_above_0("StableRPS", "scale", self.scale))
         if self.init_std is not None:
             if self.param_scale == "unit":
                 raise OptxError(
                     f'StableRPS: init_std={self.init_std} and param_scale="unit", which chooses it. Give one.'
                 )
-            put("init_std", _above_0("init_std", self.init_std))
+            put("init_std", check_above_0("StableRPS", "init_std", self.init_std))
         if self.scaler is None:
             put("scaler", "none" if self.param_scale == "unit" else "v1")
 
@@ -205,10 +205,3 @@ class StableRPS(Injection):
     ) -> SharedHandle:
         """What `optx.attach` returns."""
         return SharedHandle(model, injection, served, saved)
-
-
-def _above_0(option: str, value: Any) -> float:
-    check_range("StableRPS", option, value, 0)
-    if isinstance(value, bool) or not 0 < value < math.inf:
-        raise OptxError(f"StableRPS: {option} is {value!r}; it must be a finite number above 0.")
-    return float(value)
