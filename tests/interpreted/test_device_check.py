@@ -18,6 +18,7 @@ NAMES = (
     *("correct: AdamW bf16 stochastic", "correct: Clip + AdamW", "correct: KeepMask + AdamW"),
     "correct: AdamW bf16 split, 8-bit moments",
     *("correct: ternary, bfloat16", "correct: loss, float32", "correct: entries (CPU)"),
+    *("correct: rf8, bfloat16", "correct: rf8 product"),
     *("speed: ternary add, float32", "speed: loss, float32"),
 )
 
@@ -44,7 +45,7 @@ def test_every_family_is_there(every: dict[str, Check]) -> None:
 
     assert len(every) == len(device_check.every())
     assert {f"correct: {case.name}" for case in _audit.all_cases()} <= set(every)
-    assert {"ternary", "loss", "entries"} <= {
+    assert {"ternary", "rf8", "loss", "entries"} <= {
         check.what.split(",")[0].split(" (")[0] for check in every.values()
     }
     assert next(iter(every)) == "correct: AdamW"
