@@ -15,14 +15,11 @@ from torch import Tensor
 from optx._errors import OptxError
 from optx.inject._abmll_part import NormalLoRA, Shared
 from optx.inject._abmll_terms import Factors, divergence, surprise
-from optx.inject._tuning_batch import world
+from optx.inject._tuning_batch import key_of, world
 from optx.inject._weights import in_sum_precision
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-_MIX = 0x9E3779B97F4A7C15
-"""An odd number that keeps the streams of two seeds apart, the golden ratio's in 64 bits."""
 
 
 @contextmanager
@@ -31,7 +28,7 @@ def stream(seed: int, number: int, devices: Sequence[torch.device]) -> Generator
 
     Activation checkpointing gives torch's own streams back, and no others.
     """
-    key = (seed * _MIX + number) % 2**63
+    key = key_of(seed, number)
     cuda = sorted({device.index for device in devices if device.type == "cuda"})
     with torch.random.fork_rng(devices=cuda):  # pyright: ignore[reportUnknownMemberType]
         torch.default_generator.manual_seed(key)

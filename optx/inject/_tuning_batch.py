@@ -20,6 +20,11 @@ _MIX = 0x9E3779B97F4A7C15
 """An odd number that keeps the streams of two seeds apart, the golden ratio's in 64 bits."""
 
 
+def key_of(seed: int, number: int) -> int:
+    """What starts the stream of a seed's so many-th draw."""
+    return (seed * _MIX + number) % 2**63
+
+
 def noise(seed: int, number: int, rows: int | None, common: Sequence[bool]) -> Tensor:
     """Standard normal perturbations of one batch, (rows, H), or (1, H) if its examples share them.
 
@@ -33,7 +38,7 @@ def noise(seed: int, number: int, rows: int | None, common: Sequence[bool]) -> T
         common: which columns have one number for all examples.
     """
     ranks, rank = world()
-    generator = torch.Generator().manual_seed((seed * _MIX + number) % 2**63)
+    generator = torch.Generator().manual_seed(key_of(seed, number))
     every = torch.randn((ranks * rows if rows else 1), len(common), generator=generator)
     every = torch.where(torch.tensor(common), every[:1], every)
     return every[rank * rows : (rank + 1) * rows] if rows else every
