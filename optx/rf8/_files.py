@@ -1,8 +1,10 @@
 """Files of packed weights: safetensors with a tensor's codes under its name.
 
 The header's string ``optx`` is JSON: ``kind`` (``"rf8"``), ``version``, ``tensors`` (of each packed one its
-``e_max`` and the ``dtype`` that it had, as safetensors names it) and ``tied`` (names that share another's
-tensor, by name). What is not packed lies there as it is.
+``e_max``, its ``shape`` and the ``dtype`` that it had, as safetensors names it) and ``tied`` (names that
+share another's tensor, by name). What is not packed lies there as it is. Codes have a dimension of 1 behind
+the weight's own: a plain load would take them for weights in silence, bytes becoming floats, but into
+another shape nothing loads. In files of version 1 they have the weight's shape, and ``shape`` is not told.
 """
 
 from __future__ import annotations
@@ -34,9 +36,14 @@ from optx.delta._name_filter import floating
 from optx.delta._refusals import check_not_quantised
 from optx.rf8._pack import tell_of_replaced
 
-_VERSION = 1
+_VERSION = 2
 Table: TypeAlias = dict[str, tuple[int, torch.dtype]]
 """Of each packed tensor its e_max and dtype."""
+
+
+def _stored(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a weight's codes in a file; torch loads one number of one dimension as one of none."""
+    return (*shape, 1) if shape else (1, 1)
 
 
 def save(
@@ -51,7 +58,8 @@ def save(
 
     A checkpoint is packed on the way, in the memory of a few pieces: it is read twice, once for each tensor's
     largest magnitude. The file is written under a hidden name and renamed; killed, the same call goes on
-    where it was.
+    where it was. `load` and `load_into` read it; other readers see bytes in a shape that is no weight's, so
+    that ``load_state_dict`` refuses them.
 
     Args:
         what: what `pack` gave; or a module, a state dict, a safetensors file, or a folder of shards.
@@ -141,13 +149,16 @@ def _write(
     progress: Callable[[Iterable[str]], Iterable[str]],
 ) -> Path:
     entries = {
-        name: Entry(entry.shape, torch.uint8) if name in table else entry
+        name: Entry(_stored(entry.shape), torch.uint8) if name in table else entry
         for name, entry in source.entries.items()
     }
     about = {
         "kind": "rf8",
         "version": _VERSION,
-        "tensors": {name: {"e_max": e_max, "dtype": NAMES[dtype]} for name, (e_max, dtype) in table.items()},
+        "tensors": {
+            name: {"e_max": e_max, "dtype": NAMES[dtype], "shape": source.entries[name].shape}
+            for name, (e_max, dtype) in table.items()
+        },
         "tied": source.tied,
     }
     plan = plan_of("rf8", source.label, source.state, sorted(table.items(), key=lambda item: item[0]))
@@ -190,7 +201,8 @@ def load_into(model: nn.Module, path: str | PathLike[str]) -> None:
         path: see `load`.
 
     Raises:
-        FileError: the file is missing, damaged or no RF8 file, or has not the model's names.
+        FileError: the file is missing, damaged or no RF8 file, has not the model's names, or has two
+            that differ where the model has one tensor for both.
         ShapeError: a shape differs; names it. In both cases nothing was written.
 
     Example:
@@ -211,16 +223,35 @@ def load_into(model: nn.Module, path: str | PathLike[str]) -> None:
     for name, tensor in own.items():
         if name not in names:
             raise FileError(f"rf8.load_into: the file has no {name!r}. {near(name, names)}")
-        shape = file.entries[names[name]].shape
+        shape = file.entries[names[name]]
         if tuple(tensor.shape) != shape:
             raise ShapeError(
                 f"rf8.load_into: {name!r} has shape {tuple(tensor.shape)} in the model and {shape} in the "
                 "file."
             )
+    _check_ties(own, names, file)
     for first in file.entries:
         one = file.read(first)
         for name in (name for name, other in names.items() if other == first):
             _fill(own[name].data, one)
+
+
+def _check_ties(own: Mapping[str, Tensor], names: Mapping[str, str], file: _File) -> None:
+    """Raise if one tensor of the model has two in the file that differ: the last would win in silence."""
+    by_tensor: dict[int, str] = {}
+    for name, tensor in own.items():
+        first = by_tensor.setdefault(id(tensor), name)
+        if names[first] != names[name] and not _equal(file.read(names[first]), file.read(names[name])):
+            raise FileError(
+                f"rf8.load_into: {first!r} and {name!r} are one tensor in the model, and two that differ in "
+                "the file. Untie them in the model, or save a model in which they are tied."
+            )
+
+
+def _equal(one: Packed | Tensor, other: Packed | Tensor) -> bool:
+    if isinstance(one, Packed) and isinstance(other, Packed):
+        return one.e_max == other.e_max and torch.equal(one.codes, other.codes)
+    return not isinstance(one, Packed) and not isinstance(other, Packed) and torch.equal(one, other)
 
 
 def _fill(to: Tensor, one: Packed | Tensor) -> None:
@@ -237,17 +268,18 @@ class _File:
     """One RF8 file, or those of a folder.
 
     Attributes:
-        entries: of the tensors as they are stored, by name.
+        entries: shapes of the tensors, by name.
         tied: names that share another's, by name.
     """
 
     def __init__(self, who: str, path: str | PathLike[str]) -> None:
         self._files = Files(as_path(who, "path", path))
-        self.entries = self._files.entries
+        self.entries = {name: entry.shape for name, entry in self._files.entries.items()}
         self.tied: dict[str, str] = {}
         self._table: Table = {}
         for reader in self._files.readers:
-            table, tied = _about(reader)
+            table, shapes, tied = _about(reader)
+            self.entries.update(shapes)
             for name in tied:
                 if name in self.entries or name in self.tied:
                     raise FileError(f"{brief(name)} is in two files of {str(self._files.path)!r}.")
@@ -257,11 +289,13 @@ class _File:
     def read(self, name: str) -> Packed | Tensor:
         """One tensor."""
         tensor = self._files.read(name)
-        return Packed(tensor, *self._table[name]) if name in self._table else tensor
+        if name not in self._table:
+            return tensor
+        return Packed(tensor.reshape(self.entries[name]), *self._table[name])
 
 
-def _about(reader: Reader) -> tuple[Table, dict[str, str]]:
-    """What a file's header says of its tensors.
+def _about(reader: Reader) -> tuple[Table, dict[str, tuple[int, ...]], dict[str, str]]:
+    """What a file's header says of its tensors: of packed ones, their shapes, and which are tied.
 
     Raises:
         FileError: it is no RF8 file, or says what can't be.
@@ -273,13 +307,15 @@ def _about(reader: Reader) -> tuple[Table, dict[str, str]]:
         if kind != "rf8":
             what = f"optx's file of kind {brief(kind)}" if kind else "plain weights; optx.rf8.save packs them"
             raise FileError(f"{who} is no RF8 file, but {what}.")
-        if found.get("version") != _VERSION:
+        version: Any = found.get("version")
+        if version not in range(1, _VERSION + 1):
             raise FileError(
-                f"{who} is an RF8 file of version {brief(found.get('version'))}; this version of optx reads "
-                f"{_VERSION}."
+                f"{who} is an RF8 file of version {brief(version)}; this version of optx reads 1 "
+                f"to {_VERSION}."
             )
         told: dict[str, Any] = found["tensors"]
         table = {name: _one(name, about, reader) for name, about in told.items()}
+        shapes = {name: _shape_of(name, about, reader) for name, about in told.items() if version > 1}
         tied: dict[str, str] = found["tied"]
         for name, first in tied.items():
             if name in reader.entries or first not in reader.entries:
@@ -290,7 +326,7 @@ def _about(reader: Reader) -> tuple[Table, dict[str, str]]:
         raise FileError(
             f"{who} is damaged: its header says what can't be ({brief(error, quote=False)})."
         ) from None
-    return table, tied
+    return table, shapes, tied
 
 
 def _one(name: str, about: Any, reader: Reader) -> tuple[int, torch.dtype]:
@@ -298,3 +334,12 @@ def _one(name: str, about: Any, reader: Reader) -> tuple[int, torch.dtype]:
         raise ValueError(f"{brief(name)} is {reader.entries[name].dtype}, and codes are bytes")
     packed = Packed(torch.empty(0, dtype=torch.uint8), about["e_max"], DTYPES[about["dtype"]])
     return packed.e_max, packed.dtype
+
+
+def _shape_of(name: str, about: Any, reader: Reader) -> tuple[int, ...]:
+    shape, stored = tuple(about["shape"]), reader.entries[name].shape
+    if _stored(shape) != stored:
+        raise ValueError(
+            f"{brief(name)} has codes of shape {stored}, and a weight of {brief(about['shape'])}"
+        )
+    return shape

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import optx
@@ -76,6 +76,41 @@ def test_tied_names_and_folders(tmp_path: Path) -> None:
     double = net(2).double()
     rf8.load_into(double, again)
     assert torch.equal(double[0].weight, found["0.weight"].unpack().double())  # type: ignore[union-attr]
+
+
+def test_a_plain_load_fails_aloud(tmp_path: Path) -> None:
+    """Codes are bytes: copied into floats they were weights of up to 255, and nothing said so."""
+    model = nn.Sequential(nn.Linear(1, 4), nn.Linear(4, 1, bias=False), nn.Linear(1, 1), nn.PReLU())
+    model[3].weight = nn.Parameter(torch.tensor(0.25))
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    file = rf8.save(model, tmp_path / "a.safetensors", include=".*")
+    with pytest.raises(RuntimeError, match="size mismatch") as raised:
+        model.load_state_dict(load_file(file), strict=False)
+    assert str(raised.value).count("size mismatch") == len(before)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    rf8.load_into(model, file)
+    wanted = rf8.quantise(before, include=".*")
+    assert all(torch.equal(t, wanted[name]) for name, t in model.state_dict().items())
+
+
+def test_files_of_the_first_layout_still_load(tmp_path: Path) -> None:
+    packed = rf8.pack(torch.tensor([[1.0, -0.3]]))
+    save_file({"w": packed.codes}, tmp_path / "a.safetensors", _about(version=1))
+    found = rf8.load(tmp_path / "a.safetensors")["w"]
+    assert isinstance(found, rf8.Packed)
+    assert torch.equal(found.unpack(), packed.unpack())
+
+
+def test_a_tied_model_does_not_take_the_last_of_two(tmp_path: Path) -> None:
+    apart, tied = net(), net(1)
+    tied[1].weight = tied[0].weight
+    before = tied[0].weight.detach().clone()
+    with pytest.raises(FileError, match=r"'0.weight' and '1.weight' are one tensor .* Untie them"):
+        rf8.load_into(tied, rf8.save(apart, tmp_path / "apart.safetensors"))
+    assert torch.equal(tied[0].weight, before)
+    apart[1].weight = nn.Parameter(apart[0].weight.detach().clone())
+    rf8.load_into(tied, rf8.save(apart, tmp_path / "equal.safetensors"))
+    assert torch.equal(tied[1].weight, rf8.quantise(apart[0].weight))
 
 
 def test_pieces_are_packed_by_the_whole_tensors_exponent(tmp_path: Path) -> None:
@@ -161,8 +196,8 @@ def test_weights_that_were_replaced_are_told(tmp_path: Path) -> None:
 def _about(**change: Any) -> dict[str, str]:
     about = {
         "kind": "rf8",
-        "version": 1,
-        "tensors": {"w": {"e_max": 0, "dtype": "F32"}},
+        "version": 2,
+        "tensors": {"w": {"e_max": 0, "dtype": "F32", "shape": [3]}},
         "tied": {},
         **change,
     }
@@ -174,14 +209,17 @@ def _about(**change: Any) -> dict[str, str]:
     [
         ({}, "is no RF8 file, but plain weights; optx.rf8.save packs them"),
         (_about(kind="delta"), "is no RF8 file, but optx's file of kind 'delta'"),
-        (_about(version=2), "is an RF8 file of version 2; this version of optx reads 1"),
+        (_about(version=3), "is an RF8 file of version 3; this version of optx reads 1 to 2"),
+        (_about(version="1"), "is an RF8 file of version '1'; this version of optx reads 1 to 2"),
+        (_about(), r"'w' has codes of shape \(3,\), and a weight of \[3\]"),
+        (_about(tensors={"w": {"e_max": 0, "dtype": "F32"}}), "its header says what can't be .'shape'"),
         (_about(tensors={"v": {"e_max": 0, "dtype": "F32"}}), "is damaged: its header says what can't be"),
         (_about(tensors={"w": {"e_max": 300, "dtype": "F32"}}), "e_max is 300"),
         (_about(tensors={"w": {"e_max": 0, "dtype": "I8"}}), "dtype is torch.int8"),
         (_about(tensors={"w": {"e_max": 0}}), "is damaged: its header says what can't be .'dtype'"),
         (_about(tensors={"x": {"e_max": 0, "dtype": "F32"}}), "'x' is torch.float32, and codes are bytes"),
         (_about(tensors=[1]), "is damaged: its header says what can't be"),
-        (_about(tied={"w": "x"}), "'w' is tied to 'x'"),
+        (_about(tensors={}, tied={"w": "x"}), "'w' is tied to 'x'"),
         (_about(tied=3), "is damaged: its header says what can't be"),
         ({"optx": "{"}, "is damaged: its header says what can't be"),
         ({"optx": "[1]"}, "is damaged: its header says what can't be"),
