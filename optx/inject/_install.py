@@ -83,7 +83,7 @@ def install(
     _warn_if_compiled(model)
     _put(model, served)
     for one in served:
-        one.part.adapter = adapter
+        one.part.adapter, one.part.reads_weight = adapter, one.injection.needs_weight
     for kept in saved:
         begin(kept)
     return served, saved
@@ -146,6 +146,7 @@ def _serve(
         for site, part in zip(sites, injection.parts(sites), strict=True)
     ]
     for one in served:
+        _check_unread(one)
         if one.part.overrides("fold"):
             check_attach(one.module, one.path, needs_weight=injection.needs_weight)
     for companion, others in injection.companions(model, sites):
@@ -157,10 +158,23 @@ def _check_in_use(site: Site, injection: Injection) -> None:
     """Raise if a method works with a weight that another has put out of work."""
     container = attached(site.module)
     for name, part in container.parts.items() if container is not None else ():
-        if any(p is site.module._parameters.get("weight") for p in part.retired(site.module)):  # pyright: ignore[reportPrivateUsage]
+        if part.in_place:
             raise TargetError(
                 f"attach: {type(injection).__name__} works with the weight of {site.path!r}, which takes no "
                 f"part while {name!r} is attached. Remove that first, or leave the module out."
+            )
+
+
+def _check_unread(new: Served) -> None:
+    """Raise if a method puts a weight out of work that another works with."""
+    if not new.part.in_place:
+        return
+    container = attached(new.module)
+    for name, part in container.parts.items() if container is not None else ():
+        if part.reads_weight:
+            raise TargetError(
+                f"attach: {type(new.injection).__name__} puts the weight of {new.path!r} out of work, with "
+                f"which {name!r} works. Remove that first, or leave the module out."
             )
 
 

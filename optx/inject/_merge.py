@@ -41,16 +41,22 @@ def merge(module: nn.Module, attached: Attached, part: Part, path: str) -> None:
     parts = list(attached.parts.items())
     place = [p for _, p in parts].index(part)
     for i, (name, other) in enumerate(parts):
-        # What goes around the call is inside of all hooks, whenever it was attached.
-        earlier = i < place or other.overrides("around")
-        before = not other.folds_input and (earlier or part.folds_input)
-        if other is not part and not other.merged and before and not _commute(part, other):
+        if other is not part and not other.merged and _comes_first(other, part, earlier=i < place):
             raise MergeError(
                 f"merge: {name!r} acts on {path!r} too and is not merged, and the result depends on their "
                 "order. Merge that one first, or remove it."
             )
     _refold(module, attached, path, [*_merged(attached), part])
     part.merged = True
+
+
+def _comes_first(other: Part, part: Part, earlier: bool) -> bool:
+    """Whether a merge of one part would change what another does that is still a hook."""
+    if other.in_place:
+        return True  # it does not see the weight that this would be merged into
+    # What goes around the call is inside of all hooks, whenever it was attached.
+    earlier = earlier or other.overrides("around")
+    return not other.folds_input and (earlier or part.folds_input) and not _commute(part, other)
 
 
 def _commute(one: Part, other: Part) -> bool:
@@ -65,7 +71,8 @@ def check_last(attached: Attached, part: Part, path: str, leaving: Collection[Pa
     place = [p for _, p in parts].index(part)
     for i, (name, other) in enumerate(parts):
         behind = other.folds_input or (i > place and not part.folds_input)
-        if other.merged and other not in leaving and behind and not _commute(part, other):
+        lost = part.in_place or (behind and not _commute(part, other))
+        if other is not part and other.merged and other not in leaving and lost:
             raise MergeError(
                 f"unmerge: {name!r} is merged into {path!r} too and acts after it, and the result depends on "
                 "their order. Unmerge that one first."
@@ -189,10 +196,10 @@ def _requantise(
 
 
 def _in_order_of_call(attached: Attached, parts: Iterable[Part]) -> list[Part]:
-    """Attach order, and those that scale the input last: the input is scaled before all else."""
+    """Attach order; but first what is inside of the call, and last what scales the input, before all else."""
     wanted = set(parts)
     ordered = [part for part in attached.parts.values() if part in wanted]
-    return sorted(ordered, key=lambda part: part.folds_input)
+    return sorted(ordered, key=lambda part: (part.folds_input, not part.inside))
 
 
 def check_untouched(module: nn.Module, attached: Attached, path: str) -> None:

@@ -68,7 +68,11 @@ class Part(nn.Module):
 
     inside: ClassVar[bool] = False
     """Whether all it changes is what the module's own parameters are while it computes: such a part is inside
-    of all others, whenever they were attached."""
+    of all others, and folds before them, whenever they were attached."""
+
+    in_place: ClassVar[bool] = False
+    """Whether the module computes with a weight of this part's own, which folds in its weight's place: what
+    is merged into that before this is lost."""
 
     comes_last: ClassVar[bool] = False
     """Whether its `after` comes after those of all other parts, whenever they were attached."""
@@ -83,6 +87,8 @@ class Part(nn.Module):
     merged: bool
     adapter: str = ""
     """The name of the adapter that it belongs to: `attach`'s ``name``, or its injection's."""
+    reads_weight: bool = False
+    """Whether it works with the module's own weight, as its injection says (``needs_weight``)."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -30,7 +30,7 @@ class SharedWeight(Part):
     scale is in it as the bits of a float64, so that no cast of the model changes it.
     """
 
-    inside = True
+    inside = in_place = True
 
     place: Tensor
     psi: nn.Parameter
@@ -111,9 +111,8 @@ class SharedWeight(Part):
     # ---- the rest -----------------------------------------------------------------------------------
 
     def fold(self, module: nn.Module, now: Weights, base: Weights) -> Weights:
-        """W in the place of the module's own, and on top of it what others have added to that."""
-        W = self.weight(base.weight.dtype)
-        return Weights(W if now.weight is base.weight else now.weight + (W - base.weight), now.bias)
+        """W in the place of the module's own."""
+        return Weights(self.weight(now.weight.dtype), now.bias)
 
     def retired(self, module: nn.Module) -> list[nn.Parameter]:
         """The module's own weight, which takes no part."""

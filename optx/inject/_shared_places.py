@@ -15,7 +15,6 @@ from optx.inject._computes import derived
 from optx.inject._embeddings import peculiar
 from optx.inject._injection import Site
 from optx.inject._own_call import has_own_call
-from optx.inject._part import attached
 from optx.inject._shared_read import summed
 from optx.inject._weights import is_conv, is_linear
 from optx.kernels.shared.mapping import MOST, Place, mix
@@ -52,13 +51,6 @@ def check_site(site: Site, serves: str) -> None:
             f"attach: StableRPS: {path!r} is a {type(module).__name__} with a forward of its own, which may "
             "keep or change its weight. Leave it out."
         )
-    container = attached(module)
-    for name, part in container.parts.items() if container is not None else ():
-        if not part.adds:
-            raise TargetError(
-                f"attach: {path!r} has a {name!r} attached, which works with the weight that StableRPS takes "
-                "away. Attach StableRPS first, or remove that."
-            )
 
 
 def check_ties(model: nn.Module, sites: Sequence[Site]) -> None:

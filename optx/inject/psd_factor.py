@@ -23,7 +23,7 @@ from optx.inject._weights import is_linear
 class Factor(Part):
     """y = U (U^T x) + b: U (d, rank) is trained in the place of the weight (d, d)."""
 
-    inside: ClassVar[bool] = True
+    inside = in_place = True
 
     def __init__(self, psd: PSDFactor, module: Any, path: str) -> None:
         super().__init__()

@@ -31,6 +31,8 @@ class PackedLinear(Part):
         e_max: int8, one number.
     """
 
+    inside = in_place = True
+
     codes: Tensor
     e_max: Tensor
 
@@ -75,9 +77,8 @@ class PackedLinear(Part):
         return Packed(self.codes, int(self.e_max), self.dtype)
 
     def fold(self, module: nn.Module, now: Weights, base: Weights) -> Weights:
-        """RF8's numbers in the weight's place; what other parts added to the weight stays added."""
-        own = self.packed().unpack(torch.float32).to(now.weight.dtype)
-        return Weights(own if now.weight is base.weight else own + (now.weight - base.weight), now.bias)
+        """RF8's numbers in the weight's place."""
+        return Weights(self.packed().unpack(torch.float32).to(now.weight.dtype), now.bias)
 
     def note(self) -> str:
         """Bytes that it keeps."""

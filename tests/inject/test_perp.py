@@ -175,7 +175,7 @@ def test_a_merge_has_every_zero_of_the_mask(
     masks.verify(model)
     merged: Any = model[0].weight
     assert bool((merged == 0)[~masks["0.weight"]].all())
-    if masks["0.weight"].any():
+    if size >= 1 and masks["0.weight"].any():  # less may be rounded away
         assert not torch.equal(merged, before)
     handle.remove()
     assert torch.equal(model[0].weight, before)  # type: ignore[arg-type]

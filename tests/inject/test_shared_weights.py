@@ -330,8 +330,8 @@ def test_modules_that_cannot_be_served() -> None:
     with pytest.raises(optx.TargetError, match="which takes no part while 'stable_rps'"):
         optx.attach(model, optx.LoRA(rank=2, dora=True), "0")
     other = net()
-    optx.attach(other, optx.IA3(), "0|3")
-    with pytest.raises(optx.TargetError, match="'ia3' attached"):
+    optx.attach(other, optx.LoRA(rank=2, dora=True), "0|3")
+    with pytest.raises(optx.TargetError, match="with which 'lora' works"):
         shared(other)
 
 

@@ -48,9 +48,8 @@ def divergence(q: Pairs, p: Pairs, c: float, kind: str = "softplus") -> Tensor:
 def surprise(pairs: Pairs, c: float, options: Options) -> Tensor:
     found, rate = weights(pairs, c, options.kind), options.a0 * c**2 if options.b0 is None else options.b0
     of_means = Normal(torch.zeros_like(found.mean), 1.0).log_prob(found.mean)
-    of_precisions = Gamma(
-        torch.tensor(options.a0).to(found.mean), torch.tensor(rate).to(found.mean)
-    ).log_prob(found.stddev**-2)
+    shape, rate = (found.mean.new_tensor(value) for value in (options.a0, rate))
+    of_precisions = Gamma(shape, rate).log_prob(found.stddev**-2)
     return -(of_means + of_precisions).sum()
 
 
