@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import random
 import sys
 import zlib
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # tests import their shared tabl
 from processes import done  # noqa: F401
 from whose_warnings import pytest_collection, pytest_runtest_protocol  # noqa: F401
 
-# The same examples in every run where people work; in CI, or with --hypothesis-seed, they are drawn.
+# The same examples in every run, so that its failures can be repeated; with --hypothesis-seed they are drawn.
 settings.register_profile(
     "fixed", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )
@@ -40,35 +39,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.hookimpl(tryfirst=True)  # before hypothesis's own looks for the seed
 def pytest_configure(config: pytest.Config) -> None:
-    """Draw a seed in CI; a worker has that of the first process."""
+    """Choose hypothesis's profile; xdist hands its workers the options."""
     config.addinivalue_line("markers", "jobs(*jobs): what the fixture done has several processes do")
     config.addinivalue_line(
         "markers",
         "long(keep): goes through a whole scenario for seconds; see --long. With keep=N a"
         " function's first case is not long, nor is about one in N of the others",
     )
-    if config.option.hypothesis_seed is None:
-        in_ci = os.environ.get("CI", "").lower() not in ("", "0", "false")
-        drawn = str(random.SystemRandom().randrange(2**32)) if in_ci else None
-        config.option.hypothesis_seed = getattr(config, "workerinput", {"seed": drawn})["seed"]
     settings.load_profile("fixed" if config.option.hypothesis_seed is None else "drawn")
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_configure_node(node: Any) -> None:
-    """Give a worker the seed."""
-    node.workerinput["seed"] = node.config.option.hypothesis_seed
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_sessionstart(session: pytest.Session) -> None:
-    """Say what repeats the run; -q hides pytest's header."""
-    seed = session.config.option.hypothesis_seed
-    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
-    if seed is not None and terminal is not None:
-        terminal.write_line(f"hypothesis draws its examples anew; to repeat these: --hypothesis-seed={seed}")
 
 
 @pytest.fixture

@@ -1,9 +1,8 @@
-"""In CI hypothesis draws other examples in each run, alike in all workers, and says how to repeat them."""
+"""With --hypothesis-seed hypothesis draws other examples, alike in all workers."""
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -38,35 +37,28 @@ def test_fails(drawn_seed):
 """
 
 
-def drawn(folder: Path, *options: str, ci: str | None) -> tuple[set[str], str]:
+def drawn(folder: Path, *options: str) -> tuple[set[str], str]:
     """What the tests above drew, and what was printed."""
     folder.mkdir()
     for name in ("conftest.py", "processes.py", "whose_warnings.py"):
         shutil.copy(TESTS / name, folder)
     (folder / "test_it.py").write_text(DRAWING)
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "CI"))}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST")}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
-    run = subprocess.run(
-        command,
-        cwd=folder,
-        env=environment | ({} if ci is None else {"CI": ci}),
-        capture_output=True,
-        text=True,
-    )
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert "4 passed" in run.stdout, run.stdout + run.stderr
     return {file.read_text() for file in folder.glob("drawn-*")}, run.stdout
 
 
 @pytest.mark.long
-def test_a_run_in_ci_is_repeated_by_what_it_prints(tmp_path: Path) -> None:
-    first, shown = drawn(tmp_path / "first", "-n", "1", ci="true")
-    seed = re.search(r"--hypothesis-seed=(\d+)", shown)
-    assert seed is not None, shown
-    assert len(first) == 1
+def test_a_seed_draws_others_which_it_repeats(tmp_path: Path) -> None:
+    fixed, _ = drawn(tmp_path / "fixed", "-n", "0")
+    first, shown = drawn(tmp_path / "first", "-n", "1", "--hypothesis-seed=5")
+    assert len(fixed) == len(first) == 1
+    assert fixed != first
     assert "@reproduce_failure(" in shown
-    again, shown = drawn(tmp_path / "again", "-n", "0", seed[0], ci=None)
-    assert again == first  # what a worker drew under the seed that the first process drew
-    assert seed[0] in shown
+    again, _ = drawn(tmp_path / "again", "-n", "0", "--hypothesis-seed=5")
+    assert again == first  # in a worker and out of one
 
 
 def test_where_people_work_they_are_fixed(request: pytest.FixtureRequest, drawn_seed: int | None) -> None:

@@ -16,8 +16,8 @@ def test_no_edit_crashes_a_step_or_makes_it_wrong(tmp_path: Path, drawn_seed: in
     seed = 3 if drawn_seed is None else drawn_seed
     log, counts = tmp_path / "log", tmp_path / "counts.json"
     script = Path(__file__).with_name("state_machine.py")
-    # Half of its time goes into optimising a dozen kernels; what they read and write is the same without. CI,
-    # which draws the seed, runs them as they are shipped.
+    # Half of its time goes into optimising a dozen kernels; what they read and write is the same without. A
+    # run with a drawn seed has them as they are shipped.
     level = {"NUMBA_OPT": "0"} if drawn_seed is None else {}
     arguments = ["--examples", str(EXAMPLES), "--seed", str(seed), "--log", str(log), "--counts", str(counts)]
     done = subprocess.run(
