@@ -2,6 +2,7 @@
 
     wrap    optx.wrap(optimizer, optx.PerpGrad(), ...)        what a step does to weights
             AdamR  BackSlash  Clip  DSPReg  HFT  KeepMask  MuAdamW  PerpGrad  SaRA  SubGM
+            param_groups                                      groups with what modules ask for
             save_optimizer  load_optimizer                    checkpoints by the parameters' names
             convert_state                                     moments of 8 bits, and of other libraries
             Transform  rule  Moments  Slot  like_weight  per_tensor  per_row   to write your own
@@ -23,6 +24,7 @@
             PSDFactor                                         a weight as U U^T
             EWA  ExpertHandle                                 experts in training, their mean afterwards
             WideNet  WideHandle                               blocks that share attention and experts
+            S4DLayer                                          state spaces in the place of attention
             RF8Linear                                         weights in bytes, computed with as they are
             trainable_only                                    freeze all but what was attached
             set_adapter                                       which of several act, by name
@@ -99,6 +101,7 @@ from optx._errors import ShapeError as ShapeError
 from optx._errors import TargetError as TargetError
 from optx._errors import TransformError as TransformError
 from optx._masks import Masks as Masks
+from optx._param_groups import param_groups as param_groups
 from optx._rules import rule as rule
 from optx.analysis.rate import rate as rate
 from optx.delta import rws as rws
@@ -140,6 +143,7 @@ from optx.inject._part import Part as Part
 from optx.inject._part import Weights as Weights
 from optx.inject._perp_handle import PerpHandle as PerpHandle
 from optx.inject._report import Report as Report
+from optx.inject._s4d_layer import S4DLayer as S4DLayer
 from optx.inject._self_tuning import SelfTuning as SelfTuning
 from optx.inject._shared_handle import SharedHandle as SharedHandle
 from optx.inject._switch import set_adapter as set_adapter
