@@ -93,7 +93,9 @@ class Wanted:
     @property
     def way_out(self) -> str:
         """What to do instead."""
-        return f"Pass targets=, a regex over module names of {self.serves}."
+        of_linears = self.role in ("query_value", "linears")
+        every = '"all-linear" (each but the output head), or ' if of_linears else ""
+        return f"Pass targets=, {every}a regex over module names of {self.serves}."
 
 
 def of_role(modules: Modules, wanted: Wanted) -> set[str]:

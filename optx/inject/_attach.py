@@ -95,15 +95,16 @@ def attach(
             that trained or changed beside the adapter. They go into the model too, and stay there at
             ``remove()``, as in the run; `Handle.save` doesn't write them.
         targets: a regex that a whole module name must match, a module type, a list of names (whole, or the
-            last parts of a path) and types, each of which must match something, a function of (name,
-            module), or ``"all-linear"`` (every linear module but the output head, as in PEFT; not an entry of
-            a list). For LoRA a name may be a parameter's (``["experts.down_proj"]``): experts that are one
-            parameter (Mixtral, Qwen2-MoE, Qwen3-MoE, DeepSeek) are no linear modules, so ``"all-linear"``
-            leaves them out, and ``[nn.Linear, "experts"]`` with ``exclude=["lm_head"]`` is both. Modules that
-            share a weight are served each by itself. None: what the method's paper serves, in the families of
-            the table "Families and methods" in recipes/README.md (Llama to Mamba, with why a pair is refused)
-            and in models built as they are; all of it, in every layer, or an error that says what was not
-            found. For an injection of several members (`optx.MAM`), a dict by member.
+            last parts of a path, as in PEFT: ``["0"]`` is ``layers.0`` too) and types, each of which must
+            match something, a function of (name, module), or ``"all-linear"`` (every linear module but the
+            output head, as in PEFT; not an entry of a list). For LoRA a name may be a parameter's
+            (``["experts.down_proj"]``): experts that are one parameter (Mixtral, Qwen2-MoE, Qwen3-MoE,
+            DeepSeek) are no linear modules, so ``"all-linear"`` leaves them out, and ``[nn.Linear,
+            "experts"]`` with ``exclude=["lm_head"]`` is both. Modules that share a weight are served each by
+            itself. None: what the method's paper serves, in the families of the table "Families and methods"
+            in recipes/README.md (Llama to Mamba, with why a pair is refused) and in models built as they are;
+            all of it, in every layer, or an error that says what was not found. For an injection of several
+            members (`optx.MAM`), a dict by member.
         name: under which it lives on each module, if the same method is attached there twice; what
             `optx.set_adapter` switches by. Files don't hold it: give it again when a folder is attached.
         modules_to_save: paths of modules that are trained whole beside it (a classifier) and saved with it;

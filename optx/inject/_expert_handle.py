@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optx._errors import MergeError, OptxError
+from optx._errors import MergeError, OptxError, warn
 from optx._names import is_dtensor
 from optx.inject._averaged_experts import AveragedExperts
 from optx.inject._handle import Handle
@@ -20,6 +20,8 @@ from optx.inject._trained_whole import Saved, act
 from optx.inject._watch import check_there
 from optx.step.rehearsal import is_rehearsal
 from optx.step.transform import Host, Transform
+
+_APART = 0.2  # of the mean's norm: experts of independent draws are 1 and more from it, averaged ones 0.003
 
 
 class ExpertHandle(Handle):
@@ -45,6 +47,7 @@ class ExpertHandle(Handle):
         self, model: nn.Module, injection: Any, served: Sequence[Served], saved: Sequence[Saved] = ()
     ) -> None:
         super().__init__(model, injection, served, saved)
+        self._told = False
         for part in self._parts():
             part.refresh()
         for p in self.leaving():
@@ -100,7 +103,9 @@ class ExpertHandle(Handle):
     def merge(self, *, untie: bool = False) -> None:
         """Let the mean of the experts compute, in training too; `unmerge` lets the experts go on.
 
-        Nothing is added to the weights: the module's own hold the mean, in the precision that they have.
+        Nothing is added to the weights: the module's own hold the mean, in the precision that they have. A
+        warning, once, where experts were never averaged or are still far apart: their mean is then none of
+        the models that were trained. Not where ``beta`` is 0, nor of what is sharded.
 
         Args:
             untie: of no use here: what is tied was refused at attach.
@@ -112,9 +117,31 @@ class ExpertHandle(Handle):
         check_there(self.model, self.served, "merge")
         for part in self._parts():
             part.check_whole()
+        self._tell_of_distance()
         for part in self._parts():
             part.refresh()
             part.merged = True
+
+    def _tell_of_distance(self) -> None:
+        """Warn, once, of experts whose mean is not what was trained."""
+        parts = self._parts()
+        if self._told or not self.injection.beta or any(is_dtensor(p) for p in parts[0].parameters()):
+            return
+        spread, path = max((part.spread().item(), part.path) for part in parts)
+        if not (spread > _APART or (spread > 0 and not self.steps)):
+            return
+        self._told = True
+        warn(
+            f"EWA: the experts of {path!r} are {spread:.2g} of their mean's norm away from it, "
+            + (
+                f"averaged {self.steps} times, so that the mean, which is merged, is none of the models that "
+                "were trained. Train on; or average by a larger beta, or one that is there from the start "
+                "(schedule='constant')."
+                if self.steps
+                else "and were never averaged. Use optx.wrap(optimizer, handle), or call handle.step() after "
+                "each optimizer.step()."
+            )
+        )
 
     def unmerge(self) -> None:
         """Let the experts compute again, as they were.

@@ -281,7 +281,7 @@ def _put(model: nn.Module, served: Sequence[Served]) -> None:
         if (look := watch(model)) is not None:
             served[0].hooks.append(look)
         if served:
-            served[0].hooks.append(Unfollowed(served))
+            served[0].hooks.append(Unfollowed(served, model))
     except BaseException:
         for one in reversed(done):
             detach(one)

@@ -145,7 +145,8 @@ class PSDFactor(Injection):
         """
         raise TargetError(
             "attach: PSDFactor replaces what a layer computes, so the layers have to be named: "
-            "attach(model, optx.PSDFactor(), targets=...)."
+            'attach(model, optx.PSDFactor(), targets=...), a list of names, a regex, or "all-linear" where '
+            "all linear modules but the output head are square."
         )
 
     def part(self, module: Any, path: str) -> Part:

@@ -62,7 +62,8 @@ def test_bad_targets_change_nothing(targets: Any, says: str) -> None:
 
 def test_no_defaults_for_an_unknown_model() -> None:
     with pytest.raises(
-        optx.TargetError, match=r"default targets for Llama.*Sequential is none of them.*targets="
+        optx.TargetError,
+        match=r'default targets for Llama.*Sequential is none of them.*targets=, "all-linear"',
     ):
         optx.attach(mlp(), LoRA())
 

@@ -162,7 +162,7 @@ def test_identical_experts_are_the_plain_module(count: int) -> None:
 
 def test_evaluation_is_the_merged_model() -> None:
     model = vit()
-    handle = attached(model, r".*[13].mlp")
+    handle = attached(model, r".*[13].mlp", beta=0)
     for i in (1, 3):
         scattered(model.blocks[i].mlp, i)
     x = patches()

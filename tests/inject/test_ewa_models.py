@@ -257,7 +257,8 @@ def test_disabled_the_mean_computes() -> None:
         model.train()
         with handle.disable():
             assert torch.equal(model(patches()), want)
-        handle.merge()
+        with pytest.warns(UserWarning, match="never averaged"):
+            handle.merge()
         assert torch.equal(model(patches()), want)
         model.blocks[2].mlp.fc1.bias.add_(1)  # type: ignore[union-attr]
     with pytest.raises(optx.MergeError, match=r"'blocks.2.mlp' was changed after the merge"):
@@ -269,9 +270,35 @@ def test_unmerged_the_experts_go_on() -> None:
     handle = attached(model)
     scattered(model.blocks[2].mlp)
     before = [p.clone() for p in handle.parameters()]
-    handle.merge()
+    with pytest.warns(UserWarning, match="never averaged"):
+        handle.merge()
     with pytest.raises(optx.OptxError, match="the experts are merged"):
         handle.step()
     handle.unmerge()
     handle.step()
     assert not all(map(torch.equal, handle.parameters(), before))
+
+
+def test_a_mean_that_is_none_of_the_experts_is_told_once() -> None:
+    """In silence, a run too short or never averaged left a model that nobody had trained."""
+    model = vit(depth=2)
+    handle = attached(model)
+    handle.merge()  # copies of one another
+    handle.unmerge()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    model(patches()).sum().backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match=r"'blocks.1.mlp' are .* were never averaged. Use optx.wrap"):
+        handle.merge()
+    handle.unmerge()
+    handle.merge()
+    handle.merge_and_unload()
+
+    handle = attached(model, init="fresh", beta=0.3, schedule="linear", total_steps=1000)
+    handle.step()
+    with pytest.warns(UserWarning, match=r"'blocks.1.mlp' are 1.* averaged 1 times, .* larger beta"):
+        handle.merge_and_unload()
+    handle = attached(model, init="fresh", beta=0.7, schedule="constant")
+    [handle.step() for _ in range(5)]
+    handle.merge_and_unload()
+    attached(model, init="fresh", beta=0).merge_and_unload()

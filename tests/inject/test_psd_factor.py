@@ -91,7 +91,7 @@ def spoilt() -> nn.Sequential:
         (lambda: optx.PSDFactor(rank=0), "rank is 0"),
         (lambda: optx.PSDFactor(alpha=0.0), "alpha is 0"),
         (lambda: optx.PSDFactor(init="svd"), "init is 'svd'"),
-        (lambda: optx.attach(net(), optx.PSDFactor()), "have to be named"),
+        (lambda: optx.attach(net(), optx.PSDFactor()), "have to be named.* or .all-linear. where"),
         (lambda: optx.attach(net(), optx.PSDFactor(), targets="2"), "has 5 inputs and 2 outputs"),
         (lambda: optx.attach(net(), optx.PSDFactor(rank=6), targets="0"), "rank=6 is above the size"),
         (lambda: optx.attach(net(), optx.PSDFactor(), targets="1"), "is a Tanh"),

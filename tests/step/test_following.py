@@ -335,3 +335,38 @@ def test_optimizers_that_have_what_was_attached_are_left_alone() -> None:
         del model, opt, handle, own
         gc.collect()
         assert len(_global_optimizer_post_hooks) == before
+
+
+def test_an_optimizer_that_was_never_told_of_a_lora_is_warned_of_once() -> None:
+    """All weights but the new ones were trained, and nothing said so; another optimizer may have them."""
+    model = net()
+    opt = adam(model)
+    handle = optx.attach(model, optx.LoRA(rank=2), targets="0")
+    train(model, opt)
+    with pytest.warns(UserWarning, match=r"of the model, .* attached to it .'0.optx.lora.A'.*") as told:
+        train(model, opt, 3)
+    assert len(told) == 1
+    other = optx.attach(model, optx.LoRA(rank=2), targets="2")
+    rarely = torch.optim.SGD(other.parameters(), lr=0.1)
+    train(model, opt, 3)
+    del rarely
+    second = optx.attach(model, optx.LoRA(rank=2), targets="0", name="second")
+    train(model, torch.optim.SGD(second.parameters(), lr=0.1), 3)  # on top of one that is not to move
+    handle.remove()
+
+
+def test_a_loop_that_goes_on_while_its_parameters_are_merged_is_warned_of_once() -> None:
+    model = net()
+    handle = optx.attach(model, optx.LoRA(rank=2), targets="0")
+    opt = torch.optim.AdamW(handle.parameters(), lr=0.1)
+    train(model, opt, 2)
+    handle.merge()
+    other = torch.optim.SGD(model[2].parameters(), lr=0.1)
+    train(model, other)  # which has none of them
+    before = [p.detach().clone() for p in handle.parameters()]
+    with pytest.warns(UserWarning, match=r"AdamW was stepped while '0.optx.lora.A' and 1 oth") as told:
+        train(model, opt, 3)
+    assert len(told) == 1
+    assert all(map(torch.equal, before, handle.parameters()))
+    handle.unmerge()
+    train(model, opt)
