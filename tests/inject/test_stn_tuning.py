@@ -227,13 +227,17 @@ def test_an_optimizer_that_does_not_know_the_responses_is_told(late: bool) -> No
     opt = sgd(model)
     stn = tuned(model, warmup=40)
     opt = opt if late else sgd(model)
-    for step in range(40):
-        train_step(model, stn, opt, step)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
+        for step in range(40):
+            train_step(model, stn, opt, step)
         valid_step(model, stn, 0)
         valid_step(model, stn, 1)
-    assert ["nothing has changed how weights respond" in str(one.message) for one in told] == [True] * late
+    words = ("no optimizer has what was attached to it", "nothing has changed how weights respond")
+    assert [str(one.message).find(said) > 0 for said, one in zip(words, told, strict=late)] == [
+        True,
+        True,
+    ] * late
 
 
 def test_batches_say_how_many_examples_they_have() -> None:
