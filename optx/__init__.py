@@ -37,6 +37,7 @@
             LossReweight                                      samples weighted by their losses
             RobustRecoveryLoss                                absolute residuals of a factored matrix
             SAF  MESA  with_index                             flat minima from what was said epochs ago
+            functional: softmax2  logsumexp2  cross_entropy2  rows read twice where torch reads them thrice
 
     delta   optx.Delta.between(base, tuned), optx.merge(...)  checkpoints pruned, compressed and merged
             Delta: dare  find_q  magnitude  wanda  structural  lora
@@ -85,6 +86,7 @@ __version__ = "0.1.0"
 
 from optx import analysis as analysis
 from optx import bases as bases
+from optx import functional as functional
 from optx import init as init
 from optx import integrations as integrations
 from optx import ops as ops

@@ -176,6 +176,15 @@ def rf8_kernels(target: Target) -> Iterator[Kernel]:
         yield _by_spec("rf8", s, elements, narrowest=32)
 
 
+def softmax_kernels(target: Target) -> Iterator[Kernel]:
+    """Those of softmax in two passes; a row that fits a program is read without a loop."""
+    from optx.kernels.softmax import pairs_triton
+
+    for s in pairs_triton.audit_specs():
+        elements = 0 if s.constexprs["BLOCK"] > pairs_triton.BLOCK else s.constexprs["BLOCK"]
+        yield _by_spec("softmax", s, elements, narrowest=ACCESS)
+
+
 def _by_spec(program: str, s: AuditSpec, elements: int, narrowest: int) -> Kernel:
     constexprs = {(s.function.arg_names.index(k),): v for k, v in s.constexprs.items()}
     return Kernel(
@@ -198,5 +207,6 @@ OTHERS: dict[str, Callable[[Target], Iterator[Kernel]]] = {
     "ternary": ternary_kernels,
     "shared": shared_kernels,
     "rf8": rf8_kernels,
+    "softmax": softmax_kernels,
 }
 """Kernels that belong to no program, by their kind."""

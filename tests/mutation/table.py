@@ -189,6 +189,7 @@ TABLE = {
     "optx/inject/svfit.py": "arithmetic_inject arithmetic_options svfit",
     "optx/inject/hidden_delta.py": "arithmetic_inject arithmetic_options adapter_places adapters prefix",
     "kernels/loss/stablemax_rows.py": "arithmetic_signal stablemax",
+    "kernels/softmax/rows.py": "softmax2",
     "optx/scaling/_abc.py": "abc abc_rules abc_networks abc_models",
     "optx/scaling/_infinite_width.py": "infinite_width",
     "optx/scaling/_compare.py": "shapes",
