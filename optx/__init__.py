@@ -22,6 +22,7 @@
             WindowPrune  WindowBlock  WindowHandle  WindowCost   computes only the windows that need it
             FTWT  FilterPruning                               filters picked for each sample
             PSDFactor                                         a weight as U U^T
+            VQLogits  VQHandle                                an output head of a few codes
             EWA  ExpertHandle                                 experts in training, their mean afterwards
             WideNet  WideHandle                               blocks that share attention and experts
             S4DLayer                                          state spaces in the place of attention
@@ -129,6 +130,7 @@ from optx.delta.ties import TIES as TIES
 from optx.inject._abmll_handle import ABMLLHandle as ABMLLHandle
 from optx.inject._abmll_task import ABMLLTask as ABMLLTask
 from optx.inject._attach import attach as attach
+from optx.inject._code_handle import VQHandle as VQHandle
 from optx.inject._expert_handle import ExpertHandle as ExpertHandle
 from optx.inject._export import export_lora as export_lora
 from optx.inject._filter_pruning import FilterPruning as FilterPruning
@@ -175,6 +177,7 @@ from optx.inject.rf8_linear import RF8Linear as RF8Linear
 from optx.inject.stable_rps import StableRPS as StableRPS
 from optx.inject.stn import STN as STN
 from optx.inject.svfit import SVFit as SVFit
+from optx.inject.vq_logits import VQLogits as VQLogits
 from optx.inject.widenet import WideNet as WideNet
 from optx.inject.window_prune import WindowPrune as WindowPrune
 from optx.pruning._prune import prune as prune

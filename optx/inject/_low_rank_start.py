@@ -56,6 +56,11 @@ def read_from_file() -> Generator[None]:
         _FROM_FILE.reset(token)
 
 
+def from_file() -> bool:
+    """Whether what is made now will be read from a file."""
+    return _FROM_FILE.get()
+
+
 def begin(init: str, A: Tensor, B: Tensor, scale: float, path: str, weight: Callable[[], Tensor]) -> bool:
     """Fill factors that are zero.
 
