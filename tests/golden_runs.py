@@ -50,6 +50,10 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "ParallelAdapter": {"": {}, "as BERT": {"init": "bert"}},
     "MESA": {"": {"beta": 0.8, "start_epoch": 2}},
     "PSDFactor": {"": {"init": "fit"}},
+    "VQLogits": {
+        "": {"codes": 2, "init": "blocks"},
+        "token bias": {"codes": 2, "init": "blocks", "token_bias": True},
+    },
     "SubGM": {"": {"eta0": 0.05, "rho": 0.9}},
     "SaRA": {
         "": {"fraction": 0.3, "reselect_at": 8},
@@ -78,6 +82,8 @@ AROUND: dict[tuple[str, str], dict[str, Any]] = {
     ("Perp", "ScaleLoRA"): {"pruned": 0.5},
     ("PSDFactor", ""): {"targets": lambda name, _: name.endswith(("q_proj", "self.query"))},
     ("PerpGrad", "along weights"): {"shrink": 10.0},
+    ("VQLogits", ""): {"targets": lambda name, _: name in ("lm_head", "classifier")},
+    ("VQLogits", "token bias"): {"targets": lambda name, _: name in ("lm_head", "classifier")},
 }
 
 

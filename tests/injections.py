@@ -201,6 +201,7 @@ ROWS = [
     Row("ABMLL", llama, lambda: optx.ABMLL(rank=2), ALL_LINEAR, idle=("A_std", "B_std")),
     Row("Perp", pruned_bert, lambda: optx.Perp(adapter="mask", rank=4)),
     Row("PSDFactor", llama, lambda: optx.PSDFactor(init="fit"), r".*q_proj", identity=False),
+    Row("VQLogits", bert, lambda: optx.VQLogits(codes=2), "classifier", stacks=False),
     Row("IAA", bert, lambda: optx.IAA(rank=3, aside=3), merges=False),
     Row("IAA, Llama", llama, lambda: optx.IAA(rank=3, aside=3), merges=False),
     Row(

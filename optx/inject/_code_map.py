@@ -5,7 +5,6 @@ Source: VQ-Logits, arXiv 2505.10202; mini-batch k-means is scikit-learn's.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -101,12 +100,14 @@ def _tensor(array: Any) -> Tensor:
 
 def _modules() -> tuple[Any, Any]:
     try:
-        return import_module("numpy"), import_module("sklearn.cluster")
+        import numpy
+        from sklearn import cluster  # pyright: ignore[reportMissingTypeStubs]
     except ImportError:
         raise OptxError(
             "VQLogits: k-means is scikit-learn's, which is not here. Type: python -m pip install "
             'scikit-learn; or give another init ("random", "blocks", "frequency").'
         ) from None
+    return numpy, cluster
 
 
 def _without_empty(rows: Tensor, found: Tensor, centres: Tensor) -> Tensor:

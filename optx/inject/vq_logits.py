@@ -57,7 +57,7 @@ class VQLogits(Injection):
 
     Paper values:
         ``codes``: about V / 100 for 99 % fewer numbers (the review read is unsure of more).
-        ``init="kmeans"``: better than random.
+        ``init="kmeans"``: better than random (the default).
 
     Limits: All tokens of a code have the same chance, or with ``token_bias`` the same ratios in every
         context. Post hoc, with a head that was trained without it, perplexity rises several-fold until C is
@@ -70,7 +70,7 @@ class VQLogits(Injection):
     Keywords: vocabulary, softmax, output layer, LM head, unembedding, compression, vector quantisation,
         k-means, codebook, large vocabulary, cross-entropy memory, tied embeddings.
 
-    Evidence: ``optx run vocab``; ``test_vq_logits.py``, ``test_vq_logits_models.py``.
+    Evidence: no recipe yet; ``test_vq_logits.py``, ``test_vq_logits_models.py``.
 
     Raises:
         OptxError: an option out of range, or counts that are missing.
@@ -182,8 +182,7 @@ class VQLogits(Injection):
             part.token_bias = nn.Parameter(new_tensor(module, V))
         elif isinstance(module.bias, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
             part.code_bias = nn.Parameter(new_tensor(module, K))
-        # A file says the values, or whoever fills a model that has none yet.
-        part.to_begin = not from_file() and not module.weight.is_meta
+        part.to_begin = not from_file()  # which says the values
         return part
 
     def _sizes(self, V: int, path: str) -> tuple[int, int]:

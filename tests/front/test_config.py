@@ -90,7 +90,9 @@ BESIDE: dict[tuple[str, str], dict[str, Any]] = {
     ("STN", "dropout"): {"dropout": "drop"},
 }
 # What holds tensors or functions: it can't be written.
-UNWRITABLE = {("KeepMask", "masks"), ("Perp", "masks"), ("SubGM", "loss"), ("WindowPrune", "blocks")}
+UNWRITABLE = {("KeepMask", "masks"), ("Perp", "masks"), ("SubGM", "loss"), ("WindowPrune", "blocks")} | {
+    ("VQLogits", "counts")
+}
 
 
 def usual(name: str) -> dict[str, Any]:
