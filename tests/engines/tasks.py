@@ -441,6 +441,12 @@ ROWS = [
     Row("FTWT", "injection", _vgg, attach=_attached(optx.FTWT), task=OwnLoss, apart=True),
     Row("WindowPrune", "injection", _windows, attach=_attach_windows, task=Windows, apart=True),
     Row("ABMLL", "injection", Small, attach=_meta, task=Meta),
+    Row(
+        "VQLogits",
+        "injection",
+        injections.llama,
+        attach=_attached(lambda: optx.VQLogits(codes=9, init="blocks", untie=True)),
+    ),
     Row("StableRPS", "injection", injections.llama, attach=_attached(optx.StableRPS, r".*_proj")),
     # Adam is linear with such an eps, so that the mean of experts' steps is the step of the mean.
     Row(
