@@ -51,6 +51,8 @@ class VQHandle(Handle):
         own = {name: p for name in tied if isinstance(p := getattr(module, name), nn.Parameter)}
         self.part.resting = tuple(name for name in own if not tied[name])
         one.hooks.append(Resting(self.part.retired(module)))
+        one.hooks.append(model.register_forward_pre_hook(self.part.enter))
+        one.hooks.append(model.register_forward_hook(self.part.leave))
 
     @property
     def part(self) -> CodeHead:

@@ -40,6 +40,7 @@ class CodeHead(Part):
         self.passing = False
         self.resting: tuple[str, ...] = ()
         self.to_begin = False
+        self.called = True
         self._known: tuple[Any, Tensor] | None = None  # log sizes, and of which mapping
 
     def __getstate__(self) -> dict[str, Any]:
@@ -81,7 +82,28 @@ class CodeHead(Part):
     ) -> Tensor:
         """Each token's logit: its code's score."""
         x = hidden_of(args, kwargs)
+        if not torch.compiler.is_compiling():
+            self.called = True
         return x if self.passing else self.logits(self.scores(x))
+
+    def enter(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        """Before a call of the whole model."""
+        if not torch.compiler.is_compiling():
+            self.called = False
+
+    def leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After it.
+
+        Raises:
+            OptxError: the head was not called: a trainer's own loss takes its weight (TRL's), and of one that
+                is an embedding's too nobody would notice.
+        """
+        if not torch.compiler.is_compiling() and self.active and not self.called:
+            raise OptxError(
+                f"VQLogits did not act: this call of a {type(model).__name__} did not call the head. A loss "
+                "that computes with the head's weight itself knows nothing of codes: use handle.loss, or the "
+                "model's own."
+            )
 
     def scores(self, x: Tensor) -> Tensor:
         """Of the codes, (..., K)."""

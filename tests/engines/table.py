@@ -76,7 +76,10 @@ REFUSED: Mapping[str, Mapping[str, str]] = {
         "HFT": "keeps its moments in an optimizer of its own",
         "MuAdamW": "ZeroRedundancyOptimizer is not known. Say how it steps",
     },
-    "SFTTrainer": {"MuReadout": "'lm_head' did not act: .* weight was used without a call of the module"},
+    "SFTTrainer": {
+        "MuReadout": "'lm_head' did not act: .* weight was used without a call of the module",
+        "VQLogits": "did not act: this call of a LlamaForCausalLM did not call the head",
+    },
     "ZeRO-3 (its marks)": {"transform": _ZERO3, "injection": _ZERO3, "MESA": _ZERO3},
 }
 

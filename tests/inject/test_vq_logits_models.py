@@ -109,6 +109,18 @@ def test_what_changes_logits_after_the_head_is_refused() -> None:
     handle.loss(torch.zeros(2, 16), torch.zeros(2, dtype=torch.int64))
 
 
+def test_a_loss_that_takes_the_weight_itself_is_noticed() -> None:
+    """As TRL's does; of a tied head, of which an embedding's use is no fault."""
+    for make in (llama, untied):
+        model = make(1) if make is llama else untied()
+        handle = served(model, untie=True)
+        model.forward = lambda ids, model=model: model.model(ids).last_hidden_state @ model.lm_head.weight.t()
+        with pytest.raises(optx.OptxError, match="did not act"):
+            model(tokens())
+        with handle.disable():
+            model(tokens())
+
+
 def test_generation_and_compile_see_tokens() -> None:
     model = untied()
     served(model)
