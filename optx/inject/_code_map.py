@@ -72,13 +72,13 @@ def by_k_means(rows: Tensor, codes: int, seed: int) -> Tensor:
         seed: of the start.
     """
     values: Any = rows.numpy()
-    numpy, cluster = _modules()
+    numpy, KMeans = _modules()
     if len(numpy.unique(values[:, 0])) <= codes:
         distinct, inverse = numpy.unique(values, axis=0, return_inverse=True)
         if len(distinct) <= codes:
             return _tensor(inverse.reshape(-1)).long()
     batch = min(len(values), max(_BATCH, codes))
-    fit = cluster.MiniBatchKMeans(
+    fit = KMeans(
         codes,
         # For thousands of centres the careful start takes five times as long as all the rest, and ends at
         # the same distance (SmolLM2's head, 4096 codes: 0.693 of the variance left, 0.695 without).
@@ -101,13 +101,13 @@ def _tensor(array: Any) -> Tensor:
 def _modules() -> tuple[Any, Any]:
     try:
         import numpy
-        from sklearn import cluster  # pyright: ignore[reportMissingTypeStubs]
+        from sklearn.cluster import MiniBatchKMeans  # pyright: ignore
     except ImportError:
         raise OptxError(
             "VQLogits: k-means is scikit-learn's, which is not here. Type: python -m pip install "
             'scikit-learn; or give another init ("random", "blocks", "frequency").'
         ) from None
-    return numpy, cluster
+    return numpy, MiniBatchKMeans
 
 
 def _without_empty(rows: Tensor, found: Tensor, centres: Tensor) -> Tensor:
