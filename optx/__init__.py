@@ -23,6 +23,7 @@
             FTWT  FilterPruning                               filters picked for each sample
             PSDFactor                                         a weight as U U^T
             VQLogits  VQHandle                                an output head of a few codes
+            Softmax2                                          softmax in two passes over a row
             EWA  ExpertHandle                                 experts in training, their mean afterwards
             WideNet  WideHandle                               blocks that share attention and experts
             S4DLayer                                          state spaces in the place of attention
@@ -174,6 +175,7 @@ from optx.inject.perp import Perp as Perp
 from optx.inject.prefix import PrefixTuning as PrefixTuning
 from optx.inject.psd_factor import PSDFactor as PSDFactor
 from optx.inject.rf8_linear import RF8Linear as RF8Linear
+from optx.inject.softmax2 import Softmax2 as Softmax2
 from optx.inject.stable_rps import StableRPS as StableRPS
 from optx.inject.stn import STN as STN
 from optx.inject.svfit import SVFit as SVFit

@@ -157,6 +157,7 @@ TABLE = {
     "optx/inject/vq_logits.py": "vq_logits vq_logits_models",
     "optx/inject/_rf8_product.py": "rf8_linear",
     "optx/inject/rf8_linear.py": "rf8_linear",
+    "optx/inject/softmax2.py": "softmax2_attach",
     "optx/inject/stn.py": "stn stn_tuning stn_response stn_torch",
     "optx/inject/_switch.py": "switch",
     "optx/inject/_task_heads.py": "task_heads",
