@@ -127,7 +127,7 @@ class Softmax2(Injection):
     `optx.functional.softmax2`: nn.Softmax modules, and attention that is written out (``eager`` in
     transformers), also in training. It adds no parameter; ``remove()`` gives back what was, bit for bit.
 
-    Serves any module whose call reaches softmax. By default: the model's nn.Softmax modules; others are named.
+    Serves any module whose call reaches softmax. By default: the model's nn.Softmax modules; name others.
 
     Args:
         min_row: shorter rows are left to torch. 1: all are served.
@@ -173,13 +173,12 @@ class Softmax2(Injection):
         Raises:
             TargetError: there are none.
         """
-        found = [
-            path for path, module in model.named_modules() if isinstance(module, nn.Softmax | nn.Softmax2d)
-        ]
+        kinds = (nn.Softmax, nn.Softmax2d)
+        found = [path for path, module in model.named_modules() if isinstance(module, kinds)]
         if not found:
             raise TargetError(
                 f"attach: Softmax2 serves nn.Softmax modules by default, and {type(model).__name__} has none. "
-                "Modules that call the function have to be named: attach(model, optx.Softmax2(), targets=...)."
+                "Name the modules that call the function: attach(model, optx.Softmax2(), targets=...)."
             )
         return found
 
@@ -187,8 +186,8 @@ class Softmax2(Injection):
         """The calls of one module."""
         if isinstance(module, _OTHERS):
             raise TargetError(
-                f"attach: Softmax2 serves {self.serves}; {path!r} is a {type(module).__name__}, whose softmax is "
-                f"its own. {_EAGER}"
+                f"attach: Softmax2 serves {self.serves}; {path!r} is a {type(module).__name__}, whose "
+                f"softmax is its own. {_EAGER}"
             )
         chosen = getattr(getattr(module, "config", None), "_attn_implementation", None)
         if isinstance(chosen, str) and chosen != "eager" and isinstance(heads_of(module, None, None), Heads):
