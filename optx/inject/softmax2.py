@@ -173,11 +173,14 @@ class Softmax2(Injection):
         Raises:
             TargetError: there are none.
         """
-        kinds = (nn.Softmax, nn.Softmax2d)
-        found = [path for path, module in model.named_modules() if isinstance(module, kinds)]
+        kinds: tuple[type[nn.Module], ...] = (nn.Softmax, nn.Softmax2d)
+        found: list[str] = []
+        for path, module in model.named_modules():
+            if isinstance(module, kinds):
+                found.append(path)
         if not found:
             raise TargetError(
-                f"attach: Softmax2 serves nn.Softmax modules by default, and {type(model).__name__} has none. "
+                f"attach: Softmax2 serves nn.Softmax modules by default; {type(model).__name__} has none. "
                 "Name the modules that call the function: attach(model, optx.Softmax2(), targets=...)."
             )
         return found
