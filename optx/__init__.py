@@ -26,7 +26,7 @@
             Softmax2                                          softmax in two passes over a row
             EWA  ExpertHandle                                 experts in training, their mean afterwards
             WideNet  WideHandle                               blocks that share attention and experts
-            S4DLayer                                          state spaces in the place of attention
+            S4D  S4DLayer                                     state spaces in attention's place
             RF8Linear                                         weights in bytes, computed with as they are
             trainable_only                                    freeze all but what was attached
             set_adapter                                       which of several act, by name
@@ -175,6 +175,7 @@ from optx.inject.perp import Perp as Perp
 from optx.inject.prefix import PrefixTuning as PrefixTuning
 from optx.inject.psd_factor import PSDFactor as PSDFactor
 from optx.inject.rf8_linear import RF8Linear as RF8Linear
+from optx.inject.s4d import S4D as S4D
 from optx.inject.softmax2 import Softmax2 as Softmax2
 from optx.inject.stable_rps import StableRPS as StableRPS
 from optx.inject.stn import STN as STN

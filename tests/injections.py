@@ -202,6 +202,8 @@ ROWS = [
     Row("Perp", pruned_bert, lambda: optx.Perp(adapter="mask", rank=4)),
     Row("PSDFactor", llama, lambda: optx.PSDFactor(init="fit"), r".*q_proj", identity=False),
     Row("VQLogits", bert, lambda: optx.VQLogits(codes=2), "classifier", stacks=False),
+    Row("S4D", llama, lambda: optx.S4D("beside", d_state=4), merges=False),
+    Row("S4D, in place", bert, lambda: optx.S4D(d_state=4), identity=False, merges=False, stacks=False),
     Row("IAA", bert, lambda: optx.IAA(rank=3, aside=3), merges=False),
     Row("IAA, Llama", llama, lambda: optx.IAA(rank=3, aside=3), merges=False),
     Row(

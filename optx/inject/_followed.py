@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, nn
 
 from optx._names import RESERVED
+from optx._param_groups import declared
 from optx.inject._part import attached
 from optx.inject._served import OnModel, Served
 from optx.step.following import Joining
@@ -16,10 +17,12 @@ def joining(handle: OnModel) -> list[Joining]:
     """The parameters that were added, each with those in whose group it belongs."""
     found: list[Joining] = []
     for one in handle.served:
+        own = declared(one.part)
         for name, p in one.part.named_parameters():
             asked = one.part.settings_of(name)
             like = [asked] if asked else list(_like(one, p))
-            found.append(Joining(f"{one.part_path}.{name}", p, like, agreed=bool(asked)))
+            full = f"{one.part_path}.{name}"
+            found.append(Joining(full, p, like, agreed=bool(asked), asks=own.get(p, {})))
     found += [
         Joining(f"{kept.path}.{name}", p)
         for kept in handle.saved

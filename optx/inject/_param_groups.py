@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from optx._errors import OptxError, check_range
+from optx._param_groups import declared, settled
 from optx.inject._experts import ParameterLoRA
 from optx.inject._low_rank import EmbeddingLoRA, LowRank
 from optx.inject._perp_parts import UnderMask
@@ -42,13 +43,15 @@ def param_groups(
             )
     if embedding_lr is not None:
         check_range("param_groups", "embedding_lr", embedding_lr, 0)
-    rows: dict[tuple[float, float], list[nn.Parameter]] = {}
+    asked = {p: own for one in handle.served for p, own in declared(one.part).items()}
+    rows: dict[tuple[tuple[str, Any], ...], list[nn.Parameter]] = {}
     for kind, decays, p in _kinds(handle, plus=ratio is not None):
         faster = lr if ratio is None else lr * ratio
         slow = 1e-6 if ratio is not None else lr
         rate = {"A": lr, "B": faster, "embedding": slow if embedding_lr is None else embedding_lr}[kind]
-        rows.setdefault((rate, weight_decay if decays else 0.0), []).append(p)
-    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in rows.items()]
+        plain = {"lr": rate, "weight_decay": weight_decay if decays else 0.0}
+        rows.setdefault(tuple(settled(asked.get(p, {}), plain).items()), []).append(p)
+    return [{"params": params, **dict(settings)} for settings, params in rows.items()]
 
 
 def _kinds(handle: OnModel, *, plus: bool) -> Iterator[tuple[str, bool, nn.Parameter]]:

@@ -202,15 +202,26 @@ class S4DLayer(nn.Module):
                 )
             x = x.masked_fill(~self._real(mask, x), 0)
         with torch.autocast(u.device.type, enabled=False):
-            x = x.to(self._wide(u))
-            discrete = self.discrete()
-            y = self._mixed(x, discrete, state)
-            after = None
-            if return_state:
-                after = last_state(discrete, x if mask is None else _ending_together(x, mask), state)
+            y = self._mixed(x.to(self._wide(u)), self.discrete(), state)
         y = self._leave(y.mT.to(u.dtype))
         y = y.mT if self.transposed else y
-        return Stepped(y, after) if after is not None else y
+        return Stepped(y, self.state_after(u, mask=mask, state=state)) if return_state else y
+
+    def state_after(self, u: Tensor, *, mask: Tensor | None = None, state: Tensor | None = None) -> Tensor:
+        """The state behind the last token of each sequence, alone.
+
+        Args:
+            u: as in a call, and
+            mask: so, and
+            state: so.
+        """
+        x = self._channels_first(u)
+        if mask is not None:
+            x = _ending_together(x.masked_fill(~self._real(mask, x), 0), mask)
+        if state is not None:
+            self._check_state(state, x.shape[:-1])
+        with torch.autocast(u.device.type, enabled=False):
+            return last_state(self.discrete(), x.to(self._wide(u)), state)
 
     def _mixed(self, x: Tensor, discrete: Discrete, state: Tensor | None) -> Tensor:
         """The state spaces themselves: (..., width, L) in float32 or float64."""

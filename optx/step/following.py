@@ -7,14 +7,16 @@ new, whose settings each takes, and which take no part any more; all of them go 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from optx._errors import TransformError
 from optx._names import parameter_names
+from optx._param_groups import settled
 from optx.step.transform import Group, Transform
 
 
@@ -27,12 +29,14 @@ class Joining:
         parameter: itself.
         like: whose group it joins, by preference: the first of these that has parameters of the optimizer.
         agreed: whether all of these must be in one group: it takes the place of them all.
+        asks: settings that it asks for in the place of that group's, as of `optx.param_groups`.
     """
 
     name: str
     parameter: nn.Parameter
     like: Sequence[Sequence[Tensor]] = ()
     agreed: bool = False
+    asks: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 class Followed(ABC):
@@ -88,6 +92,7 @@ class Following:
         self.handle, self.transforms = handle, tuple(transforms)
         self._before: list[tuple[Group, list[Tensor]]] = []
         self._names: dict[int, str] = {}
+        self._made = 0  # groups of settings that were asked for, behind all that there were
 
     def begin(self, optimizer: Optimizer) -> list[Tensor]:
         """Change the groups and drop the state of what leaves, which is returned.
@@ -104,11 +109,17 @@ class Following:
                 "Make it of that model's parameters, or of handle.parameters()."
             )
         joining: dict[int, list[Tensor]] = {}
+        apart: list[tuple[int, Joining]] = []
         names = parameter_names(optimizer)
         for one in self.handle.joining():
             if one.parameter.requires_grad and id(one.parameter) not in there:
-                joining.setdefault(_place(one, there, optimizer), []).append(one.parameter)
+                place = _place(one, there, optimizer)
+                if _differs(one.asks, groups[place]):
+                    apart.append((place, one))
+                else:
+                    joining.setdefault(place, []).append(one.parameter)
                 names[id(one.parameter)] = one.name
+        made = _own_groups(apart, groups, optimizer)
         leaving: list[Tensor] = [p for p in self.handle.leaving() if id(p) in there]
         gone = {id(p) for p in leaving}
         self._before = [(group, list(group["params"])) for group in groups]
@@ -116,6 +127,10 @@ class Following:
         for i, group in enumerate(groups):
             kept = [p for p in group["params"] if id(p) not in gone]
             _put(group, kept + joining.get(i, []), names)
+        for group, params in made:
+            _put(group, params, names)
+            groups.append(group)
+        self._made = len(made)
         _forget(optimizer, leaving)
         return leaving
 
@@ -141,9 +156,51 @@ class Following:
             old = [p for p in before.get(id(group), []) if id(p) in own]
             known = {id(p) for p in old}
             _put(group, old + [p for p in here if id(p) not in known], names)
+        _drop_made(optimizer, len(self._before), self._made)
         gone = [p for key, p in there.items() if key in added]
         _forget(optimizer, gone)
         return gone
+
+
+def _differs(asks: Mapping[str, Any], group: Group) -> bool:
+    """Whether settings that are asked for are not those of a group."""
+    own = settled(asks, group)
+    return any(own[name] != group.get(name) for name in own if name != "params")
+
+
+def _own_groups(
+    apart: Sequence[tuple[int, Joining]], groups: Sequence[Group], optimizer: Optimizer
+) -> list[tuple[Group, list[Tensor]]]:
+    """New groups for what asks for other settings than those of the group that it belongs to.
+
+    Raises:
+        TransformError: a scheduler has counted the groups already.
+    """
+    if apart and hasattr(optimizer.step, "_wrapped_by_lr_sched"):
+        raise TransformError(
+            f"wrap: {apart[0][1].name!r} asks for settings of its own, and so for a new param group, which a "
+            "learning rate scheduler made before it does not know. Make the scheduler after wrap."
+        )
+    made: dict[tuple[Any, ...], tuple[Group, list[Tensor]]] = {}
+    for place, one in apart:
+        plain = {
+            name: value for name, value in groups[place].items() if name not in ("params", "param_names")
+        }
+        own = {
+            **settled(one.asks, plain),
+            **dict.fromkeys(["param_names"] * ("param_names" in groups[place])),
+        }
+        key = (place, *sorted((name, repr(value)) for name, value in own.items()))
+        made.setdefault(key, ({"params": [], **own}, []))[1].append(one.parameter)
+    return list(made.values())
+
+
+def _drop_made(optimizer: Optimizer, before: int, made: int) -> None:
+    """Take out groups that were made for what is gone, where nothing else came into them."""
+    groups = optimizer.param_groups
+    for i in reversed(range(before, min(before + made, len(groups)))):
+        if not groups[i]["params"]:
+            del groups[i]
 
 
 def _place(one: Joining, there: dict[int, int], optimizer: Optimizer) -> int:

@@ -434,7 +434,7 @@ ROWS = [
         of_table,
         ("LoRA", "BitFit", "IA3", "SVFit", "SequentialAdapter", "ParallelAdapter", "ScaledParallelAdapter"),
     ),
-    *map(of_table, ("PSDFactor", "PrefixTuning", "MultiHeadParallelAdapter", "MAM", "Aside", "IAA")),
+    *map(of_table, ("PSDFactor", "PrefixTuning", "MultiHeadParallelAdapter", "MAM", "Aside", "S4D", "IAA")),
     # Their products of factors have gradients of any size, and small ones' noise is a step of Adam's too.
     *(of_table(label, adamw={"eps": 1e-1, "lr": 2e-2}) for label in ("FLoRA", "Perp")),
     Row("HiddenDelta", "injection", injections.llama, attach=_attached(lambda: optx.HiddenDelta(rank=3))),

@@ -74,6 +74,7 @@ def test_every_injection_is_measured_on_every_family(rows: Rows) -> None:
     of_experts = {"EWA", "WideNet"}  # test_ewa_models.py, test_widenet_models.py
     # They serve what is named: test_psd_factor.py, test_softmax2_attach.py.
     named = {"PSDFactor", "Softmax2"}
+    of_mixers = {"S4D"}  # test_s4d_models.py
     of_inference = {"RF8Linear"}  # trains nothing: test_rf8_linear.py
     of_heads = {"VQLogits"}  # of language models: test_vq_logits_models.py
     # The others are HiddenDelta's choices; ABMLL serves what LoRA serves, of modules.
@@ -87,6 +88,7 @@ def test_every_injection_is_measured_on_every_family(rows: Rows) -> None:
         *named,
         *of_experts,
         *of_heads,
+        *of_mixers,
     }
 
 
