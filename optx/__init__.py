@@ -28,6 +28,7 @@
             WideNet  WideHandle                               blocks that share attention and experts
             S4D  S4DLayer                                     state spaces in attention's place
             RF8Linear                                         weights in bytes, computed with as they are
+            SphericalHead  SphericalHandle                    output heads of very many classes
             trainable_only                                    freeze all but what was attached
             set_adapter                                       which of several act, by name
             export_lora  fold_prefix                          what remains to do after the training
@@ -40,6 +41,7 @@
             RobustRecoveryLoss                                absolute residuals of a factored matrix
             SAF  MESA  with_index                             flat minima from what was said epochs ago
             functional: softmax2  logsumexp2  cross_entropy2  rows read twice where torch reads them thrice
+            ZLoss                                             of standardised logits; many classes
 
     delta   optx.Delta.between(base, tuned), optx.merge(...)  checkpoints pruned, compressed and merged
             Delta: dare  find_q  magnitude  wanda  structural  lora
@@ -151,6 +153,7 @@ from optx.inject._report import Report as Report
 from optx.inject._s4d_layer import S4DLayer as S4DLayer
 from optx.inject._self_tuning import SelfTuning as SelfTuning
 from optx.inject._shared_handle import SharedHandle as SharedHandle
+from optx.inject._spherical_handle import SphericalHandle as SphericalHandle
 from optx.inject._switch import set_adapter as set_adapter
 from optx.inject._wide_handle import WideHandle as WideHandle
 from optx.inject._window_block import WindowBlock as WindowBlock
@@ -177,6 +180,7 @@ from optx.inject.psd_factor import PSDFactor as PSDFactor
 from optx.inject.rf8_linear import RF8Linear as RF8Linear
 from optx.inject.s4d import S4D as S4D
 from optx.inject.softmax2 import Softmax2 as Softmax2
+from optx.inject.spherical_head import SphericalHead as SphericalHead
 from optx.inject.stable_rps import StableRPS as StableRPS
 from optx.inject.stn import STN as STN
 from optx.inject.svfit import SVFit as SVFit
@@ -199,6 +203,7 @@ from optx.signal.robust_recovery import RobustRecoveryLoss as RobustRecoveryLoss
 from optx.signal.saf import SAF as SAF
 from optx.signal.stablemax import StableMaxCrossEntropy as StableMaxCrossEntropy
 from optx.signal.stablemax import stablemax_cross_entropy as stablemax_cross_entropy
+from optx.signal.z_loss import ZLoss as ZLoss
 from optx.step.base_update import BaseRules as BaseRules
 from optx.step.base_update import Matrices as Matrices
 from optx.step.base_update import Sums as Sums

@@ -12,11 +12,13 @@ from torch.optim import Optimizer
 
 from optx._config_values import dotted
 from optx._errors import OptxError, near
+from optx._spherical import SphericalLoss
 from optx.inject._injection import Injection
 from optx.signal.loss_reweight import LossReweight
 from optx.signal.mesa import MESA
 from optx.signal.saf import SAF
 from optx.signal.stablemax import StableMaxCrossEntropy
+from optx.signal.z_loss import ZLoss
 from optx.step.transform import Transform
 
 _CALLED: dict[type, str] = {
@@ -24,13 +26,14 @@ _CALLED: dict[type, str] = {
     Injection: "injection",
     Optimizer: "optimizer of torch.optim",
     nn.Module: "loss",
+    SphericalLoss: "loss of the spherical family",
 }
 
 
 def known(kind: type) -> dict[str, type]:
     """The classes that an entry of a kind may name: those that are public in optx, or torch's optimizers."""
     if kind is nn.Module:
-        return {one.__name__: one for one in (StableMaxCrossEntropy, LossReweight, SAF, MESA)}
+        return {one.__name__: one for one in (StableMaxCrossEntropy, ZLoss, LossReweight, SAF, MESA)}
     if kind is Optimizer:
         there = [one for one in vars(torch.optim).values() if isinstance(one, type)]
         return {one.__name__: one for one in there if issubclass(one, kind) and one is not kind}
@@ -52,7 +55,7 @@ def _is_public(kind: type) -> bool:
 
 def name_of(kind: type) -> str:
     """What a config calls a class: optx's by its name alone, others by their path."""
-    base = Transform if issubclass(kind, Transform) else Injection
+    base = next((one for one in (Transform, SphericalLoss) if issubclass(kind, one)), Injection)
     name = kind.__name__
     return name if known(base).get(name) is kind else f"{kind.__module__}.{name}"
 

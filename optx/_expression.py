@@ -111,7 +111,9 @@ def literal(value: Any) -> str:
 
 def _tells(value: Any) -> bool:
     """Whether its ``repr`` is a call."""
-    return isinstance(value, HasArguments) and not isinstance(value, type | nn.Module)
+    if isinstance(value, nn.Module) and type(value).__repr__ is nn.Module.__repr__:
+        return False
+    return isinstance(value, HasArguments) and not isinstance(value, type)
 
 
 def _row(values: tuple[Any, ...] | list[Any]) -> str:

@@ -101,9 +101,10 @@ def methods() -> dict[str, type]:
             optx.Composite,
             optx.FTWT,
             optx.RobustRecoveryLoss,
+            optx.SphericalHead,
             optx.WideNet,
             optx.WindowPrune,
-        )  # nothing to serve here
+        )  # nothing to serve here, or no loss of logits
     }
 
 

@@ -109,6 +109,9 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         check_simple(stack, f"{where}: layers_pattern")
 
 
+_NO_SIZES = ("seed", "stabilize_every", "recompute_every")
+
+
 def check_sizes(stored: Stored, where: str) -> Stored:
     """Raise unless the sizes that the options name are those of the tensors.
 
@@ -125,7 +128,7 @@ def check_sizes(stored: Stored, where: str) -> Stored:
     for injection in members:
         _check_types(injection, where)
         for option, value in values_of(injection).items():
-            if type(value) is int and value > max(_SMALL, largest) and option not in ("seed",):
+            if type(value) is int and value > max(_SMALL, largest) and option not in _NO_SIZES:
                 raise FileError(
                     f"{where} has {option}={value}, and no tensor of that size: its largest dimension is "
                     f"{largest}."

@@ -14,8 +14,9 @@ from optx.signal.loss_reweight import LossReweight
 from optx.signal.mesa import MESA
 from optx.signal.saf import SAF
 from optx.signal.stablemax import StableMaxCrossEntropy, stablemax_cross_entropy
+from optx.signal.z_loss import ZLoss
 
-Loss = LossReweight | SAF | MESA | StableMaxCrossEntropy
+Loss = LossReweight | SAF | MESA | StableMaxCrossEntropy | ZLoss
 
 
 class TrainerLoss:
@@ -32,11 +33,11 @@ class TrainerLoss:
         known: Any = loss
         if not isinstance(known, Loss):
             raise OptxError(
-                f"loss: {shown(loss)} is none of optx's losses; give LossReweight, SAF, MESA or "
-                "StableMaxCrossEntropy. Other functions are a compute_loss_func by themselves."
+                f"loss: {shown(loss)} is none of optx's losses; give LossReweight, SAF, MESA, "
+                "StableMaxCrossEntropy or ZLoss. Other functions are a compute_loss_func by themselves."
             )
-        if isinstance(loss, StableMaxCrossEntropy):
-            _check_stablemax(loss)
+        if isinstance(loss, StableMaxCrossEntropy | ZLoss):
+            _check_counted(loss)
         self.loss, self.index = loss, index
         self.batch: dict[str, Any] | None = None
         self.average_tokens_across_devices = True
@@ -74,9 +75,9 @@ class TrainerLoss:
         tokens, counts = token_losses(owner, logits, labels, shift, -100)
         share = counts.sum()
         whole = share.clamp_min(1) if items is None else items
-        if isinstance(loss, StableMaxCrossEntropy):
+        if isinstance(loss, StableMaxCrossEntropy | ZLoss):
             moved = labels if not (shift and labels.ndim > 1) else labels.roll(-1, -1)
-            return _stablemax(loss, logits, moved.masked_fill(~counts, -100)) / whole
+            return _in_its_place(loss, logits, moved.masked_fill(~counts, -100)) / whole
         plain = torch.where(counts, tokens, 0).sum() / whole
         return plain + self._more(loss, logits, counts) * (share / whole)
 
@@ -120,28 +121,28 @@ def _one_number(owner: str, items: Any) -> Any:
     return items
 
 
-def _check_stablemax(loss: StableMaxCrossEntropy) -> None:
+def _check_counted(loss: StableMaxCrossEntropy | ZLoss) -> None:
     """A Trainer counts labels, each as one, that are not -100, and divides by their number."""
     for name, value, wanted in (
         ("reduction", loss.reduction, "mean"),
         ("ignore_index", loss.ignore_index, -100),
-        ("weight", loss.weight, None),
+        ("weight", getattr(loss, "weight", None), None),
     ):
         if (value is not None) if wanted is None else value != wanted:
             raise OptxError(
-                f"loss: this StableMaxCrossEntropy has {name}={shown(value)}; a Trainer divides by the "
+                f"loss: this {type(loss).__name__} has {name}={shown(value)}; a Trainer divides by the "
                 f"number of labels that are not -100, so {name} must be {wanted!r}."
             )
 
 
-def _stablemax(loss: StableMaxCrossEntropy, logits: Tensor, labels: Tensor) -> Tensor:
+def _in_its_place(loss: StableMaxCrossEntropy | ZLoss, logits: Tensor, labels: Tensor) -> Tensor:
+    """The sum of a loss that takes the place of the model's."""
     rows, numbers = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
-    return stablemax_cross_entropy(
-        rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows,
-        numbers,
-        reduction="sum",
-        label_smoothing=loss.label_smoothing,
-    )
+    rows = rows.float() if rows.dtype in (torch.float16, torch.bfloat16) else rows
+    if isinstance(loss, ZLoss):
+        arguments: dict[str, Any] = {**loss.arguments(), "reduction": "sum"}
+        return ZLoss(**arguments)(rows, numbers)
+    return stablemax_cross_entropy(rows, numbers, reduction="sum", label_smoothing=loss.label_smoothing)
 
 
 def losses_of(function: Any) -> list[Any]:

@@ -111,10 +111,11 @@ def loss(
 ) -> TrainerLoss:
     """A loss of optx for a Trainer: ``Trainer(..., compute_loss_func=loss(optx.StableMaxCrossEntropy()))``.
 
-    `optx.StableMaxCrossEntropy` and `optx.LossReweight` take the place of the model's loss; `optx.SAF` and
-    `optx.MESA` are added to the cross-entropy, and need ``callbacks=[OptxCallback()]``, which tells them the
-    batch and the epoch. Batches that are accumulated count by their labels (``num_items_in_batch``), so that
-    a step is that of one large batch. The callback saves a loss's state with the checkpoints.
+    `optx.StableMaxCrossEntropy`, `optx.ZLoss` and `optx.LossReweight` take the place of the model's loss;
+    `optx.SAF` and `optx.MESA` are added to the cross-entropy, and need ``callbacks=[OptxCallback()]``, which
+    tells them the batch and the epoch. Batches that are accumulated count by their labels
+    (``num_items_in_batch``), so that a step is that of one large batch. The callback saves a loss's state
+    with the checkpoints.
 
     Args:
         loss: made by you.

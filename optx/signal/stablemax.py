@@ -16,11 +16,10 @@ from optx._errors import OptxError, ShapeError, check_range
 from optx.kernels.available import why_unavailable
 from optx.kernels.loss import stablemax_rows as torch_rows
 from optx.kernels.loss.stablemax_rows import Options, RowSums, math_dtype
+from optx.signal._class_rows import as_rows, check_labels, check_logits, check_reduction
 
 __all__ = ["StableMaxCrossEntropy", "stablemax_cross_entropy"]
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_REDUCTIONS = ("mean", "sum", "none")
 _OWNER = "stablemax_cross_entropy"
 
 
@@ -82,8 +81,8 @@ def stablemax_cross_entropy(
     _check(logits, target, weight, ignore_index, reduction, label_smoothing)
     if weight is not None:
         weight = weight.to(math_dtype(logits.dtype)).contiguous()
-    rows, row_target, shape = _as_rows(logits, target)
-    _check_labels(row_target, ignore_index, rows.shape[1])
+    rows, row_target, shape = as_rows(logits, target)
+    check_labels(_OWNER, row_target, ignore_index, rows.shape[1])
     options = Options(weight, ignore_index, float(label_smoothing))
     loss = _row_losses(rows, row_target, options)
     if reduction == "none":
@@ -218,24 +217,6 @@ def _row_losses(logits: Tensor, target: Tensor, options: Options) -> Tensor:
     return cast(Tensor, _RowLoss.apply(logits, target, options))  # pyright: ignore[reportUnknownMemberType]
 
 
-def _as_rows(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, torch.Size]:
-    """Logits as (R, C), targets as (R,) or (R, C), each last stride 1, and the loss's own shape.
-
-    Dimensions behind the class dimension cost a transposed copy, which is then what backward keeps:
-    as much as `cross_entropy` keeps.
-    """
-
-    def matrix(t: Tensor) -> Tensor:
-        t = t.movedim(0 if t.ndim == 1 else 1, -1)
-        flat = t.reshape(-1, t.shape[-1])
-        return flat if flat.stride(1) == 1 else flat.contiguous()
-
-    shape = logits.movedim(0 if logits.ndim == 1 else 1, -1).shape[:-1]
-    if target.is_floating_point():
-        return matrix(logits), matrix(target), shape
-    return matrix(logits), target.reshape(-1).to(torch.int64).contiguous(), shape
-
-
 def _divisor(target: Tensor, options: Options) -> Tensor | float:
     """What the mean divides by: the number of rows, or the weights of the labels that count."""
     if target.is_floating_point():
@@ -247,8 +228,7 @@ def _divisor(target: Tensor, options: Options) -> Tensor | float:
 
 
 def _check_options(reduction: str, label_smoothing: float) -> None:
-    if reduction not in _REDUCTIONS:
-        raise OptxError(f"{_OWNER}: reduction is {reduction!r}; it must be 'mean', 'sum' or 'none'.")
+    check_reduction(_OWNER, reduction)
     check_range(_OWNER, "label_smoothing", label_smoothing, 0.0, 1.0)
 
 
@@ -261,29 +241,8 @@ def _check(
     label_smoothing: float,
 ) -> None:
     _check_options(reduction, label_smoothing)
-    _check_dtypes(logits, target)
-    for name, tensor in (("target", target), ("weight", weight)):
-        if tensor is not None and tensor.device != logits.device:
-            raise OptxError(
-                f"{_OWNER}: {name} is on {tensor.device} and logits are on {logits.device}; "
-                f"move {name} there."
-            )
-    if logits.ndim == 0:
-        raise ShapeError(f"{_OWNER}: logits is a scalar; it must have shape (C,), (N, C) or (N, C, d1, ...).")
-    class_dim = 0 if logits.ndim == 1 else 1
-    classes = logits.shape[class_dim]
-    if classes == 0:
-        raise ShapeError(
-            f"{_OWNER}: logits of shape {tuple(logits.shape)} have no class (dimension {class_dim})."
-        )
+    classes = check_logits(_OWNER, logits, target, weight=weight)
     soft = target.is_floating_point()
-    wanted = logits.shape if soft else logits.shape[:class_dim] + logits.shape[class_dim + 1 :]
-    if target.shape != wanted:
-        kind = "class probabilities" if soft else "class numbers"
-        raise ShapeError(
-            f"{_OWNER}: target ({kind}) has shape {tuple(target.shape)}; for logits of shape "
-            f"{tuple(logits.shape)} it must be {tuple(wanted)}."
-        )
     if soft and ignore_index >= 0:
         raise OptxError(
             f"{_OWNER}: ignore_index is {ignore_index}, but target holds class probabilities, of which none "
@@ -293,31 +252,4 @@ def _check(
         raise ShapeError(
             f"{_OWNER}: weight has shape {tuple(weight.shape)} and dtype {weight.dtype}; it must be a "
             f"floating tensor of shape ({classes},), one number per class."
-        )
-
-
-def _check_dtypes(logits: Tensor, target: Tensor) -> None:
-    if logits.dtype not in _FLOATS:
-        raise TypeError(
-            f"{_OWNER}: logits have dtype {logits.dtype}; use float16, bfloat16, float32 or float64."
-        )
-    if target.dtype == torch.bool or target.is_complex():
-        raise TypeError(
-            f"{_OWNER}: target has dtype {target.dtype}; use an integer dtype for class numbers or a "
-            "floating one for class probabilities."
-        )
-
-
-def _check_labels(target: Tensor, ignore_index: int, classes: int) -> None:
-    """Raise for a class number out of range, where looking at the numbers does not stop a device."""
-    if target.is_floating_point() or target.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    if type(target) is not Tensor:  # a fake or wrapped tensor: it may have no numbers to look at
-        return
-    bad = ((target < 0) | (target >= classes)) & (target != ignore_index)
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        raise IndexError(
-            f"{_OWNER}: target {int(target[row])} (sample {row} of {len(target)}) is out of range for "
-            f"{classes} classes; it must be in 0..{classes - 1}, or ignore_index={ignore_index}."
         )

@@ -110,6 +110,7 @@ LANGUAGE: Mapping[str, Mapping[str, Any]] = {
         "adamw": {"eps": 1e-1, "lr": 2e-3},
     },
     "StableMaxCrossEntropy": {"task": Instead},
+    "ZLoss": {"task": Instead},
     "MESA": {"task": Averaged},
     "SAF": {"task": Past},
     "LossReweight": {"task": PerSample, "adamw": {"eps": 1e-2}},

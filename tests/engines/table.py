@@ -99,7 +99,7 @@ UNTRIED: Mapping[str, Mapping[str, str]] = {
             ("EWA", "WideNet"), "its row is no language model, and SFTTrainer steps as Trainer does"
         ),
     },
-    "ZeRO-3 (its marks)": dict.fromkeys(("SAF", "LossReweight", "StableMaxCrossEntropy"), _LOGITS),
+    "ZeRO-3 (its marks)": dict.fromkeys(("SAF", "LossReweight", "StableMaxCrossEntropy", "ZLoss"), _LOGITS),
 }
 
 

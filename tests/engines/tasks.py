@@ -487,6 +487,7 @@ ROWS = [
     Row("MESA", "loss", signal=lambda task: optx.MESA(task.net, beta=0.5, start_epoch=0), task=Averaged),
     Row("LossReweight", "loss", signal=lambda _: optx.LossReweight(max_batch=BATCH), task=PerSample),
     Row("StableMaxCrossEntropy", "loss", signal=lambda _: optx.StableMaxCrossEntropy(), task=Instead),
+    Row("ZLoss", "loss", signal=lambda _: optx.ZLoss(1.0, 2.0), task=Instead),
 ]
 BY_NAME: Mapping[str, Row] = {row.name: row for row in ROWS}
 
@@ -494,13 +495,12 @@ BY_NAME: Mapping[str, Row] = {row.name: row for row in ROWS}
 def public() -> dict[str, Kind]:
     """All that optx exports of these kinds, without the protocols' own classes."""
     found: dict[str, Kind] = dict.fromkeys(injections.public_injections(), "injection")
+    del found["SphericalHead"]  # of one process, which has its loss: tests/inject/test_spherical_head.py
     for name, thing in vars(optx).items():
         if not inspect.isclass(thing):
             continue
         if issubclass(thing, optx.Transform) and thing is not optx.Transform:
             found[name] = "transform"
-        elif (
-            thing.__module__.startswith("optx.signal") and thing is not optx.RobustRecoveryLoss
-        ):  # of factors
+        elif thing.__module__.startswith("optx.signal") and thing is not optx.RobustRecoveryLoss:
             found[name] = "loss"
     return found

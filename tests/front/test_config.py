@@ -86,6 +86,7 @@ BESIDE: dict[tuple[str, str], dict[str, Any]] = {
     **{("HiddenDelta", one): {"modifies": "heads"} for one in ("kv_heads", "head_dim")},
     ("HiddenDelta", "mlp"): {"modifies": "heads", "form": "softmax", "compose": "gated"},
     ("Perp", "dropout"): {"adapter": "lora"},
+    ("SphericalHead", "loss"): {"loss": optx.ZLoss(b=3.0)},
     ("SaRA", "threshold"): {"fraction": None},
     ("STN", "dropout"): {"dropout": "drop"},
 }
@@ -136,7 +137,7 @@ def check_there_and_back(thing: Any) -> None:
         for other in (again, typed):
             found = other.arguments()[name]
             assert type(found) is type(value)
-            assert found == value or isinstance(value, optx.HParams)
+            assert found == value or isinstance(value, optx.HParams | nn.Module)
 
 
 @pytest.mark.parametrize("name", METHODS)

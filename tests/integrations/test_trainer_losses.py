@@ -116,7 +116,7 @@ def test_accumulated_batches_are_one_large_batch(name: str, tmp_path: Path) -> N
     assert a == pytest.approx(b, rel=1e-4)
 
 
-def test_stablemax_is_what_by_hand_it_is() -> None:
+def test_what_takes_its_place_is_what_by_hand_it_is() -> None:
     model: Any = llama()
     batch = Tokens()[3]
     ids, labels = batch["input_ids"][None], batch["labels"][None]
@@ -124,11 +124,15 @@ def test_stablemax_is_what_by_hand_it_is() -> None:
     found = loss(optx.StableMaxCrossEntropy())(outputs, labels)
     wanted = optx.stablemax_cross_entropy(outputs.logits[0, :-1], labels[0, 1:])
     torch.testing.assert_close(found, wanted)
+    z = optx.ZLoss(0.5, 2.0)
+    torch.testing.assert_close(loss(z)(outputs, labels), z(outputs.logits[0, :-1], labels[0, 1:]))
 
 
 def test_what_can_not_act_is_refused(tmp_path: Path) -> None:
     with pytest.raises(optx.OptxError, match="none of optx's losses"):
         loss(nn.CrossEntropyLoss())  # type: ignore[arg-type]
+    with pytest.raises(optx.OptxError, match="this ZLoss has reduction='sum'"):
+        loss(optx.ZLoss(reduction="sum"))
     with pytest.raises(optx.OptxError, match="ignore_index=5"):
         loss(optx.StableMaxCrossEntropy(ignore_index=5))
     options: dict[str, Any] = {"save_strategy": "no", "max_steps": 1}
