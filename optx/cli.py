@@ -240,6 +240,12 @@ def bench_rf8(context: typer.Context) -> None:
     importlib.import_module("optx.recipes._bench_rf8").main(context.args)
 
 
+@bench.command("softmax", context_settings={**_PASS_ON, "help_option_names": []})
+def bench_softmax(context: typer.Context) -> None:
+    """Time softmax of long rows in two passes beside three, and beside torch's."""
+    importlib.import_module("optx.recipes._bench_softmax").main(context.args)
+
+
 @app.command(context_settings={**_PASS_ON, "help_option_names": []})
 def audit(context: typer.Context) -> None:
     """Compile every GPU kernel ahead of time, without a GPU, and read what it became."""

@@ -1,4 +1,4 @@
-"""Checks of the other kernels: losses, compressed deltas, RF8, and the CPU's that gather entries."""
+"""Checks of the other kernels: losses, softmax, compressed deltas, RF8, and the CPU's that gather entries."""
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ def checks() -> Iterator[Check]:
         name = str(dtype).removeprefix("torch.")
         yield Check("correct", f"ternary, {name}", functools.partial(_ternary, dtype))
         yield Check("correct", f"rf8, {name}", functools.partial(_rf8, dtype))
+        yield Check("correct", f"softmax2, {name}", functools.partial(_softmax, dtype))
         if dtype != torch.float16:
             yield Check("correct", f"loss, {name}", functools.partial(_loss, dtype))
     yield Check("correct", "rf8 product", _rf8_product)
@@ -30,6 +31,7 @@ def checks() -> Iterator[Check]:
         yield Check("speed", f"ternary add, {name}", functools.partial(_ternary_speed, dtype))
         yield Check("speed", f"rf8 unpack, {name}", functools.partial(_rf8_speed, dtype))
     yield Check("speed", "loss, float32", _loss_speed)
+    yield Check("speed", "softmax2, float32", _softmax_speed)
 
 
 def _masks(n: int) -> torch.Tensor:
@@ -148,6 +150,47 @@ def _loss_speed(place: Place) -> Mapping[str, Any]:
     target = torch.zeros(count, dtype=torch.int64, device=place.device)
     seconds = place.seconds(lambda: device.forward(logits, target, rows.Options()))
     return place.rate(4.0 * logits.numel(), seconds)
+
+
+def _softmax(dtype: torch.dtype, place: Place) -> Mapping[str, Any]:
+    """Rows that fit a program, long ones, and a few that several programs share; one beyond the range."""
+    from optx.kernels.softmax import cpu
+    from optx.kernels.softmax import pairs_triton as device
+
+    worst = 0.0
+    for rows, count in (
+        ((3, 300), (2, 17_000)) if place.interpreted else ((70, 1000), (300, 20_001), (2, 1 << 20))
+    ):
+        generator = torch.Generator().manual_seed(count)
+        x = (4 * torch.randn(rows, count, generator=generator)).to(dtype)
+        x[0] += 5e4
+        grad = torch.randn(rows, count, generator=generator).to(dtype)
+        labels = torch.randint(count, (rows,), generator=generator)
+        y, sums = cpu.softmax(x), cpu.fold(x)
+        scale = torch.rand(rows, generator=generator).to(sums.dtype)
+        there = [t.to(place.device) for t in (x, grad, labels, scale, y)]
+        pairs = [
+            (y, device.softmax(there[0])),
+            (cpu.backward(grad, y), device.backward(there[1], there[4])),
+            (
+                cpu.spread(x, sums, scale, labels, scale),
+                device.spread(there[0], device.fold(there[0]), there[3], there[2], there[3]),
+            ),
+        ]
+        for a, b in pairs:
+            apart = float((a.double() - b.cpu().double()).abs().max() / a.double().abs().max())
+            if not apart <= _APART[dtype]:
+                raise Wrong(f"{rows} rows of {count}: {apart:.2g} apart from the CPU's")
+            worst = max(worst, apart)
+    return {"apart": float(f"{worst:.2g}")}
+
+
+def _softmax_speed(place: Place) -> Mapping[str, Any]:
+    from optx.kernels.softmax import pairs_triton as device
+
+    x = torch.randn(1 if place.interpreted else 16, max(place.elements // 16, 1), device=place.device)
+    seconds = place.seconds(lambda: device.softmax(x))
+    return place.rate(12.0 * x.numel(), seconds)
 
 
 def _entries(place: Place) -> Mapping[str, Any]:

@@ -1,5 +1,8 @@
 """Softmax in two passes on CPU: a row is read to be summed, read again, and written.
 
+A short row, which stays in a cache, is read there as often as costs least. What is much larger than caches is
+written past them, so that memory need not be read first.
+
 The loops are in `optx.kernels.softmax.softmax_loops`, their instructions in
 `optx.kernels.softmax.operations`. Rows are split over torch's threads, and a few long ones piece by piece.
 """
@@ -18,12 +21,15 @@ from optx.kernels import cpu
 from optx.kernels.generated import load_loops, source
 from optx.kernels.softmax.layout import FIELDS
 
-__all__ = ["backward", "fold", "softmax", "spread"]
+__all__ = ["backward", "fold", "goes_past", "softmax", "spread"]
 
 PIECE = 1 << 16
 """Elements that are summed at a time."""
+SHORT = 1 << 16
+"""Elements of a row that stays in a core's cache between two reads."""
 _CHUNK = 1 << 15  # elements in one piece of work; below, one thread does it all
 _FEW = 64  # rows; of more, each is one thread's
+_LARGE = 1 << 26  # bytes
 _PACKAGE = "optx.kernels.softmax"
 
 
@@ -58,16 +64,23 @@ class Args(IntEnum):
     LONE = 14  # what is taken off a row's label
     GRAD = 15
     GRAD_STRIDE = 16
+    PAST = 17  # 1: Y is written past the caches
+    SHORT = 18  # elements of a row that is read in a cache as often as costs least
 
 
-def softmax(x: Tensor) -> Tensor:
+_Block = ctypes.c_int64 * len(Args)
+
+
+def softmax(x: Tensor, y: Tensor | None = None, short: int = SHORT) -> Tensor:
     """Softmax of each row.
 
     Args:
         x: shape (R, N), last stride 1, N above 0.
+        y: where to, contiguous; None: a new tensor.
+        short: longer rows are summed in one pass and written in another.
     """
-    sums, y = _sums(x), torch.empty(x.shape, dtype=x.dtype)
-    places = {Args.SUMS: sums, Args.Y: y}
+    sums, y = _sums(x), torch.empty(x.shape, dtype=x.dtype) if y is None else y
+    places = {Args.SUMS: sums, Args.Y: y, Args.PAST: goes_past(y), Args.SHORT: short}
     if _split(x):
         _fold_pieces(x, sums)
         _run(What.WRITE, x, places, _pieces(x))
@@ -97,7 +110,7 @@ def spread(x: Tensor, sums: Tensor, scale: Tensor, labels: Tensor | None, lone: 
         lone: (R,), as ``scale``.
     """
     y = torch.empty(x.shape, dtype=x.dtype)
-    places = {Args.SUMS: sums, Args.Y: y, Args.SCALES: scale}
+    places = {Args.SUMS: sums, Args.Y: y, Args.SCALES: scale, Args.PAST: goes_past(y)}
     if labels is not None and lone is not None:
         places |= {Args.LABELS: labels, Args.LONE: lone}
     _run(What.WRITE, x, places, _pieces(x))
@@ -134,6 +147,12 @@ def _pieces(x: Tensor) -> int:
     return -(-x.shape[1] // PIECE)
 
 
+def goes_past(y: Tensor) -> int:
+    """1 where the result is larger than most caches and all its rows are multiples of a cache line."""
+    row = y.shape[1] * y.element_size()
+    return int(y.nbytes >= _LARGE and row % 64 == 0 and y.data_ptr() % 64 == 0)
+
+
 def _split(x: Tensor) -> bool:
     return x.shape[0] < _FEW and x.shape[1] > PIECE
 
@@ -147,18 +166,10 @@ def _fold_pieces(x: Tensor, sums: Tensor) -> None:
 
 def _run(what: What, x: Tensor, places: Mapping[Args, Tensor | int], pieces: int = 1) -> None:
     rows, count = x.shape
-    values: dict[int, Tensor | int] = {
-        Args.WHAT: what,
-        Args.TASKS: rows * pieces,
-        Args.STEP: max(1, _CHUNK * pieces // count),
-        Args.PIECES: pieces,
-        Args.COUNT: count,
-        Args.X: x,
-        Args.STRIDE: x.stride(0),
-        **places,
-    }
-    plain = {at: value.data_ptr() if isinstance(value, Tensor) else value for at, value in values.items()}
-    block = (ctypes.c_int64 * len(Args))(*(plain.get(at, 0) for at in range(len(Args))))
+    block = _Block(0, what, rows * pieces, max(1, _CHUNK * pieces // count), pieces)
+    block[Args.COUNT], block[Args.STRIDE], block[Args.X] = count, x.stride(0), x.data_ptr()
+    for at, value in places.items():
+        block[at] = value.data_ptr() if isinstance(value, Tensor) else value
     parallel = rows * count > _CHUNK and what != What.MERGE
     cpu.run(_kernel(x.dtype), ctypes.addressof(block), parallel)
 

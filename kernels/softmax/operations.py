@@ -134,6 +134,48 @@ def write(dtype: str, past_the_caches: bool = False) -> Any:
 
 
 @functools.cache
+def exponentials(dtype: str, stores: bool) -> Any:
+    """An intrinsic ``(x, y, count, shift)``: the sum of ``e**(x - shift)``, all up to 1; ``y`` gets them."""
+    own, kind = lanes(dtype), math_of(dtype)[1]
+
+    @intrinsic
+    def sum_row(_context: Any, _x: Any, _y: Any, _count: Any, _shift: Any) -> Any:
+        def codegen(_context: Any, b: Any, _signature: Any, values: Any) -> Any:
+            x, y, count, number = values
+            shift, held = own.every(b, number), cgutils.alloca_once_value(b, own.all(0.0))
+
+            def body(some: Any) -> Any:
+                made = own.exponential(b, b.fsub(some, shift))
+                b.store(b.fadd(b.load(held), made), held)
+                return made
+
+            walk(b, count, [Row(b, x, dtype)], body, Row(b, y, dtype) if stores else None)
+            return own.folded(b, [b.load(held)], lambda p, q: [b.fadd(p[0], q[0])])[0]
+
+        return kind(nt.int64, nt.int64, nt.int64, kind), codegen
+
+    return sum_row
+
+
+@functools.cache
+def multiply(dtype: str) -> Any:
+    """An intrinsic ``(y, count, factor)``: ``y = y factor``."""
+    own, kind = lanes(dtype), math_of(dtype)[1]
+
+    @intrinsic
+    def multiply_row(_context: Any, _y: Any, _count: Any, _factor: Any) -> Any:
+        def codegen(context: Any, b: Any, _signature: Any, values: Any) -> Any:
+            y, count, number = values
+            factor, row = own.every(b, number), Row(b, y, dtype)
+            walk(b, count, [row], lambda some: b.fmul(some, factor), row)
+            return context.get_dummy_value()
+
+        return nt.void(nt.int64, nt.int64, kind), codegen
+
+    return multiply_row
+
+
+@functools.cache
 def entry(dtype: str) -> Any:
     """An intrinsic ``(x, shift, scale, n)``: what `write` makes of one number, as it is before rounding."""
     kind = math_of(dtype)[1]

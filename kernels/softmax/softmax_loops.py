@@ -3,8 +3,8 @@
 Not to be imported: `optx.kernels.softmax.cpu` runs its text once per dtype, with another value of DTYPE,
 since what is compiled is kept by the text.
 
-A row is summed piece by piece, whoever takes the pieces: neither the number of threads nor that of rows shows
-in a result.
+A long row is summed piece by piece, whoever takes the pieces: neither the number of threads nor that of rows
+shows in a result.
 """
 # Numba's functions have no types that a checker could follow.
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -26,18 +26,21 @@ DTYPE = "float32"
 MATH, _ = operations.math_of(DTYPE)
 F = np.float64 if MATH == "float64" else np.float32
 SIZE, WIDTH = ITEMSIZE[DTYPE], ITEMSIZE[MATH]
+IS_HALF: bool = DTYPE.endswith("16")
 MOST = F((FLOAT64 if MATH == "float64" else FLOAT32).most)
 NONE = np.int32(0)  # no random bits: round to nearest
 ZERO, ONE, FIRST = F(0), F(1), F(-2) * MOST
 
 load_x, load_f = load(DTYPE, 0), load(MATH, 1)
 store_y, store_f = store(DTYPE, 2), store(MATH, 1)
-fold, join, write, entry = (
+fold, join, write, entry, write_past = (
     operations.fold(DTYPE),
     operations.join(DTYPE),
     operations.write(DTYPE),
     operations.entry(DTYPE),
+    operations.write(DTYPE, past_the_caches=True),
 )
+exponentials, multiply = operations.exponentials(DTYPE, stores=True), operations.multiply(DTYPE)
 largest, dot, back = operations.largest(DTYPE), operations.dot(DTYPE), operations.back(DTYPE)
 
 _scalar = part(error_model="numpy")
@@ -95,7 +98,10 @@ def _write(args, row, begin, n):
                 store_y(y, k, ZERO, NONE)
             return
     scale /= m
-    write(x + begin * SIZE, y + begin * SIZE, n, shift, scale, exponent)
+    if get_i64(args, Args.PAST) != 0:
+        write_past(x + begin * SIZE, y + begin * SIZE, n, shift, scale, exponent)
+    else:
+        write(x + begin * SIZE, y + begin * SIZE, n, shift, scale, exponent)
     if labels != 0:
         label = get_i64(labels, row)
         if begin <= label < begin + n:
@@ -105,11 +111,19 @@ def _write(args, row, begin, n):
 
 @_scalar
 def _softmax_row(args, row):
-    """Sum a row, and write it if there is where to."""
-    n, x, place = get_i64(args, Args.COUNT), _x(args, row), _sum(args, row)
+    """Sum a row, and write it if there is where to.
+
+    One that stays in a core's cache has its exponentials kept where the result goes, which costs less there
+    than computing them twice; in half precision it would cost digits.
+    """
+    n, x, place, y = get_i64(args, Args.COUNT), _x(args, row), _sum(args, row), get_i64(args, Args.Y)
+    if y != 0 and n <= get_i64(args, Args.SHORT) and not IS_HALF:
+        total = exponentials(x, _y(args, row), n, largest(x, n))
+        multiply(_y(args, row), n, ONE / total)
+        return
     _fold_whole(x, n, ZERO, place)
     _again(x, n, place)
-    if get_i64(args, Args.Y) != 0:
+    if y != 0:
         for begin in range(0, n, PIECE):
             _write(args, row, begin, min(PIECE, n - begin))
 

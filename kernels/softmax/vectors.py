@@ -6,7 +6,7 @@ vectors or four of AVX2's, and what is left of a row by way of a buffer that is 
 adds nothing. No table and no call: an exponential is some twenty instructions.
 """
 # pyright: reportPrivateUsage=false, reportUnknownMemberType=false, reportUnknownVariableType=false
-# pyright: reportMissingTypeStubs=false, reportUnknownArgumentType=false, reportUnknownLambdaType=false
+# pyright: reportMissingTypeStubs=false, reportUnknownArgumentType=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
@@ -14,14 +14,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llvmlite import ir
-from numba.core import cgutils
+from llvmlite import binding, ir
+from numba.core import cgutils, config
 
 from optx.kernels.cpu import I16, I32, I64, ITEMSIZE, spread
 from optx.kernels.softmax.layout import FLOAT32, FLOAT64, Numbers
 
 F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 _STORED = {"float32": F32, "float64": F64, "float16": F16, "bfloat16": I16}
+
+
+def _has_avx512() -> bool:
+    """Whether that is compiled for; see `optx.kernels.processor`."""
+    said: str | None = config.CPU_FEATURES
+    return "+avx512f" in (binding.get_host_cpu_features().flatten() if said is None else said).split(",")
+
+
+def _some(b: Any, vector: Any, first: int, count: int) -> Any:
+    """So many lanes from one on."""
+    return b.shuffle_vector(vector, vector, _places(range(first, first + count)))
+
+
+def _joined(b: Any, low: Any, high: Any) -> Any:
+    return b.shuffle_vector(low, high, _places(range(2 * low.type.count)))
+
+
+def _places(lanes: range) -> Any:
+    return ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes))
 
 
 @dataclass(frozen=True)
@@ -83,16 +102,37 @@ class Lanes:
         bits = b.bitcast(moved, ir.VectorType(I64 if self.wide else I32, count))
         return b.bitcast(b.shl(bits, self.whole(c.mantissa, count)), n.type)
 
+    def times_power(self, b: Any, m: Any, n: Any) -> Any:
+        """``m 2**n`` for whole n up to 0: one instruction of AVX-512's, which keeps what is not normal."""
+        width = 8 if self.wide else 16
+        if n.type.count % width or not _has_avx512():
+            return b.fmul(m, self.power(b, n))
+        kind, mask = ir.VectorType(self.kind, width), ir.IntType(width)
+        of = ir.FunctionType(kind, [kind, kind, kind, mask, I32])
+        name = f"llvm.x86.avx512.mask.scalef.{'pd' if self.wide else 'ps'}.512"
+        scalef = cgutils.get_or_insert_function(b.module, of, name)
+        made: list[Any] = []
+        for first in range(0, n.type.count, width):
+            few = [_some(b, v, first, width) for v in (m, n)]
+            made.append(b.call(scalef, [*few, few[0], mask(-1), I32(4)]))  # 4: rounded as always
+        while len(made) > 1:
+            made = [_joined(b, p, q) for p, q in zip(made[::2], made[1::2], strict=True)]
+        return made[0]
+
     def add(self, b: Any, one: tuple[Any, Any], other: tuple[Any, Any]) -> tuple[Any, Any]:
         """The sum of two pairs: powers of two that are 1 at most change no mantissa."""
         n = b.select(b.fcmp_ordered(">", one[1], other[1]), one[1], other[1])
-        kept, added = (b.fmul(m, self.power(b, b.fsub(e, n))) for m, e in (one, other))
+        kept, added = (self.times_power(b, m, b.fsub(e, n)) for m, e in (one, other))
         return b.fadd(kept, added), n
 
     def scaled(self, b: Any, x: Any, scale: Any, n: Any) -> Any:
         """``e**x scale 2**-n``."""
         m, own = self.pair(b, x)
-        return b.fmul(b.fmul(m, scale), self.power(b, b.fsub(own, n)))
+        return self.times_power(b, b.fmul(m, scale), b.fsub(own, n))
+
+    def exponential(self, b: Any, x: Any) -> Any:
+        """``e**x`` for x up to 0."""
+        return self.times_power(b, *self.pair(b, x))
 
     def every(self, b: Any, value: Any) -> Any:
         """A number that is known at run time in every lane."""
@@ -103,16 +143,7 @@ class Lanes:
         count = parts[0].type.count
         while count > 1:
             count //= 2
-            halves = [
-                [
-                    b.shuffle_vector(
-                        v, v, ir.Constant(ir.VectorType(I32, count), list(range(first, first + count)))
-                    )
-                    for v in parts
-                ]
-                for first in (0, count)
-            ]
-            parts = join(*halves)
+            parts = join(*([_some(b, v, first, count) for v in parts] for first in (0, count)))
         return [b.extract_element(v, I32(0)) for v in parts]
 
 

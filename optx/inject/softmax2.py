@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from optx._errors import TargetError, check_whole
+from optx._module_paths import paths_of
 from optx.functional import softmax2
 from optx.inject._attention import Heads, heads_of
 from optx.inject._injection import Injection
@@ -174,10 +175,8 @@ class Softmax2(Injection):
             TargetError: there are none.
         """
         kinds: tuple[type[nn.Module], ...] = (nn.Softmax, nn.Softmax2d)
-        found: list[str] = []
-        for path, module in model.named_modules():
-            if isinstance(module, kinds):
-                found.append(path)
+        paths = paths_of(model)
+        found = [paths.here[path] for path, module in paths.modules.items() if isinstance(module, kinds)]
         if not found:
             raise TargetError(
                 f"attach: Softmax2 serves nn.Softmax modules by default; {type(model).__name__} has none. "

@@ -18,7 +18,7 @@ NAMES = (
     *("correct: AdamW bf16 stochastic", "correct: Clip + AdamW", "correct: KeepMask + AdamW"),
     "correct: AdamW bf16 split, 8-bit moments",
     *("correct: ternary, bfloat16", "correct: loss, float32", "correct: entries (CPU)"),
-    *("correct: rf8, bfloat16", "correct: rf8 product"),
+    *("correct: rf8, bfloat16", "correct: rf8 product", "correct: softmax2, float32"),
     *("speed: ternary add, float32", "speed: loss, float32"),
 )
 
