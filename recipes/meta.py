@@ -109,7 +109,7 @@ def options() -> ArgumentParser:
     return parser(
         "meta",
         __doc__ or "",
-        steps=100,
+        steps=300,
         seeds={"default": 3} | SEEDS,
         arms={"default": ",".join(ARMS), "help": "which, comma-separated"},
         tasks={"type": positive, "default": 2, "help": "tasks of a step"},

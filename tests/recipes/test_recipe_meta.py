@@ -18,7 +18,8 @@ SMALL = ["--steps", "2", "--seeds", "1", "--tests", "2", "--inner-steps", "1"]
 def seven(folder: Path) -> str:
     """Texts, each with words of its own."""
     for i in range(7):
-        lines = [f"HAMLET.\nline {n} of text {i} says word{i} and some more words" for n in range(40)]
+        more = "and some more words" * 12
+        lines = [f"HAMLET.\nline {n} of text {i} says word{i} {more}" for n in range(40)]
         (folder / f"{i}.txt").write_text("\n\n".join(lines))
     return str(folder)
 
