@@ -131,7 +131,8 @@ def cross_entropy2(
 
     Returns:
         The loss, in nats: a scalar, or the target's shape for ``"none"``. Its dtype is the logits', or
-        float32 inside autocast. A mean over no sample is nan, as in torch.
+        float32 inside autocast. A mean over no sample is nan and has zeros for a
+        gradient, as in torch.
 
     Raises:
         ShapeError: target or weight do not fit the logits.
@@ -164,8 +165,12 @@ def cross_entropy2(
         weight = weight.detach().to(math).contiguous()
         own = own * weight[labels]
     loss = _losses(logits, labels, own, counts, weight, label_smoothing)
-    if reduction != "none":
-        loss = loss.sum() / own.sum() if reduction == "mean" else loss.sum()
+    if reduction == "mean":
+        total = own.sum()
+        empty = total == 0  # a mean of nan, of which, as in torch, nothing reaches the gradient
+        loss = (loss.sum() / total.masked_fill(empty, 1)).masked_fill(empty, torch.nan)
+    elif reduction == "sum":
+        loss = loss.sum()
     return loss if torch.is_autocast_enabled(logits.device.type) else loss.to(logits.dtype)
 
 

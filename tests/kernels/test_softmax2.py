@@ -215,7 +215,17 @@ def test_an_ignored_row_may_be_anything() -> None:
     assert loss.item() == pytest.approx(math.log(2))
     assert x.grad is not None
     assert x.grad.tolist() == [[0, 0], [0.5, -0.5]]
-    assert cross_entropy2(torch.zeros(2, 3), torch.tensor([-100, -100])).isnan()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_mean_over_no_sample_is_nan_and_has_no_gradient(smoothing: float) -> None:
+    """As torch's: a batch of nothing but prompts must not fill the weights with nan."""
+    x = torch.zeros(2, 3, requires_grad=True)
+    loss = cross_entropy2(x, torch.tensor([-100, -100]), label_smoothing=smoothing)
+    assert loss.isnan()
+    loss.backward()
+    assert x.grad is not None
+    assert not x.grad.any()
 
 
 def test_a_small_loss_keeps_its_digits() -> None:
