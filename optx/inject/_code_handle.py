@@ -16,6 +16,7 @@ from optx.inject._code_head import CodeHead
 from optx.inject._computes import weight_now
 from optx.inject._followed import Resting
 from optx.inject._handle import Handle
+from optx.inject._part import attached
 from optx.inject._served import Served
 from optx.inject._trained_whole import Saved
 
@@ -78,15 +79,15 @@ class VQHandle(Handle):
         """While it lasts, the head gives what it is given: ``model(ids).logits`` are `loss`'s ``hidden``.
 
         Raises:
-            OptxError: what is attached does not act.
+            OptxError: what is attached does not act, or is not alone in what the head gives.
         """
         self._check_acts("hidden")
         part = self.part
-        part.passing = True
+        before, part.passing = part.passing, True
         try:
             yield
         finally:
-            part.passing = False
+            part.passing = before
 
     def loss(
         self,
@@ -117,7 +118,8 @@ class VQHandle(Handle):
 
         Raises:
             OptxError: a label that is no token, shapes that don't go together, an option out of range; it is
-                switched off, merged or removed; or the model changes its logits after the head.
+                switched off, merged or removed; or the model, or what else is attached to the head, changes
+                the logits.
         """
         self._check_acts("loss")
         check_choice("loss", "reduction", reduction, _code_loss.REDUCTIONS)
@@ -165,9 +167,17 @@ class VQHandle(Handle):
                 f"{doing}: VQLogits is {why}, so the model does not compute by codes. "
                 f"{'unmerge()' if self.part.merged else 'enable()'} it first."
             )
+        one = self.served[0]
+        beside = attached(one.module)
+        for name, other in beside.parts.items() if beside is not None else ():
+            if other.active and other is not self.part and any(map(other.overrides, ("after", "around"))):
+                raise OptxError(
+                    f"{doing}: {name!r} changes what {one.path!r} gives too, which the loss by codes does "
+                    "not know. Use the model's own loss, of its logits, or remove that one."
+                )
 
     def _check_plain(self) -> None:
-        if is_dtensor(self.part.codebook):
+        if not torch.compiler.is_compiling() and is_dtensor(self.part.codebook):
             raise OptxError(
                 "loss: the codebook is sharded over a device mesh (FSDP2), and is whole only while the model "
                 "is called. Leave the head out of fully_shard, or use the model's own loss."

@@ -162,6 +162,8 @@ def convolve(u: Tensor, forward: Tensor, backward: Tensor | None = None) -> Tens
     around = F.pad(forward, (0, size - length))
     if backward is not None and length > 1:
         around = around + F.pad(backward[..., : length - 1].flip(-1), (size - length + 1, 0))
+    if not u.numel():
+        return u * around[..., :length]  # no sequence, which FFTs refuse; gradients are zeros, and there
     fft: Any = torch.fft  # which has no types
     return fft.irfft(fft.rfft(u, size) * fft.rfft(around, size), size)[..., :length]
 

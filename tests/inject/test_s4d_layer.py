@@ -103,6 +103,15 @@ def test_options_out_of_range(options: dict[str, Any], words: str) -> None:
         optx.S4DLayer(**{"width": 3, **options})
 
 
+def test_no_sequence_is_no_error() -> None:
+    """A shard of a batch may be empty; its gradients must be there, for other ranks."""
+    layer = optx.S4DLayer(4, d_state=8)
+    y, state = layer(torch.randn(0, 5, 4), return_state=True)
+    assert (y.shape, state.shape) == ((0, 5, 4), (0, 4, 4))
+    y.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())
+
+
 def test_calls_that_mean_nothing() -> None:
     layer, u = small(), torch.randn(2, 9, 3)
     mask, state = torch.ones(2, 9, dtype=torch.bool), small().initial_state(2)

@@ -323,6 +323,24 @@ def test_a_label_that_is_no_token(label: int, options: Any, message: str) -> Non
         handle.loss(torch.randn(2, D).double(), labels, **options)
 
 
+def test_what_else_is_on_the_head_is_not_left_out_in_silence() -> None:
+    model = net()
+    handle = served(model, codes=4)
+    other = optx.attach(model, optx.LoRA(rank=1), targets="1")
+    x, labels = batch()
+    with pytest.raises(optx.OptxError, match="loss: 'lora' changes what '1' gives too"):
+        handle.loss(x, labels)
+    with pytest.raises(optx.OptxError, match="hidden: 'lora'"), handle.hidden():
+        pass
+    other.remove()
+    with handle.hidden():
+        with handle.hidden():
+            pass
+        assert model(torch.zeros(1, dtype=torch.int64)).shape == (1, D)
+    options: Any = {"backend": "eager", "fullgraph": True}
+    assert torch.equal(torch.compile(handle.loss, **options)(x, labels), handle.loss(x, labels))
+
+
 def test_refusals() -> None:
     model = net()
     for options, message in (
