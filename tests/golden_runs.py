@@ -54,6 +54,10 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "": {"codes": 2, "init": "blocks"},
         "token bias": {"codes": 2, "init": "blocks", "token_bias": True},
     },
+    "S4D": {
+        "": {"d_state": 8},
+        "beside": {"d_state": 8, "mode": "beside", "init": "lin", "disc": "bilinear"},
+    },
     "SubGM": {"": {"eta0": 0.05, "rho": 0.9}},
     "SaRA": {
         "": {"fraction": 0.3, "reselect_at": 8},
