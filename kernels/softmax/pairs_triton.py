@@ -248,10 +248,10 @@ def dot_kernel(grad, y, parts, count, stride, grad_stride, piece, BLOCK: tl.cons
 
 @triton.jit
 def backward_kernel(
-    grad, y, x, parts, count, stride, grad_stride, pieces,
-    LANES: tl.constexpr, BLOCK: tl.constexpr, TURNS: tl.constexpr,
+    grad, y, x, parts, count, stride, grad_stride, pieces, length,
+    LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradient at some blocks of a row."""
+    """The gradient at some blocks of a row, ``length`` long together."""
     row, number = tl.program_id(0).to(tl.int64), tl.program_id(1)
     MATH: tl.constexpr = parts.dtype.element_ty
     at = tl.arange(0, LANES)
@@ -260,8 +260,8 @@ def backward_kernel(
     grad += row * grad_stride
     x += row * count
     lane = tl.arange(0, BLOCK)
-    begin = number * (BLOCK * TURNS)
-    end = tl.minimum(begin + BLOCK * TURNS, count)
+    begin = number * length
+    end = tl.minimum(begin + length, count)
     full = begin + (end - begin) // BLOCK * BLOCK
     for start in range(begin, full, BLOCK):
         k = tl.multiple_of(start, BLOCK) + lane
@@ -317,9 +317,9 @@ def backward(grad: Tensor, y: Tensor) -> Tensor:
             parts,
             *numbers,
             pieces,
+            BLOCK * TURNS,
             LANES=triton.next_power_of_2(pieces),
             BLOCK=BLOCK,
-            TURNS=TURNS,
             num_warps=WARPS,
             **LAUNCH,
         )
@@ -385,7 +385,7 @@ def audit_specs() -> Iterator[AuditSpec]:
         name = "bf16" if dtype == "u16" else dtype
         pointers = dict.fromkeys(("x", "y", "grad"), f"*{dtype}")
         pointers |= dict.fromkeys(("sums", "parts", "scales", "lone"), "*fp32")
-        numbers = dict.fromkeys(("count", "stride", "grad_stride", "piece", "pieces"), "i32")
+        numbers = dict.fromkeys(("count", "stride", "grad_stride", "piece", "pieces", "length"), "i32")
         types = {**pointers, **numbers, "labels": "*i64"}
         none = {"scales": None, "labels": None, "lone": None}
         block, warps = _fitting(8192)
@@ -396,7 +396,7 @@ def audit_specs() -> Iterator[AuditSpec]:
             (write_kernel, {"BLOCK": BLOCK, "TURNS": TURNS}, 2 * size, WARPS),
             (small_backward_kernel, {"BLOCK": block, "MATH": tl.float32}, 3 * size, warps),
             (dot_kernel, {"BLOCK": BLOCK}, 2 * size, WARPS),
-            (backward_kernel, {"LANES": 512, "BLOCK": BLOCK, "TURNS": TURNS}, 3 * size, WARPS),
+            (backward_kernel, {"LANES": 512, "BLOCK": BLOCK}, 3 * size, WARPS),
             (merge_kernel, {"LANES": 512, "BLOCK": BLOCK}, size, WARPS),
         ):
             said = kernel.__name__.removesuffix("_kernel").replace("_", " ")
@@ -408,5 +408,5 @@ def audit_specs() -> Iterator[AuditSpec]:
                 constants,
                 moved,
                 own,
-                multiples=("count", "stride", "grad_stride", "piece"),
+                multiples=("count", "stride", "grad_stride", "piece", "length"),
             )
