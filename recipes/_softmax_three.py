@@ -64,8 +64,10 @@ class Args(IntEnum):
     COUNT = 5
     X = 6
     Y = 7
-    PARTS = 8  # float32 of each piece
-    NUMBERS = 9  # float32 of each row: the largest entry, and 1 / sum
+    PARTS = 8  # float32: of all pieces the largest entry, then of all the sum
+
+
+_Block = ctypes.c_int64 * len(Args)
 
 
 def _writer(past_the_caches: bool) -> Any:
@@ -89,14 +91,28 @@ def _writer(past_the_caches: bool) -> Any:
 
 
 @functools.cache
-def _compiled() -> int:
-    """The address of the loops."""
+def _compiled() -> tuple[int, Any]:
+    """The address of the loops, and what keeps them there."""
     largest, scale_row = operations.largest("float32"), operations.multiply("float32")
     total, total_and_store = (operations.exponentials("float32", stores) for stores in (False, True))
     write, write_past = _writer(False), _writer(True)
     get, put = load("float32", 1), store("float32", 1)
     # Positions and passes as plain numbers, which is what compiled code has of them.
     at, what = Args, Pass
+
+    @part(error_model="numpy")
+    def top_of(parts, row, pieces):
+        top = F(-np.inf)
+        for k in range(pieces):
+            top = max(top, get(parts, row * pieces + k))
+        return top
+
+    @part(error_model="numpy")
+    def factor_of(parts, row, pieces, tasks):
+        sum_ = F(0)
+        for k in range(pieces):
+            sum_ += get(parts, tasks + row * pieces + k)
+        return F(1) / sum_
 
     @part(error_model="numpy")
     def whole_row(x, y, n, reloads):
@@ -137,18 +153,18 @@ def _compiled() -> int:
                 if wanted == what.LARGEST:
                     put(parts, number, largest(x, length), NONE)
                     continue
-                top = get(get_i64(args, at.NUMBERS), 2 * row)
-                factor = get(get_i64(args, at.NUMBERS), 2 * row + 1)
+                if wanted == what.SCALE:
+                    scale_row(y, length, factor_of(parts, row, pieces, tasks))
+                    continue
+                top = top_of(parts, row, pieces)
                 if wanted == what.SUM:
-                    put(parts, number, total(x, y, length, top), NONE)
+                    put(parts, tasks + number, total(x, y, length, top), NONE)
                 elif wanted == what.SUM_AND_STORE:
-                    put(parts, number, total_and_store(x, y, length, top), NONE)
+                    put(parts, tasks + number, total_and_store(x, y, length, top), NONE)
                 elif wanted == what.WRITE:
-                    write(x, y, length, top, factor)
-                elif wanted == what.WRITE_PAST:
-                    write_past(x, y, length, top, factor)
+                    write(x, y, length, top, factor_of(parts, row, pieces, tasks))
                 else:
-                    scale_row(y, length, factor)
+                    write_past(x, y, length, top, factor_of(parts, row, pieces, tasks))
 
     return run.address, run
 
@@ -160,34 +176,17 @@ def softmax(x: Tensor, y: Tensor, reloads: bool) -> None:
         _run(Pass.RELOAD_ROW if reloads else Pass.RECOMPUTE_ROW, x, y, 1)
         return
     pieces = -(-count // PIECE)
-    parts, numbers = torch.empty(rows, pieces), torch.empty(rows, 2)
-    _run(Pass.LARGEST, x, y, pieces, parts, numbers)
-    numbers[:, 0] = parts.amax(1)
-    _run(Pass.SUM_AND_STORE if reloads else Pass.SUM, x, y, pieces, parts, numbers)
-    numbers[:, 1] = parts.sum(1).reciprocal_()
+    parts = torch.empty(2, rows, pieces)
+    _run(Pass.LARGEST, x, y, pieces, parts)
+    _run(Pass.SUM_AND_STORE if reloads else Pass.SUM, x, y, pieces, parts)
     write = Pass.WRITE_PAST if goes_past(y) else Pass.WRITE
-    _run(Pass.SCALE if reloads else write, x, y, pieces, parts, numbers)
+    _run(Pass.SCALE if reloads else write, x, y, pieces, parts)
 
 
-def _run(
-    wanted: Pass,
-    x: Tensor,
-    y: Tensor,
-    pieces: int,
-    parts: Tensor | None = None,
-    numbers: Tensor | None = None,
-) -> None:
+def _run(wanted: Pass, x: Tensor, y: Tensor, pieces: int, parts: Tensor | None = None) -> None:
     rows, count = x.shape
-    values = {
-        Args.PASS: int(wanted),
-        Args.TASKS: rows * pieces,
-        Args.STEP: max(1, (1 << 15) * pieces // count),
-        Args.PIECES: pieces,
-        Args.COUNT: count,
-        Args.X: x.data_ptr(),
-        Args.Y: y.data_ptr(),
-        Args.PARTS: 0 if parts is None else parts.data_ptr(),
-        Args.NUMBERS: 0 if numbers is None else numbers.data_ptr(),
-    }
-    block = (ctypes.c_int64 * len(Args))(*(values.get(at, 0) for at in Args))
+    block = _Block(0, wanted, rows * pieces, max(1, (1 << 15) * pieces // count), pieces, count)
+    block[Args.X], block[Args.Y] = x.data_ptr(), y.data_ptr()
+    if parts is not None:
+        block[Args.PARTS] = parts.data_ptr()
     cpu.run(_compiled()[0], ctypes.addressof(block), parallel=rows * count > 1 << 15)
