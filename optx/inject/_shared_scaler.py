@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from optx._errors import TransformError, warn
+from optx._names import placed_like
 from optx._rules import rule
 from optx.step.declared import like_weight
 from optx.step.scale_free import is_scale_free
@@ -115,11 +116,12 @@ class GradScale(Transform):
         """Transforms that came since stand before this one; scales that were loaded make another Gamma."""
         self._check_order(optimizer)
         if self._revision != self.handle.revision:
-            optimizer.slot(self.psi, self, "inverse").copy_(self._inverse())
+            optimizer.slot(self.psi, self, "inverse").copy_(self._inverse(self.psi))
             self._revision = self.handle.revision
 
-    def _inverse(self) -> Tensor:
-        return 1.0 / (self.handle.gamma(self.mode) + 1e-6)
+    def _inverse(self, p: Tensor) -> Tensor:
+        inverse = 1.0 / (self.handle.gamma(self.mode) + 1e-6)
+        return placed_like(inverse.to(torch.float32), p)
 
     def _check_order(self, optimizer: Host) -> None:
         names = [one.name for one in optimizer.transforms]
@@ -133,4 +135,4 @@ class GradScale(Transform):
         """1 / (Gamma + 1e-6) of the array; 1 of the other parameters in its group."""
         if p is not self.psi:
             return self.slots[name].zeros(p).fill_(1.0)
-        return self._inverse().to(device=p.device, dtype=torch.float32)
+        return self._inverse(p)

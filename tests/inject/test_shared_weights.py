@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from processes import on_processes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -378,3 +380,21 @@ def test_second_derivatives() -> None:
 
     assert torch.autograd.gradcheck(call, (x, handle.psi))
     assert torch.autograd.gradgradcheck(call, (x, handle.psi))
+
+
+# ---- two processes -----------------------------------------------------------------------------------------
+
+
+def a_sharded_run_is_that_of_one_process(_rank: int) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    alone, handle = shared(compression=0.3)
+    model, sharded = shared(compression=0.3)
+    fully_shard(model)
+    train(alone, optx.wrap(torch.optim.SGD(alone.parameters(), lr=0.05), handle), 3)
+    train(model, optx.wrap(torch.optim.SGD(model.parameters(), lr=0.05), sharded), 3)
+    torch.testing.assert_close(sharded.psi.full_tensor(), handle.psi, rtol=1e-4, atol=1e-6)
+
+
+if dist.is_gloo_available():
+    test_on_two_processes = on_processes(2, a_sharded_run_is_that_of_one_process)
