@@ -142,7 +142,7 @@ class Softmax2(Injection):
 
     Keywords: two-pass softmax, long rows, attention, memory bandwidth, overflow.
 
-    Evidence: ``optx bench softmax``; ``test_softmax2.py``, ``test_softmax2_attach.py``.
+    Evidence: no recipe, but ``optx bench softmax``; ``test_softmax2.py``, ``test_softmax2_attach.py``.
 
     Raises:
         OptxError: ``min_row`` is no whole number above 0.
