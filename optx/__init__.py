@@ -29,6 +29,7 @@
             S4D  S4DLayer                                     state spaces in attention's place
             RF8Linear                                         weights in bytes, computed with as they are
             SphericalHead  SphericalHandle                    output heads of very many classes
+            LSSA  LSSAR                                       attention that stays sharp over long rows
             trainable_only                                    freeze all but what was attached
             set_adapter                                       which of several act, by name
             export_lora  fold_prefix                          what remains to do after the training
@@ -42,6 +43,7 @@
             SAF  MESA  with_index                             flat minima from what was said epochs ago
             functional: softmax2  logsumexp2  cross_entropy2  rows read twice where torch reads them thrice
             ZLoss                                             of standardised logits; many classes
+                lssa_attention  lssar_attention               what LSSA and LSSAR compute, by itself
 
     delta   optx.Delta.between(base, tuned), optx.merge(...)  checkpoints pruned, compressed and merged
             Delta: dare  find_q  magnitude  wanda  structural  lora
@@ -172,6 +174,8 @@ from optx.inject.ia3 import IA3 as IA3
 from optx.inject.iaa import IAA as IAA
 from optx.inject.iaa import Aside as Aside
 from optx.inject.lora import LoRA as LoRA
+from optx.inject.lssa import LSSA as LSSA
+from optx.inject.lssa import LSSAR as LSSAR
 from optx.inject.mam import MAM as MAM
 from optx.inject.multihead import MultiHeadParallelAdapter as MultiHeadParallelAdapter
 from optx.inject.perp import Perp as Perp

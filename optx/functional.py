@@ -1,4 +1,5 @@
-"""Functions beside torch's own: softmax of long rows, which it reads twice and writes once.
+"""Functions beside torch's own: softmax of long rows, which it reads twice and writes once, and attention by
+softplus (`optx.LSSA`, `optx.LSSAR`).
 
 Every exponential is a mantissa and an exponent of its own, which are added without multiplying them out: no
 row overflows, and its largest entry need not be known before. Source: "The Two-Pass Softmax Algorithm", arXiv
@@ -20,8 +21,10 @@ from torch.nn import functional as F
 
 from optx import _softmax_rows as rows
 from optx._errors import OptxError, ShapeError, check_choice, check_range
+from optx._softplus_attention import lssa_attention as lssa_attention
+from optx._softplus_attention import lssar_attention as lssar_attention
 
-__all__ = ["cross_entropy2", "logsumexp2", "softmax2"]
+__all__ = ["cross_entropy2", "logsumexp2", "lssa_attention", "lssar_attention", "softmax2"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -134,12 +134,16 @@ class AttentionPart(Part):
         with mode:
             output = call(*args, **kwargs)
         if not mode.calls:
-            raise TargetError(
-                f"{self.what} on {self.path!r} ({type(module).__name__}) did nothing: its call did not reach "
-                "torch's scaled_dot_product_attention. Load the model with attn_implementation='sdpa', or "
-                "target the modules that call it."
-            )
+            raise self.unreached(module)
         return output
+
+    def unreached(self, module: nn.Module) -> TargetError:
+        """The error of a call that did not come to attention."""
+        return TargetError(
+            f"{self.what} on {self.path!r} ({type(module).__name__}) did nothing: its call did not reach "
+            "torch's scaled_dot_product_attention. Load the model with attn_implementation='sdpa', or "
+            "target the modules that call it."
+        )
 
     def attend(self, call: Attention) -> Tensor:
         """What attention gives with this part."""
