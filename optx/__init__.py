@@ -42,8 +42,8 @@
             RobustRecoveryLoss                                absolute residuals of a factored matrix
             SAF  MESA  with_index                             flat minima from what was said epochs ago
             functional: softmax2  logsumexp2  cross_entropy2  rows read twice where torch reads them thrice
-            ZLoss                                             of standardised logits; many classes
                 lssa_attention  lssar_attention               what LSSA and LSSAR compute, by itself
+            ZLoss                                             of standardised logits; many classes
 
     delta   optx.Delta.between(base, tuned), optx.merge(...)  checkpoints pruned, compressed and merged
             Delta: dare  find_q  magnitude  wanda  structural  lora

@@ -6,6 +6,7 @@ Source: "Softplus Attention with Re-weighting Boosts Length Extrapolation in Lar
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -31,9 +32,9 @@ class SoftplusAttention(Injection):
     role: ClassVar[str] = "attention"
     serves: ClassVar[str] = "attention modules"
 
+    @abstractmethod
     def powers(self) -> Powers:
         """p in training and in evaluation."""
-        raise NotImplementedError
 
     def places(self, model: nn.Module) -> Collection[str]:
         """All attention."""

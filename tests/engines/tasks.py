@@ -471,6 +471,8 @@ ROWS = [
         attach=_attached(lambda: optx.MuAttention(shapes_of(small_llama, 16, 8))),
         apart=True,
     ),
+    Row("LSSA", "injection", injections.llama, attach=_attached(optx.LSSA), apart=True),
+    Row("LSSAR", "injection", injections.llama, attach=_attached(lambda: optx.LSSAR(p=3)), apart=True),
     Row(
         "MuReadout",
         "injection",
