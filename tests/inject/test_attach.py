@@ -43,14 +43,10 @@ def test_the_table_has_every_injection() -> None:
         "MuReadout",
         "MuAttention",
         "RF8Linear",
-<<<<<<< HEAD
         "Softmax2",
-    }  # tests/scaling/, test_rf8_linear.py, test_softmax2_attach.py have theirs
-=======
         "LSSA",
         "LSSAR",
-    }  # tests/scaling/, test_rf8_linear.py, tests/attention have theirs
->>>>>>> e79015e (LSSA, LSSAR: attention by softplus, sharpened, in the place of softmax; blocks of rows on CPU, never a matrix of L x L)
+    }  # tests/scaling/, test_rf8_linear.py, test_softmax2_attach.py, tests/attention have theirs
     # In evaluation mode no gradient reaches them, or others compute: test_{window,ftwt,ewa,widenet}*.py.
     in_training_alone = {"WindowPrune", "FTWT", "EWA", "WideNet"}
     apart = {"HiddenDelta", "SphericalHead"}  # test_spherical_head.py

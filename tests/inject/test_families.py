@@ -72,14 +72,10 @@ def test_every_injection_is_measured_on_every_family(rows: Rows) -> None:
     of_images = {"FTWT", "WindowPrune"}  # test_ftwt_chains.py, test_window_models.py
     from_scratch = {"StableRPS"}  # its weights are drawn: test_shared_weights.py
     of_experts = {"EWA", "WideNet"}  # test_ewa_models.py, test_widenet_models.py
-<<<<<<< HEAD
     # They serve what is named: test_psd_factor.py, test_softmax2_attach.py.
     named = {"PSDFactor", "Softmax2"}
     of_mixers = {"S4D"}  # test_s4d_models.py
-=======
-    named = {"PSDFactor"}  # it serves what is named: test_psd_factor.py
     of_length = {"LSSA", "LSSAR"}  # in attention's place, without parameters: tests/attention
->>>>>>> e79015e (LSSA, LSSAR: attention by softplus, sharpened, in the place of softmax; blocks of rows on CPU, never a matrix of L x L)
     of_inference = {"RF8Linear"}  # trains nothing: test_rf8_linear.py
     of_heads = {"VQLogits"}  # of language models: test_vq_logits_models.py
     # The others are HiddenDelta's choices; ABMLL serves what LoRA serves, of modules.
