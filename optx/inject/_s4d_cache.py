@@ -29,7 +29,12 @@ def layer_in(cache: Any, index: int | None, path: str, mixer: str, *, own: bool)
     """
     cache = getattr(cache, "self_attention_cache", cache)
     layers = getattr(cache, "layers", None)
-    if not isinstance(layers, list) or index is None:
+    if index is None:
+        raise OptxError(
+            f"S4D on {path!r}: the module was called with a cache and does not say which of its layers is "
+            "its own (layer_idx). Call the model with use_cache=False."
+        )
+    if not isinstance(layers, list):
         raise OptxError(
             f"S4D on {path!r}: the module was called with a cache of type {type(cache).__name__}, where its "
             "state can't be kept. Use transformers' DynamicCache, or use_cache=False."

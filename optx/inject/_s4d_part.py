@@ -53,7 +53,8 @@ class Mixer(Part):
                 "has no state to keep there. Attach optx.S4D(bidirectional=False), or use_cache=False."
             )
         mixer = f"{self.path}, {self.adapter}"
-        kept = layer_in(call.cache, getattr(module, "layer_idx", None), self.path, mixer, own=self.own)
+        index = getattr(module, "layer_idx", getattr(module, "layer_id", None))  # GPT-Neo's name
+        kept = layer_in(call.cache, index, self.path, mixer, own=self.own)
         hidden, before = call.hidden, kept.state
         if before is None:
             kept.put(lambda: self.layer.state_after(hidden, mask=call.real), hidden.shape[1])

@@ -230,6 +230,20 @@ def test_caches_that_can_not_keep_a_state_are_refused(way: str, request: pytest.
         model(x[:, :2], **going_on(copy.deepcopy(own)), attention_mask=mask)
 
 
+def test_a_module_that_does_not_say_its_number_is_refused_with_a_cache(decoder: Any) -> None:
+    attention = decoder.model.layers[0].self_attn
+    number, x = attention.layer_idx, torch.randn(1, 3, 16)
+    cache = going_on(decoder(tokens(), use_cache=True))
+    try:
+        del attention.layer_idx
+        with pytest.raises(optx.OptxError, match="does not say which of its layers"):
+            attention(x, position_embeddings=None, **cache)
+    finally:
+        attention.layer_idx = number
+    with pytest.raises(optx.OptxError, match="a cache of type int"):
+        attention(x, position_embeddings=None, **dict.fromkeys(cache, 3))
+
+
 def test_both_ways_there_is_nothing_to_cache() -> None:
     model: Any = llama(layers=1)
     attached(model, bidirectional=True)
