@@ -228,6 +228,10 @@ class HeadStep(Transform):
         self._taken = [] if self.handle.removed or is_rehearsal(optimizer) else self.handle.take_pending()
         yield
 
+    def gradients_dropped(self, optimizer: Host) -> None:
+        """Drop the head's too: a batch that is skipped this way must leave nothing."""
+        self.handle.zero_grad()
+
     def after_step(self, optimizer: Host) -> None:
         """Step the head, at its rate times what a schedule makes of the optimizer's."""
         taken, self._taken = self._taken, []
@@ -245,7 +249,8 @@ def _check(hidden: Tensor, labels: Tensor, width: int) -> None:
         )
     if hidden.ndim == 0 or hidden.shape[-1] != width:
         raise ShapeError(
-            f"SphericalHead: hidden has shape {tuple(hidden.shape)}; it is the head's input, (..., {width})."
+            f"SphericalHead: hidden has shape {tuple(hidden.shape)}; it is the head's input, (..., {width}), "
+            "which a model hands on in training mode with gradients. Its outputs go to the injection's loss."
         )
     if not hidden.is_floating_point() or hidden.dtype == torch.float16:
         raise TypeError(

@@ -322,6 +322,9 @@ class Transform:
     def after_step(self, optimizer: Host) -> None:
         """Called once after each step that was not skipped."""
 
+    def gradients_dropped(self, optimizer: Host) -> None:
+        """Called by the optimizer's ``zero_grad()``."""
+
     def weights_moved(self, optimizer: Host) -> None:
         """Called where the base moved weights outside of a step: in its ``train()`` and ``eval()``."""
 

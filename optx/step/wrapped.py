@@ -256,8 +256,10 @@ class Wrapped(Optimizer):
         self.base.defaults = value
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As the base does it."""
+        """As the base does it; transforms drop what they hold of gradients."""
         self.base.zero_grad(set_to_none=set_to_none)
+        for transform in self.transforms:
+            transform.gradients_dropped(self)
 
     # ---- stepping -----------------------------------------------------------------------------------
 

@@ -41,6 +41,21 @@ def train(model: nn.Module, handle: Any, optimizer: Any, numbers: range) -> None
 # ---- in a loop ------------------------------------------------------------------------------------------
 
 
+def test_zero_grad_drops_the_heads_gradient_too() -> None:
+    """A loop that skips a batch by it, whose loss is an outlier, must not step the head by that batch."""
+    weights: list[Tensor] = []
+    for skipped in (False, True):
+        model = network()
+        handle = attached(model)
+        optimizer = optx.wrap(torch.optim.SGD(model.parameters(), lr=0.5), handle, fused=False)
+        if skipped:
+            x, y = batch(7)
+            handle.loss(model(x), y).backward()
+        train(model, handle, optimizer, range(1))  # begins with zero_grad()
+        weights.append(handle.materialize().weight)
+    assert torch.equal(*weights)
+
+
 def test_it_learns_as_the_dense_model_and_leaves_a_plain_head() -> None:
     dense, model = network(), network()
     own: Any = model[2]
