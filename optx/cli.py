@@ -218,6 +218,12 @@ def bench_share(context: typer.Context) -> None:
     importlib.import_module("optx.recipes._bench_share").main(context.args)
 
 
+@bench.command("head", context_settings={**_PASS_ON, "help_option_names": []})
+def bench_head(context: typer.Context) -> None:
+    """Time a step of output heads of 10,000 to 1,000,000 classes, in factors and dense."""
+    importlib.import_module("optx.recipes._bench_head").main(context.args)
+
+
 @bench.command("delta", context_settings={**_PASS_ON, "help_option_names": []})
 def bench_delta(context: typer.Context) -> None:
     """Prune a checkpoint on the disk with DARE; time beside copying it, and peak memory."""
