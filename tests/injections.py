@@ -34,6 +34,13 @@ def llama(layers: int = 2) -> nn.Module:
     return LlamaForCausalLM(config).eval()
 
 
+def eager_llama() -> nn.Module:
+    """With attention that is written out."""
+    model: Any = llama()
+    model.set_attn_implementation("eager")
+    return model
+
+
 def bert(layers: int = 2) -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 

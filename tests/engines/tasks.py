@@ -442,9 +442,7 @@ ROWS = [
     Row("WindowPrune", "injection", _windows, attach=_attach_windows, task=Windows, apart=True),
     Row("ABMLL", "injection", Small, attach=_meta, task=Meta),
     Row(
-        "VQLogits",
-        "injection",
-        injections.llama,
+        *("VQLogits", "injection", injections.llama),
         attach=_attached(lambda: optx.VQLogits(codes=9, init="blocks", untie=True)),
     ),
     Row("StableRPS", "injection", injections.llama, attach=_attached(optx.StableRPS, r".*_proj")),
@@ -465,9 +463,12 @@ ROWS = [
     Row("STN", "injection", Small, attach=_tuned, task=Tuning, apart=True),
     Row("RF8Linear", "injection", injections.llama, attach=_attached(optx.RF8Linear), apart=True),
     Row(
-        "MuAttention",
-        "injection",
-        lambda: small_llama(16),
+        *("Softmax2", "injection", injections.eager_llama),
+        attach=_attached(optx.Softmax2, r".*self_attn"),
+        apart=True,
+    ),
+    Row(
+        *("MuAttention", "injection", lambda: small_llama(16)),
         attach=_attached(lambda: optx.MuAttention(shapes_of(small_llama, 16, 8))),
         apart=True,
     ),

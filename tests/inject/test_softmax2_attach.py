@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from injections import llama, run, tokens
+from injections import eager_llama, llama, run, tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -98,8 +98,7 @@ def test_softmax_modules_by_default_and_short_rows(counted: Counted) -> None:
 
 
 def test_attention_that_is_written_out(counted: Counted) -> None:
-    model = llama()
-    model.set_attn_implementation("eager")  # type: ignore[operator]
+    model: Any = eager_llama()
     wanted = run(model)
     handle = optx.attach(model, optx.Softmax2(), targets=r".*\.self_attn")
     torch.testing.assert_close(run(model), wanted, rtol=1e-5, atol=1e-6)
@@ -107,11 +106,11 @@ def test_attention_that_is_written_out(counted: Counted) -> None:
     model.train()
     run(model).sum().backward()
     assert model.get_parameter("model.layers.0.self_attn.q_proj.weight").grad is not None
-    model.set_attn_implementation("sdpa")  # type: ignore[operator]
+    model.set_attn_implementation("sdpa")
     with pytest.raises(TargetError, match=r"self_attn' \(LlamaAttention\).*scaled_dot_product_attention"):
         run(model)
     handle.remove()
-    model.set_attn_implementation("eager")  # type: ignore[operator]
+    model.set_attn_implementation("eager")
     assert torch.equal(run(model.eval()), wanted)
 
 
