@@ -34,7 +34,7 @@ def llama(layers: int = 2) -> nn.Module:
     return LlamaForCausalLM(config).eval()
 
 
-def eager_llama() -> nn.Module:
+def eager() -> nn.Module:
     """With attention that is written out."""
     model: Any = llama()
     model.set_attn_implementation("eager")

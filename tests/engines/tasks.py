@@ -462,11 +462,7 @@ ROWS = [
     ),
     Row("STN", "injection", Small, attach=_tuned, task=Tuning, apart=True),
     Row("RF8Linear", "injection", injections.llama, attach=_attached(optx.RF8Linear), apart=True),
-    Row(
-        *("Softmax2", "injection", injections.eager_llama),
-        attach=_attached(optx.Softmax2, r".*self_attn"),
-        apart=True,
-    ),
+    Row("Softmax2", "injection", injections.eager, attach=_attached(optx.Softmax2, r".*attn"), apart=True),
     Row(
         *("MuAttention", "injection", lambda: small_llama(16)),
         attach=_attached(lambda: optx.MuAttention(shapes_of(small_llama, 16, 8))),
@@ -475,15 +471,12 @@ ROWS = [
     Row("LSSA", "injection", injections.llama, attach=_attached(optx.LSSA), apart=True),
     Row("LSSAR", "injection", injections.llama, attach=_attached(lambda: optx.LSSAR(p=3)), apart=True),
     Row(
-        "MuReadout",
-        "injection",
-        lambda: Small(7),
+        *("MuReadout", "injection", lambda: Small(7)),
         attach=_attached(lambda: optx.MuReadout(shapes_of(Small, 7, 3))),
         apart=True,
     ),
     Row(
-        "SAF",
-        "loss",
+        *("SAF", "loss"),
         signal=lambda _: optx.SAF(BATCH, weight=2.0, lookback=1, start_epoch=0, gather=True),
         task=Past,
     ),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from injections import eager_llama, llama, run, tokens
+from injections import eager, llama, run, tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -98,7 +98,7 @@ def test_softmax_modules_by_default_and_short_rows(counted: Counted) -> None:
 
 
 def test_attention_that_is_written_out(counted: Counted) -> None:
-    model: Any = eager_llama()
+    model: Any = eager()
     wanted = run(model)
     handle = optx.attach(model, optx.Softmax2(), targets=r".*\.self_attn")
     torch.testing.assert_close(run(model), wanted, rtol=1e-5, atol=1e-6)
