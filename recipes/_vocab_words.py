@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -87,30 +88,48 @@ def _examples(words: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def train(arm: str, seed: int, known: dict[str, Words], args: Any, run: Run) -> dict[str, Any] | None:
-    """Accuracy among the first k, and what a step took."""
+    """Accuracy among the first k, and how many steps there were."""
     head, size = arm.split(", ")
-    words, limit = known[size], float("inf")
-    if head == IN_THAT_TIME:
-        first = run.results["arms"][f"Z-loss, {size}/{seed}"]
-        limit = first["step_ms"] * first["steps"]
+    words, steps, found = known[size], args.word_steps, dict[str, Any]()
     torch.manual_seed(seed)
+    if head == IN_THAT_TIME:
+        found["ratio"] = _ratio(words, args)
+        steps = max(1, round(steps / found["ratio"]))
+    torch.manual_seed(seed)
+    model, step = _trained(head, words, args)
+    draws = torch.Generator().manual_seed(seed)
+    for _ in run.steps(f"{arm}, seed {seed}", 0, steps):
+        at = torch.randint(CONTEXT, len(words.train), (args.word_batch,), generator=draws)
+        step(*_examples(words.train, at))
+    if run.interrupt.wanted:
+        return None
+    return {**found, "steps": steps, "classes": words.count, "tops": _accuracies(model, words)}
+
+
+def _trained(head: str, words: Words, args: Any) -> tuple[nn.Module, Callable[[Tensor, Tensor], None]]:
+    """A network, and what a step of it is."""
     model = nn.Sequential(Body(), nn.Linear(WIDTH, words.count)).to(device())
     loss, optimizer = _spherical(model, head, args) if head in SPHERICAL else _softmax(model, args)
-    draws, took = torch.Generator().manual_seed(seed), list[float]()
-    for _ in run.steps(f"{arm}, seed {seed}", 0, args.word_steps):
-        if took and median_ms(took) * len(took) >= limit:  # medians: what else a machine does is not counted
-            break
-        at = torch.randint(CONTEXT, len(words.train), (args.word_batch,), generator=draws)
-        context, labels = _examples(words.train, at)
-        before = clock()
+
+    def step(context: Tensor, labels: Tensor) -> None:
         loss(model(context), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
-        took.append(clock() - before)
-    if run.interrupt.wanted:
-        return None
-    found = {"steps": len(took), "step_ms": median_ms(took), "classes": words.count}
-    return {**found, "tops": _accuracies(model, words)}
+
+    return model, step
+
+
+def _ratio(words: Words, args: Any, rounds: int = 15) -> float:
+    """Median time of a step with softmax over that with the Z-loss, in turns."""
+    examples = _examples(words.train, torch.arange(CONTEXT, CONTEXT + args.word_batch))
+    taken: dict[str, list[float]] = {"softmax": [], "Z-loss": []}
+    ways = {head: _trained(head, words, args)[1] for head in taken}
+    for turn in range(rounds + 2):
+        for head, step in ways.items():
+            before = clock()
+            step(*examples)
+            taken[head] += [clock() - before] * (turn > 1)
+    return median_ms(taken["softmax"]) / median_ms(taken["Z-loss"])
 
 
 def _spherical(model: nn.Module, head: str, args: Any) -> tuple[Any, Any]:
@@ -151,18 +170,18 @@ def tables(results: dict[str, Any]) -> list[Table]:
             rows,
             f"Words of Shakespeare, {settings['word_steps']} steps of {settings['word_batch']}",
             "The share of held-out words that are among the k first. 10k: the most frequent, in lower case; "
-            "74k: all, as they are printed. In that time: as many steps as fit into the Z-loss's "
-            "time, both by their medians. A step: the median time, of all the network, as a ratio to the "
-            "Z-loss's with the same words and seed.",
+            "74k: all, as they are printed. In that time: as many steps as fit into the time of the "
+            "Z-loss's. A step: its time, of all the network, over the Z-loss's, by medians, in turns.",
         )
     ]
 
 
 def _row(arm: str, arms: dict[str, list[dict[str, Any]]]) -> tuple[str, ...]:
-    logs, first = arms[arm], arms.get(f"Z-loss, {arm.split(', ')[1]}", arms[arm])
+    logs, (head, size) = arms[arm], arm.split(", ")
     tops = [ranged([one["tops"][str(k)] for one in logs], "{:.1f}") for k in TOPS]
-    ratios = [one["step_ms"] / other["step_ms"] for one, other in zip(logs, first, strict=False)]
-    return arm, *tops, ranged([one["steps"] for one in logs], "{:.0f}"), ranged(ratios, "{:.1f}")
+    ratios = [one["ratio"] for one in arms.get(f"{IN_THAT_TIME}, {size}", [])] if "softmax" in head else []
+    step = ranged(ratios, "{:.1f}") if ratios else "1" if head == "Z-loss" else "-"
+    return arm, *tops, ranged([one["steps"] for one in logs], "{:.0f}"), step
 
 
 def draw(axes: Any, results: dict[str, Any]) -> None:
