@@ -430,11 +430,9 @@ ROWS = [
     Row("SaRA", "transform", transform=lambda *_: optx.SaRA(fraction=0.5, reselect_at=3)),
     Row("DSPReg", "transform", transform=lambda *_: optx.DSPReg(2, weight=2.0), task=Domains),
     Row("MuAdamW", "transform", transform=lambda *_: optx.MuAdamW(shapes_of(Small, 7, 3))),
-    *map(
-        of_table,
-        ("LoRA", "BitFit", "IA3", "SVFit", "SequentialAdapter", "ParallelAdapter", "ScaledParallelAdapter"),
-    ),
-    *map(of_table, ("PSDFactor", "PrefixTuning", "MultiHeadParallelAdapter", "MAM", "Aside", "S4D", "IAA")),
+    *map(of_table, ("LoRA", "BitFit", "IA3", "SVFit", "SequentialAdapter", "ParallelAdapter")),
+    *map(of_table, ("ScaledParallelAdapter", "PSDFactor", "PrefixTuning", "MultiHeadParallelAdapter")),
+    *map(of_table, ("MAM", "Aside", "S4D", "IAA")),
     # Their products of factors have gradients of any size, and small ones' noise is a step of Adam's too.
     *(of_table(label, adamw={"eps": 1e-1, "lr": 2e-2}) for label in ("FLoRA", "Perp")),
     Row("HiddenDelta", "injection", injections.llama, attach=_attached(lambda: optx.HiddenDelta(rank=3))),
