@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from optx._errors import OptxError, ShapeError, check_above_0, check_range
 from optx.kernels.attention import softplus_rows as rows
 from optx.kernels.attention.softplus_rows import Options
+from optx.kernels.available import why_unavailable
 
 __all__ = ["attend", "attend_with_weights", "lssa_attention", "lssar_attention"]
 
@@ -152,7 +153,8 @@ def _by_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Opti
 def _has_kernel(q: Tensor) -> bool:
     if type(q) not in (Tensor, nn.Parameter) and not torch.compiler.is_compiling():
         return False  # a tensor of another kind has its own ways with torch's operations
-    return q.device.type == "cpu"
+    on_gpu = q.is_cuda and q.dtype != torch.float64 and why_unavailable("triton") is None
+    return q.device.type == "cpu" or on_gpu
 
 
 def _fitted(

@@ -24,6 +24,7 @@ from optx.kernels.attention.softplus_rows import (
     log_scale,
     math_dtype,
     normalised,
+    through_length,
     tolerance,
 )
 
@@ -289,8 +290,8 @@ def backward(
         grads[1][keys] += _flat(rise).transpose(1, 2) @ _flat(call.query[here])
     scale = log_scale(counts_of(mask, options.causal, q, k.shape[2])[..., None], q.shape[-1], math)
     return (
-        _through_length(grads[0].view(q.shape) * scale, q),
-        _through_length(grads[1].view(k.shape), k),
+        through_length(grads[0].view(q.shape) * scale, q),
+        through_length(grads[1].view(k.shape), k),
         grads[2].view(v.shape).to(v.dtype),
     )
 
@@ -335,13 +336,6 @@ def _through_sums(
     rise = torch.sigmoid(scores, out=scores).mul_(even)
     hidden = call.hidden(block)
     return rise if hidden is None else rise.masked_fill_(hidden, 0.0)
-
-
-def _through_length(grad: Tensor, x: Tensor) -> Tensor:
-    """From the gradient of rows of length 1 to that of the rows, in their dtype."""
-    unit, factor = normalised(x)
-    along = (grad * unit).sum(-1, keepdim=True)
-    return ((grad - unit * along) * factor).to(x.dtype)
 
 
 def _flat(x: Tensor) -> Tensor:

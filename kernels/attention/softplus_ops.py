@@ -34,7 +34,11 @@ def attention(
 
 
 def _kernel(device: torch.device) -> ModuleType:
-    return softplus_blocks
+    if device.type == "cpu":
+        return softplus_blocks
+    from optx.kernels.attention import softplus_triton
+
+    return softplus_triton
 
 
 def _forward(

@@ -23,7 +23,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["FEW", "SMALLEST", "Options", "counts_of", "math_dtype", "normalised", "tolerance", "weights"]
+__all__ = [
+    "FEW",
+    "SMALLEST",
+    "Options",
+    "counts_of",
+    "math_dtype",
+    "normalised",
+    "through_length",
+    "tolerance",
+    "weights",
+]
 
 FEW = 3
 """Rows that see so few keys keep all of them: there O is 0."""
@@ -81,6 +91,13 @@ def normalised(x: Tensor) -> tuple[Tensor, Tensor]:
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     factor = torch.where(length > SMALLEST, 1 / length.clamp_min(SMALLEST), 0.0)
     return x * factor, factor
+
+
+def through_length(grad: Tensor, x: Tensor) -> Tensor:
+    """From the gradient of rows of length 1 to that of the rows, in their dtype."""
+    unit, factor = normalised(x)
+    along = (grad * unit).sum(-1, keepdim=True)
+    return ((grad - unit * along) * factor).to(x.dtype)
 
 
 def tolerance(counts: Tensor, dtype: torch.dtype) -> Tensor:

@@ -111,7 +111,7 @@ class LSSA(SoftplusAttention):
 
     Keywords: length extrapolation, long context, softplus attention, softmax-free, length-scaled attention.
 
-    Evidence: ``test_softplus_attention.py``, ``test_lssa.py``; no recipe yet.
+    Evidence: ``optx run lengths``; ``test_softplus_attention.py``, ``test_lssa.py``.
 
     Raises:
         TargetError: at attach, a module whose attention can't be routed; at a call, one that did not reach
@@ -160,7 +160,7 @@ class LSSAR(SoftplusAttention):
     Keywords: length extrapolation, long context, softplus attention, re-weighting, sparse attention,
         softmax-free.
 
-    Evidence: ``test_softplus_attention.py``, ``test_lssa.py``; no recipe yet.
+    Evidence: ``optx run lengths``; ``test_softplus_attention.py``, ``test_lssa.py``.
 
     Raises:
         OptxError: p not above 0; at a call, a mask that adds numbers to scores.
