@@ -105,6 +105,7 @@ def methods() -> dict[str, type]:
             optx.Composite,
             optx.FTWT,
             optx.RobustRecoveryLoss,
+            optx.Softmax2,
             optx.SphericalHead,
             optx.WideNet,
             optx.WindowPrune,

@@ -111,6 +111,7 @@ RANGES: list[tuple[Any, str, tuple[Any, Any], dict[str, Any]]] = [
     (optx.ComPEFT, "alpha", POSITIVE, NONE),
     (optx.AdamR, "weight", POSITIVE, NONE),
     (optx.PSDFactor, "rank", COUNT, NONE),
+    (optx.Softmax2, "min_row", COUNT, NONE),
     (optx.PSDFactor, "alpha", (1e-30, None), NONE),
     (optx.SubGM, "eta0", (1e-30, None), NONE),
     (optx.SubGM, "rho", (1e-30, 1.0), NONE),
