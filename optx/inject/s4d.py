@@ -67,7 +67,7 @@ class S4D(Injection):
 
     Keywords: state space model, SSM, S4, HiPPO, LegS, Mamba, long convolution, long sequences, recurrence.
 
-    Evidence: no recipe; ``test_s4d.py``, ``test_s4d_layer.py``, ``test_s4d_models.py``.
+    Evidence: ``optx run sequences``; ``test_s4d.py``, ``test_s4d_layer.py``, ``test_s4d_models.py``.
 
     Raises:
         OptxError: an option out of range; at a call, what is refused (see Limits), or a length whose last
