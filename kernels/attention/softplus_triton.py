@@ -23,15 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from optx.kernels.attention.softplus_rows import (
-    FEW,
-    Options,
-    counts_of,
-    log_scale,
-    normalised,
-    through_length,
-    tolerance,
-)
+from optx.kernels.attention import softplus_rows as reference
+from optx.kernels.attention.softplus_rows import Options, through_length
 from optx.kernels.triton_lib import LAUNCH
 
 __all__ = ["backward", "forward"]
@@ -326,12 +319,12 @@ class _Call:
     ) -> None:
         self.q, self.k, self.v = (x.contiguous() for x in (q, k, v))
         self.shape, self.keys = q.shape[:3], k.shape[2]
-        counts = counts_of(mask, options.causal, q, self.keys)
-        scale = log_scale(counts, q.shape[-1], torch.float32)
+        counts = reference.counts_of(mask, options.causal, q, self.keys)
+        scale = reference.log_scale(counts, q.shape[-1], torch.float32)
         self.scale = scale.expand(self.shape).contiguous()
-        self.query_unit, self.key_unit = normalised(q)[1], normalised(k)[1]
+        self.query_unit, self.key_unit = reference.normalised(q)[1], reference.normalised(k)[1]
         self.counts = counts.clamp_min(1).float().expand(self.shape).contiguous()
-        self.limit = tolerance(counts, torch.float32).float().expand(self.shape).contiguous()
+        self.limit = reference.tolerance(counts, torch.float32).float().expand(self.shape).contiguous()
         self.seed, self.options = seed, options
         self.mask = None if mask is None else mask.view(torch.uint8)
         full = (*self.shape, self.keys)
@@ -356,12 +349,12 @@ class _Call:
                 POWER=self.options.power,
                 CAUSAL=self.options.causal,
                 DROPOUT=self.options.dropout,
-                PRECISION=_precision(self.q.dtype == torch.float32),
+                PRECISION="ieee" if self.q.dtype == torch.float32 else "tf32",
                 ROWS=ROWS,
                 KEYS=KEYS,
                 WIDTH=wide[0],
                 DEPTH=wide[1],
-                FEW=FEW,
+                FEW=reference.FEW,
                 num_warps=WARPS,
                 **LAUNCH,
             )
@@ -405,8 +398,3 @@ def backward(
     call.launch(keys_kernel, (keys, k.shape[0] * k.shape[1]), *given, *results[1:])
     query = results[0] * call.scale[..., None]  # of rows of length 1, as the key's
     return through_length(query, q), through_length(results[1], k), results[2].to(v.dtype)
-
-
-def _precision(full: bool) -> str:
-    """Of products: float32's are not rounded to fewer bits."""
-    return "ieee" if full else "tf32"
