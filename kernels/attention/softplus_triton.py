@@ -232,7 +232,7 @@ def rows_kernel(
         end = tl.minimum(keys, first + ROWS)
     summed = tl.zeros((ROWS,), tl.float32)
     found = tl.zeros((ROWS, WIDTH), tl.float32)
-    for turn in tl.static_range(2):
+    for turn in tl.static_range(2):  # pyright: ignore
         if turn == 1 or POWER > 0.0:
             for start in range(0, end, KEYS):
                 key = start + tl.arange(0, KEYS)
