@@ -6,6 +6,8 @@ Source: "Softplus Attention with Re-weighting Boosts Length Extrapolation in Lar
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -117,14 +119,16 @@ def attend(
     """The two above; ``power`` 0 is LSSA."""
     q, k, v, mask, lead = _fitted(query, key, value, attn_mask, dropout_p)
     options = Options(power, is_causal, dropout_p)
-    if _has_kernel(q):
+    if not (q.numel() and k.numel()):  # an empty batch; or no keys, so that all rows give zeros
+        out = (0 * q[..., :1] + k.sum() + v.sum()).to(v.dtype).expand(*q.shape[:-1], v.shape[-1])
+    elif _has_kernel(q):
         from optx.kernels.attention.softplus_ops import attention
 
         seed = torch.randint(1 << 62, (), device=q.device) if dropout_p else None
         out = attention(q, k, v, mask, seed, options)
     else:
         out = _by_rows(q, k, v, mask, options)[0]
-    return out.view(*lead, *out.shape[1:])
+    return out.reshape(*lead, *out.shape[1:])
 
 
 def attend_with_weights(
@@ -167,7 +171,8 @@ def _fitted(
     if torch.is_autocast_enabled(query.device.type) and query.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))
-    q, k, v = (x.expand(*lead, *x.shape[-3:]).reshape(-1, *x.shape[-3:]) for x in (query, key, value))
+    batch = math.prod(lead)
+    q, k, v = (x.expand(*lead, *x.shape[-3:]).reshape(batch, *x.shape[-3:]) for x in (query, key, value))
     return q, k, v, _mask(mask, query, key, lead), lead
 
 
@@ -226,8 +231,8 @@ def _mask(mask: Tensor | None, query: Tensor, key: Tensor, lead: tuple[int, ...]
     seen = _seen(mask)
     seen = seen.view(*[1] * (len(full) - seen.ndim), *seen.shape)
     if len(lead) == 1 or all(size == 1 for size in seen.shape[:-3]):
-        return seen.reshape(-1, *seen.shape[-3:])
-    return seen.expand(*lead, *seen.shape[-3:]).reshape(-1, *seen.shape[-3:])
+        return seen.reshape(math.prod(seen.shape[:-3]), *seen.shape[-3:])
+    return seen.expand(*lead, *seen.shape[-3:]).reshape(math.prod(lead), *seen.shape[-3:])
 
 
 _HIDDEN = -1e4

@@ -285,6 +285,20 @@ def test_memory_grows_with_the_length_and_not_with_its_square() -> None:
 # ---- what is refused -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("empty", ["batch", "rows", "keys"])
+def test_nothing_to_attend_is_no_error(empty: str) -> None:
+    """As of torch's function; the gradients are there, for other processes."""
+    x = torch.randn(2, 2, 5, 4)
+    none = x[:0] if empty == "batch" else x[:, :, :0]
+    q, k = (x if empty == "keys" else none), (x if empty == "rows" else none)
+    given = [one.clone().requires_grad_() for one in (q, k, k)]
+    out = optx.functional.lssar_attention(*given, torch.ones(q.shape[2], k.shape[2], dtype=torch.bool))
+    assert out.shape == q.shape
+    assert not out.any()
+    out.sum().backward()
+    assert all(one.grad is not None for one in given)
+
+
 @pytest.mark.parametrize("p", [0, -1.0, math.nan, math.inf, "3"])
 def test_p_must_be_above_0(p: Any) -> None:
     with pytest.raises(optx.OptxError, match=r"p is .*; it must be a finite number above 0"):
