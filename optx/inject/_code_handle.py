@@ -222,6 +222,32 @@ class VQHandle(Handle):
         part.mapping.copy_(new)
         return changed
 
+    @torch.no_grad()
+    def fit_bias(self, counts: Tensor | Sequence[float]) -> None:
+        """Let each token's bias be the log of its share of its code, by counts of tokens (plus one).
+
+        It is 0 where all of a code's tokens are equally frequent, so that no chance goes from code to code.
+
+        Args:
+            counts: how often each token occurs, (V,).
+
+        Raises:
+            OptxError: there is no bias for each token, or counts are none.
+        """
+        self._check_alive("fit_bias")
+        if self.part.token_bias is None:
+            raise OptxError("fit_bias: there is no bias for each token. Attach VQLogits(token_bias=True).")
+        self.part.fit_bias(self._counts("fit_bias", counts))
+
+    def _counts(self, doing: str, counts: Tensor | Sequence[float]) -> Tensor:
+        found = torch.as_tensor(counts)
+        if found.shape != self.mapping.shape or not bool((found >= 0).all()) or not bool(found.any()):
+            raise OptxError(
+                f"{doing}: counts have shape {tuple(found.shape)}; they must be {len(self.mapping):,} "
+                "numbers of at least 0, not all 0."
+            )
+        return found
+
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Load what `state_dict` gave; see `Handle.load_state_dict`.
 
@@ -259,13 +285,7 @@ class VQHandle(Handle):
             counts: how often each token occurs, (V,).
         """
         self._check_alive("gap")
-        found = torch.as_tensor(counts)
-        if found.shape != self.mapping.shape or not bool((found >= 0).all()) or not bool(found.any()):
-            raise OptxError(
-                f"gap: counts have shape {tuple(found.shape)}; they must be {len(self.mapping):,} numbers of "
-                "at least 0, not all 0."
-            )
-        return _code_report.gap(self.part, found)
+        return _code_report.gap(self.part, self._counts("gap", counts))
 
     def report(self) -> _code_report.CodeReport:
         """What was added, what it saves, and with the injection's ``counts`` what it costs at least."""

@@ -73,7 +73,16 @@ class CodeHead(Part):
         if self.token_bias is not None and bias is not None:
             self.token_bias.copy_(bias)
         elif self.token_bias is not None and counts is not None:
-            self.token_bias[:used] = _code_map.log_shares(counts + 1, mapping, K).to(self.token_bias)
+            self.fit_bias(counts)
+
+    @torch.no_grad()
+    def fit_bias(self, counts: Tensor) -> None:
+        """Take each token's bias from counts, (V,) or those of the tokens."""
+        assert self.token_bias is not None
+        mapping = self.mapping[: self.used].long().cpu()
+        often = counts[: self.used].double().cpu() + 1
+        shares = _code_map.log_shares(often, mapping, len(self.codebook))
+        self.token_bias[: self.used] = shares.to(self.token_bias)
 
     # ---- the call -----------------------------------------------------------------------------------
 

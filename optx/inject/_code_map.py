@@ -15,7 +15,7 @@ from optx._errors import OptxError
 Kind = Literal["kmeans", "random", "blocks", "frequency"]
 KINDS = ("kmeans", "random", "blocks", "frequency")
 
-_BATCH, _PASSES, _CAREFUL = 4096, 10, 512
+_BATCH, _PASSES, _CAREFUL = 4096, 3, 512
 
 
 def mapped(kind: Kind, rows: Tensor, codes: int, counts: Tensor | None, seed: int) -> Tensor:

@@ -70,7 +70,7 @@ class VQLogits(Injection):
     Keywords: vocabulary, softmax, output layer, LM head, unembedding, compression, vector quantisation,
         k-means, codebook, large vocabulary, cross-entropy memory, tied embeddings.
 
-    Evidence: no recipe yet; ``test_vq_logits.py``, ``test_vq_logits_models.py``.
+    Evidence: ``optx run vocab``; ``test_vq_logits.py``, ``test_vq_logits_models.py``.
 
     Raises:
         OptxError: an option out of range, or counts that are missing.

@@ -158,6 +158,21 @@ def test_a_plain_head_and_a_merge(bias: bool, options: Any) -> None:
     assert torch.equal(model[1](x), found)
 
 
+def test_hidden_states_for_as_long_as_asked() -> None:
+    model = net()
+    handle = served(model, codes=4, init="random")
+    x = batch()[0]
+    logits = model[1](x)
+    with handle.hidden():
+        assert torch.equal(model[1](x), x)
+    assert torch.equal(model[1](x), logits)
+    with pytest.raises(RuntimeError), handle.hidden():
+        model[1](x) @ torch.zeros(1)
+    assert torch.equal(model[1](x), logits)
+    with handle.disable():
+        assert torch.equal(model[1](x), F.linear(x, model[1].weight))
+
+
 def test_codes_have_no_order() -> None:
     model = net()
     handle = moved(served(model, codes=6, init="random"))
@@ -286,6 +301,13 @@ def test_the_report_says_what_is_saved() -> None:
     assert tied[0].weight.grad.any()
     with pytest.raises(optx.MergeError, match="is tied"):
         handle.merge()
+    x = torch.randn(3, D)
+    logits, embedding = tied[1](x), tied[0].weight.detach().clone()
+    handle.merge(untie=True)
+    assert torch.allclose(tied[1](x), logits, atol=1e-6)
+    assert torch.equal(tied[0].weight, embedding)
+    handle.remove()
+    assert tied[1].weight is tied[0].weight
 
 
 def test_memory_does_not_grow_with_the_vocabulary() -> None:

@@ -1,0 +1,57 @@
+"""Vocab: what an output head costs, and what it costs to make it cheaper.
+
+Part "head": SmolLM2's head, 49,152 tokens, is exchanged for a codebook of VQ-Logits. K-means over its rows
+gives each token a code; all tokens of a code have one score, or with a bias for each token one score and a
+share. Told are perplexity on other news as attached, after a few steps that train the head alone (the full
+head too), the milliseconds of logits and of the loss by codes, and bytes. Beside it: a mapping at random.
+
+Source: VQ-Logits, arXiv 2505.10202.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from collections.abc import Sequence
+
+from . import _vocab_report
+from ._options import SEEDS
+from ._run import Run, SettingsError, parser, settings_of
+
+PARTS = _vocab_report.PARTS
+ARMS = [arm for part in PARTS.values() for arm in part.ARMS]
+
+
+def options() -> ArgumentParser:
+    """The recipe's command line."""
+    own = {name: keywords for part in PARTS.values() for name, keywords in part.OPTIONS.items()}
+    return parser(
+        "vocab",
+        __doc__ or "",
+        steps=50,
+        seeds={"default": 3} | SEEDS,
+        parts={"default": ",".join(PARTS), "help": "which, comma-separated"},
+        **own,
+        model={"help": "part head: a hub name or a folder (default: SmolLM2-135M-Instruct)"},
+        data={"help": "part head: a text file or a folder of *.txt (default: 300 news articles)"},
+        resume={"action": "store_true", "help": "keep the finished arms and seeds of an interrupted run"},
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run all parts with all seeds and report."""
+    args = options().parse_args(argv)
+    parts = [name.strip() for name in args.parts.split(",")]
+    if wrong := [name for name in parts if name not in PARTS]:
+        raise SettingsError(f"--parts: {', '.join(wrong)} is none of {', '.join(PARTS)}.")
+    run = Run(args.out, settings_of(args), args.resume, args.overwrite)
+    seeds = range(args.seed, args.seed + args.seeds)
+    for part in (PARTS[name] for name in PARTS if name in parts):
+        todo = [(arm, seed) for seed in seeds for arm in part.ARMS if not run.finished(f"{arm}/{seed}")]
+        known = part.prepared(args) if todo else None
+        for arm, seed in todo:
+            run.part(f"{arm}/{seed}", part.train, arm, seed, known, args, run)
+    _vocab_report.report(run)
+
+
+if __name__ == "__main__":
+    main()
