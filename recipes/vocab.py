@@ -1,11 +1,14 @@
 """Vocab: what an output head costs, and what it costs to make it cheaper.
 
-Part "head": SmolLM2's head, 49,152 tokens, is exchanged for a codebook of VQ-Logits. K-means over its rows
-gives each token a code; all tokens of a code have one score, or with a bias for each token one score and a
-share. Told are perplexity on other news as attached, after a few steps that train the head alone (the full
+Part "head": SmolLM2's head, 49,152 tokens, is exchanged for the codebook of `optx.VQLogits`. K-means over its
+rows gives each token a code; all tokens of a code have one score, or with a bias for each token one score and
+a share. Told are perplexity on other news as attached, after a few steps that train the head alone (the full
 head too), the milliseconds of logits and of the loss by codes, and bytes. Beside it: a mapping at random.
 
-Source: VQ-Logits, arXiv 2505.10202.
+Part "words": the next word of Shakespeare by a small network, whose head has the Z-loss or the squared error
+and takes its exact step in factors (`optx.SphericalHead`, `optx.ZLoss`), or is a softmax's.
+
+Source: VQ-Logits, arXiv 2505.10202; the Z-loss, arXiv 1604.08859; its exact step, arXiv 1412.7091.
 """
 
 from __future__ import annotations
