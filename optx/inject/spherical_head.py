@@ -73,7 +73,7 @@ class SphericalHead(Injection):
     Keywords: large vocabulary, extreme classification, output layer, softmax alternative, sampled softmax,
         hierarchical softmax, factored output layer, language model, word prediction.
 
-    Evidence: ``optx bench head``, no recipe; ``test_spherical_head.py``, ``test_spherical_step.py``.
+    Evidence: ``optx run vocab``, ``optx bench head``; ``test_spherical_head.py``, ``test_spherical_step.py``.
 
     Raises:
         OptxError: an option out of range, or a loss that is none of the family.

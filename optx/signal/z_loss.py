@@ -55,7 +55,7 @@ class ZLoss(SphericalLoss):
     Keywords: Z-loss, spherical softmax, Taylor softmax, squared error, large vocabulary, extreme
         classification, scale invariance, top-k.
 
-    Evidence: ``test_z_loss.py``; no recipe yet.
+    Evidence: ``optx run vocab``; ``test_z_loss.py``.
 
     Raises:
         OptxError: an option out of range, or of another form.
