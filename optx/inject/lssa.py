@@ -75,6 +75,11 @@ class SoftplusAttention(Injection):
                 raise TargetError(
                     f"attach: {path!r} has attention of this kind already, {name!r}. Remove that first."
                 )
+            if part.replaces:
+                raise TargetError(
+                    f"attach: {name!r} computes in the place of {path!r}, whose attention would not be "
+                    "called. Remove that first, or leave the module out."
+                )
         own = getattr(getattr(module, "config", None), "_attn_implementation", None)
         if home_of(module) and own not in (None, "eager", "sdpa"):
             raise TargetError(

@@ -365,3 +365,10 @@ def test_a_second_one_is_refused() -> None:
     optx.attach(model, LSSAR3)
     with pytest.raises(optx.TargetError, match="has attention of this kind already, 'lssar'"):
         optx.attach(model, optx.LSSA())
+
+
+def test_attention_that_rests_is_refused() -> None:
+    model = built("llama")
+    optx.attach(model, optx.S4D(d_state=4))
+    with pytest.raises(optx.TargetError, match="'s4d' computes in the place of"):
+        optx.attach(model, LSSAR3)
