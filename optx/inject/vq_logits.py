@@ -62,10 +62,10 @@ class VQLogits(Injection):
     Limits: All tokens of a code have the same chance, or with ``token_bias`` the same ratios in every
         context. Post hoc, with a head that was trained without it, perplexity rises several-fold until C is
         trained (recipe ``vocab``). The old weight stays in memory while this is attached: what is saved is
-        time, gradients, optimizer state, and the file. `loss` knows nothing of what a model does to its
-        logits after the head (soft caps, scales) and refuses models whose config has that. Greedy decoding
-        takes the lowest number of the best code's tokens. Merging needs a head with a bias where there is
-        ``token_bias`` or ``used``: use ``materialize()``.
+        time, gradients, optimizer state, and the file. ``handle.loss`` knows nothing of what a model does to
+        its logits after the head (soft caps, scales) and refuses models whose config has that. Greedy
+        decoding takes the lowest number of the best code's tokens. Merging needs a head with a bias where
+        there is ``token_bias`` or ``used``: use ``materialize()``.
 
     Keywords: vocabulary, softmax, output layer, LM head, unembedding, compression, vector quantisation,
         k-means, codebook, large vocabulary, cross-entropy memory, tied embeddings.

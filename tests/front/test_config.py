@@ -164,13 +164,16 @@ def test_each_argument_goes_there_and_back(name: str) -> None:
 def anything(draw: st.DrawFn) -> Any:
     """A method with up to four arguments of its signature."""
     name = draw(st.sampled_from(sorted(METHODS)))
-    open_to = [one for one in inspect.signature(METHODS[name]).parameters if (name, one) not in UNWRITABLE]
+    every = [one for one in inspect.signature(METHODS[name]).parameters if (name, one) not in UNWRITABLE]
+    numeric = {one for one, kinds in accepted(METHODS[name]).items() if float in kinds}
+    open_to = [one for one in every if one in numeric or choices(name, one)]
     chosen = draw(st.lists(st.sampled_from(open_to), max_size=4, unique=True)) if open_to else []
     numbers = st.floats(0, 1, exclude_min=True).map(float)
     values: dict[str, Any] = {}
     for one in chosen:
-        free = float in accepted(METHODS[name])[one] and draw(st.booleans())
-        values[one] = draw(numbers if free else st.sampled_from(choices(name, one)))
+        told = choices(name, one)
+        free = not told or (one in numeric and draw(st.booleans()))
+        values[one] = draw(numbers if free else st.sampled_from(told))
     return made(name, {**usual(name), **values})
 
 
