@@ -27,7 +27,6 @@ import numba
 from numba.core import config, sigutils
 from numba.core.caching import NullCache
 from numba.core.ccallback import CFunc
-from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler, CompileResult
 from numba.core.dispatcher import _FunctionCompiler
 from numba.core.registry import CPUDispatcher
@@ -69,8 +68,8 @@ def njit(cache: bool = False, **options: Any) -> Decorator:
 def part(**options: Any) -> Decorator:
     """`numba.njit` for what compiled functions alone call.
 
-    It gets no wrapper for Python, no machine code of its own, and is optimised in what calls it alone: of two
-    dozen small functions to a kernel, these took more than half of the time that it is compiled in.
+    It gets no wrapper for Python and no machine code of its own: of two dozen small functions to a kernel,
+    these took half of the time that it is compiled in.
     """
     return lambda function: _Part(function, {"nopython": True, "boundscheck": None, **options})
 
@@ -78,23 +77,10 @@ def part(**options: Any) -> Decorator:
 class _Part(CPUDispatcher):
     def __init__(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
         super().__init__(function, {}, options)
-        self._compiler = _PartCompiler(function, self.targetdescr, options, {}, _PartPipeline)
+        self._compiler = _PartCompiler(function, self.targetdescr, options, {}, Compiler)
 
     def add_overload(self, cres: Any) -> None:
         self.overloads[tuple(cres.signature.args)] = cres  # and nothing that a call from Python would find
-
-
-class _PartPipeline(Compiler):
-    def __init__(self, typingctx: Any, targetctx: Any, library: Any, *others: Any) -> None:
-        if library is None:
-            library = _PartLibrary(targetctx.codegen(), "part")
-            library.enable_object_caching()
-        super().__init__(typingctx, targetctx, library, *others)
-
-
-class _PartLibrary(JITCodeLibrary):
-    def _optimize_final_module(self) -> None:
-        """Nothing: that of its callers, into which it is linked, does."""
 
 
 class _PartCompiler(_FunctionCompiler):
