@@ -24,7 +24,9 @@ def report(run: Run) -> None:
     run.write()
     _report.tell(tables(run.results))
     figure, axes = _report.canvas(len(PARTS))
+    there = set(by_seed(run.results["arms"]))
     for ax, part in zip(axes[0], PARTS.values(), strict=True):
-        part.draw(ax, run.results)
+        if there & set(part.ARMS):
+            part.draw(ax, run.results)
         _report.label(ax, part.TITLE, *part.AXES)
     _report.save(figure, run.folder / "vocab.png")
