@@ -344,6 +344,7 @@ TABLE = {
     "optx/step/pipeline.py": f"arithmetic_step errors {_STEP}",
     "optx/step/rounding.py": "arithmetic_step fused_rounding",
     "optx/_generalised_gaussian.py": "generalised_gaussian",
+    "optx/_gumbel.py": "gumbel",
     "optx/init.py": "gg_init",
     "optx/_rules.py": "user_rules errors fused_cpu",
     "optx/_mask_bits.py": "masks masks_models",

@@ -1,0 +1,1 @@
+"""Flows on the simplex that generate sequences of tokens, and their guidance."""

@@ -1,0 +1,1 @@
+"""Policies of several modes: mixtures of experts, and the losses that train them."""
