@@ -68,6 +68,8 @@ def placed_like(t: Tensor, p: Tensor) -> Tensor:
 
 def is_dtensor(p: Tensor) -> bool:
     """Whether a tensor is sharded or replicated over a device mesh."""
+    if torch.compiler.is_compiling():  # which can't go through a class's bases
+        return _is_instance(p)
     return _is_dtensor_type(type(p))
 
 
@@ -75,3 +77,11 @@ def is_dtensor(p: Tensor) -> bool:
 def _is_dtensor_type(kind: type) -> bool:
     # Looked up by name: importing torch.distributed.tensor costs a second.
     return any(c.__name__ == "DTensor" for c in kind.__mro__)
+
+
+def _is_instance(p: Tensor) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(p, DTensor)

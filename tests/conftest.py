@@ -120,24 +120,12 @@ LONGEST = (
 )
 
 
-# Long tests that fail as of 30 November and are not looked into yet; each is in the note of issue 18.
-KNOWN_TO_FAIL = (
-    "attention/test_lssa.py::test_compile_in_one_graph[encoder]",
-    "front/test_freed.py::test_a_model_with_something_attached_is_freed[S4D]",
-    "front/test_whose_warnings.py::test_what_others_cause_is_listed",
-    "inject/test_attach_torch.py::test_compile_fullgraph[S4D]",
-    "inject/test_attach_torch.py::test_compile_fullgraph[StableRPS]",
-)
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What several processes do first, as the first of these tests waits for all; then the longest."""
     kept: list[pytest.Item] = []
     left_out: list[pytest.Item] = []
     families: set[str] = set()
     for item in items:
-        if item.nodeid.endswith(KNOWN_TO_FAIL):
-            item.add_marker(pytest.mark.xfail(reason="known to fail; see KNOWN_TO_FAIL"))
         marks = list(item.iter_markers("long"))
         family = item.nodeid.partition("[")[0]
         one_in = max((mark.kwargs.get("keep", sys.maxsize) for mark in marks), default=1)

@@ -231,8 +231,10 @@ def multi_head_attention(
         assert in_proj_weight is not None
         weights = in_proj_weight.chunk(3)
     biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
+    width = embed_dim_to_check // num_heads
     q, k, v = (
-        F.linear(x, w, b).unflatten(-1, (num_heads, -1)).permute(1, 2, 0, 3)  # pyright: ignore[reportArgumentType]
+        # By view: unflatten can't be compiled while a mode looks at torch's functions.
+        F.linear(x, w, b).view(*x.shape[:2], num_heads, width).permute(1, 2, 0, 3)  # pyright: ignore[reportArgumentType]
         for x, w, b in zip(inputs, weights, biases, strict=True)
     )
     mask = _added_mask(q, attn_mask, key_padding_mask)
@@ -256,7 +258,7 @@ def _added_mask(q: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor | 
         if is_padding:
             mask = mask.view(-1, 1, 1, mask.shape[-1])
         elif mask.ndim == 3:
-            mask = mask.unflatten(0, q.shape[:2])
+            mask = mask.view(*q.shape[:2], *mask.shape[1:])
         mask = mask.to(q.dtype)
         added = mask if added is None else added + mask
     return added

@@ -57,7 +57,7 @@ class Mixer(Part):
         kept = layer_in(call.cache, index, self.path, mixer, own=self.own)
         hidden, before = call.hidden, kept.state
         if before is None:
-            kept.put(lambda: self.layer.state_after(hidden, mask=call.real), hidden.shape[1])
+            kept.put_off(self.layer, hidden, call.real, None)
             return self._whole(call)
         if call.real is not None and not bool(call.real.all()):
             raise OptxError(
@@ -66,9 +66,9 @@ class Mixer(Part):
             )
         if hidden.shape[1] == 1:
             y, new = self.layer.step(hidden[:, 0], before)
-            kept.put(lambda: new, 1)
+            kept.put(new, 1)
             return y.unsqueeze(1)
-        kept.put(lambda: self.layer.state_after(hidden, state=before), hidden.shape[1])
+        kept.put_off(self.layer, hidden, None, before)
         return self.layer(hidden, state=before)
 
     def note(self) -> str:

@@ -193,7 +193,7 @@ def test_what_others_cause_is_listed(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text(
         "from whose_warnings import pytest_collection, pytest_runtest_protocol"
     )
-    (tmp_path / "pytest.ini").write_text("[pytest]\nfilterwarnings = always")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nfilterwarnings = always\nmarkers = long")
     folders = [*Path(__file__).parents[:2], tmp_path]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders))}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]

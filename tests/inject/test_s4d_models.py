@@ -208,6 +208,22 @@ def test_a_cache_goes_on_as_without(way: str, request: pytest.FixtureRequest) ->
 
 
 @pytest.mark.parametrize("way", ["decoder", "aside"])
+def test_a_copy_of_a_cache_goes_on_by_itself_and_has_no_copy_of_the_mixer(
+    way: str, request: pytest.FixtureRequest
+) -> None:
+    """As transformers reuses the cache of a prompt; the state is computed when the copy is made."""
+    model, x = request.getfixturevalue(way), tokens()
+    with torch.no_grad():
+        first = model(x[:, :4], use_cache=True)
+        copied = copy.deepcopy(first)
+        held = [value for layer in cache_of(copied).layers for value in vars(layer).values()]
+        assert not any(isinstance(value, (tuple, nn.Module)) for value in held)
+        ends = [model(x[:, 4:], **going_on(one)).logits for one in (copied, first)]
+        assert torch.equal(ends[0], ends[1])
+        assert torch.allclose(ends[0], model(x).logits[:, 4:], atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["decoder", "aside"])
 def test_caches_that_can_not_keep_a_state_are_refused(way: str, request: pytest.FixtureRequest) -> None:
     model, x = request.getfixturevalue(way), tokens()
     with pytest.raises(optx.OptxError, match="StaticLayer"):
