@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from engines.tasks import ADAMW, BY_NAME, STEPS, Task, train
+from engines.task import ADAMW, STEPS, Task, train
+from engines.tasks import BY_NAME
 from processes import Job, Team
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as states

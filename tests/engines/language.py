@@ -8,7 +8,8 @@ from typing import Any
 
 import injections
 import torch
-from engines.tasks import Batch, Domains, Instead, Row, Task, of_table, shapes_of, small_llama
+from engines.task import Batch, Row, Task
+from engines.tasks import Domains, Instead, of_table, shapes_of, small_llama
 from torch import Tensor, nn
 from torch.nn import functional as F
 

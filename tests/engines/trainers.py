@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from engines.columns import Found, make, weights
 from engines.language import collated, language
-from engines.tasks import ADAMW, BATCH, BY_NAME, STEPS, Batch, Task, train
+from engines.task import ADAMW, BATCH, STEPS, Batch, Task, train
+from engines.tasks import BY_NAME
 from processes import Team
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
