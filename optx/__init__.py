@@ -43,6 +43,7 @@
             SAF  MESA  with_index                             flat minima from what was said epochs ago
             functional: softmax2  logsumexp2  cross_entropy2  rows read twice where torch reads them thrice
                 lssa_attention  lssar_attention               what LSSA and LSSAR compute, by itself
+                soft_logprob  grpo_advantage  ppo_clip_loss  k3_divergence   of policy gradients
             ZLoss                                             of standardised logits; many classes
 
     delta   optx.Delta.between(base, tuned), optx.merge(...)  checkpoints pruned, compressed and merged

@@ -1,5 +1,5 @@
-"""Functions beside torch's own: softmax of long rows, which it reads twice and writes once, and attention by
-softplus (`optx.LSSA`, `optx.LSSAR`).
+"""Functions beside torch's own: softmax of long rows, which it reads twice and writes once, attention by
+softplus (`optx.LSSA`, `optx.LSSAR`), and what policy gradients are made of (`optx.SofTGRPO`).
 
 Every exponential is a mantissa and an exponent of its own, which are added without multiplying them out: no
 row overflows, and its largest entry need not be known before. Source: "The Two-Pass Softmax Algorithm", arXiv
@@ -21,10 +21,24 @@ from torch.nn import functional as F
 
 from optx import _softmax_rows as rows
 from optx._errors import OptxError, ShapeError, check_choice, check_range
+from optx._policy_loss import grpo_advantage as grpo_advantage
+from optx._policy_loss import k3_divergence as k3_divergence
+from optx._policy_loss import ppo_clip_loss as ppo_clip_loss
+from optx._soft_density import soft_logprob as soft_logprob
 from optx._softplus_attention import lssa_attention as lssa_attention
 from optx._softplus_attention import lssar_attention as lssar_attention
 
-__all__ = ["cross_entropy2", "logsumexp2", "lssa_attention", "lssar_attention", "softmax2"]
+__all__ = [
+    "cross_entropy2",
+    "grpo_advantage",
+    "k3_divergence",
+    "logsumexp2",
+    "lssa_attention",
+    "lssar_attention",
+    "ppo_clip_loss",
+    "soft_logprob",
+    "softmax2",
+]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -345,6 +345,8 @@ TABLE = {
     "optx/step/rounding.py": "arithmetic_step fused_rounding",
     "optx/_generalised_gaussian.py": "generalised_gaussian",
     "optx/_gumbel.py": "gumbel",
+    "optx/_policy_loss.py": "policy_loss",
+    "optx/_soft_density.py": "soft_density",
     "optx/init.py": "gg_init",
     "optx/_rules.py": "user_rules errors fused_cpu",
     "optx/_mask_bits.py": "masks masks_models",
