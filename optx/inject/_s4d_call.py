@@ -47,8 +47,10 @@ def is_cross(path: str, module: nn.Module) -> bool:
 
 def is_causal(module: nn.Module) -> bool | None:
     """Whether an attention module says that it sees nothing of what is to come; None: it does not say."""
-    said = getattr(module, "is_causal", None)
-    return said if isinstance(said, bool) else None
+    said = (
+        getattr(module, name, None) for name in ("is_causal", "is_decoder")
+    )  # BERT's, before transformers 5
+    return next((one for one in said if isinstance(one, bool)), None)
 
 
 class Reader:

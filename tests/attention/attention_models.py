@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
+from unittest import mock
 
 import torch
 from reference.softplus_attention import weights
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 TOKENS = torch.tensor([[5, 9, 7, 30, 22, 11], [3, 3, 40, 12, 6, 18]])
 CACHE = "past_key_values" if version("transformers") < "5" else "cache"
@@ -83,7 +85,8 @@ def by_loops(power: float | None) -> Any:
     ) -> tuple[Tensor, None]:
         groups = query.shape[1] // key.shape[1]
         rows = (*query.shape[:3], key.shape[2])
-        seen = attention_mask.expand(rows) if attention_mask is not None else torch.ones(rows).bool()
+        seen = torch.ones(rows).bool() if attention_mask is None else attention_mask.expand(rows)
+        seen = seen if seen.dtype == torch.bool else seen == 0  # BART's of 4.56 are added to scores
         out = torch.empty(*query.shape[:3], value.shape[-1], dtype=query.dtype)
         for b in range(len(query)):
             for h in range(query.shape[1]):
@@ -107,7 +110,32 @@ def loops_in_registry(power: float | None) -> Iterator[str]:
     type(MASKS).register("loops", mask)
     ALL_ATTENTION_FUNCTIONS["loops"] = by_loops(power)
     try:
-        yield "loops"
+        with mock.patch.dict(bert_classes(), loops=bert_by_loops(power)):
+            yield "loops"
     finally:
         del ALL_ATTENTION_FUNCTIONS["loops"]
         type(MASKS)._global_mapping.pop("loops")
+
+
+def bert_classes() -> dict[str, type[nn.Module]]:
+    """Where BERT of 4.56 looks for its attention, in the place of the registry."""
+    from transformers.models.bert import modeling_bert
+
+    return getattr(modeling_bert, "BERT_SELF_ATTENTION_CLASSES", {})
+
+
+def bert_by_loops(power: float | None) -> type[nn.Module] | None:
+    """That which calls torch's attention, with `by_loops` in the place of it."""
+    base: Any = bert_classes().get("sdpa")
+    if base is None:
+        return None
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **_: Any) -> Tensor:
+        return by_loops(power)(None, query, key, value, attn_mask)[0].transpose(1, 2)
+
+    class Loops(base):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            with mock.patch.object(F, "scaled_dot_product_attention", attend):
+                return super().forward(*args, **kwargs)
+
+    return Loops
