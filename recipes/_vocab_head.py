@@ -30,11 +30,16 @@ ARMS: dict[str, tuple[int, Any]] = {
 TITLE, AXES = "The output head", ("", "perplexity")
 OPTIONS: dict[str, dict[str, Any]] = {
     "length": {"type": positive, "default": 128, "help": "tokens of a block of text"},
-    "blocks": {"type": positive, "default": 64, "help": "of text that heads are tuned on"},
-    "eval_blocks": {"type": positive, "default": 32, "help": "of text that they are measured on"},
+    "blocks": {"type": positive, "default": 48, "help": "of text that heads are tuned on"},
+    "eval_blocks": {"type": positive, "default": 16, "help": "of text that they are measured on"},
     "batch": {"type": positive, "default": 128, "help": "positions a step"},
-    "lr": {"type": rate, "default": 1e-3, "help": "AdamW's rate"},
-    "rounds": {"type": positive, "default": 5, "help": "calls that are timed"},
+    "lr": {"type": rate, "default": 1e-3, "help": "AdamW's rate, for codes and their biases"},
+    "full_lr": {
+        "type": rate,
+        "default": 3e-5,
+        "help": "its rate for the full head, which is trained already",
+    },
+    "rounds": {"type": positive, "default": 3, "help": "calls that are timed"},
 }
 
 
@@ -91,7 +96,7 @@ def train(arm: str, seed: int, known: Known, args: Any, run: Run) -> dict[str, A
     found: dict[str, Any] = {"codes": len(start), "bytes": report.code_bytes, "gap": handle.gap(known.counts)}
     found["post_hoc"] = _perplexity(handle.loss, known.test)
     found["forward_ms"], found["loss_ms"] = _times(head, handle.loss, known.test, args)
-    done = _tune(handle.parameters(), handle.loss, f"{arm}, seed {seed}", seed, known, args, run)
+    done = _tune(handle.parameters(), args.lr, handle.loss, f"{arm}, seed {seed}", seed, known, args, run)
     found["tuned"] = _perplexity(handle.loss, known.test)
     handle.remove()
 
@@ -102,7 +107,8 @@ def train(arm: str, seed: int, known: Known, args: Any, run: Run) -> dict[str, A
         handle.codebook.copy_(start)
         handle.fit_bias(known.counts)
     found["bias_post_hoc"] = _perplexity(handle.loss, known.test)
-    done = done and _tune(handle.parameters(), handle.loss, f"{arm}, bias", seed, known, args, run)
+    what = f"{arm}, bias, seed {seed}"
+    done = done and _tune(handle.parameters(), args.lr, handle.loss, what, seed, known, args, run)
     found["bias_tuned"] = _perplexity(handle.loss, known.test)
     found["bias_bytes"] = handle.report().code_bytes
     handle.remove()
@@ -110,7 +116,7 @@ def train(arm: str, seed: int, known: Known, args: Any, run: Run) -> dict[str, A
 
 
 def _full(seed: int, known: Known, args: Any, run: Run) -> dict[str, Any] | None:
-    """The head as it is, and a copy of it tuned alike."""
+    """The head as it is, and a copy of it tuned by as many steps, at a rate of its own."""
     head = nn.Linear(*known.model.get_output_embeddings().weight.shape[::-1], bias=False, device=device())
     with torch.no_grad():
         head.weight.copy_(known.model.get_output_embeddings().weight)
@@ -121,13 +127,14 @@ def _full(seed: int, known: Known, args: Any, run: Run) -> dict[str, Any] | None
     found: dict[str, Any] = {"codes": len(head.weight), "bytes": head.weight.nbytes}
     found["post_hoc"] = _perplexity(loss, known.test)
     found["forward_ms"], found["loss_ms"] = _times(head, loss, known.test, args)
-    done = _tune([head.weight], loss, f"full head, seed {seed}", seed, known, args, run)
+    done = _tune([head.weight], args.full_lr, loss, f"full head, seed {seed}", seed, known, args, run)
     found["tuned"] = _perplexity(loss, known.test)
     return found if done else None
 
 
 def _tune(
     trained: list[nn.Parameter],
+    lr: float,
     loss: Callable[..., Tensor],
     what: str,
     seed: int,
@@ -136,11 +143,11 @@ def _tune(
     run: Run,
 ) -> bool:
     """Some steps of AdamW; whether it came to their end."""
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
     draws = torch.Generator().manual_seed(seed)
     for step in run.steps(what, 0, args.steps):
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * (1 - step / args.steps)
+            group["lr"] = lr * (1 - step / args.steps)
         rows = torch.randint(len(known.train.labels), (args.batch,), generator=draws)
         optimizer.zero_grad()
         loss(known.train.hidden[rows], known.train.labels[rows]).backward()

@@ -22,7 +22,8 @@ def test_the_head(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = recipe_models.texts(tmp_path)[:2]
     small = ["--length", "16", "--blocks", "40", "--eval-blocks", "4", "--batch", "32", "--rounds", "2"]
     out = tmp_path / "out"
-    given = ["--model", str(model), *data, *small, "--steps", "20", "--lr", "1e-2", "--seeds", "2"]
+    given = ["--model", str(model), *data, *small, "--steps", "20", "--lr", "1e-2", "--full-lr", "1e-2"]
+    given += ["--seeds", "2"]
     vocab.main([*given, "--parts", "head", "--out", str(out)])
     arms = json.loads((out / "results.json").read_text())["arms"]
     assert list(arms) == [f"{arm}/{seed}" for seed in (0, 1) for arm in _vocab_head.ARMS]
