@@ -26,6 +26,13 @@ def test_a_seed_gives_the_same_draws() -> None:
     assert torch.equal(one, two)
 
 
+def test_each_row_has_its_own_generator() -> None:
+    rows = gumbel((3, 5), generator=[torch.Generator().manual_seed(i) for i in (3, 4, 3)])
+    assert torch.equal(rows[0], gumbel((5,), generator=torch.Generator().manual_seed(3)))
+    assert torch.equal(rows[0], rows[2])
+    assert not torch.equal(rows[0], rows[1])
+
+
 def test_half_precision_is_refused() -> None:
     with pytest.raises(TypeError, match=r"bfloat16; it must be torch\.float32"):
         gumbel((2,), dtype=torch.bfloat16)
