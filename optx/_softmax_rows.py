@@ -106,17 +106,20 @@ def _row_loss(
     weight: Tensor | None,
     even: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The losses, and the rows' sums as `optx.kernels.softmax.cpu.fold` has them."""
+    """The losses, and the rows' sums as `optx.kernels.softmax.cpu.fold` has them, for the gradient."""
     matrix = _matrix(x)
     if labels is not None:
         labels = labels.reshape(-1, 1)
         _check_labels(labels, x.shape[-1])
     sums = kernels(x).fold(matrix)
     m, n, shift = sums.double().unbind(-1)
+    sums = sums.masked_fill(m.isnan()[:, None], math.nan)  # so that all of the row's gradient is nan
     log = m.log() + n * math.log(2)
     found = log + shift
     if labels is None or share is None:
         found = torch.where(shift.isinf(), shift, found)
+        # Beside an inf a finite entry has the gradient exp(x - inf) = 0, as in torch.
+        sums = torch.where((shift == math.inf)[:, None], sums.new_tensor([1.0, 0.0, math.inf]), sums)
     else:
         own = matrix.gather(1, labels).squeeze(1).double()
         share, mass = (one.reshape(-1).double() for one in (share, share if mass is None else mass))

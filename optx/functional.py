@@ -66,7 +66,7 @@ def softmax2(x: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> Tens
         Of the shape of ``x``, contiguous; of its dtype, or float32 inside CUDA's autocast.
 
     Raises:
-        TypeError: a dtype that has no softmax.
+        TypeError: a dtype that has no softmax; a nested or sparse tensor, or none.
         IndexError: ``x`` has no such dimension.
 
     Example:
@@ -77,7 +77,7 @@ def softmax2(x: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> Tens
 
     Source: "The Two-Pass Softmax Algorithm", arXiv 2001.04438.
     """
-    x = _checked("softmax2", x if dtype is None else x.to(dtype))
+    x = _checked("softmax2", x, dtype)
     if x.numel() == 0 or type(x) not in rows.PLAIN:
         return torch.softmax(x, dim)
     if x.ndim == 0:
@@ -100,7 +100,7 @@ def logsumexp2(x: Tensor, dim: int | Sequence[int] = -1, keepdim: bool = False) 
         Of the shape of ``x`` without these dimensions; of its dtype, or float32 inside CUDA's autocast.
 
     Raises:
-        TypeError: a dtype that has no exponentials.
+        TypeError: a dtype that has no exponentials; a nested or sparse tensor, or none.
         IndexError: ``x`` has no such dimension.
 
     Example:
@@ -155,7 +155,7 @@ def cross_entropy2(
     Raises:
         ShapeError: target or weight do not fit the logits.
         OptxError: an option out of range, or tensors on two devices.
-        TypeError: a dtype that can't be used; class probabilities.
+        TypeError: a dtype that can't be used; class probabilities; a nested or sparse tensor, or none.
         IndexError: a class number out of range, found on CPU; on a GPU it is a device-side assertion.
 
     Example:
@@ -206,11 +206,23 @@ def _losses(
     return rows.row_loss(last, labels, share, mass, weight, even)
 
 
-def _checked(owner: str, x: Tensor) -> Tensor:
+def _checked(owner: str, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    _check_dense(owner, "x", x)
+    x = x if dtype is None else x.to(dtype)
     if x.dtype not in _FLOATS:
         raise TypeError(f"{owner}: x has dtype {x.dtype}; use float16, bfloat16, float32 or float64.")
     cuda = x.device.type == "cuda" and torch.is_autocast_enabled("cuda")
     return x.float() if cuda and x.dtype.itemsize == 2 else x
+
+
+def _check_dense(owner: str, name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"{owner}: {name} is of type {type(x).__name__}; it must be a tensor.")
+    if x.is_nested or x.layout != torch.strided:
+        what, way = str(x.layout).removeprefix("torch."), f"{name}.to_dense()"
+        if x.is_nested:
+            what, way = "nested", f"one of {name}.unbind() at a time"
+        raise TypeError(f"{owner}: {name} is {what}; it must be dense: use {way}.")
 
 
 def _check_options(reduction: str, label_smoothing: float) -> None:
@@ -220,6 +232,9 @@ def _check_options(reduction: str, label_smoothing: float) -> None:
 
 def _check_shapes(logits: Tensor, target: Tensor, weight: Tensor | None) -> None:
     owner = "cross_entropy2"
+    for name, tensor in (("logits", logits), ("target", target), ("weight", weight)):
+        if tensor is not None:
+            _check_dense(owner, name, tensor)
     if logits.dtype not in _FLOATS:
         raise TypeError(
             f"{owner}: logits have dtype {logits.dtype}; use float16, bfloat16, float32 or float64."

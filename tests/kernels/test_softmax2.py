@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from llvmlite import binding, ir
 from numba.core import cgutils, config
 from torch import Tensor
@@ -124,6 +126,43 @@ def test_odd_rows_are_torchs(repeats: int) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
+ENTRIES = st.sampled_from([-INF, INF, NAN, -88.0, -1.0, 0.0, 2.5, 7e4])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 5).flatmap(lambda n: st.lists(st.lists(ENTRIES, min_size=n, max_size=n), min_size=1)),
+    st.sampled_from([1, 40]),
+    st.sampled_from([0.0, 0.1]),
+    st.sampled_from(["compiled", "torch"]),
+)
+def test_gradients_of_odd_rows_are_torchs(
+    rows: list[list[float]], repeats: int, smoothing: float, computed: str
+) -> None:
+    """Beside an inf a finite entry has no part in the log of a sum; in a loss all of the row is nan."""
+    x = torch.tensor(rows).repeat_interleave(repeats, 1)
+    target = torch.arange(len(x)) % x.shape[1]
+    options: Any = {"reduction": "none", "label_smoothing": smoothing}
+    apart = 2e-6 + 2e-7 * x[x.isfinite()].abs().sum().item()
+    path = {"torch": lambda _: torch_rows}.get(computed, _softmax_rows.kernels)
+    for mine, theirs in (
+        (softmax2, lambda z: torch.softmax(z, -1)),
+        (logsumexp2, lambda z: torch.logsumexp(z, -1)),
+        (lambda z: cross_entropy2(z, target, **options), lambda z: F.cross_entropy(z, target, **options)),
+    ):
+        own, other = x.clone().requires_grad_(), x.double().requires_grad_()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_softmax_rows, "kernels", path)
+            found = mine(own)
+            grad = torch.linspace(0.5, 2.0, found.numel()).view(found.shape)
+            found.backward(grad)
+        wanted = theirs(other)
+        wanted.backward(grad.double())
+        assert other.grad is not None
+        torch.testing.assert_close(found.double(), wanted, rtol=2e-6, atol=apart, equal_nan=True)
+        torch.testing.assert_close(own.grad, other.grad.float(), rtol=2e-6, atol=2e-6, equal_nan=True)
+
+
 # ---- torch's functions ----------------------------------------------------------------------------------
 
 
@@ -193,9 +232,9 @@ def test_cross_entropy_has_torchs_options(smoothing: float, reduction: str, path
     weight = torch.rand(5, generator=generator, dtype=torch.float64)
     target = torch.randint(5, (3, 4), generator=generator)
     target[1, 2] = 4
-    for given in (None, weight):
+    for own in (None, weight):
         options: Any = {
-            "weight": given,
+            "weight": own,
             "ignore_index": 4,
             "reduction": reduction,
             "label_smoothing": smoothing,
@@ -337,11 +376,37 @@ def test_compiled_and_mapped() -> None:
         (lambda z, t: softmax2(z.int()), TypeError, "softmax2: x has dtype torch.int32"),
         (lambda z, t: logsumexp2(z.cfloat()), TypeError, "logsumexp2: x has dtype torch.complex64"),
         (lambda z, t: softmax2(z, 2), IndexError, "Dimension out of range"),
+        (lambda z, t: softmax2(z.tolist()), TypeError, "softmax2: x is of type list; it must be a tensor"),
+        (lambda z, t: cross_entropy2(z, t.tolist()), TypeError, "cross_entropy2: target is of type list"),
+        (lambda z, t: cross_entropy2(z, t, [1.0]), TypeError, "cross_entropy2: weight is of type list"),
     ],
 )
 def test_refused(call: Callable[..., Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         call(torch.zeros(3, 4), torch.tensor([0, 1, 2]))
+
+
+UNFIT = {
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    "jagged": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+    "sparse_coo": lambda: torch.ones(2, 3).to_sparse(),
+    "sparse_csr": lambda: torch.ones(2, 3).to_sparse_csr(),
+    "_mkldnn": lambda: torch.ones(2, 3).to_mkldnn(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(nested|Sparse).*:UserWarning")
+@pytest.mark.parametrize("kind", UNFIT)
+def test_only_dense_tensors(kind: str) -> None:
+    x, said = UNFIT[kind](), {"jagged": "nested"}.get(kind, kind)
+    for call, name in (
+        (softmax2, "softmax2: x"),
+        (logsumexp2, "logsumexp2: x"),
+        (lambda x: cross_entropy2(x, torch.zeros(2, dtype=torch.int64)), "cross_entropy2: logits"),
+        (lambda x: cross_entropy2(torch.ones(2, 3), x), "cross_entropy2: target"),
+    ):
+        with pytest.raises(TypeError, match=rf"^{name} is {said}; it must be dense: use .*(dense|unbind)"):
+            call(x)
 
 
 def assembly(name: str, features: str) -> str:
