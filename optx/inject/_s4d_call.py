@@ -47,9 +47,8 @@ def is_cross(path: str, module: nn.Module) -> bool:
 
 def is_causal(module: nn.Module) -> bool | None:
     """Whether an attention module says that it sees nothing of what is to come; None: it does not say."""
-    said = (
-        getattr(module, name, None) for name in ("is_causal", "is_decoder")
-    )  # BERT's, before transformers 5
+    names = "is_causal", "is_decoder"  # the second is BERT's, before transformers 5
+    said = (getattr(module, name, None) for name in names)
     return next((one for one in said if isinstance(one, bool)), None)
 
 
@@ -197,7 +196,9 @@ def _of_pairs(path: str, mask: Tensor, hidden: Tensor, both_ways: bool, windowed
     while allowed.ndim < 3:
         allowed = allowed.unsqueeze(0)
     allowed = allowed[:, 0] if allowed.ndim == 4 else allowed
-    allowed = allowed if len(allowed) in (1, batch) else allowed.unflatten(0, (batch, -1))[:, 0]
+    allowed = (
+        allowed if len(allowed) in (1, batch) else allowed[:: len(allowed) // batch]
+    )  # of heads, the first
     keys = allowed.shape[-1]
     allowed = allowed.expand(batch, length, keys)
     past = keys - length
