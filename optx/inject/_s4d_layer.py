@@ -24,6 +24,7 @@ from optx.inject._s4d_kernel import (
     kernel,
     last_state,
 )
+from optx.inject._s4d_ops import kernel_in_graph
 from optx.inject._s4d_start import INITS, Init, spectrum
 
 Output = Literal["glu", "linear", "none"]
@@ -66,7 +67,7 @@ class S4DLayer(nn.Module):
 
     dt, A, B, C and D stay float32 (or float64) when the model is cast to a half precision: a step that is
     rounded to three digits is another frequency. Kernel and FFT are in float32 then too, also under autocast,
-    and the output has the input's dtype.
+    and the output has the input's dtype. Under torch.compile the kernel is one operation, as without.
 
     ``S4D`` puts one in the place of attention, and has the paper's values and what is known of limits.
 
@@ -165,8 +166,7 @@ class S4DLayer(nn.Module):
             length: how far it goes.
             rate: as in `discrete`.
         """
-        discrete = self.discrete(rate)
-        return kernel(discrete, as_complex(self.C) * discrete.B, length, self._wide(self.C))
+        return self._kernel(self.discrete(rate), length, self._wide(self.C))
 
     def forward(
         self,
@@ -202,7 +202,7 @@ class S4DLayer(nn.Module):
                 )
             x = x.masked_fill(~self._real(mask, x), 0)
         with torch.autocast(u.device.type, enabled=False):
-            y = self._mixed(x.to(self._wide(u)), self.discrete(), state)
+            y = self._mixed(x.to(self._wide(u)), state)
         y = self._leave(y.mT.to(u.dtype))
         y = y.mT if self.transposed else y
         return Stepped(y, self.state_after(u, mask=mask, state=state)) if return_state else y
@@ -223,16 +223,24 @@ class S4DLayer(nn.Module):
         with torch.autocast(u.device.type, enabled=False):
             return last_state(self.discrete(), x.to(self._wide(u)), state)
 
-    def _mixed(self, x: Tensor, discrete: Discrete, state: Tensor | None) -> Tensor:
+    def _mixed(self, x: Tensor, state: Tensor | None) -> Tensor:
         """The state spaces themselves: (..., width, L) in float32 or float64."""
-        C, length = as_complex(self.C), x.shape[-1]
-        kernels = kernel(discrete, C * discrete.B, length, x.dtype)
+        length = x.shape[-1]
+        if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            weights = (self.log_dt, self.log_A_real, self.A_imag, self.B, self.C)
+            kernels = kernel_in_graph(weights, self.disc, length, x.dtype)
+        else:
+            kernels = self._kernel(self.discrete(), length, x.dtype)
         one_way, back = (kernels[0], kernels[1]) if self.bidirectional else (kernels, None)
         y = convolve(x, one_way, back) + self.D.to(x.dtype).unsqueeze(-1) * x
         if state is None:
             return y
         self._check_state(state, x.shape[:-1])
-        return y + kernel(discrete, C * discrete.A * state, length, x.dtype)
+        discrete = self.discrete()
+        return y + kernel(discrete, as_complex(self.C) * discrete.A * state, length, x.dtype)
+
+    def _kernel(self, discrete: Discrete, length: int, dtype: torch.dtype) -> Tensor:
+        return kernel(discrete, as_complex(self.C) * discrete.B, length, dtype)
 
     def step(self, u: Tensor, state: Tensor) -> Stepped:
         """One token of each sequence, with what was before it in ``state``.

@@ -48,6 +48,44 @@ def test_under_autocast_the_state_space_itself_is_as_exact_as_without() -> None:
     assert torch.equal(under, layer(u))
 
 
+# ---- torch.compile ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bidirectional", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_compiled_it_is_the_same(bidirectional: bool) -> None:
+    """In one graph, in which the kernel is one operation; and going on from a state."""
+    options: dict[str, Any] = {"train_B": True, "bidirectional": bidirectional, "disc": "bilinear"}
+    layer, u = small(**options), torch.randn(2, 20, 3)
+    wanted = torch.autograd.grad(layer(u).square().sum(), [*layer.parameters()])
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, example: Any) -> Any:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, example)
+
+    compiled: Any = torch.compile(layer, fullgraph=True, backend=backend)
+    y = compiled(u)
+    assert torch.equal(y, layer(u))
+    found = torch.autograd.grad(y.square().sum(), [*layer.parameters()])
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-5)
+    (graph,) = graphs
+    assert "optx.s4d_kernel" in graph.code
+    assert "complex" not in graph.code
+    if not bidirectional:
+        state = layer(u, return_state=True).state
+        again, end = compiled(u, state=state, return_state=True)
+        assert torch.allclose(again, layer(u, state=state), atol=1e-6)
+        assert torch.allclose(end, layer(u, state=state, return_state=True).state, atol=1e-6)
+
+
+def test_the_kernel_is_an_operation_by_torch_s_rules() -> None:
+    layer = small(train_B=True, bidirectional=True)
+    weights = (layer.log_dt, layer.log_A_real, layer.A_imag, layer.B, layer.C)
+    for dtype in (torch.float32, torch.float64):
+        torch.library.opcheck(torch.ops.optx.s4d_kernel.default, (*weights, "zoh", 21, dtype))  # pyright: ignore
+
+
 # ---- masks and shapes ------------------------------------------------------------------------------------
 
 
