@@ -30,6 +30,7 @@
             RF8Linear                                         weights in bytes, computed with as they are
             SphericalHead  SphericalHandle                    output heads of very many classes
             LSSA  LSSAR                                       attention that stays sharp over long rows
+            PMOEHead  PMOEHandle                              policies of several modes
             trainable_only                                    freeze all but what was attached
             set_adapter                                       which of several act, by name
             export_lora  fold_prefix                          what remains to do after the training
@@ -45,6 +46,8 @@
                 lssa_attention  lssar_attention               what LSSA and LSSAR compute, by itself
                 soft_logprob  grpo_advantage  ppo_clip_loss  k3_divergence   of policy gradients
             ZLoss                                             of standardised logits; many classes
+            FrequencyLoss  sac_pmoe_losses  sac_pmoe_target  ppo_pmoe_losses   policies of several modes
+            policy: ActionMixture  least_q  gumbel_weights  score_ratio_loss  enumerated_loss
 
     delta   optx.Delta.between(base, tuned), optx.merge(...)  checkpoints pruned, compressed and merged
             Delta: dare  find_q  magnitude  wanda  structural  lora
@@ -97,6 +100,7 @@ from optx import functional as functional
 from optx import init as init
 from optx import integrations as integrations
 from optx import ops as ops
+from optx import policy as policy
 from optx import rf8 as rf8
 from optx import scaling as scaling
 from optx._config import Configured as Configured
@@ -192,6 +196,12 @@ from optx.inject.svfit import SVFit as SVFit
 from optx.inject.vq_logits import VQLogits as VQLogits
 from optx.inject.widenet import WideNet as WideNet
 from optx.inject.window_prune import WindowPrune as WindowPrune
+from optx.policy._pmoe_handle import PMOEHandle as PMOEHandle
+from optx.policy.frequency_loss import FrequencyLoss as FrequencyLoss
+from optx.policy.pmoe_head import PMOEHead as PMOEHead
+from optx.policy.ppo import ppo_pmoe_losses as ppo_pmoe_losses
+from optx.policy.sac import sac_pmoe_losses as sac_pmoe_losses
+from optx.policy.sac import sac_pmoe_target as sac_pmoe_target
 from optx.pruning._prune import prune as prune
 from optx.pruning._reconstruct import Reconstruction as Reconstruction
 from optx.pruning._reconstruct import reconstruct as reconstruct

@@ -27,6 +27,7 @@ _VERBS = {
     "optx.step": "wrap",
     "optx.inject": "attach",
     "optx.signal": "loss",
+    "optx.policy": "loss",
     "optx.delta": "delta",
     "optx.rf8": "delta",
     "optx.pruning": "prune",

@@ -104,6 +104,7 @@ def methods() -> dict[str, type]:
             *kinds,
             optx.Composite,
             optx.FTWT,
+            optx.PMOEHead,
             optx.RobustRecoveryLoss,
             optx.Softmax2,
             optx.SphericalHead,

@@ -85,6 +85,25 @@ def pruned(model: nn.Module, within: str) -> nn.Module:
     return model
 
 
+class Policy(nn.Module):
+    """A policy of tokens, whose output is a tensor, or the numbers of an `optx.policy.ActionMixture`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.trunk, self.out = nn.Embedding(64, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found = self.out(self.trunk(self.embed(ids).mean(1)).tanh())
+        if isinstance(found, Tensor):
+            return found
+        return torch.cat([found.w.square(), found.means.flatten(1), found.log_stds.flatten(1)], 1)
+
+
+def policy(layers: int = 1) -> nn.Module:
+    torch.manual_seed(0)
+    return Policy().eval()
+
+
 def tokens() -> Tensor:
     return torch.randint(3, 64, (2, 7), generator=torch.Generator().manual_seed(1))
 
@@ -211,6 +230,12 @@ ROWS = [
     Row("VQLogits", bert, lambda: optx.VQLogits(codes=2), "classifier", stacks=False),
     Row("S4D", llama, lambda: optx.S4D("beside", d_state=4), merges=False),
     Row("S4D, in place", bert, lambda: optx.S4D(d_state=4), identity=False, merges=False, stacks=False),
+    Row(
+        *("PMOEHead", policy, lambda: optx.PMOEHead(k=3, init=0.1), "out"),
+        identity=False,
+        merges=False,
+        stacks=False,
+    ),
     Row("IAA", bert, lambda: optx.IAA(rank=3, aside=3), merges=False),
     Row("IAA, Llama", llama, lambda: optx.IAA(rank=3, aside=3), merges=False),
     Row(

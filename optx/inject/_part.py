@@ -83,6 +83,9 @@ class Part(nn.Module):
     replaces: ClassVar[bool] = False
     """Whether others compute in the place of the module, so that nothing attached inside of it would act."""
 
+    alone: ClassVar[bool] = False
+    """Whether the module gives another kind of thing with it, so that nothing can be attached beside."""
+
     enabled: bool
     merged: bool
     adapter: str = ""

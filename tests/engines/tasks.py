@@ -317,7 +317,7 @@ BY_NAME: Mapping[str, Row] = {row.name: row for row in ROWS}
 def public() -> dict[str, Kind]:
     """All that optx exports of these kinds, without the protocols' own classes."""
     found: dict[str, Kind] = dict.fromkeys(injections.public_injections(), "injection")
-    del found["SphericalHead"]  # of one process, which has its loss: tests/inject/test_spherical_head.py
+    del found["SphericalHead"], found["PMOEHead"]  # tests/inject/test_spherical_head.py, tests/policy
     for name, thing in vars(optx).items():
         if not inspect.isclass(thing):
             continue

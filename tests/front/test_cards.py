@@ -133,6 +133,11 @@ def wider() -> dict[str, Any]:
     return {"target": opt, "shapes": optx.scaling.shapes(model, base=base)}
 
 
+def mixture() -> optx.policy.ActionMixture:
+    means = torch.zeros(3, 4, 2, requires_grad=True)
+    return optx.policy.ActionMixture(means, means * 0, means[..., 0])
+
+
 # What a method needs besides the paper's values.
 NEEDED: dict[str, Callable[[Path], dict[str, Any]]] = {
     "init.gg_": lambda _: {"model": layers()},
@@ -149,6 +154,12 @@ NEEDED: dict[str, Callable[[Path], dict[str, Any]]] = {
     "compress": lambda _: {"what": {"a": torch.randn(64)}},
     "deepshape": lambda _: {"target": {"a": (20 * torch.randn(200, 1000)).round() / 8192}},
     "rf8.pack": lambda _: {"what": layers()},
+    "ppo_pmoe_losses": lambda _: {
+        "mixture": mixture(),
+        "actions": torch.zeros(3, 2),
+        **dict.fromkeys(("old_log_prob", "advantages"), torch.zeros(3)),
+    },
+    "sac_pmoe_losses": lambda _: {"mixture": mixture(), "q_fn": lambda a: a.sum(-1), "alpha": 0.1},
     "scaling.coordinate_check": lambda _: {
         "make": lambda width: nn.Sequential(nn.Linear(3, width), nn.Linear(width, 2)),
         "widths": [4, 8],

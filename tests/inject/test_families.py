@@ -77,6 +77,7 @@ def test_every_injection_is_measured_on_every_family(rows: Rows) -> None:
     of_mixers = {"S4D"}  # test_s4d_models.py
     of_length = {"LSSA", "LSSAR"}  # in attention's place, without parameters: tests/attention
     of_inference = {"RF8Linear"}  # trains nothing: test_rf8_linear.py
+    of_policies = {"PMOEHead"}  # tests/policy
     of_heads = {"VQLogits"}  # of language models: test_vq_logits_models.py
     # The others are HiddenDelta's choices; ABMLL serves what LoRA serves, of modules.
     assert missing == {
@@ -91,6 +92,7 @@ def test_every_injection_is_measured_on_every_family(rows: Rows) -> None:
         *named,
         *of_experts,
         *of_heads,
+        *of_policies,
         *of_mixers,
     }
 

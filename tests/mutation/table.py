@@ -7,7 +7,7 @@ from pathlib import Path
 # Folders whose every module is here. The other modules of optx and kernels are here if they are sampled.
 FOLDERS = (
     *("optx/step", "optx/delta", "optx/inject", "optx/signal", "optx/transforms", "optx/analysis"),
-    *("optx/scaling", "optx/pruning"),
+    *("optx/scaling", "optx/pruning", "optx/policy"),
 )
 
 _STEP = "moments user_rules perpgrad adamr skip_nonfinite fused_cpu wrap_bases resume"
@@ -354,6 +354,16 @@ TABLE = {
     "optx/_mask_sources.py": "masks_models masks_processes",
     "optx/_masked_model.py": "masks_models masks_processes",
     "optx/_masks.py": "masks masks_models",
+    "optx/policy/_entropy.py": "action_mixture",
+    "optx/policy/_estimates.py": "sac_pmoe",
+    "optx/policy/_mixture.py": "action_mixture sac_pmoe",
+    "optx/policy/_pmoe_handle.py": "pmoe_head",
+    "optx/policy/_pmoe_part.py": "pmoe_head sac_pmoe",
+    "optx/policy/estimators.py": "estimators",
+    "optx/policy/frequency_loss.py": "frequency_loss sac_pmoe ppo_pmoe",
+    "optx/policy/pmoe_head.py": "pmoe_head",
+    "optx/policy/ppo.py": "ppo_pmoe",
+    "optx/policy/sac.py": "sac_pmoe",
     "optx/pruning/_folder.py": "prune_folders",
     "optx/pruning/_folder_layers.py": "prune_folders",
     "optx/pruning/_method.py": "magnitude",
