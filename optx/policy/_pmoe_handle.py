@@ -67,7 +67,7 @@ class PMOEHandle(Handle):
             MergeError: always.
         """
         raise MergeError(
-            "merge: PMOEHead's primitives are several policies, and one Linear is one. "
+            "merge: PMOEHead can't be merged: its primitives are several policies, and one Linear is one. "
             "materialize(primitive) gives one of them beside the head, merge_and_unload(primitive=...) "
             "leaves one in its place."
         )
