@@ -67,7 +67,7 @@ class S4DLayer(nn.Module):
 
     dt, A, B, C and D stay float32 (or float64) when the model is cast to a half precision: a step that is
     rounded to three digits is another frequency. Kernel and FFT are in float32 then too, also under autocast,
-    and the output has the input's dtype. Under torch.compile the kernel is one operation, as without.
+    and the output has the input's dtype. Under torch.compile its kernel is one operation.
 
     ``S4D`` puts one in the place of attention, and has the paper's values and what is known of limits.
 
