@@ -78,16 +78,15 @@ class VQHandle(Handle):
     def hidden(self) -> Generator[None]:
         """While it lasts, the head gives what it is given: ``model(ids).logits`` are `loss`'s ``hidden``.
 
+        Only to who asked: calls in other threads and tasks go on giving logits, but for DataParallel's, which
+        are this one's. A compiled model breaks its graph at the head meanwhile.
+
         Raises:
             OptxError: what is attached does not act, or is not alone in what the head gives.
         """
         self._check_acts("hidden")
-        part = self.part
-        before, part.passing = part.passing, True
-        try:
+        with self.part.passed_on():
             yield
-        finally:
-            part.passing = before
 
     def loss(
         self,
@@ -130,9 +129,12 @@ class VQHandle(Handle):
         _check_shapes(hidden, labels, part.codebook.shape[1])
         if self._shifts(labels) if shift is None else shift:
             hidden, labels = hidden[..., :-1, :], labels[..., 1:]
-        scores = part.scores(hidden.reshape(-1, hidden.shape[-1]))
-        flat = labels.reshape(-1).to(scores.device).long()
+        flat = labels.reshape(-1).to(hidden.device).long()
         valid = flat != ignore_index
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        scores = part.scores(
+            rows.where(valid[:, None], 0)
+        )  # what is ignored may be nan, which 0 times is too
         _check_labels(flat[valid], part)
         wide = torch.promote_types(scores.dtype, torch.float32)
         with torch.autocast(scores.device.type, enabled=False):

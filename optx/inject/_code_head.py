@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from threading import Lock
 from typing import Any
 
 import torch
@@ -13,6 +16,10 @@ from optx._errors import OptxError
 from optx.inject import _code_loss, _code_map
 from optx.inject._code_map import Kind
 from optx.inject._part import Part, Weights, hidden_of
+
+_asking: ContextVar[tuple[CodeHead, ...]] = ContextVar("optx_hidden", default=())
+"""Of which heads this thread or task has asked for what they are given."""
+_counting = Lock()
 
 
 class CodeHead(Part):
@@ -25,7 +32,8 @@ class CodeHead(Part):
         token_bias: b, (V,), if asked for.
         used: how many of the head's rows are tokens; the rest have a chance of 0.
         resting: which of the head's own parameters take no part.
-        passing: whether the head gives what it got, for `VQHandle.hidden`.
+        asked: how many threads and tasks have asked that the head give them what it got; see `passed_on`.
+        answers: of a replica for a device (DataParallel): whether those asked who made it; else None.
     """
 
     mapping: Tensor
@@ -37,14 +45,15 @@ class CodeHead(Part):
         self.token_bias: nn.Parameter | None = None
         self.register_buffer("mapping", mapping.to(device=codebook.device, dtype=torch.int32))
         self.used = used
-        self.passing = False
+        self.asked = 0
+        self.answers: bool | None = None
         self.resting: tuple[str, ...] = ()
         self.to_begin = False
         self.called = True
         self._known: tuple[Any, Tensor] | None = None  # log sizes, and of which mapping
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_known": None}
+        return {**self.__dict__, "_known": None, "asked": 0}  # of a copy nobody has asked anything
 
     # ---- the start ----------------------------------------------------------------------------------
 
@@ -93,7 +102,31 @@ class CodeHead(Part):
         x = hidden_of(args, kwargs)
         if not torch.compiler.is_compiling():
             self.called = True
-        return x if self.passing else self.logits(self.scores(x))
+        # Compiled code has a guard on the number alone; who asked is seen outside of it, at each call.
+        return x if self.asked and self._is_asked() else self.logits(self.scores(x))
+
+    @contextmanager
+    def passed_on(self) -> Generator[None]:
+        """While it lasts, the head gives this thread or task what it is given."""
+        before = _asking.get()
+        _asking.set((*before, self))
+        with _counting:
+            self.asked += 1
+        try:
+            yield
+        finally:
+            with _counting:
+                self.asked -= 1
+            _asking.set(before)
+
+    @torch._disable_dynamo  # pyright: ignore  # torch.compiler.disable would load the compiler with optx
+    def _is_asked(self) -> bool:
+        return any(head is self for head in _asking.get()) if self.answers is None else self.answers
+
+    def _replicate_for_data_parallel(self) -> CodeHead:
+        replica: Any = super()._replicate_for_data_parallel()  # called in a thread that has asked nothing
+        replica.answers = self._is_asked()
+        return replica
 
     def enter(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         """Before a call of the whole model."""

@@ -136,6 +136,7 @@ def _serve(
         return []
     for site in sites:
         check_servable(site, model)
+        _check_not_taken(site, injection)
         _check_not_replaced(site, model)
         _check_not_alone(site, injection)
         if injection.needs_weight:
@@ -153,6 +154,17 @@ def _serve(
     for companion, others in injection.companions(model, sites):
         served.extend(_serve(model, companion, others, name, whole, lenient=True, beside=True))
     return served
+
+
+def _check_not_taken(site: Site, injection: Injection) -> None:
+    """Raise if what is on the module bears nothing beside it."""
+    container = attached(site.module)
+    for name, part in container.parts.items() if container is not None else ():
+        if part.alone:
+            raise TargetError(
+                f"attach: {type(injection).__name__} can't serve {site.path!r}: {name!r} is there and "
+                "takes the place of all that it computes. Remove that first, or leave the module out."
+            )
 
 
 def _check_in_use(site: Site, injection: Injection) -> None:

@@ -80,6 +80,9 @@ class Part(nn.Module):
     weightless: ClassVar[bool] = False
     """Whether it acts in training alone, so that a merge, which is of weights, goes on without it."""
 
+    alone: ClassVar[bool] = False
+    """Whether it is all that the module computes, so that nothing else can be attached to it."""
+
     replaces: ClassVar[bool] = False
     """Whether others compute in the place of the module, so that nothing attached inside of it would act."""
 

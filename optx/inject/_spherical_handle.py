@@ -14,6 +14,7 @@ from optx._errors import MergeError, OptxError, ShapeError, TransformError, chec
 from optx.inject._handle import Handle
 from optx.inject._served import Served
 from optx.inject._spherical_factors import Pending
+from optx.inject._spherical_input import plain
 from optx.inject._spherical_part import FactoredHead
 from optx.inject._trained_whole import Saved
 from optx.step.rehearsal import is_rehearsal
@@ -76,6 +77,7 @@ class SphericalHandle(Handle):
         """
         self._check_alive("loss")
         part, loss = self._part, self._part.loss
+        hidden = plain(hidden)
         _check(hidden, labels, part.width)
         x, y = hidden.reshape(-1, part.width), labels.reshape(-1).to(torch.int64)
         counts = y != loss.ignore_index

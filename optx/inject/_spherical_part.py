@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from optx._names import RESERVED
 from optx._spherical import SphericalLoss
 from optx.inject._part import Part, hidden_of
 from optx.inject._spherical_factors import Batch, Factors, Pending, Sums, joined, pieces_of
+from optx.inject._spherical_input import HandedOn
 
 _PATIENCE = 32  # backward passes without a step, after which there is a word about it
 _SCALED = 4096.0  # a loss that was multiplied by more than this was multiplied by a GradScaler
@@ -37,6 +38,8 @@ class FactoredHead(Part):
         drift: float64, see `Factors.step`.
         pending: backward passes that are not stepped by yet.
     """
+
+    alone: ClassVar[bool] = True
 
     V: Tensor
     U: Tensor
@@ -132,18 +135,12 @@ class FactoredHead(Part):
         x = hidden_of(args, kwargs)
         if self.training and torch.is_grad_enabled():
             if not torch.compiler.is_compiling():
-                self._look(module)
-            return x
+                self._look()
+            return HandedOn.of(x)
         flat = self.augmented(x.reshape(-1, x.shape[-1]), x.dtype)
         return self.factors.outputs(flat).view(*x.shape[:-1], self.classes)
 
-    def _look(self, module: nn.Module) -> None:
-        container: Any = module._modules[RESERVED]  # pyright: ignore[reportPrivateUsage]
-        if others := [name for name, part in container.parts.items() if part is not self]:
-            raise OptxError(
-                f"SphericalHead: {others[0]!r} is attached to {self.path!r} too, which hands on its input "
-                "while it trains, so there is no output for it to change. Remove that."
-            )
+    def _look(self) -> None:
         if torch._C._current_graph_task_id() != -1:  # pyright: ignore[reportPrivateUsage]
             return  # computed again by a checkpoint
         if self._waiting and not self._told:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from optx._errors import warn
-from optx._names import is_dtensor, placed_like
+from optx._names import RESERVED, is_dtensor, placed_like
 
 _MARK = "_optx_trained_whole"
 
@@ -59,7 +59,13 @@ class Saved:
         """The adapter's values by name, wherever they are; live, or of no use to autograd if they rest."""
         if self.values.resting is not None:
             return self.values.resting
-        return dict(self.module.state_dict(keep_vars=True))
+        return own_tensors(self.module)
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """A module's tensors by name, live; without those of what is attached to it, whose handles have them."""
+    every: dict[str, Tensor] = module.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in every.items() if RESERVED not in name.split(".")}
 
 
 def whole_of(module: nn.Module) -> Whole | None:
@@ -129,13 +135,13 @@ def end(saved: Saved, *, restore: bool) -> None:
 
 
 def _copy(module: nn.Module) -> dict[str, Tensor]:
-    return {name: t.detach().clone() for name, t in module.state_dict().items()}
+    return {name: t.detach().clone() for name, t in own_tensors(module).items()}
 
 
 def _write(saved: Saved, values: Mapping[str, Tensor]) -> None:
     resized: list[str] = []
     with torch.no_grad():
-        for name, tensor in saved.module.state_dict(keep_vars=True).items():
+        for name, tensor in own_tensors(saved.module).items():
             if tensor.shape == values[name].shape:
                 tensor.copy_(placed_like(values[name], tensor))
             else:
@@ -150,7 +156,7 @@ def _write(saved: Saved, values: Mapping[str, Tensor]) -> None:
 def _swap(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Exchange the module's values for others; what they were."""
     old: dict[str, Tensor] = {}
-    for name, tensor in module.state_dict(keep_vars=True).items():
+    for name, tensor in own_tensors(module).items():
         if is_dtensor(tensor):  # fully_shard gathers from the memory that it knows, which must be written to
             old[name] = tensor.detach().clone()
             if tensor.shape == values[name].shape:

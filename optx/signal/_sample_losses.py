@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -57,10 +57,29 @@ def token_losses(
             )
         labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
     wide = torch.promote_types(logits.dtype, torch.float32)
-    logp = F.log_softmax(logits.reshape(-1, logits.shape[-1]), -1, dtype=wide)
     flat = labels.reshape(-1).long()
+    rows = logits.reshape(-1, logits.shape[-1])
+    if logits.requires_grad:
+        rows = cast(Tensor, _Counted.apply(rows, flat != ignore_index))  # pyright: ignore[reportUnknownMemberType]
+    logp = F.log_softmax(rows, -1, dtype=wide)
     tokens = F.nll_loss(logp, flat, ignore_index=ignore_index, reduction="none")
     return tokens.view(labels.shape), labels != ignore_index
+
+
+class _Counted(torch.autograd.Function):
+    """Rows as they are, with gradients of 0 for those that don't count, also where they have inf or nan."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, counts: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(counts)
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (counts,) = ctx.saved_tensors
+        if grad.device.type == "cpu" and bool(counts.all()):
+            return grad, None
+        return grad.masked_fill(~counts[:, None], 0), None
 
 
 def are_next_tokens(owner: str, outputs: Any, logits: Tensor) -> bool:

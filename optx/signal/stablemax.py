@@ -202,7 +202,7 @@ class _RowLoss(torch.autograd.Function):
         logits, target, weight, rest, mass = ctx.saved_tensors
         options: Options = ctx.options._replace(weight=weight)
         if torch.is_grad_enabled():  # create_graph=True: the result is to be differentiated again
-            loss = torch_rows.forward(logits, target, options).loss
+            loss = _by_operations(logits, target, options)
             result = cast(Tensor, torch.autograd.grad(loss, logits, grad, create_graph=True)[0])
         else:
             result = _path(logits).backward(grad, logits, target, rest, mass, options)
@@ -213,8 +213,15 @@ def _row_losses(logits: Tensor, target: Tensor, options: Options) -> Tensor:
     others = (target, options.weight)
     tracked = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in others)
     if tracked or torch.compiler.is_compiling():  # the compiler derives and fuses its own backward pass
-        return torch_rows.forward(logits, target, options).loss
+        return _by_operations(logits, target, options)
     return cast(Tensor, _RowLoss.apply(logits, target, options))  # pyright: ignore[reportUnknownMemberType]
+
+
+def _by_operations(logits: Tensor, target: Tensor, options: Options) -> Tensor:
+    """By differentiable ones; what is ignored has a gradient of 0 also where it is nan."""
+    if not target.is_floating_point():
+        logits = logits.masked_fill((target == options.ignore_index)[:, None], 0)
+    return torch_rows.forward(logits, target, options).loss
 
 
 def _divisor(target: Tensor, options: Options) -> Tensor | float:

@@ -41,7 +41,7 @@ class ZLoss(SphericalLoss):
             sum of o^2 + eps over the target's; ``"taylor"``: the same with 1 + o + o^2 / 2, softmax's
             second-order form. These three depend on the logits' size.
         eps: added to the deviation (``"z"``, 1e-12) or to squares (``"spherical"``, 0.01).
-        ignore_index: samples with this label count for nothing.
+        ignore_index: samples with this label count for nothing, whatever their logits: their gradient is 0.
         reduction: ``"mean"`` over those that count, ``"sum"`` or ``"none"``.
 
     Paper values:
@@ -86,10 +86,10 @@ class ZLoss(SphericalLoss):
         counts = labels != self.ignore_index
         labels = labels.where(counts, 0)
         if torch.compiler.is_compiling():  # the compiler derives and fuses its own backward pass
-            losses = self.of_rows(rows, labels)
+            losses = self.of_rows(rows.masked_fill(~counts[:, None], 0), labels)
         else:
             self._look_for_flat(rows)
-            losses = cast(Tensor, _RowLoss.apply(rows, labels, self))  # pyright: ignore[reportUnknownMemberType]
+            losses = cast(Tensor, _RowLoss.apply(rows, labels, counts, self))  # pyright: ignore[reportUnknownMemberType]
         losses = torch.where(counts, losses, 0.0)
         found = self.reduced(losses.reshape(shape) if self.reduction == "none" else losses, counts.sum())
         return found if torch.is_autocast_enabled(logits.device.type) else found.to(logits.dtype)
@@ -126,7 +126,7 @@ class _RowLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, loss: ZLoss) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, counts: Tensor, loss: ZLoss) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         wide = logits.to(math_dtype(logits.dtype))
         classes = wide.shape[1]
         mean = wide.mean(1)
@@ -136,20 +136,24 @@ class _RowLoss(torch.autograd.Function):
         found = loss.slopes(mean, variance, above, classes, _floor(mean))
         slope = 2 * found.by_variance / classes
         even = (found.by_mean - found.by_above) / classes - slope * mean
-        ctx.save_for_backward(logits, labels, even, slope, found.by_above)
+        ctx.save_for_backward(logits, labels, counts, even, slope, found.by_above)
         ctx.loss = loss
         return found.losses
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        logits, labels, even, slope, own = ctx.saved_tensors
+        logits, labels, counts, even, slope, own = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: the result is to be differentiated again
-            losses = ctx.loss.of_rows(logits, labels)
+            losses = ctx.loss.of_rows(logits.masked_fill(~counts[:, None], 0), labels)
             again = cast("tuple[Tensor]", torch.autograd.grad(losses, logits, grad, create_graph=True))
-            return again[0], None, None
+            return again[0], None, None, None
         wide = torch.addcmul((even * grad)[:, None], logits.to(slope.dtype), (slope * grad)[:, None])
         wide.scatter_add_(1, labels[:, None], (own * grad)[:, None])
-        return wide.to(logits.dtype), None, None
+        if logits.device.type != "cpu" or not bool(
+            counts.all()
+        ):  # not waited for where it would stop a device
+            wide.masked_fill_(~counts[:, None], 0)  # of what is ignored, nan too: 0 times that is none
+        return wide.to(logits.dtype), None, None, None
 
 
 def _floor(mean: Tensor) -> Tensor:

@@ -171,3 +171,51 @@ def test_it_says_how_it_was_made() -> None:
     made = optx.ZLoss(b=3.0, form="z", reduction="sum")
     assert repr(made) == "ZLoss(b=3.0, reduction='sum')"
     assert repr(SphericalLoss(**optx.ZLoss(form="mse").arguments())) == "SphericalLoss(form='mse')"
+
+
+@pytest.mark.parametrize("form", ["z", "mse", "spherical", "taylor"])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_what_is_ignored_has_no_gradient_even_if_it_is_nan(form: Any, create_graph: bool) -> None:
+    x = torch.randn(4, 5, dtype=torch.float64)
+    y = torch.tensor([1, -100, 3, -100])
+
+    def grad(x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        [found] = torch.autograd.grad(optx.ZLoss(form=form)(x, y), x, create_graph=create_graph)
+        return found.detach()
+
+    plain = grad(x)
+    broken = x.clone()
+    broken[1], broken[3] = torch.nan, torch.inf
+    assert plain[0].any()
+    assert not plain[1::2].any()
+    assert torch.equal(grad(broken), plain)
+
+
+def cross_entropy2(logits: Tensor, labels: Tensor) -> Tensor:
+    return optx.functional.cross_entropy2(logits, labels)
+
+
+def stablemax(logits: Tensor, labels: Tensor) -> Tensor:
+    return optx.StableMaxCrossEntropy(label_smoothing=0.1)(logits, labels)
+
+
+def reweighted(logits: Tensor, labels: Tensor) -> Tensor:
+    return optx.LossReweight(max_batch=4).from_logits(logits, labels, shift=False)
+
+
+@pytest.mark.parametrize("loss", [cross_entropy2, stablemax, reweighted])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_nor_under_the_other_losses_that_ignore_a_label(loss: Any, create_graph: bool) -> None:
+    x, y = torch.randn(4, 5), torch.tensor([1, -100, 3, -100])
+
+    def grad(x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        [found] = torch.autograd.grad(loss(x, y), x, create_graph=create_graph)
+        return found.detach()
+
+    broken = x.clone()
+    broken[1], broken[3] = torch.nan, torch.inf
+    plain = grad(x)
+    assert plain[0].any()
+    assert torch.equal(grad(broken), plain)
