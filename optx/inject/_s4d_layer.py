@@ -24,7 +24,6 @@ from optx.inject._s4d_kernel import (
     kernel,
     last_state,
 )
-from optx.inject._s4d_ops import kernel_in_graph
 from optx.inject._s4d_start import INITS, Init, spectrum
 
 Output = Literal["glu", "linear", "none"]
@@ -227,6 +226,8 @@ class S4DLayer(nn.Module):
         """The state spaces themselves: (..., width, L) in float32 or float64."""
         length = x.shape[-1]
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            from optx.inject._s4d_ops import kernel_in_graph
+
             weights = (self.log_dt, self.log_A_real, self.A_imag, self.B, self.C)
             kernels = kernel_in_graph(weights, self.disc, length, x.dtype)
         else:

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from optx.inject._s4d_kernel import Disc, as_complex, discretise, kernel
 
-__all__ = ["kernel_in_graph"]
+__all__ = ["OPERATIONS", "kernel_in_graph"]
 
 
 def kernel_in_graph(weights: tuple[Tensor, ...], disc: Disc, length: int, dtype: torch.dtype) -> Tensor:
     """`kernel` of log_dt, log_A_real, A_imag, B and C, (..., width, length)."""
-    return torch.ops.optx.s4d_kernel(*weights, disc, length, dtype)
+    return OPERATIONS.s4d_kernel(*weights, disc, length, dtype)
 
 
 def _forward(
@@ -58,7 +58,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _back(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    found = torch.ops.optx.s4d_kernel_backward(grad, *ctx.saved_tensors, *ctx.options)
+    found = OPERATIONS.s4d_kernel_backward(grad, *ctx.saved_tensors, *ctx.options)
     return *found, None, None, None
 
 
@@ -77,3 +77,4 @@ for _name, _function, _like in (
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"optx::{_name}", _like, lib=_LIBRARY)  # pyright: ignore
 torch.library.register_autograd("optx::s4d_kernel", _back, setup_context=_keep, lib=_LIBRARY)  # pyright: ignore
+OPERATIONS: Any = torch.ops.optx

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import optx
+from optx.inject import _s4d_ops
 
 
 def small(width: int = 3, **options: Any) -> optx.S4DLayer:
@@ -83,7 +84,7 @@ def test_the_kernel_is_an_operation_by_torch_s_rules() -> None:
     layer = small(train_B=True, bidirectional=True)
     weights = (layer.log_dt, layer.log_A_real, layer.A_imag, layer.B, layer.C)
     for dtype in (torch.float32, torch.float64):
-        torch.library.opcheck(torch.ops.optx.s4d_kernel.default, (*weights, "zoh", 21, dtype))  # pyright: ignore
+        torch.library.opcheck(_s4d_ops.OPERATIONS.s4d_kernel.default, (*weights, "zoh", 21, dtype))
 
 
 # ---- masks and shapes ------------------------------------------------------------------------------------
