@@ -54,6 +54,11 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "": {"codes": 2, "init": "blocks"},
         "token bias": {"codes": 2, "init": "blocks", "token_bias": True},
     },
+    # Of two classes, as MiniLM has here, the Z-loss knows which is larger alone, and has no gradient.
+    "SphericalHead": {
+        "spherical softmax": {"loss": optx.ZLoss(form="spherical"), "lr": 0.01},
+        "Z-loss": {"loss": optx.ZLoss(1.0, 2.0), "lr": 0.1, "weight_decay": 0.01, "stabilize_every": 7},
+    },
     "S4D": {
         "": {"d_state": 8},
         "beside": {"d_state": 8, "mode": "beside", "init": "lin", "disc": "bilinear"},
@@ -86,6 +91,7 @@ AROUND: dict[tuple[str, str], dict[str, Any]] = {
     ("Perp", "ScaleLoRA"): {"pruned": 0.5},
     ("PSDFactor", ""): {"targets": lambda name, _: name.endswith(("q_proj", "self.query"))},
     ("PerpGrad", "along weights"): {"shrink": 10.0},
+    ("SphericalHead", "spherical softmax"): {"targets": lambda name, _: name in ("lm_head", "classifier")},
     ("VQLogits", ""): {"targets": lambda name, _: name in ("lm_head", "classifier")},
     ("VQLogits", "token bias"): {"targets": lambda name, _: name in ("lm_head", "classifier")},
 }
@@ -107,7 +113,6 @@ def methods() -> dict[str, type]:
             optx.PMOEHead,
             optx.RobustRecoveryLoss,
             optx.Softmax2,
-            optx.SphericalHead,
             optx.WideNet,
             optx.WindowPrune,
         )  # nothing to serve here, or no loss of logits
@@ -252,6 +257,10 @@ def injected(cls: type, options: dict[str, Any], setup: Setup) -> list[float]:
     if setup.pruned:
         given["masks"] = optx.prune(setup.model, optx.Magnitude(setup.pruned))
     handle = optx.attach(setup.model, cls(**given), setup.targets, modules_to_save=())
+    if isinstance(handle, optx.SphericalHandle):  # which has the loss, and steps the head with the rest
+        handle.served[0].module.train()
+        trained = [p for p in setup.model.parameters() if p.requires_grad]
+        return train(setup, optx.wrap(torch.optim.AdamW(trained, lr=setup.lr), handle), handle.loss)
     if not list(handle.parameters()):  # it adds none
         trained = [p for p in setup.model.parameters() if p.requires_grad]
         return train(setup, torch.optim.AdamW(trained, lr=setup.lr), nn.functional.cross_entropy)

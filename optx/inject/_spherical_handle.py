@@ -252,7 +252,8 @@ def _check(hidden: Tensor, labels: Tensor, width: int) -> None:
     if hidden.ndim == 0 or hidden.shape[-1] != width:
         raise ShapeError(
             f"SphericalHead: hidden has shape {tuple(hidden.shape)}; it is the head's input, (..., {width}), "
-            "which a model hands on in training mode with gradients. Its outputs go to the injection's loss."
+            "which a model hands on in training mode with gradients. Outputs, as evaluation mode gives them, "
+            "go to the optx.ZLoss itself."
         )
     if not hidden.is_floating_point() or hidden.dtype == torch.float16:
         raise TypeError(

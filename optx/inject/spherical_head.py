@@ -36,11 +36,12 @@ class SphericalHead(Injection):
     target's rows of V. Nothing is approximated: the step is that of plain SGD, without momentum.
 
     In training mode, with gradients, the head hands on its input, and ``handle.loss(model(x), labels)`` takes
-    the place of ``criterion(model(x), labels)``; or give it the head's input, however it was had. In
-    evaluation mode, or without gradients, the head computes all outputs, as before. ``optx.wrap(optimizer,
-    handle)`` steps the head with each step of the optimizer, which steps the rest, and leaves it the head's
-    weight no longer; without it call ``handle.step()`` after each step. Gradients of several backward passes
-    add up until the step.
+    the place of ``criterion(model(x), labels)``; or give it the head's input, however it was had. What is
+    handed on may be moved, cut and cast; any other use of it, as a loss that the model makes of ``labels=``,
+    raises. In evaluation mode, or without gradients, the head computes all outputs, as before.
+    ``optx.wrap(optimizer, handle)`` steps the head with each step of the optimizer, which steps the rest, and
+    leaves it the head's weight no longer; without it call ``handle.step()`` after each step. Gradients of
+    several backward passes add up until the step.
 
     Args:
         loss: an `optx.ZLoss`; None: ``optx.ZLoss()``.
