@@ -31,6 +31,7 @@
             SphericalHead  SphericalHandle                    output heads of very many classes
             LSSA  LSSAR                                       attention that stays sharp over long rows
             PMOEHead  PMOEHandle                              policies of several modes
+            SoftThinking  ThinkingHandle  Rollout             mixtures of tokens fed while a model thinks
             trainable_only                                    freeze all but what was attached
             set_adapter                                       which of several act, by name
             export_lora  fold_prefix                          what remains to do after the training
@@ -67,6 +68,7 @@
 
     tell    optx.analysis                                     diagnostics; they change nothing
             calibration_error  grad_norms  input_stats  nlm_alignment  softmax_collapse
+            single_threadedness                               what mixtures of tokens do to a model
             rate                                              bits per weight
             optx.init                                         first weights
             gg_                                               of a generalised Gaussian
@@ -238,6 +240,9 @@ from optx.step.step_moments import Moments as Moments
 from optx.step.transform import Transform as Transform
 from optx.step.wrap import wrap as wrap
 from optx.step.wrapped import Wrapped as Wrapped
+from optx.thinking._handle import ThinkingHandle as ThinkingHandle
+from optx.thinking._record import Rollout as Rollout
+from optx.thinking.soft_thinking import SoftThinking as SoftThinking
 from optx.transforms.adamr import AdamR as AdamR
 from optx.transforms.backslash import BackSlash as BackSlash
 from optx.transforms.clip import Clip as Clip

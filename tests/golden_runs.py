@@ -112,6 +112,7 @@ def methods() -> dict[str, type]:
             optx.FTWT,
             optx.PMOEHead,
             optx.RobustRecoveryLoss,
+            optx.SoftThinking,
             optx.Softmax2,
             optx.WideNet,
             optx.WindowPrune,

@@ -3,15 +3,19 @@
 from optx.analysis.calibration import calibration_error as calibration_error
 from optx.analysis.gradients import grad_norms as grad_norms
 from optx.analysis.gradients import nlm_alignment as nlm_alignment
+from optx.analysis.single_threaded import SingleThreaded as SingleThreaded
+from optx.analysis.single_threaded import single_threadedness as single_threadedness
 from optx.analysis.softmax import softmax_collapse as softmax_collapse
 from optx.delta._input_stats import InputStats as InputStats
 from optx.delta._input_stats import input_stats as input_stats
 
 __all__ = [
     "InputStats",
+    "SingleThreaded",
     "calibration_error",
     "grad_norms",
     "input_stats",
     "nlm_alignment",
+    "single_threadedness",
     "softmax_collapse",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -67,6 +68,12 @@ class Caller:
                     "checkpointing it has none: call model.eval(), or pass use_cache=False."
                 )
         return logits_of(output, self.model)
+
+    def branch(self) -> Caller:
+        """Another with a copy of its cache."""
+        other = copy.copy(self)
+        other.cache = copy.deepcopy(self.cache)
+        return other
 
     def grow(self) -> None:
         """One place more, of every row: what a row is given after its end nobody reads."""

@@ -105,10 +105,11 @@ class ThinkingHandle(Handle):
         """
         rows = check_whole("begin", "rows", rows, 1)
         self.sequences = Sequences(
-            generators_of(seed, rows, "begin"), thinking_of(thinking, rows, "begin"), self._stops(stop_ids)
+            generators_of(seed, rows, "begin"), thinking_of(thinking, rows, "begin"), self.stops(stop_ids)
         )
 
-    def _stops(self, given: int | Sequence[int] | None) -> Sequence[int]:
+    def stops(self, given: int | Sequence[int] | None) -> Sequence[int]:
+        """The stop tokens that an argument ``stop_ids`` means."""
         if given is None:
             return stop_ids_of(self.model)
         found: Any = (given,) if isinstance(given, int) else given
@@ -124,7 +125,7 @@ class ThinkingHandle(Handle):
         Raises:
             OptxError: other rows than have begun, logits of nan, or the handle is switched off or removed.
         """
-        self._check_acts("step")
+        self.check_acts("step")
         if self.sequences is None:
             self.begin(len(logits))
         made = self._begun().step(logits, self.injection)
@@ -146,7 +147,7 @@ class ThinkingHandle(Handle):
         Raises:
             OptxError: shapes that don't go together, or the model was not called, or its embedding not.
         """
-        self._check_acts("mixed")
+        self.check_acts("mixed")
         ids, weights = (one.unsqueeze(1) if one.ndim == 2 else one for one in (ids, weights))
         soft = torch.ones_like(ids[..., 0], dtype=torch.bool) if soft is None else soft.view(ids.shape[:2])
         if ids.ndim != 3 or weights.shape != ids.shape:
@@ -154,11 +155,12 @@ class ThinkingHandle(Handle):
                 f"mixed: ids have shape {tuple(ids.shape)}, weights {tuple(weights.shape)}; both must be "
                 "(B, K) or (B, S, K)."
             )
-        with self._feeding(Inputs(ids, weights, soft)):
+        with self.feeding(Inputs(ids, weights, soft)):
             yield
 
     @contextmanager
-    def _feeding(self, inputs: Inputs | None) -> Generator[None]:
+    def feeding(self, inputs: Inputs | None) -> Generator[None]:
+        """While it lasts, one or more calls of the model are fed with this; nothing, if that is None."""
         if inputs is None:
             yield
             return
@@ -207,7 +209,7 @@ class ThinkingHandle(Handle):
             OptxError: an argument out of range, prompts padded on the right, logits of nan, or the handle is
                 switched off or removed.
         """
-        self._check_acts("generate")
+        self.check_acts("generate")
         steps = check_whole("generate", "max_new_tokens", max_new_tokens, 1)
         if isinstance(input_ids, Rollout):
             trail = self._resumed(input_ids)
@@ -236,7 +238,7 @@ class ThinkingHandle(Handle):
         for _ in _shown(range(steps), progress):
             if not bool(rows.running.any()):
                 break
-            with self._feeding(trail.inputs(every)):
+            with self.feeding(trail.inputs(every)):
                 logits = caller(new)
             trail.steps.append(rows.step(logits, self.injection))
             every = not caller.caches
@@ -303,7 +305,7 @@ class ThinkingHandle(Handle):
         Raises:
             OptxError: several beams, or another model than the handle's.
         """
-        self._check_acts("custom_generate")
+        self.check_acts("custom_generate")
         _generate.check_served(self.model, model, generation_config)
         stops: Any = getattr(generation_config, "eos_token_id", None)
         self.begin(len(input_ids), seed=seed, thinking=thinking, stop_ids=() if stops is None else stops)
@@ -351,7 +353,8 @@ class ThinkingHandle(Handle):
         own = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items()}
         self.sequences = Sequences.from_state_dict(own) if own else None
 
-    def _check_acts(self, doing: str) -> None:
+    def check_acts(self, doing: str) -> None:
+        """Raise if it has been removed or switched off."""
         self._check_alive(doing)
         if not self.part.active:
             raise OptxError(f"{doing}: this handle is switched off. Call enable().")

@@ -51,7 +51,7 @@ class Rollout:
         forced: (B, T) bool: steps that no draw decided, where the cold stop set the end of thinking.
         finished: (B,) bool: rows that came to a stop token; the others, to ``max_new_tokens``.
         group: rows in a row that share a prompt, G.
-        policy: a fingerprint of the weights that generated it; see `fingerprint`. Empty: not taken.
+        policy: a fingerprint of the weights that generated it, its adapters too. Empty: not taken.
         options: the options of `optx.SoftThinking` in force, plain numbers by name: ``tau``,
             ``temperature``, ``noise``, ``noise_factor``, ``noise_clamp``, ``floor`` and so on.
 

@@ -66,7 +66,7 @@ class SoftThinking(Injection):
         ``noise="gumbel", tau=0.5``: best of all (the default); 0.6 for MATH and GPQA.
         ``noise="dirichlet", alpha=4.0``: of its scripts.
         ``temperature=0.6, top_k=30, top_p=0.95``: both phases (the default).
-        ``cold_stop=32768, cold_entropy=0.1``: which never comes.
+        ``end_id=2, cold_stop=32768, cold_entropy=0.1``: a cold stop that never comes.
         ``record=True, tau=0.1, temperature=1.0, top_k=5, max_topk=5``: of SofT-GRPO.
 
     Limits: What is reported as tokens is each step's heaviest, which does not replay it: keep the record.
@@ -77,7 +77,7 @@ class SoftThinking(Injection):
     Keywords: latent reasoning, chain of thought, continuous thoughts, concept tokens, sampling, decoding,
         Gumbel-Softmax, Dirichlet, exploration, generate.
 
-    Evidence: ``optx run think``; ``test_soft_thinking.py``, ``test_thinking_models.py``.
+    Evidence: no recipe yet; ``test_mix.py``, ``test_soft_thinking.py``, ``test_thinking_models.py``.
 
     Raises:
         OptxError: an option out of range, or two that don't go together.

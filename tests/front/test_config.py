@@ -63,6 +63,7 @@ WORDS: dict[str, list[Any]] = {
     "kernel_rank": [(2, 2)],
     "method": ["Mine"],
     "model": [MODEL],
+    "noise_clamp": [(-1.5, 3.0)],
     "optimizer": ["adamw"],
     "parametrization": ["standard", "ntk"],
     "pattern": ["2:4"],
@@ -88,6 +89,7 @@ BESIDE: dict[tuple[str, str], dict[str, Any]] = {
     ("Perp", "dropout"): {"adapter": "lora"},
     ("SphericalHead", "loss"): {"loss": optx.ZLoss(b=3.0)},
     ("SaRA", "threshold"): {"fraction": None},
+    ("SoftThinking", "cold_stop"): {"end_id": 3},
     ("STN", "dropout"): {"dropout": "drop"},
 }
 # What holds tensors or functions: it can't be written.

@@ -44,9 +44,10 @@ def test_the_table_has_every_injection() -> None:
         "MuAttention",
         "RF8Linear",
         "Softmax2",
+        "SoftThinking",
         "LSSA",
         "LSSAR",
-    }  # tests/scaling/, test_rf8_linear.py, test_softmax2_attach.py, tests/attention have theirs
+    }  # tests/scaling, attention and thinking, test_rf8_linear.py, test_softmax2_attach.py have theirs
     # In evaluation mode no gradient reaches them, or others compute: test_{window,ftwt,ewa,widenet}*.py.
     in_training_alone = {"WindowPrune", "FTWT", "EWA", "WideNet"}
     apart = {"HiddenDelta", "SphericalHead"}  # test_spherical_head.py

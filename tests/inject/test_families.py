@@ -78,6 +78,7 @@ def test_every_injection_is_measured_on_every_family(rows: Rows) -> None:
     of_length = {"LSSA", "LSSAR"}  # in attention's place, without parameters: tests/attention
     of_inference = {"RF8Linear"}  # trains nothing: test_rf8_linear.py
     of_policies = {"PMOEHead"}  # tests/policy
+    of_generation = {"SoftThinking"}  # trains nothing: test_thinking_models.py
     of_heads = {"VQLogits"}  # of language models: test_vq_logits_models.py
     # The others are HiddenDelta's choices; ABMLL serves what LoRA serves, of modules.
     assert missing == {
@@ -94,6 +95,7 @@ def test_every_injection_is_measured_on_every_family(rows: Rows) -> None:
         *of_heads,
         *of_policies,
         *of_mixers,
+        *of_generation,
     }
 
 
