@@ -89,7 +89,7 @@ def single_threadedness(
         All of it, step by step; ``.mean(0.5, 0.9)`` is of steps whose heaviest weight is in between.
 
     Paper values:
-        None to set. The repository's models think with ``noise=None`` when this is asked of them.
+        None to set: the handle's options are those of the thinking. ``steps=40`` is optx's.
 
     Limits: Costs three calls of the model a step, and two copies of its cache. Steps of which only one token
         is left have no second and are nan.

@@ -288,7 +288,7 @@ class ThinkingHandle(Handle):
         """transformers' own loop: ``model.generate(ids, custom_generate=handle.custom_generate, seed=0)``.
 
         Caches of all kinds, processors, stopping criteria and outputs are transformers'; the tokens are the
-        heaviest of each step, and `last` has the record. Settings of sampling (``do_sample``,
+        heaviest of each step, and ``handle.last`` has the record. Settings of sampling (``do_sample``,
         ``temperature``, ``top_k``, ...) are not used: this method's options take their place. A ``streamer``
         gets nothing, as transformers does not pass it on to such functions.
 
