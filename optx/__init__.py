@@ -49,6 +49,7 @@
             ZLoss                                             of standardised logits; many classes
             FrequencyLoss  sac_pmoe_losses  sac_pmoe_target  ppo_pmoe_losses   policies of several modes
             policy: ActionMixture  least_q  gumbel_weights  score_ratio_loss  enumerated_loss
+            GumbelFlow  STGuide                               sequences of tokens by a flow, and its guidance
 
     delta   optx.Delta.between(base, tuned), optx.merge(...)  checkpoints pruned, compressed and merged
             Delta: dare  find_q  magnitude  wanda  structural  lora
@@ -139,6 +140,8 @@ from optx.delta.merge import merge as merge
 from optx.delta.pcb import PCB as PCB
 from optx.delta.rws import Signature as Signature
 from optx.delta.ties import TIES as TIES
+from optx.flow.gumbel_flow import GumbelFlow as GumbelFlow
+from optx.flow.st_guide import STGuide as STGuide
 from optx.inject._abmll_handle import ABMLLHandle as ABMLLHandle
 from optx.inject._abmll_task import ABMLLTask as ABMLLTask
 from optx.inject._attach import attach as attach

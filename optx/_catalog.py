@@ -28,6 +28,7 @@ _VERBS = {
     "optx.inject": "attach",
     "optx.signal": "loss",
     "optx.policy": "loss",
+    "optx.flow": "loss",
     "optx.delta": "delta",
     "optx.rf8": "delta",
     "optx.pruning": "prune",

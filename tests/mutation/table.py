@@ -7,7 +7,7 @@ from pathlib import Path
 # Folders whose every module is here. The other modules of optx and kernels are here if they are sampled.
 FOLDERS = (
     *("optx/step", "optx/delta", "optx/inject", "optx/signal", "optx/transforms", "optx/analysis"),
-    *("optx/scaling", "optx/pruning", "optx/policy"),
+    *("optx/scaling", "optx/pruning", "optx/policy", "optx/flow"),
 )
 
 _STEP = "moments user_rules perpgrad adamr skip_nonfinite fused_cpu wrap_bases resume"
@@ -76,6 +76,13 @@ TABLE = {
     "optx/delta/rws.py": "arithmetic_delta rws",
     "optx/delta/search_q.py": "arithmetic_delta search_q prune",
     "optx/delta/ties.py": "arithmetic_delta arithmetic_options merge merge_peers pcb",
+    "optx/flow/_batch.py": "gumbel_flow",
+    "optx/flow/_draws.py": "gumbel_flow st_guide",
+    "optx/flow/_network.py": "gumbel_flow flow_oracle",
+    "optx/flow/_path.py": "gumbel_flow flow_oracle",
+    "optx/flow/_sampler.py": "flow_oracle gumbel_flow st_guide",
+    "optx/flow/gumbel_flow.py": "gumbel_flow flow_oracle",
+    "optx/flow/st_guide.py": "st_guide",
     "optx/inject/_shared_handle.py": "shared_weights",
     "optx/inject/_shared_keep.py": "shared_weights",
     "optx/inject/_shared_part.py": "shared_weights attach",
