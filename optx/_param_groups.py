@@ -53,6 +53,10 @@ def param_groups(
     check_range("param_groups", "weight_decay", weight_decay, 0)
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise OptxError(f"param_groups: the model is {shown(model)}; it must be a module.")
+    if "params" in settings:
+        raise OptxError(
+            f"param_groups: params is {shown(settings['params'])}; parameters are the model's. Leave it out."
+        )
     asked = declared(model)
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     plain = {"lr": lr, "weight_decay": weight_decay, **settings}

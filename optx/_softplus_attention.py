@@ -38,7 +38,8 @@ def lssa_attention(
     queries and keys do not count), a mask hides or shows and adds nothing, and heads that share keys need no
     flag. A row that sees no key gives zeros.
 
-    No matrix of T x S numbers is made: memory grows with T + S. Sums are in float32 (float64 for float64).
+    No matrix of T x S numbers is made, but for second derivatives (which dropout has not): memory grows with
+    T + S. Sums are in float32 (float64 for float64).
 
     Args:
         query: shape (..., H, T, d).
@@ -149,9 +150,7 @@ def attend_with_weights(
 def _by_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: Options) -> tuple[Tensor, Tensor]:
     weights = rows.weights(q, k, mask, options)
     used = F.dropout(weights, options.dropout) if options.dropout else weights
-    with torch.autocast(q.device.type, enabled=False):
-        out = used @ v.to(used.dtype).repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-    return out.to(v.dtype), weights.to(v.dtype)
+    return rows.attended(used, v), weights.to(v.dtype)
 
 
 def _has_kernel(q: Tensor) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from optx.kernels.attention import softplus_blocks
+from optx.kernels.attention import softplus_rows as reference
 from optx.kernels.attention.softplus_rows import Options, math_dtype
 
 __all__ = ["OPERATIONS", "attention"]
@@ -96,6 +97,31 @@ def _back(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     return *found, None, None, None, None, None
 
 
+def _keep_again(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    grad, q, k, v, mask, seed, _, _, *options = inputs
+    ctx.save_for_backward(grad, q, k, v, mask, seed)
+    ctx.options = Options(*options)
+
+
+def _twice(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    """Second derivatives: torch's own, of attention with its weights written out, T x S numbers."""
+    *given, mask, _ = ctx.saved_tensors
+    if ctx.options.dropout:
+        raise NotImplementedError(
+            "softplus attention: second derivatives (create_graph=True) are not there with dropout, which "
+            f"is {ctx.options.dropout:g}; set it to 0, or the model to evaluation mode."
+        )
+    more = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Views, as the gradient may depend on the queries itself, which is another way to them.
+        given = [x.view_as(x) if x.requires_grad and more else x.detach().requires_grad_() for x in given]
+        grad, q, k, v = given
+        out = reference.attended(reference.weights(q, k, mask, ctx.options), v)
+        first = torch.autograd.grad(out, (q, k, v), grad, create_graph=True)
+        found = torch.autograd.grad(first, given, grads, create_graph=more, materialize_grads=True)
+    return *found, *[None] * 7
+
+
 # Not torch.library.custom_op, whose first call loads the whole of torch.compile.
 _LIBRARY: Any = torch.library.Library("optx", "FRAGMENT")
 _TENSORS = "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? seed"
@@ -112,4 +138,7 @@ for _name, _function, _like in (
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"optx::{_name}", _like, lib=_LIBRARY)  # pyright: ignore
 torch.library.register_autograd("optx::softplus_attention", _back, setup_context=_keep, lib=_LIBRARY)  # pyright: ignore
+torch.library.register_autograd(
+    "optx::softplus_attention_backward", _twice, setup_context=_keep_again, lib=_LIBRARY
+)  # pyright: ignore
 OPERATIONS: Any = torch.ops.optx

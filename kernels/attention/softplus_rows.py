@@ -27,6 +27,7 @@ __all__ = [
     "FEW",
     "SMALLEST",
     "Options",
+    "attended",
     "counts_of",
     "math_dtype",
     "normalised",
@@ -89,7 +90,10 @@ def normalised(x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of length 1 in the dtype of the mathematics, and what they were multiplied with (0 for zeros)."""
     x = x.to(math_dtype(x.dtype))
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    factor = torch.where(length > SMALLEST, 1 / length.clamp_min(SMALLEST), 0.0)
+    long = length > SMALLEST
+    if length.requires_grad:  # a length of 0 has no second derivative
+        length = torch.linalg.vector_norm(x.masked_fill(~long, 1.0), dim=-1, keepdim=True)
+    factor = torch.where(long, 1 / length.clamp_min(SMALLEST), 0.0)
     return x * factor, factor
 
 
@@ -133,6 +137,13 @@ def weights(q: Tensor, k: Tensor, mask: Tensor | None, options: Options) -> Tens
         a = a.masked_fill(~mask, 0.0)
     a = a / a.sum(-1, keepdim=True).clamp_min(torch.finfo(a.dtype).tiny)
     return _sharpened(a, counts, options.power) if options.power else a
+
+
+def attended(weights: Tensor, v: Tensor) -> Tensor:
+    """What weights (B, H, T, S) make of values (B, H', S, e), in their dtype."""
+    with torch.autocast(v.device.type, enabled=False):
+        found = weights @ v.to(weights.dtype).repeat_interleave(weights.shape[1] // v.shape[1], dim=1)
+    return found.to(v.dtype)
 
 
 def _sharpened(a: Tensor, counts: Tensor, power: float) -> Tensor:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 
-from optx._errors import OptxError, check_above_0
+from optx._errors import OptxError
 from optx._softplus_attention import attend, attend_with_weights
 from optx.inject._attention import Attention, AttentionPart, Heads, Intercepted
 from optx.inject._attention_routes import Route, Routed, home_of
@@ -113,25 +113,33 @@ class SoftplusHandle(Handle):
             if isinstance(one.part, Routed):
                 one.hooks.append(Route(one.module, one.part))
 
-    def set(self, *, p: float) -> None:
-        """Another power, in training and evaluation, for calls from now on. Checkpoints don't say it; `save`
-        does.
+    def set(
+        self, *, p: float | None = None, train_p: float | None = None, eval_p: float | None = None
+    ) -> None:
+        """Other powers for calls from now on. Checkpoints don't say them; `save` does.
 
         Args:
-            p: above 0.
+            p: above 0, in training and evaluation, but where one of the next two is given; None: as it is.
+            train_p: in training; 0: no re-weighting. None: ``p`` if that is given, else as it is.
+            eval_p: in evaluation; likewise.
 
         Raises:
-            OptxError: it is not, it is LSSA's handle, or the handle is removed.
+            OptxError: a number out of range, no number, LSSA's handle, or a handle that is removed.
         """
         self._check_alive("set")
-        power = check_above_0("set", "p", p)
         if "p" not in self.injection.arguments():
             raise OptxError("set: LSSA has no power. Remove it, and attach optx.LSSAR(p=...).")
-        self.injection = dataclasses.replace(self.injection, p=power, train_p=None, eval_p=None)
+        given = {"p": p, "train_p": train_p, "eval_p": eval_p}
+        if p is None:
+            given = {name: value for name, value in given.items() if value is not None}
+        if not given:
+            raise OptxError("set: no power is given; pass p=, train_p= or eval_p=.")
+        changed: Any = dataclasses.replace(self.injection, **given)
+        self.injection, powers = changed, cast(Powers, changed.powers())
         for one in self.served:
             one.injection = self.injection
             if isinstance(one.part, SoftplusPart):
-                one.part.powers.train = one.part.powers.evaluate = power
+                one.part.powers.train, one.part.powers.evaluate = powers.train, powers.evaluate
 
 
 def softplus_part(module: nn.Module, path: str, powers: Powers) -> RegisteredSoftplus | CalledSoftplus:

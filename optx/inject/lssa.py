@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from optx._errors import TargetError, check_above_0
+from optx._errors import OptxError, TargetError, check_above_0
 from optx._module_paths import paths_of
 from optx.inject._anatomy import attentions_of
 from optx.inject._attention import kernel_of
@@ -192,8 +192,12 @@ class LSSAR(SoftplusAttention):
     def __post_init__(self) -> None:
         check_above_0("LSSAR", "p", self.p)
         for name, value in (("train_p", self.train_p), ("eval_p", self.eval_p)):
-            if value is not None and value != 0:
+            if value is None or (type(value) in (int, float) and value == 0):
+                continue
+            try:
                 check_above_0("LSSAR", name, value)
+            except OptxError as e:
+                raise OptxError(f"{str(e)[:-1]}, or 0 for no re-weighting.") from None
 
     def powers(self) -> Powers:
         """In training and in evaluation."""

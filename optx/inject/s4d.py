@@ -62,8 +62,9 @@ class S4D(Injection):
     Limits: It does not compute what attention did: a pretrained model has to be trained again. Refused, in a
         sentence: cross-attention, packed sequences, masks that hide more than padding and the future,
         attention weights, T5 (its first layer makes the others' position bias), static and quantised caches,
-        assisted generation. A sliding window is not kept. Angles are float64, which Apple's GPUs have not. It
-        can't be merged. The module's own call is made once, for the form of its output.
+        assisted generation. A sliding window is not kept. A nan or inf anywhere in a sequence makes all of
+        its channel nan, steps before it too (the convolution is by FFT). Angles are float64, which Apple's
+        GPUs have not. It can't be merged. The module's own call is made once, for the form of its output.
 
     Keywords: state space model, SSM, S4, HiPPO, LegS, Mamba, long convolution, long sequences, recurrence.
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from optx._errors import OptxError, TargetError, check_choice, check_whole
+from optx._errors import OptxError, TargetError, check_choice, check_whole, shown
 from optx._module_paths import paths_of
 from optx.inject import _code_map
 from optx.inject._code_handle import VQHandle, others
@@ -228,8 +228,18 @@ class VQLogits(Injection):
 
 
 def _counts(given: Any) -> Any:
-    found = torch.as_tensor(given)
-    if found.ndim != 1 or not bool((found >= 0).all()) or not bool(found.isfinite().all()):
+    try:
+        found = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise OptxError(
+            f"VQLogits: counts are {shown(given)}; they must be a row of numbers, one for each token."
+        ) from e
+    if (
+        found.ndim != 1
+        or found.is_complex()
+        or not bool((found >= 0).all())
+        or not bool(found.isfinite().all())
+    ):
         raise OptxError(
             f"VQLogits: counts are of shape {tuple(found.shape)}; they must be a row of finite numbers of at "
             "least 0, one for each token."

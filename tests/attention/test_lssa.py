@@ -178,10 +178,21 @@ def test_training_and_evaluation_have_powers_of_their_own_and_set_changes_both(t
     again.remove()
     again = optx.attach(model, tmp_path / "before")
     assert torch.equal(logits(model), alone[3])
-    for wrong in (0, -1, float("nan")):
-        with pytest.raises(optx.OptxError, match="set: p is"):
+    again.set(train_p=3)
+    assert again.injection == optx.LSSAR(train_p=3, eval_p=3)
+    assert torch.equal(logits(model.train()), alone[3])
+    for wrong in (0, -1, float("nan"), True):
+        with pytest.raises(optx.OptxError, match=f"LSSAR: p is {wrong}; it must be"):
             again.set(p=wrong)  # type: ignore[attr-defined]
+    with pytest.raises(
+        optx.OptxError, match=r"LSSAR: train_p is 'a'; it must be .* or 0 for no re-weighting"
+    ):
+        again.set(train_p="a")  # type: ignore[attr-defined]
+    with pytest.raises(optx.OptxError, match="set: no power is given"):
+        again.set()  # type: ignore[attr-defined]
+    assert torch.equal(logits(model), alone[3])
     again.remove()
+    model.eval()
     with pytest.raises(optx.OptxError, match="LSSA has no power"):
         optx.attach(model, optx.LSSA()).set(p=3)
 

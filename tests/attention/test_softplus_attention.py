@@ -226,6 +226,33 @@ def test_a_row_of_8192_keys_at_power_15_has_numbers() -> None:
         assert all(bool(x.isfinite().all()) for x in found)
 
 
+@pytest.mark.parametrize("power", [0.0, 3.0, 15.0])
+def test_second_and_third_derivatives_are_those_of_the_plain_form(power: float) -> None:
+    q, k, v = (x.double().requires_grad_() for x in drawn(1, 2, 6, 4))
+    torch.autograd.gradgradcheck(lambda *x: attend(*x, None, power, True, 0.0), (q, k, v))
+    with torch.no_grad():
+        q[0, 0, 2] = 0.0
+    found: list[list[Tensor]] = []
+    for call in (attend, lambda *x: attend_with_weights(*x)[0]):
+        value, derivatives = call(q, k, v, None, power, True, 0.0).square().sum(), []
+        for _ in range(3):
+            derivatives.append(torch.autograd.grad(value, q, create_graph=True)[0])
+            value = derivatives[-1].square().sum()
+        found.append(derivatives)
+    for mine, theirs in zip(*found, strict=True):
+        assert theirs.any()
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9 * float(theirs.detach().abs().max()))
+
+
+def test_second_derivatives_with_dropout_are_refused() -> None:
+    q, k, v = (x.requires_grad_() for x in drawn(1, 2, 6, 4))
+    first = torch.autograd.grad(attend(q, k, v, None, 3.0, True, 0.5).sum(), q, create_graph=True)[0]
+    with pytest.raises(
+        NotImplementedError, match=r"second derivatives .*dropout, which is 0\.5; set it to 0"
+    ):
+        first.sum().backward()
+
+
 # ---- dropout, compile, memory --------------------------------------------------------------------------
 
 

@@ -114,6 +114,11 @@ def test_numbers_out_of_range() -> None:
             handle.param_groups(**options)  # type: ignore[arg-type]
 
 
+def test_a_models_parameters_are_not_given() -> None:
+    with pytest.raises(optx.OptxError, match="param_groups: params is 3; parameters are the model's"):
+        optx.param_groups(torch.nn.Linear(2, 2), lr=1.0, params=3)
+
+
 def test_without_a_ratio_embeddings_have_the_rate_of_all() -> None:
     handle = optx.attach(llama(), LoRA(rank=2), ["q_proj", "embed_tokens"])
     assert {group["lr"] for group in handle.param_groups(lr=1e-3)} == {1e-3}

@@ -371,6 +371,8 @@ def test_refusals() -> None:
         ({"token_bias": 2}, "token_bias is 2"),
         ({"counts": [1.0, -1.0]}, "at least 0"),
         ({"counts": [0.0, 0.0]}, "counts are all 0"),
+        ({"counts": "abc"}, "VQLogits: counts are 'abc'; they must be a row of numbers"),
+        ({"counts": [1j, 0]}, r"counts are of shape \(2,\); they must be"),
     ):
         with pytest.raises(optx.OptxError, match=message):
             optx.VQLogits(**options)
