@@ -30,6 +30,10 @@ class AuditSpec:
         num_warps: warps of a program.
         multiples: numbers that are a multiple of 16, as a launch finds them.
         options: of the compiler.
+        again: numbers of 32 bits in the main loop that several threads load, each as often as it holds their
+            rows or columns; at most so many a thread. They come out of a cache, and count once.
+        elements: that one turn of the main loop handles; 0: BLOCK.
+        narrowest: bits of the narrowest access allowed in the main loop, but for these numbers.
     """
 
     name: str
@@ -40,6 +44,9 @@ class AuditSpec:
     num_warps: int
     multiples: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=lambda: dict(LAUNCH))
+    again: int = 0
+    elements: int = 0
+    narrowest: int = 128
 
     @property
     def signature(self) -> dict[str, str]:

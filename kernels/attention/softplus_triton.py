@@ -16,6 +16,7 @@ own dtype and summed in float32.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,11 +26,14 @@ from torch import Tensor
 
 from optx.kernels.attention import softplus_rows as reference
 from optx.kernels.attention.softplus_rows import Options, through_length
+from optx.kernels.triton_launch import AuditSpec
 from optx.kernels.triton_lib import LAUNCH
 
-__all__ = ["backward", "forward"]
+__all__ = ["audit_specs", "backward", "forward"]
 
-ROWS, KEYS, WARPS = 64, 32, 4
+# Rows and keys of a tile, by what walks and the bytes of an element: as large as registers hold.
+TILES = {("keys", 2): (64, 32), ("rows", 2): (32, 16), ("keys", 4): (16, 32), ("rows", 4): (32, 16)}
+WARPS = 4
 
 
 @triton.jit
@@ -311,6 +315,11 @@ def keys_kernel(
     _put(value_result + own * keys * depth, value_found, begin, keys, depth, KEYS, DEPTH)
 
 
+def _precision(wide: bool, cuda: bool) -> str:
+    """How products are made: float32's by three of TF32 on NVIDIA's tensor cores, near its own digits."""
+    return ("tf32x3" if cuda else "ieee") if wide else "tf32"
+
+
 class _Call:
     """The arguments that all kernels have."""
 
@@ -335,8 +344,12 @@ class _Call:
         rows = (self.scale[..., None] * self.query_unit).contiguous()
         return self.q, self.k, self.v, rows, self.key_unit.contiguous(), self.counts
 
-    def launch(self, kernel: Any, grid: tuple[int, int], *tensors: Any) -> None:
-        """Launch one of the kernels."""
+    def launch(self, kernel: Any, along: str, *tensors: Any) -> None:
+        """Launch one of the kernels, whose programs have some rows and walk along keys, or the other way."""
+        tile_rows, tile_keys = TILES[along, self.q.element_size()]
+        grid = (triton.cdiv(self.shape[2], tile_rows), self.shape[0] * self.shape[1])
+        if along == "rows":
+            grid = (triton.cdiv(self.keys, tile_keys), self.k.shape[0] * self.k.shape[1])
         heads, rows = self.shape[1:]
         sizes = (heads, heads // self.k.shape[1], rows, self.keys, self.q.shape[-1], self.v.shape[-1])
         wide = [max(16, triton.next_power_of_2(size)) for size in sizes[-2:]]
@@ -349,9 +362,9 @@ class _Call:
                 POWER=self.options.power,
                 CAUSAL=self.options.causal,
                 DROPOUT=self.options.dropout,
-                PRECISION="ieee" if self.q.dtype == torch.float32 else "tf32",
-                ROWS=ROWS,
-                KEYS=KEYS,
+                PRECISION=_precision(self.q.dtype == torch.float32, cuda=torch.version.hip is None),
+                ROWS=tile_rows,
+                KEYS=tile_keys,
                 WIDTH=wide[0],
                 DEPTH=wide[1],
                 FEW=reference.FEW,
@@ -367,9 +380,8 @@ def forward(
     call = _Call(q, k, v, mask, options, seed)
     out = q.new_empty((*q.shape[:3], v.shape[-1]), dtype=v.dtype)
     stats = torch.ones((3, *q.shape[:3]), dtype=torch.float32, device=q.device)
-    grid = (triton.cdiv(q.shape[2], ROWS), q.shape[0] * q.shape[1])
     if out.numel():
-        call.launch(forward_kernel, grid, *call.tensors(), call.limit, call.mask, seed, out, stats)
+        call.launch(forward_kernel, "keys", *call.tensors(), call.limit, call.mask, seed, out, stats)
     return out, stats
 
 
@@ -393,8 +405,42 @@ def backward(
     delta = (grad.float() * out.float()).sum(-1)
     both = torch.empty_like(delta)
     given = (*call.tensors(), call.mask, seed, stats.contiguous(), grad, delta, both)
-    rows, keys = triton.cdiv(q.shape[2], ROWS), triton.cdiv(k.shape[2], KEYS)
-    call.launch(rows_kernel, (rows, q.shape[0] * q.shape[1]), *given, results[0])
-    call.launch(keys_kernel, (keys, k.shape[0] * k.shape[1]), *given, *results[1:])
+    call.launch(rows_kernel, "keys", *given, results[0])
+    call.launch(keys_kernel, "rows", *given, *results[1:])
     query = results[0] * call.scale[..., None]  # of rows of length 1, as the key's
     return through_length(query, q), through_length(results[1], k), results[2].to(v.dtype)
+
+
+def audit_specs(cuda: bool, wave: int) -> Iterator[AuditSpec]:
+    """The kernels as launched for aligned heads of 64: causal LSSAR, and LSSA with a mask of all rows."""
+    pointers = ("row_scale", "key_scale", "counts", "limit", "stats", "delta", "both")
+    types = dict.fromkeys((*pointers, "result", "key_result", "value_result"), "*fp32") | {"mask": "*u8"}
+    strides = ("batch_step", "head_step", "row_step")
+    sizes = ("rows", "keys", "width", "depth", "total_rows")
+    types |= dict.fromkeys(("heads", "groups", *sizes, *strides), "i32")
+    for dtype, size, masked in (("fp32", 4, False), ("bf16", 2, False), ("bf16", 2, True)):
+        own = types | dict.fromkeys(("q", "k", "v", "out", "grad"), f"*{dtype}")
+        for kernel, along, beside in (
+            (forward_kernel, "keys", 1),
+            (rows_kernel, "keys", 1),
+            (keys_kernel, "rows", 7),
+        ):
+            rows, keys = TILES[along, size]
+            walked = keys if along == "keys" else rows
+            none = {"seed": None} if masked else {"mask": None, "seed": None, **dict.fromkeys(strides, 0)}
+            constants = {"POWER": 0.0 if masked else 15.0, "CAUSAL": not masked, "DROPOUT": 0.0}
+            constants |= {"PRECISION": _precision(size == 4, cuda), "ROWS": rows, "KEYS": keys}
+            constants |= {"WIDTH": 64, "DEPTH": 64, "FEW": reference.FEW, "key_step": int(masked), **none}
+            name = kernel.__name__.removesuffix("_kernel")
+            yield AuditSpec(
+                f"softplus {name} {'masked ' if masked else ''}{dtype}",
+                kernel,
+                own,
+                constants,
+                size + (4 * beside + masked * rows * keys / walked) / 128,
+                WARPS,
+                multiples=(*sizes, *(strides if masked else ())),
+                again=walked // 2 if beside == 1 else beside * walked // 4,
+                elements=walked * 128,
+                narrowest=min(128, 8 * rows * keys // (WARPS * wave)) if masked else 128,
+            )

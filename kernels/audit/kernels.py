@@ -70,6 +70,7 @@ class Kernel:
         rows: how many numbers per row are loaded, and how many sums stored: for a row's elements once, by all
             of its threads from one address, and by one of them.
         across: columns that a program sees of each row.
+        again: numbers of 32 bits that a thread loads at most besides, as `AuditSpec` has them.
     """
 
     program: str
@@ -87,6 +88,7 @@ class Kernel:
     scales: int = 0
     rows: tuple[int, int] = (0, 0)
     across: int = 0
+    again: int = 0
 
 
 def kernels(case: Case, target: Target) -> Iterator[Kernel]:
@@ -185,6 +187,14 @@ def softmax_kernels(target: Target) -> Iterator[Kernel]:
         yield _by_spec("softmax", s, elements, narrowest=ACCESS)
 
 
+def attention_kernels(target: Target) -> Iterator[Kernel]:
+    """Those of softplus attention. A mask's byte is one of a few that a thread has of a tile."""
+    from optx.kernels.attention import softplus_triton
+
+    for s in softplus_triton.audit_specs(cuda=target.backend == "cuda", wave=target.wave):
+        yield replace(_by_spec("attention", s, s.elements, s.narrowest), again=s.again)
+
+
 def _by_spec(program: str, s: AuditSpec, elements: int, narrowest: int) -> Kernel:
     constexprs = {(s.function.arg_names.index(k),): v for k, v in s.constexprs.items()}
     return Kernel(
@@ -208,5 +218,6 @@ OTHERS: dict[str, Callable[[Target], Iterator[Kernel]]] = {
     "shared": shared_kernels,
     "rf8": rf8_kernels,
     "softmax": softmax_kernels,
+    "attention": attention_kernels,
 }
 """Kernels that belong to no program, by their kind."""

@@ -73,6 +73,8 @@ def measure(kernel: Kernel, target: Target) -> Row:
         counted += (
             kernel.rows[0] * _width(rows, False) + kernel.rows[1] * _width(rows, True)
         ) / kernel.across
+    if kernel.again:  # what is beyond the implied bytes, up to what these numbers may be
+        counted -= min(max(counted - kernel.bytes, 0.0), 4 * kernel.again / per_thread)
     return Row(
         kernel.program,
         kernel.name,
@@ -102,6 +104,12 @@ def _rows(kernel: Kernel, machine: Machine, per_thread: float) -> list[Any]:
     return found
 
 
+def _again(kernel: Kernel, machine: Machine) -> list[Any]:
+    """The narrow loads of numbers that several threads load, as many as there may be."""
+    low = [a for a in machine.loop if a.bytes < ACCESS // 8 and not a.store]
+    return low[: kernel.again * machine.turns]
+
+
 def _width(rows: Sequence[Any], store: bool) -> int:
     """Bytes of one of them."""
     return max((a.bytes for a in rows if a.store == store), default=0)
@@ -117,7 +125,7 @@ def _problems(kernel: Kernel, machine: Machine, counted: float, per_thread: floa
         return
     octets = round(kernel.octets * per_thread / 8 * machine.turns)
     bytewise = [a for a in machine.loop if a.bytes == 1 and not a.store][:octets]
-    bytewise += [*_scales(kernel, machine), *_rows(kernel, machine, per_thread)]
+    bytewise += [*_scales(kernel, machine), *_rows(kernel, machine, per_thread), *_again(kernel, machine)]
     narrowest = min((8 * a.bytes for a in machine.loop if not any(a is b for b in bytewise)), default=ACCESS)
     if narrowest < kernel.narrowest:
         yield f"accesses memory by {narrowest} bits"

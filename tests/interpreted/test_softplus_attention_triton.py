@@ -24,8 +24,7 @@ CASES: list[tuple[float, bool, Any]] = [
 def test_both_ways_are_those_of_the_blocks(
     power: float, causal: bool, kind: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device, "ROWS", 16)
-    monkeypatch.setattr(device, "KEYS", 16)
+    monkeypatch.setattr(device, "TILES", dict.fromkeys(device.TILES, (16, 16)))
     g = torch.Generator().manual_seed(0)
     keys = 21 if causal else 19
     q, grad = torch.randn(1, 2, 21, 8, generator=g), torch.randn(1, 2, 21, 5, generator=g)
@@ -48,8 +47,7 @@ def test_both_ways_are_those_of_the_blocks(
 
 def test_dropout_is_the_same_on_the_way_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient of values, which is linear, tells what was kept."""
-    monkeypatch.setattr(device, "ROWS", 16)
-    monkeypatch.setattr(device, "KEYS", 16)
+    monkeypatch.setattr(device, "TILES", dict.fromkeys(device.TILES, (16, 16)))
     q, k, v = torch.randn(3, 1, 1, 20, 8, generator=torch.Generator().manual_seed(1))
     seed, options = torch.tensor(5), Options(3.0, True, 0.5)
     out, stats = device.forward(q, k, v, None, options, seed)

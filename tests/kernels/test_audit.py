@@ -21,6 +21,7 @@ from optx import cli
 from optx._audit import Case
 from optx.kernels.audit import assembly as audit_asm
 from optx.kernels.audit import report as audit
+from optx.kernels.audit.kernels import attention_kernels
 from optx.kernels.step import emit_triton
 from optx.kernels.step.layout import Layout
 from optx.kernels.step.program import Program
@@ -143,6 +144,17 @@ def test_sums_over_rows_are_counted_once_a_row() -> None:
     assert (row.loads, row.stores, row.machine.spills) == ([128], [64], 0)
     more = audit.measure(replace(kernel, rows=(0, 0)), SM90)
     assert any("accesses memory by 64 bits" in problem for problem in more.problems)
+
+
+def test_what_several_threads_load_counts_once_up_to_what_it_may_be() -> None:
+    """A key's scale is loaded by each thread that has its scores; a second read of the tiles is a fault."""
+    kernel = next(k for k in attention_kernels(SM90) if k.name == "softplus forward bf16")
+    row = audit.measure(kernel, SM90)
+    assert (row.problems, row.machine.spills) == ([], 0)
+    assert row.bytes == row.implied == 2 + 4 / 128
+    for fault, said in (({"again": 0}, "accesses memory by 64 bits"), ({"again": 4}, "moves 2.50")):
+        more = audit.measure(replace(kernel, **fault), SM90)
+        assert any(said in problem for problem in more.problems)
 
 
 def test_no_transform_is_forgotten() -> None:
