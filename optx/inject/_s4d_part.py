@@ -106,7 +106,7 @@ class InPlace(Mixer):
                 "Call the model once before torch.compile."
             )
         quiet = {name: None if name in _STATEFUL else value for name, value in kwargs.items()}
-        with torch.no_grad(), torch.random.fork_rng(devices=_devices(self)):
+        with torch.no_grad(), torch.random.fork_rng(devices=_devices(self)):  # pyright: ignore
             output = call(*args, **quiet)
         found = output_of(output).shape
         if found != shape:
@@ -114,7 +114,7 @@ class InPlace(Mixer):
                 f"S4D on {self.path!r}: the module turns {tuple(shape)} into {tuple(found)}; it must "
                 "keep the shape for S4D to take its place. Target other modules."
             )
-        return [None] * len(output) if isinstance(output, list) else _blank(output)
+        return _blank(output)
 
     def retired(self, module: nn.Module) -> Sequence[nn.Parameter]:
         """All of the module's own."""
@@ -123,11 +123,11 @@ class InPlace(Mixer):
 
 def _blank(output: Any) -> Any:
     """An output's form, for `with_output`."""
-    if not isinstance(output, tuple):
+    if not isinstance(output, (tuple, list)):
         return True  # one tensor
-    blank: list[Any] = [None] * len(output)  # pyright: ignore[reportUnknownArgumentType]
-    kind: Any = type(output)  # pyright: ignore[reportUnknownVariableType]
-    return kind(*blank) if hasattr(kind, "_fields") else tuple(blank)
+    items: Any = output  # pyright: ignore[reportUnknownVariableType]
+    blank = [None for _ in items]
+    return type(items)(*blank) if hasattr(items, "_fields") else type(items)(blank)
 
 
 _STATEFUL = ("cache", "past_key_values", "past_key_value", "layer_past")
