@@ -194,6 +194,8 @@ def _sass(text: str, conditional: bool, rest: str, position: dict[int, int]) -> 
     if name in ("LDG", "STG", "LD", "ST"):
         width = next((_SASS_BYTES[m] for m in modifiers if m in _SASS_BYTES), 4)
         access = Access(width, name.startswith("ST"))
+    # BRA.U jumps by a uniform predicate, BRA.DIV where threads diverge: theirs is an operand, not a guard.
+    conditional = conditional or not {"U", "DIV", "CONV"}.isdisjoint(modifiers)
     return _Instruction(name, access, target, conditional or name not in ("BRA", "JMP", "EXIT", "RET"))
 
 

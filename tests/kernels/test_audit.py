@@ -193,6 +193,20 @@ def test_blocks_out_of_order_are_no_loop() -> None:
     assert machine.instructions == 3
 
 
+def test_a_uniform_jump_out_of_a_loop_is_conditional() -> None:
+    """sm_100's loops may end with BRA.U, whose predicate is an operand: what follows it is the loop."""
+    text = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   BRA.U UP0, 0x50 ;
+        /*0020*/                   LDG.E.128 R4, [R2.64] ;
+        /*0030*/                   IADD3 R2, R2, 0x10, RZ ;
+        /*0040*/                   BRA 0x10 ;
+        /*0050*/                   EXIT ;
+    """
+    machine = audit_asm._of_sass("REG:8 STACK:0 SHARED:0 LOCAL:0\n" + text, "", 0)
+    assert machine.loop == (audit_asm.Access(16, store=False),)
+
+
 def test_unrolled_loops_count_once() -> None:
     """SGD's loop is short enough for ptxas to unroll it."""
     row = update(audit_cases.make("SGD", lambda p: torch.optim.SGD(p, 0.1)), SM90)
