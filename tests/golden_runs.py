@@ -46,6 +46,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "FLoRA": {"": {}, "orthonormal": {"init": "orthonormal"}, "embedding": {}},
     "HFT": {"": {"rounds_every": 8, "seed": 5}},
     "LossReweight": {"linupper": {}, "quadratic": {"strategy": "quadratic"}, "limited": {"max_weight": 1.5}},
+    "LSSAR": {"": {"p": 3.0}},  # at 15 another processor's last digit is 0.003 after 20 steps
     "LoRA": {"LoRA": {}, "rsLoRA": {"rslora": True}, "DoRA": {"dora": True}, "embedding": {}},
     "ParallelAdapter": {"": {}, "as BERT": {"init": "bert"}},
     "MESA": {"": {"beta": 0.8, "start_epoch": 2}},
