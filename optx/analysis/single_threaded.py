@@ -5,6 +5,7 @@ Source: "LLMs are Single-threaded Reasoners", arXiv 2508.03440.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +67,7 @@ def single_threadedness(
     *,
     steps: int = 40,
     seed: Seeds = 0,
+    stop_ids: int | Sequence[int] | None = None,
     use_cache: bool | None = None,
 ) -> SingleThreaded:
     """Compare what a model says after a mixture with what it says after one of its tokens alone.
@@ -83,13 +85,14 @@ def single_threadedness(
         attention_mask: (B, P), 0 at padding.
         steps: T. Rows that stop before have nan from there.
         seed: of the noise, as ``handle.begin`` has it.
+        stop_ids: tokens that end a row, as ``handle.begin`` has them.
         use_cache: None: if the model has a cache.
 
     Returns:
         All of it, step by step; ``.mean(0.5, 0.9)`` is of steps whose heaviest weight is in between.
 
     Paper values:
-        None to set: the handle's options are those of the thinking. ``steps=40`` is optx's.
+        None to set: the handle's options are those of the thinking.
 
     Limits: Costs three calls of the model a step, and two copies of its cache. Steps of which only one token
         is left have no second and are nan.
@@ -121,7 +124,7 @@ def single_threadedness(
     prompts, mask = prompts_of(handle.model, input_ids, attention_mask, "single_threadedness")
     B = len(prompts)
     rows = Sequences(
-        generators_of(seed, B, "single_threadedness"), torch.ones(B, dtype=torch.bool), handle.stops(None)
+        generators_of(seed, B, "single_threadedness"), torch.ones(B, dtype=torch.bool), handle.stops(stop_ids)
     )
     trail, caller = Trail(prompts, mask), Caller(handle.model, mask, use_cache)
     logits = _next(handle, caller, trail)
