@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -274,18 +274,8 @@ class ThinkingHandle(Handle):
         self.last = made.grouped(G)
         return self.last
 
-    def custom_generate(
-        self,
-        model: Any,
-        input_ids: Tensor,
-        logits_processor: Any = None,
-        stopping_criteria: Any = None,
-        generation_config: Any = None,
-        seed: Any = 0,
-        thinking: Any = True,
-        **kwargs: Any,
-    ) -> Any:
-        """transformers' own loop: ``model.generate(ids, custom_generate=handle.custom_generate, seed=0)``.
+    def custom_generate(self, *, seed: Seeds = 0, thinking: bool | Tensor = True) -> Callable[..., Any]:
+        """For transformers' loop: ``model.generate(ids, custom_generate=handle.custom_generate(seed=0))``.
 
         Caches of all kinds, processors, stopping criteria and outputs are transformers'; the tokens are the
         heaviest of each step, and ``handle.last`` has the record. Settings of sampling (``do_sample``,
@@ -293,35 +283,35 @@ class ThinkingHandle(Handle):
         gets nothing, as transformers does not pass it on to such functions.
 
         Args:
-            model: what generates; the handle's.
-            input_ids: (B, P), expanded already.
-            logits_processor: transformers', applied before this method's step.
-            stopping_criteria: transformers'.
-            generation_config: transformers'; of one beam.
             seed: as `begin` has it.
             thinking: as `begin` has it.
-            kwargs: what transformers gives to its loops.
 
-        Raises:
-            OptxError: several beams, or another model than the handle's.
+        Returns:
+            The function. When it is called, several beams or another model than the handle's are an
+            `optx.OptxError`.
         """
-        self.check_acts("custom_generate")
-        _generate.check_served(self.model, model, generation_config)
-        stops: Any = getattr(generation_config, "eos_token_id", None)
-        self.begin(len(input_ids), seed=seed, thinking=thinking, stop_ids=() if stops is None else stops)
-        made, trail = _generate.through_transformers(
-            self.part,
-            self._begun(),
-            self.injection,
-            model,
-            input_ids,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
-            kwargs,
-        )
-        self._keep(trail)
-        return made
+
+        def loop(
+            model: Any,
+            input_ids: Tensor,
+            logits_processor: Any = None,
+            stopping_criteria: Any = None,
+            generation_config: Any = None,
+            **kwargs: Any,
+        ) -> Any:
+            self.check_acts("custom_generate")
+            _generate.check_served(self.model, model, generation_config)
+            stops: Any = getattr(generation_config, "eos_token_id", None)
+            own = () if stops is None else stops
+            self.begin(len(input_ids), seed=seed, thinking=thinking, stop_ids=own)
+            given = (logits_processor, stopping_criteria, generation_config, kwargs)
+            made, trail = _generate.through_transformers(
+                self.part, self._begun(), self.injection, model, input_ids, *given
+            )
+            self._keep(trail)
+            return made
+
+        return loop
 
     def _begun(self) -> Sequences:
         assert self.sequences is not None

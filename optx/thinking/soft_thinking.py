@@ -35,7 +35,7 @@ class SoftThinking(Injection):
 
     ``handle.generate(ids, max_new_tokens=...)`` does all of it; ``handle.rollout`` several of each prompt for
     a policy gradient; ``handle.step(logits)`` one step in a loop of one's own; and transformers' generate
-    takes ``custom_generate=handle.custom_generate``. All record what was fed (`optx.Rollout`).
+    takes ``custom_generate=handle.custom_generate()``. All record what was fed (`optx.Rollout`).
 
     Args:
         noise: ``"gumbel"``; ``"dirichlet"``: weights ~ Dir(alpha p), before the K are chosen; None: y = pi.

@@ -50,7 +50,7 @@ def test_one_token_is_greedy_decoding(use_cache: bool, dtype: torch.dtype) -> No
     assert torch.equal(made.sequences, wanted)
     assert torch.equal(made.weights, torch.ones(4, made.ids.shape[1], 1))
     via = model.generate(
-        ids, attention_mask=mask, max_new_tokens=12, pad_token_id=0, custom_generate=handle.custom_generate
+        ids, attention_mask=mask, max_new_tokens=12, pad_token_id=0, custom_generate=handle.custom_generate()
     )
     assert torch.equal(via, wanted)
 
@@ -292,8 +292,7 @@ def test_transformers_loop_gives_the_same_record() -> None:
             ids,
             attention_mask=mask,
             max_new_tokens=9,
-            custom_generate=handle.custom_generate,
-            seed=4,
+            custom_generate=handle.custom_generate(seed=4),
             pad_token_id=0,
             return_dict_in_generate=True,
             **options,
@@ -303,7 +302,7 @@ def test_transformers_loop_gives_the_same_record() -> None:
         assert torch.equal(handle.last.soft, wanted.soft)
         assert handle.part.inputs is None
     with pytest.raises(optx.OptxError, match="num_beams is 2"):
-        model.generate(ids, max_new_tokens=2, num_beams=2, custom_generate=handle.custom_generate)
+        model.generate(ids, max_new_tokens=2, num_beams=2, custom_generate=handle.custom_generate())
 
 
 # ---- state ----------------------------------------------------------------------------------------------

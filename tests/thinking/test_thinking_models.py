@@ -92,8 +92,8 @@ def test_families(build: Any) -> None:
     assert one.soft.all()
     assert torch.equal(one.ids, two.ids)
     assert torch.allclose(one.weights, two.weights, atol=1e-5)
-    via = {"custom_generate": handle.custom_generate, "seed": 1, "max_new_tokens": 12, "eos_token_id": None}
-    model.generate(ids, attention_mask=mask, pad_token_id=0, **via)
+    own |= {"eos_token_id": None, "custom_generate": handle.custom_generate(seed=1)}
+    model.generate(ids, attention_mask=mask, **own)
     assert torch.equal(handle.last.ids, one.ids)
     assert torch.allclose(handle.last.weights, one.weights, atol=1e-5)
 
@@ -175,7 +175,7 @@ def test_peft_models() -> None:
         attention_mask=mask,
         max_new_tokens=8,
         pad_token_id=0,
-        custom_generate=handle.custom_generate,
+        custom_generate=handle.custom_generate(),
     )
     assert torch.allclose(handle.last.weights, soft.weights, atol=1e-5)
 
