@@ -28,6 +28,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "Dirichlet": {"noise": "dirichlet", "alpha": 4.0},
 }
 TITLE, AXES = "After a mixture, and after one token", ("", "Jensen-Shannon divergence, nats")
+ONCE = True
+"""One seed is enough: there are as many thoughts of an arm as questions times samples."""
+TOGETHER = 5
+"""Questions that are thought about in one batch."""
 BETWEEN = (0.5, 0.9)
 """Heaviest weights of the steps that are compared: there is a second token, and a first."""
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -83,19 +87,17 @@ def train(arm: str, seed: int, known: Known, args: Any, run: Run) -> dict[str, A
     """Thoughts of each question, and what single steps of one of them say; None: interrupted."""
     T, samples = args.soft_steps, args.samples
     with optx.attach(known.model, optx.SoftThinking(**ARMS[arm])) as thinking:
-        seeds = [hash_of(seed, row) for row in range(args.prompts * samples)]
+        # Each thought's own, whatever it is drawn together with.
+        seeds = [1_000_003 * seed + row for row in range(args.prompts * samples)]
         before = clock()
         different = list[int]()
-        for prompt in run.steps(f"{arm}, seed {seed}: thoughts", 0, args.prompts):
-            one = {name: tensor[prompt : prompt + 1] for name, tensor in known.batch.items()}
-            made = thinking.rollout(
-                one,
-                samples,
-                max_new_tokens=T,
-                seed=seeds[prompt * samples : (prompt + 1) * samples],
-                stop_ids=(),
-            )
-            different.append(len(torch.unique(made.tokens, dim=0)))
+        batches = -(-args.prompts // TOGETHER)
+        for batch in run.steps(f"{arm}, seed {seed}: thoughts", 0, batches):
+            at = slice(batch * TOGETHER, (batch + 1) * TOGETHER)
+            some = {name: tensor[at] for name, tensor in known.batch.items()}
+            own = seeds[at.start * samples : at.stop * samples]
+            made = thinking.rollout(some, samples, max_new_tokens=T, seed=own, stop_ids=())
+            different += [len(torch.unique(one, dim=0)) for one in made.tokens.split(samples)]
         if run.interrupt.wanted:
             return None
         seconds = clock() - before
@@ -110,11 +112,6 @@ def train(arm: str, seed: int, known: Known, args: Any, run: Run) -> dict[str, A
         "between": found.mean(*BETWEEN),
         "log_k": math.log(K),
     }
-
-
-def hash_of(seed: int, row: int) -> int:
-    """A row's own seed, another for each seed of the run."""
-    return 1_000_003 * seed + row
 
 
 # ---- what is told ---------------------------------------------------------------------------------------

@@ -75,6 +75,15 @@ def entropy(p: Tensor) -> Tensor:
     return torch.special.entr(p).sum(-1)
 
 
+def entropy_of(z: Tensor) -> Tensor:
+    """The same of softmax(z), for long rows: ln sum e^z - sum p z has no logarithm of each p.
+
+    It is nan or inf where z has nan, inf or nothing but -inf.
+    """
+    p = z.softmax(-1)
+    return (z.logsumexp(-1) - torch.linalg.vecdot(p, z.clamp_min(torch.finfo(z.dtype).min))).clamp_min(0)
+
+
 def renormalised(p: Tensor) -> Tensor:
     """The same, with a sum of 1 along the last axis."""
     return p / p.sum(-1, keepdim=True)
@@ -107,12 +116,15 @@ def candidates(logits: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
     """
     V = logits.shape[-1]
     n = V if limits.top_k == 0 else min(limits.top_k, V)
-    best = logits.argmax(-1, keepdim=True)
     if n == 1:
+        best = logits.argmax(-1, keepdim=True)
         return best, torch.ones_like(best, dtype=logits.dtype)
-    ids = logits.topk(n, -1).indices
-    missing = (ids != best).all(-1, keepdim=True)  # more than n are as likely as it
-    ids = torch.cat([ids[:, :-1], best.where(missing, ids[:, -1:])], 1).sort(-1).values
+    top, ids = logits.topk(n, -1)
+    if bool((top[:, 0] == top[:, -1]).any()):  # more than n may be as likely as the first of them
+        best = logits.argmax(-1, keepdim=True)
+        missing = (ids != best).all(-1, keepdim=True)
+        ids = torch.cat([ids[:, :-1], best.where(missing, ids[:, -1:])], 1)
+    ids = ids.sort(-1).values
     top, order = logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
     # A softmax over the n largest is p = softmax(z / T) renormalised over them.
     return ids.gather(-1, order), filtered((top / limits.temperature).softmax(-1), limits)

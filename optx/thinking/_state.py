@@ -99,7 +99,7 @@ class Sequences:
             )
         z = logits.detach().float()
         V = z.shape[1]
-        H = _mix.entropy((z / options.limits.temperature).softmax(-1)) / (1 if options.nats else math.log(V))
+        H = _mix.entropy_of(z / options.limits.temperature) / (1 if options.nats else math.log(V))
         entropies = H.cpu()
         self._check_numbers(entropies)
         made = _blank(len(self), options.width(V), z.device)

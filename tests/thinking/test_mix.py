@@ -92,6 +92,11 @@ def test_entropy() -> None:
     """Property 7, first half."""
     assert float(_mix.entropy(EXACT)) == pytest.approx(1.02965301, abs=6e-9)
     assert float(_mix.entropy(EXACT)) / math.log(3) == pytest.approx(0.93723056, abs=6e-9)
+    assert float(_mix.entropy_of(EXACT.log() + 40)) == pytest.approx(1.02965301, abs=6e-9)
+    masked = torch.tensor([[0.0, -torch.inf, 2.0], [5.0, -torch.inf, -torch.inf]])
+    assert torch.allclose(_mix.entropy_of(masked), _mix.entropy(masked.softmax(-1)), atol=1e-6)
+    wrong = torch.tensor([[torch.nan, 0.0], [torch.inf, 0.0], [-torch.inf, -torch.inf]])
+    assert not _mix.entropy_of(wrong).isfinite().any()
 
 
 # ---- what the paper leaves open -------------------------------------------------------------------------
