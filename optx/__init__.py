@@ -97,18 +97,12 @@
 
 __version__ = "0.1.0"
 
-from optx import analysis as analysis
+import pkgutil as _pkgutil
+import typing as _typing
+
 from optx import bases as bases
 from optx import functional as functional
-from optx import init as init
-from optx import integrations as integrations
 from optx import ops as ops
-from optx import policy as policy
-from optx import rf8 as rf8
-from optx import scaling as scaling
-from optx._config import Configured as Configured
-from optx._config import from_config as from_config
-from optx._config_written import to_config as to_config
 from optx._errors import FileError as FileError
 from optx._errors import FusedError as FusedError
 from optx._errors import MergeError as MergeError
@@ -119,29 +113,6 @@ from optx._errors import TransformError as TransformError
 from optx._masks import Masks as Masks
 from optx._param_groups import param_groups as param_groups
 from optx._rules import rule as rule
-from optx.analysis.rate import rate as rate
-from optx.delta import rws as rws
-from optx.delta._compressed import Compressed as Compressed
-from optx.delta._coordinate_search import Found as Found
-from optx.delta._coordinate_search import search as search
-from optx.delta._delta import Delta as Delta
-from optx.delta._first_layers import shallowest as shallowest
-from optx.delta._merge_method import MergeMethod as MergeMethod
-from optx.delta._mergekit import merge_yaml as merge_yaml
-from optx.delta._patch import Patch as Patch
-from optx.delta._patch import patch as patch
-from optx.delta.arithmetic import TaskArithmetic as TaskArithmetic
-from optx.delta.compeft import ComPEFT as ComPEFT
-from optx.delta.compeft import compress as compress
-from optx.delta.dare import DARETIES as DARETIES
-from optx.delta.dare import DARELinear as DARELinear
-from optx.delta.deepshape import deepshape as deepshape
-from optx.delta.merge import merge as merge
-from optx.delta.pcb import PCB as PCB
-from optx.delta.rws import Signature as Signature
-from optx.delta.ties import TIES as TIES
-from optx.flow.gumbel_flow import GumbelFlow as GumbelFlow
-from optx.flow.st_guide import STGuide as STGuide
 from optx.inject._abmll_handle import ABMLLHandle as ABMLLHandle
 from optx.inject._abmll_task import ABMLLTask as ABMLLTask
 from optx.inject._attach import attach as attach
@@ -201,21 +172,6 @@ from optx.inject.svfit import SVFit as SVFit
 from optx.inject.vq_logits import VQLogits as VQLogits
 from optx.inject.widenet import WideNet as WideNet
 from optx.inject.window_prune import WindowPrune as WindowPrune
-from optx.policy._pmoe_handle import PMOEHandle as PMOEHandle
-from optx.policy.frequency_loss import FrequencyLoss as FrequencyLoss
-from optx.policy.pmoe_head import PMOEHead as PMOEHead
-from optx.policy.ppo import ppo_pmoe_losses as ppo_pmoe_losses
-from optx.policy.sac import sac_pmoe_losses as sac_pmoe_losses
-from optx.policy.sac import sac_pmoe_target as sac_pmoe_target
-from optx.pruning._prune import prune as prune
-from optx.pruning._reconstruct import Reconstruction as Reconstruction
-from optx.pruning._reconstruct import reconstruct as reconstruct
-from optx.pruning.magnitude import Magnitude as Magnitude
-from optx.pruning.sparsegpt import SparseGPT as SparseGPT
-from optx.pruning.wanda import Wanda as Wanda
-from optx.scaling.mu_adamw import MuAdamW as MuAdamW
-from optx.scaling.mu_attention import MuAttention as MuAttention
-from optx.scaling.mu_readout import MuReadout as MuReadout
 from optx.signal._with_index import with_index as with_index
 from optx.signal.loss_reweight import LossReweight as LossReweight
 from optx.signal.mesa import MESA as MESA
@@ -243,9 +199,6 @@ from optx.step.step_moments import Moments as Moments
 from optx.step.transform import Transform as Transform
 from optx.step.wrap import wrap as wrap
 from optx.step.wrapped import Wrapped as Wrapped
-from optx.thinking._handle import ThinkingHandle as ThinkingHandle
-from optx.thinking._record import Rollout as Rollout
-from optx.thinking.soft_thinking import SoftThinking as SoftThinking
 from optx.transforms.adamr import AdamR as AdamR
 from optx.transforms.backslash import BackSlash as BackSlash
 from optx.transforms.clip import Clip as Clip
@@ -255,3 +208,121 @@ from optx.transforms.keep_mask import KeepMask as KeepMask
 from optx.transforms.perpgrad import PerpGrad as PerpGrad
 from optx.transforms.sara import SaRA as SaRA
 from optx.transforms.subgm import SubGM as SubGM
+
+if _typing.TYPE_CHECKING:
+    from optx import analysis as analysis
+    from optx import init as init
+    from optx import integrations as integrations
+    from optx import policy as policy
+    from optx import rf8 as rf8
+    from optx import scaling as scaling
+    from optx._config import Configured as Configured
+    from optx._config import from_config as from_config
+    from optx._config_written import to_config as to_config
+    from optx.analysis.rate import rate as rate
+    from optx.delta import rws as rws
+    from optx.delta._compressed import Compressed as Compressed
+    from optx.delta._coordinate_search import Found as Found
+    from optx.delta._coordinate_search import search as search
+    from optx.delta._delta import Delta as Delta
+    from optx.delta._first_layers import shallowest as shallowest
+    from optx.delta._merge_method import MergeMethod as MergeMethod
+    from optx.delta._mergekit import merge_yaml as merge_yaml
+    from optx.delta._patch import Patch as Patch
+    from optx.delta._patch import patch as patch
+    from optx.delta.arithmetic import TaskArithmetic as TaskArithmetic
+    from optx.delta.compeft import ComPEFT as ComPEFT
+    from optx.delta.compeft import compress as compress
+    from optx.delta.dare import DARETIES as DARETIES
+    from optx.delta.dare import DARELinear as DARELinear
+    from optx.delta.deepshape import deepshape as deepshape
+    from optx.delta.merge import merge as merge
+    from optx.delta.pcb import PCB as PCB
+    from optx.delta.rws import Signature as Signature
+    from optx.delta.ties import TIES as TIES
+    from optx.flow.gumbel_flow import GumbelFlow as GumbelFlow
+    from optx.flow.st_guide import STGuide as STGuide
+    from optx.policy._pmoe_handle import PMOEHandle as PMOEHandle
+    from optx.policy.frequency_loss import FrequencyLoss as FrequencyLoss
+    from optx.policy.pmoe_head import PMOEHead as PMOEHead
+    from optx.policy.ppo import ppo_pmoe_losses as ppo_pmoe_losses
+    from optx.policy.sac import sac_pmoe_losses as sac_pmoe_losses
+    from optx.policy.sac import sac_pmoe_target as sac_pmoe_target
+    from optx.pruning._prune import prune as prune
+    from optx.pruning._reconstruct import Reconstruction as Reconstruction
+    from optx.pruning._reconstruct import reconstruct as reconstruct
+    from optx.pruning.magnitude import Magnitude as Magnitude
+    from optx.pruning.sparsegpt import SparseGPT as SparseGPT
+    from optx.pruning.wanda import Wanda as Wanda
+    from optx.scaling.mu_adamw import MuAdamW as MuAdamW
+    from optx.scaling.mu_attention import MuAttention as MuAttention
+    from optx.scaling.mu_readout import MuReadout as MuReadout
+    from optx.thinking._handle import ThinkingHandle as ThinkingHandle
+    from optx.thinking._record import Rollout as Rollout
+    from optx.thinking.soft_thinking import SoftThinking as SoftThinking
+
+# What a step and an attached model need not is loaded by its first use. tests/front/test_import_time.py holds
+# this table to the imports above, which type checkers read.
+_LATER = {
+    "analysis": "optx.analysis",
+    "init": "optx.init",
+    "integrations": "optx.integrations",
+    "policy": "optx.policy",
+    "rf8": "optx.rf8",
+    "scaling": "optx.scaling",
+    "Configured": "optx._config:Configured",
+    "from_config": "optx._config:from_config",
+    "to_config": "optx._config_written:to_config",
+    "rate": "optx.analysis.rate:rate",
+    "rws": "optx.delta.rws",
+    "Compressed": "optx.delta._compressed:Compressed",
+    "Found": "optx.delta._coordinate_search:Found",
+    "search": "optx.delta._coordinate_search:search",
+    "Delta": "optx.delta._delta:Delta",
+    "shallowest": "optx.delta._first_layers:shallowest",
+    "MergeMethod": "optx.delta._merge_method:MergeMethod",
+    "merge_yaml": "optx.delta._mergekit:merge_yaml",
+    "Patch": "optx.delta._patch:Patch",
+    "patch": "optx.delta._patch:patch",
+    "TaskArithmetic": "optx.delta.arithmetic:TaskArithmetic",
+    "ComPEFT": "optx.delta.compeft:ComPEFT",
+    "compress": "optx.delta.compeft:compress",
+    "DARETIES": "optx.delta.dare:DARETIES",
+    "DARELinear": "optx.delta.dare:DARELinear",
+    "deepshape": "optx.delta.deepshape:deepshape",
+    "merge": "optx.delta.merge:merge",
+    "PCB": "optx.delta.pcb:PCB",
+    "Signature": "optx.delta.rws:Signature",
+    "TIES": "optx.delta.ties:TIES",
+    "GumbelFlow": "optx.flow.gumbel_flow:GumbelFlow",
+    "STGuide": "optx.flow.st_guide:STGuide",
+    "PMOEHandle": "optx.policy._pmoe_handle:PMOEHandle",
+    "FrequencyLoss": "optx.policy.frequency_loss:FrequencyLoss",
+    "PMOEHead": "optx.policy.pmoe_head:PMOEHead",
+    "ppo_pmoe_losses": "optx.policy.ppo:ppo_pmoe_losses",
+    "sac_pmoe_losses": "optx.policy.sac:sac_pmoe_losses",
+    "sac_pmoe_target": "optx.policy.sac:sac_pmoe_target",
+    "prune": "optx.pruning._prune:prune",
+    "Reconstruction": "optx.pruning._reconstruct:Reconstruction",
+    "reconstruct": "optx.pruning._reconstruct:reconstruct",
+    "Magnitude": "optx.pruning.magnitude:Magnitude",
+    "SparseGPT": "optx.pruning.sparsegpt:SparseGPT",
+    "Wanda": "optx.pruning.wanda:Wanda",
+    "MuAdamW": "optx.scaling.mu_adamw:MuAdamW",
+    "MuAttention": "optx.scaling.mu_attention:MuAttention",
+    "MuReadout": "optx.scaling.mu_readout:MuReadout",
+    "ThinkingHandle": "optx.thinking._handle:ThinkingHandle",
+    "Rollout": "optx.thinking._record:Rollout",
+    "SoftThinking": "optx.thinking.soft_thinking:SoftThinking",
+}
+
+
+def __getattr__(name: str) -> _typing.Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'optx' has no attribute {name!r}")
+    found = globals()[name] = _pkgutil.resolve_name(_LATER[name])  # so that this is asked once
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

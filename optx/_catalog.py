@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from optx import _everything
 from optx.step.bases import fused_classes
 
 # The verbs, by where a method is public, else by the package that it lives in.
@@ -202,6 +203,7 @@ def public() -> Iterator[tuple[str, Any]]:
     """Every public name but modules, with what it names: of optx, and of its modules that list theirs."""
     import optx
 
+    _everything.load()
     for name, thing in list(vars(optx).items()):
         if inspect.ismodule(thing):
             yield from ((f"{name}.{each}", vars(thing)[each]) for each in vars(thing).get("__all__", ()))

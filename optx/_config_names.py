@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from optx import _everything
 from optx._config_values import dotted
 from optx._errors import OptxError, near
 from optx._spherical import SphericalLoss
@@ -37,6 +38,7 @@ def known(kind: type) -> dict[str, type]:
     if kind is Optimizer:
         there = [one for one in vars(torch.optim).values() if isinstance(one, type)]
         return {one.__name__: one for one in there if issubclass(one, kind) and one is not kind}
+    _everything.load()
     return {one.__name__: one for one in _below(kind) if _is_public(one)}
 
 

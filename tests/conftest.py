@@ -17,6 +17,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from optx import _everything
+
 sys.path.insert(0, str(Path(__file__).parent))  # tests import their shared tables by name
 
 from processes import done  # noqa: F401
@@ -46,6 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "long(keep): goes through a whole scenario for seconds; see --long. With keep=N a"
         " function's first case is not long, nor is about one in N of the others",
     )
+    _everything.load()  # tables of tests look through vars(optx)
     settings.load_profile("fixed" if config.option.hypothesis_seed is None else "drawn")
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from optx import _everything
 from optx._errors import FileError, OptxError, near, warn
 from optx._module_paths import paths_of
 from optx._names import placed_like, whole
@@ -333,6 +334,7 @@ def _encode(value: Any) -> Any:
 
 def _decode(value: Any) -> Any:
     if isinstance(value, dict) and set(value) == {"injection", "options"}:  # pyright: ignore[reportUnknownArgumentType]
+        _everything.load()
         known = {kind.__name__: kind for kind in _kinds(Injection)}
         if not isinstance(value["injection"], str) or value["injection"] not in known:
             raise FileError(

@@ -110,6 +110,7 @@ TABLE = {
     "optx/inject/_mixture.py": "widenet",
     "optx/inject/_spherical_factors.py": "spherical_step spherical_head",
     "optx/inject/_spherical_handle.py": "spherical_head spherical_step",
+    "optx/inject/_spherical_input.py": "spherical_calls",
     "optx/inject/_spherical_part.py": "spherical_head spherical_step",
     "optx/inject/spherical_head.py": "spherical_head",
     "optx/inject/_shared_modules.py": "widenet_models widenet",
