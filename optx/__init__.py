@@ -43,6 +43,7 @@
             LossReweight                                      samples weighted by their losses
             RobustRecoveryLoss                                absolute residuals of a factored matrix
             SAF  MESA  with_index                             flat minima from what was said epochs ago
+            SofTGRPO                                          rewards of what was thought in mixtures
             functional: softmax2  logsumexp2  cross_entropy2  rows read twice where torch reads them thrice
                 lssa_attention  lssar_attention               what LSSA and LSSAR compute, by itself
                 soft_logprob  grpo_advantage  ppo_clip_loss  k3_divergence   of policy gradients
@@ -199,6 +200,10 @@ from optx.step.step_moments import Moments as Moments
 from optx.step.transform import Transform as Transform
 from optx.step.wrap import wrap as wrap
 from optx.step.wrapped import Wrapped as Wrapped
+from optx.thinking._handle import ThinkingHandle as ThinkingHandle
+from optx.thinking._record import Rollout as Rollout
+from optx.thinking.soft_grpo import SofTGRPO as SofTGRPO
+from optx.thinking.soft_thinking import SoftThinking as SoftThinking
 from optx.transforms.adamr import AdamR as AdamR
 from optx.transforms.backslash import BackSlash as BackSlash
 from optx.transforms.clip import Clip as Clip

@@ -28,6 +28,7 @@ _VERBS = {
     "optx.step": "wrap",
     "optx.inject": "attach",
     "optx.signal": "loss",
+    "optx.thinking": "loss",
     "optx.policy": "loss",
     "optx.flow": "loss",
     "optx.delta": "delta",

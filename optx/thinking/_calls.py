@@ -23,12 +23,12 @@ class Caller:
     """
 
     def __init__(self, model: nn.Module, mask: Tensor, use_cache: bool | None) -> None:
-        named = _named(model)
+        names = named(model)
         self.model = model
         self.mask = mask.long()
         self.cache: Any = None
-        self._cache_name = next((name for name in _CACHES if name in named), None)
-        self._takes = {name for name in ("attention_mask", "position_ids", "logits_to_keep") if name in named}
+        self._cache_name = next((name for name in _CACHES if name in names), None)
+        self._takes = {name for name in ("attention_mask", "position_ids", "logits_to_keep") if name in names}
         if use_cache and self._cache_name is None:
             raise OptxError(
                 f"generate: use_cache is True, and the forward of {type(model).__name__} has no "
@@ -80,7 +80,7 @@ class Caller:
         self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], 1)
 
 
-def _named(model: nn.Module) -> set[str]:
+def named(model: nn.Module) -> set[str]:
     """The arguments of the forward that a call comes to; PEFT's passes them on unnamed."""
     give: Any = getattr(model, "get_base_model", None)
     forwards: list[Any] = [model.forward, give().forward] if callable(give) else [model.forward]

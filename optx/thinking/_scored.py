@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from optx._errors import OptxError
 from optx._soft_density import Steps, soft_steps
-from optx.thinking._calls import _named as named  # pyright: ignore[reportPrivateUsage]
+from optx.thinking._calls import named
 from optx.thinking._embedding import embedding_of
 from optx.thinking._record import Rollout
 

@@ -57,8 +57,7 @@ class SofTGRPO:
         noise_clamp: least and largest noise that a token has a gradient at. None: the noise as it is.
 
     Paper values:
-        ``tau=0.1, clip=0.2, kl=1e-3, dual_clip=3.0, reduce="masked_mean"``: all runs, by its scripts (the
-        defaults).
+        ``tau=0.1, clip=0.2, kl=1e-3, dual_clip=3.0, reduce="masked_mean"``: all runs (the defaults).
         With ``optx.SoftThinking(record=True, tau=0.1, temperature=1.0, top_k=5, max_topk=5)``, groups of 8,
         AdamW at a learning rate of 1e-6, 64 prompts a rollout and 32 an update.
 
@@ -72,7 +71,7 @@ class SofTGRPO:
     Keywords: GRPO, PPO, RLVR, reinforcement learning, soft thinking, Gumbel-Softmax, reparameterization,
         latent reasoning, policy gradient, TRL.
 
-    Evidence: ``optx run think``; ``test_soft_grpo.py``, ``test_soft_grpo_trl.py``.
+    Evidence: no recipe yet; ``test_soft_grpo.py``, ``test_trl_soft_grpo.py``.
 
     Raises:
         OptxError: an option out of range; when called: rewards of another number or not finite, a rollout of

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import optx
-from optx.thinking._record import Rollout
-from optx.thinking.soft_thinking import SoftThinking
 
 END, EOS, V = 5, 2, 40
 REWARDS = [1.0, 0, 0, 1, 0, 0, 0.5, 0]
@@ -51,10 +49,10 @@ def llama(dtype: torch.dtype = torch.float64) -> Any:
 
 def thinking(model: nn.Module, **options: Any) -> Any:
     given = {"record": True, "tau": 0.1, "temperature": 1.0, "top_k": 5, "max_topk": 5, "end_id": END}
-    return optx.attach(model, SoftThinking(**{**given, **options}))
+    return optx.attach(model, optx.SoftThinking(**{**given, **options}))
 
 
-def rolled(model: nn.Module, group: int = 4, steps: int = 6, seed: int = 0, **options: Any) -> Rollout:
+def rolled(model: nn.Module, group: int = 4, steps: int = 6, seed: int = 0, **options: Any) -> optx.Rollout:
     """A rollout, and the model without the hook that made it."""
     with thinking(model, **options) as handle:
         return handle.rollout(PROMPTS, group, max_new_tokens=steps, seed=seed)
@@ -62,7 +60,7 @@ def rolled(model: nn.Module, group: int = 4, steps: int = 6, seed: int = 0, **op
 
 def written_out(
     model: Any,
-    rollout: Rollout,
+    rollout: optx.Rollout,
     *,
     reduce: str = "masked_mean",
     clamp: tuple[float, float] | None = (-1.5, 3.0),

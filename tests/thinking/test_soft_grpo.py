@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 import optx
 from optx.functional import grpo_advantage
-from optx.thinking.soft_grpo import SofTGRPO
 
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
@@ -55,7 +54,7 @@ def test_the_first_loss_is_the_mean_advantage_and_its_gradient_is_reinforce() ->
     rollout = rolled(model)
     assert bool(rollout.soft.any())
     assert bool(rollout.discrete.any())
-    objective = SofTGRPO(kl=0.0)
+    objective = optx.SofTGRPO(kl=0.0)
     loss = objective(model, rollout, REWARDS)
     advantages = grpo_advantage(torch.tensor(REWARDS, dtype=torch.float64), 4)
     logp = written_out(model, rollout)
@@ -82,7 +81,7 @@ def test_any_update_is_the_loss_written_out(data: st.DataObject) -> None:
     model = llama()
     rollout = rolled(model, seed=seed, **drawn)
     start = copy.deepcopy(model)
-    objective = SofTGRPO(
+    objective = optx.SofTGRPO(
         kl=kl, clip=clip, dual_clip=dual, reduce=reduce, freeze_mask=frozen, noise_clamp=clamp
     )
     how = {"reduce": reduce, "clamp": clamp, "kappa": drawn["noise_factor"], "T": drawn["temperature"]}
@@ -127,7 +126,7 @@ def test_the_sum_is_the_density_and_noise_at_the_start_is_what_was_drawn() -> No
 
 def test_embeddings_learn_nothing_as_inputs_and_tied_heads_do_as_heads() -> None:
     model = llama()
-    objective = SofTGRPO(kl=0.0)
+    objective = optx.SofTGRPO(kl=0.0)
     objective(model, rolled(model), REWARDS).backward()
     assert model.model.embed_tokens.weight.grad is None
     assert all(p.grad is not None for n, p in model.named_parameters() if "embed" not in n)
@@ -137,7 +136,7 @@ def test_embeddings_learn_nothing_as_inputs_and_tied_heads_do_as_heads() -> None
     found = gradients(tied, objective(tied, rollout, REWARDS))["model.embed_tokens.weight"]
     apart = copy.deepcopy(tied)
     apart.lm_head.weight = nn.Parameter(tied.model.embed_tokens.weight.detach().clone())
-    fresh = SofTGRPO(kl=0.0)
+    fresh = optx.SofTGRPO(kl=0.0)
     known = fresh.record(tied, rollout)
     wanted = gradients(apart, fresh(apart, known, REWARDS))
     torch.testing.assert_close(found, wanted["lm_head.weight"])
@@ -156,7 +155,7 @@ def test_discrete_rollouts_make_ordinary_grpo() -> None:
     with thinking(model) as handle:
         rollout = handle.rollout(PROMPTS, 4, max_new_tokens=6, thinking=False)
     assert not bool(rollout.soft.any())
-    objective = SofTGRPO(kl=0.0)
+    objective = optx.SofTGRPO(kl=0.0)
     objective(model, rollout, REWARDS)
     moved(model, 0.05)
     found = objective(model, rollout, REWARDS)
@@ -180,7 +179,7 @@ def test_discrete_rollouts_make_ordinary_grpo() -> None:
 def test_padding_changes_nothing() -> None:
     model = llama()
     rollout = rolled(model)
-    objective = SofTGRPO(kl=0.0)
+    objective = optx.SofTGRPO(kl=0.0)
     known = objective.record(model, rollout)
     short = rollout.rows(slice(4, 8))
     cut = int((~short.prompt_mask[0]).sum())
@@ -196,7 +195,7 @@ def test_mini_batches_of_a_record() -> None:
     """Their losses, weighted by their steps, are the whole batch's; parts of groups take advantages."""
     model = llama()
     rollout = rolled(model)
-    objective = SofTGRPO(kl=0.0)
+    objective = optx.SofTGRPO(kl=0.0)
     known = objective.record(model, rollout, batch_size=3)
     moved(model)
     whole = objective(model, known, REWARDS)
@@ -219,7 +218,7 @@ def test_forced_ends_are_no_actions() -> None:
     model = llama()
     rollout = rolled(model, cold_stop=2, cold_entropy=1.0)
     assert bool(rollout.forced.any())
-    objective = SofTGRPO(kl=0.0)
+    objective = optx.SofTGRPO(kl=0.0)
     loss = objective(model, rollout, REWARDS)
     logp = written_out(model, rollout)
     assert len(logp) == int(rollout.actions.sum()) < int(rollout.mask.sum())
@@ -229,7 +228,7 @@ def test_forced_ends_are_no_actions() -> None:
 def test_a_temperature_of_its_own_after_thinking() -> None:
     model = llama()
     rollout = rolled(model, after_temperature=0.5, steps=8)
-    known = SofTGRPO(kl=0.0).record(model, rollout)
+    known = optx.SofTGRPO(kl=0.0).record(model, rollout)
     warm, cool = (written_out(model, rollout, T=T) for T in (1.0, 0.5))
     seen = set()
     for b, t in warm:
@@ -249,11 +248,11 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
     model = llama()
     rollout = rolled(model)
     model.train()
-    wanted = gradients(model, SofTGRPO(kl=0.0)(model, rollout, REWARDS))
+    wanted = gradients(model, optx.SofTGRPO(kl=0.0)(model, rollout, REWARDS))
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": reentrant})
     model.zero_grad()
-    SofTGRPO(kl=0.0)(model, rollout, REWARDS).backward()
+    optx.SofTGRPO(kl=0.0)(model, rollout, REWARDS).backward()
     found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
     close(found, wanted)
 
@@ -264,12 +263,12 @@ def test_half_precision(how: str) -> None:
     model = llama(torch.bfloat16 if how == "bfloat16" else torch.float32)
     rollout = rolled(exact)
     object.__setattr__(rollout, "policy", "")
-    objective = SofTGRPO(kl=0.0)
+    objective = optx.SofTGRPO(kl=0.0)
     with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
         loss = objective(model, rollout, REWARDS)
     assert loss.dtype == torch.float32
     assert objective.report()["ratio_max"] == 1
-    wanted = gradients(exact, SofTGRPO(kl=0.0)(exact, rollout, REWARDS))
+    wanted = gradients(exact, optx.SofTGRPO(kl=0.0)(exact, rollout, REWARDS))
     found = gradients(model, loss)
     cosine = torch.cosine_similarity(
         torch.cat([g.float().flatten() for g in found.values()]),
@@ -296,7 +295,7 @@ def test_the_reference_is_the_model_without_its_adapters(given: str) -> None:
     before = copy.deepcopy(model)
     handle = adapted(model)
     rollout = rolled(model)
-    objective = SofTGRPO(kl=1.0)
+    objective = optx.SofTGRPO(kl=1.0)
     reference = {"handle": handle, "nothing": None, "copy": before}[given]
     flags = [(n, m.training) for n, m in model.named_modules()]
     loss = objective(model, rollout, REWARDS, reference)
@@ -316,7 +315,7 @@ def test_peft_adapters_are_disabled_for_the_reference() -> None:
     wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2))
     moved(wrapped, 0.1)
     rollout = rolled(wrapped)
-    objective = SofTGRPO(kl=1.0)
+    objective = optx.SofTGRPO(kl=1.0)
     objective(wrapped, rollout, REWARDS).backward()
     ref = written_out(before, rollout)
     for (b, t), one in ref.items():
@@ -333,7 +332,7 @@ def test_modules_trained_whole_have_their_own_values_in_the_reference() -> None:
     moved(model, 0.1)
     now = model.lm_head.weight.detach().clone()
     rollout = rolled(model)
-    objective = SofTGRPO(kl=1.0)
+    objective = optx.SofTGRPO(kl=1.0)
     objective(model, rollout, REWARDS)
     known = objective._known[rollout].reference
     assert known is not None
@@ -346,18 +345,18 @@ def test_no_reference_is_told() -> None:
     model = llama()
     rollout = rolled(model)
     with pytest.raises(optx.OptxError, match=r"kl is above 0.*no trained adapter.*ref_model"):
-        SofTGRPO()(model, rollout, REWARDS)
+        optx.SofTGRPO()(model, rollout, REWARDS)
     handle = optx.attach(model, optx.LoRA(rank=2), r".*\.q_proj")
     rollout = rolled(model)
     with pytest.raises(optx.OptxError, match=r"'model.embed_tokens.weight' is trained besides"):
-        SofTGRPO()(model, rollout, REWARDS)
+        optx.SofTGRPO()(model, rollout, REWARDS)
     with pytest.raises(optx.OptxError, match=r"is trained besides"):
-        SofTGRPO()(model, rollout, REWARDS, handle)
+        optx.SofTGRPO()(model, rollout, REWARDS, handle)
     optx.trainable_only(model, handle)
     handle.merge()
     object.__setattr__(rollout, "policy", "")
     with pytest.raises(optx.OptxError, match="its adapters merged"):
-        SofTGRPO()(model, rollout, REWARDS)
+        optx.SofTGRPO()(model, rollout, REWARDS)
 
 
 def test_with_wrap_and_lora_rewards_rise() -> None:
@@ -366,7 +365,7 @@ def test_with_wrap_and_lora_rewards_rise() -> None:
     handle = optx.attach(model, optx.LoRA(rank=4), r".*\.(q|k|v|o|gate|up|down)_proj")
     optx.trainable_only(model, handle)
     opt = optx.wrap(torch.optim.AdamW(handle.parameters(), lr=2e-2), optx.AdamR(weight=1e-4))
-    objective = SofTGRPO(kl=1e-3)
+    objective = optx.SofTGRPO(kl=1e-3)
     told: list[float] = []
     with thinking(model, end_id=None) as think:
         for step in range(12):
@@ -387,7 +386,7 @@ def test_a_model_that_takes_ids_alone() -> None:
     model = nn.Sequential(nn.Embedding(V, 8), nn.Linear(8, V)).double()
     with thinking(model) as handle:
         rollout = handle.rollout(torch.tensor([[3, 4], [5, 6]]), 4, max_new_tokens=5, stop_ids=())
-    objective = SofTGRPO(kl=0.0)
+    objective = optx.SofTGRPO(kl=0.0)
     loss = objective(model, rollout, REWARDS)
     loss.backward()
     assert model[0].weight.grad is None

@@ -12,15 +12,13 @@ from grpo_models import REWARDS, V, llama, moved, rolled
 from torch import nn
 
 import optx
-from optx.thinking._record import Rollout
-from optx.thinking.soft_grpo import SofTGRPO
 
 
 def test_a_rollout_of_other_weights() -> None:
     model = llama()
     rollout = rolled(model)
     moved(model)
-    objective = SofTGRPO(kl=0.0)
+    objective = optx.SofTGRPO(kl=0.0)
     for call in (lambda: objective(model, rollout, REWARDS), lambda: objective.record(model, rollout)):
         with pytest.raises(optx.OptxError, match=r"made by other weights.*objective.record"):
             call()
@@ -28,7 +26,7 @@ def test_a_rollout_of_other_weights() -> None:
 
 def test_a_rollout_is_forgotten_with_its_last_reference() -> None:
     model = llama()
-    objective = SofTGRPO(kl=0.0)
+    objective = optx.SofTGRPO(kl=0.0)
     rollout = rolled(model)
     objective(model, rollout, REWARDS)
     assert len(objective._known) == 1
@@ -42,7 +40,7 @@ def test_a_model_of_fewer_tokens() -> None:
     object.__setattr__(rollout, "policy", "")
     rollout.ids[0, 0, 0] = V
     with pytest.raises((optx.OptxError, IndexError), match=r"of another model|out of range"):
-        SofTGRPO(kl=0.0)(llama(), rollout, REWARDS)
+        optx.SofTGRPO(kl=0.0)(llama(), rollout, REWARDS)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +58,7 @@ def test_a_model_of_fewer_tokens() -> None:
 def test_mistakes_of_a_call(options: dict[str, Any], message: str) -> None:
     model = llama()
     rollout = rolled(model)
-    objective = SofTGRPO(tau=options.pop("tau", 0.1), kl=0.0)
+    objective = optx.SofTGRPO(tau=options.pop("tau", 0.1), kl=0.0)
     given = {"rewards": REWARDS, **options}
     with pytest.raises(optx.OptxError, match=message):
         objective(model, rollout, **given)
@@ -80,23 +78,23 @@ def test_mistakes_of_a_call(options: dict[str, Any], message: str) -> None:
 )
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(optx.OptxError, match=message):
-        SofTGRPO(**options)
+        optx.SofTGRPO(**options)
 
 
 def test_noise_without_a_density_frozen_models_and_padding_without_a_mask() -> None:
     model = llama()
     rollout = rolled(model, noise="dirichlet", record=False)
     with pytest.raises(optx.OptxError, match="noise='dirichlet', which has no such density"):
-        SofTGRPO(kl=0.0)(model, rollout, REWARDS)
+        optx.SofTGRPO(kl=0.0)(model, rollout, REWARDS)
     model.requires_grad_(False)
     with pytest.raises(optx.OptxError, match="no gradient leads"):
-        SofTGRPO(kl=0.0)(model, rolled(model), REWARDS)
+        optx.SofTGRPO(kl=0.0)(model, rolled(model), REWARDS)
     bare = nn.Sequential(nn.Embedding(V, 8), nn.Linear(8, V))
     with pytest.raises(optx.OptxError, match="has no attention_mask"):
-        SofTGRPO(kl=0.0)(bare, _unmarked(rolled(model)), REWARDS)
+        optx.SofTGRPO(kl=0.0)(bare, _unmarked(rolled(model)), REWARDS)
 
 
-def _unmarked(rollout: Rollout) -> Rollout:
+def _unmarked(rollout: optx.Rollout) -> optx.Rollout:
     object.__setattr__(rollout, "policy", "")
     return rollout
 
@@ -106,7 +104,7 @@ def test_what_teaches_nothing_is_told_once() -> None:
     with torch.no_grad():
         model.lm_head.weight.zero_()
     rollout = rolled(model, top_k=30, max_topk=30, top_p=1.0, end_id=None)
-    objective = SofTGRPO(kl=0.0)
+    objective = optx.SofTGRPO(kl=0.0)
     with pytest.warns(UserWarning, match="no token has a share above"):
         objective(model, rollout, REWARDS)
     with warnings.catch_warnings():
@@ -115,4 +113,4 @@ def test_what_teaches_nothing_is_told_once() -> None:
     assert objective.report()["empty"] == 1
     single = rolled(model, group=1)
     with pytest.warns(UserWarning, match="group is 1"):
-        SofTGRPO(kl=0.0)(model, single, [1.0, 0.0])
+        optx.SofTGRPO(kl=0.0)(model, single, [1.0, 0.0])
