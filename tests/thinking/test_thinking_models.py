@@ -229,8 +229,11 @@ def test_smollm2_thinks() -> None:
     from optx.recipes import _assets
 
     model, tokenizer = _assets.language_model(None)
+    model.eval()
     tokenizer.padding_side = "left"
-    batch = tokenizer(["The capital of France is", "One, two, three,"], return_tensors="pt", padding=True)
+    batch = tokenizer(
+        ["The capital of France is", "My favourite thing of all is"], return_tensors="pt", padding=True
+    )
     wanted = model.generate(**batch, max_new_tokens=12, do_sample=False)
     handle = optx.attach(model, optx.SoftThinking(noise=None, max_topk=1))
     found = handle.generate(batch, max_new_tokens=12)
@@ -241,4 +244,4 @@ def test_smollm2_thinks() -> None:
     one = handle.rollout(batch, group=4, max_new_tokens=12, seed=1)
     two = handle.rollout(batch, group=4, max_new_tokens=12, seed=1, use_cache=False)
     assert torch.equal(one.ids[..., 0], two.ids[..., 0])
-    assert len({tuple(row) for row in one.tokens[:4].tolist()}) > 1
+    assert len({tuple(row) for row in one.tokens[4:].tolist()}) > 1
