@@ -32,6 +32,7 @@ from optx._cache import NoCacheError, cache_root, make_folder
 from ._report import console
 
 __all__ = [
+    "CHLOROPLAST",
     "MINILM",
     "NEWS",
     "REVIEWS",
@@ -122,6 +123,17 @@ REVIEWS = Asset(
     size=2_466_783,
     root="vaderSentiment-3.3.2/additional_resources",
     pattern="hutto_ICWSM_2014.tar.gz",
+)
+# The chloroplast genome of Arabidopsis thaliana (NC_000932, 154,478 bases; Sato et al. 1999), a GenBank
+# record that Biopython's source package carries for its tests.
+CHLOROPLAST = Asset(
+    what="154,478 bases of a chloroplast, in Biopython's tests",
+    project="biopython",
+    file="biopython-1.85.tar.gz",
+    sha256="5dafab74059de4e78f49f6b5684eddae6e7ce46f09cfa059c1d1339e8b1ea0a6",
+    size=19_909_902,
+    root="biopython-1.85/Tests/GenBank",
+    pattern="NC_000932.gb",
 )
 
 

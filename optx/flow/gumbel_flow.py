@@ -79,7 +79,7 @@ class GumbelFlow(GumbelPath):
     Keywords: flow matching, discrete diffusion, Gumbel softmax, Concrete distribution, simplex, DNA, protein,
         sequence generation, score matching, Langevin, inpainting, classifier-free guidance.
 
-    Evidence: no recipe yet; ``test_gumbel_flow.py``, ``test_flow_oracle.py``.
+    Evidence: ``optx run flow``; ``test_gumbel_flow.py``, ``test_flow_oracle.py``.
 
     Raises:
         OptxError: an option out of range; tokens that are none; too few steps for Euler's.

@@ -49,7 +49,7 @@ class STGuide:
     Keywords: STGFlow, classifier guidance, straight-through estimator, controllable generation, Gumbel
         softmax, plug-and-play, discrete flow.
 
-    Evidence: no recipe yet; ``test_st_guide.py``.
+    Evidence: ``optx run flow``; ``test_st_guide.py``.
 
     Raises:
         OptxError: an option out of range; a classifier that can't be differentiated in its input.

