@@ -115,7 +115,7 @@ def options() -> ArgumentParser:
         __doc__ or "",
         steps=300,
         seeds={"default": 3} | SEEDS,
-        arms={"default": ",".join(ARMS), "help": "which, comma-separated"},
+        arms={"default": ",".join(("baselines", *ARMS)), "help": "which, comma-separated"},
         length={"type": whole(16, _flow_data.BLOCK), "default": 64, "help": "bases of a window"},
         width={"type": positive, "default": 64, "help": "of the transformer's two layers"},
         batch={"type": positive, "default": 16, "help": "windows a step"},
@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SettingsError("flow brings its own model; --model has no meaning here.")
     if args.euler < 7:
         raise SettingsError(f"--euler {args.euler}: below 7 steps probabilities would fall below 0.")
-    arms = chosen(args.arms, ARMS)
+    arms = chosen(args.arms, ("baselines", *ARMS))
     kinds = {"dna": _flow_data.dna(_flow_data.genome(args.data), args.length), "motif": _flow_data.motifs()}
     run = Run(args.out, settings_of(args), args.resume, args.overwrite)
     for seed in range(args.seed, args.seed + args.seeds):

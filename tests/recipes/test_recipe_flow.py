@@ -93,7 +93,7 @@ def test_other_methods_sample_what_their_model_says() -> None:
     [
         (["--model", "x"], "flow brings its own model"),
         (["--euler", "6"], "--euler 6: below 7 steps"),
-        (["--arms", "best"], "best is none of Gumbel flow"),
+        (["--arms", "best"], "best is none of baselines, Gumbel flow"),
         (["--data", "nowhere.fa"], "nowhere.fa is not a file"),
     ],
 )
