@@ -38,7 +38,7 @@ class FrequencyLoss(nn.Module):
 
     Keywords: mixture of experts, router, gating, mixture policy, categorical gradient, argmax, SAC, PPO.
 
-    Evidence: no recipe; ``test_frequency_loss.py``.
+    Evidence: ``optx run modes``; ``test_frequency_loss.py``.
 
     Raises:
         OptxError: an option out of range, or a score of nan.

@@ -66,7 +66,7 @@ class PMOEHead(Injection):
     Keywords: mixture of experts, multimodal policy, Gaussian mixture policy, mixture density, option, SAC,
         PPO, reinforcement learning, continuous control, routing.
 
-    Evidence: no recipe; ``test_pmoe_head.py``, ``test_action_mixture.py``.
+    Evidence: ``optx run modes``; ``test_pmoe_head.py``, ``test_action_mixture.py``.
 
     Raises:
         OptxError: an option out of range.

@@ -107,13 +107,16 @@ def sac_pmoe_losses(
     Paper values:
         ``estimator="freq", score="q", backprop="max"``: the authors' code (the defaults).
 
-    Limits: alpha weighs each primitive's own entropy; the mixture's is larger, by up to ln K. With
-        ``"gumbel"`` soft actions are averages of modes. The critic is evaluated K times a state.
+    Limits: Of equally good modes the frequency loss may keep one: the primitive that is there first is the
+        best nearly always, and the others hardly learn; with ``backprop="all"``, or the critic's value less
+        alpha ln pi as ``score``, more stay (recipe ``modes``). alpha weighs each primitive's own entropy; the
+        mixture's is larger, by up to ln K. With ``"gumbel"`` soft actions are averages of modes. The critic
+        is evaluated K times a state.
 
     Keywords: soft actor-critic, mixture of experts, multimodal policy, Gumbel-softmax, REINFORCE,
         straight-through, reparametrisation, entropy regularisation.
 
-    Evidence: no recipe; ``test_sac_pmoe.py``, ``test_estimators.py``.
+    Evidence: ``optx run modes``; ``test_sac_pmoe.py``, ``test_estimators.py``.
 
     Raises:
         OptxError: an option out of range or of another estimator, a score of nan, or a critic without

@@ -10,7 +10,19 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 
-from optx.recipes import _bench, adapt, finetune, formats, grokking, merge, qlora, recover, reweight, transfer
+from optx.recipes import (
+    _bench,
+    adapt,
+    finetune,
+    formats,
+    grokking,
+    merge,
+    modes,
+    qlora,
+    recover,
+    reweight,
+    transfer,
+)
 
 COUNTS: dict[Any, tuple[str, ...]] = {
     adapt: ("seeds", "batch", "length", "test", "steps"),
@@ -18,6 +30,7 @@ COUNTS: dict[Any, tuple[str, ...]] = {
     formats: ("seeds", "width", "layers", "batch", "length", "tuning-steps", "tuning-length", "eval-blocks"),
     grokking: ("seeds", "p", "width", "every", "steps"),
     merge: ("seeds", "masks", "batch", "length", "valid", "test", "steps"),
+    modes: ("seeds", "k", "width", "batch", "env-steps", "random", "keep", "workers", "steps"),
     qlora: ("seeds", "rank", "alpha", "batch", "length", "eval-blocks", "steps"),
     recover: ("seeds", "size", "rank", "measurements", "every", "steps"),
     reweight: ("seeds", "batch", "length", "width", "layers", "passages", "every", "steps"),
@@ -29,6 +42,7 @@ RATES: dict[Any, tuple[str, ...]] = {
     formats: ("lr", "tuning-lr"),
     grokking: ("lr",),
     merge: ("lr", "head-lr"),
+    modes: ("lr", "init", "alpha", "control-lr"),
     qlora: ("lr",),
     recover: ("outlier", "share"),
     reweight: ("lr", "r", "noisy", "duplicated"),
