@@ -71,7 +71,7 @@ class SofTGRPO:
     Keywords: GRPO, PPO, RLVR, reinforcement learning, soft thinking, Gumbel-Softmax, reparameterization,
         latent reasoning, policy gradient, TRL.
 
-    Evidence: no recipe yet; ``test_soft_grpo.py``, ``test_trl_soft_grpo.py``.
+    Evidence: ``optx run think``; ``test_soft_grpo.py``, ``test_trl_soft_grpo.py``.
 
     Raises:
         OptxError: an option out of range; when called: rewards of another number or not finite, a rollout of

@@ -77,7 +77,7 @@ class SoftThinking(Injection):
     Keywords: latent reasoning, chain of thought, continuous thoughts, concept tokens, sampling, decoding,
         Gumbel-Softmax, Dirichlet, exploration, generate.
 
-    Evidence: no recipe yet; ``test_mix.py``, ``test_soft_thinking.py``, ``test_thinking_models.py``.
+    Evidence: ``optx run think``; ``test_mix.py``, ``test_soft_thinking.py``, ``test_thinking_models.py``.
 
     Raises:
         OptxError: an option out of range, or two that don't go together.
