@@ -138,7 +138,6 @@ def _serve(
         check_servable(site, model)
         _check_not_taken(site, injection)
         _check_not_replaced(site, model)
-        _check_not_alone(site, injection)
         if injection.needs_weight:
             check_values(site.module, site.path)
             _check_in_use(site, injection)
@@ -188,17 +187,6 @@ def _check_unread(new: Served) -> None:
             raise TargetError(
                 f"attach: {type(new.injection).__name__} puts the weight of {new.path!r} out of work, with "
                 f"which {name!r} works. Remove that first, or leave the module out."
-            )
-
-
-def _check_not_alone(site: Site, injection: Injection) -> None:
-    """Raise if what is attached already goes with nothing else."""
-    container = attached(site.module)
-    for name, part in container.parts.items() if container is not None else ():
-        if part.alone:
-            raise TargetError(
-                f"attach: {name!r} on {site.path!r} takes the place of all that it computes, so that "
-                f"{type(injection).__name__} would act on nothing. Leave it out by exclude=, or remove that."
             )
 
 

@@ -80,14 +80,12 @@ class Part(nn.Module):
     weightless: ClassVar[bool] = False
     """Whether it acts in training alone, so that a merge, which is of weights, goes on without it."""
 
-    alone: ClassVar[bool] = False
-    """Whether it is all that the module computes, so that nothing else can be attached to it."""
-
     replaces: ClassVar[bool] = False
     """Whether others compute in the place of the module, so that nothing attached inside of it would act."""
 
     alone: ClassVar[bool] = False
-    """Whether the module gives another kind of thing with it, so that nothing can be attached beside."""
+    """Whether it is all that the module computes, or gives another kind of thing, so that nothing else can be
+    attached to it."""
 
     enabled: bool
     merged: bool

@@ -30,10 +30,10 @@ def between_gaussians(means: Tensor, log_stds: Tensor) -> tuple[Tensor, Tensor]:
         means: (..., K, n).
         log_stds: (..., K, n).
     """
-    apart = (means[..., :, None, :] - means[..., None, :, :]).square()
+    apart = means[..., :, None, :] - means[..., None, :, :]
     one, other = log_stds[..., :, None, :], log_stds[..., None, :, :]
     ratio = one - other
-    total = (2 * one).exp() + (2 * other).exp()
-    near = apart / (4 * total) + 0.5 * (total.log() - math.log(2) - one - other)
-    divergence = 0.5 * ((2 * ratio).exp() + apart * (-2 * other).exp() - 1) - ratio
+    total = torch.logaddexp(2 * one, 2 * other)  # variances can be beyond the range of float32
+    near = ((apart * (-0.5 * total).exp()).square() / 2 + total - math.log(2) - one - other) / 2
+    divergence = 0.5 * ((2 * ratio).exp() + (apart * (-other).exp()).square() - 1) - ratio
     return near.sum(-1), divergence.sum(-1)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from optx._errors import OptxError, ShapeError
+from optx.policy._checks import check_scores, check_tensor
 from optx.policy._mixture import ActionMixture
 from optx.policy.estimators import Baseline, enumerated_loss, gumbel_weights, score_ratio_loss
 from optx.policy.frequency_loss import Reduction, best, frequency_loss
@@ -107,6 +108,7 @@ class Gumbel:
         actions, log_probs = mixture.rsample_all(generator)
         y = gumbel_weights(mixture.log_w, temperature, hard=hard, generator=generator)
         q = values(q_fn, (y.unsqueeze(-1) * actions).sum(-2, keepdim=True)).squeeze(-1)
+        check_scores("sac_pmoe_losses", q)
         return cls(q, (y * log_probs).sum(-1))
 
     def policy(self, alpha: Number) -> Tensor:
@@ -135,7 +137,9 @@ class ScoreRatio:
         """Scored by the critic, all primitives."""
         actions, log_probs = mixture.rsample_all(generator)
         drawn = mixture.draw_primitive(generator)
-        return cls(values(q_fn, actions), log_probs, mixture.log_w, drawn, baseline)
+        q = values(q_fn, actions)
+        check_scores("sac_pmoe_losses", q)
+        return cls(q, log_probs, mixture.log_w, drawn, baseline)
 
     @property
     def log_prob(self) -> Tensor:
@@ -164,7 +168,9 @@ class Enumerated:
     def of(cls, mixture: ActionMixture, q_fn: Critic, generator: torch.Generator | None) -> Enumerated:
         """Scored by the critic."""
         actions, log_probs = mixture.rsample_all(generator)
-        return cls(values(q_fn, actions), log_probs, mixture.log_w)
+        q = values(q_fn, actions)
+        check_scores("sac_pmoe_losses", q)
+        return cls(q, log_probs, mixture.log_w)
 
     @property
     def log_prob(self) -> Tensor:
@@ -190,7 +196,7 @@ def values(q_fn: Critic, actions: Tensor) -> Tensor:
 
     Raises:
         ShapeError: another shape.
-        OptxError: it has no gradient to the actions.
+        OptxError: no tensor, or one that has no gradient to the actions.
     """
     q = one_each(q_fn(actions), actions)
     if actions.requires_grad and torch.is_grad_enabled() and not q.requires_grad:
@@ -206,7 +212,9 @@ def one_each(q: Tensor, actions: Tensor) -> Tensor:
 
     Raises:
         ShapeError: another shape than one value an action.
+        OptxError: no tensor.
     """
+    check_tensor("sac_pmoe", "what q_fn gave", q)
     wanted = actions.shape[:-1]
     if q.shape == (*wanted, 1):
         q = q.squeeze(-1)

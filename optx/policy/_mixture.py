@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree
 
 from optx._errors import OptxError, ShapeError
+from optx.policy._checks import check_tensor, readable, where
 from optx.policy._entropy import between_gaussians, squash_entropy
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
@@ -57,11 +58,12 @@ class ActionMixture:
         means: of the Gaussians, before the squashing, (..., K, n).
         log_stds: logarithms of their deviations, (..., K, n).
         logits: w is their softmax, (..., K).
-        low: (n,), the least action; None: -1, or without squashing none.
+        low: (n,), the least action that there is; None: -1, or without squashing none.
         high: (n,), the greatest.
         squash: whether tanh takes actions into the bounds; without it they are plain Gaussians, unbounded.
 
     Raises:
+        OptxError: something that is no tensor of floating point numbers, or one bound alone.
         ShapeError: shapes that don't go together.
 
     Example:
@@ -83,8 +85,20 @@ class ActionMixture:
     squash: bool = True
 
     def __post_init__(self) -> None:
+        for one in fields(self):
+            if one.name != "squash" and (given := getattr(self, one.name)) is not one.default:
+                check_tensor("ActionMixture", one.name, given)
+                if not given.is_floating_point():
+                    raise OptxError(
+                        f"ActionMixture: {one.name} is of {given.dtype}; it takes floating point numbers."
+                    )
         shape = self.means.shape
-        if self.means.ndim < 2 or self.log_stds.shape != shape or self.logits.shape != shape[:-1]:
+        if (
+            self.means.ndim < 2
+            or not shape[-2]
+            or self.log_stds.shape != shape
+            or self.logits.shape != shape[:-1]
+        ):
             raise ShapeError(
                 f"ActionMixture: means have shape {tuple(shape)}, log_stds {tuple(self.log_stds.shape)} and "
                 f"logits {tuple(self.logits.shape)}; they must be (..., K, n) twice, and (..., K)."
@@ -94,6 +108,12 @@ class ActionMixture:
                 "ActionMixture: low and high go together, and with squash=True alone: plain Gaussians have "
                 "no bounds."
             )
+        for name, bound in (("low", self.low), ("high", self.high)):
+            if bound is not None and bound.shape != shape[-1:]:
+                raise ShapeError(
+                    f"ActionMixture: {name} has shape {tuple(bound.shape)}; it must be ({shape[-1]},), a "
+                    "number for each of the actions."
+                )
 
     def __getattr__(self, name: str) -> NoReturn:  # of what is not found otherwise
         raise AttributeError(
@@ -175,16 +195,25 @@ class ActionMixture:
         """ln pi_i(a|s) of every primitive, (..., K).
 
         Args:
-            actions: (..., n), within the bounds. One at a bound counts as the last number inside of it.
+            actions: (..., n), within the bounds. One at a bound counts as the last number inside of it. The
+                axes before n must fit the states', as torch broadcasts.
 
         Raises:
-            ShapeError: it has another n.
-            OptxError: an action outside of the bounds, or nan.
+            ShapeError: it has another n, or doesn't fit the states.
+            OptxError: an action outside of the bounds, or nan; or no tensor.
         """
+        check_tensor("log_prob", "actions", actions)
         if actions.shape[-1:] != self.means.shape[-1:]:
             raise ShapeError(
                 f"log_prob: actions have shape {tuple(actions.shape)}; they must be "
                 f"(..., {self.means.shape[-1]}), as the policy's."
+            )
+        states = self.logits.shape[:-1]
+        pairs = zip(reversed(actions.shape[:-1]), reversed(states), strict=False)
+        if any(one != other and 1 not in (one, other) for one, other in pairs):
+            raise ShapeError(
+                f"log_prob: actions have shape {tuple(actions.shape)}, for states of shape {tuple(states)}; "
+                f"they must be {(*states, self.means.shape[-1])}, one for each."
             )
         before = self._unsquashed(actions).unsqueeze(-2)
         z = (before - self.means) * (-self.log_stds).exp()
@@ -238,28 +267,30 @@ class ActionMixture:
         unit = before.tanh()
         if self.low is None or self.high is None:
             return unit
-        return (self.high + self.low) / 2 + (self.high - self.low) / 2 * unit
+        return self._rescaled(unit).clamp(self.low, self.high)  # sums round to numbers beyond the bounds
 
     def _unsquashed(self, actions: Tensor) -> Tensor:
         actions = actions.to(self.means.dtype)
         if not self.squash:
             return actions
-        unit = actions
+        unit, eps = actions, torch.finfo(actions.dtype).eps
+        slack: float | Tensor = 32 * eps  # as much as bounds, and sums of them, are rounded by
         if self.low is not None and self.high is not None:
-            unit = (actions - (self.high + self.low) / 2) / ((self.high - self.low) / 2)
-        eps = torch.finfo(unit.dtype).eps
-        self._check_inside(unit, 1 + 32 * eps)  # as much as bounds, and sums of them, are rounded by
+            half = (self.high - self.low) / 2
+            unit = (actions - (self.high + self.low) / 2) / half
+            slack = slack + 4 * eps * torch.maximum(self.low.abs(), self.high.abs()) / half
+        self._check_inside(unit, slack)
         return unit.clamp(-1 + eps, 1 - eps).atanh()
 
-    def _check_inside(self, unit: Tensor, most: float) -> None:
-        if torch.compiler.is_compiling() or (unit.is_cuda and torch.cuda.is_current_stream_capturing()):
+    def _check_inside(self, unit: Tensor, slack: float | Tensor) -> None:
+        if not readable(unit):
             return
-        wrong = ~(unit.abs() <= most)  # nan too
+        wrong = ~(unit.abs() <= 1 + slack)  # nan too
         if bool(wrong.any()):
             at = tuple(int(i) for i in wrong.nonzero()[0])
             value = float(self._rescaled(unit.detach())[at])
             raise OptxError(
-                f"log_prob: actions[{', '.join(map(str, at))}] is {value:g}, outside of the policy's bounds "
+                f"log_prob: actions[{where(wrong)}] is {value:g}, outside of the policy's bounds "
                 f"{self._bounds_of(at[-1])}; a squashed policy never gives it. Give actions in the units of "
                 "low and high."
             )
@@ -273,6 +304,24 @@ class ActionMixture:
         if self.low is None or self.high is None:
             return "-1 to 1"
         return f"{float(self.low[action]):g} to {float(self.high[action]):g}"
+
+
+def checked_mixture(who: str, given: Any, some: bool = True) -> ActionMixture:
+    """What a policy with `optx.PMOEHead` gives, or an error.
+
+    Raises:
+        OptxError: something else.
+        ShapeError: one of no states, if there must be ``some``.
+    """
+    if not isinstance(given, ActionMixture):
+        raise OptxError(
+            f"{who}: mixture is a {type(given).__name__}; it must be the ActionMixture that a policy with "
+            "optx.PMOEHead gives. Where the policy gives more, pick it out; with the head switched off or "
+            "removed there is none."
+        )
+    if some and not given.logits.numel():
+        raise ShapeError(f"{who}: mixture is of states of shape {tuple(given.logits.shape[:-1])}: of none.")
+    return given
 
 
 _NAMES = tuple(one.name for one in fields(ActionMixture) if one.name != "squash")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -48,6 +49,16 @@ class Primitives(Part):
             like = new_tensor(module, actions)
             self.register_buffer(name, None if values is None else like + like.new_tensor(values))
 
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Primitives:
+        """As in nn.Module, but that half precision, in which a bound is another number, leaves them alone."""
+        bounds = {"low": self.low, "high": self.high}
+        super()._apply(fn, recurse)  # pyright: ignore[reportUnknownMemberType]
+        for name, before in bounds.items():
+            now = getattr(self, name)
+            if before is not None and now.dtype.itemsize < 4 and not before.is_meta:
+                setattr(self, name, before.to(now.device))
+        return self
+
     @torch.no_grad()
     def begin(self, spread: float) -> None:
         """Means and log-deviations U(-spread, spread); routing as nn.Linear begins, for K near 1/K each."""
@@ -62,7 +73,7 @@ class Primitives(Part):
     ) -> ActionMixture:
         """The mixture for each state, in float32 (float64 for such a policy), also under autocast."""
         x = hidden_of(args, kwargs)
-        with torch.autocast(x.device.type, enabled=False):
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             shape = (*x.shape[:-1], self.k, self.actions)
             means = self._head("mean", x).reshape(shape)
             log_stds = self._head("log_std", x).clamp(*self.log_std).reshape(shape)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from optx._errors import OptxError, ShapeError, check_above_0, check_choice
 from optx._gumbel import gumbel
+from optx.policy._checks import check_alpha, check_primitive, check_scores, check_tensor, free
 
 Baseline = Literal["value", "none"]
 BASELINES = ("value", "none")
@@ -36,9 +37,10 @@ def gumbel_weights(
         (..., K), each row summing to 1.
 
     Raises:
-        OptxError: a temperature that is not above 0.
+        OptxError: a temperature that is not above 0, or logarithms above 0.
     """
     temperature = check_above_0("gumbel_weights", "temperature", temperature)
+    _check_log(log_w, "gumbel_weights")
     wide = log_w.to(torch.promote_types(log_w.dtype, torch.float32))
     noise = gumbel(wide.shape, generator=generator, dtype=wide.dtype, device=wide.device)
     soft = ((wide + noise) / temperature).softmax(-1)
@@ -61,15 +63,13 @@ def score_ratio_loss(
             the draw; ``"none"``: 0. Neither has a bias; the first varies less.
 
     Raises:
+        OptxError: a score of nan, or a primitive that there isn't.
         ShapeError: shapes that don't go together.
     """
     check_choice("score_ratio_loss", "baseline", baseline, BASELINES)
     _check(log_w, scores, "score_ratio_loss")
-    if primitive.shape != log_w.shape[:-1] or primitive.is_floating_point():
-        raise ShapeError(
-            f"score_ratio_loss: primitive is {primitive.dtype} of shape {tuple(primitive.shape)}; it must be "
-            f"whole numbers of shape {tuple(log_w.shape[:-1])}, one for each state."
-        )
+    primitive = check_primitive("score_ratio_loss", primitive, log_w.shape[:-1], log_w.shape[-1])
+    check_scores("score_ratio_loss", scores)
     scores = scores.detach()
     value = (log_w.detach().exp() * scores).sum(-1) if baseline == "value" else 0.0
     index = primitive.unsqueeze(-1)
@@ -86,19 +86,27 @@ def enumerated_loss(log_w: Tensor, costs: Tensor, alpha: float | Tensor = 0.0) -
         alpha: of the weights' own entropy.
 
     Raises:
+        OptxError: alpha is no number of at least 0.
         ShapeError: shapes that don't go together.
     """
     _check(log_w, costs, "enumerated_loss")
+    alpha = check_alpha("enumerated_loss", alpha, constant=False)
     return (log_w.exp() * (alpha * log_w + costs)).sum(-1).mean()
 
 
 def _check(log_w: Tensor, values: Tensor, who: str) -> None:
-    if log_w.shape != values.shape or log_w.ndim == 0:
+    _check_log(log_w, who)
+    check_tensor(who, "what log_w weighs", values)
+    if log_w.shape != values.shape or log_w.ndim == 0 or not log_w.numel():
         raise ShapeError(
             f"{who}: log_w has shape {tuple(log_w.shape)} and what it weighs {tuple(values.shape)}; both "
-            "must be (..., K), a number for each primitive of each state."
+            "must be (..., K), a number for each primitive of each state, and of one state at least."
         )
-    if not torch.compiler.is_compiling() and log_w.device.type == "cpu" and bool((log_w > 1e-4).any()):
+
+
+def _check_log(log_w: Tensor, who: str) -> None:
+    check_tensor(who, "log_w", log_w)
+    if free(log_w) and bool((log_w > 1e-4).any()):
         raise OptxError(
             f"{who}: log_w has {float(log_w.detach().max()):g}; logarithms of weights are at most 0."
         )

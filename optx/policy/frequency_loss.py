@@ -10,8 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from optx._errors import OptxError, ShapeError, check_choice
+from optx._errors import OptxError, ShapeError, check_choice, shown
 from optx._expression import expression
+from optx.policy._checks import check_scores, check_tensor, free, where
 
 Reduction = Literal["mean", "sum_k"]
 REDUCTIONS = ("mean", "sum_k")
@@ -41,8 +42,8 @@ class FrequencyLoss(nn.Module):
     Evidence: ``optx run modes``; ``test_frequency_loss.py``.
 
     Raises:
-        OptxError: an option out of range, or a score of nan.
-        ShapeError: scores and weights of two shapes.
+        OptxError: an option out of range, a score of nan, or weights that are no softmax's.
+        ShapeError: scores and weights of two shapes, or of no state.
 
     Example:
         >>> import torch, optx
@@ -73,12 +74,32 @@ class FrequencyLoss(nn.Module):
             w: routing weights, (..., K), each row a softmax's.
             scores: of what each primitive proposes, (..., K); the higher, the better.
         """
+        check_tensor("FrequencyLoss", "w", w)
+        check_tensor("FrequencyLoss", "scores", scores)
         if w.shape != scores.shape or w.ndim == 0:
             raise ShapeError(
                 f"FrequencyLoss: w has shape {tuple(w.shape)} and scores {tuple(scores.shape)}; both must be "
                 "(..., K), a number for each primitive of each state."
             )
+        if not w.numel():
+            raise ShapeError(f"FrequencyLoss: w has shape {tuple(w.shape)}: of no state there is no mean.")
+        _check_weights(w)
         return frequency_loss(w, best(scores, "FrequencyLoss"), self.reduction)
+
+
+def _check_weights(w: Tensor) -> None:
+    """Raise unless rows are a softmax's: of logits or of their logarithms the loss would be a number, too."""
+    if not free(w):
+        return
+    rows = w.detach().to(torch.promote_types(w.dtype, torch.float32))
+    slack = 1e-3 if w.dtype.itemsize >= 4 else 0.02
+    wrong = ~((rows.sum(-1) - 1).abs() <= slack) | (rows < -slack).any(-1)
+    if bool(wrong.any()):
+        row = [round(float(one), 4) for one in rows[wrong][0]]
+        raise OptxError(
+            f"FrequencyLoss: w[{where(wrong)}] is {shown(row)}, which are no weights: a row must be at least "
+            "0 and sum to 1. Of logits, give their softmax."
+        )
 
 
 def best(scores: Tensor, who: str) -> Tensor:
@@ -87,15 +108,9 @@ def best(scores: Tensor, who: str) -> Tensor:
     Raises:
         OptxError: a score is nan.
     """
+    check_scores(who, scores)
     scores = scores.detach()
-    captured = scores.is_cuda and torch.cuda.is_current_stream_capturing()
-    if not (torch.compiler.is_compiling() or captured) and bool(scores.isnan().any()):
-        at = ", ".join(str(int(i)) for i in scores.isnan().nonzero()[0])
-        raise OptxError(
-            f"{who}: scores[{at}] is nan, so no primitive is the best. The critic, or the actions that it "
-            "was given, have overflowed."
-        )
-    return scores.argmax(-1)
+    return (scores.byte() if scores.dtype == torch.bool else scores).argmax(-1)
 
 
 def frequency_loss(w: Tensor, chosen: Tensor, reduction: Reduction, counts: Tensor | None = None) -> Tensor:

@@ -16,7 +16,7 @@ from torch import nn
 from optx._errors import OptxError, TargetError, check_choice, check_range, check_whole, shown
 from optx.inject._injection import Injection, Site
 from optx.inject._low_rank_start import from_file
-from optx.inject._part import Part, attached
+from optx.inject._part import Part, attached, new_tensor
 from optx.inject._served import Served
 from optx.inject._trained_whole import Saved
 from optx.policy._pmoe_handle import PMOEHandle
@@ -102,7 +102,7 @@ class PMOEHead(Injection):
         check_choice("PMOEHead", "outputs", self.outputs, ("mean_log_std", "mean"))
         for name in ("squash", "detach"):
             check_choice("PMOEHead", name, getattr(self, name), (True, False))
-        check_range("PMOEHead", "init", self.init, 0.0)
+        check_range("PMOEHead", "init", self.init, 0.0, 1000.0)
         check_range("PMOEHead", "log_std_max", self.log_std_max, -20.0, 20.0)
         check_range("PMOEHead", "log_std_min", self.log_std_min, -50.0, self.log_std_max)
         for name in ("low", "high"):
@@ -158,7 +158,7 @@ class PMOEHead(Injection):
             module,
             self.k,
             n := self._actions(module.out_features, path),
-            self._bounds(n, path),
+            self._bounds(n, path, new_tensor(module, 0).dtype),
             self.squash,
             (self.log_std_min, self.log_std_max),
             self.detach,
@@ -177,7 +177,7 @@ class PMOEHead(Injection):
             )
         return outputs // 2
 
-    def _bounds(self, n: int, path: str) -> tuple[list[float], list[float]] | None:
+    def _bounds(self, n: int, path: str, dtype: torch.dtype) -> tuple[list[float], list[float]] | None:
         for name in ("low", "high"):
             value: float | tuple[float, ...] | None = getattr(self, name)
             if isinstance(value, tuple) and len(value) != n:
@@ -188,6 +188,13 @@ class PMOEHead(Injection):
         if self.low is None and self.high is None:
             return None
         low, high = _even(self.low, self.high, n)
+        least, most = torch.tensor([low, high], dtype=torch.float64).to(dtype)
+        for i, one in enumerate(((most - least) > 0) & (most - least).isfinite() & (most + least).isfinite()):
+            if not one:
+                raise TargetError(
+                    f"attach: PMOEHead has low[{i}]={low[i]!r} and high[{i}]={high[i]!r}, between which "
+                    f"{dtype}, in which {path!r} computes, has no actions: they are too close or too far."
+                )
         return list(low), list(high)
 
     def handle(

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from optx._errors import OptxError, ShapeError, check_above_0, check_choice
+from optx._policy_loss import check_clips, ppo_clip_loss
+from optx.policy._checks import check_primitive, check_tensor, readable, where
 from optx.policy._estimates import picked
-from optx.policy._mixture import ActionMixture
+from optx.policy._mixture import ActionMixture, checked_mixture
 from optx.policy.frequency_loss import REDUCTIONS, Reduction, best, frequency_loss
 
 
@@ -54,7 +56,7 @@ def ppo_pmoe_losses(
         actions: taken, (..., n), as `ActionMixture.sample` gave them.
         old_log_prob: ``mixture.log_prob(actions)`` of when they were taken, (...).
         advantages: (...).
-        clip: how far from 1 a ratio counts.
+        clip: how far from 1 a ratio counts, at most 1. The ratio's logarithm is cut at 20 either way.
         primitive: which one acted (`ActionMixture.rsample` tells), (...) int64; None: the one that the action
             is likeliest to be of.
         scores: of each primitive, (..., K), the higher the better; in the place of advantages, for routing.
@@ -79,8 +81,9 @@ def ppo_pmoe_losses(
     Evidence: ``test_ppo_pmoe.py``, a bandit of two peaks; no recipe.
 
     Raises:
-        OptxError: an option out of range, both ``primitive`` and ``scores``, or an action out of bounds.
-        ShapeError: shapes that don't go together, as (batch, 1) with (batch,).
+        OptxError: an option out of range, both ``primitive`` and ``scores``, an action out of bounds, an
+            advantage or a density of nan, a primitive that there isn't, or what is no mixture.
+        ShapeError: shapes that don't go together, as (batch, 1) with (batch,), or no state.
 
     Example:
         >>> import torch, optx
@@ -95,38 +98,44 @@ def ppo_pmoe_losses(
 
     Source: arXiv 2104.09122; PPO, arXiv 1707.06347.
     """
+    mixture = checked_mixture("ppo_pmoe_losses", mixture)
     check_above_0("ppo_pmoe_losses", "clip", clip)
+    check_clips("ppo_pmoe_losses", clip, None)
     check_choice("ppo_pmoe_losses", "reduction", reduction, REDUCTIONS)
     check_choice("ppo_pmoe_losses", "even", even, (True, False))
     if primitive is not None and scores is not None:
         raise OptxError(
             "ppo_pmoe_losses: primitive and scores both say which primitive routing is to learn. Drop one."
         )
+    states = mixture.logits.shape[:-1]
+    _check("actions", actions, mixture.means.shape[:-2] + mixture.means.shape[-1:])
     own = mixture.component_log_prob(actions)
-    states = own.shape[:-1]
     _check("old_log_prob", old_log_prob, states)
     _check("advantages", advantages, states)
     log_prob = (mixture.log_w.detach() + own).logsumexp(-1)
-    ratio = (log_prob - old_log_prob.detach()).exp()
-    gain = advantages.detach()
-    policy = -torch.minimum(ratio * gain, ratio.clamp(1 - clip, 1 + clip) * gain).mean()
+    gain = advantages.detach().to(own.dtype)
+    policy = ppo_clip_loss(log_prob, old_log_prob.detach(), gain, clip=float(clip), dual_clip=None)
     if scores is not None:
+        check_tensor("ppo_pmoe_losses", "scores", scores)
         _check("scores", scores, own.shape)
         return PPOLosses(policy, frequency_loss(mixture.w, best(scores, "ppo_pmoe_losses"), reduction))
     if primitive is None:
         primitive = best(mixture.log_w + own, "ppo_pmoe_losses")
-    _check("primitive", primitive, states)
-    if primitive.is_floating_point():
-        raise ShapeError(f"ppo_pmoe_losses: primitive has dtype {primitive.dtype}; it takes whole numbers.")
-    counts = (gain > 0).to(own.dtype)
-    if even:
-        counts = counts * (-picked(mixture.log_w.detach(), primitive)).exp()
+    primitive = check_primitive("ppo_pmoe_losses", primitive, states, mixture.k)
+    better = gain > 0
+    counts = better.to(own.dtype)
+    if even:  # by 1 / w, of which only the proportions count: the largest is 1, so that none overflows
+        rare = -picked(mixture.log_w.detach(), primitive)
+        counts = counts * (rare - rare.masked_fill(~better, -torch.inf).max()).clamp_max(0).exp()
     return PPOLosses(policy, frequency_loss(mixture.w, primitive, reduction, counts))
 
 
 def _check(name: str, given: Tensor, wanted: torch.Size) -> None:
+    check_tensor("ppo_pmoe_losses", name, given)
     if given.shape != wanted:
         raise ShapeError(
             f"ppo_pmoe_losses: {name} has shape {tuple(given.shape)}; it must be {tuple(wanted)}, that of "
             "the states."
         )
+    if name in ("old_log_prob", "advantages") and readable(given) and bool((wrong := given.isnan()).any()):
+        raise OptxError(f"ppo_pmoe_losses: {name}[{where(wrong)}] is nan; it must be a number.")

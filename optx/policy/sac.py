@@ -12,6 +12,15 @@ import torch
 from torch import Tensor
 
 from optx._errors import OptxError, ShapeError, check_choice, check_range, shown
+from optx.policy._checks import (
+    check_alpha,
+    check_critic,
+    check_steps,
+    check_target,
+    check_tensor,
+    free,
+    where,
+)
 from optx.policy._estimates import (
     Backprop,
     Critic,
@@ -24,7 +33,7 @@ from optx.policy._estimates import (
     one_each,
     values,
 )
-from optx.policy._mixture import ActionMixture
+from optx.policy._mixture import ActionMixture, checked_mixture
 from optx.policy.estimators import BASELINES, Baseline
 from optx.policy.frequency_loss import REDUCTIONS, Reduction
 
@@ -91,7 +100,7 @@ def sac_pmoe_losses(
         log_alpha: ln alpha, one number that is trained.
         alpha_optimizer: of ``log_alpha``: it steps at once, so that the policy's loss has the new alpha, as
             the authors' code does. None: ``losses.alpha`` is for the loop to step by, and all have the old.
-        target_entropy: None: -n in units in which actions are (-1, 1), whatever the bounds.
+        target_entropy: of ``log_alpha``; None: -n in units in which actions are (-1, 1), whatever the bounds.
         estimator: how routing is trained.
         score: freq: what is the highest of the best: ``"q"``, or ``"q-alpha_logp"``.
         backprop: freq: which primitives learn their actions: the best (``"max"``), or ``"all"``.
@@ -119,9 +128,9 @@ def sac_pmoe_losses(
     Evidence: ``optx run modes``; ``test_sac_pmoe.py``, ``test_estimators.py``.
 
     Raises:
-        OptxError: an option out of range or of another estimator, a score of nan, or a critic without
-            gradient.
-        ShapeError: values of another shape.
+        OptxError: an option out of range or of another estimator, a score of nan, a critic without gradient,
+            or a policy's output that is no mixture.
+        ShapeError: values of another shape, or no state.
 
     Example:
         >>> import torch, optx
@@ -136,7 +145,10 @@ def sac_pmoe_losses(
     """
     own = {"score": score, "backprop": backprop, "reduction": reduction}
     _check_options(estimator, {**own, "temperature": temperature, "hard": hard, "baseline": baseline})
+    mixture = checked_mixture("sac_pmoe_losses", mixture)
+    check_critic("sac_pmoe_losses", q_fn)
     now = _alpha_now(alpha, log_alpha, alpha_optimizer)
+    check_target(target_entropy, log_alpha)
     step: Estimate
     if estimator == "freq":
         with_entropy = score == "q-alpha_logp"
@@ -177,7 +189,7 @@ def sac_pmoe_target(
         q_fn: the target critics on the next states, as in `sac_pmoe_losses`.
         alpha: the temperature.
         reward: (...), one for each state.
-        terminated: (...), 1 or True where nothing follows; not where time alone ran out.
+        terminated: (...), 1 or True where nothing follows, else 0; not where time alone ran out.
         gamma: the discount.
         generator: of all draws.
 
@@ -186,15 +198,25 @@ def sac_pmoe_target(
 
     Raises:
         ShapeError: reward or terminated of another shape, as of (batch, 1), which would make a table of it.
+        OptxError: an argument out of range.
     """
+    mixture = checked_mixture("sac_pmoe_target", mixture, some=False)
+    check_critic("sac_pmoe_target", q_fn)
+    alpha = check_alpha("sac_pmoe_target", alpha, constant=False)
     check_range("sac_pmoe_target", "gamma", gamma, 0, 1)
     drawn = mixture.rsample(generator)
     for name, given in (("reward", reward), ("terminated", terminated)):
+        check_tensor("sac_pmoe_target", name, given)
         if given.shape != drawn.log_prob.shape:
             raise ShapeError(
                 f"sac_pmoe_target: {name} has shape {tuple(given.shape)}; it must be "
                 f"{tuple(drawn.log_prob.shape)}, a number for each state."
             )
+    if free(terminated) and bool((wrong := ~((terminated >= 0) & (terminated <= 1))).any()):
+        raise OptxError(
+            f"sac_pmoe_target: terminated[{where(wrong)}] is {terminated[wrong][0].item():g}; it must be 0 "
+            "or 1."
+        )
     value = values(q_fn, drawn.action.unsqueeze(-2)).squeeze(-1)
     follows = 1 - terminated.to(value.dtype)
     return reward + follows * gamma * (value - alpha * drawn.log_prob)
@@ -211,12 +233,29 @@ def least_q(states: Tensor, *critics: Callable[[Tensor, Tensor], Tensor]) -> Cri
         A function of actions (..., M, n), which gives (..., M).
 
     Raises:
-        OptxError: no critic.
+        OptxError: no critic, or what is none.
+
+    The function raises ShapeError for actions of other states.
     """
+    check_tensor("least_q", "states", states)
     if not critics:
         raise OptxError("least_q: there is no critic; give one, or SAC's two.")
+    for critic in critics:
+        if not callable(critic):
+            raise OptxError(
+                f"least_q: a critic is a {type(critic).__name__}; each must be called as critic(states, "
+                "actions). Of a list: least_q(states, *critics)."
+            )
 
     def q_fn(actions: Tensor) -> Tensor:
+        own, lead = states.shape[:-1], actions.shape[:-2]
+        if len(own) > len(lead) or any(
+            a not in (1, b) for a, b in zip(reversed(own), reversed(lead), strict=False)
+        ):
+            raise ShapeError(
+                f"least_q: actions have shape {tuple(actions.shape)}, (..., M, n), and states "
+                f"{tuple(states.shape)}; they must be of the same states."
+            )
         here = states.unsqueeze(-2).expand(*actions.shape[:-1], states.shape[-1])
         found = [one_each(critic(here, actions), actions) for critic in critics]
         least = found[0]
@@ -237,24 +276,19 @@ def _alpha_now(
             "for one that stays, or log_alpha=, a parameter, for one that is trained."
         )
     if log_alpha is not None:
+        check_tensor("sac_pmoe_losses", "log_alpha", log_alpha)
         if log_alpha.numel() != 1 or not log_alpha.requires_grad:
             raise OptxError(
                 f"sac_pmoe_losses: log_alpha has shape {tuple(log_alpha.shape)} and "
                 f"requires_grad={log_alpha.requires_grad}; it must be one number that is trained."
             )
+        if optimizer is not None:
+            check_steps(log_alpha, optimizer)
         return log_alpha.detach().exp().reshape(())
     assert alpha is not None
     if optimizer is not None:
         raise OptxError("sac_pmoe_losses: alpha_optimizer trains log_alpha=, and alpha= is given. Drop one.")
-    if isinstance(alpha, Tensor):
-        if alpha.numel() != 1 or alpha.requires_grad:
-            raise OptxError(
-                f"sac_pmoe_losses: alpha has shape {tuple(alpha.shape)} and requires_grad="
-                f"{alpha.requires_grad}; it must be one number. One that is trained is log_alpha=."
-            )
-        return alpha.reshape(())
-    check_range("sac_pmoe_losses", "alpha", alpha, 0)
-    return alpha
+    return check_alpha("sac_pmoe_losses", alpha)
 
 
 def _target_entropy(mixture: ActionMixture, given: float | None) -> Number:

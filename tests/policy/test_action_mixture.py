@@ -277,3 +277,28 @@ def test_what_does_not_go_together() -> None:
         ActionMixture(m.means, m.log_stds, m.logits, -torch.ones(2), torch.ones(2), squash=False)
     with pytest.raises(optx.ShapeError, match=r"actions have shape \(3, 1\); they must be \(\.\.\., 2\)"):
         m.log_prob(torch.zeros(3, 1))
+
+
+@pytest.mark.parametrize("bounds", [(-0.1, 1.1), (5.0, 5.1), (1000.1, 1000.9), (-0.4, 0.4), (0.1, 0.7)])
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+def test_no_action_rounds_to_one_beyond_the_bounds(bounds: tuple[float, float], dtype: torch.dtype) -> None:
+    """Environments refuse it; and where bounds are near each other, `log_prob` took it for another's."""
+    low, high = (torch.full((2,), one, dtype=DOUBLE).to(dtype) for one in bounds)
+    m = drawn(500, k=2, n=2, dtype=dtype)
+    wide = ActionMixture(30 * m.means, m.log_stds, m.logits, low, high)
+    for a in (wide.sample(torch.Generator().manual_seed(0)), wide.evaluation_action(greedy=True)):
+        assert bool(((a >= low) & (a <= high)).all())
+        assert bool(wide.log_prob(a).isfinite().all())
+    assert bool((wide.centres - low < 1e-3 * (high - low)).any())
+    assert bool((high - wide.centres < 1e-3 * (high - low)).any())
+
+
+def test_entropies_of_deviations_beyond_the_range_of_float32() -> None:
+    """exp(100) is infinite in float32, and 0 times it nan."""
+    means, log_stds = torch.tensor([[[0.0], [1.0]]]), torch.tensor([[[-50.0], [-49.0]]])
+    for found, exact in zip(
+        ActionMixture(means, log_stds, torch.zeros(1, 2)).entropy_bounds(),
+        ActionMixture(means.double(), log_stds.double(), torch.zeros(1, 2).double()).entropy_bounds(),
+        strict=True,
+    ):
+        torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)

@@ -281,7 +281,7 @@ def test_options_out_of_range() -> None:
         ({"high": "wide"}, "high is 'wide'; it must be a finite number"),
         ({"squash": False, "low": -1.0}, "with squash=False there are none"),
         ({"log_std_min": 3.0}, r"log_std_min is 3\.0; it must be between -50\.0 and 2\.0"),
-        ({"init": -1.0}, r"init is -1\.0; it must be at least 0"),
+        ({"init": -1.0}, r"init is -1\.0; it must be between 0\.0 and 1000\.0"),
     ]
     for options, says in wrong:
         with pytest.raises(optx.OptxError, match=says):
@@ -310,10 +310,23 @@ def test_what_it_does_not_serve() -> None:
     lora.remove()
     with optx.attach(model, head, targets="out"):
         for other in (optx.LoRA(rank=1), optx.BitFit(), optx.SequentialAdapter(rank=1), optx.IA3()):
-            with pytest.raises(optx.TargetError, match="'pmoe_head' on 'out' takes the place of all that it"):
+            with pytest.raises(optx.TargetError, match="can't serve 'out': 'pmoe_head' is there and"):
                 optx.attach(model, other, targets="out")
         with optx.attach(model, optx.LoRA(rank=1), "all-linear", exclude="out"):
             assert isinstance(model(states()), ActionMixture)
         with pytest.raises(AttributeError, match="an ActionMixture has no 'chunk'"):
             model(states()).chunk(2, -1)
     assert_same(model, before)
+
+
+def test_bounds_are_as_exact_in_half_precision() -> None:
+    """1.1 in bfloat16 is 1.1015625, which an environment of -0.1 to 1.1 refuses."""
+    for dtype in (torch.bfloat16, torch.float16):
+        model, handle = policy(low=-0.1, high=1.1, init=30.0)
+        model.to(dtype)
+        a = model(states(200, dtype)).sample()
+        assert float(a.min()) == np.float32(-0.1)
+        assert float(a.max()) == np.float32(1.1)
+        assert model.out.optx.pmoe_head.mean_weight.dtype == dtype
+        handle.remove()
+    assert policy(low=-0.1, high=1.1)[0].double().out.optx.pmoe_head.low.dtype == torch.float64

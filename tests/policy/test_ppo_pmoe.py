@@ -145,8 +145,8 @@ def test_what_makes_no_sense_is_said() -> None:
         ({"advantages": advantages[:, None]}, r"advantages has shape \(16, 1\); it must be \(16,\)"),
         ({"old_log_prob": old[:, None]}, r"old_log_prob has shape \(16, 1\)"),
         ({"scores": torch.zeros(16, 3)}, r"scores has shape \(16, 3\); it must be \(16, 4\)"),
-        ({"primitive": primitive[:, None]}, r"primitive has shape \(16, 1\)"),
-        ({"primitive": primitive.float()}, r"primitive has dtype torch\.float32"),
+        ({"primitive": primitive[:, None]}, r"primitive is torch\.int64 of shape \(16, 1\); it must be"),
+        ({"primitive": primitive.float()}, r"primitive is torch\.float32"),
     ]
     for given_wrong, says in wrong:
         with pytest.raises(optx.ShapeError, match=says):
@@ -155,3 +155,30 @@ def test_what_makes_no_sense_is_said() -> None:
             )
     with pytest.raises(optx.OptxError, match="outside of the policy's bounds"):
         optx.ppo_pmoe_losses(model(s), 2 + actions, old, advantages)
+
+
+def test_a_policy_that_went_far_has_numbers() -> None:
+    """exp(200) is infinite; infinite times an advantage of 0, or backwards, is nan."""
+    model, _ = policy()
+    s = states()
+    actions, old, primitive, advantages = taken(model, s)
+    advantages[0] = 0
+    losses = optx.ppo_pmoe_losses(model(s), actions, old - 200, advantages, primitive=primitive)
+    (losses.policy + losses.freq).backward()
+    assert losses.policy.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_of_a_primitive_that_is_all_but_gone_routing_has_numbers() -> None:
+    """1 / w is infinite in float32 at ln w = -200; it counts all there is among those of weight 1."""
+    logits = torch.tensor([[0.0, -200.0]]).expand(4, 2).clone().requires_grad_()
+    mixture = optx.policy.ActionMixture(torch.zeros(4, 2, 1), torch.zeros(4, 2, 1), logits)
+    actions = torch.zeros(4, 1)
+    old, primitive = mixture.log_prob(actions).detach(), torch.tensor([0, 0, 1, 1])
+    losses = optx.ppo_pmoe_losses(mixture, actions, old, torch.tensor([1.0, 1, 1, -1]), primitive=primitive)
+    losses.freq.backward()
+    assert losses.freq.item() == pytest.approx(1.0)
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
+    even = optx.ppo_pmoe_losses(mixture, actions, old, torch.tensor([1.0, 1, -1, -1]), primitive=primitive)
+    assert even.freq.item() == 0

@@ -325,7 +325,7 @@ def test_what_makes_no_sense_is_said() -> None:
     wrong: list[tuple[dict[str, Any], str]] = [
         ({}, "alpha and log_alpha are one temperature, and neither is given"),
         ({"alpha": 0.1, "log_alpha": log_alpha}, "and both is given"),
-        ({"alpha": -0.1}, r"alpha is -0\.1; it must be at least 0"),
+        ({"alpha": -0.1}, r"alpha is -0\.1; it must be a finite number of at least 0"),
         ({"alpha": log_alpha}, r"alpha has shape \(\) and requires_grad=True"),
         ({"alpha": 0.1, "alpha_optimizer": optimizer}, "alpha_optimizer trains log_alpha="),
         ({"log_alpha": torch.zeros(2, requires_grad=True)}, r"log_alpha has shape \(2,\)"),
