@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optx._errors import OptxError, ShapeError, check_range, check_whole
+from optx._errors import OptxError, ShapeError, check_range, check_whole, shown
 from optx.flow._draws import Draws
 from optx.flow._network import nulled
 
@@ -46,6 +46,10 @@ def reduced(who: str, losses: Tensor, counts: Tensor, weights: Tensor | None, re
     """The mean over what counts, weighted; the sum; or each position's."""
     share = counts.to(losses.dtype)
     if weights is not None:
+        if not isinstance(weights, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise OptxError(f"{who}: weights is a {type(weights).__name__}; it must be a tensor.")
+        if weights.device.type == "cpu" and not bool((weights >= 0).all()):  # nan too
+            raise OptxError(f"{who}: weights has {shown(weights.min().item())}; they must be at least 0.")
         wide = weights.to(losses)
         if wide.shape != counts.shape and wide.shape != counts.shape[:1]:
             raise ShapeError(

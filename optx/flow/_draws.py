@@ -32,6 +32,11 @@ class Draws:
         if generator is None or isinstance(generator, torch.Generator):
             self._one, self._each = generator, None
             return
+        if not isinstance(generator, Sequence):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise OptxError(
+                f"{owner}: generator is {generator!r:.60}; it must be a torch.Generator, or a list of one "
+                "for each row."
+            )
         self._one, self._each = None, list(generator)
         if len(self._each) != rows or not all(isinstance(g, torch.Generator) for g in self._each):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise OptxError(

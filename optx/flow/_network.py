@@ -38,7 +38,11 @@ class Network:
         first = next((p for p in weights if p.is_floating_point()), None)
         self.dtype = first.dtype if first is not None else None
         self.device = first.device if first is not None else None
-        check_range(owner, "guidance_scale", scale, -float("inf"))
+        check_range(owner, "guidance_scale", scale, -1e30, 1e30)
+        if condition is not None and not isinstance(condition, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise OptxError(
+                f"{owner}: condition is a {type(condition).__name__}; it must be a tensor, an entry a row."
+            )
         if scale != 1 and (condition is None or null is None):
             raise OptxError(
                 f"{owner}: guidance_scale is {scale}; it needs condition= and null=, the condition that "

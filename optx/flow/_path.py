@@ -52,6 +52,8 @@ class GumbelPath:
 
     def _read_invalid(self, who: str) -> tuple[int, ...]:
         given: Any = self.invalid
+        if not isinstance(given, int) and not hasattr(given, "__iter__"):
+            raise OptxError(f"{who}: invalid is {shown(given)}; it must be numbers of tokens.")
         found = tuple(
             check_whole(who, "invalid", one, 0, "numbers of tokens")
             for one in ([given] if isinstance(given, int) else given)

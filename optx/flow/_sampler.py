@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optx._errors import OptxError
+from optx._errors import OptxError, ShapeError
 from optx.flow._draws import Draws
 from optx.flow._network import Network
 from optx.flow._path import GumbelPath
@@ -129,10 +129,33 @@ class Sampler:
             ahead = self.step(y, p, t, end)
             push = self.guide(y.exp(), p, self.draws) if self.guide is not None else None
             if push is not None:
+                if push.shape != y.shape:
+                    raise ShapeError(
+                        f"GumbelFlow.sample: the guide gave a velocity of shape {tuple(push.shape)}; it must "
+                        f"be {tuple(y.shape)}, that of x."
+                    )
                 ahead = projected(ahead.exp() + (end - t) * push)
             y = self.held.put(self.path, ahead, end)
+            if n + 1 == steps or y.device.type == "cpu":  # a look at a GPU would hold each step up
+                self._check_numbers(y, p, end)
             each(y)
         return y
+
+    def decided(self, y: Tensor) -> Tensor:
+        """Draws from the model's distribution at the last point."""
+        p = self.posterior(y, 1.0)
+        self._check_numbers(y, p, 1.0)
+        return (p.log() + self.draws.gumbel(*y.shape)).argmax(-1)
+
+    def _check_numbers(self, y: Tensor, p: Tensor, t: float) -> None:
+        """Raise if a point is nan: argmax takes nan for the largest, which would make tokens 0 in silence."""
+        real = p if self.held.mask is None else p.masked_fill(~self.held.mask[..., None], 0)
+        wrong = bool(real.isnan().any())
+        if wrong or bool(y.isnan().any()):
+            who = "the model's logits are nan, or infinite," if wrong else "the guide's velocity is nan"
+            raise OptxError(
+                f"GumbelFlow.sample: {who} on the way to t = {t:g}. Look at its weights and its precision."
+            )
 
     def posterior(self, y: Tensor, t: float) -> Tensor:
         """The model's distribution of the token that a point goes to."""
@@ -155,6 +178,11 @@ def check_steps(owner: str, path: GumbelPath, steps: int) -> None:
 def bar(steps: range, title: str, progress: bool | Bar) -> Iterable[int]:
     """Steps under a bar: on a terminal if True, never if False, else as the caller wraps them."""
     if not isinstance(progress, bool):
+        if not callable(progress):
+            raise OptxError(
+                f"GumbelFlow.sample: progress is a {type(progress).__name__}; it must be True, False, or "
+                "what wraps the steps, as tqdm.tqdm."
+            )
         return progress(steps)
     if not progress or not sys.stderr.isatty():
         return steps

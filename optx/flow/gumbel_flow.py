@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from optx._errors import OptxError, ShapeError, check_above_0, check_choice, check_whole
 from optx.flow._batch import checked_mask, checked_shape, dropped, reduced
@@ -234,8 +234,14 @@ class GumbelFlow(GumbelPath):
         check_above_0(who, "langevin", langevin)
         if self.form == "flow" and solver == "euler":
             check_steps(who, self, steps)
-        if guide is not None and not callable(guide):
-            raise OptxError(f"{who}: guide is a {type(guide).__name__}; it must be an optx.STGuide.")
+        self._check_own(who, solver, langevin)
+        if guide is not None and (isinstance(guide, nn.Module) or not callable(guide)):
+            raise OptxError(
+                f"{who}: guide is a {type(guide).__name__}; it must be an optx.STGuide, as of a classifier: "
+                "optx.STGuide(classifier)."
+            )
+        if null is not None and condition is None:
+            raise OptxError(f"{who}: null= stands for a condition, and condition= is not given. Drop it.")
         net = Network(who, model, condition, null, guidance_scale)
         net.check_rows(rows)
         where = torch.device(device or net.device or "cpu")
@@ -259,16 +265,20 @@ class GumbelFlow(GumbelPath):
             ids = ids.where(held.mask, PADDING)
         return (ids, torch.stack(path)) if return_path else ids
 
+    def _check_own(self, who: str, solver: str, size: float) -> None:
+        """Raise for what the form has no use for."""
+        if self.form == "score" and solver != "euler":
+            raise OptxError(f"{who}: solver={solver!r} is of form='flow'; form='score' has langevin=.")
+        if self.form == "flow" and size != 0.1:
+            raise OptxError(f"{who}: langevin={size} is of form='score'; form='flow' has solver=.")
+
     def _step(self, solver: str, size: float, draws: Draws) -> Step:
         if self.form == "flow":
             return functools.partial(euler if solver == "euler" else exponential, self)
         return lambda y, p, t, end: langevin(self, y, p, t, end, size, draws.normal(*y.shape))
 
     def _decoded(self, run: Sampler, y: Tensor, decode: str) -> Tensor:
-        if decode == "argmax":
-            ids = y.argmax(-1)
-        else:
-            ids = (run.posterior(y, 1.0).log() + run.draws.gumbel(*y.shape)).argmax(-1)
+        ids = y.argmax(-1) if decode == "argmax" else run.decided(y)
         keep, tokens = run.held.keep, run.held.tokens
         return ids if keep is None or tokens is None else tokens.where(keep, ids)
 
@@ -288,6 +298,8 @@ class GumbelFlow(GumbelPath):
             held.mask = checked_mask(who, "mask", mask, shape).to(device)
         if given is not None and keep is not None:
             held.keep = checked_mask(who, "keep", keep, shape).to(device)
+            if not isinstance(given, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise OptxError(f"{who}: given is a {type(given).__name__}; it must be a tensor of tokens.")
             if given.shape != shape:
                 raise ShapeError(f"{who}: given has shape {tuple(given.shape)}; it must be {shape}.")
             _, tokens = self._counted(who, given.to(device), held.keep)

@@ -140,10 +140,10 @@ class STGuide:
                 f"each, ({len(point)},) or ({len(point)}, 1). Pick a class, or add them up."
             )
         found = found.reshape(-1).to(torch.promote_types(found.dtype, torch.float32))
-        if self.log_prob and bool((found < 0).any()):
-            low = found.detach().min().item()
+        if self.log_prob and bool((wrong := (found < 0) | (found > 1.001)).any()):
+            one = found.detach()[wrong][0].item()
             raise OptxError(
-                f"STGuide: log_prob=True takes the log of probabilities; the classifier gave {shown(low)}."
+                f"STGuide: log_prob=True takes the log of probabilities; the classifier gave {shown(one)}."
                 " Give it a sigmoid or softmax, or leave log_prob out."
             )
         return found
