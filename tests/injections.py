@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import optx
+from optx import _everything
 
 
 def llama(layers: int = 2) -> nn.Module:
@@ -256,6 +257,7 @@ def rows_on(build: Callable[..., nn.Module], rows: Sequence[Row] = ROWS) -> list
 
 def public_injections() -> list[str]:
     """The names of all injections that optx exports, without the protocol's own classes."""
+    _everything.load()
     protocol = (optx.Injection, optx.Composite)
     return [
         name

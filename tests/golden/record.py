@@ -39,7 +39,7 @@ def differences(old: Losses, new: Losses) -> list[str]:
     for label in {**old, **new}:
         if label not in new or label not in old:
             lines.append(f"{label}: {'new' if label in new else 'gone'}")
-        elif (step := golden_runs.first_difference(old[label], new[label])) is None:
+        elif (step := golden_runs.first_difference(old[label], new[label], 0.0)) is None:
             lines.append(f"{label}: the same")
         else:
             apart = golden_runs.apart(old[label], new[label])

@@ -61,7 +61,7 @@ def test_losses(name: str, label: str, request: pytest.FixtureRequest) -> None:
 def check(wanted: list[float], got: list[float], platform: dict[str, str], name: str) -> None:
     here = golden_runs.platform_here()
     allowed = 0.0 if platform == here else golden_runs.TOLERANCE
-    step, apart = golden_runs.first_difference(wanted, got), golden_runs.apart(wanted, got)
+    step, apart = golden_runs.first_difference(wanted, got, allowed), golden_runs.apart(wanted, got)
     assert apart <= allowed, (
         f"The losses differ from step {step} on, by up to {apart:.1e} ({allowed:.0e} allowed). Should this "
         f"change results, type: python tests/golden/record.py {name}\n"
