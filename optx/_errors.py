@@ -7,7 +7,7 @@ import operator
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 
@@ -47,6 +47,17 @@ def near(name: str, names: Iterable[str], count: int = 3) -> str:
         f"Near: {', '.join(map(repr, close))} ({len(everything)} in all)."
         if everything
         else "There are none."
+    )
+
+
+def wanted_shape(logits: Sequence[int], target: Sequence[int], wanted: Sequence[int]) -> str:
+    """What a classification's target of another shape is told: where logits have their classes."""
+    dim = min(1, len(logits) - 1)
+    last = len(logits) > 2 and tuple(target) == tuple(logits[:-1])
+    way_out = " If yours are the last, pass logits.movedim(-1, 1)." if last else ""
+    return (
+        f"for logits of shape {tuple(logits)} it must be {tuple(wanted)}: classes are dimension {dim}, as in "
+        f"torch's cross_entropy.{way_out}"
     )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from optx import _softmax_rows as rows
-from optx._errors import OptxError, ShapeError, check_choice, check_range
+from optx._errors import OptxError, ShapeError, check_choice, check_range, wanted_shape
 from optx._policy_loss import grpo_advantage as grpo_advantage
 from optx._policy_loss import k3_divergence as k3_divergence
 from optx._policy_loss import ppo_clip_loss as ppo_clip_loss
@@ -258,8 +258,8 @@ def _check_shapes(logits: Tensor, target: Tensor, weight: Tensor | None) -> None
     wanted = logits.shape[:at] + logits.shape[at + 1 :]
     if target.shape != wanted:
         raise ShapeError(
-            f"{owner}: target has shape {tuple(target.shape)}; for logits of shape {tuple(logits.shape)} it "
-            f"must be {tuple(wanted)}."
+            f"{owner}: target has shape {tuple(target.shape)}; "
+            f"{wanted_shape(logits.shape, target.shape, wanted)}"
         )
     classes = logits.shape[at]
     if weight is not None and (weight.shape != (classes,) or not weight.is_floating_point()):

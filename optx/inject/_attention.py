@@ -7,6 +7,7 @@ the modules' own code know nothing of it.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple
 
@@ -174,6 +175,11 @@ def heads_of(module: nn.Module, kv_heads: int | None, head_dim: int | None) -> H
     total = _number(module, "embed_dim", "dim", "hidden_size") or _number(config, "hidden_size")
     width = width or _number(config, "head_dim") or (heads and total and total // heads)
     return Heads(count, width) if width else "does not say how wide its heads are (head_dim=)"
+
+
+def adds_position_bias(module: nn.Module) -> bool:
+    """Whether an attention module adds numbers by position to its scores, as T5's and MPT's do."""
+    return "position_bias" in inspect.signature(type(module).forward).parameters
 
 
 def _number(owner: Any, *names: str) -> int | None:

@@ -16,7 +16,7 @@ from torch import nn
 from optx._errors import OptxError, TargetError, check_above_0
 from optx._module_paths import paths_of
 from optx.inject._anatomy import attentions_of
-from optx.inject._attention import kernel_of
+from optx.inject._attention import adds_position_bias, kernel_of
 from optx.inject._attention_routes import home_of
 from optx.inject._injection import Injection, Site
 from optx.inject._part import Part, attached
@@ -69,6 +69,11 @@ class SoftplusAttention(Injection):
         method, kind = type(self).__name__, type(module).__name__
         if is_linear(module) or is_conv(module):
             raise TargetError(f"attach: {method} serves {self.serves}; {path!r} is a {kind}.")
+        if adds_position_bias(module):
+            raise TargetError(
+                f"attach: {path!r}, a {kind}, adds a bias by position to its scores (position_bias=), which "
+                f"{method} has no place for. Leave it out of targets."
+            )
         container = attached(module)
         for name, part in container.parts.items() if container is not None else ():
             if isinstance(part, SoftplusPart):

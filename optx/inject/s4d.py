@@ -5,7 +5,6 @@ Source: On the Parameterization and Initialization of Diagonal State Space Model
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -17,6 +16,7 @@ from optx._errors import TargetError, check_choice, check_whole
 from optx._module_paths import paths_of
 from optx._names import RESERVED
 from optx.inject._anatomy import Wanted, of_role
+from optx.inject._attention import adds_position_bias
 from optx.inject._injection import Injection, Site
 from optx.inject._part import Part, new_tensor
 from optx.inject._s4d_call import Reader, is_causal, is_cross
@@ -24,7 +24,7 @@ from optx.inject._s4d_kernel import Disc
 from optx.inject._s4d_layer import Output, S4DLayer, check_options
 from optx.inject._s4d_part import Beside, InPlace
 from optx.inject._s4d_start import Init
-from optx.inject._weights import features, is_linear
+from optx.inject._weights import features, is_conv, is_linear
 
 
 @dataclass(frozen=True)
@@ -164,12 +164,16 @@ class S4D(Injection):
         return layer.to(device=like.device, dtype=like.dtype)
 
     def _check(self, site: Site) -> None:
+        if _is_none(site.module):
+            raise TargetError(
+                f"attach: S4D serves {self.serves}; {site.path!r} is a {type(site.module).__name__}."
+            )
         if is_cross(site.path, site.module):
             raise TargetError(
                 f"attach: {site.path!r} ({type(site.module).__name__}) is cross-attention, and S4D mixes a "
                 "sequence with itself. Leave it out by targets= or exclude=."
             )
-        if "position_bias" in inspect.signature(type(site.module).forward).parameters:
+        if adds_position_bias(site.module):
             raise TargetError(
                 f"attach: {site.path!r} ({type(site.module).__name__}) hands a position bias on to other "
                 "layers, which S4D has not. Attach to models whose layers do without, as Llama or BERT."
@@ -189,7 +193,8 @@ class S4D(Injection):
         if causal is None:
             raise TargetError(
                 f"attach: {site.path!r} ({type(site.module).__name__}) does not say whether it sees what is "
-                "still to come. Pass optx.S4D(bidirectional=True) for an encoder, False for a decoder."
+                f"still to come, as S4D has to know of {self.serves}. Pass optx.S4D(bidirectional=True) for "
+                "an encoder's, False for a decoder's."
             )
         return not causal
 
@@ -203,6 +208,12 @@ class S4D(Injection):
             f"attach: {site.path!r} ({type(site.module).__name__}) has no linear module that shows the width "
             "of its hidden states. Pass optx.S4D(width=...)."
         )
+
+
+def _is_none(module: nn.Module) -> bool:
+    """Whether it is known to be no attention: a linear layer, or another of torch's own modules."""
+    torchs = type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.MultiheadAttention)
+    return torchs or is_linear(module) or is_conv(module)
 
 
 def silence(layer: S4DLayer) -> None:

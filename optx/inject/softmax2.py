@@ -20,6 +20,7 @@ from optx.functional import softmax2
 from optx.inject._attention import Heads, heads_of
 from optx.inject._injection import Injection
 from optx.inject._part import Part
+from optx.inject._weights import is_conv, is_linear
 
 # Modules that compute with exponentials of their own, out of reach.
 _OTHERS = (
@@ -186,6 +187,11 @@ class Softmax2(Injection):
 
     def part(self, module: nn.Module, path: str) -> Part:
         """The calls of one module."""
+        if is_linear(module) or is_conv(module):
+            raise TargetError(
+                f"attach: Softmax2 serves {self.serves}; {path!r} is a {type(module).__name__}, which "
+                "does not."
+            )
         if isinstance(module, _OTHERS):
             raise TargetError(
                 f"attach: Softmax2 serves {self.serves}; {path!r} is a {type(module).__name__}, whose "

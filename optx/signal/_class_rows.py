@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optx._errors import OptxError, ShapeError
+from optx._errors import OptxError, ShapeError, wanted_shape
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _REDUCTIONS = ("mean", "sum", "none")
@@ -61,8 +61,8 @@ def check_logits(owner: str, logits: Tensor, target: Tensor, **others: Tensor | 
     if target.shape != wanted:
         kind = "class probabilities" if soft else "class numbers"
         raise ShapeError(
-            f"{owner}: target ({kind}) has shape {tuple(target.shape)}; for logits of shape "
-            f"{tuple(logits.shape)} it must be {tuple(wanted)}."
+            f"{owner}: target ({kind}) has shape {tuple(target.shape)}; "
+            f"{wanted_shape(logits.shape, target.shape, wanted)}"
         )
     return classes
 

@@ -29,7 +29,8 @@ class ZLoss(SphericalLoss):
     All losses of the family know of a row its sum, its sum of squares and the target's output. So on a head
     that `optx.SphericalHead` serves, loss, gradient and step cost the same for any number of classes.
 
-    Logits and labels have the shapes that `torch.nn.CrossEntropyLoss` takes: (C,), (N, C) or (N, C, d1, ...).
+    Logits and labels have the shapes that `torch.nn.CrossEntropyLoss` takes: (C,), (N, C) or (N, C, d1, ...):
+    classes are dimension 1, so a language model's (B, T, C) goes in as ``logits.movedim(-1, 1)``.
     Sums are in float32 (float64 for float64 logits). Only the logits and a few numbers a row are kept for the
     backward pass; second derivatives are computed by differentiable operations.
 

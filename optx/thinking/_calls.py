@@ -83,7 +83,8 @@ class Caller:
 def named(model: nn.Module) -> set[str]:
     """The arguments of the forward that a call comes to; PEFT's passes them on unnamed."""
     give: Any = getattr(model, "get_base_model", None)
-    forwards: list[Any] = [model.forward, give().forward] if callable(give) else [model.forward]
+    inner: Any = give() if callable(give) else model
+    forwards: list[Any] = [model.forward, inner.forward]
     return {name for forward in forwards for name in inspect.signature(forward).parameters}
 
 

@@ -37,6 +37,10 @@ def config(kind: str, **options: Any) -> Any:
             {"n_embd": 16, "n_layer": 2, "n_head": 4, "vocab_size": 48, "n_positions": 32},
         ),
         "bert": ("BertConfig", TEXT),
+        "t5": (
+            "T5Config",
+            {"vocab_size": 48, "d_model": 16, "d_kv": 4, "d_ff": 16, "num_layers": 1, "num_heads": 4},
+        ),
         "bart": ("BartConfig", {"vocab_size": 48, "d_model": 16, "max_position_embeddings": 32, **BOTH}),
     }
     name, sizes = makes[kind]
@@ -52,6 +56,7 @@ def built(kind: str, implementation: str = "sdpa", **options: Any) -> Any:
         "window": "MistralForCausalLM",
         "gpt2": "GPT2LMHeadModel",
         "bert": "BertForMaskedLM",
+        "t5": "T5ForConditionalGeneration",
         "bart": "BartForConditionalGeneration",
     }
     torch.manual_seed(0)

@@ -375,6 +375,20 @@ def test_attention_that_cant_be_routed_is_refused_by_its_class() -> None:
         assert_same(model, before)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_position_biases_are_refused_by_their_class(implementation: str) -> None:
+    """T5's, in both its directions and in cross-attention, whose bias is zeros."""
+    model = built("t5", implementation)
+    before = snapshot(model)
+    for targets in (None, r".*\.EncDecAttention"):
+        for injection in (optx.LSSA(), LSSAR3):
+            with pytest.raises(
+                optx.TargetError, match=r"'(en|de)coder\.\S+Attention', a T5Attention, adds a bias"
+            ):
+                optx.attach(model, injection, targets)
+    assert_same(model, before)
+
+
 def test_a_second_one_is_refused() -> None:
     model = built("llama")
     optx.attach(model, LSSAR3)

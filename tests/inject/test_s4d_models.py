@@ -288,6 +288,8 @@ def test_what_can_not_be_served_is_refused_at_attach() -> None:
             return x
 
     for module, name, options, words in (
+        (nn.Linear(4, 4), "attn", {}, r"S4D serves self-attention modules; 'attn' is a Linear\.$"),
+        (nn.LayerNorm(4), "attn", {"bidirectional": True}, "'attn' is a LayerNorm"),
         (Cross(), "encoder_attn", {}, "'encoder_attn' .* is cross-attention"),
         (Bias(), "attn", {}, "hands a position bias on"),
         (Bare(), "attn", {}, r"no linear module that shows the width.*S4D\(width=\.\.\.\)"),

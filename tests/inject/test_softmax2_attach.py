@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from aside_models import gpt2, t5
 from injections import eager, llama, run, tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -114,12 +115,43 @@ def test_attention_that_is_written_out(counted: Counted) -> None:
     assert torch.equal(run(model.eval()), wanted)
 
 
+@pytest.mark.parametrize(("make", "targets"), [(gpt2, r".*\.attn"), (t5, r".*Attention")])
+def test_generating_is_what_it_was(make: Any, targets: str, counted: Counted) -> None:
+    """GPT-2 and T5, whose decoder adds position biases and looks at an encoder: padding, cache, beams."""
+    model: Any = make()
+    model.set_attn_implementation("eager")
+    model.double()
+    mask = torch.ones_like(tokens())
+    mask[0, :2] = 0
+    inputs = {"input_ids": tokens(), "attention_mask": mask}
+    options: Any = {
+        "max_new_tokens": 6,
+        "pad_token_id": 0,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    ways = ({"use_cache": True}, {"use_cache": False}, {"num_beams": 2})
+    wanted = [model.generate(**inputs, **options, do_sample=False, **way) for way in ways]
+    assert not counted.taken()
+    with optx.attach(model, optx.Softmax2(), targets):
+        found = [model.generate(**inputs, **options, do_sample=False, **way) for way in ways]
+    assert counted.taken()
+    for one, other in zip(found, wanted, strict=True):
+        assert torch.equal(one.sequences, other.sequences)
+        torch.testing.assert_close(one.logits, other.logits, rtol=1e-10, atol=1e-10)
+
+
 def test_refused_at_attach() -> None:
     for model, targets, words in (
         (llama(1), r".*self_attn", "LlamaAttention with attn_implementation='sdpa'"),
         (llama(1), None, "LlamaForCausalLM has none"),
         (nn.Sequential(nn.MultiheadAttention(4, 1)), "0", "'0' is a MultiheadAttention, whose softmax"),
         (nn.Sequential(nn.LogSoftmax(1)), "0", "'0' is a LogSoftmax"),
+        (
+            nn.Sequential(nn.Linear(4, 4)),
+            "0",
+            "serves modules that call softmax; '0' is a Linear, which does not",
+        ),
     ):
         with pytest.raises(TargetError, match=words):
             optx.attach(model, optx.Softmax2(), targets=targets)

@@ -368,6 +368,7 @@ def test_compiled_and_mapped() -> None:
         (lambda z, t: cross_entropy2(z, z), TypeError, "target has dtype torch.float32.*class numbers"),
         (lambda z, t: cross_entropy2(z.int(), t), TypeError, "logits have dtype torch.int32"),
         (lambda z, t: cross_entropy2(z, t[:2]), ShapeError, r"target has shape \(2,\).*must be \(3,\)"),
+        (lambda z, t: cross_entropy2(z[None], t[None]), ShapeError, r"must be \(1, 4\).*movedim\(-1, 1\)"),
         (lambda z, t: cross_entropy2(z[:, :0], t), ShapeError, r"\(3, 0\) have no class"),
         (lambda z, t: cross_entropy2(z, t, z[0, :2]), ShapeError, r"weight has shape \(2,\).*\(4,\)"),
         (lambda z, t: cross_entropy2(z, t, reduction="avg"), OptxError, "reduction is 'avg'.*'mean', 'sum'"),

@@ -157,6 +157,12 @@ def test_options_that_make_no_sense(options: dict[str, Any], said: str) -> None:
     [
         (torch.zeros(2, 3), torch.tensor([0, 3]), IndexError, r"target 3 \(sample 1 of 2\) is out of range"),
         (torch.zeros(2, 3), torch.tensor([0]), optx.ShapeError, "target .* has shape"),
+        (
+            torch.zeros(2, 5, 3),
+            torch.zeros(2, 5).long(),
+            optx.ShapeError,
+            r"target .* must be \(2, 3\): classes are dimension 1.* pass logits\.movedim\(-1, 1\)",
+        ),
         (torch.zeros(2, 3), torch.zeros(2, 3), TypeError, "target .* it takes class numbers"),
         (torch.zeros(2, 3, dtype=torch.int64), torch.tensor([0, 1]), TypeError, "logits have dtype"),
     ],
