@@ -49,6 +49,13 @@ class GumbelPath:
                 f"{who}: decay is {self.decay}; from tau_max={self.tau_max} the temperature would fall to "
                 "less than float32 tells from 0. Give at most 80; the paper's range is 3 to 10."
             )
+        rise, first = math.exp(self.decay), self.beta * self.tau_max
+        last = min(self.tau_max, first) / rise
+        if last < 1e-35 or max(first, self.beta * rise) > 1e37:
+            raise OptxError(
+                f"{who}: tau_max={self.tau_max}, decay={self.decay} and beta={self.beta} make numbers that "
+                "float32 does not hold. The paper's are 10, 3 and 2."
+            )
 
     def _read_invalid(self, who: str) -> tuple[int, ...]:
         given: Any = self.invalid

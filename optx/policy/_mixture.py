@@ -85,13 +85,11 @@ class ActionMixture:
     squash: bool = True
 
     def __post_init__(self) -> None:
-        for one in fields(self):
-            if one.name != "squash" and (given := getattr(self, one.name)) is not one.default:
-                check_tensor("ActionMixture", one.name, given)
-                if not given.is_floating_point():
-                    raise OptxError(
-                        f"ActionMixture: {one.name} is of {given.dtype}; it takes floating point numbers."
-                    )
+        for name, given in (("means", self.means), ("log_stds", self.log_stds), ("logits", self.logits)):
+            _check_numbers(name, given)
+        for name, given in (("low", self.low), ("high", self.high)):
+            if given is not None:
+                _check_numbers(name, given)
         shape = self.means.shape
         if (
             self.means.ndim < 2
@@ -165,12 +163,11 @@ class ActionMixture:
         mean, log_std = self._of(self.means, primitive), self._of(self.log_stds, primitive)
         return Drawn(*self._rsample(mean, log_std, generator), primitive)
 
-    @torch.no_grad()
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """An action to explore by, (..., n): i ~ w, a ~ pi_i; no gradient."""
-        return self.rsample(generator).action
+        with torch.no_grad():  # torch.compile can't go into a method that this decorates
+            return self.rsample(generator).action
 
-    @torch.no_grad()
     def evaluation_action(self, *, greedy: bool = False, generator: torch.Generator | None = None) -> Tensor:
         """An action without noise of its own, (..., n): the mean of one primitive, squashed.
 
@@ -178,15 +175,15 @@ class ActionMixture:
             greedy: take the likeliest primitive; else one is drawn by w, as the authors evaluate.
             generator: of the draw.
         """
-        primitive = self.logits.argmax(-1) if greedy else self.draw_primitive(generator)
-        return self._of(self.centres, primitive)
+        with torch.no_grad():
+            primitive = self.logits.argmax(-1) if greedy else self.draw_primitive(generator)
+            return self._of(self.centres, primitive)
 
-    @torch.no_grad()
     def draw_primitive(self, generator: torch.Generator | None = None) -> Tensor:
         """i ~ w, (...) int64; of one primitive no random number is taken."""
         if self.k == 1:
             return self.logits.new_zeros(self.logits.shape[:-1], dtype=torch.int64)
-        rows = torch.multinomial(self.w.reshape(-1, self.k), 1, generator=generator)
+        rows = torch.multinomial(self.w.detach().reshape(-1, self.k), 1, generator=generator)
         return rows.view(self.logits.shape[:-1])
 
     # ---- densities ----------------------------------------------------------------------------------
@@ -304,6 +301,12 @@ class ActionMixture:
         if self.low is None or self.high is None:
             return "-1 to 1"
         return f"{float(self.low[action]):g} to {float(self.high[action]):g}"
+
+
+def _check_numbers(name: str, given: Any) -> None:
+    check_tensor("ActionMixture", name, given)
+    if not given.is_floating_point():
+        raise OptxError(f"ActionMixture: {name} is of {given.dtype}; it takes floating point numbers.")
 
 
 def checked_mixture(who: str, given: Any, some: bool = True) -> ActionMixture:

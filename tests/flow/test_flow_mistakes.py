@@ -66,6 +66,8 @@ def sample(model: Any = even, form: str = "flow", **options: Any) -> Tensor:
             r"weights has -1\.0; they must be at",
         ),
         (lambda: FLOW.loss(even, TOKENS, weights=torch.full((2,), math.nan)), "weights has nan"),
+        (lambda: optx.GumbelFlow(4, tau_max=1e-38), r"tau_max=1e-38, decay=3\.0 and beta=2\.0 make"),
+        (lambda: optx.GumbelFlow(4, beta=1e38), r"beta=1e\+38 make numbers that float32 does not hold"),
         (lambda: optx.GumbelFlow(4, invalid=1.5), r"invalid is 1\.5; it must be numbers of tokens"),
         (lambda: optx.GumbelFlow(4, invalid=None), "invalid is None; it must be numbers of tokens"),
     ],

@@ -313,6 +313,28 @@ def test_several_axes_of_states() -> None:
     torch.testing.assert_close(losses, same)
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_one_graph_has_all_of_a_loss(estimator: Any) -> None:
+    """torch.compile goes through draws, checks and critics without a break."""
+    model, _ = policy(low=-2.0)
+    s, critics = states(), twins()
+
+    def losses(s: Tensor) -> Any:
+        return optx.sac_pmoe_losses(model(s), least_q(s, *critics), 0.1, estimator=estimator)
+
+    def target(s: Tensor) -> Tensor:
+        nothing = torch.zeros(len(s))
+        y = optx.sac_pmoe_target(model(s), least_q(s, *critics), 0.1, nothing, nothing)
+        return y + model(s).sample()[:, 0]
+
+    torch._dynamo.reset()
+    for one in (losses, target):
+        torch.manual_seed(0)
+        plain = one(s)
+        torch.manual_seed(0)
+        torch.testing.assert_close(torch.compile(one, fullgraph=True, backend="eager")(s), plain)
+
+
 # ---- what is refused ------------------------------------------------------------------------------------
 
 
