@@ -57,8 +57,9 @@ def grpo_advantage(rewards: Tensor, group: int) -> Tensor:
     if group == 1 or not len(R):
         return R / (1 + 1e-6)
     grouped = R.reshape(-1, group)
+    grouped = grouped - grouped[:, :1]  # a large number that is in all of them costs the mean its digits
     # A mean of equal numbers may be off by its rounding.
-    apart = (grouped != grouped[:, :1]).any(1, keepdim=True)
+    apart = (grouped != 0).any(1, keepdim=True)
     found = (grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-6)
     return torch.where(apart, found, 0.0).flatten()
 

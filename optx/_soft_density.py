@@ -127,7 +127,7 @@ def soft_steps(
         _Scores.apply(flat, rows, plain, heat),  # pyright: ignore[reportUnknownMemberType]
     )
     g = gprime.reshape(-1, K).to(scores.dtype)
-    used = g > -torch.inf
+    used = g != -torch.inf  # nan is no gap: it is to be seen in the result
     present = used | ~used.any(1, keepdim=True)  # a row of padding has no slot, and no nan
     share = torch.where(present, scores, -torch.inf).softmax(1)
     log_share = (share + FLOOR).log()

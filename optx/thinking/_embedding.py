@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from optx._errors import OptxError, TargetError
 from optx._module_paths import paths_of
-from optx.inject._part import Part, hidden_of, output_of, with_output
+from optx.inject._part import Attached, Part, hidden_of, output_of, with_output
 
 _NUMBERS = 1 << 26
 """Looked-up numbers that are held at once: a long record is mixed in pieces."""
@@ -20,6 +20,8 @@ _NUMBERS = 1 << 26
 
 def embedding_of(model: nn.Module, doing: str) -> tuple[str, nn.Module]:
     """A model's input embedding: what ``get_input_embeddings()`` gives, else its only nn.Embedding.
+
+    Among several it is the one that soft thinking is attached to.
 
     Args:
         model: a model, or an embedding itself.
@@ -43,14 +45,21 @@ def embedding_of(model: nn.Module, doing: str) -> tuple[str, nn.Module]:
         for path, module in paths.modules.items()
         if (module is known if known is not None else isinstance(module, nn.Embedding))
     ]
+    if len(found) > 1:
+        found = [one for one in found if _served(one[1])] or found
     if len(found) != 1:
         raise TargetError(
             f"{doing}: found {len(found) or 'no'} input embeddings in this {type(model).__name__}, by "
-            "get_input_embeddings() and among its nn.Embedding modules. Name the one of tokens by targets=, "
-            "or give the model a get_input_embeddings."
+            "get_input_embeddings() and among its nn.Embedding modules. Attach optx.SoftThinking with "
+            "targets= the one of tokens, or give the model a get_input_embeddings."
         )
     path, module = found[0]
     return paths.here[path], module
+
+
+def _served(module: nn.Module) -> bool:
+    own = getattr(module, "optx", None)
+    return isinstance(own, Attached) and any(isinstance(one, MixedEmbedding) for one in own.parts.values())
 
 
 def mixed(embedding: nn.Module, ids: Tensor, weights: Tensor) -> Tensor:
@@ -121,6 +130,7 @@ class MixedEmbedding(Part):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Of a pair, the ids go on; the weights wait for what comes back."""
+        self.pair = None  # of a call that another hook broke off
         given = args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(given, tuple):
             return None
@@ -178,3 +188,15 @@ def _pair(given: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
             f"{tuple(weights.shape)} and {weights.dtype}; they must be of one shape, whole and real numbers."
         )
     return ids, weights
+
+
+def check_tokens(embedding: nn.Module, ids: Tensor, doing: str) -> None:
+    """Raise unless all of them are tokens of this embedding."""
+    V = getattr(embedding, "num_embeddings", None)
+    if V is None or not ids.numel() or ids.is_meta:
+        return
+    low, high = map(int, ids.aminmax())
+    if low < 0 or high >= V:
+        raise OptxError(
+            f"{doing}: {low if low < 0 else high} is no token; the embedding has {V:,}, 0 to {V - 1:,}."
+        )

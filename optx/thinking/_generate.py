@@ -45,7 +45,8 @@ class Processor:
                 f"{self.trail.prompts.shape[1] + len(done)}. Loops that go back or ahead are not served."
             )
         if done:  # a stopping criterion of the user's may have ended a row: it was given padding
-            self.rows.running &= (input_ids[:, -1] == done[-1].ids[:, 0]).cpu()
+            same = (input_ids[:, -1] == done[-1].ids[:, 0]).cpu()
+            self.rows.running = self.rows.running & same
         step = self.rows.step(scores, self.options)
         done.append(step)
         self.part.inputs = self.trail.inputs(every=not self.caches)

@@ -16,9 +16,9 @@ from optx.inject._served import Served
 from optx.inject._trained_whole import Saved
 from optx.thinking import _generate
 from optx.thinking._calls import Caller
-from optx.thinking._embedding import Inputs, MixedEmbedding, mixed
+from optx.thinking._embedding import Inputs, MixedEmbedding, check_tokens, mixed
 from optx.thinking._prompts import Seeds, generators_of, prompts_of, stop_ids_of, thinking_of
-from optx.thinking._record import Rollout, fingerprint
+from optx.thinking._record import Rollout, check_alike, common_policy, fingerprint
 from optx.thinking._state import Sequences
 from optx.thinking._trail import Trail
 
@@ -72,6 +72,7 @@ class ThinkingHandle(Handle):
         super().__init__(model, injection, served, saved)
         self.sequences: Sequences | None = None
         self.last: Rollout | None = None
+        self._at: Rollout | None = None  # at whose end the rows stand, if that is known
 
     @property
     def part(self) -> MixedEmbedding:
@@ -107,12 +108,13 @@ class ThinkingHandle(Handle):
         self.sequences = Sequences(
             generators_of(seed, rows, "begin"), thinking_of(thinking, rows, "begin"), self.stops(stop_ids)
         )
+        self._at = None
 
     def stops(self, given: int | Sequence[int] | None) -> Sequence[int]:
         """The stop tokens that an argument ``stop_ids`` means."""
         if given is None:
             return stop_ids_of(self.model)
-        found: Any = (given,) if isinstance(given, int) else given
+        found: Any = given if isinstance(given, Iterable) and getattr(given, "ndim", 1) else (given,)
         return [check_whole("SoftThinking", "stop_ids", one, 0) for one in found]
 
     @torch.no_grad()
@@ -128,6 +130,7 @@ class ThinkingHandle(Handle):
         self.check_acts("step")
         if self.sequences is None:
             self.begin(len(logits))
+        self._at = None
         made = self._begun().step(logits, self.injection)
         embeds = mixed(self.served[0].module, made.ids, made.weights).unsqueeze(1)
         return Thought(made.ids, made.weights, embeds, *made[2:])
@@ -149,12 +152,24 @@ class ThinkingHandle(Handle):
         """
         self.check_acts("mixed")
         ids, weights = (one.unsqueeze(1) if one.ndim == 2 else one for one in (ids, weights))
-        soft = torch.ones_like(ids[..., 0], dtype=torch.bool) if soft is None else soft.view(ids.shape[:2])
         if ids.ndim != 3 or weights.shape != ids.shape:
             raise OptxError(
                 f"mixed: ids have shape {tuple(ids.shape)}, weights {tuple(weights.shape)}; both must be "
                 "(B, K) or (B, S, K)."
             )
+        if soft is None:
+            soft = torch.ones_like(ids[..., 0], dtype=torch.bool)
+        if soft.numel() != ids[..., 0].numel() or soft.dtype != torch.bool:
+            raise OptxError(
+                f"mixed: soft has shape {tuple(soft.shape)} and dtype {soft.dtype}; it must be bool of shape "
+                f"{tuple(ids.shape[:2])}."
+            )
+        soft = soft.reshape(ids.shape[:2])
+        check_tokens(self.served[0].module, ids, "mixed")
+        wrong = ((weights.sum(-1) - 1).abs() > 0.05) | ~weights.isfinite().all(-1)  # of bfloat16 too
+        if bool((wrong & soft).any()):
+            row = int((wrong & soft).any(1).nonzero()[0])
+            raise OptxError(f"mixed: weights of row {row} are not finite, or do not sum to 1.")
         with self.feeding(Inputs(ids, weights, soft)):
             yield
 
@@ -212,24 +227,55 @@ class ThinkingHandle(Handle):
         self.check_acts("generate")
         steps = check_whole("generate", "max_new_tokens", max_new_tokens, 1)
         if isinstance(input_ids, Rollout):
+            if (
+                attention_mask is not None
+                or not _is_default(seed)
+                or thinking is not True
+                or stop_ids is not None
+            ):
+                raise OptxError(
+                    "generate: a rollout goes on with its own attention_mask, seed, thinking and stop_ids; "
+                    "leave them out."
+                )
             trail = self._resumed(input_ids)
+            before = input_ids.policy if input_ids.ids.shape[1] else None
             group = input_ids.group
         else:
             prompts, mask = prompts_of(self.model, input_ids, attention_mask, "generate")
-            trail, group = Trail(prompts, mask), 1
+            embedding = self.served[0].module
+            check_tokens(embedding, prompts, "generate")
+            if stop_ids is not None:
+                stops = torch.tensor(self.stops(stop_ids), dtype=torch.int64)
+                check_tokens(embedding, stops, "generate: stop_ids")
+            trail, group, before = Trail(prompts, mask), 1, None
             self.begin(len(prompts), seed=seed, thinking=thinking, stop_ids=stop_ids)
-        return self._run(trail, steps, group, use_cache, progress)
+        return self._run(trail, steps, group, use_cache, progress, before)
 
     def _resumed(self, start: Rollout) -> Trail:
-        rows = self.sequences
-        if rows is None or len(rows) != len(start) or not torch.equal(rows.running, ~start.finished.cpu()):
+        rows, at = self.sequences, self._at
+        elsewhere = at is not None and not _same(at.sequences, start.sequences)
+        if (
+            rows is None
+            or elsewhere
+            or len(rows) != len(start)
+            or not torch.equal(rows.running, ~start.finished.cpu())
+        ):
             raise OptxError(
                 f"generate: this handle does not stand at the end of this rollout of {len(start)} rows. Load "
                 "what state_dict() gave there: handle.load_state_dict(state)."
             )
+        check_alike(start.options, self.injection.in_force(), "generate")
         return Trail(start.prompts, start.prompt_mask, start)
 
-    def _run(self, trail: Trail, steps: int, group: int, use_cache: bool | None, progress: bool) -> Rollout:
+    def _run(
+        self,
+        trail: Trail,
+        steps: int,
+        group: int,
+        use_cache: bool | None,
+        progress: bool,
+        before: str | None,
+    ) -> Rollout:
         rows = self._begun()
         places = trail.mask.new_ones(len(rows), len(trail.steps))
         caller = Caller(self.model, torch.cat([trail.mask, places], 1), use_cache)
@@ -244,7 +290,7 @@ class ThinkingHandle(Handle):
             every = not caller.caches
             new = trail.steps[-1].ids[:, :1] if caller.caches else trail.tokens()
             caller.grow()
-        return self._keep(trail, group)
+        return self._keep(trail, group, before)
 
     def rollout(
         self,
@@ -317,9 +363,10 @@ class ThinkingHandle(Handle):
         assert self.sequences is not None
         return self.sequences
 
-    def _keep(self, trail: Trail, group: int = 1) -> Rollout:
+    def _keep(self, trail: Trail, group: int = 1, before: str | None = None) -> Rollout:
         policy = fingerprint(self.model) if self.injection.record else ""
-        self.last = trail.record(self._begun().running, group, policy, self.injection.in_force())
+        policy = policy if before is None else common_policy(before, policy)
+        self.last = self._at = trail.record(self._begun().running, group, policy, self.injection.in_force())
         return self.last
 
     # ---- state --------------------------------------------------------------------------------------
@@ -342,12 +389,21 @@ class ThinkingHandle(Handle):
                 raise FileError(f"load_state_dict: {key!r} is no entry of {prefix.removesuffix('.')!r}.")
         own = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items()}
         self.sequences = Sequences.from_state_dict(own) if own else None
+        self._at = None
 
     def check_acts(self, doing: str) -> None:
         """Raise if it has been removed or switched off."""
         self._check_alive(doing)
         if not self.part.active:
             raise OptxError(f"{doing}: this handle is switched off. Call enable().")
+
+
+def _is_default(seed: Any) -> bool:
+    return isinstance(seed, int) and seed == 0
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other.to(one.device))
 
 
 def _shown(steps: range, progress: bool) -> Iterable[int]:

@@ -53,6 +53,8 @@ def prompts_of(model: nn.Module, given: Any, mask: Any, doing: str) -> tuple[Ten
             "left: tokenizer.padding_side = 'left'."
         )
     device = next((p.device for p in model.parameters()), ids.device)
+    if device.type == "meta":
+        raise OptxError(f"{doing}: this {type(model).__name__} is on the meta device, without values.")
     return ids.to(device, torch.int64), there.to(device)
 
 
@@ -63,7 +65,9 @@ def _padded(rows: Any, doing: str) -> tuple[Tensor, Tensor]:
         tensors = []
     if tensors and all(one.ndim == 0 for one in tensors):
         tensors = [torch.stack(tensors)]
-    if not tensors or any(one.ndim != 1 or not len(one) or one.is_floating_point() for one in tensors):
+    if not tensors or any(
+        one.ndim != 1 or not len(one) or one.is_floating_point() or one.dtype == torch.bool for one in tensors
+    ):
         raise OptxError(
             f"{doing}: prompts are {shown(rows)}; they must be token ids: a tensor (rows, places), lists of "
             "ids, or what a tokenizer returns."
@@ -111,7 +115,7 @@ def generators_of(seed: Any, rows: int, doing: str) -> list[torch.Generator]:
     """
     if isinstance(seed, torch.Generator):
         seed = torch.randint(2**62, (rows,), generator=seed, device=seed.device).tolist()
-    if not isinstance(seed, Sequence | Tensor):
+    if not isinstance(seed, Sequence | Tensor) or (isinstance(seed, Tensor) and not seed.ndim):
         start = torch.Generator().manual_seed(check_whole(doing, "seed", seed) % 2**63)
         seed = torch.randint(2**62, (rows,), generator=start).tolist()
     if len(seed) != rows:
@@ -131,7 +135,10 @@ def _generator(one: Any, doing: str) -> torch.Generator:
 
 def thinking_of(given: Any, rows: int, doing: str) -> Tensor:
     """Which rows begin by thinking, (B,) bool."""
-    found = torch.as_tensor(given)
+    try:
+        found = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        found = torch.zeros(())  # nothing that a tensor can be of
     if found.dtype != torch.bool or found.shape not in ((), (rows,)):
         raise OptxError(
             f"{doing}: thinking is {shown(given)}; it must be True, False or one of them for each of "

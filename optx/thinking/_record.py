@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optx._errors import FileError, OptxError
+from optx._errors import FileError, OptxError, shown
 from optx._files import written_aside
 from optx._names import is_dtensor
 from optx.thinking._embedding import embedding_of, mixed
@@ -97,6 +97,9 @@ class Rollout:
                     f"Rollout: {name} has shape {tuple(found.shape)} and dtype {found.dtype}; it must be "
                     f"{shape} and {_TENSORS[name]}, as ids are of shape {tuple(self.ids.shape)}."
                 )
+            if found.is_inference():  # a loss may keep it for its gradient, which autograd refuses of those
+                with torch.inference_mode(False):
+                    object.__setattr__(self, name, found.clone())
         if self.group < 1 or B % self.group:
             raise OptxError(f"Rollout: group is {self.group}; it must divide the {B} rows.")
 
@@ -164,8 +167,8 @@ class Rollout:
         Args:
             index: numbers of rows, a mask of rows, or a slice.
         """
-        where = index if isinstance(index, slice) else torch.as_tensor(index, device=self.ids.device)
-        chosen = torch.arange(len(self), device=self.ids.device)[where].view(-1)
+        where = index if isinstance(index, slice) else places_of(index, len(self), self.ids.device)
+        chosen = torch.arange(len(self), device=self.ids.device)[where]
         G = self.group
         whole = len(chosen) % G == 0 and bool(
             (chosen.view(-1, G) == chosen.view(-1, G)[:, :1] + torch.arange(G, device=chosen.device)).all()
@@ -189,7 +192,8 @@ class Rollout:
             )
         of_steps = [n for n in _TENSORS if n not in ("prompts", "prompt_mask", "finished")]
         joined = {name: torch.cat([getattr(self, name), getattr(more, name)], 1) for name in of_steps}
-        policy = self.policy if self.policy == more.policy else ""
+        check_alike(self.options, more.options, "Rollout.followed_by")
+        policy = common_policy(self.policy, more.policy)
         return replace(self, **joined, finished=more.finished, policy=policy)
 
     # ---- files --------------------------------------------------------------------------------------
@@ -260,17 +264,59 @@ def _tuples(options: Mapping[str, Any] | None) -> dict[str, Any] | None:
     return {name: tuple(v) if isinstance(v, list) else v for name, v in options.items()}
 
 
+def places_of(index: Any, rows: int, device: torch.device) -> Tensor:
+    """The numbers of rows that numbers, a number or a mask mean, (n,) int64.
+
+    Raises:
+        OptxError: a row that there is not, or a mask of other rows.
+    """
+    found = torch.as_tensor(index, device=device)
+    found = found.long() if not found.numel() else found
+    if found.dtype == torch.bool and found.shape == (rows,):
+        return found.nonzero().squeeze(1)
+    if found.dtype == torch.bool or found.is_floating_point() or found.ndim > 1:
+        raise OptxError(
+            f"rows: index has shape {tuple(found.shape)} and dtype {found.dtype}; it must be numbers of the "
+            f"{rows} rows, or a mask ({rows},)."
+        )
+    found = found.reshape(-1)
+    if bool(((found < -rows) | (found >= rows)).any()):
+        raise OptxError(f"rows: index is {shown(index)}, and there are {rows} rows.")
+    return found
+
+
+def common_policy(one: str, other: str) -> str:
+    """The fingerprint of steps of two policies: it is no model's if they differ, empty if one is unknown."""
+    return one if one == other else "several" if one and other else ""
+
+
+def check_alike(one: Mapping[str, Any] | None, other: Mapping[str, Any] | None, doing: str) -> None:
+    """Raise if steps of one record were made with other options than those of another."""
+    for name in (one or {}).keys() & (other or {}).keys():
+        a, b = (one or {})[name], (other or {})[name]
+        if a != b:
+            raise OptxError(
+                f"{doing}: {name} is {b!r}, and the earlier steps were made with {a!r}; a record has one."
+            )
+
+
 def fingerprint(model: nn.Module) -> str:
     """A short text that another one of weights (adapters' too) would hardly have, of what a model has now.
 
-    Every parameter's bits are combined by exclusive or: one read of the weights, a small part of one step.
+    The bits of each row are combined by exclusive or: one read of the weights, a small part of one step. A
+    row has an odd number of entries for it, so that what changes in all of them, as a sign, does not cancel.
     """
     found = hashlib.sha256()
     for name, p in model.named_parameters():
         own: Any = p.detach()
         own = own.to_local() if is_dtensor(p) else own
-        bits = int(torch.hash_tensor(own).view(torch.int64)) if own.numel() else 0
-        found.update(f"{name} {tuple(own.shape)} {own.dtype} {bits}\n".encode())
+        found.update(f"{name} {tuple(own.shape)} {own.dtype}\n".encode())
+        if own.numel():
+            own = own.reshape(1, -1) if own.ndim < 2 else own
+            for some in (own[..., :1], own[..., 1 - own.shape[-1] % 2 :]):
+                if some.shape[-1]:
+                    bits = torch.hash_tensor(some, -1).view(torch.int64)
+                    found.update(bits.cpu().contiguous().numpy().tobytes())
     return found.hexdigest()[:16]
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from optx.thinking._record import Rollout
+from optx.thinking._record import Rollout, places_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +37,6 @@ class Recorded:
         Args:
             index: numbers of rows, a mask of rows, or a slice.
         """
-        where = index if isinstance(index, slice) else torch.as_tensor(index, device=self.logp.device)
+        where = index if isinstance(index, slice) else places_of(index, len(self), self.logp.device)
         reference = None if self.reference is None else self.reference[where]
         return Recorded(self.rollout.rows(where), self.logp[where], self.mask[where], reference, self.group)

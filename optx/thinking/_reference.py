@@ -8,10 +8,11 @@ from typing import Any, cast
 
 from torch import nn
 
-from optx._errors import OptxError
+from optx._errors import OptxError, shown
 from optx.inject._handle import Handle
 from optx.inject._part import Attached, Part
 from optx.inject._trained_whole import act, rest, whole_of
+from optx.thinking._scored import unwrapped
 
 
 @contextmanager
@@ -27,8 +28,18 @@ def reference(model: nn.Module, given: nn.Module | Handle | None) -> Generator[n
         OptxError: there is no adapter to switch off, or weights besides it are trained.
     """
     if isinstance(given, nn.Module):
+        if unwrapped(given) is model:
+            raise OptxError(
+                "SofTGRPO: ref_model is the policy itself, from which it does not differ. Pass a copy from "
+                "before the training, the handle of its adapters, or kl=0.0."
+            )
         yield given
         return
+    other: Any = given
+    if other is not None and not isinstance(other, Handle):
+        raise OptxError(
+            f"SofTGRPO: ref_model is {shown(given)}; it must be a model, a handle of adapters or None."
+        )
     with ExitStack() as stack:
         if given is not None:
             _check_others_rest(model, [one.part for one in given.served])

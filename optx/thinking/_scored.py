@@ -142,7 +142,7 @@ def at_rest(model: nn.Module) -> Generator[None]:
     for module in training:
         module.training = False
     try:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             yield
     finally:
         for module in training:

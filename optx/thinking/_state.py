@@ -115,8 +115,8 @@ class Sequences:
         last = self.running & torch.isin(tokens, stops)
         soft = thinks & ~ends & ~last
         _make_one_hot(made, tokens, thinks & ~soft, forced)
-        self.thinking &= ~ends
-        self.running &= ~last
+        self.thinking = self.thinking & ~ends  # not in place: they may be tensors of inference mode
+        self.running = self.running & ~last
         where = z.device
         return Step(*made, H, soft.to(where), mask.to(where), forced.to(where))
 
@@ -180,9 +180,18 @@ class Sequences:
             state["generators"].shape != (B, *size)
         ):
             raise FileError(f"SoftThinking: the state's entries are not those of {B} rows.")
+        kinds = {"generators": torch.uint8, "low": torch.int64, "stop_ids": torch.int64}
+        for key in wanted:
+            if state[key].dtype != (kind := kinds.get(key, torch.bool)):
+                raise FileError(
+                    f"SoftThinking: {key!r} of the state has dtype {state[key].dtype}; it must be {kind}."
+                )
         generators = [torch.Generator() for _ in range(B)]
         for generator, saved in zip(generators, state["generators"].cpu(), strict=True):
-            generator.set_state(saved.contiguous().clone())
+            try:
+                generator.set_state(saved.contiguous().clone())
+            except RuntimeError as error:
+                raise FileError(f"SoftThinking: 'generators' of the state is damaged ({error}).") from None
         found = cls(generators, state["thinking"], [int(one) for one in state["stop_ids"]])
         found.low, found.running = state["low"].cpu().clone(), state["running"].cpu().clone()
         return found

@@ -7,13 +7,13 @@ Soft-Thinking Policy Optimization", arXiv 2511.06411, and its authors' code.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from optx._errors import OptxError, check_above_0, check_choice, check_range, shown, warn
+from optx._errors import OptxError, check_above_0, check_choice, check_range, check_whole, shown, warn
 from optx._policy_loss import check_clips, counted, grpo_advantage, k3_divergence, ppo_clip_loss
 from optx._soft_density import REDUCTIONS, Steps, check_clamp
 from optx.inject._handle import Handle
@@ -136,6 +136,7 @@ class SofTGRPO:
             advantages: (B,) or (B, T), in the place of rewards.
         """
         plain = rollout.rollout if isinstance(rollout, Recorded) else rollout
+        _check_kinds(model, plain)
         weights = self._advantages(rollout, rewards, advantages).to(plain.ids.device)
         known = rollout if isinstance(rollout, Recorded) else self._known.get(rollout)
         if known is None:
@@ -172,8 +173,9 @@ class SofTGRPO:
             ref_model: the reference, as `__call__` has it.
             batch_size: rows at a time. None: all.
         """
+        _check_kinds(model, rollout)
         self._check(model, rollout)
-        size = len(rollout) if batch_size is None else int(check_above_0("record", "batch_size", batch_size))
+        size = len(rollout) if batch_size is None else check_whole("record", "batch_size", batch_size, 1)
         each: list[_Known] = []
         for start in range(0, len(rollout), size):
             part = rollout.rows(slice(start, start + size))
@@ -251,14 +253,15 @@ class SofTGRPO:
         if (rewards is None) == (advantages is None):
             raise OptxError("SofTGRPO: give rewards or advantages, one of them.")
         if advantages is not None:
+            advantages = _numbers("advantages", advantages)
             T = (rollout.rollout if isinstance(rollout, Recorded) else rollout).ids.shape[1]
             if tuple(advantages.shape) not in ((B,), (B, T)) or not bool(advantages.isfinite().all()):
                 raise OptxError(
                     f"SofTGRPO: advantages have shape {tuple(advantages.shape)}; they must be finite, "
                     f"{(B,)} or {(B, T)}."
                 )
-            return advantages.detach()
-        found = torch.as_tensor(rewards)
+            return advantages.detach().clone() if advantages.is_inference() else advantages.detach()
+        found = _numbers("rewards", rewards)
         if tuple(found.shape) != (B,):
             raise OptxError(
                 f"SofTGRPO: rewards have shape {tuple(found.shape)}; the rollout has {B} rows, which need "
@@ -307,3 +310,29 @@ class SofTGRPO:
                 "SofTGRPO: the rollout was made by other weights than the model has now. Score it before the "
                 "first step, steps = objective.record(model, rollout), and pass steps; or roll out again."
             )
+
+
+def _numbers(name: str, given: Any) -> Tensor:
+    """A row of real numbers, as a tensor."""
+    try:
+        found = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        found = None
+    if found is None or found.is_complex():
+        raise OptxError(f"SofTGRPO: {name} are {shown(given)}; they must be numbers, one a row.")
+    return found
+
+
+def _check_kinds(model: Any, rollout: Any) -> None:
+    """Raise unless these are a model and a rollout of something."""
+    if not isinstance(model, nn.Module) or isinstance(model, Handle):
+        raise OptxError(f"SofTGRPO: model is a {type(model).__name__}; it must be the policy, an nn.Module.")
+    if not isinstance(rollout, Rollout):
+        raise OptxError(
+            f"SofTGRPO: rollout is a {type(rollout).__name__}; it must be what handle.rollout or "
+            "objective.record gave."
+        )
+    if not rollout.ids.numel():
+        raise OptxError(
+            f"SofTGRPO: the rollout has no steps; its ids are of shape {tuple(rollout.ids.shape)}."
+        )

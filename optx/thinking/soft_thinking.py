@@ -156,12 +156,23 @@ class SoftThinking(Injection):
                 f"SoftThinking: cold_stop is {self.cold_stop} and end_id None; it must say the token by "
                 "which thinking is ended."
             )
+        for name in ("noise_clamp", "floor"):
+            if self.noise != "gumbel" and getattr(self, name) is not None:
+                raise OptxError(
+                    f"SoftThinking: {name} is {getattr(self, name)!r} and noise {self.noise!r}; it is of "
+                    "noise='gumbel'. Leave it out."
+                )
         if not self.record:
             return
         if self.noise != "gumbel":
             raise OptxError(
                 f"SoftThinking: record is True and noise {self.noise!r}; only noise='gumbel' has the density "
                 "that a policy gradient needs. Any generation's weights are recorded without it."
+            )
+        if not self.noise_factor:
+            raise OptxError(
+                "SoftThinking: record is True and noise_factor 0; without noise there is no density. It must "
+                "be above 0."
             )
         if min(self.max_topk or 15, self.top_k or 15) < 2:
             raise OptxError(
@@ -239,10 +250,27 @@ class SoftThinking(Injection):
             )
         return [self.part(sites[0].module, sites[0].path)]
 
+    def companions(self, model: nn.Module, sites: Sequence[Site]) -> list[tuple[Injection, list[Site]]]:
+        """None; the sites are seen together with their model here.
+
+        Raises:
+            TargetError: the model has its tokens looked up by another module.
+        """
+        give: Any = getattr(model, "get_input_embeddings", None)
+        if callable(give) and sites:
+            path, own = embedding_of(model, "attach: SoftThinking")
+            if sites[0].module is not own:
+                raise TargetError(
+                    f"attach: SoftThinking serves {self.serves}, which is {path!r} in this "
+                    f"{type(model).__name__}, not {sites[0].path!r}. Leave out targets=."
+                )
+        return []
+
     def part(self, module: nn.Module, path: str) -> Part:
         """What makes one embedding take mixtures."""
         weight = getattr(module, "weight", None)
-        if weight is None or weight.ndim != 2 or isinstance(module, nn.Linear):
+        linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"  # GPT-2's linear one
+        if weight is None or weight.ndim != 2 or linear:
             raise TargetError(
                 f"attach: SoftThinking serves {self.serves}; {path!r} is a {type(module).__name__}."
             )

@@ -1,4 +1,4 @@
-"""What `optx.SofTGRPO` refuses, warns of, and forgets."""
+"""What `SofTGRPO` refuses, warns of, and forgets."""
 
 from __future__ import annotations
 
@@ -114,3 +114,51 @@ def test_what_teaches_nothing_is_told_once() -> None:
     single = rolled(model, group=1)
     with pytest.warns(UserWarning, match="group is 1"):
         optx.SofTGRPO(kl=0.0)(model, single, [1.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "handle"}, r"model is a ThinkingHandle; it must be the policy"),
+        ({"rollout": torch.zeros(8, 2)}, "rollout is a Tensor; it must be what"),
+        ({"rewards": ["a"] * 8}, r"rewards are .* they must be numbers"),
+        ({"rewards": [None] * 8}, r"rewards are .* they must be numbers"),
+        ({"rewards": None, "advantages": "no"}, "advantages are 'no'; they must be numbers"),
+        ({"ref_model": "policy"}, "ref_model is the policy itself"),
+        ({"ref_model": 3}, "ref_model is 3; it must be a model"),
+    ],
+)
+def test_arguments_of_another_kind(change: dict[str, Any], message: str) -> None:
+    model = llama()
+    given: dict[str, Any] = {"model": model, "rollout": rolled(model), "rewards": REWARDS, **change}
+    if given["model"] == "handle":
+        given["model"] = optx.attach(model, optx.SoftThinking())
+    if given.get("ref_model") == "policy":
+        given["ref_model"] = model
+    with pytest.raises(optx.OptxError, match=message):
+        optx.SofTGRPO(kl=1.0)(**given)
+
+
+def test_rows_of_records() -> None:
+    model = llama()
+    rollout, objective = rolled(model), optx.SofTGRPO(kl=0.0)
+    known = objective.record(model, rollout)
+    advantages = torch.arange(8.0).tolist()
+    wanted = objective(model, known.rows(slice(3, 4)), advantages=advantages[3:4])
+    for one in (3, [3], -5, torch.tensor([i == 3 for i in range(8)])):
+        assert torch.equal(objective(model, known.rows(one), advantages=advantages[3:4]), wanted)
+    for wrong in (8, [0.5], [[1]], [True] * 7):
+        with pytest.raises(optx.OptxError, match="rows: index"):
+            known.rows(wrong)
+    with pytest.raises(optx.OptxError, match="the rollout has no steps"):
+        objective(model, rollout.rows([]), [])
+    for size in (0, 0.5):
+        with pytest.raises(optx.OptxError, match="record: batch_size is 0"):
+            objective.record(model, rollout, batch_size=size)
+
+
+def test_numbers_that_are_none_are_seen_and_large_rewards_keep_their_digits() -> None:
+    gprime = torch.tensor([[1.0, torch.nan, 2.0]])
+    assert optx.functional.soft_logprob(torch.zeros(1, 5), torch.arange(3)[None], gprime).isnan().all()
+    found = optx.functional.grpo_advantage(torch.tensor([1e8 + 8, 1e8, 1e8, 1e8]), 4)
+    torch.testing.assert_close(found, torch.tensor([1.5, -0.5, -0.5, -0.5]))

@@ -448,10 +448,16 @@ def test_wrong_calls() -> None:
     model.generation_config.pad_token_id = 5
     with pytest.raises(optx.OptxError, match="prompts begin or end with 5, the model's padding"):
         handle.generate(torch.tensor([[5, 12, 13]]), max_new_tokens=2)
-    K = torch.zeros(3, 2, dtype=torch.int64)
-    with pytest.raises(optx.OptxError, match="was not called with tokens"), handle.mixed(K, torch.ones(3, 2)):
+    K, y = torch.zeros(3, 2, dtype=torch.int64), torch.full((3, 2), 0.5)
+    with (
+        pytest.raises(optx.OptxError, match="was not called with tokens"),
+        handle.mixed(K, y),
+    ):
         pass
-    with pytest.raises(optx.OptxError, match="mixtures for 3 rows wait"), handle.mixed(K, torch.ones(3, 2)):
+    with (
+        pytest.raises(optx.OptxError, match="mixtures for 3 rows wait"),
+        handle.mixed(K, y),
+    ):
         model(ids[:2])
     with pytest.raises(optx.OptxError, match="BertForSequenceClassification gives logits of shape"):
         thinking(bert()).generate(ids, max_new_tokens=1)
