@@ -99,7 +99,7 @@ def single_threadedness(
 
     Keywords: soft thinking, latent reasoning, Jensen-Shannon divergence, greedy decoding, diagnostics.
 
-    Evidence: no recipe yet; ``test_single_threaded.py``.
+    Evidence: ``optx run think``; ``test_single_threaded.py``.
 
     Source: arXiv 2508.03440, section 3.
 

@@ -215,12 +215,17 @@ def test_most_methods_have_values_to_try() -> None:
 
 
 def recipe_text(recipe: str) -> str:
-    """A recipe's source, with that of the private modules that are its own."""
+    """A recipe's source, with that of the private modules that are its own, and of their parts."""
     folder, shared = ROOT / "recipes", {"_run", "_report", "_assets"}
-    text = (folder / f"{recipe}.py").read_text(encoding="utf-8")
-    parts = sorted(set(re.findall(r"\b_[a-z]\w+", text)) - shared)
-    files = [folder / f"{part}.py" for part in parts]
-    return "\n".join([text, *(file.read_text(encoding="utf-8") for file in files if file.exists())])
+    texts: dict[str, str] = {}
+    todo = [recipe]
+    while todo:
+        file = folder / f"{(name := todo.pop())}.py"
+        if name not in texts and name not in shared and file.exists():
+            texts[name] = file.read_text(encoding="utf-8")
+            words = set(re.findall(r"\b_[a-z]\w+", texts[name]))
+            todo += words if name == recipe else {word for word in words if word.startswith(f"_{recipe}_")}
+    return "\n".join(texts.values())
 
 
 @every_method
