@@ -18,6 +18,7 @@ from ._report import COLOURS, Table, by_seed, mean_and_range, ranged
 from ._run import Run
 
 ARMS = ["masked mean", "sum"]
+ONCE = False
 TITLE, AXES = "A bandit of 16 tokens", ("step", "target's probability")
 V, WIDTH, GROUPS, SAMPLES = 16, 8, 8, 8
 OPTIONS: dict[str, dict[str, Any]] = {

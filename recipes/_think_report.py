@@ -9,8 +9,8 @@ from ._report import Table, by_seed
 from ._run import Run
 
 PARTS: dict[str, Any] = {"diversity": _think_diversity, "bandit": _think_bandit, "sums": _think_sums}
-"""Each has ``ARMS``, ``OPTIONS``, ``prepared(args)``, ``train``, ``tables(results)`` and ``draw``, and a
-``TITLE`` and ``AXES`` for its picture."""
+"""Each has ``ARMS``, ``OPTIONS``, ``prepared(args)``, ``train``, ``tables(results)`` and ``draw``, a
+``TITLE`` and ``AXES`` for its picture, and ``ONCE`` where one seed has samples enough."""
 
 
 def tables(results: dict[str, Any]) -> list[Table]:

@@ -29,6 +29,7 @@ ARMS = [
     f"GRPO, {WORDS}",
     f"SofT-GRPO, {MIXTURES}",
 ]
+ONCE = False
 TITLE, AXES = "Two-digit sums", ("step", "pass@1 of the samples, %")
 HELD_OUT, SAMPLES, LONGEST = 256, 8, 9
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SettingsError(f"--parts: {', '.join(wrong)} is none of {', '.join(PARTS)}.")
     run = Run(args.out, settings_of(args), args.resume, args.overwrite)
     for part in (PARTS[name] for name in PARTS if name in parts):
-        seeds = range(args.seed, args.seed + args.seeds)
+        seeds = range(args.seed, args.seed + (1 if part.ONCE else args.seeds))
         todo = [(arm, seed) for seed in seeds for arm in part.ARMS if not run.finished(f"{arm}/{seed}")]
         known = part.prepared(args) if todo else None
         for arm, seed in todo:
