@@ -98,7 +98,6 @@
 
 __version__ = "0.1.0"
 
-import pkgutil as _pkgutil
 import typing as _typing
 
 from optx import bases as bases
@@ -200,10 +199,6 @@ from optx.step.step_moments import Moments as Moments
 from optx.step.transform import Transform as Transform
 from optx.step.wrap import wrap as wrap
 from optx.step.wrapped import Wrapped as Wrapped
-from optx.thinking._handle import ThinkingHandle as ThinkingHandle
-from optx.thinking._record import Rollout as Rollout
-from optx.thinking.soft_grpo import SofTGRPO as SofTGRPO
-from optx.thinking.soft_thinking import SoftThinking as SoftThinking
 from optx.transforms.adamr import AdamR as AdamR
 from optx.transforms.backslash import BackSlash as BackSlash
 from optx.transforms.clip import Clip as Clip
@@ -264,6 +259,7 @@ if _typing.TYPE_CHECKING:
     from optx.scaling.mu_readout import MuReadout as MuReadout
     from optx.thinking._handle import ThinkingHandle as ThinkingHandle
     from optx.thinking._record import Rollout as Rollout
+    from optx.thinking.soft_grpo import SofTGRPO as SofTGRPO
     from optx.thinking.soft_thinking import SoftThinking as SoftThinking
 
 # What a step and an attached model need not is loaded by its first use. tests/front/test_import_time.py holds
@@ -318,6 +314,7 @@ _LATER = {
     "MuReadout": "optx.scaling.mu_readout:MuReadout",
     "ThinkingHandle": "optx.thinking._handle:ThinkingHandle",
     "Rollout": "optx.thinking._record:Rollout",
+    "SofTGRPO": "optx.thinking.soft_grpo:SofTGRPO",
     "SoftThinking": "optx.thinking.soft_thinking:SoftThinking",
 }
 
@@ -325,7 +322,9 @@ _LATER = {
 def __getattr__(name: str) -> _typing.Any:
     if name not in _LATER:
         raise AttributeError(f"module 'optx' has no attribute {name!r}")
-    found = globals()[name] = _pkgutil.resolve_name(_LATER[name])  # so that this is asked once
+    import pkgutil
+
+    found = globals()[name] = pkgutil.resolve_name(_LATER[name])  # so that this is asked once
     return found
 
 

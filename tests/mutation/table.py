@@ -356,6 +356,7 @@ TABLE = {
     "optx/step/rounding.py": "arithmetic_step fused_rounding",
     "optx/_generalised_gaussian.py": "generalised_gaussian",
     "optx/_gumbel.py": "gumbel",
+    "optx/policy/_checks.py": "pmoe_mistakes",
     "optx/_policy_loss.py": "policy_loss",
     "optx/thinking/_recorded.py": "soft_grpo",
     "optx/thinking/_reference.py": "soft_grpo soft_grpo_mistakes",
