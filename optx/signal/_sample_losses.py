@@ -79,7 +79,10 @@ class _Counted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (counts,) = ctx.saved_tensors
-        return grad.masked_fill(~counts[:, None], 0), None
+        if torch.is_grad_enabled():  # to be differentiated again
+            return grad.masked_fill(~counts[:, None], 0), None
+        # In place: it was made for these rows alone, by log_softmax, and is as large as the logits.
+        return grad.masked_fill_(~counts[:, None], 0), None
 
 
 def are_next_tokens(owner: str, outputs: Any, logits: Tensor) -> bool:
