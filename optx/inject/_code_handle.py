@@ -132,9 +132,8 @@ class VQHandle(Handle):
         flat = labels.reshape(-1).to(hidden.device).long()
         valid = flat != ignore_index
         rows = hidden.reshape(-1, hidden.shape[-1])
-        scores = part.scores(
-            rows.where(valid[:, None], 0)
-        )  # what is ignored may be nan, which 0 times is too
+        # What is ignored may be nan, which times 0 is nan, too.
+        scores = part.scores(rows.where(valid[:, None], 0))
         _check_labels(flat[valid], part)
         wide = torch.promote_types(scores.dtype, torch.float32)
         with torch.autocast(scores.device.type, enabled=False):

@@ -59,10 +59,8 @@ def token_losses(
     wide = torch.promote_types(logits.dtype, torch.float32)
     flat = labels.reshape(-1).long()
     rows = logits.reshape(-1, logits.shape[-1])
-    if logits.requires_grad and logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        counts = flat != ignore_index
-        if not bool(counts.all()):
-            rows = cast(Tensor, _Counted.apply(rows, counts))  # pyright: ignore[reportUnknownMemberType]
+    if logits.requires_grad:
+        rows = cast(Tensor, _Counted.apply(rows, flat != ignore_index))  # pyright: ignore[reportUnknownMemberType]
     logp = F.log_softmax(rows, -1, dtype=wide)
     tokens = F.nll_loss(logp, flat, ignore_index=ignore_index, reduction="none")
     return tokens.view(labels.shape), labels != ignore_index

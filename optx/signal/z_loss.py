@@ -150,10 +150,9 @@ class _RowLoss(torch.autograd.Function):
             return again[0], None, None, None
         wide = torch.addcmul((even * grad)[:, None], logits.to(slope.dtype), (slope * grad)[:, None])
         wide.scatter_add_(1, labels[:, None], (own * grad)[:, None])
-        if logits.device.type != "cpu" or not bool(
-            counts.all()
-        ):  # not waited for where it would stop a device
-            wide.masked_fill_(~counts[:, None], 0)  # of what is ignored, nan too: 0 times that is none
+        # Of what is ignored, which may be nan. A device would be stopped by a look whether there is any.
+        if logits.device.type != "cpu" or not bool(counts.all()):
+            wide.masked_fill_(~counts[:, None], 0)
         return wide.to(logits.dtype), None, None, None
 
 
