@@ -81,7 +81,10 @@ def mixed(embedding: nn.Module, ids: Tensor, weights: Tensor) -> Tensor:
 
 
 def _summed(embedding: nn.Module, ids: Tensor, weights: Tensor) -> Tensor:
-    rows = output_of(embedding(ids))
+    return _weighed(output_of(embedding(ids)), weights)
+
+
+def _weighed(rows: Tensor, weights: Tensor) -> Tensor:
     return (rows * weights.to(rows).unsqueeze(-1)).sum(-2)
 
 
@@ -142,8 +145,7 @@ class MixedEmbedding(Part):
         """Sum up a pair's rows, or put mixtures in their places."""
         if self.pair is not None:
             weights, self.pair = self.pair, None
-            rows = output_of(output)
-            return with_output(output, (rows * weights.to(rows).unsqueeze(-1)).sum(-2))
+            return with_output(output, _weighed(output_of(output), weights))
         if self.inputs is None:
             return None
         inputs, self.inputs = self.inputs, None  # its own look-ups are ordinary ones
