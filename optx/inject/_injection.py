@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 from torch import Tensor, nn
 
-from optx._errors import OptxError, near
+from optx._errors import OptxError, TargetError, near
 from optx._expression import expression
 from optx.inject._part import Part
 from optx.step.transform import Transform
@@ -49,12 +49,14 @@ class Injection(ABC):
             ``"weighted"`` (every linear module and convolution).
         serves: in words, the modules that it can serve, for errors.
         serves_parameters: whether targets may name parameters too (experts in one 3-D tensor).
+        serves_one: what it serves a single one of (``"head"``); empty: any number of modules.
     """
 
     name: ClassVar[str]
     role: ClassVar[str]
     serves: ClassVar[str]
     serves_parameters: ClassVar[bool] = False
+    serves_one: ClassVar[str] = ""
 
     @abstractmethod
     def part(self, module: nn.Module, path: str) -> Part:
@@ -65,7 +67,16 @@ class Injection(ABC):
         """
 
     def parts(self, sites: Sequence[Site]) -> list[Part]:
-        """The parts for all sites, in their order; for injections whose parts know of each other."""
+        """The parts for all sites, in their order; for injections whose parts know of each other.
+
+        Raises:
+            TargetError: there are several, of what serves one.
+        """
+        if self.serves_one and len(sites) > 1:
+            raise TargetError(
+                f"attach: {type(self).__name__} serves one {self.serves_one}, and targets match {len(sites)} "
+                f"modules ({sites[0].path!r}, {sites[1].path!r}, ...). Name one; attach again for another."
+            )
         return [self.part(site.module, site.path) for site in sites]
 
     def places(self, model: nn.Module) -> Collection[str] | None:

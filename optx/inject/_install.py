@@ -147,6 +147,7 @@ def _serve(
         for site, part in zip(sites, injection.parts(sites), strict=True)
     ]
     for one in served:
+        _check_takes_all(one)
         _check_unread(one)
         if one.part.overrides("fold"):
             check_attach(one.module, one.path, needs_weight=injection.needs_weight)
@@ -164,6 +165,16 @@ def _check_not_taken(site: Site, injection: Injection) -> None:
                 f"attach: {type(injection).__name__} can't serve {site.path!r}: {name!r} is there and "
                 "takes the place of all that it computes. Remove that first, or leave the module out."
             )
+
+
+def _check_takes_all(one: Served) -> None:
+    """Raise if the part bears nothing beside it, and something is there."""
+    container = attached(one.module)
+    if one.part.alone and container is not None:
+        raise TargetError(
+            f"attach: {next(iter(container.parts))!r} is attached to {one.path!r} already, and "
+            f"{type(one.injection).__name__} takes the place of all that it computes. Remove that first."
+        )
 
 
 def _check_in_use(site: Site, injection: Injection) -> None:

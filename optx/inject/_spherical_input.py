@@ -11,26 +11,20 @@ from optx._errors import OptxError
 
 # What models do between their head and their end, and what looks at a tensor without computing with it.
 _MOVES = (
-    "view",
-    "reshape",
-    "flatten",
-    "unflatten",
-    "contiguous",
-    "squeeze",
-    "unsqueeze",
-    "transpose",
-    "permute",
+    *(
+        "view",
+        "reshape",
+        "flatten",
+        "unflatten",
+        "contiguous",
+        "squeeze",
+        "unsqueeze",
+        "transpose",
+        "permute",
+    ),
 )
 _PIECES = (
-    "__getitem__",
-    "__iter__",
-    "narrow",
-    "select",
-    "split",
-    "chunk",
-    "unbind",
-    "cat",
-    "stack",
+    *("__getitem__", "__iter__", "narrow", "select", "split", "chunk", "unbind", "cat", "stack"),
     "index_select",
 )
 _CASTS = ("to", "float", "double", "bfloat16", "type", "cpu", "cuda", "clone", "detach", "as_subclass")
@@ -55,9 +49,9 @@ _ALLOWED = frozenset((*_MOVES, *_PIECES, *_CASTS, *_LOOKS))
 class HandedOn(Tensor):
     """A head's input in the place of its outputs.
 
-    It may be moved, cut and cast, and `SphericalHandle.loss`
-    takes it. Anything else would compute with it as if it had a column for each class, which where there are
-    as many classes as the head has inputs nobody would notice.
+    It may be moved, cut and cast, and `SphericalHandle.loss` takes it. Anything else would compute with it as
+    if it had a column for each class, which where there are as many classes as the head has inputs nobody
+    would notice.
     """
 
     @classmethod

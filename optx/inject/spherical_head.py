@@ -15,7 +15,7 @@ from torch import nn
 from optx._errors import OptxError, TargetError, check_above_0, check_range, check_whole, shown
 from optx._spherical import SphericalLoss
 from optx.inject._injection import Injection, Site
-from optx.inject._part import Part, attached
+from optx.inject._part import Part
 from optx.inject._served import Served
 from optx.inject._spherical_handle import HeadStep, SphericalHandle
 from optx.inject._spherical_part import FactoredHead, Released
@@ -99,6 +99,7 @@ class SphericalHead(Injection):
     name: ClassVar[str] = "spherical_head"
     role: ClassVar[str] = "head"
     serves: ClassVar[str] = "one plain nn.Linear, the output head"
+    serves_one: ClassVar[str] = "head"
 
     loss: SphericalLoss | None = None
     lr: float = 0.1
@@ -171,15 +172,6 @@ class SphericalHead(Injection):
                 )
         return []
 
-    def parts(self, sites: Sequence[Site]) -> list[Part]:
-        """The one head's."""
-        if len(sites) > 1:
-            raise TargetError(
-                f"attach: SphericalHead serves one head, and targets match {len(sites)} modules, "
-                f"{sites[0].path!r} and {sites[1].path!r} among them. Narrow targets."
-            )
-        return [self.part(site.module, site.path) for site in sites]
-
     def part(self, module: nn.Module, path: str) -> Part:
         """The factors of one head, not filled yet."""
         weight: Any = getattr(module, "weight", None)
@@ -188,11 +180,6 @@ class SphericalHead(Injection):
             if type(module) is nn.Linear:
                 what += f" with a weight of {type(weight).__name__}"
             raise TargetError(f"attach: SphericalHead serves {self.serves}; {path!r} is a {what}.")
-        if (container := attached(module)) is not None:
-            raise TargetError(
-                f"attach: {next(iter(container.parts))!r} is attached to {path!r} already, and SphericalHead "
-                "takes the place of all that the head computes. Remove that first."
-            )
         if not bool(weight.isfinite().all()):
             raise TargetError(f"attach: SphericalHead can't factor {path!r}: its weight has inf or nan.")
         loss = SphericalLoss() if self.loss is None else self.loss

@@ -94,6 +94,7 @@ class VQLogits(Injection):
     name: ClassVar[str] = "vq_logits"
     role: ClassVar[str] = ""
     serves: ClassVar[str] = "a Linear output head"
+    serves_one: ClassVar[str] = "head"
 
     codes: int | None = None
     init: _code_map.Kind = "kmeans"
@@ -153,19 +154,6 @@ class VQLogits(Injection):
                 "would be in addition and save no memory. VQLogits(untie=True) serves the head alone."
             )
         return []
-
-    def parts(self, sites: Sequence[Site]) -> list[Part]:
-        """Of one head.
-
-        Raises:
-            TargetError: there are several.
-        """
-        if len(sites) > 1:
-            raise TargetError(
-                f"attach: VQLogits serves one head, and targets match {len(sites)} modules "
-                f"({sites[0].path!r}, {sites[1].path!r}, ...). Name one; attach again for another."
-            )
-        return [self.part(sites[0].module, sites[0].path)]
 
     # ---- what ---------------------------------------------------------------------------------------
 

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from optx._errors import OptxError, TargetError, check_choice, check_range, check_whole, shown
-from optx.inject._injection import Injection, Site
+from optx.inject._injection import Injection
 from optx.inject._low_rank_start import from_file
-from optx.inject._part import Part, attached, new_tensor
+from optx.inject._part import Part, new_tensor
 from optx.inject._served import Served
 from optx.inject._trained_whole import Saved
 from optx.policy._pmoe_handle import PMOEHandle
@@ -86,6 +86,7 @@ class PMOEHead(Injection):
     name: ClassVar[str] = "pmoe_head"
     role: ClassVar[str] = ""
     serves: ClassVar[str] = "the Linear that gives a policy's means"
+    serves_one: ClassVar[str] = "Linear"
 
     k: int = 4
     outputs: Outputs = "mean_log_std"
@@ -130,29 +131,11 @@ class PMOEHead(Injection):
             'attach(policy, optx.PMOEHead(), targets="out").'
         )
 
-    def parts(self, sites: Sequence[Site]) -> list[Part]:
-        """Of one Linear.
-
-        Raises:
-            TargetError: there are several.
-        """
-        if len(sites) > 1:
-            raise TargetError(
-                f"attach: PMOEHead serves one Linear, and targets match {len(sites)} modules "
-                f"({sites[0].path!r}, {sites[1].path!r}, ...). Name the one that gives the policy's means."
-            )
-        return [self.part(sites[0].module, sites[0].path)]
-
     def part(self, module: nn.Module, path: str) -> Part:
         """The heads of one policy."""
         if not isinstance(module, nn.Linear):
             raise TargetError(
                 f"attach: PMOEHead serves {self.serves}; {path!r} is a {type(module).__name__}."
-            )
-        if (container := attached(module)) is not None:
-            raise TargetError(
-                f"attach: {next(iter(container.parts))!r} is attached to {path!r} already, and PMOEHead "
-                "takes the place of all that it computes. Remove that first."
             )
         made = Primitives(
             module,

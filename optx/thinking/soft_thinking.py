@@ -96,6 +96,7 @@ class SoftThinking(Injection):
     name: ClassVar[str] = "soft_thinking"
     role: ClassVar[str] = ""
     serves: ClassVar[str] = "a model's input embedding"
+    serves_one: ClassVar[str] = "embedding"
 
     noise: Literal["gumbel", "dirichlet"] | None = "gumbel"
     tau: float = 0.5
@@ -236,19 +237,6 @@ class SoftThinking(Injection):
                 "encoder-decoder."
             )
         return {embedding_of(model, "attach: SoftThinking")[0]}
-
-    def parts(self, sites: Sequence[Site]) -> list[Part]:
-        """Of one embedding.
-
-        Raises:
-            TargetError: there are several.
-        """
-        if len(sites) > 1:
-            raise TargetError(
-                f"attach: SoftThinking serves one embedding, and targets match {len(sites)} modules "
-                f"({sites[0].path!r}, {sites[1].path!r}, ...). Name one."
-            )
-        return [self.part(sites[0].module, sites[0].path)]
 
     def companions(self, model: nn.Module, sites: Sequence[Site]) -> list[tuple[Injection, list[Site]]]:
         """None; the sites are seen together with their model here.
