@@ -378,7 +378,11 @@ def test_attention_that_cant_be_routed_is_refused_by_its_class() -> None:
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_position_biases_are_refused_by_their_class(implementation: str) -> None:
     """T5's, in both its directions and in cross-attention, whose bias is zeros."""
-    model = built("t5", implementation)
+    model = built("t5", "eager")
+    if implementation == "sdpa":
+        if not model._supports_sdpa:
+            pytest.skip("T5 in transformers 4")
+        model.set_attn_implementation("sdpa")
     before = snapshot(model)
     for targets in (None, r".*\.EncDecAttention"):
         for injection in (optx.LSSA(), LSSAR3):
