@@ -111,13 +111,13 @@ def defaults(options: argparse.ArgumentParser) -> dict[str, Any]:
     return json.loads(json.dumps(vars(options.parse_args([])), default=str))
 
 
-def chosen(text: str, known: Iterable[str]) -> list[str]:
+def chosen(text: str, known: Iterable[str], option: str = "--arms") -> list[str]:
     """A comma-separated choice, such as ``--arms adamw,adamw+hft``."""
     known = list(known)
     names = [name.strip() for name in text.split(",") if name.strip()]
     wrong = [name for name in names if name not in known]
     if wrong or not names:
-        raise SettingsError(f"--arms: {', '.join(wrong) or 'nothing'} is none of {', '.join(known)}.")
+        raise SettingsError(f"{option}: {', '.join(wrong) or 'nothing'} is none of {', '.join(known)}.")
     return list(dict.fromkeys(names))
 
 

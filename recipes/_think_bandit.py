@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import optx
 
 from ._options import positive, rate
-from ._report import COLOURS, Table, by_seed, mean_and_range, ranged
+from ._report import COLOURS, Table, band, by_seed, ranged
 from ._run import Run
 
 ARMS = ["masked mean", "sum"]
@@ -109,8 +109,6 @@ def draw(axes: Any, results: dict[str, Any]) -> None:
     """The target's probability by step, the mean of the seeds and their range."""
     for colour, arm in zip(COLOURS, ARMS, strict=False):
         if logs := by_seed(results["arms"]).get(arm):
-            mean, low, high = mean_and_range([one["probability"] for one in logs])
-            steps = range(1, len(mean) + 1)
-            axes.plot(steps, mean, color=colour, label=arm, linewidth=1.2)
-            axes.fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+            curves = [one["probability"] for one in logs]
+            band(axes, range(1, len(curves[0]) + 1), curves, colour, arm)
     axes.legend(frameon=False, fontsize=7)

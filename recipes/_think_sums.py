@@ -17,7 +17,7 @@ from torch import Tensor
 import optx
 
 from ._options import positive, rate, strength
-from ._report import COLOURS, Table, by_seed, mean_and_range, ranged
+from ._report import COLOURS, Table, band, by_seed, ranged
 from ._run import Run
 
 TOKENS = "0123456789+=>."
@@ -208,9 +208,7 @@ def draw(axes: Any, results: dict[str, Any]) -> None:
     for colour, arm in zip(COLOURS, ARMS[2:], strict=False):
         if logs := arms.get(arm):
             curves = [_smooth([100 * r for r in one["rewards"]]) for one in logs]
-            mean, low, high = mean_and_range(curves)
-            axes.plot(range(len(mean)), mean, color=colour, label=arm, linewidth=1.2)
-            axes.fill_between(range(len(mean)), low, high, color=colour, alpha=0.18, linewidth=0)
+            band(axes, range(len(curves[0])), curves, colour, arm)
     axes.legend(frameon=False, fontsize=7)
 
 

@@ -27,6 +27,7 @@ ARMS: dict[str, tuple[int, Any]] = {
     "V/192 codes": (192, "kmeans"),
     "V/12 at random": (12, "random"),
 }
+ONCE = False
 TITLE, AXES = "The output head", ("", "perplexity")
 OPTIONS: dict[str, dict[str, Any]] = {
     "length": {"type": positive, "default": 128, "help": "tokens of a block of text"},

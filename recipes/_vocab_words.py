@@ -32,6 +32,7 @@ ARMS = [
 ]
 TOPS = (1, 10, 100)
 CONTEXT, KNOWN_WORDS, WIDTH = 2, 5000, 64
+ONCE = False
 TITLE, AXES = "Next words of Shakespeare", ("of the first k", "accuracy, %")
 OPTIONS: dict[str, dict[str, Any]] = {
     "word_steps": {"type": positive, "default": 600, "help": "part words: steps"},

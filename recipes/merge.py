@@ -138,7 +138,7 @@ def options() -> ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run all parts with all seeds and report."""
     args = options().parse_args(argv)
-    args.parts = chosen(args.parts, PARTS)
+    args.parts = chosen(args.parts, PARTS, "--parts")
     run = Run(args.out, settings_of(args), args.resume, args.overwrite)
     data = _reviews.tasks(_assets.classifier(args.model, 2)[1], args.data, args.test, args.length)
     for seed in range(args.seed, args.seed + args.seeds):

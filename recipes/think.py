@@ -19,9 +19,9 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from collections.abc import Sequence
 
-from . import _think_report
+from . import _in_parts, _think_report
 from ._options import SEEDS
-from ._run import Run, SettingsError, parser, settings_of
+from ._run import Run, parser, settings_of
 
 PARTS = _think_report.PARTS
 USUAL = ["bandit"]  # what the page tells of; the others take minutes each
@@ -30,14 +30,13 @@ ARMS = [arm for name in USUAL for arm in PARTS[name].ARMS]
 
 def options() -> ArgumentParser:
     """The recipe's command line."""
-    own = {name: keywords for part in PARTS.values() for name, keywords in part.OPTIONS.items()}
     return parser(
         "think",
         __doc__ or "",
         steps=60,
         seeds={"default": 3} | SEEDS,
         parts={"default": ",".join(USUAL), "help": f"which of {', '.join(PARTS)}, comma-separated"},
-        **own,
+        **_in_parts.options(PARTS),
         resume={"action": "store_true", "help": "keep the finished arms and seeds of an interrupted run"},
     )
 
@@ -45,16 +44,9 @@ def options() -> ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run all parts with all seeds and report."""
     args = options().parse_args(argv)
-    parts = [name.strip() for name in args.parts.split(",")]
-    if wrong := [name for name in parts if name not in PARTS]:
-        raise SettingsError(f"--parts: {', '.join(wrong)} is none of {', '.join(PARTS)}.")
+    parts = _in_parts.wanted(PARTS, args.parts)
     run = Run(args.out, settings_of(args), args.resume, args.overwrite)
-    for part in (PARTS[name] for name in PARTS if name in parts):
-        seeds = range(args.seed, args.seed + (1 if part.ONCE else args.seeds))
-        todo = [(arm, seed) for seed in seeds for arm in part.ARMS if not run.finished(f"{arm}/{seed}")]
-        known = part.prepared(args) if todo else None
-        for arm, seed in todo:
-            run.part(f"{arm}/{seed}", part.train, arm, seed, known, args, run)
+    _in_parts.run_all(run, parts, args)
     _think_report.report(run)
 
 

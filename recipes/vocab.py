@@ -16,9 +16,9 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from collections.abc import Sequence
 
-from . import _vocab_report
+from . import _in_parts, _vocab_report
 from ._options import SEEDS
-from ._run import Run, SettingsError, parser, settings_of
+from ._run import Run, parser, settings_of
 
 PARTS = _vocab_report.PARTS
 ARMS = [arm for part in PARTS.values() for arm in part.ARMS]
@@ -26,14 +26,13 @@ ARMS = [arm for part in PARTS.values() for arm in part.ARMS]
 
 def options() -> ArgumentParser:
     """The recipe's command line."""
-    own = {name: keywords for part in PARTS.values() for name, keywords in part.OPTIONS.items()}
     return parser(
         "vocab",
         __doc__ or "",
         steps=50,
         seeds={"default": 3} | SEEDS,
         parts={"default": ",".join(PARTS), "help": "which, comma-separated"},
-        **own,
+        **_in_parts.options(PARTS),
         model={"help": "part head: a hub name or a folder (default: SmolLM2-135M-Instruct)"},
         data={"help": "part head: a text file or a folder of *.txt (default: 300 news articles)"},
         resume={"action": "store_true", "help": "keep the finished arms and seeds of an interrupted run"},
@@ -43,16 +42,9 @@ def options() -> ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run all parts with all seeds and report."""
     args = options().parse_args(argv)
-    parts = [name.strip() for name in args.parts.split(",")]
-    if wrong := [name for name in parts if name not in PARTS]:
-        raise SettingsError(f"--parts: {', '.join(wrong)} is none of {', '.join(PARTS)}.")
+    parts = _in_parts.wanted(PARTS, args.parts)
     run = Run(args.out, settings_of(args), args.resume, args.overwrite)
-    seeds = range(args.seed, args.seed + args.seeds)
-    for part in (PARTS[name] for name in PARTS if name in parts):
-        todo = [(arm, seed) for seed in seeds for arm in part.ARMS if not run.finished(f"{arm}/{seed}")]
-        known = part.prepared(args) if todo else None
-        for arm, seed in todo:
-            run.part(f"{arm}/{seed}", part.train, arm, seed, known, args, run)
+    _in_parts.run_all(run, parts, args)
     _vocab_report.report(run)
 
 
