@@ -77,10 +77,8 @@ def report(run: Run) -> None:
     angles = list(next(iter(arms.values()))[0]["unseen"])
     for colour, (arm, logs) in zip(_report.COLOURS, arms.items(), strict=False):
         curves = [[mean(point) for point in zip(*log["unseen"].values(), strict=True)] for log in logs]
-        middle, low, high = _report.mean_and_range(curves)
         time = [step * run.results["step_ms"][arm] / 1000 for step in logs[0]["step"]]
-        axes[0, 0].plot(time, middle, color=colour, label=arm, linewidth=1.4)
-        axes[0, 0].fill_between(time, low, high, color=colour, alpha=0.18, linewidth=0)
+        _report.band(axes[0, 0], time, curves, colour, arm)
         held = [mean(unseen(log, [angle]) for log in logs) for angle in angles]
         axes[0, 1].plot([int(a) for a in angles], held, "o-", color=colour, linewidth=1.2, markersize=4)
     _report.label(axes[0, 0], "Digits at held-out angles", "seconds of training", "accuracy")

@@ -78,9 +78,8 @@ def report(run: Run) -> None:
         spread = [one["spread"] for one in found if one["spread"]]
         if spread:
             steps = [step for step, _ in spread[0]]
-            middle, low, high = _report.mean_and_range([[value for _, value in one] for one in spread])
-            axes[0, 1].plot(steps, middle, color=colour, label=arm, linewidth=1.4)
-            axes[0, 1].fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+            curves = [[value for _, value in one] for one in spread]
+            _report.band(axes[0, 1], steps, curves, colour, arm)
     axes[0, 0].set_yticks(range(len(arms)), list(arms))
     axes[0, 0].invert_yaxis()
     _report.label(axes[0, 0], "Test digits read right, by seed", "%", "")

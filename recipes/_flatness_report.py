@@ -53,10 +53,9 @@ def report(run: Run) -> None:
     left, right = axes[0]
     kinds = [arm for arm in arms if " of " not in arm]
     for colour, arm in zip(_report.COLOURS, kinds, strict=False):
-        mean, low, high = _report.mean_and_range([log["curve"] for log in arms[arm]])
-        at = [step[arm] * epoch for epoch in range(len(mean))]
-        left.plot(at, mean, color=colour, label=arm, linewidth=1.4)
-        left.fill_between(at, low, high, color=colour, alpha=0.18, linewidth=0)
+        curves = [log["curve"] for log in arms[arm]]
+        at = [step[arm] * epoch for epoch in range(len(curves[0]))]
+        _report.band(left, at, curves, colour, arm)
     _report.label(left, "Clean test accuracy", "time, in epochs of SGD", "accuracy")
     left.legend(frameon=False, fontsize=8)
     for colour, arm in zip(_report.COLOURS, kinds, strict=False):

@@ -139,6 +139,4 @@ def _draw_words(ax: Any, arms: Mapping[str, Any]) -> None:
 def _lines(ax: Any, found: list[dict[str, float]], colour: str, name: str) -> None:
     """The mean over seeds, and a band from the least to the most."""
     places = [float(one) for one in found[0]]
-    mean, low, high = _report.mean_and_range([list(one.values()) for one in found])
-    ax.plot(places, mean, "o-", color=colour, label=name, markersize=3, linewidth=1.2)
-    ax.fill_between(places, low, high, color=colour, alpha=0.15, linewidth=0)
+    _report.band(ax, places, [list(one.values()) for one in found], colour, name, "o-")

@@ -63,9 +63,7 @@ def _draw(run: Run, logs: dict[str, Any]) -> None:
     for ax, (name, title, y) in zip(axes.flat, panels, strict=True):
         for colour, (arm, found) in zip(_report.COLOURS, logs.items(), strict=False):
             epochs = [e + 1 for e in found[0]["epoch"]]
-            mean, low, high = _report.mean_and_range([log[name] for log in found])
-            ax.plot(epochs, mean, color=colour, label=arm, linewidth=1.4)
-            ax.fill_between(epochs, low, high, color=colour, alpha=0.18, linewidth=0)
+            _report.band(ax, epochs, [log[name] for log in found], colour, arm)
             if name == "test":
                 train = _report.mean_and_range([log["train"] for log in found])[0]
                 ax.plot(epochs, train, "--", color=colour, linewidth=1, alpha=0.7)

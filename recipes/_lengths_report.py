@@ -44,9 +44,8 @@ def report(run: Run) -> None:
     for colour, (arm, found) in zip(_report.COLOURS, arms.items(), strict=False):
         lengths = [int(t) * length for t in found[0]]
         for ax, name in zip(axes.flat, ("loss", "last", "entropy"), strict=True):
-            middle, low, high = _report.mean_and_range([[at[name] for at in one.values()] for one in found])
-            ax.plot(lengths, middle, "o-", color=colour, label=arm, linewidth=1.2, markersize=4)
-            ax.fill_between(lengths, low, high, color=colour, alpha=0.18, linewidth=0)
+            curves = [[at[name] for at in one.values()] for one in found]
+            _report.band(ax, lengths, curves, colour, arm, "o-")
     titles = ("All characters", "The last eighth of a sequence", "Attention in the last eighth")
     for ax, title, y in zip(axes.flat, titles, ("loss, nats", "loss, nats", "entropy, nats"), strict=True):
         ax.set_xscale("log", base=2)

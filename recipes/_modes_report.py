@@ -69,9 +69,8 @@ def report(run: Run) -> None:
         logs = {n: found for n, found in by_seed(run.results["arms"]).items() if n.startswith(part)}
         for colour, (name, found) in zip(_report.COLOURS, logs.items(), strict=False):
             steps = [int(step) for step in found[0]["curve"]]
-            mean, low, high = _report.mean_and_range([list(one["curve"].values()) for one in found])
-            ax.plot(steps, mean, color=colour, label=name.partition(": ")[2], linewidth=1.4)
-            ax.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+            curves = [list(one["curve"].values()) for one in found]
+            _report.band(ax, steps, curves, colour, name.partition(": ")[2])
         if logs:
             ax.legend(frameon=False, fontsize=7)
         _report.label(ax, title, "step", unit)

@@ -92,11 +92,9 @@ def report(run: Run) -> None:
     _report.tell(tables(run.results))
     figure, axes = _report.canvas(2)
     for colour, (arm, found) in zip(_report.COLOURS, arms.items(), strict=False):
-        mean, low, high = _report.mean_and_range([one["loss"] for one in found])
-        steps = range(1, len(mean) + 1)
+        curves = [one["loss"] for one in found]
         style = "-" if arm == next(iter(arms)) else "--"
-        axes[0, 0].plot(steps, mean, style, color=colour, label=arm, linewidth=1.4)
-        axes[0, 0].fill_between(steps, low, high, color=colour, alpha=0.18, linewidth=0)
+        _report.band(axes[0, 0], range(1, len(curves[0]) + 1), curves, colour, arm, style)
     _report.label(axes[0, 0], "Training loss, mean and range of seeds", "step", "loss")
     axes[0, 0].legend(frameon=False, fontsize=8)
     base = {name: found["base"] / 1e6 for name, found in run.results.get("memory", {}).items()}

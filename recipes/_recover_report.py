@@ -55,12 +55,12 @@ def _draw(run: Run, arms: dict[str, list[Any]]) -> None:
     for ax, (title, names) in zip(axes[0], panels, strict=True):
         for colour, name in zip(_report.COLOURS * 2, names, strict=False):
             logs = arms[name]
-            mean, low, high = _report.mean_and_range([one["error"] for one in logs])
+            errors = [one["error"] for one in logs]
             if ARMS[name].method == "huber":
-                ax.axhline(mean[-1], color=colour, linestyle=":", label=name, linewidth=1.4)
+                middle, _, _ = _report.mean_and_range(errors)
+                ax.axhline(middle[-1], color=colour, linestyle=":", label=name, linewidth=1.4)
                 continue
-            ax.plot(logs[0]["step"], mean, color=colour, label=name, linewidth=1.4)
-            ax.fill_between(logs[0]["step"], low, high, color=colour, alpha=0.18, linewidth=0)
+            _report.band(ax, logs[0]["step"], errors, colour, name)
         ax.set_yscale("log")
         if names:
             ax.legend(frameon=False, fontsize=7)

@@ -124,6 +124,17 @@ def save(figure: Figure, path: Path) -> None:
     console.print(f"Wrote {path} and {path.with_name('results.json')}")
 
 
+def band(
+    axes: Any, x: Sequence[float], curves: Sequence[Sequence[float]], colour: str, name: str, style: str = "-"
+) -> None:
+    """The mean of the seeds' curves, and a band from their least to their most; dots with a style of "o-"."""
+    middle, low, high = mean_and_range(curves)
+    axes.plot(
+        x, middle, style, color=colour, label=name, linewidth=1.2 if "o" in style else 1.4, markersize=4
+    )
+    axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+
+
 def mean_and_range(curves: Sequence[Sequence[float]]) -> tuple[list[float], list[float], list[float]]:
     """Pointwise mean, minimum and maximum of equally long curves."""
     points = list(zip(*curves, strict=True))

@@ -84,9 +84,7 @@ def _draw(run: Run, arms: dict[str, list[Any]]) -> None:
                 ],
             ),
         ):
-            mean, low, high = _report.mean_and_range(curves)
-            ax.plot(logs[0]["step"], mean, color=colour, label=arm, linewidth=1.4)
-            ax.fill_between(logs[0]["step"], low, high, color=colour, alpha=0.18, linewidth=0)
+            _report.band(ax, logs[0]["step"], curves, colour, arm)
         for style, kind in zip(("-", ":", "--"), KINDS, strict=True):
             mean = _report.mean_and_range([log["weights"][kind] for log in logs])[0]
             axes[1, 0].plot(logs[0]["step"], mean, style, color=colour, linewidth=1.2)

@@ -92,9 +92,7 @@ def report(run: Run) -> None:
     for colour, (arm, logs) in zip(_report.COLOURS, arms.items(), strict=False):
         found = [log["rates"][best_rate(logs)] for log in logs]
         for number, view in enumerate(("new", "old")):
-            middle, low, high = _report.mean_and_range([one[view] for one in found])
-            axes[0, number].plot(found[0]["step"], middle, color=colour, label=arm, linewidth=1.4)
-            axes[0, number].fill_between(found[0]["step"], low, high, color=colour, alpha=0.18, linewidth=0)
+            _report.band(axes[0, number], found[0]["step"], [one[view] for one in found], colour, arm)
     _report.label(axes[0, 0], "Turned digits", "step", "accuracy")
     _report.label(axes[0, 1], "Upright digits", "step", "accuracy")
     axes[0, 0].legend(frameon=False, fontsize=8)
