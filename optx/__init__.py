@@ -70,6 +70,7 @@
 
     tell    optx.analysis                                     diagnostics; they change nothing
             calibration_error  grad_norms  input_stats  nlm_alignment  softmax_collapse
+            interaction_basis  degeneracy                     directions that matter, and weights that do not
             single_threadedness                               what mixtures of tokens do to a model
             rate                                              bits per weight
             optx.init                                         first weights

@@ -3,6 +3,10 @@
 from optx.analysis.calibration import calibration_error as calibration_error
 from optx.analysis.gradients import grad_norms as grad_norms
 from optx.analysis.gradients import nlm_alignment as nlm_alignment
+from optx.analysis.interaction.basis import InteractionBasis as InteractionBasis
+from optx.analysis.interaction.basis import interaction_basis as interaction_basis
+from optx.analysis.interaction.degeneracy import Degeneracy as Degeneracy
+from optx.analysis.interaction.degeneracy import degeneracy as degeneracy
 from optx.analysis.single_threaded import SingleThreaded as SingleThreaded
 from optx.analysis.single_threaded import single_threadedness as single_threadedness
 from optx.analysis.softmax import softmax_collapse as softmax_collapse
@@ -10,11 +14,15 @@ from optx.delta._input_stats import InputStats as InputStats
 from optx.delta._input_stats import input_stats as input_stats
 
 __all__ = [
+    "Degeneracy",
     "InputStats",
+    "InteractionBasis",
     "SingleThreaded",
     "calibration_error",
+    "degeneracy",
     "grad_norms",
     "input_stats",
+    "interaction_basis",
     "nlm_alignment",
     "single_threadedness",
     "softmax_collapse",

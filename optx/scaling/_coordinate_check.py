@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from optx._errors import OptxError, check_choice, check_range, check_whole
+from optx._no_trace import randomness_kept
 from optx.delta._input_stats import call
 from optx.scaling._coordinate_probe import Probe, Reading, main_tensor
 from optx.scaling._coordinate_result import CoordinateCheck, LayerSizes, judged
 from optx.scaling._coordinate_runs import Maker, Run, prepare
-from optx.scaling._no_trace import randomness_kept
 from optx.scaling._rules_of_width import Parametrization
 
 Loss = Callable[[Any, Any], Tensor]

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from optx._no_trace import buffers_kept
 from optx.inject._nested import tensors_in
-from optx.scaling._no_trace import buffers_kept
 
 # A layer asked twice with the same weights may differ by rounding: no update that is to be judged.
 _ROUNDING = 1e-6

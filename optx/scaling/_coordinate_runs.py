@@ -12,9 +12,9 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from optx._errors import OptxError, near
+from optx._no_trace import model_kept
 from optx.inject._part import RESERVED
 from optx.scaling._coordinate_scaled import Parametrized
-from optx.scaling._no_trace import model_kept
 from optx.scaling._rules_of_width import Parametrization
 
 Made = nn.Module | tuple[nn.Module, Optimizer]

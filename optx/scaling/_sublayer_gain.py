@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from optx._errors import OptxError, check_range, check_whole
+from optx._no_trace import buffers_kept, randomness_kept
 from optx.delta._input_stats import call
 from optx.scaling._coordinate_probe import main_tensor
-from optx.scaling._no_trace import buffers_kept, randomness_kept
 from optx.scaling._singular import Block, TopValue, matrices_of, refuse_nonfinite, top_values
 
 

@@ -152,6 +152,12 @@ NEEDED: dict[str, Callable[[Path], dict[str, Any]]] = {
     "SAF": lambda _: {"num_samples": 10},
     "STGuide": lambda _: {"classifier": nn.Flatten()},
     "STN": lambda _: {"hparams": optx.HParams(drop=optx.hp(0.1, (0, 0.9)))},
+    "analysis.degeneracy": lambda _: {"model": layers(), "loader": [torch.randn(9, 4)]},
+    "analysis.interaction_basis": lambda _: {
+        "model": layers(),
+        "loader": [torch.randn(9, 4)],
+        "layers": ["0", "3"],
+    },
     "analysis.calibration_error": lambda _: {"probs": torch.eye(2), "target": torch.arange(2)},
     "compress": lambda _: {"what": {"a": torch.randn(64)}},
     "deepshape": lambda _: {"target": {"a": (20 * torch.randn(200, 1000)).round() / 8192}},

@@ -7,7 +7,7 @@ from pathlib import Path
 # Folders whose every module is here. The other modules of optx and kernels are here if they are sampled.
 FOLDERS = (
     *("optx/step", "optx/delta", "optx/inject", "optx/signal", "optx/transforms", "optx/analysis"),
-    *("optx/scaling", "optx/pruning", "optx/policy", "optx/flow"),
+    *("optx/scaling", "optx/pruning", "optx/policy", "optx/flow", "optx/analysis/interaction"),
 )
 
 _STEP = "moments user_rules perpgrad adamr skip_nonfinite fused_cpu wrap_bases resume"
@@ -17,6 +17,15 @@ TABLE = {
     "optx/analysis/_class_numbers.py": "analysis calibration",
     "optx/analysis/calibration.py": "calibration",
     "optx/analysis/gradients.py": "analysis iaa",
+    "optx/analysis/interaction/_edges.py": "interaction_graph",
+    "optx/analysis/interaction/_gram.py": "interaction_basis degeneracy",
+    "optx/analysis/interaction/_jacobian.py": "interaction_basis interaction_models",
+    "optx/analysis/interaction/_modularity.py": "interaction_graph",
+    "optx/analysis/interaction/_passes.py": "interaction_refusals interaction_models",
+    "optx/analysis/interaction/_table.py": "interaction_refusals",
+    "optx/analysis/interaction/basis.py": "interaction_basis interaction_refusals",
+    "optx/analysis/interaction/degeneracy.py": "degeneracy",
+    "optx/analysis/interaction/_project.py": "interaction_graph interaction_models",
     "optx/analysis/rate.py": "rate",
     "optx/analysis/single_threaded.py": "single_threaded",
     "optx/analysis/softmax.py": "analysis",
@@ -235,7 +244,7 @@ TABLE = {
     "optx/scaling/_fit_step_law.py": "fit_step_law",
     "optx/scaling/_gain_fit.py": "gain_monitor",
     "optx/scaling/_gain_monitor.py": "gain_monitor",
-    "optx/scaling/_no_trace.py": "coordinate_trace sublayer_gain",
+    "optx/_no_trace.py": "coordinate_trace sublayer_gain",
     "optx/scaling/_non_embedding.py": "step_law",
     "optx/scaling/_init.py": "first_weights mup_peer",
     "optx/scaling/_multipliers.py": "mup_groups mup_schedules mu_adamw",
