@@ -1,7 +1,7 @@
 """optx: training-time methods for PyTorch, one line each.
 
     wrap    optx.wrap(optimizer, optx.PerpGrad(), ...)        what a step does to weights
-            AdamR  BackSlash  Clip  DSPReg  HFT  KeepMask  MuAdamW  PerpGrad  SaRA  SubGM
+            AdamR  BackSlash  Clip  DSPReg  HFT  KeepMask  MuAdamW  NormalizedGrad  PerpGrad  SaRA  SubGM
             param_groups                                      groups with what modules ask for
             save_optimizer  load_optimizer                    checkpoints by the parameters' names
             convert_state                                     moments of 8 bits, and of other libraries
@@ -71,6 +71,7 @@
     tell    optx.analysis                                     diagnostics; they change nothing
             calibration_error  grad_norms  input_stats  nlm_alignment  softmax_collapse
             interaction_basis  degeneracy                     directions that matter, and weights that do not
+            attention_svm  corr                               which tokens attention tells apart
             single_threadedness                               what mixtures of tokens do to a model
             rate                                              bits per weight
             optx.init                                         first weights
@@ -206,6 +207,7 @@ from optx.transforms.clip import Clip as Clip
 from optx.transforms.dsp_reg import DSPReg as DSPReg
 from optx.transforms.hft import HFT as HFT
 from optx.transforms.keep_mask import KeepMask as KeepMask
+from optx.transforms.normalized_grad import NormalizedGrad as NormalizedGrad
 from optx.transforms.perpgrad import PerpGrad as PerpGrad
 from optx.transforms.sara import SaRA as SaRA
 from optx.transforms.subgm import SubGM as SubGM

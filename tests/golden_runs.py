@@ -51,6 +51,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "LoRA": {"LoRA": {}, "rsLoRA": {"rslora": True}, "DoRA": {"dora": True}, "embedding": {}},
     "ParallelAdapter": {"": {}, "as BERT": {"init": "bert"}},
     "MESA": {"": {"beta": 0.8, "start_epoch": 2}},
+    "NormalizedGrad": {"": {}, "global": {"per": "global"}},
     "PSDFactor": {"": {"init": "fit"}},
     "VQLogits": {
         "": {"codes": 2, "init": "blocks"},

@@ -1,5 +1,8 @@
 """Functions that change nothing: they tell what training is doing to a model."""
 
+from optx.analysis.attention.svm import AttentionSVM as AttentionSVM
+from optx.analysis.attention.svm import attention_svm as attention_svm
+from optx.analysis.attention.svm import corr as corr
 from optx.analysis.calibration import calibration_error as calibration_error
 from optx.analysis.gradients import grad_norms as grad_norms
 from optx.analysis.gradients import nlm_alignment as nlm_alignment
@@ -14,11 +17,14 @@ from optx.delta._input_stats import InputStats as InputStats
 from optx.delta._input_stats import input_stats as input_stats
 
 __all__ = [
+    "AttentionSVM",
     "Degeneracy",
     "InputStats",
     "InteractionBasis",
     "SingleThreaded",
+    "attention_svm",
     "calibration_error",
+    "corr",
     "degeneracy",
     "grad_norms",
     "input_stats",

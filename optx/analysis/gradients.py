@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from optx._errors import OptxError
-from optx._names import whole
+from optx.analysis._directions import cosine, norm
 from optx.inject._handle import Handle
 
 
@@ -56,7 +56,7 @@ def nlm_alignment(model: nn.Module) -> dict[str, float]:
     """
     with torch.no_grad():
         found = {
-            name: _cosine(p.detach(), -p.grad) for name, p in model.named_parameters() if p.grad is not None
+            name: cosine(p.detach(), -p.grad) for name, p in model.named_parameters() if p.grad is not None
         }
         if not found:
             raise OptxError(
@@ -110,44 +110,14 @@ def grad_norms(handle: Handle) -> dict[str, float]:
         raise OptxError("grad_norms: this handle has been removed from its model; attach again.")
     gradients = [(one.path, p.grad) for one in handle.served for p in one.part.parameters()]
     with torch.no_grad():
-        found = [(path, _norm(grad)) for path, grad in gradients if grad is not None]
+        found = [(path, norm(grad)) for path, grad in gradients if grad is not None]
         if not found:
             raise OptxError(
                 "grad_norms: nothing that was attached has a gradient; call it after loss.backward() and "
                 "before optimizer.zero_grad()."
             )
-        values = torch.stack([norm.to(found[0][1].device) for _, norm in found]).cpu()
+        values = torch.stack([length.to(found[0][1].device) for _, length in found]).cpu()
     norms: dict[str, list[float]] = {path: [] for path, _ in handle.model.named_modules()}
     for (path, _), value in zip(found, values, strict=True):
         norms[path].append(float(value))
     return {path: math.hypot(*some) for path, some in norms.items() if some}
-
-
-def _norm(x: Tensor) -> Tensor:
-    """L2 norm; a scalar, float32 or 64. Squares of small numbers don't underflow."""
-    unit, scale = _unit_scale(x)
-    return scale * whole(unit.square().sum()).sqrt()
-
-
-def _cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine of the angle between two tensors seen as vectors; 0 if either is 0. A scalar, float32 or 64."""
-    (a, _), (b, _) = _unit_scale(a), _unit_scale(b)
-    dot, aa, bb = (whole((x * y).sum()) for x, y in ((a, b), (a, a), (b, b)))
-    norm = aa.sqrt() * bb.sqrt()
-    return torch.where(norm == 0, torch.zeros_like(dot), (dot / norm).clamp(-1.0, 1.0))
-
-
-def _unit_scale(x: Tensor) -> tuple[Tensor, Tensor]:
-    """``x`` over its largest magnitude, and that magnitude, in float32 or wider.
-
-    Squares of collapsed gradients (1e-25) would underflow.
-    """
-    if x.layout != torch.strided:
-        x = x.to_dense()
-    if x.is_complex():
-        x = torch.view_as_real(x)
-    if x.numel() == 0:
-        return torch.zeros((), device=x.device), torch.zeros((), device=x.device)
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    largest = whole(x.abs().amax())
-    return x / torch.where(largest == 0, torch.ones_like(largest), largest), largest

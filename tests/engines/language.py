@@ -86,6 +86,7 @@ LANGUAGE: Mapping[str, Mapping[str, Any]] = {
             "AdamR",
             "BackSlash",
             "Clip",
+            "NormalizedGrad",
             "PerpGrad",
             "SaRA",
             "SubGM",

@@ -252,6 +252,7 @@ ROWS = [
     Row("PerpGrad", "transform", transform=lambda *_: optx.PerpGrad()),
     Row("BackSlash", "transform", transform=lambda *_: optx.BackSlash(0.3, until=4)),
     Row("Clip", "transform", transform=lambda *_: optx.Clip(0.1)),
+    Row("NormalizedGrad", "transform", transform=lambda *_: optx.NormalizedGrad("global")),
     Row("SubGM", "transform", transform=lambda *_: optx.SubGM(0.1, 0.9)),
     Row("HFT", "transform", transform=_hft, unused=True),
     Row("KeepMask", "transform", transform=_keep_mask),

@@ -158,6 +158,7 @@ NEEDED: dict[str, Callable[[Path], dict[str, Any]]] = {
         "loader": [torch.randn(9, 4)],
         "layers": ["0", "3"],
     },
+    "analysis.attention_svm": lambda _: {"X": torch.eye(3)[None], "z": torch.ones(1, 2), "chosen": [1]},
     "analysis.calibration_error": lambda _: {"probs": torch.eye(2), "target": torch.arange(2)},
     "compress": lambda _: {"what": {"a": torch.randn(64)}},
     "deepshape": lambda _: {"target": {"a": (20 * torch.randn(200, 1000)).round() / 8192}},
