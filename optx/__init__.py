@@ -73,6 +73,8 @@
             interaction_basis  degeneracy                     directions that matter, and weights that do not
             attention_svm  corr                               which tokens attention tells apart
             single_threadedness                               what mixtures of tokens do to a model
+            stability  stability_bound                        whether a decision outlives the model
+            robust_counterfactual  Counterfactuals            what would have to differ for another one
             rate                                              bits per weight
             optx.init                                         first weights
             gg_                                               of a generalised Gaussian

@@ -4,6 +4,10 @@ from optx.analysis.attention.svm import AttentionSVM as AttentionSVM
 from optx.analysis.attention.svm import attention_svm as attention_svm
 from optx.analysis.attention.svm import corr as corr
 from optx.analysis.calibration import calibration_error as calibration_error
+from optx.analysis.counterfactual.search import Counterfactuals as Counterfactuals
+from optx.analysis.counterfactual.search import robust_counterfactual as robust_counterfactual
+from optx.analysis.counterfactual.stability import stability as stability
+from optx.analysis.counterfactual.stability import stability_bound as stability_bound
 from optx.analysis.gradients import grad_norms as grad_norms
 from optx.analysis.gradients import nlm_alignment as nlm_alignment
 from optx.analysis.interaction.basis import InteractionBasis as InteractionBasis
@@ -18,6 +22,7 @@ from optx.delta._input_stats import input_stats as input_stats
 
 __all__ = [
     "AttentionSVM",
+    "Counterfactuals",
     "Degeneracy",
     "InputStats",
     "InteractionBasis",
@@ -30,6 +35,9 @@ __all__ = [
     "input_stats",
     "interaction_basis",
     "nlm_alignment",
+    "robust_counterfactual",
     "single_threadedness",
     "softmax_collapse",
+    "stability",
+    "stability_bound",
 ]

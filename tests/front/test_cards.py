@@ -160,6 +160,11 @@ NEEDED: dict[str, Callable[[Path], dict[str, Any]]] = {
     },
     "analysis.attention_svm": lambda _: {"X": torch.eye(3)[None], "z": torch.ones(1, 2), "chosen": [1]},
     "analysis.calibration_error": lambda _: {"probs": torch.eye(2), "target": torch.arange(2)},
+    "analysis.stability": lambda _: {"model": layers(), "x": torch.zeros(1, 4)},
+    "analysis.stability_bound": lambda _: {"epsilon": 0.1, "gamma": 1.0},
+    "analysis.robust_counterfactual": lambda _: {
+        **{"model": layers(), "x": torch.zeros(1, 4), "base": torch.zeros(1, 4)},
+    },
     "compress": lambda _: {"what": {"a": torch.randn(64)}},
     "deepshape": lambda _: {"target": {"a": (20 * torch.randn(200, 1000)).round() / 8192}},
     "rf8.pack": lambda _: {"what": layers()},

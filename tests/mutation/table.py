@@ -8,6 +8,7 @@ from pathlib import Path
 FOLDERS = (
     *("optx/step", "optx/delta", "optx/inject", "optx/signal", "optx/transforms", "optx/analysis"),
     *("optx/scaling", "optx/pruning", "optx/policy", "optx/flow", "optx/analysis/interaction"),
+    "optx/analysis/counterfactual",
 )
 
 _STEP = "moments user_rules perpgrad adamr skip_nonfinite fused_cpu wrap_bases resume"
@@ -23,6 +24,15 @@ TABLE = {
     "optx/analysis/attention/_nuclear.py": "attention_svm",
     "optx/analysis/attention/svm.py": "attention_svm",
     "optx/analysis/calibration.py": "calibration",
+    "optx/analysis/counterfactual/_box.py": "robust_counterfactual closest",
+    "optx/analysis/counterfactual/_classifier.py": "stability robust_counterfactual",
+    "optx/analysis/counterfactual/_closest.py": "closest",
+    "optx/analysis/counterfactual/_examples.py": "robust_counterfactual closest",
+    "optx/analysis/counterfactual/_noise.py": "stability",
+    "optx/analysis/counterfactual/_rows.py": "stability robust_counterfactual",
+    "optx/analysis/counterfactual/_walk.py": "robust_counterfactual",
+    "optx/analysis/counterfactual/search.py": "robust_counterfactual",
+    "optx/analysis/counterfactual/stability.py": "stability",
     "optx/analysis/gradients.py": "analysis iaa",
     "optx/analysis/interaction/_edges.py": "interaction_graph",
     "optx/analysis/interaction/_gram.py": "interaction_basis degeneracy",

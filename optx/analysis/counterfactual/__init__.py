@@ -1,0 +1,1 @@
+"""What would have to differ for another decision, and whether that outlives the model."""
