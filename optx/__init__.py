@@ -32,6 +32,7 @@
             LSSA  LSSAR                                       attention that stays sharp over long rows
             PMOEHead  PMOEHandle                              policies of several modes
             SoftThinking  ThinkingHandle  Rollout             mixtures of tokens fed while a model thinks
+            MaxMin  GroupSort  Householder                    modules: activations that keep norms
             trainable_only                                    freeze all but what was attached
             set_adapter                                       which of several act, by name
             export_lora  fold_prefix                          what remains to do after the training
@@ -72,6 +73,7 @@
             calibration_error  grad_norms  input_stats  nlm_alignment  softmax_collapse
             interaction_basis  degeneracy                     directions that matter, and weights that do not
             attention_svm  corr                               which tokens attention tells apart
+            lipschitz  LipschitzBound                         certified bounds of what a network can change by
             single_threadedness                               what mixtures of tokens do to a model
             stability  stability_bound                        whether a decision outlives the model
             robust_counterfactual  Counterfactuals            what would have to differ for another one
@@ -247,6 +249,9 @@ if _typing.TYPE_CHECKING:
     from optx.delta.ties import TIES as TIES
     from optx.flow.gumbel_flow import GumbelFlow as GumbelFlow
     from optx.flow.st_guide import STGuide as STGuide
+    from optx.lipschitz.activations import GroupSort as GroupSort
+    from optx.lipschitz.activations import Householder as Householder
+    from optx.lipschitz.activations import MaxMin as MaxMin
     from optx.policy._pmoe_handle import PMOEHandle as PMOEHandle
     from optx.policy.frequency_loss import FrequencyLoss as FrequencyLoss
     from optx.policy.pmoe_head import PMOEHead as PMOEHead
@@ -302,6 +307,9 @@ _LATER = {
     "TIES": "optx.delta.ties:TIES",
     "GumbelFlow": "optx.flow.gumbel_flow:GumbelFlow",
     "STGuide": "optx.flow.st_guide:STGuide",
+    "GroupSort": "optx.lipschitz.activations:GroupSort",
+    "Householder": "optx.lipschitz.activations:Householder",
+    "MaxMin": "optx.lipschitz.activations:MaxMin",
     "PMOEHandle": "optx.policy._pmoe_handle:PMOEHandle",
     "FrequencyLoss": "optx.policy.frequency_loss:FrequencyLoss",
     "PMOEHead": "optx.policy.pmoe_head:PMOEHead",

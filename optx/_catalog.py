@@ -34,6 +34,7 @@ _VERBS = {
     "optx.delta": "delta",
     "optx.rf8": "delta",
     "optx.pruning": "prune",
+    "optx.lipschitz": "attach",
     "optx.init": "tell",
     "optx.scaling": "tell",
     "optx.analysis": "tell",

@@ -3,6 +3,8 @@
 from optx.analysis.attention.svm import AttentionSVM as AttentionSVM
 from optx.analysis.attention.svm import attention_svm as attention_svm
 from optx.analysis.attention.svm import corr as corr
+from optx.analysis.bounds.lipschitz import LipschitzBound as LipschitzBound
+from optx.analysis.bounds.lipschitz import lipschitz as lipschitz
 from optx.analysis.calibration import calibration_error as calibration_error
 from optx.analysis.counterfactual.search import Counterfactuals as Counterfactuals
 from optx.analysis.counterfactual.search import robust_counterfactual as robust_counterfactual
@@ -26,6 +28,7 @@ __all__ = [
     "Degeneracy",
     "InputStats",
     "InteractionBasis",
+    "LipschitzBound",
     "SingleThreaded",
     "attention_svm",
     "calibration_error",
@@ -34,6 +37,7 @@ __all__ = [
     "grad_norms",
     "input_stats",
     "interaction_basis",
+    "lipschitz",
     "nlm_alignment",
     "robust_counterfactual",
     "single_threadedness",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mutation.table import FOLDERS, PLUMBING, TABLE, path_of
+from mutation.plumbing import PLUMBING
+from mutation.table import FOLDERS, TABLE, path_of
 
 ROOT = Path(__file__).parents[2]
 

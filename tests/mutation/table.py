@@ -8,9 +8,11 @@ from pathlib import Path
 FOLDERS = (
     *("optx/step", "optx/delta", "optx/inject", "optx/signal", "optx/transforms", "optx/analysis"),
     *("optx/scaling", "optx/pruning", "optx/policy", "optx/flow", "optx/analysis/interaction"),
-    "optx/analysis/counterfactual",
+    *("optx/analysis/counterfactual", "optx/analysis/bounds", "optx/lipschitz"),
 )
 
+_BOUNDS = "lipschitz"
+_BOUND_FILES = "first_order graph inequality linear reading refusals search slopes solve system"
 _STEP = "moments user_rules perpgrad adamr skip_nonfinite fused_cpu wrap_bases resume"
 
 # Module -> its test files, without their folder, test_ and .py, the likeliest to notice a fault first.
@@ -23,6 +25,8 @@ TABLE = {
     "optx/analysis/attention/_low_rank.py": "attention_svm",
     "optx/analysis/attention/_nuclear.py": "attention_svm",
     "optx/analysis/attention/svm.py": "attention_svm",
+    "optx/analysis/bounds/lipschitz.py": _BOUNDS,
+    **{f"optx/analysis/bounds/_{name}.py": _BOUNDS for name in _BOUND_FILES.split(" ")},
     "optx/analysis/calibration.py": "calibration",
     "optx/analysis/counterfactual/_box.py": "robust_counterfactual closest",
     "optx/analysis/counterfactual/_classifier.py": "stability robust_counterfactual",
@@ -416,6 +420,7 @@ TABLE = {
     "optx/policy/pmoe_head.py": "pmoe_head",
     "optx/policy/ppo.py": "ppo_pmoe",
     "optx/policy/sac.py": "sac_pmoe",
+    "optx/lipschitz/activations.py": "lipschitz_activations",
     "optx/pruning/_folder.py": "prune_folders",
     "optx/pruning/_folder_layers.py": "prune_folders",
     "optx/pruning/_method.py": "magnitude",
@@ -469,25 +474,6 @@ TABLE = {
     "kernels/step/hints.py": "hints",
     "kernels/step/cpu.py": "fused_cpu fused_groups fused_memory fused_rounding",
 }
-
-# Modules of the folders that compute nothing: they read, write, match names or hold what others compute.
-_FILES = (
-    "_background_file _checkpoint_output _checkpoint_source _claim _compressed_file _delta _delta_file "
-    "_inputs _known_files _merge_file _merge_result _merge_run _merge_tokenizer _mergekit _overwrite _patch "
-    "_safetensors_writer _side_files _work_files cli merge"
-)
-_HANDLES = (
-    "_adapter_card _attach _export _families _folder _folder_output _handle _injection _install "
-    "_lora_options _parameters _peft_match _peft_parameters _peft_prefix _peft_read "
-    "_peft_start _peft_write _report _served _sharding "
-    "_stored _targets"
-)
-PLUMBING = [
-    *(f"{folder}/__init__.py" for folder in FOLDERS),
-    "optx/step/plan.py",
-    *(f"optx/delta/{name}.py" for name in _FILES.split(" ")),
-    *(f"optx/inject/{name}.py" for name in _HANDLES.split(" ")),
-]
 
 
 def path_of(name: str, root: Path) -> str | None:

@@ -1,0 +1,1 @@
+"""Certified bounds of what a trained network can do to its inputs."""

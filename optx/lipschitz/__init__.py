@@ -1,0 +1,8 @@
+"""Networks whose Lipschitz constant is known: activations that keep norms, and what describes an implicit
+net."""
+
+from optx.lipschitz.activations import GroupSort as GroupSort
+from optx.lipschitz.activations import Householder as Householder
+from optx.lipschitz.activations import MaxMin as MaxMin
+
+__all__ = ["GroupSort", "Householder", "MaxMin"]
