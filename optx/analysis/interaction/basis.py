@@ -229,7 +229,7 @@ def interaction_basis(
     Keywords: LIB, RIB, interpretability, degeneracy, singular learning theory, features, PCA, Jacobian,
         Gram matrix, ablation, modularity, interaction graph.
 
-    Evidence: no recipe; ``test_interaction_basis.py``, ``test_interaction_graph.py``,
+    Evidence: ``optx run explain``; ``test_interaction_basis.py``, ``test_interaction_graph.py``,
         ``test_interaction_models.py``.
 
     Raises:

@@ -185,7 +185,7 @@ def degeneracy(
     Keywords: singular learning theory, learning coefficient, effective parameters, rank, Hessian, free
         directions, dead neurons, polytopes, diagnostics.
 
-    Evidence: no recipe; ``test_degeneracy.py``.
+    Evidence: ``optx run explain``; ``test_degeneracy.py``.
 
     Raises:
         OptxError: no linear layer is called once, a named one is not, an option is out of range, or inf or
