@@ -18,7 +18,7 @@ from .grokking import pairs
 
 ARMS = [f"addition, {kind}" for kind in KINDS]
 ONCE = False
-TITLE, AXES = "Addition, second hidden layer", ("directions kept", "accuracy, %")
+TITLE, AXES = "Addition mod p", ("directions kept", "accuracy, %")
 OPTIONS: dict[str, dict[str, Any]] = {
     "addition_steps": {"type": positive, "default": 600, "help": "part addition: epochs of all pairs"},
     "addition_lr": {"type": rate, "default": 0.01, "help": "part addition: its rate"},
@@ -70,4 +70,4 @@ def tables(results: dict[str, Any]) -> list[Table]:
 
 def draw(axes: Any, results: dict[str, Any]) -> None:
     """Accuracy by directions."""
-    _explain_cuts.draw(axes, ARMS, results)
+    _explain_cuts.draw(axes, ARMS, results, 50)

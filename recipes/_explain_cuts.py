@@ -90,13 +90,15 @@ def table(arms: Iterable[str], results: dict[str, Any], title: str) -> Table:
     )
 
 
-def draw(axes: Any, arms: Iterable[str], results: dict[str, Any]) -> None:
-    """Accuracy by how many directions of the second hidden layer are kept, over those of all seeds."""
+def draw(axes: Any, arms: Iterable[str], results: dict[str, Any], most: int) -> None:
+    """Accuracy by how many directions of each hidden layer are kept, over those of all seeds."""
     there = by_seed(results["arms"])
+    styles = dict(zip(HIDDEN.values(), ("-", ":"), strict=True))
     for colour, arm in zip(COLOURS, arms, strict=False):
-        if logs := there.get(arm):
-            longest = max(len(one["second"]["curve"]) for one in logs)
-            curves = [one["second"]["curve"] for one in logs]
-            curves = [curve + curve[-1:] * (longest - len(curve)) for curve in curves]
-            band(axes, range(longest), curves, colour, arm.partition(", ")[2])
+        for layer, style in styles.items() if arm in there else ():
+            curves = [one[layer]["curve"] for one in there[arm]]
+            # With all directions kept, more change nothing.
+            curves = [[*curve, *curve[-1:] * most][: most + 1] for curve in curves]
+            name = f"{arm.partition(', ')[2]}, {layer} layer"
+            band(axes, range(most + 1), curves, colour, name, style)
     axes.legend(frameon=False, fontsize=7)

@@ -19,7 +19,7 @@ CUTS = [f"digits, {kind}" for kind in KINDS]
 FREE = "digits, free weights"
 ARMS = [*CUTS, FREE]
 ONCE = False
-TITLE, AXES = "Digits, second hidden layer", ("directions kept", "accuracy, %")
+TITLE, AXES = "Digits", ("directions kept", "accuracy, %")
 TEST = 360
 OPTIONS: dict[str, dict[str, Any]] = {
     "nodes": {"type": whole(0), "default": 0, "help": "of the integral in edges; 0: gradients as they are"},
@@ -111,4 +111,4 @@ def _free(logs: list[dict[str, Any]]) -> Table:
 
 def draw(axes: Any, results: dict[str, Any]) -> None:
     """Accuracy by directions."""
-    _explain_cuts.draw(axes, CUTS, results)
+    _explain_cuts.draw(axes, CUTS, results, 30)

@@ -22,13 +22,13 @@ from ._options import positive
 from ._report import COLOURS, Table, by_seed, ranged
 from ._run import Run
 
-ARMS = [f"halves, {kind}" for kind in KINDS]
+PAIRS = (1500, 24000)  # of digits that are looked at: halves correlate by chance, the less the more there are
+ARMS = [f"halves, {kind}, {n} pairs" for kind in KINDS for n in PAIRS]
 ONCE = False
 TITLE, AXES = "Glued halves", ("", "share, %")
 GLUED = ("0", "3", "5")  # inputs, hidden layer and outputs, each rotated
 OPTIONS: dict[str, dict[str, Any]] = {
     "half_steps": {"type": positive, "default": 600, "help": "part halves: steps of each half"},
-    "samples": {"type": positive, "default": 1500, "help": "part halves: pairs of digits to look at"},
 }
 
 
@@ -71,7 +71,7 @@ def glued(seed: int, known: dict[int, Glued], args: Any, run: Run) -> Glued | No
             return None
         with torch.no_grad():
             reached.append(100 * float((half(seen[:360]).argmax(1) == y[:360]).float().mean()))
-    rows = [torch.randint(360, len(x), (args.samples,), generator=draws) for _ in range(2)]
+    rows = [torch.randint(360, len(x), (max(PAIRS),), generator=draws) for _ in range(2)]
     inputs = torch.cat([x[rows[0], :32], x[rows[1], 32:]], 1)
     model, rotations = glue(*halves, draws)
     known[seed] = Glued(model, inputs, rotations, (reached[0], reached[1]))
@@ -103,8 +103,9 @@ def train(arm: str, seed: int, known: dict[int, Glued], args: Any, run: Run) -> 
     """How well groups of edges find the halves; None if interrupted."""
     if (one := glued(seed, known, args, run)) is None:
         return None
-    kind = KINDS[arm.partition(", ")[2]]
-    ib = optx.analysis.interaction_basis(one.model, one.inputs.split(256), list(GLUED), kind)
+    _, kind, pairs = arm.split(", ")
+    inputs = one.inputs[: int(pairs.split()[0])]
+    ib = optx.analysis.interaction_basis(one.model, inputs.split(256), list(GLUED), KINDS[kind])
     edges = ib.edges(args.nodes)
     shares = {layer: upper_share(one.rotations[layer], ib[layer].C) for layer in GLUED}
     free, two = ib.modularity(edges), ib.modularity(edges, clusters=2)
@@ -181,8 +182,7 @@ def draw(axes: Any, results: dict[str, Any]) -> None:
         axes.bar(
             [at + 0.3 * (i - 0.5) for at in range(len(arms))], found, width=0.28, color=COLOURS[i], label=key
         )
-    axes.set_xticks(
-        range(len(arms)), [arm.partition(", ")[2].replace(" ", "\n", 1) for arm in arms], fontsize=7
-    )
+    names = [arm.partition(", ")[2].replace(" ", "\n", 1).replace(", ", "\n") for arm in arms]
+    axes.set_xticks(range(len(arms)), names, fontsize=7)
     axes.set_ylim(50, 112)
     axes.legend(frameon=False, fontsize=7)
