@@ -74,6 +74,7 @@
             interaction_basis  degeneracy                     directions that matter, and weights that do not
             attention_svm  corr                               which tokens attention tells apart
             lipschitz  LipschitzBound                         certified bounds of what a network can change by
+            attention_svm  attention_margins  corr            which tokens attention tells apart
             single_threadedness                               what mixtures of tokens do to a model
             stability  stability_bound                        whether a decision outlives the model
             robust_counterfactual  Counterfactuals            what would have to differ for another one

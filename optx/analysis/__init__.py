@@ -1,5 +1,7 @@
 """Functions that change nothing: they tell what training is doing to a model."""
 
+from optx.analysis.attention.margins import AttentionMargins as AttentionMargins
+from optx.analysis.attention.margins import attention_margins as attention_margins
 from optx.analysis.attention.svm import AttentionSVM as AttentionSVM
 from optx.analysis.attention.svm import attention_svm as attention_svm
 from optx.analysis.attention.svm import corr as corr
@@ -23,6 +25,7 @@ from optx.delta._input_stats import InputStats as InputStats
 from optx.delta._input_stats import input_stats as input_stats
 
 __all__ = [
+    "AttentionMargins",
     "AttentionSVM",
     "Counterfactuals",
     "Degeneracy",
@@ -30,6 +33,7 @@ __all__ = [
     "InteractionBasis",
     "LipschitzBound",
     "SingleThreaded",
+    "attention_margins",
     "attention_svm",
     "calibration_error",
     "corr",

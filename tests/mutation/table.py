@@ -19,7 +19,10 @@ _STEP = "moments user_rules perpgrad adamr skip_nonfinite fused_cpu wrap_bases r
 TABLE = {
     "optx/analysis/_class_numbers.py": "analysis calibration",
     "optx/analysis/_directions.py": "analysis iaa attention_svm",
-    "optx/analysis/attention/_algebra.py": "attention_svm",
+    "optx/analysis/attention/_algebra.py": "attention_svm attention_margins",
+    "optx/analysis/attention/_capture.py": "attention_margins",
+    "optx/analysis/attention/_head.py": "attention_margins",
+    "optx/analysis/attention/margins.py": "attention_margins",
     "optx/analysis/attention/_constraints.py": "attention_svm",
     "optx/analysis/attention/_least_distance.py": "attention_svm",
     "optx/analysis/attention/_low_rank.py": "attention_svm",

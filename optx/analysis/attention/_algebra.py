@@ -57,6 +57,11 @@ def orthonormal(columns: Tensor) -> Tensor:
     return _linalg.qr(columns)[0]
 
 
+def triangle(columns: Tensor) -> Tensor:
+    """R of Q R: the columns' inner geometry, in as few numbers."""
+    return _linalg.qr(columns)[1]
+
+
 def inverse(H: Tensor) -> Tensor:
     """Of a regular matrix."""
     return _linalg.inv(H)
