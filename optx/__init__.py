@@ -31,6 +31,7 @@
             SphericalHead  SphericalHandle                    output heads of very many classes
             LSSA  LSSAR                                       attention that stays sharp over long rows
             PMOEHead  PMOEHandle                              policies of several modes
+            LDLT  LDLTHandle                                  chains of layers that are L-Lipschitz
             SoftThinking  ThinkingHandle  Rollout             mixtures of tokens fed while a model thinks
             MaxMin  GroupSort  Householder                    modules: activations that keep norms
             trainable_only                                    freeze all but what was attached
@@ -250,9 +251,11 @@ if _typing.TYPE_CHECKING:
     from optx.delta.ties import TIES as TIES
     from optx.flow.gumbel_flow import GumbelFlow as GumbelFlow
     from optx.flow.st_guide import STGuide as STGuide
+    from optx.lipschitz._ldlt_handle import LDLTHandle as LDLTHandle
     from optx.lipschitz.activations import GroupSort as GroupSort
     from optx.lipschitz.activations import Householder as Householder
     from optx.lipschitz.activations import MaxMin as MaxMin
+    from optx.lipschitz.ldlt import LDLT as LDLT
     from optx.policy._pmoe_handle import PMOEHandle as PMOEHandle
     from optx.policy.frequency_loss import FrequencyLoss as FrequencyLoss
     from optx.policy.pmoe_head import PMOEHead as PMOEHead
@@ -311,6 +314,8 @@ _LATER = {
     "GroupSort": "optx.lipschitz.activations:GroupSort",
     "Householder": "optx.lipschitz.activations:Householder",
     "MaxMin": "optx.lipschitz.activations:MaxMin",
+    "LDLT": "optx.lipschitz.ldlt:LDLT",
+    "LDLTHandle": "optx.lipschitz._ldlt_handle:LDLTHandle",
     "PMOEHandle": "optx.policy._pmoe_handle:PMOEHandle",
     "FrequencyLoss": "optx.policy.frequency_loss:FrequencyLoss",
     "PMOEHead": "optx.policy.pmoe_head:PMOEHead",

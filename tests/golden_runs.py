@@ -46,6 +46,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "DSPReg": {"": {"domains": 2}, "coupled": {"domains": 2, "decoupled": False}},
     "FLoRA": {"": {}, "orthonormal": {"init": "orthonormal"}, "embedding": {}},
     "HFT": {"": {"rounds_every": 8, "seed": 5}},
+    "LDLT": {"": {"L": 2.0, "activation": (-0.13, 1.13)}},
     "LossReweight": {"linupper": {}, "quadratic": {"strategy": "quadratic"}, "limited": {"max_weight": 1.5}},
     "LSSAR": {"": {"p": 3.0}},  # at 15 another processor's last digit is 0.003 after 20 steps
     "LoRA": {"LoRA": {}, "rsLoRA": {"rslora": True}, "DoRA": {"dora": True}, "embedding": {}},
@@ -83,6 +84,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "PerpGrad": {"": {}, "as projected": {"rescale": False}, "along weights": {}},
 }
+LDLT_CHAIN = ("layers.0.mlp.up_proj", "layer.0.intermediate.dense", "layer.0.output.dense")
 # What a variant has besides options: targets of an injection, or `Setup.shrink`.
 AROUND: dict[tuple[str, str], dict[str, Any]] = {
     ("DSPReg", ""): {"domains": 2},
@@ -92,6 +94,7 @@ AROUND: dict[tuple[str, str], dict[str, Any]] = {
     ("KeepMask", ""): {"pruned": 0.5},
     ("Perp", "MaskLoRA"): {"pruned": 0.5},
     ("Perp", "ScaleLoRA"): {"pruned": 0.5},
+    ("LDLT", ""): {"targets": lambda name, _: name.endswith(LDLT_CHAIN)},
     ("PSDFactor", ""): {"targets": lambda name, _: name.endswith(("q_proj", "self.query"))},
     ("PerpGrad", "along weights"): {"shrink": 10.0},
     ("StableRPS", ""): {"lr": 3e-5},  # at 1e-3 the tiny model's twentieth loss tells processors apart

@@ -239,6 +239,7 @@ ROWS = [
     ),
     Row("IAA", bert, lambda: optx.IAA(rank=3, aside=3), merges=False),
     Row("IAA, Llama", llama, lambda: optx.IAA(rank=3, aside=3), merges=False),
+    Row("LDLT", cnn, lambda: optx.LDLT(2.0), ["3", "6"], identity=False, stacks=False),
     Row(
         *("StableRPS", cnn, lambda: optx.StableRPS(compression=0.4), (nn.Linear, nn.Conv2d), False),
         stacks=False,

@@ -110,6 +110,7 @@ RANGES: list[tuple[Any, str, tuple[Any, Any], dict[str, Any]]] = [
     (optx.ComPEFT, "density", (1e-9, 1.0), NONE),
     (optx.ComPEFT, "alpha", POSITIVE, NONE),
     (optx.AdamR, "weight", POSITIVE, NONE),
+    (optx.LDLT, "L", (1e-30, None), NONE),
     (optx.PSDFactor, "rank", COUNT, NONE),
     (optx.Softmax2, "min_row", COUNT, NONE),
     (optx.PSDFactor, "alpha", (1e-30, None), NONE),

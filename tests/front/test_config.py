@@ -58,6 +58,7 @@ WORDS: dict[str, list[Any]] = {
     "head": ["lm_head"],
     "hparams": [HPARAMS],
     "init": ["pissa", "olora", "fit"],
+    "activation": ["relu", (0.25, 1.0)],
     "ffn": ["mlp"],
     "keep": [("attn", "mlp")],
     "kernel_rank": [(2, 2)],

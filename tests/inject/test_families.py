@@ -72,8 +72,8 @@ def test_every_injection_is_measured_on_every_family(rows: Rows) -> None:
     of_images = {"FTWT", "WindowPrune"}  # test_ftwt_chains.py, test_window_models.py
     from_scratch = {"StableRPS"}  # its weights are drawn: test_shared_weights.py
     of_experts = {"EWA", "WideNet"}  # test_ewa_models.py, test_widenet_models.py
-    # They serve what is named: test_psd_factor.py, test_softmax2_attach.py.
-    named = {"PSDFactor", "Softmax2"}
+    # They serve what is named: test_psd_factor.py, test_softmax2_attach.py, lipschitz.
+    named = {"PSDFactor", "Softmax2", "LDLT"}
     of_mixers = {"S4D"}  # test_s4d_models.py
     of_length = {"LSSA", "LSSAR"}  # in attention's place, without parameters: tests/attention
     of_inference = {"RF8Linear"}  # trains nothing: test_rf8_linear.py
