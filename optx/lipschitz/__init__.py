@@ -1,5 +1,5 @@
-"""Networks whose Lipschitz constant is known: activations that keep norms, what describes an implicit net, and
-chains of layers that have a constant by construction (`optx.LDLT`)."""
+"""Networks whose Lipschitz constant is known: activations that keep norms, chains with a constant by
+construction (`optx.LDLT`), and what describes an implicit net."""
 
 from optx.lipschitz.activations import GroupSort as GroupSort
 from optx.lipschitz.activations import Householder as Householder
