@@ -74,6 +74,7 @@ def test_dead_units_are_no_block() -> None:
     assert found["2"].rank_gram == 3  # two units and the constant
 
 
+@pytest.mark.filterwarnings("ignore:degeneracy. \\d layers have more inputs:UserWarning")
 @given(
     n=st.integers(2, 40),
     d=st.integers(1, 6),
@@ -158,6 +159,14 @@ def test_it_leaves_no_trace_also_after_an_error() -> None:
     with pytest.raises(optx.OptxError, match="inf or nan"):
         degeneracy(model, [torch.full((9, 4), torch.inf)])
     assert_same(model, before)
+
+
+def test_few_samples_and_other_matrices_are_told() -> None:
+    model = nn.Sequential(nn.Conv1d(3, 4, 2), nn.Flatten(), nn.Linear(20, 5), nn.Linear(5, 2))
+    with pytest.warns(UserWarning, match=r"1 layers have more inputs .* as '2' with 21 for 9, and look free"):
+        found = degeneracy(model, [torch.randn(9, 3, 6)])
+    assert found.left_out == {"0": "a Conv1d is no linear module"}
+    assert found["2"].rank_gram == 9
 
 
 def test_sources_find_the_rank() -> None:

@@ -170,6 +170,7 @@ def test_six_relus_before_three_tanh_outputs_have_three_directions() -> None:
     assert (one.rank_gram, one.rank_jacobian, one.dim) == (6, 3, 3)
 
 
+@pytest.mark.filterwarnings("ignore:interaction_basis. '0' has:UserWarning")
 @given(
     n=st.integers(1, 40),
     d=st.integers(1, 7),

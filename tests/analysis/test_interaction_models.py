@@ -67,15 +67,15 @@ def test_a_transformer_over_all_positions() -> None:
 
 @pytest.mark.parametrize("kind", ["local", "global"])
 def test_padding_does_not_count(kind: Any) -> None:
-    model, x = gpt2(), ids()
+    model, x = gpt2(), ids(8)
     plain = interaction_basis(model, [{"input_ids": x}], LAYERS, kind)
     padded = {
-        "input_ids": torch.cat([x, torch.zeros(6, 3, dtype=torch.long)], 1),
-        "attention_mask": torch.cat([torch.ones(6, 5), torch.zeros(6, 3)], 1).long(),
+        "input_ids": torch.cat([x, torch.zeros(8, 3, dtype=torch.long)], 1),
+        "attention_mask": torch.cat([torch.ones(8, 5), torch.zeros(8, 3)], 1).long(),
     }
     other = interaction_basis(model, [padded], LAYERS, kind)
     for layer in LAYERS:
-        assert other[layer].rows == 30
+        assert other[layer].rows == 40
         torch.testing.assert_close(other[layer].Lambda, plain[layer].Lambda, rtol=1e-8, atol=1e-12)
     edges = plain.edges(nodes=2)[tuple(LAYERS)]  # type: ignore[index]
     torch.testing.assert_close(other.edges(nodes=2)[tuple(LAYERS)], edges, rtol=1e-5, atol=1e-9)  # type: ignore[index]
@@ -117,6 +117,7 @@ def test_layers_of_a_transformer_that_are_refused() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore:interaction_basis. .* has 576 features:UserWarning")
 def test_smollm2() -> None:
     """Two blocks of a language model by random signs: a basis that reconstructs, and a projection undone."""
     from optx.recipes import _assets

@@ -203,6 +203,28 @@ def test_operations_in_place_are_not_seen() -> None:
     assert torch.equal(interaction_basis(inplace, [X], ["0"])["0"].C, plain.C)
 
 
+def test_few_samples_are_told() -> None:
+    with pytest.warns(UserWarning, match=r"'a' has 5 features, and the loader 3 samples \(and positions\)"):
+        interaction_basis(net(), [X[:3]], ["a"])
+
+
+def test_a_model_without_values_is_told() -> None:
+    with pytest.raises(optx.OptxError, match="on the meta device"):
+        interaction_basis(net().to("meta"), [X], ["a"])
+
+
+def test_nothing_after_the_next_layer_is_computed() -> None:
+    """But for the first pass, which looks at the whole model; and what is attached looks away."""
+    model, calls = net(), list[int]()
+    hook = model.b.register_forward_pre_hook(lambda *_: calls.append(1))
+    handle = optx.attach(model, optx.LoRA(rank=1), targets="a")
+    interaction_basis(model, [X, X], ["a", "drop"]).edges()
+    assert len(calls) == 1 + 2  # the look, and the output's derivatives for the last layer
+    hook.remove()
+    assert model(X)["logits"].shape == (30, 3)
+    handle.remove()
+
+
 def test_what_output_counts() -> None:
     twice = interaction_basis(net(), [X], ["a"], output=lambda out: 2 * out["logits"])["a"]
     once = interaction_basis(net(), [X], ["a"])["a"]

@@ -78,7 +78,7 @@ def _at(
         features.append(fhat)
         return (earlier.mean + a * fhat @ earlier.C_pinv).to(f)
 
-    one = passes.run(batch, pair, shrunk)
+    one = passes.run(batch, pair, until=pair[1], change=shrunk)
     f, g = one.seen[pair[0]].value, one.seen[pair[1]].value
     fhat, kept = features[0][..., :keep], one.kept(f)
     if kept is not None:

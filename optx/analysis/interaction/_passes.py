@@ -66,6 +66,10 @@ def wide(x: Tensor) -> Tensor:
     return (x.cpu() if x.device.type == "mps" else x).double()
 
 
+class _Reached(Exception):
+    """Ends a forward pass of which the rest is not asked for; hooks that are always called see it."""
+
+
 class Passes:
     """A model that is run over the batches of a loader as often as is asked.
 
@@ -95,6 +99,8 @@ class Passes:
             )
         self.owner, self.model, self.loader, self._output = owner, model, loader, output
         self.paths = paths_of(model)
+        if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+            raise OptxError(f"{owner}: the model is on the meta device, where weights have no values.")
 
     def module(self, path: str) -> nn.Module:
         """A module by its name.
@@ -137,12 +143,15 @@ class Passes:
         if empty:
             raise OptxError(f"{self.owner}: loader has no batch.")
 
-    def run(self, batch: Any, paths: Sequence[str], change: Change | None = None) -> Pass:
+    def run(
+        self, batch: Any, paths: Sequence[str], *, until: str | None = None, change: Change | None = None
+    ) -> Pass:
         """One forward pass.
 
         Args:
             batch: of `batches`.
             paths: the modules whose outputs derivatives are taken at.
+            until: the last of them, whose output is the pass's; what comes later is not computed. None: all.
             change: makes of the first module's output the one that goes on.
 
         Raises:
@@ -152,10 +161,10 @@ class Passes:
         hooks: list[Any] = []
         try:
             for path in paths:
-                look = self._look(path, seen, change if path == paths[0] else None)
+                look = self._look(path, seen, change if path == paths[0] else None, path == until)
                 hooks.append(self.module(path).register_forward_hook(look, with_kwargs=True))
             inputs = self._inputs(batch)
-            output = self._main(call(self.model, inputs))
+            output = self._output_of(inputs, seen, until)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -170,6 +179,14 @@ class Passes:
                     f"{tuple(output.shape)}; the first dimension of both must be the batch."
                 )
         return Pass(output, seen, _mask(inputs))
+
+    def _output_of(self, inputs: Any, seen: Mapping[str, Seen], until: str | None) -> Tensor:
+        try:
+            found = call(self.model, inputs)
+        except _Reached:
+            assert until is not None
+            return seen[until].value
+        return self._main(found)
 
     def unfit(self, batch: Any, paths: Sequence[str]) -> dict[str, str]:
         """Why `run` would not take these modules, for those that it would not."""
@@ -191,7 +208,7 @@ class Passes:
         why = {path: _why(found, size) for path, found in shapes.items()}
         return {path: said for path, said in why.items() if said}
 
-    def _look(self, path: str, seen: dict[str, Seen], change: Change | None) -> Any:
+    def _look(self, path: str, seen: dict[str, Seen], change: Change | None, last: bool) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             f: Any = output_of(output)
             self._check(path, module, f)
@@ -205,6 +222,8 @@ class Passes:
             value = f.clone() if f.requires_grad else f.detach().clone().requires_grad_()
             given = next(tensors_in((args, kwargs)), None)
             seen[path] = Seen(given, value, value.clone())
+            if last:
+                raise _Reached
             return with_output(output, seen[path].passed)
 
         return hook

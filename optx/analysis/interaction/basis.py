@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from optx._errors import OptxError, check_choice, check_range, check_whole, near
+from optx._errors import OptxError, check_choice, check_range, check_whole, near, warn
 from optx.analysis.interaction._edges import edges_between
 from optx.analysis.interaction._gram import Gram, Moment, check_finite, solve
 from optx.analysis.interaction._jacobian import Sources, check_reached, pulled
@@ -277,7 +277,8 @@ def _solved(
     where = "the model's output" if target is None else repr(target[0])
     first = True
     for batch in passes.batches():
-        one = passes.run(batch, [path] if target is None else [path, target[0]])
+        until = None if target is None else target[0]
+        one = passes.run(batch, [path] if until is None else [path, until], until=until)
         f, later = one.seen[path].value, one.output if target is None else one.seen[target[0]].value
         gram.add(one.rows(f))
         if sources is None:
@@ -291,6 +292,11 @@ def _solved(
     if not gram.n:
         raise OptxError(f"{OWNER}: the loader's batches have no sample.")
     G = gram.matrix
+    if gram.n < len(G):
+        warn(
+            f"{OWNER}: {path!r} has {len(G)} features, and the loader {gram.n} samples (and positions): what "
+            "does not vary in these counts as nothing. Give 5 for each feature, or more."
+        )
     M = torch.eye(len(G)).to(G) if sources is None else moment.matrix(gram.n, G)
     check_finite(OWNER, path, G, M)
     found = solve(G, M, eps)

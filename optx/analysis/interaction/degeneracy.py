@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from optx._errors import OptxError, check_range, check_whole, near
+from optx._errors import OptxError, check_range, check_whole, near, warn
 from optx.analysis.interaction._gram import Gram, Moment, check_finite, eigen, rank
 from optx.analysis.interaction._jacobian import Sources, pulled
 from optx.analysis.interaction._passes import Output, Pass, Passes
@@ -208,9 +208,17 @@ def degeneracy(
     with passes.at_rest():
         names, left_out = _chosen(passes, layers)
         found: dict[str, LayerDegeneracy] = {}
+        short = list[tuple[str, int, int]]()
         for group in _groups(passes, names):
             for path, one in _summed(passes, group, signs).items():
                 found[path] = _counted(path, one, eps, delta)
+                short += [(path, len(one.gram.matrix), one.gram.n)] * (one.gram.n < len(one.gram.matrix))
+    if short:
+        path, inputs, n = max(short, key=lambda one: one[1])
+        warn(
+            f"{OWNER}: {len(short)} layers have more inputs than the loader has samples (and positions), as "
+            f"{path!r} with {inputs} for {n}, and look free for that alone. Give 5 for each, or more."
+        )
     return Degeneracy(found, left_out)
 
 
@@ -226,11 +234,22 @@ def _chosen(passes: Passes, layers: Sequence[str] | None) -> tuple[list[str], di
             if path not in every:
                 raise OptxError(f"{OWNER}: {path!r} is a {kind}; it must be a linear module.")
         return list(passes.run(next(passes.batches()), list(layers)).seen), {}
-    left = passes.unfit(next(passes.batches()), every)
+    left = passes.unfit(next(passes.batches()), every) | _no_modules(passes, every)
     names = [path for path in every if path not in left]
     if not names:
         raise OptxError(f"{OWNER}: this {type(passes.model).__name__} calls no linear module once.")
     return names, left
+
+
+def _no_modules(passes: Passes, linear: Sequence[str]) -> dict[str, str]:
+    """Why other modules with matrices of their own are not in it."""
+    return {
+        path: f"a {type(module).__name__} is no linear module"
+        for path, module in passes.paths.modules.items()
+        if path not in linear
+        and not isinstance(module, nn.Embedding)
+        and any(p.ndim > 1 for p in module.parameters(recurse=False))
+    }
 
 
 def _groups(passes: Passes, names: Sequence[str]) -> Iterator[list[str]]:
