@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import networkx
@@ -226,6 +227,16 @@ def test_projection_on_half_precision_and_copies() -> None:
     handle = optx.attach(model, ib.project("1", 2))
     assert model(x[0]).dtype == torch.bfloat16
     assert torch.equal(copy.deepcopy(model)(x[0]), model(x[0]))
+    handle.remove()
+
+
+def test_a_projection_is_not_saved_without_its_basis(tmp_path: Path) -> None:
+    model = net()
+    handle = optx.attach(model, interaction_basis(model, batches(), ["1"]).project("1", 2))
+    with pytest.raises(optx.OptxError, match="make it again by ib"):
+        handle.save(tmp_path / "out")
+    kept = {name: t.clone() for name, t in handle.state_dict().items()}
+    handle.load_state_dict(kept)
     handle.remove()
 
 

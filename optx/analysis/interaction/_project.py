@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -84,3 +84,12 @@ class Projection(Injection):
     def options(self) -> dict[str, Any]:
         """Without the matrices, which are tensors of its part."""
         return {"layer": self.layer, "keep": self.keep}
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Projection:
+        """Not made from options.
+
+        Raises:
+            OptxError: always.
+        """
+        raise OptxError("a projection is of a basis, which no file has: make it again by ib.project")
