@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,18 +107,25 @@ def _episodes(env: Any, seed: int, start: int) -> Iterator[tuple[int, Any]]:
 
 
 @torch.no_grad()
-def returns(policy: nn.Module, env: Any, seed: int, count: int) -> float:
-    """The mean return of some episodes, the same ones whenever asked, acting without noise."""
-    total = 0.0
+def returns(policy: nn.Module, envs: Sequence[Any], seed: int) -> float:
+    """The mean return of an episode in each environment, the same ones whenever asked, acting without noise.
+
+    They go on side by side, so that the policy is called once a step.
+    """
+    states = [env.reset(seed=10**9 + 1000 * seed + number)[0] for number, env in enumerate(envs)]
+    going, total = list(range(len(envs))), 0.0
     draws = torch.Generator().manual_seed(seed)
-    for number in range(count):
-        state, over = env.reset(seed=10**9 + 1000 * seed + number)[0], False
-        while not over:
-            mixture = policy(torch.as_tensor(state, dtype=torch.float32)[None])
-            action = mixture.evaluation_action(generator=draws)[0].numpy()
-            state, gained, terminated, truncated, _ = env.step(action)
-            total, over = total + float(gained), terminated or truncated
-    return total / count
+    while going:
+        rows = torch.stack([torch.as_tensor(states[i], dtype=torch.float32) for i in going])
+        actions = policy(rows).evaluation_action(generator=draws).numpy()
+        ended = list[int]()
+        for i, action in zip(going, actions, strict=True):
+            states[i], gained, terminated, truncated, _ = envs[i].step(action)
+            total += float(gained)
+            if terminated or truncated:
+                ended.append(i)
+        going = [i for i in going if i not in ended]
+    return total / len(envs)
 
 
 def _work_file(args: Namespace, key: str) -> Path:
@@ -156,7 +163,7 @@ def driven(agent: SAC, env: Any, key: str, seed: int, args: Namespace) -> dict[s
     """
     low, high = (torch.as_tensor(one) for one in (env.action_space.low, env.action_space.high))
     replay = Replay(args.env_steps, env.observation_space.shape[0], len(low))
-    test, file = environment(args.env), _work_file(args, key)
+    tests, file = [environment(args.env) for _ in range(10)], _work_file(args, key)
     curve: dict[str, float] = {}
     step = first = 0
     if (found := _kept(file, settings_of(args))) is not None:
@@ -177,7 +184,7 @@ def driven(agent: SAC, env: Any, key: str, seed: int, args: Namespace) -> dict[s
             if step > args.random:
                 agent.step(*replay.batch(args.batch))
             if step % max(1, args.env_steps // 20) == 0:
-                curve[str(step)] = returns(agent.policy, test, seed, 5)
+                curve[str(step)] = returns(agent.policy, tests[:5], seed)
         if step >= args.env_steps:
             break
         if (number + 1) % args.keep == 0:
@@ -192,4 +199,4 @@ def driven(agent: SAC, env: Any, key: str, seed: int, args: Namespace) -> dict[s
             }
             _keep(file, {**parts, **at})
     file.unlink(missing_ok=True)
-    return {"curve": curve, "return": returns(agent.policy, test, seed + 1, 10)}
+    return {"curve": curve, "return": returns(agent.policy, tests, seed + 1)}

@@ -23,7 +23,7 @@ import pkgutil
 import re
 import shlex
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,11 +53,13 @@ class Source:
         options: makes its command line.
         tables: makes its tables, from its results.
         arms: keys of the usual run's results, without the seed; None for a benchmark, which has no seeds.
+        once: those of them that have samples enough with one seed.
     """
 
     options: Callable[[], argparse.ArgumentParser]
     tables: Callable[[dict[str, Any]], list[Table]]
     arms: Sequence[str] | None = None
+    once: Collection[str] = ()
 
 
 def names() -> list[str]:
@@ -77,7 +79,7 @@ def source(name: str) -> Source:
     module = _module(name)
     usual = defaults(module.options())
     arms = usual["arms"].split(",") if "arms" in usual else list(module.ARMS)
-    return Source(module.options, _module(f"_{name}_report").tables, arms)
+    return Source(module.options, _module(f"_{name}_report").tables, arms, getattr(module, "ONCE", ()))
 
 
 def _known(name: str) -> None:
@@ -168,7 +170,8 @@ def _in_folder(run: Path) -> tuple[str, Path, Path]:
 
 def complaints(name: str, results: Any) -> list[str]:
     """What is missing for these to be the results of a whole run, with enough seeds."""
-    wanted = source(name).arms
+    made = source(name)
+    wanted = made.arms
     parts = ("settings", "environment", *(("arms",) if wanted is not None else ()))
     found = results if isinstance(results, dict) else {}
     missing = [f"it has no {part}" for part in parts if not isinstance(found.get(part), dict)]
@@ -177,7 +180,8 @@ def complaints(name: str, results: Any) -> list[str]:
     keys = {tuple(key.rpartition("/")[::2]) for key in found["arms"]}
     seeds = sorted({key[-1] for key in keys})
     arms = dict.fromkeys([*wanted, *sorted(key[0] for key in keys)])
-    absent = [f"it has no {arm}/{seed}" for arm in arms for seed in seeds if (arm, seed) not in keys]
+    needed = [(arm, seed) for arm in arms for seed in seeds[: 1 if arm in made.once else None]]
+    absent = [f"it has no {arm}/{seed}" for arm, seed in needed if (arm, seed) not in keys]
     return absent + ([f"{len(seeds)} seeds, of at least {SEEDS}"] if len(seeds) < SEEDS else [])
 
 

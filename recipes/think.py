@@ -24,8 +24,8 @@ from ._options import SEEDS
 from ._run import Run, parser, settings_of
 
 PARTS = _think_report.PARTS
-USUAL = ["bandit"]  # what the page tells of; the others take minutes each
-ARMS = [arm for name in USUAL for arm in PARTS[name].ARMS]
+ARMS = [arm for part in PARTS.values() for arm in part.ARMS]
+ONCE = [arm for part in PARTS.values() if part.ONCE for arm in part.ARMS]
 
 
 def options() -> ArgumentParser:
@@ -35,7 +35,7 @@ def options() -> ArgumentParser:
         __doc__ or "",
         steps=60,
         seeds={"default": 3} | SEEDS,
-        parts={"default": ",".join(USUAL), "help": f"which of {', '.join(PARTS)}, comma-separated"},
+        parts={"default": ",".join(PARTS), "help": "which, comma-separated"},
         **_in_parts.options(PARTS),
         resume={"action": "store_true", "help": "keep the finished arms and seeds of an interrupted run"},
     )

@@ -18,18 +18,8 @@ from optx.recipes import _modes_control, _modes_parts, modes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = [
-    "--steps",
-    "20",
-    "--env-steps",
-    "260",
-    "--random",
-    "150",
-    "--width",
-    "8",
-    "--batch",
-    "8",
-    "--keep",
-    "1",
+    *("--steps", "20", "--env-steps", "220", "--random", "180"),
+    *("--width", "8", "--batch", "8", "--keep", "1"),
 ]
 
 
@@ -73,7 +63,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.Mo
     def killed(agent: Any) -> None:
         nonlocal count
         count += 1
-        if count > 80:  # of 110 steps; the first episode of 200 is kept
+        if count > 30:  # of 39 steps; the first episode of 200 is kept
             raise KeyboardInterrupt
         wanted(agent)
 
