@@ -35,8 +35,8 @@ HELD_OUT, SAMPLES, LONGEST = 256, 8, 9
 OPTIONS: dict[str, dict[str, Any]] = {
     "warm_steps": {"type": positive, "default": 420, "help": "part sums: steps of the supervised start"},
     "warm_lr": {"type": rate, "default": 2e-3, "help": "part sums: its rate"},
-    "sums_lr": {"type": rate, "default": 1e-4, "help": "part sums: their rate"},
-    "questions": {"type": positive, "default": 32, "help": "part sums: sums a step, of 8 samples each"},
+    "sums_lr": {"type": rate, "default": 3e-4, "help": "part sums: their rate"},
+    "questions": {"type": positive, "default": 48, "help": "part sums: sums a step, of 8 samples each"},
     "kl": {"type": strength, "default": 1e-3, "help": "part sums: weight of the divergence from the start"},
 }
 

@@ -33,7 +33,7 @@ def options() -> ArgumentParser:
     return parser(
         "think",
         __doc__ or "",
-        steps=60,
+        steps=100,
         seeds={"default": 3} | SEEDS,
         parts={"default": ",".join(PARTS), "help": "which, comma-separated"},
         **_in_parts.options(PARTS),

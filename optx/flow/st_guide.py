@@ -132,7 +132,13 @@ class STGuide:
         """One number for each sequence, (B M,), in float32 or wider."""
         weights = self.classifier.parameters() if isinstance(self.classifier, nn.Module) else ()
         dtype = next((p.dtype for p in weights if p.is_floating_point()), point.dtype)
-        found = self.classifier(point.to(dtype))
+        try:
+            found = self.classifier(point.to(dtype))
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ShapeError(
+                f"STGuide: the classifier failed on one-hot sequences of shape {tuple(point.shape)}, "
+                f"(B, L, V): {error}. It must take the flow's vocabulary of {point.shape[-1]} and its lengths."
+            ) from error
         if not isinstance(found, Tensor) or found.shape not in ((len(point),), (len(point), 1)):
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ShapeError(

@@ -36,6 +36,7 @@ class Thought(NamedTuple):
         soft: (B,) bool: whether a mixture is fed.
         mask: (B,) bool: rows that had not ended before.
         forced: (B,) bool: the cold stop decided.
+        thought: (B,) bool: chosen while the row thought, as its mixtures and the token that they end with.
     """
 
     ids: Tensor
@@ -47,6 +48,7 @@ class Thought(NamedTuple):
     soft: Tensor
     mask: Tensor
     forced: Tensor
+    thought: Tensor
 
 
 class ThinkingHandle(Handle):

@@ -22,6 +22,7 @@ _TENSORS: dict[str, torch.dtype] = {
     **{"prompts": torch.int64, "prompt_mask": torch.bool, "ids": torch.int64, "gprime": torch.float32},
     **{"weights": torch.float32, "kept": torch.float32, "entropy": torch.float32},
     **{"soft": torch.bool, "mask": torch.bool, "forced": torch.bool, "finished": torch.bool},
+    "thought": torch.bool,
 }
 _META = "optx.rollout"
 
@@ -49,6 +50,8 @@ class Rollout:
         soft: (B, T) bool: steps whose input is a mixture.
         mask: (B, T) bool: steps that took place. Those that are not are padding, after a row's end.
         forced: (B, T) bool: steps that no draw decided, where the cold stop set the end of thinking.
+        thought: (B, T) bool: steps that were chosen while the row thought: its mixtures, and the token that
+            ended its thinking or the row.
         finished: (B,) bool: rows that came to a stop token; the others, to ``max_new_tokens``.
         group: rows in a row that share a prompt, G.
         policy: a fingerprint of the weights that generated it, its adapters too. Empty: not taken.
@@ -77,6 +80,7 @@ class Rollout:
     soft: Tensor
     mask: Tensor
     forced: Tensor
+    thought: Tensor
     finished: Tensor
     group: int = 1
     policy: str = ""
@@ -88,7 +92,7 @@ class Rollout:
         shapes = {
             **{"prompts": (B, P), "prompt_mask": (B, P), "ids": (B, T, K), "gprime": (B, T, K)},
             **{"weights": (B, T, K), "kept": (B, T, K), "entropy": (B, T), "soft": (B, T), "mask": (B, T)},
-            **{"forced": (B, T), "finished": (B,)},
+            **{"forced": (B, T), "thought": (B, T), "finished": (B,)},
         }
         for name, shape in shapes.items():
             found = getattr(self, name)

@@ -119,20 +119,13 @@ def _called(
 
 
 def _temperatures(rollout: Rollout) -> float | Tensor:
-    """What the logits of each step were divided by.
-
-    A step that thinks is a mixture, or the token that its mixture came to: the end of thinking or of all.
-    """
+    """What the logits of each step were divided by."""
     options = rollout.options or {}
     while_thinking = float(options.get("temperature", 1.0))
     after = options.get("after_temperature")
     if after is None or after == while_thinking:
         return while_thinking
-    ends = torch.zeros_like(rollout.soft)
-    ends[:, 1:] = rollout.soft[:, :-1]
-    ends[:, 0] = rollout.tokens[:, 0] == options.get("end_id", -1)
-    thinks = rollout.soft | ends
-    return torch.where(thinks, while_thinking, float(after)).to(torch.float32)
+    return torch.where(rollout.thought, while_thinking, float(after)).to(torch.float32)
 
 
 @contextmanager

@@ -49,6 +49,7 @@ class Step(NamedTuple):
         soft: (B,) bool: a mixture is fed; else the first token.
         mask: (B,) bool: rows that had not ended before.
         forced: (B,) bool: the cold stop decided.
+        thought: (B,) bool: chosen while the row thought, as its mixtures and the token that they end with.
     """
 
     ids: Tensor
@@ -59,6 +60,7 @@ class Step(NamedTuple):
     soft: Tensor
     mask: Tensor
     forced: Tensor
+    thought: Tensor
 
 
 class Sequences:
@@ -118,7 +120,7 @@ class Sequences:
         self.thinking = self.thinking & ~ends  # not in place: they may be tensors of inference mode
         self.running = self.running & ~last
         where = z.device
-        return Step(*made, H, soft.to(where), mask.to(where), forced.to(where))
+        return Step(*made, H, *(flags.to(where) for flags in (soft, mask, forced, thinks)))
 
     def _think(self, z: Tensor, rows: Tensor, options: Options) -> Mixture:
         ids, p = _mix.candidates(z, options.limits)

@@ -132,11 +132,16 @@ class SofTGRPO:
             rollout: of `ThinkingHandle.rollout`, or some rows of what `record` gave.
             rewards: (B,), one a row; groups stand side by side.
             ref_model: the reference: a model; a handle of adapters, which rest for that; None: all adapters
-                of ``model`` rest.
+                of ``model`` rest. It scores a rollout once, the first time; a record has it already.
             advantages: (B,) or (B, T), in the place of rewards.
         """
         plain = rollout.rollout if isinstance(rollout, Recorded) else rollout
         _check_kinds(model, plain)
+        if isinstance(rollout, Recorded) and ref_model is not None:
+            raise OptxError(
+                "SofTGRPO: ref_model was given with a record, which has its reference's log-probabilities "
+                "already. Give it to record(model, rollout, ref_model)."
+            )
         weights = self._advantages(rollout, rewards, advantages).to(plain.ids.device)
         known = rollout if isinstance(rollout, Recorded) else self._known.get(rollout)
         if known is None:

@@ -184,6 +184,11 @@ def test_options_that_are_none(options: dict[str, Any], says: str) -> None:
         (lambda x: x.mean(), {}, r"the classifier gave \(\) for 8 sequences; it must give one number"),
         (lambda x: x.mean(1), {}, r"the classifier gave \(8, 4\) for 8 sequences"),
         (lambda x: x.sum((1, 2)) - 9, {"log_prob": True}, r"log_prob=True takes .* gave -6"),
+        (
+            nn.Linear(5, 1),
+            {},
+            r"failed on one-hot sequences of shape \(8, 3, 4\).*the flow's vocabulary of 4",
+        ),
         (lambda x: x.mean((1, 2)), {"top_k": 5}, "top_k is 5; the vocabulary has 4 tokens"),
     ],
 )

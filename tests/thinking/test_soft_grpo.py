@@ -243,6 +243,18 @@ def test_a_temperature_of_its_own_after_thinking() -> None:
     assert seen == {(True, True), (False, True), (False, False)}
 
 
+def test_a_row_that_thinking_ends_at_once() -> None:
+    """Its only step was drawn while it thought, though no mixture says so."""
+    model = llama()
+    with thinking(model, after_temperature=0.5) as handle:
+        rollout = handle.generate(PROMPTS[:1], max_new_tokens=1, stop_ids=[n for n in range(V) if n != END])
+    assert not bool(rollout.soft.any())
+    assert bool(rollout.thought.all())
+    [logp] = optx.SofTGRPO(kl=0.0).record(model, rollout).logp.flatten().tolist()
+    wanted = model(torch.tensor(PROMPTS[:1])).logits[0, -1].log_softmax(-1)[rollout.tokens[0, 0]]
+    assert logp == pytest.approx(float(wanted.detach()), abs=1e-6)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(reentrant: bool) -> None:
     model = llama()

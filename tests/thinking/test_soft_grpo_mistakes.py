@@ -152,6 +152,8 @@ def test_rows_of_records() -> None:
             known.rows(wrong)
     with pytest.raises(optx.OptxError, match="the rollout has no steps"):
         objective(model, rollout.rows([]), [])
+    with pytest.raises(optx.OptxError, match="ref_model was given with a record"):
+        objective(model, known, REWARDS, llama())
     for size in (0, 0.5):
         with pytest.raises(optx.OptxError, match="record: batch_size is 0"):
             objective.record(model, rollout, batch_size=size)
