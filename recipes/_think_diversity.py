@@ -20,7 +20,7 @@ import optx
 from . import _assets
 from ._options import positive
 from ._report import COLOURS, Table, by_seed, ranged
-from ._run import Run, clock, device
+from ._run import Run, device
 
 ARMS: dict[str, dict[str, Any]] = {
     "vanilla": {"noise": None},
@@ -89,7 +89,6 @@ def train(arm: str, seed: int, known: Known, args: Any, run: Run) -> dict[str, A
     with optx.attach(known.model, optx.SoftThinking(**ARMS[arm])) as thinking:
         # Each thought's own, whatever it is drawn together with.
         seeds = [1_000_003 * seed + row for row in range(args.prompts * samples)]
-        before = clock()
         different = list[int]()
         batches = -(-args.prompts // TOGETHER)
         for batch in run.steps(f"{arm}, seed {seed}: thoughts", 0, batches):
@@ -100,14 +99,12 @@ def train(arm: str, seed: int, known: Known, args: Any, run: Run) -> dict[str, A
             different += [len(torch.unique(one, dim=0)) for one in made.tokens.split(samples)]
         if run.interrupt.wanted:
             return None
-        seconds = clock() - before
         found = optx.analysis.single_threadedness(
             thinking, known.batch, steps=T, seed=seeds[: args.prompts], stop_ids=()
         )
         K = thinking.injection.width(known.model.config.vocab_size)
     return {
         "different": different,
-        "tokens_a_second": args.prompts * samples * T / seconds,
         "all": found.mean(),
         "between": found.mean(*BETWEEN),
         "log_k": math.log(K),
@@ -132,7 +129,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
     rows = [_row(arm, arms[arm]) for arm in ARMS if arm in arms]
     return [
         Table(
-            ("noise", "different", *_COLUMNS, "tokens/s"),
+            ("noise", "different", *_COLUMNS),
             rows,
             f"{settings['samples']} thoughts of each of {settings['prompts']} questions, "
             f"{settings['soft_steps']} soft steps",
@@ -148,12 +145,7 @@ def tables(results: dict[str, Any]) -> list[Table]:
 def _row(arm: str, logs: list[dict[str, Any]]) -> tuple[str, ...]:
     different = [sum(one["different"]) / len(one["different"]) for one in logs]
     cells = [ranged([one[part][key] for one in logs], form) for part, key, form in _COLUMNS.values()]
-    return (
-        arm,
-        ranged(different, "{:.2f}"),
-        *cells,
-        ranged([one["tokens_a_second"] for one in logs], "{:.0f}"),
-    )
+    return (arm, ranged(different, "{:.2f}"), *cells)
 
 
 def draw(axes: Any, results: dict[str, Any]) -> None:

@@ -137,7 +137,7 @@ class STGuide:
         except (RuntimeError, ValueError, IndexError) as error:
             raise ShapeError(
                 f"STGuide: the classifier failed on one-hot sequences of shape {tuple(point.shape)}, "
-                f"(B, L, V): {error}. It must take the flow's vocabulary of {point.shape[-1]} and its lengths."
+                f"(B, L, V): {error}. It must take the vocabulary of {point.shape[-1]}."
             ) from error
         if not isinstance(found, Tensor) or found.shape not in ((len(point),), (len(point), 1)):
             got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__

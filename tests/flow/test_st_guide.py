@@ -187,7 +187,7 @@ def test_options_that_are_none(options: dict[str, Any], says: str) -> None:
         (
             nn.Linear(5, 1),
             {},
-            r"failed on one-hot sequences of shape \(8, 3, 4\).*the flow's vocabulary of 4",
+            r"failed on one-hot sequences of shape \(8, 3, 4\).*the vocabulary of 4",
         ),
         (lambda x: x.mean((1, 2)), {"top_k": 5}, "top_k is 5; the vocabulary has 4 tokens"),
     ],
