@@ -110,13 +110,14 @@ def robust_counterfactual(
         ``tau=0.75, k=1000, eta=0.01, eps_max=1.0``: the code, of features scaled to [0, 1] (the defaults).
         ``max_steps=20, sigma=0.05``: the code's command line, a way of 0.2 at most.
 
-    Limits: The closest is a local optimum of several starts, and no certificate. Immutable features have no
-        part in ``method="nn"``. Categories coded as several features do not stay one of them by themselves.
+    Limits: Steps up the probability itself (``sigma=1e-5, k=1``) led as far to points that lasted as well
+        (the recipe). The closest is a local optimum of several starts, and no certificate. Immutable features
+        have no part in ``method="nn"``. Categories coded as several features do not stay one by themselves.
 
     Keywords: counterfactual explanation, recourse, algorithmic recourse, robustness, T-Rex, explainability,
         XAI, decision boundary, plausibility.
 
-    Evidence: ``test_robust_counterfactual.py``, ``test_closest.py``; no recipe.
+    Evidence: ``optx run counterfactuals``; ``test_robust_counterfactual.py``, ``test_closest.py``.
 
     Source: arXiv 2305.11997, algorithms 1 and 2.
 
