@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given
@@ -159,14 +161,36 @@ def test_it_leaves_no_trace_also_after_an_error() -> None:
     with pytest.raises(optx.OptxError, match="inf or nan"):
         degeneracy(model, [torch.full((9, 4), torch.inf)])
     assert_same(model, before)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        degeneracy(model, [torch.zeros(9, 3)])
+    assert_same(model, before)
 
 
 def test_few_samples_and_other_matrices_are_told() -> None:
-    model = nn.Sequential(nn.Conv1d(3, 4, 2), nn.Flatten(), nn.Linear(20, 5), nn.Linear(5, 2))
+    model = nn.Sequential(
+        nn.Conv1d(3, 4, 2), nn.Flatten(), nn.Linear(20, 5), nn.LayerNorm(5), nn.Linear(5, 2)
+    )
     with pytest.warns(UserWarning, match=r"1 layers have more inputs .* as '2' with 21 for 9, and look free"):
         found = degeneracy(model, [torch.randn(9, 3, 6)])
     assert found.left_out == {"0": "a Conv1d is no linear module"}
     assert found["2"].rank_gram == 9
+
+
+def test_layers_that_are_summed_apart_count_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where memory is short the loader is read again, and only then."""
+    model, x = Functional(), torch.randn(50, 4)
+    reads = list[int]()
+
+    class Loader(list[Tensor]):
+        def __iter__(self) -> Iterator[Tensor]:
+            reads.append(1)
+            return super().__iter__()
+
+    together = degeneracy(model, Loader([x]))
+    assert len(reads) == 1 + 1  # the look, and one pass for all
+    monkeypatch.setattr("optx.analysis.interaction.degeneracy._BYTES", 1)
+    assert degeneracy(model, Loader([x])).layers == together.layers
+    assert len(reads) == 2 + 1 + 4
 
 
 def test_sources_find_the_rank() -> None:

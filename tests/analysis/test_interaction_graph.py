@@ -105,6 +105,15 @@ def test_edges_over_positions() -> None:
     torch.testing.assert_close(moment, torch.eye(len(moment)).double(), rtol=0, atol=1e-10)
 
 
+def test_edges_in_other_dtypes() -> None:
+    exact = interaction_basis(net(), batches(), ["1", "3"]).edges(nodes=2)["1", "3"]
+    for dtype, share in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
+        model, x = net().to(dtype), [b.to(dtype) for b in batches()]
+        found = interaction_basis(model, x, ["1", "3"]).edges(nodes=2)["1", "3"]
+        assert found.dtype == torch.float64
+        assert float((found[:2, :2] - exact[:2, :2]).abs().max()) < share * float(exact.max())
+
+
 def test_edges_need_two_layers_and_sensible_options() -> None:
     ib = interaction_basis(net(), batches(), ["1"])
     with pytest.raises(optx.OptxError, match="one layer"):
@@ -171,6 +180,10 @@ def test_only_the_logarithm_counts() -> None:
     assert inside / (inside + across) - 0.4 > found.Q
 
 
+def test_more_groups_than_features_are_as_many_as_there_are() -> None:
+    assert modularity_of(blocks(), None, 99, 0).number == 13
+
+
 def test_no_edge_counts() -> None:
     with pytest.raises(optx.OptxError, match=r"no edge is above e0 \(10\).*largest is 1"):
         modularity_of(blocks(), 10.0, None, 0)
@@ -235,8 +248,16 @@ def test_a_projection_is_not_saved_without_its_basis(tmp_path: Path) -> None:
     handle = optx.attach(model, interaction_basis(model, batches(), ["1"]).project("1", 2))
     with pytest.raises(optx.OptxError, match="make it again by ib"):
         handle.save(tmp_path / "out")
-    kept = {name: t.clone() for name, t in handle.state_dict().items()}
-    handle.load_state_dict(kept)
+    handle.remove()
+
+
+def test_a_projection_has_matrices_of_its_own() -> None:
+    model = net()
+    ib = interaction_basis(model, batches(), ["1"])
+    one, kept = ib["1"], [t.clone() for t in (ib["1"].C, ib["1"].C_pinv, ib["1"].mean)]
+    handle = optx.attach(model, ib.project("1"))
+    handle.load_state_dict({name: torch.zeros_like(t) for name, t in handle.state_dict().items()})
+    assert all(torch.equal(a, b) for a, b in zip((one.C, one.C_pinv, one.mean), kept, strict=True))
     handle.remove()
 
 

@@ -93,7 +93,7 @@ def _at(
             v[:, t] = C_out[:, i]
             gradient = check_reached(passes.owner, pair[0], pulled(g, v.view_as(g), [f])[0], repr(pair[1]))
             each = wide(gradient) @ C_pinv.T * fhat
-            found[:, t, i] = each.flatten(1, -2).sum(1) if each.ndim > 2 else each
+            found[:, t, i] = each.sum(1) if each.ndim > 2 else each
     if kept_later is not None:
         found = found * kept_later.reshape(B, P, 1, 1)
     return found, int(kept.sum()) if kept is not None else fhat[..., 0].numel()
