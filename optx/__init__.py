@@ -34,6 +34,7 @@
             LDLT  LDLTHandle                                  chains of layers that are L-Lipschitz
             SoftThinking  ThinkingHandle  Rollout             mixtures of tokens fed while a model thinks
             MaxMin  GroupSort  Householder                    modules: activations that keep norms
+            Implicit                                          a network that is a fixed point
             trainable_only                                    freeze all but what was attached
             set_adapter                                       which of several act, by name
             export_lora  fold_prefix                          what remains to do after the training
@@ -255,6 +256,7 @@ if _typing.TYPE_CHECKING:
     from optx.lipschitz.activations import GroupSort as GroupSort
     from optx.lipschitz.activations import Householder as Householder
     from optx.lipschitz.activations import MaxMin as MaxMin
+    from optx.lipschitz.implicit import Implicit as Implicit
     from optx.lipschitz.ldlt import LDLT as LDLT
     from optx.policy._pmoe_handle import PMOEHandle as PMOEHandle
     from optx.policy.frequency_loss import FrequencyLoss as FrequencyLoss
@@ -313,6 +315,7 @@ _LATER = {
     "STGuide": "optx.flow.st_guide:STGuide",
     "GroupSort": "optx.lipschitz.activations:GroupSort",
     "Householder": "optx.lipschitz.activations:Householder",
+    "Implicit": "optx.lipschitz.implicit:Implicit",
     "MaxMin": "optx.lipschitz.activations:MaxMin",
     "LDLT": "optx.lipschitz.ldlt:LDLT",
     "LDLTHandle": "optx.lipschitz._ldlt_handle:LDLTHandle",

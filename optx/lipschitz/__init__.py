@@ -4,5 +4,6 @@ construction (`optx.LDLT`), and what describes an implicit net."""
 from optx.lipschitz.activations import GroupSort as GroupSort
 from optx.lipschitz.activations import Householder as Householder
 from optx.lipschitz.activations import MaxMin as MaxMin
+from optx.lipschitz.implicit import Implicit as Implicit
 
-__all__ = ["GroupSort", "Householder", "MaxMin"]
+__all__ = ["GroupSort", "Householder", "Implicit", "MaxMin"]

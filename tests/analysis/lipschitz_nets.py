@@ -47,6 +47,33 @@ def with_biases(net: nn.Sequential, seed: int = 0) -> nn.Sequential:
     return net
 
 
+class Residual(nn.Module):
+    """x + G(phi(W x))."""
+
+    def __init__(self, W: object, G: object, activation: nn.Module | None = None) -> None:
+        super().__init__()
+        self.inner, self.outer = weights(W)[0], weights(G)[0]
+        self.activation = nn.ReLU() if activation is None else activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.outer(self.activation(self.inner(x)))
+
+
+def residual(seed: int, width: int = 4, blocks: int = 2, **options: nn.Module) -> nn.Sequential:
+    draw = np.random.default_rng(seed)
+    pairs = [draw.standard_normal((2, width, width)) / width**0.5 / 2 for _ in range(blocks)]
+    return nn.Sequential(*(Residual(W, G, **options) for W, G in pairs))
+
+
+def implicit(seed: int, activation: nn.Module | None = None) -> optx.Implicit:
+    draw = np.random.default_rng(seed)
+    W, U, C, b = (
+        torch.from_numpy(draw.standard_normal(shape)) / 2.5 for shape in ((6, 6), (6, 4), (3, 6), (6,))
+    )
+    W = W * 0.8 / torch.linalg.matrix_norm(W, 2)
+    return optx.Implicit(W, U, C, b, activation)
+
+
 def householder(channels: int, group_size: int = 2, seed: int = 0) -> optx.Householder:
     module = optx.Householder(channels, group_size).double()
     generator = torch.Generator().manual_seed(seed)

@@ -144,6 +144,7 @@ NEEDED: dict[str, Callable[[Path], dict[str, Any]]] = {
     "rate": lambda _: {"model": layers()},
     "DSPReg": lambda _: {"domains": 3},
     "GumbelFlow": lambda _: {"vocab": 4},
+    "Implicit": lambda _: dict.fromkeys("WUC", torch.eye(2) / 2),
     "Householder": lambda _: {"channels": 4},
     "HFT": lambda _: {"model": nn.Transformer(8, 2, 1, 1, 16, batch_first=True)},
     "MuAdamW": lambda _: {"shapes": wider()["shapes"]},

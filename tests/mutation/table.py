@@ -11,7 +11,7 @@ FOLDERS = (
     *("optx/analysis/counterfactual", "optx/analysis/bounds", "optx/lipschitz"),
 )
 
-_BOUNDS = "lipschitz"
+_BOUNDS = "lipschitz lipschitz_forms lipschitz_certificates lipschitz_mistakes slopes"
 _BOUND_FILES = "first_order graph inequality linear reading refusals search slopes solve system"
 _STEP = "moments user_rules perpgrad adamr skip_nonfinite fused_cpu wrap_bases resume"
 
@@ -434,6 +434,7 @@ TABLE = {
     "optx/policy/ppo.py": "ppo_pmoe",
     "optx/policy/sac.py": "sac_pmoe",
     "optx/lipschitz/activations.py": "lipschitz_activations",
+    "optx/lipschitz/implicit.py": "lipschitz_forms lipschitz_mistakes",
     "optx/pruning/_folder.py": "prune_folders",
     "optx/pruning/_folder_layers.py": "prune_folders",
     "optx/pruning/_method.py": "magnitude",

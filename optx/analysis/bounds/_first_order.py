@@ -1,8 +1,8 @@
-"""Multipliers by a method of our own: descent on the least rho, with numbers of past gradients (L-BFGS).
+"""Multipliers by a method of our own: descent on the least rho, with what past gradients tell (L-BFGS).
 
-The least rho of an inequality is a convex function of its multipliers, finite where the hidden block is
-positive definite; any t that is found proves a bound. The largest eigenvalue is smoothed, by less and less,
-and t = exp(s).
+The least rho of an inequality is a convex function of its multipliers, and finite where the hidden block is
+positive definite; whatever t is found proves a bound. In s = log t, its logarithm is descended, with the
+largest eigenvalue smoothed and a barrier at the end of where it is finite, both by less and less.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from optx.analysis.bounds._inequality import Inequality
 
-_SMOOTHING = (1e-1, 1e-2, 1e-3, 1e-4)  # of rho
+_SMOOTHING = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # of rho
 
 
 def descend(problem: Inequality, start: Tensor, steps: int = 300) -> Tensor:
@@ -26,7 +26,7 @@ def descend(problem: Inequality, start: Tensor, steps: int = 300) -> Tensor:
         steps: of each smoothing.
     """
     s = start.log()
-    for smoothing in _SMOOTHING if problem.inputs > 1 else _SMOOTHING[-1:]:
+    for smoothing in _SMOOTHING:
         s = _lbfgs(lambda x, e=smoothing: _value(problem, x, e), s, steps)
     return s.exp()
 
@@ -35,13 +35,14 @@ def _value(problem: Inequality, s: Tensor, smoothing: float) -> tuple[float, Ten
     """log of the smoothed rho, and its gradient."""
     s = s.detach().requires_grad_()
     with torch.enable_grad():
-        S = problem.gain_matrix(s.exp())
-        if S is None:
+        found = problem.gain(s.exp())
+        if found is None:
             return float("inf"), torch.zeros_like(s)
+        S, depth = found
         eigenvalues = torch.linalg.eigvalsh(S)
-        unit = smoothing * float(eigenvalues[-1].detach().clamp_min(1e-300)) / max(1.0, len(S)) ** 0.5
+        unit = smoothing * float(eigenvalues[-1].detach().clamp_min(1e-300)) / len(S) ** 0.5
         rho = unit * torch.logsumexp(eigenvalues / unit, 0)
-        value = rho.log()
+        value = rho.log() - smoothing * depth / problem.size
         if not bool(value.isfinite()):
             return float("inf"), torch.zeros_like(s)
         (gradient,) = torch.autograd.grad(value, s)
@@ -73,7 +74,7 @@ def _lbfgs(f: Callable[[Tensor], tuple[float, Tensor]], x: Tensor, steps: int, m
         moved, turned = step * direction, new_gradient - gradient
         if float(moved @ turned) > 1e-12 * float(moved.norm() * turned.norm()):
             pairs = [*pairs, (moved, turned)][-memory:]
-        done = value - new_value < 1e-9
+        done = value - new_value < 1e-8
         x, value, gradient = x + moved, new_value, new_gradient
         if done:
             break

@@ -88,6 +88,8 @@ class Graph:
         if node.op == "call_module":
             path = f"{self.path}.{node.target}".lstrip(".")
             module = self.root.get_submodule(str(node.target))
+            if not any(isinstance(leaf, Value) for leaf in tree_flatten((args, kwargs))[0]):
+                return module(*args, **kwargs)
             if len(args) != 1 or kwargs or not isinstance(args[0], Value):
                 raise OptxError(f"lipschitz: {where(path, module)} is called with other than one value.")
             if getattr(module, "inplace", False):

@@ -67,27 +67,23 @@ class Inequality:
         diagonal = torch.cat([torch.zeros(d, dtype=P.dtype), 2 * T])
         return K + lower + lower.T + torch.diag(diagonal)
 
-    def gain_matrix(self, t: Tensor) -> Tensor | None:
-        """The (d, d) matrix whose largest eigenvalue is the least rho; None where no rho is enough."""
-        d = self.inputs
-        if self.is_box:
-            return self._box_gain(t)
-        G = self.matrix(t) - self.O.T @ self.O
-        L, failed = torch.linalg.cholesky_ex(G[d:, d:])
-        if bool(failed) or not bool(L.isfinite().all()):
-            return None
-        half = torch.linalg.solve_triangular(L, G[d:, :d], upper=False)
-        return half.T @ half - G[:d, :d]
+    def gain(self, t: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The (d, d) matrix whose largest eigenvalue is the least rho, and how far inside t lies.
 
-    def _box_gain(self, t: Tensor) -> Tensor | None:
-        """The least rho over all multiples of t, (1, 1): mu's sum times o^T N^-1 o, of which both are
-        needed."""
-        K, o = self.matrix(t), self.O[0, 1:]
-        L, failed = torch.linalg.cholesky_ex(K[1:, 1:])
+        Of a box the least over all multiples of t: mu's sum times o^T N^-1 o. How far: the log determinant
+        of the hidden block with its diagonal made 1, which is 0 at most, and -inf where no rho is enough.
+        None beyond.
+        """
+        d, K = self.inputs, self.matrix(t)
+        G = K if self.is_box else K - self.O.T @ self.O
+        A, right = G[d:, d:], self.O[:, d:].T if self.is_box else G[d:, :d]
+        L, failed = torch.linalg.cholesky_ex(A)
         if bool(failed) or not bool(L.isfinite().all()):
             return None
-        half = torch.linalg.solve_triangular(L, o[:, None], upper=False)
-        return -K[:1, :1] * (half.T @ half)
+        half = torch.linalg.solve_triangular(L, right, upper=False)
+        S = half.T @ half
+        depth = 2 * L.diagonal().log().sum() - A.diagonal().log().sum()
+        return (-K[:1, :1] * S if self.is_box else S - G[:d, :d]), depth
 
     def balanced(self, t: Tensor) -> Tensor:
         """The multiple of t that has its least rho; t itself but for a box."""
@@ -98,8 +94,8 @@ class Inequality:
 
     def least_rho(self, t: Tensor) -> float:
         """The least rho, but for rounding; inf where there is none."""
-        S = self.gain_matrix(t)
-        return float("inf") if S is None else float(torch.linalg.eigvalsh(S)[-1].clamp_min(0))
+        found = self.gain(t)
+        return float("inf") if found is None else float(torch.linalg.eigvalsh(found[0])[-1].clamp_min(0))
 
     def holds(self, t: Tensor, rho: float) -> bool:
         """Whether the inequality holds beyond rounding errors: a Cholesky factor of it exists, less a margin.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from optx.analysis.bounds import _linear, _slopes
 from optx.analysis.bounds._graph import Graph
 from optx.analysis.bounds._refusals import advice, check_finite, check_hooks, is_torchs, named, where
 from optx.analysis.bounds._system import Builder, Slopes, System, Terms, Value
+from optx.lipschitz.implicit import Implicit
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ def read(
         split: cut where so many activations have passed, and one value is all that goes on.
         declared: slopes of the user's own activations.
     """
+    for path, module in model.named_modules():
+        check_hooks(module, path)
     with torch.no_grad(), _parametrizations_at_rest(model):
         reader = _Reader(norm, split, declared)
         reader.begin(torch.Size(shape).numel())
@@ -100,7 +104,6 @@ class _Reader:
 
     def module(self, module: nn.Module, path: str, value: Value, can_cut: bool = False) -> Value:
         """What a module makes of a value."""
-        check_hooks(module, path)
         with named(path, module):
             if _slopes.is_activation(module, self.declared):
                 return self.activation(module, path, value)
@@ -109,6 +112,8 @@ class _Reader:
                 return self.linear(
                     _linear.linear_call(module), [value], _slopes.own_type(module, _linear.RESHAPES)
                 )
+            if isinstance(module, Implicit):
+                return self.implicit(module, path, value)
             if form := getattr(module, "lipschitz_form", None):
                 return self.form(form(), path, value)
             if is_torchs(module):
@@ -136,6 +141,26 @@ class _Reader:
             terms = self.builder.groups(name, value.terms, known)
         return Value(terms, value.shape, value.gain * gain)
 
+    def implicit(self, module: Implicit, path: str, value: Value) -> Value:
+        """A fixed point of units that are given themselves."""
+        if len(value.shape) != 1:
+            raise OptxError(f"it is given a value of shape {value.shape}; it must be flat")
+        W, U, C = (one.detach().to("cpu", torch.float64) for one in (module.W, module.U, module.C))
+        if not all(bool(one.isfinite().all()) for one in (W, U, C)):
+            raise OptxError("its weights are not finite everywhere")
+        known = _slopes.activation(module.activation, (len(W),), self.declared)
+        if not isinstance(known, Slopes):
+            raise OptxError(
+                f"{type(module.activation).__name__} acts on groups, and no activation that does is read "
+                "there"
+            )
+        steepest = float(torch.maximum(known.low.abs(), known.high.abs()).max())
+        given = {block: U @ old for block, old in value.terms.items()}
+        terms = self.builder.implicit(path or type(module).__name__, given, W, known)
+        own = steepest * norm_of(W, self.norm)
+        gain = steepest * norm_of(U, self.norm) * norm_of(C, self.norm) / (1 - own) if own < 1 else math.inf
+        return Value({block: C @ one for block, one in terms.items()}, (len(C),), value.gain * gain)
+
     def linear(self, call: Callable[..., Any], values: list[Value], what: Any) -> Value:
         """A linear map of values."""
         if what in _linear.RESHAPES:
@@ -152,6 +177,8 @@ class _Reader:
         gain = sum(
             norm_of(matrix, self.norm) * value.gain for matrix, value in zip(made, values, strict=True)
         )
+        if not math.isfinite(gain):
+            raise OptxError("its weights are not finite everywhere, or their norms overflow")
         return Value(terms, shape, float(gain))
 
     # ---- graphs --------------------------------------------------------------------------------------------
@@ -175,7 +202,7 @@ class _Reader:
 
     def is_leaf(self, module: nn.Module) -> bool:
         known = _slopes.is_activation(module, self.declared) or _linear.is_linear(module)
-        return known or hasattr(module, "lipschitz_form")
+        return known or isinstance(module, Implicit) or hasattr(module, "lipschitz_form")
 
     def cut(self, value: Value) -> Value:
         """End a system with a value, and begin the next one with it."""

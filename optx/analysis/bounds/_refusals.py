@@ -9,6 +9,8 @@ from typing import Any
 from torch import nn
 
 from optx._errors import OptxError
+from optx.inject import _uncalled, _watch
+from optx.inject._part import Part
 
 
 def where(path: str, module: nn.Module) -> str:
@@ -47,9 +49,8 @@ def target_of(target: Any) -> str:
 
 def check_hooks(module: nn.Module, path: str) -> None:
     """A forward hook may change what a module computes, and nothing tells how."""
-    hooks = [
-        hook for kind in ("_forward_pre_hooks", "_forward_hooks") for hook in vars(module)[kind].values()
-    ]
+    kinds = ("_forward_pre_hooks", "_forward_hooks")
+    hooks = [hook for kind in kinds for hook in vars(module)[kind].values() if not _changes_nothing(hook)]
     if hooks:
         name = getattr(hooks[0], "__qualname__", type(hooks[0]).__name__)
         raise OptxError(
@@ -57,6 +58,17 @@ def check_hooks(module: nn.Module, path: str) -> None:
             "computes. Remove it, or merge() what was attached; instead of torch.nn.utils.weight_norm and "
             "spectral_norm use those of torch.nn.utils.parametrizations."
         )
+    if "forward" in vars(module):
+        raise OptxError(
+            f"lipschitz: {where(path, module)} has been given another forward than its class has; take it "
+            "off."
+        )
+
+
+def _changes_nothing(hook: Any) -> bool:
+    """Of optx's own: what is merged into weights or switched off, and what looks on."""
+    owner = getattr(hook, "__self__", None)
+    return isinstance(owner, _watch.Watch | _uncalled.Watch) or (isinstance(owner, Part) and not owner.active)
 
 
 def check_finite(module: nn.Module) -> None:
@@ -78,6 +90,7 @@ _ADVICE = {
     "Norm": "It divides by the sample's own deviation; BatchNorm in eval mode can be read.",
     "Attention": _ATTENTION,
     "Transformer": _ATTENTION,
+    "Parallel": "Pass its .module.",
     "Softmax": "Bound the logits.",
 }
 

@@ -160,7 +160,7 @@ class Builder:
     def implicit(self, name: str, terms: Terms, W: Tensor, activation: Slopes) -> Terms:
         """z of z = phi(W z + terms)."""
         number = self._add(name, terms, activation.low, activation.high)
-        terms[number] = W
+        terms[number] = W  # the block is given itself
         return {number: torch.eye(len(W), dtype=torch.float64)}
 
     def _add(self, name: str, terms: Terms, low: Tensor, high: Tensor, cells: Tensor | None = None) -> int:
