@@ -74,6 +74,11 @@ def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(0).clamp_min(0), vectors.flip(1)
 
 
+def eigenvalues(matrix: Tensor) -> Tensor:
+    """Those alone, which takes a third of the time."""
+    return torch.linalg.eigvalsh((matrix + matrix.T) / 2).flip(0).clamp_min(0)
+
+
 def rank(values: Tensor, eps: float) -> int:
     """How many eigenvalues, from the largest, are above eps times that."""
     return int((values > eps * values[:1]).sum()) if values.numel() else 0
@@ -103,7 +108,7 @@ def solve(gram: Tensor, moment: Tensor, eps: float) -> Solved:
     Lambda, V, _ = _above(R_pinv @ moment @ R_pinv.T, eps)
     C, C_pinv = R @ V * Lambda.sqrt(), V.T @ R_pinv / Lambda.sqrt()[:, None]
     signs = _signs(C)
-    return Solved(C * signs, C_pinv * signs[:, None], Lambda, r_G, rank(eigen(moment)[0], eps))
+    return Solved(C * signs, C_pinv * signs[:, None], Lambda, r_G, rank(eigenvalues(moment), eps))
 
 
 def _above(matrix: Tensor, eps: float) -> tuple[Tensor, Tensor, int]:

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from optx._errors import OptxError, check_range, check_whole, near, warn
-from optx.analysis.interaction._gram import Gram, Moment, check_finite, eigen, rank
+from optx.analysis.interaction._gram import Gram, Moment, check_finite, eigenvalues, rank
 from optx.analysis.interaction._jacobian import Sources, pulled
 from optx.analysis.interaction._passes import Output, Pass, Passes
 from optx.analysis.interaction._table import printed, table
@@ -298,7 +298,7 @@ def _counted(path: str, sums: _Sums, eps: float, delta: float) -> LayerDegenerac
     G = sums.gram.matrix
     K = sums.moment.matrix(sums.gram.n, G)
     check_finite(OWNER, path, G, K)
-    r_G, r_K = (rank(eigen(matrix)[0], eps) for matrix in (G, K))
+    r_G, r_K = (rank(eigenvalues(matrix), eps) for matrix in (G, K))
     outputs, inputs = len(K), len(G)
     blocks, dead = _blocks(sums, delta)
     free = outputs * inputs - r_G * r_K
