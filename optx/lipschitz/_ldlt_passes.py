@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from optx.lipschitz._ldlt_linalg import solve_triangular
-from optx.lipschitz._ldlt_weights import Link, Roots, gram, sequential
+from optx.lipschitz._ldlt_weights import Link, Roots, sequential
 
 Make = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Link], float, Roots], list[Tensor]]
 """`sequential`, `residual` or `around_identity`."""
@@ -157,7 +157,7 @@ def _passed(
     P: list[Tensor] = []
     for k, (v, a, s) in enumerate(zip(V, alpha, _shares(links, alpha, L), strict=True)):
         turned = _is_turned(v, k == n - 1)
-        P.append(roots.of(gram(v.mT if turned else v, a)))
+        P.append(roots.of(_gram(v.mT if turned else v, a)))
         U.append(
             solve_triangular(P[-1].mT, v, upper=True, left=False)
             if turned
@@ -199,6 +199,15 @@ def _back(
 
 
 def _mirrored(Z: Tensor) -> Tensor:
-    """The lower triangle, on both sides."""
-    low = Z.tril()
-    return low + Z.tril(-1).mT
+    """The lower triangle, on both sides; Z is written to."""
+    low = Z.tril_()
+    both = low + low.mT
+    both.diagonal().mul_(0.5)
+    return both
+
+
+def _gram(V: Tensor, alpha: Tensor) -> Tensor:
+    """V V^T + alpha I, in the memory of one matrix."""
+    G = V @ V.mT
+    G.diagonal().add_(alpha)
+    return G

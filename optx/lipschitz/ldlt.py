@@ -73,7 +73,7 @@ class LDLT(Injection):
     Keywords: Lipschitz constant, certified robustness, LMI, LipSDP, spectral normalisation, orthogonal
         layers, SLL, AOL, Cayley, sandwich layers, 1-Lipschitz.
 
-    Evidence: no recipe yet; ``test_ldlt.py``, ``test_ldlt_forms.py``, ``test_ldlt_kept.py``.
+    Evidence: ``optx run certify``; ``test_ldlt.py``, ``test_ldlt_forms.py``, ``test_ldlt_kept.py``.
 
     Raises:
         OptxError: an option out of range.
