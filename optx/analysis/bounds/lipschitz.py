@@ -122,8 +122,8 @@ def lipschitz(
     Keywords: LipSDP, LipSDP-NSR, Lipschitz constant, certificate, robustness, semidefinite programming, SDP,
     quadratic constraint, diagnostics.
 
-    Evidence: ``test_lipschitz.py``, ``test_lipschitz_forms.py``, ``test_lipschitz_certificates.py``; no
-    recipe.
+    Evidence: ``optx run certify``; ``test_lipschitz.py``, ``test_lipschitz_forms.py``,
+    ``test_lipschitz_certificates.py``.
 
     Source: arXiv 2401.14033, theorems 1 to 4; arXiv 1906.04893.
 
