@@ -13,6 +13,7 @@ pytest.importorskip("transformers")
 from optx.recipes import (
     _bench,
     adapt,
+    counterfactuals,
     finetune,
     formats,
     grokking,
@@ -26,6 +27,7 @@ from optx.recipes import (
 
 COUNTS: dict[Any, tuple[str, ...]] = {
     adapt: ("seeds", "batch", "length", "test", "steps"),
+    counterfactuals: ("seeds", "walk", "factuals", "others", "steps"),
     finetune: ("seeds", "batch", "length", "answer-length", "eval-blocks", "steps"),
     formats: ("seeds", "width", "layers", "batch", "length", "tuning-steps", "tuning-length", "eval-blocks"),
     grokking: ("seeds", "p", "width", "every", "steps"),
@@ -38,6 +40,7 @@ COUNTS: dict[Any, tuple[str, ...]] = {
 }
 RATES: dict[Any, tuple[str, ...]] = {
     adapt: ("sweep",),
+    counterfactuals: ("lr", "sigma"),
     finetune: ("lr",),
     formats: ("lr", "tuning-lr"),
     grokking: ("lr",),
@@ -62,6 +65,7 @@ BAD = [
         for x in ("nan", "0", "-1", "inf")
     ),
     *((recipe, "seed", text) for recipe in COUNTS for text in ("-1", "4294967296", "1" * 20)),
+    *((counterfactuals, "tau", text) for text in ("0", "1", "nan")),
     *((grokking, "share", text) for text in ("0", "1", "2", "nan")),
     *((merge, "rates", text) for text in ("0", "1", "x")),
     (merge, "pull", "-0.1"),
