@@ -68,22 +68,23 @@ class Implicit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Outputs of ``x`` (B, inputs)."""
         drive = x @ self.U.T + self.b
-        z = torch.zeros_like(drive)
         with torch.no_grad():
-            for _ in range(100):
-                gap, step = self._newton(z, drive)
-                size = gap.abs().amax(1)
-                if bool((size <= 8 * torch.finfo(z.dtype).eps * (1 + z.abs().amax(1))).all()):
-                    break
-                z = self._nearer(z, drive, step, size)
-            else:
-                raise OptxError(
-                    f"Implicit: no fixed point was found in 100 Newton steps; {float(size.max()):.2g} is "
-                    "left."
-                )
+            z = self._fixed_point(drive)
         # One step from the fixed point moves nothing, and has its gradient.
-        gap, step = self._newton(z, drive)
+        _, step = self._newton(z, drive)
         return (z + step) @ self.C.T
+
+    def _fixed_point(self, drive: Tensor) -> Tensor:
+        z = torch.zeros_like(drive)
+        left = float("inf")
+        for _ in range(100):
+            gap, step = self._newton(z, drive)
+            size = gap.abs().amax(1)
+            left = float((size / (1 + z.abs().amax(1))).max()) if len(size) else 0.0
+            if left <= 8 * torch.finfo(z.dtype).eps:
+                return z
+            z = self._nearer(z, drive, step, size)
+        raise OptxError(f"Implicit: no fixed point was found in 100 Newton steps; {left:.2g} is left.")
 
     def _newton(self, z: Tensor, drive: Tensor) -> tuple[Tensor, Tensor]:
         """How far z is from its image, and the step to where a linear phi would have its fixed point."""

@@ -210,3 +210,13 @@ def test_declared_slopes() -> None:
     assert "if the declared slopes are right" in repr(found)
     same_as = optx.analysis.lipschitz(random_net(0, lambda: nn.LeakyReLU(0.2)))
     assert found.bound == pytest.approx(same_as.bound, rel=1e-9)
+
+
+def test_a_chain_that_is_bounded_by_construction() -> None:
+    """LDLT's constant is LipSDP's with all multipliers 1: the least over multipliers is not above it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+    handle = optx.attach(net, optx.LDLT(L=2.0), targets=["0", "2", "4"])
+    found = optx.analysis.lipschitz(handle.merge_and_unload())
+    assert found.bound <= 2.0 * (1 + 1e-5)
+    assert found.product_bound > 2.0

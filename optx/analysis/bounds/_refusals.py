@@ -55,13 +55,13 @@ def check_hooks(module: nn.Module, path: str) -> None:
         name = getattr(hooks[0], "__qualname__", type(hooks[0]).__name__)
         raise OptxError(
             f"lipschitz: {where(path, module)} has a forward hook ({name}), which may change what it "
-            "computes. Remove it, or merge() what was attached; instead of torch.nn.utils.weight_norm and "
-            "spectral_norm use those of torch.nn.utils.parametrizations."
+            "computes. Remove it; of what optx attached, handle.merge_and_unload(). Instead of "
+            "torch.nn.utils.weight_norm and spectral_norm use those of torch.nn.utils.parametrizations."
         )
     if "forward" in vars(module):
         raise OptxError(
-            f"lipschitz: {where(path, module)} has been given another forward than its class has; take it "
-            "off."
+            f"lipschitz: {where(path, module)} has been given another forward than its class has. Take it "
+            "off; of what optx attached, handle.merge_and_unload()."
         )
 
 
