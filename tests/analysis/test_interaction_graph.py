@@ -180,6 +180,25 @@ def test_only_the_logarithm_counts() -> None:
     assert inside / (inside + across) - 0.4 > found.Q
 
 
+def test_features_without_an_edge_are_in_no_group() -> None:
+    edges = blocks()
+    edges["a", "b"][:, 3] = 0
+    found = modularity_of(edges, None, None, 0)
+    assert found.clusters["a"].tolist()[3] == -1
+    assert (torch.cat([*found.clusters.values()]) == -1).sum() == 1
+
+
+def test_a_basis_s_own_edges() -> None:
+    ib = interaction_basis(net(), batches(), ["1", "3", "4"])
+    found, again = ib.modularity(), ib.modularity(ib.edges(), seed=0)
+    assert found.Q == again.Q
+    assert list(found.clusters) == ["1", "3", "4"]
+    assert [len(found.clusters[layer]) for layer in ib] == [one.dim for one in ib.values()]
+    one = ib["1"]
+    f = torch.randn(3, 6)
+    torch.testing.assert_close(one.features(f), (f.double() - one.mean) @ one.C)
+
+
 def test_more_groups_than_features_are_as_many_as_there_are() -> None:
     assert modularity_of(blocks(), None, 99, 0).number == 13
 
