@@ -77,6 +77,7 @@
             attention_svm  corr                               which tokens attention tells apart
             lipschitz  LipschitzBound                         certified bounds of what a network can change by
             attention_svm  attention_margins  corr            which tokens attention tells apart
+            report                                            on one page, with a picture
             single_threadedness                               what mixtures of tokens do to a model
             stability  stability_bound                        whether a decision outlives the model
             robust_counterfactual  Counterfactuals            what would have to differ for another one

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import _explain_addition, _explain_digits, _explain_halves, _in_parts
+from . import _explain_addition, _explain_digits, _explain_halves, _explain_svm, _in_parts
 from ._report import Table
 from ._run import Run
 
@@ -12,6 +12,7 @@ PARTS: dict[str, Any] = {
     "digits": _explain_digits,
     "addition": _explain_addition,
     "halves": _explain_halves,
+    "svm": _explain_svm,
 }
 
 

@@ -11,7 +11,10 @@ Part "addition": the same of a network that has learnt a + b mod 59 (with perpGr
 Part "halves": two networks 32-16-5 that read the halves of two different digits are glued by random rotations
 of every layer. Do groups of edges find the halves again?
 
-Source: arXiv 2405.10927 and arXiv 2405.10928.
+Part "svm": one layer of attention, trained by normalised gradients (`optx.NormalizedGrad`). Does it come to
+the direction of the support vector machine of the tokens that it chooses (`optx.analysis.attention_svm`)?
+
+Source: arXiv 2405.10927, arXiv 2405.10928 and, of part "svm", arXiv 2308.16898.
 """
 
 from __future__ import annotations

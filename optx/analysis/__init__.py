@@ -1,5 +1,6 @@
 """Functions that change nothing: they tell what training is doing to a model."""
 
+from optx.analysis._report_page import Report as Report
 from optx.analysis.attention.margins import AttentionMargins as AttentionMargins
 from optx.analysis.attention.margins import attention_margins as attention_margins
 from optx.analysis.attention.svm import AttentionSVM as AttentionSVM
@@ -18,6 +19,7 @@ from optx.analysis.interaction.basis import InteractionBasis as InteractionBasis
 from optx.analysis.interaction.basis import interaction_basis as interaction_basis
 from optx.analysis.interaction.degeneracy import Degeneracy as Degeneracy
 from optx.analysis.interaction.degeneracy import degeneracy as degeneracy
+from optx.analysis.report import report as report
 from optx.analysis.single_threaded import SingleThreaded as SingleThreaded
 from optx.analysis.single_threaded import single_threadedness as single_threadedness
 from optx.analysis.softmax import softmax_collapse as softmax_collapse
@@ -32,6 +34,7 @@ __all__ = [
     "InputStats",
     "InteractionBasis",
     "LipschitzBound",
+    "Report",
     "SingleThreaded",
     "attention_margins",
     "attention_svm",
@@ -43,6 +46,7 @@ __all__ = [
     "interaction_basis",
     "lipschitz",
     "nlm_alignment",
+    "report",
     "robust_counterfactual",
     "single_threadedness",
     "softmax_collapse",

@@ -100,7 +100,7 @@ class NormalizedGrad(Transform):
     Keywords: normalised gradient descent, NGD, gradient normalization, unit gradient, layer-wise, implicit
     bias, max-margin, saturation.
 
-    Evidence: no recipe; ``test_normalized_grad.py``,
+    Evidence: ``optx run explain``; ``test_normalized_grad.py``,
     ``test_attention_svm_training.py``.
 
     Raises:

@@ -19,6 +19,10 @@ _STEP = "moments user_rules perpgrad adamr skip_nonfinite fused_cpu wrap_bases r
 TABLE = {
     "optx/analysis/_class_numbers.py": "analysis calibration",
     "optx/analysis/_directions.py": "analysis iaa attention_svm",
+    "optx/analysis/_report_page.py": "report",
+    "optx/analysis/_report_pass.py": "report",
+    "optx/analysis/_report_sections.py": "report",
+    "optx/analysis/report.py": "report",
     "optx/analysis/attention/_algebra.py": "attention_svm attention_margins",
     "optx/analysis/attention/_capture.py": "attention_margins",
     "optx/analysis/attention/_head.py": "attention_margins",

@@ -13,7 +13,14 @@ from torch import nn
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
-from optx.recipes import _explain_addition, _explain_digits, _explain_halves, _explain_report, explain
+from optx.recipes import (
+    _explain_addition,
+    _explain_digits,
+    _explain_halves,
+    _explain_report,
+    _explain_svm,
+    explain,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HALVES = _explain_halves.ARMS
@@ -58,6 +65,26 @@ def test_all_parts(
     with pytest.raises(SystemExit, match="--model and --data have no meaning"):
         explain.main(["--model", "x", "--out", str(tmp_path / "other")])
     assert not (tmp_path / "other").exists()
+
+
+def test_the_part_of_attention(tmp_path: Path) -> None:
+    """W comes to the Frobenius norm's direction, K and Q to the nuclear norm's."""
+    out = tmp_path / "out"
+    explain.main(
+        ["--parts", "svm", "--svm-steps", "250", "--svm-draws", "2", "--seeds", "1", "--out", str(out)]
+    )
+    arms = json.loads((out / "results.json").read_text())["arms"]
+    assert list(arms) == [f"{arm}/0" for arm in _explain_svm.ARMS]
+    by_w, by_factors = arms.values()
+    for one in (by_w, by_factors):
+        assert [len(curve) for norm in ("fro", "nuc") for curve in one[norm]] == [13] * 4
+        assert min(one["weight"]) > 0.9
+    ends = {norm: [curve[-1] for curve in by_w[norm]] for norm in ("fro", "nuc")}
+    assert min(ends["fro"]) > 0.95 > max(ends["nuc"])
+    assert by_factors["fro rank"] > by_factors["nuc rank"]
+    for fro, nuc in zip(by_factors["fro"], by_factors["nuc"], strict=True):
+        assert nuc[-1] > fro[-1] + 0.02
+    assert (out / "explain.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_glued_halves_compute_what_they_did() -> None:

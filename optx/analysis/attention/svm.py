@@ -94,7 +94,7 @@ def attention_svm(
 
     Keywords: implicit bias, max-margin, hard-margin SVM, token selection, attention, diagnostics.
 
-    Evidence: no recipe; ``test_attention_svm.py``, ``test_attention_svm_training.py``.
+    Evidence: ``optx run explain``; ``test_attention_svm.py``, ``test_attention_svm_training.py``.
 
     Raises:
         ShapeError: X, z or chosen do not fit one another.
@@ -191,7 +191,7 @@ def corr(A: Tensor, B: Tensor) -> float:
 
     Keywords: cosine similarity, direction, correlation, diagnostics.
 
-    Evidence: no recipe; ``test_attention_svm.py``.
+    Evidence: ``optx run explain``; ``test_attention_svm.py``.
 
     Raises:
         ShapeError: the shapes differ.
