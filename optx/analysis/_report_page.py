@@ -41,7 +41,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """What `report` found; ``print`` shows it, rich too.
+    """What `optx.analysis.report` found; ``print`` shows it, rich too.
 
     Attributes:
         title: of what.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -86,9 +87,8 @@ def report(
         model.eval()
         material = Material(model, taken, [_one_pass(model, batch, loss_fn) for batch in taken])
         for title in wanted:
-            clock = Clock()
             try:
-                found[title] = replace(SECTIONS[title](material), seconds=clock())
+                found[title] = _section(title, material)
             except (OptxError, ImportError) as error:
                 left_out[title] = str(error).removeprefix("lipschitz: ").removeprefix("degeneracy: ")
     made = Report(_title(model, taken), found, left_out)
@@ -99,6 +99,19 @@ def report(
     for name, path in paths.items():
         getattr(made, name)(path)
     return made
+
+
+def _section(title: str, material: Material) -> Section:
+    """One, with what it was warned of in its note: a page is no place to be warned beside."""
+    clock = Clock()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        made = SECTIONS[title](material)
+    for one in caught:
+        if not issubclass(one.category, UserWarning):
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    said = [str(one.message) for one in caught if issubclass(one.category, UserWarning)]
+    return replace(made, note=" ".join([made.note, *dict.fromkeys(said)]).strip(), seconds=clock())
 
 
 def _one_pass(model: nn.Module, batch: Any, loss_fn: Callable[[Any, Any], Tensor] | None) -> Any:

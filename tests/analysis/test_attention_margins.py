@@ -136,6 +136,10 @@ def test_a_querys_bias_is_a_column_and_a_keys_is_nothing() -> None:
     q, k = net.q_proj, net.k_proj
     assert torch.allclose(found.W[:, 6], 0.7 * k.weight[:3].T @ q.bias[:3])
     assert torch.equal(found.z[:, 6], torch.ones(10, dtype=F64))
+    nn.init.zeros_(q.bias)
+    assert not attention_margins(net, x, 0, 0).W[:, 6].any()  # it is there whatever its value
+    torch.manual_seed(0)
+    net.load_state_dict(Grouped(bias=True).double().state_dict())
     nn.init.normal_(k.bias)
     again = attention_margins(net, x, 0, 0)
     assert torch.allclose(again.svm.W, found.svm.W)

@@ -90,6 +90,7 @@ def test_models_of_transformers(kind: str, shifted: bool) -> None:
         kept = batch["labels"][:, 1:] != -100
         right = float((logits.argmax(-1) == batch["labels"][:, 1:])[kept].double().mean())
         assert made["Softmax collapse"].values["right"] == pytest.approx(right)
+    assert "look free for that alone" in made["Degeneracy"].note  # what it warns of, where it is read
     assert len(made["Attention margins"].rows) == 2
     found = optx.analysis.attention_margins(model, batch, 0, 0, sample=8)
     assert next(iter(made["Attention margins"].values.values())) == found.saturated

@@ -26,6 +26,7 @@ class Factor:
     input: Tensor
     weight: Tensor
     bias: Tensor
+    biased: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +39,7 @@ class Head:
         seen: (B, T, S) bool, which tokens each query's softmax is over.
         W: (d, e), the scale included.
         column: (d,): the scale times W_Kᵀ b_Q, the part of the query's bias; zeros without one.
+        biased: whether queries have a bias.
         key_factor: (head_dim, d), and
         query_factor: (head_dim, e), whose product W is but for the scale.
     """
@@ -47,6 +49,7 @@ class Head:
     seen: Tensor
     W: Tensor
     column: Tensor
+    biased: bool
     key_factor: Tensor
     query_factor: Tensor
 
@@ -81,6 +84,7 @@ def head_of(found: Captured, head: int) -> Head:
         seen=_seen(found, head),
         W=scale * K.T @ Q,
         column=scale * K.T @ q.bias.to(F64),
+        biased=q.biased,
         key_factor=K,
         query_factor=Q,
     )
@@ -135,7 +139,7 @@ def _checked(found: Captured, one: Projection, rows: Tensor, what: str) -> Facto
             f"makes of its input (off by {float(off / size):.1g} of the largest): an adapter or a hook adds "
             "to it. Merge it first (handle.merge())."
         )
-    return Factor(one.input, weight, bias)
+    return Factor(one.input, weight, bias, one.bias is not None)
 
 
 def _eps(x: Tensor) -> float:

@@ -196,7 +196,7 @@ class _Sample:
             X.append(head.tokens[b, keep].cpu())
             index.append(int(keep[:own].sum()))
         z = head.queries[some[:, 0], some[:, 1]].cpu()
-        if float(head.column.abs().amax()):
+        if head.biased:
             z = torch.cat([z, torch.ones(len(z), 1, dtype=F64)], 1)
         return cls(X, z, torch.tensor(index), duplicates)
 
