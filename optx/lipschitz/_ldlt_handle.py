@@ -24,7 +24,7 @@ from optx.lipschitz import _ldlt_fit, _ldlt_lmi, _ldlt_slopes
 from optx.lipschitz._ldlt_linalg import least_eigenvalue
 from optx.lipschitz._ldlt_lmi import Certificate
 from optx.lipschitz._ldlt_order import Order, order_of
-from optx.lipschitz._ldlt_part import Chain, LDLTWeight
+from optx.lipschitz._ldlt_part import Chain, LDLTWeight, decoded
 
 
 class LDLTHandle(Handle):
@@ -128,15 +128,14 @@ class LDLTHandle(Handle):
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """As `Handle.load_state_dict`; the chain's L must be the one that it was attached with."""
-        before = self.chain.L
-        super().load_state_dict(state_dict)
-        if self.chain.fixed and before != self.chain.L:
-            other, self.chain.L = self.chain.L, before
+        first = self._ordered[0]
+        bound = state_dict.get(f"{first.path}.{first.name}.bound")
+        if self.chain.fixed and bound is not None and (other := decoded(bound)) != self.chain.L:
             raise OptxError(
                 f"LDLT: the state is of a chain of L={other:g}, and this one was attached with "
-                f"L={before:g}: its "
-                "V were loaded, and have another meaning here. Attach with that L, and load again."
+                f"L={self.chain.L:g}: its V mean other weights here. Attach with that L, and load again."
             )
+        super().load_state_dict(state_dict)
 
 
 def _own(module: Any) -> Tensor:

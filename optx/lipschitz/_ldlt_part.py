@@ -97,6 +97,12 @@ class LDLTWeight(Part):
             )
 
 
+def decoded(bound: Tensor) -> float:
+    """L, of its float64 bits."""
+    (found,) = struct.unpack("d", struct.pack("q", int(bound)))
+    return found
+
+
 class _Same:
     """A tensor that is equal to itself alone."""
 
@@ -138,7 +144,7 @@ class Chain:
         assert bound is not None
         stamp = id(bound), bound._version  # pyright: ignore[reportPrivateUsage]
         if stamp != self._stamp:
-            (self._L,) = struct.unpack("d", struct.pack("q", int(bound)))
+            self._L = decoded(bound)
             self._stamp = stamp
         return self._L
 

@@ -64,10 +64,11 @@ class LDLT(Injection):
         ``L=1.0``: the paper's (the default).
         alpha = exp(a) begins at 1, and V by Kaiming's uniform, as a new nn.Linear's weight does.
 
-    Limits: A chain lies on one device, whole: no FSDP2 by layers, no offload; DDP is fine. Activation
-    checkpointing around single layers of it fails in torch; around the chain it works. Its weights take the
-    time of a few products of their size, whatever the batch. In half precision, rounding of weights is not in
-    the certificate. Float32 turns to float64 where the factors need it, and under torch.compile always.
+    Limits: A chain lies on one device, whole: no FSDP2 by layers, no offload. Activation checkpointing around
+    single layers of it fails in torch; around the chain it works. Its weights take the time of a few products
+    of their size, whatever the batch: on one core forward and backward of 256-256-256-10 take 2.0 times the
+    plain chain's at a batch of 1024, 2.9 at 512 and 5 at 256. In half precision, rounding of weights is not
+    in the certificate. Float32 turns to float64 where the factors need it, and under torch.compile always.
     ``"keep"`` finds multipliers by norms, one a layer, so that its smallest L is above LipSDP's.
 
     Keywords: Lipschitz constant, certified robustness, LMI, LipSDP, spectral normalisation, orthogonal

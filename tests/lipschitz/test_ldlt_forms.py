@@ -15,6 +15,7 @@ from ldlt_reference import layers, least, lmi, mlp, spoil, steepest
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
 
 import optx
 
@@ -273,9 +274,11 @@ def test_it_trains_saves_and_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_states_of_another_L_are_refused() -> None:
-    one, other = (optx.attach(mlp([4, 6, 3]), optx.LDLT(L), ["0", "2"]) for L in (1.0, 2.0))
+    one, other = (optx.attach(mlp([4, 6, 3], seed=int(L)), optx.LDLT(L), ["0", "2"]) for L in (1.0, 2.0))
+    before = [p.detach().clone() for p in other.parameters()]
     with pytest.raises(optx.OptxError, match="chain of L=1, and this one was attached with L=2"):
         other.load_state_dict(one.state_dict())
+    assert all(torch.equal(p, q) for p, q in zip(other.parameters(), before, strict=True))
     with pytest.raises(RuntimeError, match="chain of L=1, and this one was attached with L=2"):
         other.model.load_state_dict(one.model.state_dict())
 
@@ -356,6 +359,18 @@ def test_compiled(build: Any) -> None:
     with torch.no_grad():
         handle.parameters()[0].mul_(2.0)
     assert torch.allclose(compiled(x), model(x), atol=1e-5)
+
+
+def test_checkpointed_as_a_whole() -> None:
+    model = mlp([4, 8, 6, 3])
+    handle = optx.attach(model, optx.LDLT(), layers(model))
+    x = torch.randn(5, 4)
+    wanted = torch.autograd.grad(model(x).square().sum(), handle.parameters())
+    kept = checkpoint(model, x, use_reentrant=False)
+    found = torch.autograd.grad(kept.square().sum(), handle.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+    again = torch.autograd.grad(model(x).square().sum(), handle.parameters())  # what it left is nobody's
+    assert all(torch.equal(a, b) for a, b in zip(wanted, again, strict=True))
 
 
 def test_functional_transforms() -> None:
