@@ -15,6 +15,7 @@ from optx.kernels.step.triton import TritonStep
 from optx.step.transform import Transform
 from optx.transforms.adamr import AdamR
 from optx.transforms.backslash import BackSlash
+from optx.transforms.normalized_grad import NormalizedGrad
 from optx.transforms.perpgrad import PerpGrad
 
 # By turns aligned and not: a block and a tail, a block, a tail, one element, none. Chunks of two blocks in
@@ -90,6 +91,8 @@ CHAINS: dict[str, list[Transform]] = {
     "adamr plain": [AdamR(normalize=False)],
     "perp adamr": [PerpGrad(), AdamR()],
     "backslash": [BackSlash(100.0, until=1)],
+    "normalized": [NormalizedGrad()],
+    "normalized global": [NormalizedGrad("global")],
     "perp twice": [PerpGrad(rescale=False), AdamR(norm="l1")],
 }
 
