@@ -35,7 +35,7 @@ class GroupSort(nn.Module):
 
     Keywords: MaxMin, FullSort, OPLU, 1-Lipschitz, gradient norm preservation, certified robustness.
 
-    Evidence: ``optx run certify``; ``test_lipschitz_activations.py``.
+    Evidence: ``test_lipschitz_activations.py``; no recipe.
 
     Source: arXiv 1811.05381, section 4.1.
 
@@ -82,7 +82,7 @@ class MaxMin(nn.Module):
 
     Keywords: GroupSort, OPLU, 1-Lipschitz, gradient norm preservation, certified robustness.
 
-    Evidence: ``test_lipschitz_activations.py``; no recipe.
+    Evidence: ``optx run certify``; ``test_lipschitz_activations.py``.
 
     Source: arXiv 1811.05381, section 4.1.
 
