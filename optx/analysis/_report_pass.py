@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from optx._batches import on_device_of
 from optx._errors import OptxError, check_whole
 from optx.delta._input_stats import call
 from optx.scaling._coordinate_probe import main_tensor
@@ -73,8 +74,7 @@ def _is_pair(batch: Any) -> bool:
 
 def run(model: nn.Module, batch: Any, loss_fn: Loss | None) -> Pass:
     """Forward and backward, in the mode that the model is in; its gradients must be none before."""
-    p = next(model.parameters(), None)
-    given = batch if p is None else _moved(batch, p.device)
+    given = on_device_of(model, batch)
     with torch.enable_grad():
         output = call(model, inputs_of(given))
         loss, why = _loss(output, given, loss_fn)
@@ -83,16 +83,6 @@ def run(model: nn.Module, batch: Any, loss_fn: Loss | None) -> Pass:
             cast("Any", loss).backward()
     logits = None if logits is None else logits.detach()
     return Pass(given, logits, target, no_logits, None if loss is None else float(loss.detach()), why)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {k: _moved(v, device) for k, v in cast("Mapping[Any, Any]", value).items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_moved(v, device) for v in cast("Sequence[Any]", value))  # pyright: ignore
-    return value
 
 
 def _loss(output: Any, batch: Any, loss_fn: Loss | None) -> tuple[Tensor | None, str]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from optx._batches import on_device_of
 from optx._errors import OptxError, check_choice, check_range, check_whole
 from optx._no_trace import randomness_kept
 from optx.delta._input_stats import call
@@ -157,7 +158,7 @@ def _train(
 ) -> list[dict[str, Reading]]:
     """Read, step, read, ...: one more reading than steps, but none after a loss that is not finite."""
     model, optimizer = run
-    batches = [_on_device(batch, model) for batch in batches]
+    batches = [on_device_of(model, batch) for batch in batches]
     options = {"use_cache": False} if _takes_use_cache(model) else {}  # a cache would be filled twice
     found: list[dict[str, Reading]] = []
     for step in range(steps + 1):
@@ -276,22 +277,6 @@ def _check_arguments(
 
 def _takes_use_cache(model: nn.Module) -> bool:
     return "use_cache" in inspect.signature(model.forward).parameters
-
-
-def _on_device(value: Any, model: nn.Module) -> Any:
-    """A batch where the model's first parameter is."""
-    p = next(model.parameters(), None)
-    return value if p is None else _moved(value, p.device)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: _moved(one, device) for key, one in cast("Mapping[Any, Any]", value).items()}
-    if isinstance(value, tuple | list):
-        return tuple(_moved(one, device) for one in cast("Sequence[Any]", value))
-    return value
 
 
 def _seed(seed: int) -> None:

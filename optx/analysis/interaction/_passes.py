@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from optx._batches import on_device_of
 from optx._errors import OptxError, near
 from optx._module_paths import paths_of
 from optx._no_trace import randomness_kept
@@ -135,11 +136,10 @@ class Passes:
         Raises:
             OptxError: there is none.
         """
-        p = next(self.model.parameters(), None)
         empty = True
         for batch in self.loader:
             empty = False
-            yield batch if p is None else _moved(batch, p.device)
+            yield on_device_of(self.model, batch)
         if empty:
             raise OptxError(f"{self.owner}: loader has no batch.")
 
@@ -278,13 +278,3 @@ def _mask(inputs: Any) -> Tensor | None:
     if not isinstance(found, Tensor) or found.ndim != 2 or bool(found.bool().all()):
         return None
     return found.bool()
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: _moved(one, device) for key, one in cast("Mapping[Any, Any]", value).items()}
-    if isinstance(value, tuple | list):
-        return tuple(_moved(one, device) for one in cast("Sequence[Any]", value))
-    return value
