@@ -89,12 +89,12 @@ def environment(name: str) -> Any:
     try:
         env = gymnasium.make(name)
     except gymnasium.error.Error as error:
-        raise SettingsError(f"--env {name}: {error}") from None
+        raise SettingsError(f"modes: environment {name}: {error}") from None
     bounds: Any = env.action_space
     if not isinstance(bounds, gymnasium.spaces.Box) or not isinstance(
         env.observation_space, gymnasium.spaces.Box
     ):
-        raise SettingsError(f"--env {name}: its actions or states are no rows of numbers.")
+        raise SettingsError(f"modes: environment {name}: its actions or states are no rows of numbers.")
     return env
 
 
@@ -151,19 +151,20 @@ def _kept(file: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     return state
 
 
-def driven(agent: SAC, env: Any, key: str, seed: int, args: Namespace) -> dict[str, Any]:
+def driven(agent: SAC, name: str, key: str, seed: int, args: Namespace) -> dict[str, Any]:
     """Let an agent act and learn; what is kept every few episodes goes on from there bit for bit.
 
     Args:
         agent: what learns.
-        env: the environment.
+        name: of the environment.
         key: of the run.
         seed: of its episodes.
         args: the recipe's options.
     """
+    env, tests = environment(name), [environment(name) for _ in range(10)]
     low, high = (torch.as_tensor(one) for one in (env.action_space.low, env.action_space.high))
     replay = Replay(args.env_steps, env.observation_space.shape[0], len(low))
-    tests, file = [environment(args.env) for _ in range(10)], _work_file(args, key)
+    file = _work_file(args, key)
     curve: dict[str, float] = {}
     step = first = 0
     if (found := _kept(file, settings_of(args))) is not None:

@@ -9,6 +9,8 @@ from . import _report
 from ._report import Table, by_seed, ranged
 from ._run import Run
 
+ENVIRONMENTS = {"control": "env", "harder": "harder_env"}
+"""Parts that act in an environment, and the options that name theirs."""
 _ENOUGH = 0.05
 
 
@@ -39,32 +41,37 @@ def tables(results: dict[str, Any]) -> list[Table]:
                 "entropy. Gumbel hard: straight-through.",
             )
         )
-    if control := {name: logs for name, logs in arms.items() if name.startswith("control")}:
-        rows = [
-            (
-                name.removeprefix("control: "),
-                ranged([one["return"] for one in logs], "{:.0f}"),
-                ranged([statistics.mean(one["curve"].values()) for one in logs], "{:.0f}"),
-            )
-            for name, logs in control.items()
-        ]
-        found.append(
-            Table(
-                ("policy", "return", "mean along the curve"),
-                rows,
-                f"{settings['env']}, {settings['env_steps']} steps",
-                "Return: of 10 episodes after the last step, without noise but for the draw of a primitive; "
-                "the curve's 20 points are of 5 episodes each, and their mean is the area under it.",
-            )
+    return found + [
+        _returns(control, settings[option], settings["env_steps"])
+        for part, option in ENVIRONMENTS.items()
+        if (control := {name: logs for name, logs in arms.items() if name.startswith(part)})
+    ]
+
+
+def _returns(arms: dict[str, list[Any]], environment: str, steps: int) -> Table:
+    rows = [
+        (
+            name.partition(": ")[2],
+            ranged([one["return"] for one in logs], "{:.1f}"),
+            ranged([statistics.mean(one["curve"].values()) for one in logs], "{:.1f}"),
         )
-    return found
+        for name, logs in arms.items()
+    ]
+    return Table(
+        ("policy", "return", "mean along the curve"),
+        rows,
+        f"{environment}, {steps} steps",
+        "Return: of 10 episodes after the last step, without noise but for the draw of a primitive; the "
+        "curve's 20 points are of 5 episodes each, and their mean is the area under it.",
+    )
 
 
 def report(run: Run) -> None:
     """Print the tables and draw rewards and returns over steps."""
     _report.tell(tables(run.results))
-    figure, axes = _report.canvas(2)
-    titles = {"peaks": ("Four peaks", "reward"), "control": (run.settings["env"], "return")}
+    titles = {"peaks": ("Four peaks", "reward")}
+    titles |= {part: (run.settings[option], "return") for part, option in ENVIRONMENTS.items()}
+    figure, axes = _report.canvas(len(titles))
     for ax, (part, (title, unit)) in zip(axes[0], titles.items(), strict=True):
         logs = {n: found for n, found in by_seed(run.results["arms"]).items() if n.startswith(part)}
         for colour, (name, found) in zip(_report.COLOURS, logs.items(), strict=False):

@@ -1,10 +1,9 @@
 """Modes: a policy that knows several good actions, where a Gaussian knows one.
 
-Part "peaks": one state, actions in the plane, four equal peaks of reward. A Gaussian policy trained by SAC's
-losses, and mixtures of four (`optx.PMOEHead`) whose routing learns by the frequency loss
-(`optx.FrequencyLoss`), Gumbel-softmax, the score ratio, or the exact sum over primitives.
+Part "peaks": one state, four equal peaks of reward. A Gaussian policy by SAC's losses, and mixtures of four
+(`optx.PMOEHead`), routed by frequency loss (`optx.FrequencyLoss`), Gumbel-softmax, score ratio or exact sum.
 
-Part "control": SAC on an environment of gymnasium, the same loop with one primitive and with several.
+Parts "control", "harder": SAC on environments of gymnasium, the same loop with one primitive and several.
 
 Source: PMOE, arXiv 2104.09122.
 """
@@ -23,6 +22,7 @@ import optx
 from . import _modes_report
 from ._modes_control import SAC, driven, environment
 from ._modes_parts import adam, covered, network, reward, run_all
+from ._modes_report import ENVIRONMENTS
 from ._options import SEEDS, positive, rate
 from ._run import Run, SettingsError, chosen, parser, settings_of
 from ._side_by_side import cores
@@ -37,7 +37,8 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "score": {"estimator": "score"},
     "enumerate": {"estimator": "enumerate"},
 }
-ARMS = (*(f"peaks: {name}" for name in ESTIMATORS), "control: SAC", "control: SAC-PMOE")
+CONTROL = [f"{part}: {name}" for part in ENVIRONMENTS for name in ("SAC", "SAC-PMOE")]
+ARMS = (*(f"peaks: {name}" for name in ESTIMATORS), *CONTROL)
 
 
 def policy(states: int, k: int, width: int, low: Any, high: Any, init: float = 1e-3) -> nn.Module:
@@ -88,12 +89,13 @@ class Agent(SAC):
         self.follow()
 
 
-def control(arm: str, seed: int, args: Any) -> dict[str, Any]:
+def control(part: str, arm: str, seed: int, args: Any) -> dict[str, Any]:
     """An environment, from the first step on."""
-    env = environment(args.env)
-    states, low, high = env.observation_space.shape[0], env.action_space.low, env.action_space.high
-    model = policy(states, 1 if arm == "SAC" else args.k, args.width, low, high)
-    return driven(Agent(model, states, len(low), args), env, f"control: {arm}/{seed}", seed, args)
+    name = getattr(args, ENVIRONMENTS[part])
+    env = environment(name)
+    states, box = env.observation_space.shape[0], env.action_space
+    model = policy(states, 1 if arm == "SAC" else args.k, args.width, box.low, box.high)
+    return driven(Agent(model, states, len(box.low), args), name, f"{part}: {arm}/{seed}", seed, args)
 
 
 def train(key: str, args: Any) -> dict[str, Any]:
@@ -101,7 +103,7 @@ def train(key: str, args: Any) -> dict[str, Any]:
     arm, seed = key.rpartition("/")[::2]
     torch.manual_seed(int(seed))
     part, name = arm.split(": ")
-    return {"peaks": peaks, "control": control}[part](name, int(seed), args)
+    return control(part, name, int(seed), args) if part in ENVIRONMENTS else peaks(name, int(seed), args)
 
 
 def options() -> ArgumentParser:
@@ -119,13 +121,14 @@ def options() -> ArgumentParser:
         init={"type": rate, "default": 1.0, "help": "peaks: heads begin as U(-init, init)"},
         alpha={"type": rate, "default": 0.1, "help": "peaks: the temperature at first"},
         env={"default": "Pendulum-v1", "help": "control: a gymnasium environment of continuous actions"},
-        env_steps={"type": positive, "default": 6000, "help": "control: of the environment"},
-        random={"type": positive, "default": 300, "help": "control: first steps, of random actions"},
-        control_lr={"type": rate, "default": 1e-3, "help": "control: Adam's"},
-        keep={"type": positive, "default": 5, "help": "control: episodes after which a run is kept"},
+        harder_env={"default": "Reacher-v5", "help": "harder: another"},
+        env_steps={"type": positive, "default": 6000, "help": "control, harder: of the environment"},
+        random={"type": positive, "default": 300, "help": "control, harder: first steps, of random actions"},
+        control_lr={"type": rate, "default": 1e-3, "help": "control, harder: Adam's"},
+        keep={"type": positive, "default": 5, "help": "control, harder: keep a run after so many episodes"},
         workers={"type": positive, "default": cores(), "help": "runs side by side, of one thread each"},
-        model={"help": "has no meaning here: policies are small networks, trained from scratch"},
-        data={"help": "has no meaning here: rewards are those of --env, and of four peaks"},
+        model={"help": "has no meaning here"},
+        data={"help": "has no meaning here"},
         resume={"action": "store_true", "help": "keep the finished runs of an interrupted one"},
     )
 
@@ -136,8 +139,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.model or args.data:
         raise SettingsError("modes brings its own policies and rewards; --model, --data mean nothing here.")
     arms = chosen(args.arms, ARMS)
-    if any(arm.startswith("control") for arm in arms):
-        environment(args.env)
+    for part in {arm.partition(":")[0] for arm in arms} & ENVIRONMENTS.keys():
+        environment(getattr(args, ENVIRONMENTS[part]))  # before anything is run
     run = Run(args.out, settings_of(args), args.resume, args.overwrite)
     seeds = range(args.seed, args.seed + args.seeds)
     run_all(run, [f"{arm}/{seed}" for seed in seeds for arm in ARMS if arm in arms], train, args)

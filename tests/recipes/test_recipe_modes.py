@@ -82,8 +82,8 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.Mo
     [
         (["--model", "x"], "modes brings its own policies and rewards"),
         (["--arms", "best"], "best is none of peaks: unimodal"),
-        (["--env", "Nothing-v0"], "--env Nothing-v0: "),
-        (["--env", "CartPole-v1"], "--env CartPole-v1: its actions or states are no rows of numbers"),
+        (["--env", "Nothing-v0"], "environment Nothing-v0: "),
+        (["--env", "CartPole-v1"], "environment CartPole-v1: its actions or states are no rows of numbers"),
     ],
 )
 def test_what_makes_no_sense_is_said(given: list[str], says: str, tmp_path: Path) -> None:
