@@ -43,6 +43,15 @@ class SingleThreaded:
     top: Tensor
     tokens: Tensor
 
+    def __repr__(self) -> str:
+        found, (rows, steps) = self.mean(), self.tokens.shape
+        return (
+            f"SingleThreaded({rows} rows of {steps} steps, {found['steps']:.0f} of them soft; JS of what "
+            f"follows: mixture and heaviest {found['soft_top1']:.3g}, "
+            f"mixture and second {found['soft_top2']:.3g}, "
+            f"heaviest and second {found['top1_top2']:.3g})"
+        )
+
     def mean(self, low: float = 0.0, high: float = 1.0) -> dict[str, float]:
         """Means over steps, by name, and ``steps``, how many; nan of none.
 

@@ -36,15 +36,17 @@ class LDLT(Injection):
     LDL^T, so only the constant of the whole is bounded, and a layer may have a norm above 1. Biases train as
     before.
 
-    ``handle.certificate()`` computes that matrix's least eigenvalue from the weights as they are. Nothing
+    ``handle.certificate()`` computes that matrix's least eigenvalue from the weights as they are. Of a
+    classifier whose whole is the chain, an answer holds for all inputs nearer in l2 than (largest logit - the
+    next) / (sqrt(2) L): the share that is right and has this above eps is the certified accuracy. Nothing
     else can be attached to the layers: what it adds would be outside of the certificate.
 
     Args:
         L: the constant, above 0; or ``"auto"``: the smallest that keeps the layers' weights, and a
             thousandth.
-        residual: the form y = A x + B w_n + b, the chain's input added to its output. A is a served Linear on
-            the
-            skip, or, for a branch of two layers at L >= 1, nothing: y = x + B w_1 + b, at L = 1 SLL's layer.
+        residual: the form y = A x + B w_n + b, the chain's input added to its output. A is a served Linear
+            on the skip, or, for a branch of two layers at L >= 1, nothing: y = x + B w_1 + b, at L = 1 SLL's
+            layer.
         activation: what is between layers, where the model can't be traced or slopes leave [0, 1]: a name, or
             the least and the greatest slope, as ``(0.01, 1.0)``. None: it is looked up in the model. Slopes
             other than [0, 1] are counted with exactly.

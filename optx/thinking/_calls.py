@@ -65,7 +65,8 @@ class Caller:
             if self.cache is None:
                 raise OptxError(
                     f"generate: {type(self.model).__name__} gave no cache. In training with gradient "
-                    "checkpointing it has none: call model.eval(), or pass use_cache=False."
+                    "checkpointing it has none: call model.eval(), or pass use_cache=False. An encoder "
+                    "(BERT) has none either, and can't generate."
                 )
         return logits_of(output, self.model)
 

@@ -280,3 +280,9 @@ def test_sources_repeat_with_their_seed() -> None:
     )
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
+
+
+def test_a_layer_prints_as_one_line() -> None:
+    found = interaction_basis(mlp(), data(), ["1"])["1"]
+    ranks = f"rank_gram={found.rank_gram}, rank_jacobian={found.rank_jacobian}"
+    assert repr(found) == f"LayerBasis({found.dim} features of 6, {ranks}, rows=200)"

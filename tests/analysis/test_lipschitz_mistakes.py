@@ -216,7 +216,8 @@ def test_arguments(options: dict[str, Any], message: str) -> None:
 
 def test_models() -> None:
     with pytest.raises(
-        OptxError, match=r"input_shape is needed, as the model .* begin with a Linear but with Conv2d"
+        OptxError,
+        match=r"input_shape is needed, as the model .* begin with a Linear but with Conv2d.*\(784,\)",
     ):
         optx.analysis.lipschitz(nn.Sequential(nn.Conv2d(1, 1, 3)))
     with pytest.raises(OptxError, match=r"model is a function; it must be a torch.nn.Module"):

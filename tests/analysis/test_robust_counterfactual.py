@@ -225,3 +225,12 @@ def test_a_factual_whose_immutable_features_no_example_can_have_starts_from_itse
         )
         assert torch.equal(found.x[:, 0], x[:, 0])
         assert not bool(found.valid.any() | found.reached.any())
+
+
+def test_it_prints_as_one_line():
+    model = network()
+    found = robust_counterfactual(model, factuals(model), 1, data=examples(), k=50, tau=0.99, max_steps=1)
+    far = f"distance {found.distance.min():.3g} to {found.distance.max():.3g})"
+    counts = f"6 rows: {int(found.valid.sum())} of the class, {int(found.reached.sum())} reached; "
+    assert repr(found).startswith("Counterfactuals(" + counts)
+    assert repr(found).endswith(far)

@@ -97,6 +97,14 @@ def test_wrong_arguments() -> None:
         single_threadedness(made(), prompts(), steps=1).mean(0.5, 0.2)
 
 
+def test_it_prints_as_one_line() -> None:
+    found = single_threadedness(made(top_k=6), prompts(), steps=2)
+    said, mean = repr(found), found.mean()
+    assert said.startswith(f"SingleThreaded(3 rows of 2 steps, {mean['steps']:.0f} of them soft; ")
+    assert f"mixture and second {mean['soft_top2']:.3g}, " in said
+    assert "\n" not in said
+
+
 @given(st.integers(2, 20), st.integers(0, 10_000), st.floats(0.01, 20))
 def test_the_divergence_is_a_divergence(n: int, seed: int, scale: float) -> None:
     p, q = (torch.randn(2, n, generator=torch.Generator().manual_seed(seed)).double() * scale).softmax(-1)

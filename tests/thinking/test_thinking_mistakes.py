@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from grpo_models import PROMPTS, REWARDS, V, llama, rolled, thinking
 from torch import Tensor, nn
 
@@ -198,3 +199,12 @@ def test_mixtures_that_do_not_fit() -> None:
         handle.mixed(IDS + 31, y).__enter__()
     with pytest.raises(optx.OptxError, match=r"weights of row 0 .* sum"):
         handle.mixed(IDS, 3 * y).__enter__()
+
+
+def test_an_encoder_is_told_that_it_cannot_generate() -> None:
+    config = transformers.BertConfig(vocab_size=V, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    handle = optx.attach(transformers.BertModel(config).eval(), SoftThinking())
+    with pytest.raises(
+        optx.OptxError, match=r"BertModel gave no cache.* An encoder \(BERT\) has none either"
+    ):
+        handle.generate(IDS, max_new_tokens=2)

@@ -211,7 +211,8 @@ def _input_shape(model: nn.Module, given: int | Sequence[int] | None) -> tuple[i
         if not isinstance(first, nn.Linear):
             raise OptxError(
                 f"lipschitz: input_shape is needed, as the model does not begin with a Linear but with "
-                f"{type(first).__name__}: the shape of one input, without the batch."
+                f"{type(first).__name__}: the shape of one input, without the batch, as (784,) or "
+                "(1, 28, 28)."
             )
         return (first.in_features,)
     sizes = [given] if isinstance(given, int) else list(given)

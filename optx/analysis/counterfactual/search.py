@@ -44,6 +44,15 @@ class Counterfactuals:
     distance: Tensor
     valid: Tensor
 
+    def __repr__(self) -> str:
+        n = len(self.x)
+        return (
+            f"Counterfactuals({n} rows: {int(self.valid.sum())} of the class, "
+            f"{int(self.reached.sum())} reached; "
+            f"stability {self.stability.min():.3g} to {self.stability.max():.3g}, "
+            f"distance {self.distance.min():.3g} to {self.distance.max():.3g})"
+        )
+
 
 def robust_counterfactual(
     model: Any,

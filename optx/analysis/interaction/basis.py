@@ -50,6 +50,12 @@ class LayerBasis:
     rank_jacobian: int
     rows: int
 
+    def __repr__(self) -> str:
+        return (
+            f"LayerBasis({self.dim} features of {len(self.mean)}, rank_gram={self.rank_gram}, "
+            f"rank_jacobian={self.rank_jacobian}, rows={self.rows})"
+        )
+
     @property
     def dim(self) -> int:
         """How many features there are."""
