@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from optx._errors import OptxError, TargetError
 from optx.inject._handle import Handle
@@ -77,13 +78,20 @@ class LDLTHandle(Handle):
                 convolutions: they are unrolled for an image of that size.
 
         Raises:
-            OptxError: it is removed or disabled, or ``shape`` is missing or of other channels.
+            OptxError: it is removed or disabled, a weight was parametrized since, or ``shape`` is missing or
+                of other channels.
         """
         self._check_alive("certificate")
         if not all(one.part.enabled for one in self._ordered):
             raise OptxError(
                 "certificate: the handle is disabled, and the layers compute with their own weights."
             )
+        for one in self._ordered:
+            if is_parametrized(one.module, "weight"):
+                raise OptxError(
+                    f"certificate: {one.path}.weight has been parametrized after attach, and the certificate "
+                    "would be of another weight. Remove that parametrization."
+                )
         chain, modules = self.chain, [one.module for one in self._ordered]
         weights = [one.double() for one in self._now()]
         multipliers = chain.multipliers()
