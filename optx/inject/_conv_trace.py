@@ -85,7 +85,8 @@ def _is_leaf(module: nn.Module) -> bool:
     inner = own.startswith("torch.nn.") and not isinstance(
         module, nn.Sequential | nn.ModuleList | nn.ModuleDict
     )
-    return inner or is_norm(module) or isinstance(module, nn.Conv2d)
+    activation = own.startswith("optx.") and next(module.children(), None) is None
+    return inner or activation or is_norm(module) or isinstance(module, nn.Conv2d)
 
 
 class _Function:

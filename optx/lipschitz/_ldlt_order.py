@@ -93,8 +93,7 @@ def _as_registered(
     """A sequential chain in the model's order, with the slopes that a person declared."""
     if residual or declared is None or any(is_conv(site.module) for site in sites):
         raise TargetError(
-            f"attach: LDLT can't see how its layers are connected: torch.fx can't trace this {kind}, or "
-            f"does not "
+            f"attach: LDLT can't see how its layers are connected: torch.fx can't trace this {kind}, or does "
             f"find {missing!r} in it. Serve layers of an nn.Sequential, or, for Linear layers one behind the "
             'other in the model\'s order, say what lies between them: LDLT(activation="relu").'
         )

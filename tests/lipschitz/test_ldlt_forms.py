@@ -126,6 +126,7 @@ def test_dropout_is_counted() -> None:
     ("model", "targets", "words"),
     [
         (nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)), "0|2", "a LayerNorm .'1'."),
+        (nn.Sequential(nn.Linear(4, 4), optx.MaxMin(), nn.Linear(4, 2)), "0|2", "a MaxMin .'1'."),
         (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), "0|2", "a BatchNorm1d"),
         (nn.Sequential(nn.Linear(3, 4), nn.PReLU(), nn.Linear(4, 2)), "0|2", "a PReLU"),
         (nn.Sequential(nn.Linear(3, 4), nn.Softmax(1), nn.Linear(4, 2)), "0|2", "a Softmax"),
