@@ -469,6 +469,8 @@ class Wrapped(Optimizer):
         ``backslash/rate``           kappa nu / N, what weights were shrunk by at most
         ``clip/norm``                l2 norm of the gradients before `Clip` scaled them
         ``clip/scale``               what it multiplied them by, at most 1
+        ``normalized_grad/frozen``   tensors whose gradients were below the floor, and became 0
+        ``normalized_grad/norm``     of all gradients together (``per="global"``)
         ``perp_grad/removed``        share of the gradients' norm that lay along the weights, 0 to 1
         ``adamr/distance``           l2 distance of all weights that have an anchor from their anchors
         ``adamr/pull``               lr * weight / r of the step: the mean over param groups

@@ -54,6 +54,7 @@ def test_every_injection_tells_its_numbers_and_the_norm_of_its_change(row):
             optx.StableRPS,
             optx.PSDFactor,
             optx.VQLogits,
+            optx.LDLT,
         )  # from weights
 
 

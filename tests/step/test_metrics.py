@@ -41,6 +41,7 @@ MAKE = {
     "BackSlash": lambda model: optx.BackSlash(1e-3, exact=False),
     "SubGM": lambda model: optx.SubGM(0.1, 0.9),
     "Clip": lambda model: optx.Clip(0.125),
+    "NormalizedGrad": lambda model: optx.NormalizedGrad("global"),
     "PerpGrad": lambda model: optx.PerpGrad(),
     "AdamR": lambda model: optx.AdamR(weight=0.5),
     "HFT": lambda model: optx.HFT(model, blocks=r"blocks\.\d+"),
@@ -55,6 +56,11 @@ def of_clip(run):
     norm = math.sqrt(sum(float(g.square().sum()) for g in run.grads))
     assert norm > 0.125
     return {"clip/norm": norm, "clip/scale": 0.125 / (norm + 1e-6)}
+
+
+def of_normalized_grad(run):
+    norm = math.sqrt(sum(float(g.square().sum()) for g in run.grads))
+    return {"normalized_grad/frozen": 0.0, "normalized_grad/norm": norm}
 
 
 def of_perp_grad(run):
@@ -114,7 +120,7 @@ def of_subgm(run):
 EXPECTED = {
     **{"BackSlash": of_backslash, "SubGM": of_subgm},
     **{"Clip": of_clip, "PerpGrad": of_perp_grad, "AdamR": of_adamr, "HFT": of_hft, "KeepMask": of_keep_mask},
-    **{"SaRA": of_sara, "DSPReg": of_dsp_reg, "MuAdamW": of_mu},
+    **{"SaRA": of_sara, "DSPReg": of_dsp_reg, "MuAdamW": of_mu, "NormalizedGrad": of_normalized_grad},
 }
 
 
