@@ -31,14 +31,15 @@ ALIGNMENT = 16  # bytes: the widest access
 
 def compiler_options(program: Program, layout: Layout, kernel: str, nvidia: bool) -> dict[str, Any]:
     """How a kernel is compiled, besides its number of warps."""
-    crowded = {"update", *(f"reduce_{i}" for i, one in enumerate(program.levels) if i > 1 or len(one.summed()) > 1)}
+    sums = {f"reduce_{i}": level.summed() for i, level in enumerate(program.levels)}.get(kernel, ())
     options: dict[str, Any] = dict(LAUNCH)
-    if nvidia and kernel in crowded and layout.dtypes[0] != "float64":
-        # Left alone, ptxas aims at 80 registers, and in a program of many roles, one that takes several sums,
-        # or one that makes anew what two levels before it have made of gradients, spills two of them. With 128, four blocks on a multiprocessor keep 64 KiB of AdamW's loads
+    if nvidia and (kernel == "update" or len(sums) > 1) and layout.dtypes[0] != "float64":
+        # Left alone, ptxas aims at 80 registers, and in a program of many roles, or one that takes several
+        # sums, spills two of them. With 128, four blocks on a multiprocessor keep 64 KiB of AdamW's loads
         # in flight, where bandwidth times latency (0.8 us) asks for some 20, and 32 KiB of two roles that are
         # only summed.
-        options["maxnreg"] = 128
+        # One that makes anew what three levels before it have made of gradients needs some more.
+        options["maxnreg"] = 168 if kernel in ("reduce_3", "reduce_4", "reduce_5") else 128
     return options
 
 
