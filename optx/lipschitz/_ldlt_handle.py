@@ -46,12 +46,18 @@ class LDLTHandle(Handle):
         self, model: nn.Module, injection: Any, served: Sequence[Served], saved: Sequence[Saved] = ()
     ) -> None:
         super().__init__(model, injection, served, saved)
-        declared = None if injection.activation is None else _ldlt_slopes.named(injection.activation)
-        sites = [Site(one.path, one.module) for one in self.served]
-        order = order_of(model, sites, injection.residual, declared)
+        order = self._order(model)
         by_path = {one.path: one for one in self.served}
         self._ordered = [by_path[site.path] for site in order.sites]
         self.chain = _connected(self._ordered, order, injection)
+
+    def _order(self, model: nn.Module) -> Order:
+        """How the served layers are connected now."""
+        given = self.injection.activation
+        declared = None if given is None else _ldlt_slopes.named(given)
+        return order_of(
+            model, [Site(one.path, one.module) for one in self.served], self.injection.residual, declared
+        )
 
     # ---- the certificate ----------------------------------------------------------------------------
 
@@ -78,7 +84,8 @@ class LDLTHandle(Handle):
                 convolutions: they are unrolled for an image of that size.
 
         Raises:
-            OptxError: it is removed or disabled, a weight was parametrized since, or ``shape`` is missing or
+            OptxError: it is removed or disabled; the model was changed since, so that it computes something
+                else (another activation, a weight parametrized, a forward hook); or ``shape`` is missing or
                 of other channels.
         """
         self._check_alive("certificate")
@@ -86,12 +93,7 @@ class LDLTHandle(Handle):
             raise OptxError(
                 "certificate: the handle is disabled, and the layers compute with their own weights."
             )
-        for one in self._ordered:
-            if is_parametrized(one.module, "weight"):
-                raise OptxError(
-                    f"certificate: {one.path}.weight has been parametrized after attach, and the certificate "
-                    "would be of another weight. Remove that parametrization."
-                )
+        self._check_as_attached()
         chain, modules = self.chain, [one.module for one in self._ordered]
         weights = [one.double() for one in self._now()]
         multipliers = chain.multipliers()
@@ -113,6 +115,31 @@ class LDLTHandle(Handle):
         gain = math.prod(link.gain for link in chain.links)
         ends = self._ordered[0].path, self._ordered[len(C)].path
         return Certificate(chain.L, found, chain.L * gain, *ends)
+
+    def _check_as_attached(self) -> None:
+        """Raise where the model computes another thing than the chain that it was."""
+        for one in self._ordered:
+            if is_parametrized(one.module, "weight"):
+                raise OptxError(
+                    f"certificate: {one.path}.weight has been parametrized after attach, and the certificate "
+                    "would be of another weight. Remove that parametrization."
+                )
+            if (hook := _foreign_hook(one.module)) is not None:
+                raise OptxError(
+                    f"certificate: {one.path!r} has a forward hook ({hook}), which may change what it "
+                    "computes. Remove it."
+                )
+        try:
+            order = self._order(self.model)
+        except TargetError as error:
+            said = str(error).removeprefix("attach: ")
+            raise OptxError(f"certificate: the model has been changed after attach. {said}") from error
+        paths = [one.path for one in order.sites] == [one.path for one in self._ordered]
+        if not paths or order.links != self.chain.links or order.form != self.chain.form:
+            raise OptxError(
+                "certificate: what lies between the layers is not what it was at attach, where the weights "
+                "were made for it. Put it back, or attach LDLT anew."
+            )
 
     def _now(self) -> list[Tensor]:
         merged = [one.part.merged for one in self._ordered]
@@ -144,6 +171,16 @@ class LDLTHandle(Handle):
                 f"L={self.chain.L:g}: its V mean other weights here. Attach with that L, and load again."
             )
         super().load_state_dict(state_dict)
+
+
+def _foreign_hook(module: nn.Module) -> str | None:
+    """The name of a forward hook that is not optx's."""
+    for kind in ("_forward_pre_hooks", "_forward_hooks"):
+        for hook in vars(module)[kind].values():
+            owner: Any = getattr(hook, "__self__", hook)
+            if not type(owner).__module__.startswith("optx."):
+                return getattr(hook, "__qualname__", type(owner).__name__)
+    return None
 
 
 def _own(module: Any) -> Tensor:

@@ -92,10 +92,11 @@ class NormalizedGrad(Transform):
         ``eps=2.2e-16``: authors' code, which has no floor; at a norm of 1e-12 it shortens steps by 2e-4.
         ``per="tensor"``: W, or K and Q each (the default), with SGD, lr 0.1, all data at once, 2000 steps.
 
-    Limits: What the base adds is not normalised: weight decay and momentum act on where gradients are frozen.
-    An optimizer that divides by the gradient's usual size (Adam) makes steps of its own length; there this
-    but lets each batch weigh the same. In mini-batch training steps do not shrink as the gradient does: use
-    a schedule.
+    Limits: A gradient with inf or nan makes all weights of its norm nan; ``wrap(..., skip_nonfinite=True)``
+    leaves such steps out. What the base adds is not normalised: weight decay and momentum act on where
+    gradients are frozen. An optimizer that divides by the gradient's usual size (Adam) makes steps of its own
+    length; there this but lets each batch weigh the same. In mini-batch training steps do not shrink as the
+    gradient does: use a schedule.
 
     Keywords: normalised gradient descent, NGD, gradient normalization, unit gradient, layer-wise, implicit
     bias, max-margin, saturation.
