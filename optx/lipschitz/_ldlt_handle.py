@@ -235,16 +235,14 @@ def _check_form(served: Sequence[Served], order: Order, L: float | None) -> None
         if (skip.in_features, skip.out_features) != (first.in_features, out.out_features):
             raise TargetError(
                 f"attach: LDLT: the skip {paths[-1]!r} is {skip.in_features} to {skip.out_features}, and "
-                f"the branch "
-                f"{first.in_features} to {out.out_features}."
+                f"the branch {first.in_features} to {out.out_features}."
             )
         return
     if len(served) > 2 or order.links[0].low != 0.0:
         raise TargetError(
-            f"attach: LDLT(residual=True) with nothing on the skip serves two layers with an activation of "
-            f"slopes "
-            f"from 0 between them; {paths} have {len(served)} layers and slopes from {order.links[0].low:g}. "
-            "Serve such blocks one by one, or put a Linear on the skip."
+            "attach: LDLT(residual=True) with nothing on the skip serves two layers with an activation of "
+            f"slopes from 0 between them; {paths} have {len(served)} layers and slopes from "
+            f"{order.links[0].low:g}. Serve such blocks one by one, or put a Linear on the skip."
         )
     if L is not None and L < 1.0:
         raise TargetError(

@@ -28,8 +28,7 @@ class Certificate:
     Attributes:
         L: the Lipschitz constant in l2, from the first layer's input to the last's output, in eval mode.
         min_eigenvalue: of N - Y^T Y in float64, whose being at least 0 proves it; for convolutions on an
-            image
-            of the size that was given.
+            image of the size that was given.
         training_L: the constant while dropout between the layers acts: L times 1 / (1 - p) of each.
         first: the path of the first layer.
         last: and of the last.

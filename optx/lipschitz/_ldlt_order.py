@@ -132,10 +132,9 @@ def _walk(op: Op, goal: Op, served: dict[int, str]) -> _Way:
         if len(users) != 1:
             raise TargetError(
                 f"attach: LDLT: what comes from {start!r} goes to {len(users)} places, so "
-                f"{served[id(goal)]!r} is "
-                "not all that is behind it, and the layers are no chain. For a skip from the first layer's "
-                "input "
-                "to the last's output there is LDLT(residual=True); else serve the parts by themselves."
+                f"{served[id(goal)]!r} is not all that is behind it, and the layers are no chain. For a "
+                "skip from the first layer's input to the last's output there is LDLT(residual=True); else "
+                "serve the parts by themselves."
             )
         now = users[0]
         if now is goal:
@@ -143,8 +142,7 @@ def _walk(op: Op, goal: Op, served: dict[int, str]) -> _Way:
         if id(now) in served:
             raise TargetError(
                 f"attach: LDLT: {served[id(now)]!r} follows {start!r}, where {served[id(goal)]!r} was "
-                f"called next: "
-                "the layers are no chain."
+                "called next: the layers are no chain."
             )
         _pass(now, way, start)
 
@@ -164,10 +162,9 @@ def _pass(op: Op, way: _Way, start: str) -> None:
     elif not (isinstance(op.module, nn.Identity) or (op.module is None and op.path in _SAME)):
         what = op.path if op.module is None else f"a {type(op.module).__name__} ({op.path!r})"
         raise TargetError(
-            f"attach: LDLT: behind {start!r} is {what}, which is no elementwise function of slopes that LDLT "
-            "knows, so there is no certificate of a chain across it. Leave out the layers on one side of "
-            "it, or "
-            "exchange it; ReLU, LeakyReLU, ELU, tanh, sigmoid and softplus are served."
+            f"attach: LDLT: behind {start!r} is {what}, which is no elementwise function of slopes that "
+            "LDLT knows, so there is no certificate of a chain across it. Leave out the layers on one side "
+            "of it, or exchange it; ReLU, LeakyReLU, ELU, tanh, sigmoid and softplus are served."
         )
 
 
@@ -217,10 +214,8 @@ def _skip(mine: Sequence[Op], served: dict[int, str]) -> Op | None:
                 return _on_skip(last, other, first)
     raise TargetError(
         "attach: LDLT(residual=True) serves y = A x + B w + b: the last layer's output plus the first "
-        "layer's "
-        f"input, or plus a served Linear of that; found no such sum behind {served[id(mine[-1])]!r}. Name "
-        f"the "
-        "skip's Linear among targets too, or leave residual out."
+        "layer's input, or plus a served Linear of that; found no such sum behind "
+        f"{served[id(mine[-1])]!r}. Name the skip's Linear among targets too, or leave residual out."
     )
 
 

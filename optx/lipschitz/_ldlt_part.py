@@ -171,9 +171,8 @@ class Chain:
             if is_dtensor(one) or one.is_meta or one.device != V[0].device:
                 raise OptxError(
                     "LDLT: the layers of a chain are sharded (FSDP2), offloaded, or on several devices, and "
-                    "each "
-                    "weight depends on those before it. Keep a chain whole on one device, or use DDP; or "
-                    "merge."
+                    "each weight depends on those before it. Keep a chain whole on one device, or use DDP; "
+                    "or merge."
                 )
         return [*V], [*a]
 

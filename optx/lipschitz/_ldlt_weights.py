@@ -132,10 +132,9 @@ class Roots:
         """What is said where float64 has no factor either."""
         return OptxError(
             f"LDLT: V V^T + alpha I of the chain {links[0].path!r} to {links[-1].path!r} has no Cholesky "
-            f"factor "
-            "in float64: its V or a has inf or nan, or V outgrew every alpha. The weights can't be "
-            "computed, and "
-            "a projection would void the certificate. Lower the learning rate, or load an earlier state."
+            "factor in float64: its V or a has inf or nan, or V outgrew every alpha. The weights can't be "
+            "computed, and a projection would void the certificate. Lower the learning rate, or load an "
+            "earlier state."
         )
 
 

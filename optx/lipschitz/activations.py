@@ -30,8 +30,7 @@ class GroupSort(nn.Module):
         none is said to be best.
 
     Limits: ``dim`` must be a multiple of ``group_size``. After it, weights that are to bound the network
-    must be
-        bounded themselves.
+        must be bounded themselves.
 
     Keywords: MaxMin, FullSort, OPLU, 1-Lipschitz, gradient norm preservation, certified robustness.
 
@@ -129,8 +128,7 @@ class Householder(nn.Module):
         ``group_size=2`` (the default).
 
     Limits: ``channels`` must be a multiple of ``group_size``. ``weight`` (groups, group_size) is divided by
-    its norm
-        in float32 at every call; a row of zeros has none, and gives nan.
+        its norm in float32 at every call; a row of zeros has none, and gives nan.
 
     Keywords: reflection, MaxMin, 1-Lipschitz, gradient norm preservation, certified robustness.
 

@@ -30,8 +30,7 @@ class Implicit(nn.Module):
         None to set.
 
     Limits: That there is one fixed point for each input is not checked here; where `optx.analysis.lipschitz`
-    bounds
-        it, there is.
+        bounds it, there is.
 
     Keywords: deep equilibrium, DEQ, implicit layer, fixed point, monotone operator.
 

@@ -81,8 +81,7 @@ class LDLT(Injection):
     Raises:
         OptxError: an option out of range.
         TargetError: at attach, layers that are no chain, a thing between them that voids the certificate, or
-            weights
-            that no chain of this L has; names the smallest L.
+            weights that no chain of this L has; names the smallest L.
 
     Example:
         >>> import torch, optx
@@ -115,8 +114,7 @@ class LDLT(Injection):
             if self.init == "raw":
                 raise OptxError(
                     "LDLT: L is 'auto', the smallest that keeps the weights, and init is 'raw', which keeps "
-                    "none. "
-                    "Give a number, or leave init out."
+                    "none. Give a number, or leave init out."
                 )
         else:
             object.__setattr__(self, "L", check_above_0("LDLT", "L", self.L))
@@ -161,8 +159,7 @@ class LDLT(Injection):
         if conv and module.padding_mode not in ("zeros", "circular"):
             raise TargetError(
                 f"attach: LDLT: {path!r} pads by {module.padding_mode!r}, which counts some inputs several "
-                f"times; "
-                "'zeros' and 'circular' are served."
+                "times; 'zeros' and 'circular' are served."
             )
         return LDLTWeight(module, path, self.keeps)
 
@@ -174,8 +171,7 @@ class LDLT(Injection):
             if id(weight) in seen:
                 raise TargetError(
                     f"attach: LDLT: {seen[id(weight)]!r} and {site.path!r} share one weight, and each place "
-                    f"in a "
-                    "chain has one of its own. Untie them first."
+                    "in a chain has one of its own. Untie them first."
                 )
             seen[id(weight)] = site.path
         return super().parts(sites)

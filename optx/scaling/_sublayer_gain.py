@@ -161,8 +161,7 @@ def blocks_of(
     if not matrices:
         raise OptxError(
             f"{owner}: the model has no matrix to look at ({len(left_out)} parameters of two dimensions or "
-            "more are "
-            "left out; embeddings=True takes embeddings too)."
+            "more are left out; embeddings=True takes embeddings too)."
         )
     return [Block.start(one, vectors) for one in matrices], left_out
 

@@ -292,3 +292,12 @@ def test_it_follows_neither_gradients_nor_the_generator() -> None:
         found = attention_svm(X.requires_grad_(), z, chosen, "nuc", rank=2)
     assert not found.W.requires_grad
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_was_found_is_one_line() -> None:
+    X, z = torch.tensor([[[2.0, 0], [0, 1]]]), torch.tensor([[1.0, 2]])
+    assert repr(optx.analysis.attention_svm(X, z, [0])) == (
+        "AttentionSVM(fro: norm 0.2, gap 0, 1 of 1 constraints active)"
+    )
+    twice = optx.analysis.attention_svm(X[:, [0, 0]], z, [0])
+    assert repr(twice) == "AttentionSVM(fro: infeasible, 1 constraints)"

@@ -56,6 +56,14 @@ class AttentionSVM:
     value: float
     gap: float
 
+    def __repr__(self) -> str:
+        if not self.feasible:
+            return f"AttentionSVM({self.norm}: infeasible, {len(self.duals)} constraints)"
+        return (
+            f"AttentionSVM({self.norm}: norm {self.value:.4g}, gap {self.gap:.1g}, "
+            f"{int(self.support.sum())} of {len(self.duals)} constraints active)"
+        )
+
 
 def attention_svm(
     X: Any, z: Any, chosen: Any, norm: Norm = "fro", *, rank: int | None = None

@@ -125,8 +125,7 @@ class Graph:
         ):
             raise OptxError(
                 "branches may be added, subtracted and joined, and single values multiplied by constants; "
-                "this is "
-                "none of it, and has no quadratic constraint"
+                "this is none of it, and has no quadratic constraint"
             )
         constants = [
             leaf.detach().to("cpu", torch.float64)
@@ -154,9 +153,8 @@ class Graph:
             seen.add(one)
             if any(self.order[user] > self.order[node] for user in one.users):
                 raise OptxError(
-                    f"lipschitz: {what} writes in place what {one.name!r} gave, which is read again "
-                    "later; what "
-                    "it then has is not what the graph says. Use inplace=False."
+                    f"lipschitz: {what} writes in place what {one.name!r} gave, which is read again later; "
+                    "what it then has is not what the graph says. Use inplace=False."
                 )
             if one.op in ("call_module", "call_method", "call_function"):
                 todo += one.all_input_nodes[:1]

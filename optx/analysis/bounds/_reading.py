@@ -192,11 +192,9 @@ class _Reader:
             raise
         except Exception as error:  # whatever a forward does with what has no numbers
             raise OptxError(
-                f"lipschitz: {where(path, module)} cannot be read by torch.fx: {error} Its forward must "
-                "be free "
-                "of decisions by its input; or give the class a method lipschitz_form() that returns a "
-                "module "
-                "which can be read."
+                f"lipschitz: {where(path, module)} cannot be read by torch.fx: {error} Its forward must be "
+                "free of decisions by its input; or give the class a method lipschitz_form() that returns a "
+                "module which can be read."
             ) from error
         return Graph(self, module, path, nodes, can_cut).run(value)
 

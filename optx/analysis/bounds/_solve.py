@@ -50,8 +50,7 @@ def solver_for(rows: int, wanted: str | None, max_rows: int | None) -> str:
         if importlib.util.find_spec("cvxpy") is None:
             raise OptxError(
                 f"lipschitz: solver is {wanted!r}, and cvxpy is not installed. pip install cvxpy clarabel "
-                "scs, or "
-                f"pass solver={OWN!r}, which needs neither."
+                f"scs, or pass solver={OWN!r}, which needs neither."
             )
         if solver not in _installed():
             raise OptxError(f"lipschitz: solver is {wanted!r}; it must be {OWN!r} or one of {_installed()}.")
@@ -59,9 +58,8 @@ def solver_for(rows: int, wanted: str | None, max_rows: int | None) -> str:
     if rows > most:
         raise OptxError(
             f"lipschitz: the inequality has {rows} rows (inputs that are told apart, and hidden units), "
-            f"above {most}, "
-            f"and {solver} would take very long. Pass split=2 to cut the network, method='product', "
-            f"solver={OWN!r}, or a larger max_rows."
+            f"above {most}, and {solver} would take very long. Pass split=2 to cut the network, "
+            f"method='product', solver={OWN!r}, or a larger max_rows."
         )
     return solver
 
@@ -84,9 +82,8 @@ def solve(problem: Inequality, solver: str) -> Solved:
     if solver == OWN:
         if inside is None:
             raise OptxError(
-                "lipschitz: no multipliers are known from which the first-order method could begin, as "
-                "the network "
-                "feeds an activation with itself; pass solver='CLARABEL'."
+                "lipschitz: no multipliers are known from which the first-order method could begin, as the "
+                "network feeds an activation with itself; pass solver='CLARABEL'."
             )
         t, status = descend(problem, inside), "descended"
     else:
@@ -95,8 +92,7 @@ def solve(problem: Inequality, solver: str) -> Solved:
     if rho is None:
         raise OptxError(
             f"lipschitz: {solver} ended with {status!r}, but its multipliers prove no bound in float64. "
-            "Pass another "
-            f"solver ('CLARABEL', 'SCS', {OWN!r}), or method='product'."
+            f"Pass another solver ('CLARABEL', 'SCS', {OWN!r}), or method='product'."
         )
     return Solved(problem.scale * rho**0.5 * (1 + 1e-15), solver, status)
 
