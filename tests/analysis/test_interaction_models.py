@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -140,3 +141,26 @@ def test_smollm2() -> None:
     assert not torch.equal(model(**batch).logits, before)
     handle.remove()
     assert torch.equal(model(**batch).logits, before)
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_padding_that_counts_is_told(left: bool) -> None:
+    model, x, mask = gpt2(), ids(), torch.ones(6, 5).long()
+    mask[2, 3:], mask[4, 2:] = 0, 0
+    mask = mask.flip(1) if left else mask
+    for pair in ((x, mask), (x, mask.bool())):
+        with pytest.warns(UserWarning, match="second tensor looks like an attention mask"):
+            found = interaction_basis(model, [pair], LAYERS[:1], "pca")
+        assert found[LAYERS[0]].rows == 30
+        with pytest.warns(UserWarning, match="degeneracy: a batch is a pair whose second tensor looks"):
+            degeneracy(model, [pair], ["transformer.h.0.attn.c_proj"], sources=1)
+    square = (mask[:, None, None, :] * torch.ones(5, 5).long().tril()).bool()
+    with pytest.warns(UserWarning, match=r"attention_mask has shape \(6, 1, 5, 5\)"):
+        interaction_basis(model, [{"input_ids": x, "attention_mask": square}], LAYERS[:1], "pca")
+
+
+@pytest.mark.parametrize("second", [torch.ones(6, 5).long(), torch.zeros(6, 5).long(), ids(), torch.ones(6)])
+def test_other_targets_are_no_mask(second: Tensor) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        interaction_basis(gpt2(), [(ids(), second)], LAYERS[:1], "pca")

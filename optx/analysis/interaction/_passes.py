@@ -14,6 +14,7 @@ from optx._batches import on_device_of
 from optx._errors import OptxError, near
 from optx._module_paths import paths_of
 from optx._no_trace import randomness_kept
+from optx.analysis.interaction._padding import mask_of, warn_of_a_mask
 from optx.delta._input_stats import call
 from optx.inject._nested import tensors_in
 from optx.inject._part import output_of, with_output
@@ -178,7 +179,7 @@ class Passes:
                     f"{self.owner}: {path!r} gives {tuple(seen[path].value.shape)} and the model "
                     f"{tuple(output.shape)}; the first dimension of both must be the batch."
                 )
-        return Pass(output, seen, _mask(inputs))
+        return Pass(output, seen, mask_of(self.owner, inputs))
 
     def _output_of(self, inputs: Any, seen: Mapping[str, Seen], until: str | None) -> Tensor:
         try:
@@ -262,6 +263,8 @@ class Passes:
                 f"{self.owner}: a batch is a {type(batch).__name__} of {len(parts)}; it must be a tensor, a "
                 "mapping of keyword arguments or a pair (inputs, target)."
             )
+        if len(parts) == 2:
+            warn_of_a_mask(self.owner, *parts)
         return parts[0]
 
 
@@ -270,11 +273,3 @@ def _why(shapes: Sequence[tuple[int, ...]], size: int) -> str:
         return f"called {len(shapes)} times" if shapes else "not called"
     fits = len(shapes[0]) in (2, 3) and shapes[0][0] == size
     return "" if fits else f"gives {shapes[0]}, which does not begin with the batch of {size}"
-
-
-def _mask(inputs: Any) -> Tensor | None:
-    """Which positions are no padding."""
-    found = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    if not isinstance(found, Tensor) or found.ndim != 2 or bool(found.bool().all()):
-        return None
-    return found.bool()

@@ -207,7 +207,8 @@ def interaction_basis(
     Args:
         model: any module.
         loader: batches, read once a layer: tensors, mappings (by keyword) or pairs (inputs, target). Where a
-            mapping has an ``attention_mask``, padding doesn't count.
+            mapping has an ``attention_mask`` (batch, positions), padding doesn't count; in what else a batch
+            is it does.
         layers: paths of modules in the order in which they are called, each once a pass, with outputs
             (batch, features) or (batch, positions, features), or tuples that begin with one.
         kind: ``"local"``: J is of the next chosen layer's features, of the last one of the model's output;
