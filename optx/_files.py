@@ -30,6 +30,20 @@ def as_path(owner: str, argument: str, given: Any) -> Path:
     return Path(given).expanduser()  # pyright: ignore[reportUnknownArgumentType]
 
 
+def check_writable(owner: str, argument: str, path: Path) -> None:
+    """Raise, before what takes long, if nothing can be written into a file's folder.
+
+    Raises:
+        OptxError: it can't; the system's reason is told.
+    """
+    try:  # permissions alone do not tell: a disk may be read-only, and a superuser passes by them
+        tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.").cleanup()
+    except OSError as error:
+        raise OptxError(
+            f"{owner}: {argument} is {str(path)!r}, which can't be written to its folder ({error.strerror})."
+        ) from None
+
+
 @contextmanager
 def written_aside(path: str | PathLike[str]) -> Generator[Path]:
     """A temporary file in the target's folder, which takes the target's name at the end.

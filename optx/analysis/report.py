@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from optx._errors import OptxError, near
-from optx._files import as_path
+from optx._files import as_path, check_writable
 from optx._no_trace import model_kept, randomness_kept
 from optx.analysis._report_page import Clock, Report, Section
-from optx.analysis._report_pass import batches_of, run
+from optx.analysis._report_pass import OWNER, batches_of, run
 from optx.analysis._report_sections import SECTIONS, Material
 
 
@@ -64,8 +64,8 @@ def report(
     Evidence: no recipe; ``test_report.py``.
 
     Raises:
-        OptxError: data that is none, an unknown section, no matplotlib where it is needed, or a loss that is
-            none.
+        OptxError: data that is none, an unknown section, no matplotlib where it is needed, a file that can't
+            be written, or a loss that is none.
 
     Example:
         >>> import torch, optx
@@ -142,6 +142,13 @@ def _paths(**given: str | Path | None) -> dict[str, Path]:
     for name, path in found.items():
         if not path.parent.is_dir():
             raise OptxError(f"report: {name} is {str(path)!r}, and there is no folder {str(path.parent)!r}.")
+        if path.is_dir():
+            raise OptxError(f"report: {name} is {str(path)!r}, a folder; it must be the name of a file.")
+        check_writable(OWNER, name, path)
+    if len(found) > len({path.resolve() for path in found.values()}):
+        raise OptxError(
+            f"report: picture and html are both {str(found['html'])!r}; one would replace the other."
+        )
     return found
 
 

@@ -188,6 +188,27 @@ def test_mistakes(case: str) -> None:
         report(**{"model": NET, "data": X, "show": False, **changed})
 
 
+def test_files_that_could_not_be_written_are_told_before_the_model_runs(tmp_path: Path) -> None:
+    def never(*_: Any) -> Any:
+        raise AssertionError("the model ran")
+
+    net, page = nn.Linear(3, 2), tmp_path / "page"
+    net.register_forward_pre_hook(never)
+    page.write_bytes(b"as it was")
+    with pytest.raises(optx.OptxError, match=r"picture and html are both '.*page'; one would replace"):
+        report(net, X, picture=page, html=tmp_path / "." / "page", show=False)
+    with pytest.raises(optx.OptxError, match=r"picture is '.*', a folder; it must be the name of a file"):
+        report(net, X, picture=tmp_path, show=False)
+    refused = mock.patch("tempfile.mkdtemp", side_effect=OSError(30, "Read-only file system"))
+    with (
+        refused,
+        pytest.raises(optx.OptxError, match=r"html is '.*page', which can't be written .*Read-only"),
+    ):
+        report(net, X, html=page, show=False)
+    assert page.read_bytes() == b"as it was"
+    assert list(tmp_path.iterdir()) == [page]
+
+
 def test_without_matplotlib_a_file_is_refused_at_once_and_the_page_is_printed() -> None:
     module = sys.modules["optx.analysis.report"]
     with mock.patch.object(module, "find_spec", return_value=None):
