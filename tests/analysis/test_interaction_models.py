@@ -164,3 +164,11 @@ def test_other_targets_are_no_mask(second: Tensor) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         interaction_basis(gpt2(), [(ids(), second)], LAYERS[:1], "pca")
+
+
+def test_a_loader_of_padding_alone_has_no_sample() -> None:
+    padding = {"input_ids": ids(), "attention_mask": torch.zeros(6, 5).long()}
+    with pytest.raises(optx.OptxError, match="interaction_basis: the loader's batches have no sample"):
+        interaction_basis(gpt2(), [padding], LAYERS, "pca")
+    with pytest.raises(optx.OptxError, match="degeneracy: the loader's batches have no sample"):
+        degeneracy(gpt2(), [padding], ["transformer.h.0.attn.c_proj"], sources=1)

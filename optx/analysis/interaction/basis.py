@@ -231,7 +231,8 @@ def interaction_basis(
         goes around a layer (a residual stream), it is not seen; name the stream. At the output itself it is
         principal components (J is the identity). ``dim`` is at most both ranks where these are exact; eps
         bounds each by itself. Samples must not depend on each other; take 5 for each feature or more. Exact
-        derivatives of a language model's logits are out of reach: give sources.
+        derivatives of a language model's logits are out of reach: give sources. The mask is taken for every
+        layer with as many positions: of an encoder-decoder for the decoder's too, if these are as many.
 
     Keywords: LIB, RIB, interpretability, degeneracy, singular learning theory, features, PCA, Jacobian,
         Gram matrix, ablation, modularity, interaction graph.

@@ -295,6 +295,8 @@ def _add_values(sums: _Sums, one: Pass, path: str, relus: _ReLUs) -> None:
 
 
 def _counted(path: str, sums: _Sums, eps: float, delta: float) -> LayerDegeneracy:
+    if not sums.gram.n:
+        raise OptxError(f"{OWNER}: the loader's batches have no sample.")
     G = sums.gram.matrix
     K = sums.moment.matrix(sums.gram.n, G)
     check_finite(OWNER, path, G, K)
