@@ -32,7 +32,7 @@ def bounds() -> dict[str, str]:
     found: dict[str, str] = {}
     for extra, entry in lists.items():
         assert entry is not None, extra
-        for name, bound in re.findall(r'"([\w.-]+)>=([\d.]+)', entry[1]):
+        for name, bound in re.findall(r'"([\w.-]+)(?:\[\w+\])?>=([\d.]+)', entry[1]):
             if extra != "test" or name == "peft":
                 found[name] = bound
     return found
