@@ -13,6 +13,7 @@ FOLDERS = (
 
 _BOUNDS = "lipschitz lipschitz_forms lipschitz_certificates lipschitz_mistakes slopes"
 _BOUND_FILES = "first_order graph inequality linear reading refusals search slopes solve system"
+_LINES = "fused_cpu user_rules fused_rounding adamr"
 _STEP = "moments user_rules perpgrad adamr skip_nonfinite fused_cpu wrap_bases resume"
 
 # Module -> its test files, without their folder, test_ and .py, the likeliest to notice a fault first.
@@ -49,6 +50,7 @@ TABLE = {
     "optx/analysis/interaction/_gram.py": "interaction_basis degeneracy",
     "optx/analysis/interaction/_jacobian.py": "interaction_basis interaction_models",
     "optx/analysis/interaction/_modularity.py": "interaction_graph",
+    "optx/analysis/interaction/_padding.py": "interaction_models",
     "optx/analysis/interaction/_passes.py": "interaction_refusals interaction_models degeneracy",
     "optx/analysis/interaction/_table.py": "interaction_refusals",
     "optx/analysis/interaction/basis.py": "interaction_basis interaction_refusals",
@@ -486,9 +488,7 @@ TABLE = {
     "optx/step/wrap.py": f"arithmetic_step errors {_STEP}",
     "optx/step/wrapped.py": f"arithmetic_step errors {_STEP}",
     "kernels/entries/cpu.py": "gather",
-    "kernels/step/cpu_lines.py": "fused_cpu user_rules fused_rounding adamr",
-    "kernels/step/lines.py": "fused_cpu user_rules fused_rounding adamr",
-    "kernels/step/emit_cpu.py": "fused_cpu user_rules fused_rounding adamr",
+    **{f"kernels/step/{name}.py": _LINES for name in ("cpu_lines", "lines", "emit_cpu")},
     "kernels/step/hints.py": "hints",
     "kernels/step/cpu.py": "fused_cpu fused_groups fused_memory fused_rounding",
 }
