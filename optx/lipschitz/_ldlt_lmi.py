@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from optx.inject._weights import is_conv
 from optx.lipschitz._ldlt_weights import Link
@@ -97,17 +96,8 @@ def unrolled(module: Any, weight: Tensor, shape: Sequence[int]) -> tuple[Tensor,
     size = torch.Size(shape).numel()
     images = torch.eye(size, dtype=weight.dtype, device=weight.device).view(size, *shape)
     with torch.no_grad():
-        out = _convolved(module, images, weight)
+        out = module._conv_forward(images, weight, None)
     return out.flatten(1).mT, tuple(out.shape[1:])
-
-
-def _convolved(module: Any, images: Tensor, weight: Tensor) -> Tensor:
-    conv = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}[type(module)]
-    padding: Any = module.padding
-    if module.padding_mode == "circular":
-        images = F.pad(images, module._reversed_padding_repeated_twice, mode="circular")
-        padding = 0
-    return conv(images, weight, None, module.stride, padding, module.dilation, module.groups)
 
 
 def matrices(

@@ -149,7 +149,11 @@ def _walk(op: Op, goal: Op, served: dict[int, str]) -> _Way:
 
 def _pass(op: Op, way: _Way, start: str) -> None:
     """Take one operation into account."""
-    if (slopes := slopes_of.of(op)) is not None:
+    try:
+        slopes = slopes_of.of(op)
+    except OptxError as error:
+        raise TargetError(f"attach: LDLT: behind {start!r}: {error}") from error
+    if slopes is not None:
         way.slopes = slopes_of.product(way.slopes, slopes)
     elif isinstance(op.module, nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d):
         way.gain *= _gain(op.module.p, start)
@@ -273,8 +277,8 @@ def _checked(slopes: Slopes, path: str, declared: Slopes | None) -> Slopes:
     if slopes[0] < 0.0:
         raise TargetError(
             f"attach: LDLT: the activation behind {path!r} (such as GELU or SiLU) has slopes in "
-            f"{list(slopes)}, "
-            f"outside of [0, 1]. Exchange it, or say that you mean it: LDLT(activation={slopes})."
+            f"{list(slopes)}, outside of [0, 1]. Exchange it, or say that you mean it: "
+            f"LDLT(activation={slopes})."
         )
     return slopes if slopes[0] < slopes[1] else (0.0, max(1.0, slopes[1]))
 
@@ -298,7 +302,7 @@ def _positions(site: Site, before: Site, way: _Way) -> int:
         raise TargetError(
             f"attach: LDLT: {site.path!r} has {module.in_features} inputs and {before.path!r} before it "
             f"{outputs} outputs{', which nothing flattens' if is_conv(earlier) and not way.flat else ''}: "
-            f"they "
-            "are not neighbours in a chain. Name every layer of it, in a model that calls them in its order."
+            "they are not neighbours in a chain. Name every layer of it, in a model that calls them in its "
+            "order."
         )
     return module.in_features // outputs

@@ -1,41 +1,31 @@
-"""Between which slopes an activation lies: modules, functions and names."""
+"""Between which slopes an activation lies that `optx.LDLT` serves: modules, functions and names."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from optx._errors import OptxError, shown
 from optx.inject._conv_trace import Op
+from optx.lipschitz._slopes import slopes_of
 
 Slopes = tuple[float, float]
 
-_UNIT: Slopes = (0.0, 1.0)
-_SELU = 1.0507009873554805 * 1.6732632423543772  # scale times alpha, the slope just below 0
-
-# Elementwise, by the name that functions and (in lower case) modules have; options are those of the module.
-_PLAIN: dict[str, Slopes] = {
-    **dict.fromkeys(("relu", "relu6", "tanh", "softplus", "hardtanh", "softsign"), _UNIT),
-    **dict.fromkeys(("logsigmoid", "tanhshrink", "softshrink"), _UNIT),
-    "sigmoid": (0.0, 0.25),
-    "hardsigmoid": (0.0, 1.0 / 6.0),
-    "selu": (0.0, _SELU),
-}
-_OPTIONED: dict[str, tuple[str, float, Callable[[float], Slopes]]] = {
-    "leaky_relu": ("negative_slope", 0.01, lambda slope: (min(slope, 1.0), max(slope, 1.0))),
-    "leakyrelu": ("negative_slope", 0.01, lambda slope: (min(slope, 1.0), max(slope, 1.0))),
-    "elu": ("alpha", 1.0, lambda alpha: (min(alpha, 0.0), max(alpha, 1.0))),
-    "celu": ("alpha", 1.0, lambda alpha: _UNIT),
+# Elementwise, by the name that functions and (in lower case) modules have.
+_SERVED: dict[str, type[nn.Module]] = {
+    **{"relu": nn.ReLU, "relu6": nn.ReLU6, "leaky_relu": nn.LeakyReLU, "leakyrelu": nn.LeakyReLU},
+    **{"elu": nn.ELU, "celu": nn.CELU, "selu": nn.SELU, "softplus": nn.Softplus, "sigmoid": nn.Sigmoid},
+    **{"tanh": nn.Tanh, "tanhshrink": nn.Tanhshrink, "softshrink": nn.Softshrink, "softsign": nn.Softsign},
+    **{"hardtanh": nn.Hardtanh, "logsigmoid": nn.LogSigmoid, "hardsigmoid": nn.Hardsigmoid},
 }
 BEYOND: dict[str, Slopes] = {
     "gelu": (-0.13, 1.13),
     "silu": (-0.1, 1.1),
     "hardswish": (-0.5, 1.5),
 }
-"""Whose slopes leave [0, 1] on both sides: served where a person says so."""
+"""Whose slopes leave [0, 1] on both sides, rounded outwards: served where a person says so."""
 
 
 def named(activation: Any) -> Slopes:
@@ -46,15 +36,12 @@ def named(activation: Any) -> Slopes:
     """
     if isinstance(activation, str):
         name = activation.lower()
-        if name in _PLAIN:
-            return _PLAIN[name]
-        if name in _OPTIONED:
-            _, usual, slopes = _OPTIONED[name]
-            return slopes(usual)
+        if name in _SERVED:
+            return slopes_of(_SERVED[name]())
         beyond = f" Give its slopes: activation={BEYOND[name]}." if name in BEYOND else ""
         raise OptxError(
             f"LDLT: activation is {activation!r}; it must be one of "
-            f"{', '.join(sorted(_PLAIN | _OPTIONED))}, or "
+            f"{', '.join(sorted(_SERVED))}, or "
             f"the least and the greatest slope, as (0.01, 1.0).{beyond}"
         )
     try:
@@ -70,24 +57,28 @@ def named(activation: Any) -> Slopes:
 
 
 def of(op: Op) -> Slopes | None:
-    """An operation's, if it is an elementwise function that is known, those beyond [0, 1] too."""
+    """An operation's, if it is an elementwise function that is known, those beyond [0, 1] too.
+
+    Raises:
+        OptxError: it is known, and has none with its options.
+    """
     name = op.path.rstrip("_") if op.module is None else type(op.module).__name__.lower()
     if op.module is not None and type(op.module).__module__ != nn.ReLU.__module__:
         return None
-    known = {**_PLAIN, **BEYOND}
-    if name in known:
-        return known[name]
-    if name not in _OPTIONED:
+    if name in BEYOND:
+        return BEYOND[name]
+    if name not in _SERVED:
         return None
-    option, usual, slopes = _OPTIONED[name]
-    given: Any = usual
-    if op.module is not None:
-        given = getattr(op.module, option)
-    elif option in op.options:
-        given = op.options[option]
-    elif rest := getattr(op.call, "rest", ()):
-        given = rest[0]
-    return slopes(float(given)) if isinstance(given, int | float) else None
+    module = _as_module(op, _SERVED[name]) if op.module is None else op.module
+    return None if module is None else slopes_of(module)
+
+
+def _as_module(op: Op, kind: type[nn.Module]) -> nn.Module | None:
+    """A function as the module of its name, which takes the same options; None: some are computed."""
+    rest: Any = getattr(op.call, "rest", ())
+    options = {name: value for name, value in op.options.items() if name != "input"}
+    plain = all(isinstance(value, int | float) for value in (*rest, *options.values()))
+    return kind(*rest, **options) if plain and len(op.inputs) == 1 else None
 
 
 def product(one: Slopes, other: Slopes) -> Slopes:

@@ -12,20 +12,21 @@ from torch import Tensor, nn
 from optx._errors import OptxError
 from optx.analysis.bounds import _slopes
 from optx.analysis.bounds._system import Slopes
+from optx.lipschitz._slopes import FUNCTIONS, SLOPES, Absolute
 
 ELEMENTWISE: list[nn.Module] = [
     *(nn.ReLU(), nn.ReLU6(), nn.LeakyReLU(0.1), nn.LeakyReLU(-0.5), nn.LeakyReLU(2.0), nn.RReLU().eval()),
     *(nn.Hardtanh(), nn.Hardtanh(-2, 3), nn.Tanh(), nn.Tanhshrink(), nn.Softshrink(0.3), nn.Softsign()),
     *(nn.Sigmoid(), nn.LogSigmoid(), nn.Hardsigmoid(), nn.Softplus(), nn.Softplus(beta=3.0)),
     *(nn.ELU(), nn.ELU(2.0), nn.ELU(-0.5), nn.CELU(0.3), nn.SELU(), nn.SiLU(), nn.GELU(), nn.GELU("tanh")),
-    *(nn.Mish(), nn.Hardswish(), _slopes.Absolute(), nn.PReLU()),
+    *(nn.Mish(), nn.Hardswish(), Absolute(), nn.PReLU()),
 ]
 
 
 def quotients(module: nn.Module) -> Tensor:
     """Of neighbours on a fine grid; of any two points it is a mean of these."""
     x = torch.linspace(-30, 30, 600_001, dtype=torch.float64)
-    y = x.abs() if isinstance(module, _slopes.Absolute) else module.double()(x)
+    y = x.abs() if isinstance(module, Absolute) else module.double()(x)
     return y.detach().diff() / x.diff()
 
 
@@ -44,7 +45,7 @@ def test_no_slope_is_outside_and_each_end_is_near(module: nn.Module) -> None:
 
 
 def test_the_table_is_the_whole_table() -> None:
-    assert {type(module) for module in ELEMENTWISE} == {*_slopes._SLOPES, nn.PReLU}
+    assert {type(module) for module in ELEMENTWISE} == {*SLOPES, nn.PReLU}
 
 
 @pytest.mark.parametrize("module", [nn.SiLU(), nn.GELU(), nn.GELU("tanh"), nn.Mish()], ids=repr)
@@ -73,7 +74,7 @@ def test_prelus_slopes_are_its_channels() -> None:
     ],
 )
 def test_a_call_is_the_module_with_its_arguments(call: Any, arguments: dict[str, Any]) -> None:
-    module = _slopes.FUNCTIONS[call](**arguments)
+    module = FUNCTIONS[call](**arguments)
     x = torch.linspace(-5, 5, 101)
     torch.testing.assert_close(call(x, **arguments), module(x))
 

@@ -129,6 +129,18 @@ def test_dropout_is_counted() -> None:
         (nn.Sequential(nn.Linear(4, 4), optx.MaxMin(), nn.Linear(4, 2)), "0|2", "a MaxMin .'1'."),
         (nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), "0|2", "a BatchNorm1d"),
         (nn.Sequential(nn.Linear(3, 4), nn.PReLU(), nn.Linear(4, 2)), "0|2", "a PReLU"),
+        (
+            nn.Sequential(nn.Linear(3, 4), nn.Softplus(1, 1), nn.Linear(4, 2)),
+            "0|2",
+            "'0': Softplus.*it jumps",
+        ),
+        (
+            nn.Sequential(nn.Linear(3, 4), nn.CELU(-1.0), nn.Linear(4, 2)),
+            "0|2",
+            "CELU has slopes that are no",
+        ),
+        (Written(lambda x: F.softplus(x, 1, threshold=1)), "first|middle|last", "Softplus.*it jumps"),
+        (Written(lambda x: F.leaky_relu(input=x, negative_slope=-3)), "first|middle|last", r"\[-3.0, 1.0\]"),
         (nn.Sequential(nn.Linear(3, 4), nn.Softmax(1), nn.Linear(4, 2)), "0|2", "a Softmax"),
         (nn.Sequential(nn.Linear(3, 4), nn.Dropout(1.0), nn.Linear(4, 2)), "0|2", "leaves nothing"),
         (mlp([3, 4, 4, 2]), "0|4", "a Linear .'2'.*Leave out|a Linear"),

@@ -12,9 +12,10 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from optx._errors import OptxError
-from optx.analysis.bounds import _linear, _slopes
+from optx.analysis.bounds import _linear
 from optx.analysis.bounds._refusals import named_node, target_of, where
 from optx.analysis.bounds._system import Builder, Value
+from optx.lipschitz._slopes import FUNCTIONS
 
 _SHAPES = {"size", "dim", "ndimension"}  # methods that ask for no numbers
 
@@ -109,9 +110,9 @@ class Graph:
         """A function or method of values and constants."""
         target: Any = node.target
         values = [leaves[place] for place in places]
-        if target in _slopes.FUNCTIONS:
+        if target in FUNCTIONS:
             args, kwargs = tree_unflatten(leaves, spec)
-            module = _slopes.FUNCTIONS[target](*args[1:], **kwargs)
+            module = FUNCTIONS[target](*args[1:], **kwargs)
             if getattr(module, "inplace", False):
                 self.check_in_place(node, what)
             return self.reader.activation(module, node.name, values[0])
@@ -172,7 +173,7 @@ class Graph:
     def is_bend(self, node: fx.Node) -> bool:
         """Whether an activation is computed there."""
         if node.op != "call_module":
-            return node.target in _slopes.FUNCTIONS
+            return node.target in FUNCTIONS
         module = self.root.get_submodule(str(node.target))
         return not _linear.is_linear(module)
 

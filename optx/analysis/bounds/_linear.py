@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from optx._errors import OptxError
-from optx.analysis.bounds._slopes import own_type
+from optx.lipschitz._slopes import own_type
 
 LARGEST = 2**26  # numbers in a matrix; 512 MiB
 

@@ -17,6 +17,7 @@ from optx.analysis.bounds import _linear, _slopes
 from optx.analysis.bounds._graph import Graph
 from optx.analysis.bounds._refusals import advice, check_finite, check_hooks, is_torchs, named, where
 from optx.analysis.bounds._system import Builder, Slopes, System, Terms, Value
+from optx.lipschitz._slopes import own_type
 from optx.lipschitz.implicit import Implicit
 
 
@@ -109,9 +110,7 @@ class _Reader:
                 return self.activation(module, path, value)
             if _linear.is_linear(module):
                 check_finite(module)
-                return self.linear(
-                    _linear.linear_call(module), [value], _slopes.own_type(module, _linear.RESHAPES)
-                )
+                return self.linear(_linear.linear_call(module), [value], own_type(module, _linear.RESHAPES))
             if isinstance(module, Implicit):
                 return self.implicit(module, path, value)
             if form := getattr(module, "lipschitz_form", None):
