@@ -31,15 +31,15 @@ ALIGNMENT = 16  # bytes: the widest access
 
 def compiler_options(program: Program, layout: Layout, kernel: str, nvidia: bool) -> dict[str, Any]:
     """How a kernel is compiled, besides its number of warps."""
-    sums = {f"reduce_{i}": level.summed() for i, level in enumerate(program.levels)}.get(kernel, ())
+    level = {f"reduce_{i}": i for i in range(len(program.levels))}.get(kernel)
+    sums = () if level is None else program.levels[level].summed()
     options: dict[str, Any] = dict(LAUNCH)
     if nvidia and (kernel == "update" or len(sums) > 1) and layout.dtypes[0] != "float64":
         # Left alone, ptxas aims at 80 registers, and in a program of many roles, or one that takes several
         # sums, spills two of them. With 128, four blocks on a multiprocessor keep 64 KiB of AdamW's loads
         # in flight, where bandwidth times latency (0.8 us) asks for some 20, and 32 KiB of two roles that are
-        # only summed.
-        # One that makes anew what three levels before it have made of gradients needs some more.
-        options["maxnreg"] = 168 if kernel in ("reduce_3", "reduce_4", "reduce_5") else 128
+        # only summed. One that makes anew what three levels before it have made of gradients needs some more.
+        options["maxnreg"] = 168 if level is not None and level > 2 else 128
     return options
 
 
