@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from injections import assert_same, snapshot
+from low_rank import low_rank
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -92,17 +93,9 @@ def test_ranks_of_any_linear_layer(
 ) -> None:
     """Against the rank of its own weights' Jacobian, where the later map is linear: that is r_G r_K."""
     draws = torch.Generator().manual_seed(seed)
-
-    def low(rows: int, columns: int, rank: int) -> Tensor:
-        rank = min(rank, rows, columns)
-        left, right = (
-            torch.linalg.qr(torch.randn(k, k, generator=draws).double())[0] for k in (rows, columns)
-        )
-        return left[:, :rank] @ right[:, :rank].T
-
-    x = low(n, d, r_G)
+    x = low_rank(n, d, r_G, draws)
     model = nn.Sequential(nn.Linear(d, o, bias=bias), nn.Linear(o, 3, bias=False)).double()
-    model[1].weight.data = low(3, o, r_K)
+    model[1].weight.data = low_rank(3, o, r_K, draws)
     model[1].requires_grad_(False)
     one = degeneracy(model, list(x.split(batch)), eps=1e-12)["0"]
     assert (one.outputs, one.inputs) == (o, d + bias)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from low_rank import low_rank
 from torch import Tensor, nn
 
 import optx
@@ -187,15 +188,7 @@ def test_any_linear_map(
 ) -> None:
     """dim is at most both ranks; what is kept is diagonal and orthonormal; nothing depends on the batches."""
     draws = torch.Generator().manual_seed(seed)
-
-    def low(rows: int, columns: int, rank: int) -> Tensor:
-        rank = min(rank, rows, columns)
-        left, right = (
-            torch.linalg.qr(torch.randn(k, k, generator=draws).double())[0] for k in (rows, columns)
-        )
-        return left[:, :rank] @ right[:, :rank].T
-
-    F, J = low(n, d, r_G).to(dtype), low(o, d, r_K).to(dtype)
+    F, J = low_rank(n, d, r_G, draws).to(dtype), low_rank(o, d, r_K, draws).to(dtype)
     model = chosen(J).to(dtype)
     one = interaction_basis(model, list(F.split(batch)), ["0"], centre=centre)["0"]
     rows = F.double() - (F.double().mean(0) if centre else 0)

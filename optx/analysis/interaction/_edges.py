@@ -41,15 +41,14 @@ def edges_between(
     """
     earlier, later = bases
     C_out, C_pinv = later.C[:, :keep], earlier.C_pinv[:keep]
-    total, n = torch.zeros(C_out.shape[1], len(C_pinv)).to(C_pinv), 0
+    total, n, rule = torch.zeros(C_out.shape[1], len(C_pinv)).to(C_pinv), 0, _rule(nodes)
     for batch in passes.batches():
-        found: Tensor | None = None
-        for a, weight in _rule(nodes):
+        found, rows = torch.zeros(()).to(C_pinv), 0
+        for a, weight in rule:
             part, rows = _at(passes, batch, pair, earlier, C_out, keep, a)
-            found = weight * part if found is None else found + weight * part
-            n += rows if a == _rule(nodes)[0][0] else 0
-        assert found is not None
+            found = found + weight * part
         total += found.square().sum((0, 1))
+        n += rows
     return total / max(n, 1)
 
 

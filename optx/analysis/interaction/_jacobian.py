@@ -45,14 +45,10 @@ class Sources:
             v = signs if rotation is None else signs @ rotation.T
             yield (v if kept is None else v * kept[..., None]) / self.number**0.5
 
-    def count(self, target: Tensor, features: int) -> int:
-        """How many there are."""
-        return self.number or positions(target) * features
-
     def warn_of_many(self, owner: str, target: Tensor, rotation: Tensor | None) -> None:
         """Say that exact derivatives will take long."""
         features = target.shape[-1] if rotation is None else rotation.shape[1]
-        if (count := self.count(target, features)) > _MANY and self.number is None:
+        if self.number is None and (count := positions(target) * features) > _MANY:
             warn(
                 f"{owner}: exact derivatives of {count:,} numbers are as many backward passes a batch. "
                 "sources=64, random signs, gives an unbiased estimate by 64."
