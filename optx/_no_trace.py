@@ -1,4 +1,4 @@
-"""What a diagnostic puts back: random numbers, buffers, and a whole model."""
+"""What a diagnostic puts back: random numbers, modes, buffers, and a whole model."""
 
 from __future__ import annotations
 
@@ -25,6 +25,25 @@ def randomness_kept() -> Generator[None]:
 
 
 @contextmanager
+def modes_kept(model: nn.Module) -> Generator[None]:
+    """Each module has its own mode again afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Generator[None]:
+    """In evaluation mode for that time."""
+    with modes_kept(model):
+        model.eval()
+        yield
+
+
+@contextmanager
 def buffers_kept(model: nn.Module) -> Generator[None]:
     """A pass in training mode moves running statistics; reading must not."""
     kept = [(b, b.detach().clone()) for b in model.buffers()]
@@ -42,11 +61,11 @@ def model_kept(model: nn.Module) -> Generator[None]:
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     values = [t.detach().clone() for t in tensors]
     parameters = [(p, p.grad, p.requires_grad) for p in model.parameters()]
-    modes = [(m, m.training) for m in model.modules()]
     for p, _, _ in parameters:
         p.grad = None  # what is computed meanwhile is not added to it
     try:
-        yield
+        with modes_kept(model):
+            yield
     finally:
         with torch.no_grad():
             for t, value in zip(tensors, values, strict=True):
@@ -54,5 +73,3 @@ def model_kept(model: nn.Module) -> Generator[None]:
         for p, grad, wanted in parameters:
             p.grad = grad
             p.requires_grad_(wanted)
-        for m, training in modes:
-            m.training = training

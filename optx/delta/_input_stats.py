@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from optx._errors import OptxError
+from optx._no_trace import evaluating
 
 
 @dataclass(frozen=True)
@@ -88,20 +89,16 @@ def input_stats(model: nn.Module, batches: Iterable[Any]) -> dict[str, InputStat
     """
     sums: dict[str, _Sums] = {}
     hooks: list[Any] = []
-    modes = {module: module.training for module in model.modules()}
     try:
         for name, axis in linear_axes(model).items():
             module = model.get_submodule(name.removesuffix("weight").removesuffix("."))
             sums[name] = _Sums(axis)
             hooks.append(module.register_forward_pre_hook(_watch(sums[name]), with_kwargs=True))
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             count = sum(1 for batch in batches if (call(model, batch), True))
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
     if not count:
         raise OptxError("input_stats: batches is empty.")
     found = {name: _finished(one) for name, one in sums.items() if one.tokens}

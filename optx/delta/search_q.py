@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from optx._errors import OptxError, check_range, near
+from optx._no_trace import evaluating
 from optx.delta._difference import Difference
 from optx.delta._input_stats import InputStats, call, input_stats
 from optx.delta._learn_q import learned_q
@@ -79,7 +80,7 @@ def find_q(
     inputs = list(batches)
     if not inputs:
         raise OptxError("Delta.find_q: batches is empty; a few without labels will do.")
-    with _as_it_was(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         full = [call(model, batch) for batch in inputs]
         apart = distance or output_distance
         if strategy == "learned":
@@ -250,7 +251,7 @@ class _Trial:
         return sum(values) / len(values)
 
     def _ask(self, q: float, seed: int, ask: Score) -> float:
-        with _as_it_was(self.model), torch.no_grad():
+        with evaluating(self.model), torch.no_grad():
             kept = {name: self.own[name].data for name in self.names}
             try:
                 for name, change in self.changes.items():
@@ -260,21 +261,6 @@ class _Trial:
             finally:
                 for name, tensor in kept.items():
                     self.own[name].data = tensor
-
-
-class _as_it_was:
-    """The model in eval mode, and after it in the modes it had."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    def __enter__(self) -> None:
-        self._modes = {module: module.training for module in self._model.modules()}
-        self._model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for module, mode in self._modes.items():
-            module.training = mode
 
 
 def output_distance(full: Any, pruned: Any) -> float:

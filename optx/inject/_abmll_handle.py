@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from optx._errors import FileError, MergeError, OptxError, check_choice, check_range, check_whole
 from optx._names import is_dtensor
+from optx._no_trace import evaluating
 from optx.inject._abmll_part import NormalLoRA, Shared
 from optx.inject._abmll_task import ABMLLTask, stream
 from optx.inject._handle import Handle
@@ -19,7 +20,6 @@ from optx.inject._report import Report, Row
 from optx.inject._served import Served
 from optx.inject._stored import check_tensors
 from optx.inject._trained_whole import Saved
-from optx.inject._tuning_batch import evaluating
 
 PREFIX = "optx.abmll."
 """What keys of the state beside theta begin with; no module's path can."""

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from optx._errors import OptxError
+from optx._no_trace import evaluating
 from optx.inject._nested import tensors_in
 from optx.inject._part import Attached
-from optx.inject._tuning_batch import evaluating
 
 _SIZES = (64, 224, 32)
 """Widths of the images that are tried where a model has to be called."""

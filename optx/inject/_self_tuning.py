@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 from optx._errors import FileError, MergeError, OptxError, warn
+from optx._no_trace import evaluating
 from optx.inject import _folder
 from optx.inject._best_response import BestResponse, Gates
 from optx.inject._draw import Draw
@@ -26,7 +27,7 @@ from optx.inject._report import Report, Row
 from optx.inject._served import Served
 from optx.inject._trained_whole import Saved
 from optx.inject._tuned_dropout import TunedDropout, dropout
-from optx.inject._tuning_batch import averaged, evaluating, noise, resting, rows_of
+from optx.inject._tuning_batch import averaged, noise, resting, rows_of
 from optx.inject._tuning_state import LONG, PREFIX, Progress, check_state, history, restore, state_of
 
 

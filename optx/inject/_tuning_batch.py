@@ -74,18 +74,6 @@ def resting(parameters: Sequence[nn.Parameter]) -> Generator[None]:
             p.requires_grad_(True)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Generator[None]:
-    """In evaluation mode for that time; each module then has its own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def rows_of(batch: Any, axis: int | None, doing: str) -> int:
     """How many examples a batch has.
 

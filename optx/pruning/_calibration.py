@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from optx._errors import OptxError, shown
+from optx._no_trace import evaluating, randomness_kept
 
 _WAYS = "a list of tensors, of dicts of keyword arguments or of tuples of positional ones"
 
@@ -123,28 +124,21 @@ def _placed(value: Any, device: torch.device) -> Any:
 
 
 @contextmanager
-def randomness_kept() -> Generator[None]:
-    """torch's random numbers go on afterwards as if none had been drawn."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices):
-        yield
-
-
-@contextmanager
 def as_in_use(model: nn.Module) -> Generator[None]:
     """The model in eval mode, without gradients or autocast; each module is put back into its mode."""
-    modes = [(module, module.training) for module in model.modules()]
     kinds = {p.device.type for p in model.parameters()} or {"cpu"}
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
-        model.eval()
         torch.backends.mha.set_fastpath_enabled(False)  # it calls no layers, and hands on nested tensors
-        with torch.no_grad(), torch.autocast(kinds.pop(), enabled=False), randomness_kept():
+        with (
+            evaluating(model),
+            torch.no_grad(),
+            torch.autocast(kinds.pop(), enabled=False),
+            randomness_kept(),
+        ):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for module, mode in modes:
-            module.training = mode
 
 
 def digest(*values: Any) -> str:

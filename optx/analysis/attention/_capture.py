@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from optx._errors import OptxError, TargetError, near
 from optx._module_paths import paths_of
+from optx._no_trace import evaluating
 from optx.delta._input_stats import call
 from optx.inject._anatomy import attentions_of
 from optx.inject._attention import Attention, Intercepted, kernel_of
@@ -85,15 +86,8 @@ def captured(model: nn.Module, batch: Any, path: str, module: nn.Module) -> Capt
             "attn_implementation='sdpa' (timm: fused_attn=True), so that what softmax is given can be seen."
         )
     found = Captured(path)
-    modes = {one: one.training for one in model.modules()}
-    with _watched(found, module) as intercepted:
-        try:
-            model.eval()
-            with torch.no_grad(), intercepted:
-                call(model, batch)
-        finally:
-            for one, mode in modes.items():
-                one.training = mode
+    with _watched(found, module) as intercepted, evaluating(model), torch.no_grad(), intercepted:
+        call(model, batch)
     if found.call is None:
         raise TargetError(
             f"attention_margins: {path!r} ({type(module).__name__}) was not called with this batch, or its "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from optx._batches import on_device_of
 from optx._errors import OptxError, near
 from optx._module_paths import paths_of
-from optx._no_trace import randomness_kept
+from optx._no_trace import evaluating, randomness_kept
 from optx.analysis.interaction._padding import mask_of, warn_of_a_mask
 from optx.delta._input_stats import call
 from optx.inject._nested import tensors_in
@@ -117,17 +117,18 @@ class Passes:
     @contextmanager
     def at_rest(self) -> Generator[None]:
         """The model in eval mode and frozen; modes, flags and random numbers are put back afterwards."""
-        modes = [(module, module.training) for module in self.model.modules()]
         flags = [(p, p.requires_grad) for p in self.model.parameters()]
         try:
-            with randomness_kept(), torch.inference_mode(False), torch.enable_grad():
-                self.model.eval()
+            with (
+                randomness_kept(),
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                evaluating(self.model),
+            ):
                 for p, _ in flags:
                     p.requires_grad_(False)
                 yield
         finally:
-            for module, mode in modes:
-                module.training = mode
             for p, wanted in flags:
                 p.requires_grad_(wanted)
 
