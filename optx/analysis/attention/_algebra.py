@@ -52,9 +52,11 @@ def lengths(rows: Tensor) -> Tensor:
     return _linalg.vector_norm(rows, dim=1, keepdim=True)
 
 
-def orthonormal(columns: Tensor) -> Tensor:
-    """As many orthonormal columns, or as they are long, with all of these in their span."""
-    return _linalg.qr(columns)[0]
+def span(rows: Tensor) -> Tensor:
+    """Orthonormal columns whose span has all of these rows; all axes where rows are as many."""
+    if len(rows) >= rows.shape[1]:
+        return torch.eye(rows.shape[1], dtype=rows.dtype)
+    return _linalg.qr(rows.T)[0]
 
 
 def triangle(columns: Tensor) -> Tensor:

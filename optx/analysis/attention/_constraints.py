@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from optx._errors import OptxError, ShapeError
-from optx.analysis.attention._algebra import orthonormal
+from optx.analysis.attention._algebra import span
 
 F64 = torch.float64
 
@@ -70,13 +70,7 @@ class Constraints:
 
         Of a W only what lies between them has a part in margins, so a shortest one lies there whole.
         """
-        return _basis(self.differences), _basis(self.queries)
-
-
-def _basis(rows: Tensor) -> Tensor:
-    if len(rows) >= rows.shape[1]:
-        return torch.eye(rows.shape[1], dtype=rows.dtype)
-    return orthonormal(rows.T)
+        return span(self.differences), span(self.queries)
 
 
 def _sequences(X: Any) -> list[Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from optx._errors import OptxError, check_whole
-from optx.analysis.attention._algebra import length, orthonormal
+from optx.analysis.attention._algebra import length, span
 from optx.analysis.attention._capture import attention_module, captured
 from optx.analysis.attention._head import Head, head_of, spectrum
 from optx.analysis.attention.svm import AttentionSVM, attention_svm, corr
@@ -217,15 +217,8 @@ def _within(W: Tensor, svm: AttentionSVM, sampled: _Sample) -> Tensor:
     """The part of W that has a part in the sample's margins, as far as their spans are not everything."""
     pairs = zip(svm.sequence, svm.token, strict=True)
     tokens = torch.stack([sampled.X[int(i)][sampled.chosen[i]] - sampled.X[int(i)][t] for i, t in pairs])
-    left, right = _span(tokens), _span(sampled.z)
+    left, right = span(tokens), span(sampled.z)
     return left @ (left.T @ W @ right) @ right.T
-
-
-def _span(rows: Tensor) -> Tensor:
-    """Orthonormal columns whose span is that of some rows."""
-    if len(rows) < rows.shape[1]:
-        return orthonormal(rows.T)
-    return torch.eye(rows.shape[1], dtype=rows.dtype)
 
 
 def _unpadded(batch: Any, head: Head) -> Tensor:
